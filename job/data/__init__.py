@@ -1,0 +1,1 @@
+"""From a URI to batches: source → index → order → dataset → datamodule."""

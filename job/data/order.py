@@ -1,0 +1,119 @@
+"""The global order of samples: a pure function of (seed, epoch), whoever asks.
+
+Nothing here knows a worker's state. Rank r of W takes its slice of every global batch, so the same
+batches are trained on however many processes share them, and a run can resume at any batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What one rank reads for one global batch.
+
+    Attributes:
+        epoch: epoch the augmentation is drawn for.
+        samples: int64 [global_batch_size / world_size], sample ids. Past the end of the data set they
+            repeat this batch's samples, so that every batch has the same shape.
+        valid: bool, same shape; False for such a repetition, which counts for nothing.
+        global_size: samples of the global batch that count, over all ranks.
+    """
+
+    epoch: int
+    samples: npt.NDArray[np.int64]
+    valid: npt.NDArray[np.bool_]
+    global_size: int
+
+
+class BatchOrder:
+    """The batches of one rank, as a sampler for a DataLoader with ``batch_size=None``.
+
+    Iterating yields a :class:`BatchPlan` for each global batch of the epoch that
+    :meth:`set_epoch` named, from batch ``start_batch`` on.
+
+    Args:
+        size: samples in the data set.
+        global_batch_size: samples a step, over all ranks; a multiple of ``world_size``.
+        shuffle: permute by (seed, epoch), else in order of sample id.
+    """
+
+    def __init__(
+        self, size: int, global_batch_size: int, *, rank: int, world_size: int, seed: int, shuffle: bool
+    ) -> None:
+        if global_batch_size % world_size:
+            raise ValueError(f"global_batch_size {global_batch_size} is not a multiple of world_size {world_size}")
+        self.size = size
+        self.global_batch_size = global_batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+        self.start_batch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch to iterate next (Lightning calls this)."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.size // self.global_batch_size)
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        start, self.start_batch = self.start_batch, 0
+        return (self.plan(self.epoch, batch) for batch in range(start, len(self)))
+
+    def plan(self, epoch: int, batch: int) -> BatchPlan:
+        """This rank's slice of global batch number ``batch`` of ``epoch``."""
+        first = batch * self.global_batch_size
+        global_size = min(self.global_batch_size, self.size - first)
+        share = self.global_batch_size // self.world_size
+        within = np.arange(self.rank * share, (self.rank + 1) * share)
+        positions = first + within % global_size
+        samples = permute(positions, self.size, key=f"{self.seed}/{epoch}") if self.shuffle else positions
+        return BatchPlan(epoch, samples.astype(np.int64), within < global_size, global_size)
+
+
+def permute(positions: npt.NDArray[np.int64], size: int, key: str) -> npt.NDArray[np.int64]:
+    """Sample ids at ``positions`` of the pseudo-random permutation of ``range(size)`` chosen by ``key``.
+
+    A Feistel network over the next even power of two, walked until it falls inside the range
+    (Black & Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). Memory does not grow
+    with ``size``: no list of the permutation exists.
+    """
+    half_bits = np.uint64(max(((size - 1).bit_length() + 1) // 2, 1))
+    mask = np.uint64((1 << int(half_bits)) - 1)
+    digest = hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS).digest()
+    round_keys = np.frombuffer(digest, dtype="<u8")
+
+    def encrypt(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        left, right = values >> half_bits, values & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (mix64(right ^ round_key) & mask)
+        return (left << half_bits) | right
+
+    result = encrypt(positions.astype(np.uint64))
+    while (outside := result >= np.uint64(size)).any():
+        result[outside] = encrypt(result[outside])
+    return result.astype(np.int64)
+
+
+def mix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele et al., OOPSLA 2014): every input bit reaches every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def sample_seed(seed: int, epoch: int, sample: int) -> int:
+    """The seed of one sample's augmentation, a 63-bit pure function of its arguments."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,1 @@
+"""What the job says: TensorBoard events, progress, the closing summary."""

@@ -1,0 +1,197 @@
+"""A TensorBoard logger that loses nothing on an object store.
+
+Objects cannot be appended to: TensorBoard's own writer and Lightning's stock logger rewrite the
+object at each flush and end up with the last one only
+(https://github.com/Lightning-AI/pytorch-lightning/issues/17037). Here events are appended to a local
+file, which a thread publishes whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from torch.utils.tensorboard import SummaryWriter
+
+from job import storage
+from job.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+PUBLISH_SECONDS = 10.0
+"""How old an event may be before the bucket has it. TensorBoard itself reloads every 5 s."""
+
+ROTATE_BYTES = 4 << 20
+"""Past this size a new event file begins, so that publishing does not cost more and more."""
+
+CLOSE_SECONDS = 120.0
+"""How long the end of a run waits for a bucket that does not answer."""
+
+
+class BucketTensorBoardLogger(Logger):
+    """Writes events below ``uri``; rank 0 alone writes.
+
+    On a disk the event file is written in place. Elsewhere it is staged locally and published as
+    one object every :data:`PUBLISH_SECONDS`. While the bucket is out of reach the events wait on
+    disk; :meth:`finalize` publishes the last of them before the process ends.
+
+    Args:
+        uri: folder of the event files, on any fsspec filesystem.
+        purge_step: ``global_step`` that this start continues from. TensorBoard drops what an
+            earlier start logged at that step or later, so that curves never double back.
+        publish_seconds: seconds between two publications, at least 1 (an object may be written once
+            a second).
+    """
+
+    def __init__(self, uri: str, *, purge_step: int = 0, publish_seconds: float = PUBLISH_SECONDS) -> None:
+        super().__init__()
+        self.uri = uri
+        self.purge_step = purge_step
+        self.publish_seconds = max(publish_seconds, 1.0)
+        self._writer: SummaryWriter | None = None
+        self._staging: Path | None = None
+        self._published: dict[Path, int] = {}
+        self._thread: threading.Thread | None = None
+        self._closing = threading.Event()
+        # One publication at a time, and never while the writer is exchanged.
+        self._lock = threading.RLock()
+
+    @property
+    def name(self) -> str:
+        return "tensorboard"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> None:
+        """None: Lightning must not make local folders out of a bucket's URI."""
+        return
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        """The ``SummaryWriter``, for images, histograms and text."""
+        with self._lock:
+            if self._writer is None:
+                self._open()
+            assert self._writer is not None
+            return self._writer
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add one scalar for each metric."""
+        for key, value in metrics.items():
+            self.experiment.add_scalar(key, value.item() if isinstance(value, torch.Tensor) else value, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Add the configuration as text."""
+        plain = vars(params) if isinstance(params, Namespace) else params
+        text = yaml.safe_dump(plain, sort_keys=False)
+        self.experiment.add_text("config", "```yaml\n" + text + "```", self.purge_step)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Publish all events so far.
+
+        Raises:
+            StorageError: the bucket does not take them; they stay on disk and are tried again.
+        """
+        with self._lock:
+            if self._writer is not None:
+                self._writer.flush()
+            for path in self._event_files():
+                self._publish(path)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Publish the last event and stop; further events would open a new file.
+
+        Raises:
+            StorageError: the bucket took nothing for :data:`CLOSE_SECONDS`, and the run itself had not
+                failed. The message names the local folder where the events are kept.
+        """
+        if self._thread is not None:
+            self._closing.set()
+            self._thread.join()
+            self._thread = None
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while True:
+            try:
+                self.save()
+                return
+            except StorageError as error:
+                if time.monotonic() < deadline:
+                    time.sleep(2.0)
+                    continue
+                message = f"TensorBoard events could not be published and are kept in {self._staging}: {error}"
+                if status == "success":
+                    raise StorageError(message) from error
+                log.error(message)
+                return
+
+    def _open(self) -> None:
+        local = storage.is_local(self.uri)
+        if self._staging is None:
+            self._staging = Path(
+                storage.filesystem(self.uri)[1] if local else tempfile.mkdtemp(prefix="job-tensorboard-")
+            )
+        self._writer = SummaryWriter(str(self._staging), purge_step=self.purge_step, flush_secs=5)
+        if not local and self._thread is None:
+            self._closing.clear()
+            self._thread = threading.Thread(target=self._publish_live, name="tensorboard-publisher", daemon=True)
+            self._thread.start()
+
+    def _publish_live(self) -> None:
+        failing_since: float | None = None
+        while not self._closing.wait(self.publish_seconds):
+            try:
+                self.save()
+                self._rotate()
+            except StorageError as error:
+                if failing_since is None:
+                    log.warning("TensorBoard events wait in %s until the bucket takes them: %s", self._staging, error)
+                failing_since = failing_since or time.monotonic()
+            else:
+                if failing_since is not None:
+                    log.info("TensorBoard events are published again, after %.0f s", time.monotonic() - failing_since)
+                failing_since = None
+
+    def _rotate(self) -> None:
+        """Begin a new file when the newest is large; the old one is published already and never changes again."""
+        with self._lock:
+            files = self._event_files()
+            if self._writer is None or not files or files[-1].stat().st_size < ROTATE_BYTES:
+                return
+            self._writer.close()
+            self._publish(files[-1])
+            assert self._staging is not None
+            self._writer = SummaryWriter(str(self._staging), flush_secs=5)
+
+    def _event_files(self) -> list[Path]:
+        if self._staging is None or storage.is_local(self.uri):
+            return []
+        return sorted(self._staging.glob("events.out.tfevents.*"))
+
+    def _publish(self, path: Path) -> None:
+        size = path.stat().st_size
+        if self._published.get(path) != size:
+            with path.open("rb") as file:
+                content = file.read(size)
+            storage.write_bytes(storage.join(self.uri, path.name), content)
+            self._published[path] = size

@@ -1,0 +1,1 @@
+"""Backbone, head and the LightningModule that fine-tunes them."""

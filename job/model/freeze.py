@@ -1,0 +1,56 @@
+"""Which part of the backbone trains: a pure function of the epoch.
+
+Lightning's BaseFinetuning keeps this in callback state and freezes anew on resume
+(https://github.com/Lightning-AI/pytorch-lightning/issues/21901); here :func:`apply_stage` says it
+all, at every epoch and every start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Stage(IntEnum):
+    """How much of the backbone trains."""
+
+    HEAD = 0
+    LAST_LAYERS = 1
+    ALL = 2
+
+
+def stage_at(epoch: int, milestones: Sequence[int]) -> Stage:
+    """Stage of ``epoch`` (from 0): one further at each milestone reached."""
+    return Stage(min(sum(epoch >= milestone for milestone in milestones), Stage.ALL))
+
+
+def split_layers(backbone: nn.Module, last_share: float) -> tuple[list[nn.Module], list[nn.Module]]:
+    """(first, last) layers of the backbone.
+
+    A layer is a module that owns parameters or buffers, in the order of registration, which is that of
+    the forward pass in torchvision and timm. ``last`` is the share ``last_share`` of them, rounded up.
+    """
+    layers = [m for m in backbone.modules() if [*m.parameters(recurse=False), *m.buffers(recurse=False)]]
+    count = min(-int(-len(layers) * last_share // 1), len(layers))
+    return layers[: len(layers) - count], layers[len(layers) - count :]
+
+
+def apply_stage(backbone: nn.Module, stage: Stage, *, last_share: float, train_bn: bool) -> None:
+    """Set ``requires_grad`` and train/eval mode of every layer of the backbone for ``stage``.
+
+    A frozen layer is in eval mode and keeps its running statistics: batch normalisation neither
+    uses nor updates those of the batch (setting ``track_running_stats=False``, as Lightning does,
+    would make it use them; https://github.com/Lightning-AI/pytorch-lightning/pull/15063). With
+    ``train_bn`` the batch normalisations of the frozen part train all the same.
+    """
+    first, last = split_layers(backbone, last_share)
+    backbone.train(stage == Stage.ALL)
+    for layers, trains in ((first, stage >= Stage.ALL), (last, stage >= Stage.LAST_LAYERS)):
+        for layer in layers:
+            active = trains or (train_bn and isinstance(layer, _BatchNorm))
+            layer.training = active
+            for parameter in layer.parameters(recurse=False):
+                parameter.requires_grad = active

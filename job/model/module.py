@@ -1,0 +1,211 @@
+"""The LightningModule: two-stage transfer learning of a pretrained backbone."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
+
+from job.data.dataset import Batch
+from job.errors import CheckpointError, ConfigError
+from job.model.backbone import build_backbone
+from job.model.classifier import Classifier, per_sample_loss, probabilities
+from job.model.freeze import Stage, apply_stage, split_layers, stage_at
+from job.model.metrics import EvaluationMetrics
+
+log = logging.getLogger(__name__)
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class TransferLearningModel(pl.LightningModule):
+    """Fine-tunes a pretrained backbone with a new head.
+
+    The backbone is frozen until ``milestones[0]``, its last layers train from there, and all of it
+    from ``milestones[1]``.
+
+    Args:
+        backbone: an architecture of torchvision.models (resnet50, vit_b_16, …), or timm/NAME.
+        weights: DEFAULT (the library's pretrained ones), none, or the URI of a state dict (.pth,
+            .safetensors).
+        hidden: widths of the head's hidden layers.
+        mean: mean a channel of the backbone's training images, in [0, 1].
+        std: standard deviation a channel.
+        milestones: epochs at which the last layers, then all, are unfrozen.
+        unfreeze_last: share of the backbone's layers that milestones[0] unfreezes.
+        train_bn: train batch normalisation in the frozen part, too.
+        backbone_lr_factor: learning rate of the backbone relative to the head's.
+        optimizer: any torch optimizer; default Adam with lr 0.001.
+        lr_scheduler: any torch scheduler; default MultiStepLR at milestones with lr_gamma.
+        lr_gamma: factor of the default scheduler.
+        lr_interval: step the scheduler every "epoch" or every "step".
+        seed: seed of the head's initial weights; follows --seed_everything.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet50",
+        weights: str = "DEFAULT",
+        hidden: list[int] = [256, 32],  # noqa: B006  (never changed; a list is what YAML gives)
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+        milestones: list[int] = [5, 10],  # noqa: B006
+        unfreeze_last: float = 0.5,
+        train_bn: bool = False,
+        backbone_lr_factor: float = 0.1,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_gamma: float = 0.3,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if sorted(milestones) != list(milestones) or len(milestones) > Stage.ALL:
+            raise ConfigError(f"--model.milestones must be at most two epochs in rising order, not {milestones}.")
+        if not 0 < unfreeze_last <= 1:
+            raise ConfigError(f"--model.unfreeze_last is a share, above 0 and at most 1, not {unfreeze_last}.")
+        if any(width < 1 for width in hidden):
+            raise ConfigError(f"--model.hidden must be positive widths, not {hidden}.")
+        self.backbone_name = backbone
+        self.weights = weights
+        self.hidden = list(hidden)
+        self.normalisation = {"mean": mean, "std": std}
+        self.milestones = list(milestones)
+        self.unfreeze_last = unfreeze_last
+        self.train_bn = train_bn
+        self.backbone_lr_factor = backbone_lr_factor
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_gamma = lr_gamma
+        self.lr_interval = lr_interval
+        self.seed = seed
+        self.stage = Stage.HEAD
+        self.net: Classifier
+        self.metrics: EvaluationMetrics
+        self.confusion: list[list[int]] = []
+
+    def configure_model(self) -> None:
+        """Build the network, once the data has said which classes there are (a Lightning hook)."""
+        if hasattr(self, "net"):
+            return
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.net = Classifier(
+                build_backbone(self.backbone_name, self.weights),
+                name=self.backbone_name,
+                classes=data.classes,
+                hidden=self.hidden,
+                image_size=data.image_size,
+                **self.normalisation,
+            )
+        self.resize = data.resize
+        self.metrics = EvaluationMetrics(data.classes)
+        self._apply_stage(Stage.HEAD if self.milestones else Stage.ALL)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] to logits [B, num_logits]."""
+        logits: Tensor = self.net(images)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss over the *global* batch.
+
+        Every rank divides by the size of the global batch and multiplies by the world size, which
+        DDP's averaging takes out again: so a last, smaller batch weighs each sample the same
+        however it falls on the ranks.
+        """
+        losses = per_sample_loss(self(batch["image"]), batch["label"])
+        total = torch.where(batch["mask"], losses, 0.0).sum()
+        loss: Tensor = total * (self.trainer.world_size / batch["global_size"])
+        self.log("train/loss", loss, sync_dist=True, prog_bar=True, batch_size=batch["global_size"])
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the metrics."""
+        logits = self(batch["image"])
+        losses = per_sample_loss(logits, batch["label"])
+        self.metrics.update(losses, probabilities(logits), batch["label"], batch["mask"])
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As :meth:`validation_step`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/…``."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/…``."""
+        self._log_metrics("test")
+
+    def on_train_epoch_start(self) -> None:
+        """Freeze and unfreeze by the epoch, also the first one after a resume."""
+        stage = stage_at(self.current_epoch, self.milestones) if self.milestones else Stage.ALL
+        if stage == self.stage:
+            return
+        log.info("epoch %d: training %s", self.current_epoch, stage.name.lower().replace("_", " "))
+        self._apply_stage(stage)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy):
+            # DDP synchronises the parameters that required gradients when it was made, and no others:
+            # without a new one the unfrozen layers would drift apart on the ranks, silently.
+            strategy.model = strategy._setup_model(self)
+
+    def train(self, mode: bool = True) -> TransferLearningModel:
+        """As ``nn.Module.train``, but a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if mode and hasattr(self, "net"):
+            self._apply_stage(self.stage)
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """All parameter groups from the start: head, last layers, first layers.
+
+        Frozen parameters have no gradient and are skipped; so the optimizer's state has the same
+        shape at every epoch, and loads after any resume.
+        """
+        optimizer = self.optimizer(self.net.head.parameters())
+        first, last = split_layers(self.net.backbone, self.unfreeze_last)
+        for layers in (last, first):
+            parameters = [p for layer in layers for p in layer.parameters(recurse=False)]
+            if parameters:
+                lr = optimizer.defaults["lr"] * self.backbone_lr_factor
+                optimizer.add_param_group({"params": parameters, "lr": lr})
+        if self.lr_scheduler is not None:
+            scheduler = self.lr_scheduler(optimizer)
+        else:
+            scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, self.milestones, self.lr_gamma)
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["monitor"] = scheduler.monitor
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what prediction needs to build the network without this class."""
+        checkpoint["classifier"] = {**self.net.spec(), "resize": self.resize}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another network, naming the difference."""
+        saved, ours = checkpoint.get("classifier", {}), {**self.net.spec(), "resize": self.resize}
+        different = [f"{key} was {saved.get(key)!r}, is {ours[key]!r}" for key in ours if saved.get(key) != ours[key]]
+        if different:
+            raise CheckpointError(
+                f"the checkpoint does not fit this run: {'; '.join(different)}. Use the settings it was trained with, "
+                "or another --run_dir."
+            )
+
+    def _apply_stage(self, stage: Stage) -> None:
+        self.stage = stage
+        apply_stage(self.net.backbone, stage, last_share=self.unfreeze_last, train_bn=self.train_bn)
+
+    def _log_metrics(self, part: str) -> None:
+        values, self.confusion = self.metrics.compute()
+        self.metrics.reset()
+        for name, value in values.items():
+            self.log(f"{part}/{name}", value, prog_bar=name in ("loss", "accuracy"))

@@ -1,0 +1,217 @@
+"""Classify images with a checkpoint, from Python or from the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from job import storage
+from job.data.datamodule import make_loader
+from job.data.dataset import ImageDataset, decode, resize_transform
+from job.data.index import Index, index_unlabelled
+from job.data.order import BatchOrder
+from job.data.source import default_cache_dir, is_archive, is_image, materialise
+from job.errors import ConfigError, DataError, StorageError
+from job.model.classifier import Classifier, from_spec, probabilities
+from job.train import checkpoint
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+ROWS_SHOWN = 20
+"""Predictions shown on the terminal; all of them go to --output."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image.
+
+    Attributes:
+        label: name of the most probable class.
+        probabilities: probability by class name, summing to 1.
+    """
+
+    label: str
+    probabilities: dict[str, float]
+
+
+class Predictor:
+    """A trained network and the preprocessing it was evaluated with; see :func:`load`."""
+
+    def __init__(self, net: Classifier, resize: str) -> None:
+        self.net = net.eval()
+        self.transform = resize_transform(net.image_size, "crop" if resize == "crop" else "squash")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, in the order of the network's outputs."""
+        return self.net.classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self.net.mean.device
+
+    def predict(
+        self, images: Iterable[bytes | str | Image.Image | npt.NDArray[np.uint8] | Tensor], batch_size: int = 32
+    ) -> list[Prediction]:
+        """Classify images.
+
+        Args:
+            images: each an encoded image (bytes), a URI or path, a Pillow image, a uint8 array [H, W, 3],
+                or a uint8 tensor [3, H, W].
+            batch_size: images at a time.
+
+        Raises:
+            DataError: one of them is no readable image.
+        """
+        found: list[Prediction] = []
+        batch: list[Tensor] = []
+        for image in images:
+            batch.append(self.transform(_to_tensor(image)))
+            if len(batch) == batch_size:
+                found += self.predict_batch(torch.stack(batch))
+                batch = []
+        return found + (self.predict_batch(torch.stack(batch)) if batch else [])
+
+    @torch.inference_mode()
+    def predict_batch(self, images: Tensor) -> list[Prediction]:
+        """Classify prepared images, uint8 [B, 3, S, S]."""
+        rows = probabilities(self.net(images.to(self.device))).cpu()
+        return [
+            Prediction(self.classes[int(row.argmax())], dict(zip(self.classes, row.tolist(), strict=True)))
+            for row in rows
+        ]
+
+
+def load(uri: str, device: str | None = None) -> Predictor:
+    """The model at ``uri``: a checkpoint file, or a run_dir (its best checkpoint).
+
+    Args:
+        device: a torch device; default: CUDA where there is one, else the CPU.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    saved = checkpoint.load(checkpoint.resolve(uri))
+    spec = dict(saved["classifier"])
+    resize = spec.pop("resize")
+    net = from_spec(spec)
+    prefix = "net."
+    net.load_state_dict({k.removeprefix(prefix): v for k, v in saved["state_dict"].items() if k.startswith(prefix)})
+    return Predictor(net.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), resize)
+
+
+def main(
+    ckpt: str,
+    input: str,
+    output: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    cache_dir: str | None = None,
+    max_bad_samples: int = 0,
+) -> None:
+    """Classify one image, a folder, an archive or everything under a bucket prefix.
+
+    Args:
+        ckpt: checkpoint file, or a run_dir, which means its best checkpoint.
+        input: URI of an image, a folder or prefix, or a .zip, .tar or .tar.gz.
+        output: URI of a JSON lines file to write: one object a readable image. With several processes
+            (torchrun), each writes its part, ``….part-RANK-of-WORLD``.
+        batch_size: images at a time.
+        num_workers: loader processes.
+        cache_dir: local folder where archives are unpacked. Default: ~/.cache/job.
+        max_bad_samples: unreadable images to tolerate; each is named, and past the limit the exit code says so.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    index = _rank_share(_index(input, cache_dir or default_cache_dir()), rank, world_size)
+    predictor = load(ckpt)
+    bad: list[str] = []
+    lines: list[dict[str, object]] = []
+    for sample, prediction in _predict_index(predictor, index, batch_size, num_workers, bad):
+        lines.append({"uri": index.uri(sample), **asdict(prediction)})
+    if rank == 0:
+        _print_table(lines, predictor.classes)
+    if output is not None:
+        part = output if world_size == 1 else f"{output}.part-{rank:05d}-of-{world_size:05d}"
+        storage.write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        Console(soft_wrap=True, stderr=True).print(f"{len(lines)} predictions in {part}", highlight=False)
+    if len(bad) > max_bad_samples:
+        shown = "\n  ".join(bad[:10])
+        raise DataError(f"{len(bad)} image(s) could not be read, {max_bad_samples} allowed:\n  {shown}")
+
+
+def _index(uri: str, cache_dir: str) -> Index:
+    if not is_archive(uri) and is_image(storage.basename(uri)) and storage.info(uri)["type"] == "file":
+        parent, _, key = uri.rpartition("/")
+        return Index(parent or ".", (key,), (-1,), ())
+    return index_unlabelled(materialise(uri, cache_dir))
+
+
+def _rank_share(index: Index, rank: int, world_size: int) -> Index:
+    keys = index.keys[rank::world_size]
+    return Index(index.root, keys, (-1,) * len(keys), ())
+
+
+def _predict_index(
+    predictor: Predictor, index: Index, batch_size: int, num_workers: int, bad: list[str]
+) -> Iterator[tuple[int, Prediction]]:
+    if batch_size < 1:
+        raise ConfigError(f"--batch_size must be at least 1, not {batch_size}.")
+    if not len(index):
+        return
+    dataset = ImageDataset(index, predictor.transform, image_size=predictor.net.image_size)
+    order = BatchOrder(len(index), batch_size, rank=0, world_size=1, seed=0, shuffle=False)
+    for batch in make_loader(dataset, order, 0 if storage.is_process_local(index.root) else num_workers):
+        if batch["error"]:
+            raise StorageError(batch["error"])
+        bad += batch["bad"]
+        predictions = predictor.predict_batch(batch["image"])
+        for sample, valid, prediction in zip(batch["sample"].tolist(), batch["mask"], predictions, strict=True):
+            if valid:
+                yield sample, prediction
+
+
+def _print_table(lines: list[dict[str, object]], classes: Sequence[str]) -> None:
+    table = Table()
+    table.add_column("image", overflow="fold")
+    table.add_column("class")
+    table.add_column("probability", justify="right")
+    for line in lines[:ROWS_SHOWN]:
+        chances = line["probabilities"]
+        assert isinstance(chances, dict)
+        table.add_row(str(line["uri"]), str(line["label"]), f"{chances[line['label']]:.4f}")
+    console = Console()
+    console.print(table)
+    if len(lines) > ROWS_SHOWN:
+        counts = {name: sum(line["label"] == name for line in lines) for name in classes}
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        console.print(f"… and {len(lines) - ROWS_SHOWN} more. In all: {told}", highlight=False)
+
+
+def _to_tensor(image: bytes | str | Image.Image | npt.NDArray[np.uint8] | Tensor) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    if isinstance(image, str):
+        try:
+            return decode(storage.read_bytes(image))
+        except DataError as error:
+            raise DataError(f"{image} {error}.") from error
+    if isinstance(image, bytes):
+        return decode(image)
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return decode(buffer.getvalue())
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)

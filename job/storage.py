@@ -1,0 +1,226 @@
+"""Files on any fsspec filesystem: the only module that knows buckets from disks.
+
+Every function takes a URI (``gs://``, ``s3://``, ``http(s)://``, ``memory://``, ``file://``) or a
+plain path, and raises :class:`~job.errors.StorageError` with that URI in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from job.errors import StorageError
+
+if os.environ.get("STORAGE_EMULATOR_HOST"):
+    # gcsfs probes a bucket's type over gRPC, which emulators do not speak: 60 s lost a call.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object under a listed prefix.
+
+    Attributes:
+        key: path relative to the prefix, ``/`` between its parts; a directory ends with ``/``.
+        size: bytes (0 for a directory).
+    """
+
+    key: str
+    size: int
+
+    @property
+    def is_dir(self) -> bool:
+        return self.key.endswith("/")
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of ``uri`` and the path within it.
+
+    Call it in the process that uses it: fsspec's asynchronous filesystems do not survive a fork
+    (https://github.com/fsspec/gcsfs/issues/379).
+    """
+    with _explained(uri, "open"):
+        return url_to_fs(uri)
+
+
+def is_local(uri: str) -> bool:
+    """True for a plain path or ``file://`` URI."""
+    return isinstance(filesystem(uri)[0], LocalFileSystem)
+
+
+def is_process_local(uri: str) -> bool:
+    """True where other processes cannot see the data (``memory://``)."""
+    return "memory" in _protocols(filesystem(uri)[0])
+
+
+def join(uri: str, *parts: str) -> str:
+    """``uri`` with ``parts`` below it."""
+    return "/".join([uri.rstrip("/") or "/", *(part.strip("/") for part in parts)])
+
+
+def basename(uri: str) -> str:
+    """The last part of a URI, without a query string (``https://host/a.zip?alt=media`` → ``a.zip``)."""
+    path = uri.split("?", 1)[0] if uri.startswith(("http://", "https://")) else uri
+    return path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def exists(uri: str) -> bool:
+    """Whether an object (or a prefix with something under it) is there."""
+    fs, path = filesystem(uri)
+    with _explained(uri, "look up"):
+        return bool(fs.exists(path))
+
+
+def info(uri: str) -> dict[str, Any]:
+    """What the filesystem knows of one object: ``size`` in bytes, ``type``, checksums."""
+    fs, path = filesystem(uri)
+    with _explained(uri, "look up"):
+        found: dict[str, Any] = fs.info(path)
+        return found
+
+
+def list_files(uri: str) -> list[Entry]:
+    """Everything below the prefix ``uri``, sorted by key.
+
+    Raises:
+        StorageError: nothing is there, or it may not be listed.
+    """
+    fs, path = filesystem(uri)
+    with _explained(uri, "list"):
+        fs.invalidate_cache()  # a listing from before somebody's upload would be silently stale
+        found = fs.find(path, withdirs=True, detail=True)
+        prefix = path.rstrip("/") + "/"
+        entries = []
+        for name, details in found.items():
+            key = name[len(prefix) :] if name.startswith(prefix) else ""
+            # Consoles make "folders" in buckets as empty objects whose name ends with a slash.
+            is_dir = details["type"] == "directory" or name.endswith("/")
+            if key.strip("/"):
+                size = 0 if is_dir else int(details.get("size") or 0)
+                entries.append(Entry(key.rstrip("/") + "/" if is_dir else key, size))
+        if not entries and not (isinstance(fs, LocalFileSystem) and fs.isdir(path)):
+            raise FileNotFoundError(path)
+    return sorted(entries, key=lambda entry: entry.key)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole object."""
+    fs, path = filesystem(uri)
+    with _explained(uri, "read"):
+        data: bytes = fs.cat_file(path)
+        return data
+
+
+def read_many(root: str, keys: list[str]) -> list[bytes]:
+    """Objects ``root/key``, fetched concurrently where the filesystem can.
+
+    Raises:
+        StorageError: one of them cannot be read; the message names it.
+    """
+    fs, path = filesystem(root)
+    paths = {key: fs._strip_protocol(f"{path.rstrip('/')}/{key}") for key in keys}
+    with _explained(root, "read"):
+        found = fs.cat(list(dict.fromkeys(paths.values())), on_error="return")
+    for key, name in paths.items():
+        if isinstance(found[name], Exception):
+            with _explained(join(root, key), "read"):
+                raise found[name]
+    return [found[paths[key]] for key in keys]
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write the object whole or not at all: readers see the old content or the new.
+
+    An object store's PUT is atomic by itself; a disk needs a temporary file and a rename.
+    """
+    fs, path = filesystem(uri)
+    with _explained(uri, "write"):
+        if isinstance(fs, LocalFileSystem):
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+            try:
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        else:
+            fs.pipe_file(path, data)
+
+
+def write_text(uri: str, text: str) -> None:
+    """:func:`write_bytes` of UTF-8."""
+    write_bytes(uri, text.encode())
+
+
+def download(uri: str, target: Path) -> None:
+    """Copy one object to the local file ``target``, streaming."""
+    fs, path = filesystem(uri)
+    with _explained(uri, "download"):
+        fs.get_file(path, str(target))
+
+
+def remove(uri: str) -> None:
+    """Delete one object; it is no error when it is already gone."""
+    fs, path = filesystem(uri)
+    with _explained(uri, "delete"), contextlib.suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+@contextlib.contextmanager
+def _explained(uri: str, action: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"cannot {action} {uri}: no such bucket, object or folder. Check the spelling; for a "
+            "bucket, also that it exists in the project of your credentials."
+        ) from error
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise StorageError(f"cannot {action} {uri}: {error.strerror or error}.") from error
+    except ImportError as error:
+        raise StorageError(f"cannot {action} {uri}: {error}.") from error
+    except ValueError as error:
+        raise StorageError(f"cannot {action} {uri}: {error}.") from error
+    except Exception as error:
+        if _is_denied(error):
+            raise StorageError(
+                f"cannot {action} {uri}: permission denied ({_first_line(error)}). Give the account the job "
+                "runs as the right to do this (on Google Cloud: roles/storage.objectUser on the bucket)."
+            ) from error
+        if isinstance(error, OSError) or _looks_remote(error):
+            raise StorageError(f"cannot {action} {uri}: {type(error).__name__}: {_first_line(error)}") from error
+        raise
+
+
+def _is_denied(error: Exception) -> bool:
+    code = getattr(error, "code", None) or getattr(error, "status", None)
+    return isinstance(error, PermissionError) or code in (401, 403, "401", "403")
+
+
+def _looks_remote(error: Exception) -> bool:
+    """Cloud clients raise their own families of exceptions, most of them not OSError."""
+    roots = ("aiohttp", "gcsfs", "google", "botocore", "s3fs", "requests", "asyncio", "fsspec")
+    return type(error).__module__.split(".")[0] in roots or isinstance(error, TimeoutError)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,0 +1,1 @@
+"""What happens around the training loop: checkpoints, throughput, the report, the trainer itself."""
