@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import logging
@@ -280,8 +281,8 @@ def _with_saved_config(args: list[str]) -> list[str]:
     """Put run_dir's own config.yaml before the arguments, unless they name one."""
     if any(arg.split("=")[0] in ("-c", "--config", "-h", "--help") for arg in args):
         return args
-    finder = jsonargparse.ArgumentParser(default_env=True, env_prefix=ENV_PREFIX, exit_on_error=False)
-    finder.add_argument("--run_dir", type=str)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--run_dir", default=os.environ.get(f"{ENV_PREFIX}_RUN_DIR"))
     run_dir = finder.parse_known_args(args)[0].run_dir
     if run_dir is None or not storage.exists(storage.join(run_dir, "config.yaml")):
         return args
@@ -305,4 +306,5 @@ def _set_up_logging() -> None:
     # The frozen backbone is in eval mode on purpose.
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=True)

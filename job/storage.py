@@ -39,6 +39,7 @@ class Entry:
 
     @property
     def is_dir(self) -> bool:
+        """Whether this is a folder, or a bucket's placeholder for one."""
         return self.key.endswith("/")
 
 
@@ -49,7 +50,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     (https://github.com/fsspec/gcsfs/issues/379).
     """
     with _explained(uri, "open"):
-        return url_to_fs(uri)
+        fs, path = url_to_fs(uri)
+        return fs, str(path)
 
 
 def is_local(uri: str) -> bool:
@@ -177,6 +179,13 @@ def remove(uri: str) -> None:
     fs, path = filesystem(uri)
     with _explained(uri, "delete"), contextlib.suppress(FileNotFoundError):
         fs.rm_file(path)
+
+
+def remove_tree(uri: str) -> None:
+    """Delete everything below a prefix; it is no error when nothing is there."""
+    fs, path = filesystem(uri)
+    with _explained(uri, "delete"), contextlib.suppress(FileNotFoundError):
+        fs.rm(path, recursive=True)
 
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:

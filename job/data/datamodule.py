@@ -121,12 +121,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Every training sample once an epoch, in the order of (seed, epoch)."""
-        transform: torch.nn.Module = resize_transform(self.image_size, self.resize)
-        if self.augment is None:
-            transform = v2.Compose([transform, v2.RandomHorizontalFlip()])
-        else:
-            transform = self.augment
-        return self._loader("train", transform, shuffle=True)
+        default = v2.Compose([resize_transform(self.image_size, self.resize), v2.RandomHorizontalFlip()])
+        return self._loader("train", self.augment or default, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every validation sample once."""
@@ -223,7 +219,7 @@ def make_loader(dataset: ImageDataset, order: BatchOrder, workers: int) -> DataL
         context.set_forkserver_preload(["job.data.dataset"])
     return DataLoader(
         dataset,
-        sampler=order,  # type: ignore[arg-type]  # yields plans, which ImageDataset takes as its index
+        sampler=order,  # yields plans, which ImageDataset takes as its index
         batch_size=None,
         num_workers=workers,
         multiprocessing_context=context,

@@ -9,7 +9,7 @@ from typing import Literal, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -135,7 +135,7 @@ def decode(content: bytes) -> Tensor:
             with Image.open(io.BytesIO(content)) as opened:
                 image = ImageOps.exif_transpose(opened)
                 pixels = np.asarray(_to_rgb(image))
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise DataError(f"is no image of a known format (it starts with {content[:12]!r})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"is refused as a decompression bomb: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error

@@ -25,7 +25,7 @@ class PlainProgress(ProgressBar):
         """Silence it (Lightning calls this on ranks other than 0)."""
         self.enabled = False
 
-    def on_train_batch_end(  # type: ignore[override]
+    def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Say where training stands, when it is time."""

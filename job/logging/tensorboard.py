@@ -16,10 +16,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from lightning_fabric.utilities.rank_zero import rank_zero_only
+from pytorch_lightning.loggers.logger import Logger
 from torch.utils.tensorboard import SummaryWriter
 
 from job import storage
@@ -67,10 +67,12 @@ class BucketTensorBoardLogger(Logger):
 
     @property
     def name(self) -> str:
+        """Kind of logger; part of no path."""
         return "tensorboard"
 
     @property
     def version(self) -> str:
+        """Empty: a run_dir holds one run."""
         return ""
 
     @property
@@ -92,7 +94,7 @@ class BucketTensorBoardLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add one scalar for each metric."""
         for key, value in metrics.items():
-            self.experiment.add_scalar(key, value.item() if isinstance(value, torch.Tensor) else value, step)
+            self.experiment.add_scalar(key, value, step)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:

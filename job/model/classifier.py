@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ class Classifier(nn.Module):
 
     @property
     def num_logits(self) -> int:
+        """Width of the output: 1 for two classes."""
         return 1 if len(self.classes) == 2 else len(self.classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ def build_head(features: int, hidden: Sequence[int], logits: int) -> nn.Sequenti
     """Linear layers ``features → hidden… → logits`` with ReLU between them."""
     widths = [features, *hidden]
     layers: list[nn.Module] = []
-    for width, following in zip(widths, widths[1:], strict=False):
+    for width, following in itertools.pairwise(widths):
         layers += [nn.Linear(width, following), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], logits))
 

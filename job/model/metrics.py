@@ -14,6 +14,9 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
+IGNORED = -1
+"""Label of a sample that does not count."""
+
 
 class EvaluationMetrics(nn.Module):
     """Loss, accuracy, macro F1, macro AUROC, accuracy a class and the confusion matrix."""
@@ -23,15 +26,15 @@ class EvaluationMetrics(nn.Module):
         self.classes = tuple(classes)
         count = len(classes)
         self.loss = MeanMetric()
-        self.accuracy = MulticlassAccuracy(count, average="micro")
-        self.f1 = MulticlassF1Score(count, average="macro")
-        self.auroc = MulticlassAUROC(count, average="macro")
-        self.confusion = MulticlassConfusionMatrix(count)
+        self.accuracy = MulticlassAccuracy(count, average="micro", ignore_index=IGNORED)
+        self.f1 = MulticlassF1Score(count, average="macro", ignore_index=IGNORED)
+        self.auroc = MulticlassAUROC(count, average="macro", ignore_index=IGNORED)
+        self.confusion = MulticlassConfusionMatrix(count, ignore_index=IGNORED)
 
     def update(self, losses: Tensor, probabilities: Tensor, labels: Tensor, mask: Tensor) -> None:
         """Add a batch: losses [B], probabilities [B, C], labels int64 [B]; samples outside ``mask`` do not count."""
         self.loss.update(losses, weight=mask.float())
-        probabilities, labels = probabilities[mask], labels[mask]
+        labels = torch.where(mask, labels, IGNORED)  # shapes stay the same, whatever the mask
         for metric in (self.accuracy, self.f1, self.auroc, self.confusion):
             metric.update(probabilities, labels)
 

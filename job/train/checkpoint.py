@@ -60,9 +60,7 @@ class Manifest:
 class VerifiedCheckpointIO(CheckpointIO):
     """Reads and writes Lightning's checkpoints through :mod:`job.storage`, never unpickling code."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write ``path``, then the manifest that makes it a checkpoint."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
@@ -234,7 +232,9 @@ class Checkpointer(Checkpoint):
         if trainer.is_global_zero:
             self._remove_superseded(trainer)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Write into the checkpoint how it ranks among the others."""
         value = trainer.callback_metrics.get(self.monitor)
         if value is None:

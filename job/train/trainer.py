@@ -7,8 +7,8 @@ import sys
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, RichProgressBar
-from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 
 from job.logging.progress import PlainProgress
 from job.logging.tensorboard import BucketTensorBoardLogger

@@ -1,0 +1,28 @@
+# make demo   the main job, on this machine         make test   all tests
+# make lint   style and types                       make unit   the quick tests
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?=
+
+.PHONY: demo test unit lint
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python -m job demo $(if $(DATA),--data "$(DATA)")
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest
+
+unit: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m "not integration"
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
