@@ -17,23 +17,30 @@ from typing import Any, Literal, NoReturn
 import jsonargparse
 import pytorch_lightning as pl
 import yaml
+from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
 from job import storage
+from job.cluster import ranks
 from job.data.datamodule import ImageDataModule
-from job.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, JobError
+from job.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, JobError, Preempted
 from job.logging.tensorboard import BucketTensorBoardLogger
 from job.model.module import TransferLearningModel
 from job.train import checkpoint
-from job.train.checkpoint import Checkpointer
+from job.train.checkpointer import Checkpointer
+from job.train.lease import Lease
+from job.train.preemption import Preemption
 from job.train.report import print_summary
-from job.train.trainer import build_trainer
+from job.train.trainer import evaluating_trainer, training_trainer
+from job.train.watchdog import Watchdog
 
 log = logging.getLogger("job")
 
 ENV_PREFIX = "JOB"
+EVALUATION_TIMEOUT = 1200.0
+"""Seconds that ranks wait for one another in validate and test."""
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -63,8 +70,15 @@ OURS = {
     "barebones",
     "model_registry",
     "enable_autolog_hparams",
+    "devices",
+    "num_nodes",
+    "max_steps",
+    "min_steps",
+    "fast_dev_run",
+    "overfit_batches",
+    "reload_dataloaders_every_n_epochs",
 }
-"""Trainer arguments that the job itself decides."""
+"""Trainer arguments that the job itself decides, or that would break an exact resume."""
 
 
 class TrainingCLI(LightningCLI):
@@ -108,6 +122,14 @@ class TrainingCLI(LightningCLI):
                 help="Continue from the newest checkpoint in run_dir: if there is one (auto), else fail (must), or "
                 "refuse a run_dir that has one (never).",
             )
+            parser.add_argument(
+                "--grace",
+                type=PositiveFloat,
+                default=25.0,
+                help="Seconds from SIGTERM or SIGUSR1 to the end of the process, its state saved. GKE Spot gives about "
+                "30 in all, and torchrun kills its workers 30 s after a SIGTERM.",
+            )
+            parser.add_class_arguments(Watchdog, "watchdog")
         else:
             parser.add_argument(
                 "--ckpt",
@@ -124,15 +146,11 @@ class TrainingCLI(LightningCLI):
         """Nothing yet: the trainer needs to know where the run resumes."""
         return None  # type: ignore[return-value]
 
-    def trainer_for(self, logger: BucketTensorBoardLogger | None) -> pl.Trainer:
-        """The Trainer, with the logger of this start, if it logs."""
-        settings = dict(self.config_init["trainer"])
-        return build_trainer(settings, [self.config_init["checkpoint"]], self.config["run_dir"], logger)
-
     def config_yaml(self) -> str:
-        """The resolved configuration, as ``--config`` of any verb takes it: how to resume is no part of it."""
+        """The resolved configuration, as ``--config`` of any verb takes it: what is of one start is no part of it."""
         config = self.config.clone()
-        config.pop("resume", None)
+        for name in ("resume", "grace", "watchdog"):
+            config.pop(name, None)
         text: str = self.parser.dump(config, skip_none=False, skip_validation=True)
         return text
 
@@ -140,19 +158,37 @@ class TrainingCLI(LightningCLI):
 def fit(args: list[str]) -> None:
     """Train, or continue training, a model into run_dir."""
     cli = TrainingCLI("fit", args)
-    run_dir = cli.config["run_dir"]
-    resumed = _resume_point(run_dir, cli.config["resume"])
-    logger = BucketTensorBoardLogger(
-        storage.join(run_dir, "tensorboard"), purge_step=resumed[1].global_step if resumed else 0
-    )
-    trainer = cli.trainer_for(logger)
-    if trainer.is_global_zero:
-        _save_config(run_dir, cli.config_yaml())
+    options = cli.config_init
+    run_dir, lease = options["run_dir"], Lease(options["run_dir"])
+    with (
+        Preemption(options["grace"]) as preemption,
+        ranks.process_group(options["watchdog"].startup_seconds),
+        lease.released_at_end(),
+    ):
+        ranks.from_rank_zero(lease.acquire)
+        resumed = ranks.from_rank_zero(lambda: _resume_point(run_dir, options["resume"]))
+        ranks.from_rank_zero(lambda: _save_config(run_dir, cli.config_yaml()))
+        trainer = training_trainer(
+            dict(options["trainer"]),
+            run_dir,
+            checkpointer=options["checkpoint"],
+            watchdog=options["watchdog"],
+            preemption=preemption,
+            lease=lease,
+            logger=BucketTensorBoardLogger(
+                storage.join(run_dir, "tensorboard"), purge_step=resumed.global_step if resumed else 0
+            ),
+        )
         if resumed:
-            log.info("resuming after epoch %d, step %d, from %s", resumed[1].epoch, resumed[1].global_step, resumed[0])
-    trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resumed[0] if resumed else None)
-    if trainer.is_global_zero:
-        print_summary(run_dir)
+            log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
+        preemption.training = True
+        trainer.fit(
+            cli.model,
+            datamodule=cli.datamodule,
+            ckpt_path=storage.join(run_dir, checkpoint.FOLDER, resumed.file) if resumed else None,
+        )
+        if trainer.is_global_zero:
+            print_summary(run_dir)
 
 
 def validate(args: list[str]) -> None:
@@ -172,6 +208,13 @@ def predict(args: list[str]) -> None:
     _function_parser(predict_main, args)
 
 
+def checkpoints(args: list[str]) -> None:
+    """List, verify or clean up the checkpoints of a run."""
+    from job.train.housekeeping import main as checkpoints_main
+
+    _function_parser(checkpoints_main, args)
+
+
 def demo(args: list[str]) -> None:
     """Run the whole job on this machine, with a bucket of its own."""
     from job.demo import main as demo_main
@@ -184,6 +227,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "validate": validate,
     "test": test,
     "predict": predict,
+    "checkpoints": checkpoints,
     "demo": demo,
 }
 
@@ -203,12 +247,24 @@ def main(argv: list[str] | None = None) -> None:
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ConfigError(f"unknown command {args[0]!r}.{hint}\n{_usage()}")
         VERBS[args[0]](args[1:])
+    except Preempted as error:
+        log.warning("%s", error)
+        _exit(error.exit_code)
     except JobError as error:
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        rank = f" (rank {ranks.rank()})" if ranks.world_size() > 1 else ""
         print(f"job: error{rank}: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        _exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _exit(code: int) -> NoReturn:
+    """End the process now: threads and process groups of a run that failed may wait for what never comes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if ranks.world_size() > 1:
+        os._exit(code)
+    sys.exit(code)
 
 
 def _usage() -> str:
@@ -223,7 +279,7 @@ def _function_parser(function: Callable[..., None], args: list[str]) -> None:
     function(**parser.parse_args(args).as_dict())
 
 
-def _resume_point(run_dir: str, resume: str) -> tuple[str, checkpoint.Manifest] | None:
+def _resume_point(run_dir: str, resume: str) -> checkpoint.Manifest | None:
     if resume == "never":
         if found := checkpoint.manifests(run_dir):
             raise ConfigError(
@@ -231,10 +287,10 @@ def _resume_point(run_dir: str, resume: str) -> tuple[str, checkpoint.Manifest] 
                 "Choose another --run_dir, or --resume=auto."
             )
         return None
-    found_newest = checkpoint.newest_trusted(run_dir)
-    if found_newest is None and resume == "must":
+    newest = checkpoint.newest_trusted(run_dir)
+    if newest is None and resume == "must":
         raise CheckpointError(f"--resume is must, but {run_dir} holds no checkpoint.")
-    return found_newest
+    return newest
 
 
 def _save_config(run_dir: str, text: str) -> None:
@@ -261,20 +317,22 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
     cli = TrainingCLI(verb, _with_saved_config(args))
-    uri = checkpoint.resolve(cli.config["ckpt"] or cli.config["run_dir"])
+    options = cli.config_init
     # The checkpoint brings the weights: pretrained ones would be fetched in vain.
     cli.model.weights = "none"
-    trainer = cli.trainer_for(logger=None)
-    results = getattr(trainer, verb)(cli.model, datamodule=cli.datamodule, ckpt_path=uri, verbose=False)
-    if trainer.is_global_zero:
-        table = Table(title=f"{verb} {uri}", title_justify="left")
-        table.add_column("metric")
-        table.add_column("value", justify="right")
-        for name, value in results[0].items():
-            table.add_row(name, f"{value:.4f}")
-        Console(soft_wrap=True).print(table)
-        report = {"ckpt": uri, "metrics": results[0], "confusion_matrix": cli.model.confusion}
-        storage.write_text(storage.join(cli.config["run_dir"], f"{verb}.json"), json.dumps(report, indent=2))
+    with ranks.process_group(EVALUATION_TIMEOUT):
+        uri = ranks.from_rank_zero(lambda: checkpoint.resolve(options["ckpt"] or options["run_dir"]))
+        trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"], options["checkpoint"])
+        results = getattr(trainer, verb)(cli.model, datamodule=cli.datamodule, ckpt_path=uri, verbose=False)
+        if trainer.is_global_zero:
+            table = Table(title=f"{verb} {uri}", title_justify="left")
+            table.add_column("metric")
+            table.add_column("value", justify="right")
+            for name, value in results[0].items():
+                table.add_row(name, f"{value:.4f}")
+            Console(soft_wrap=True).print(table)
+            report = {"ckpt": uri, "metrics": results[0], "confusion_matrix": cli.model.confusion}
+            storage.write_text(storage.join(options["run_dir"], f"{verb}.json"), json.dumps(report, indent=2))
 
 
 def _with_saved_config(args: list[str]) -> list[str]:
@@ -298,8 +356,10 @@ def _set_up_logging() -> None:
         stream=sys.stderr,
         force=True,
     )
-    for name in ("httpx", "fsspec", "gcsfs", "google", "torch.distributed"):
+    for name in ("httpx", "fsspec", "google", "torch.distributed", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It logs a traceback for each request that fails; our own error says what failed.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     # Values logged at validation come from synchronised metrics: they agree on all ranks already.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")

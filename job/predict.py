@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -16,9 +15,10 @@ from rich.table import Table
 from torch import Tensor
 
 from job import storage
-from job.data.datamodule import make_loader
+from job.cluster import ranks
 from job.data.dataset import ImageDataset, decode, resize_transform
 from job.data.index import Index, index_unlabelled
+from job.data.loader import BatchLoader
 from job.data.order import BatchOrder
 from job.data.source import default_cache_dir, is_archive, is_image, materialise
 from job.errors import ConfigError, DataError, StorageError
@@ -134,7 +134,7 @@ def main(
         cache_dir: local folder where archives are unpacked. Default: ~/.cache/job.
         max_bad_samples: unreadable images to tolerate; each is named, and past the limit the exit code says so.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = ranks.rank(), ranks.world_size()
     index = _rank_share(_index(input, cache_dir or default_cache_dir()), rank, world_size)
     predictor = load(ckpt)
     bad: list[str] = []
@@ -173,7 +173,7 @@ def _predict_index(
         return
     dataset = ImageDataset(index, predictor.transform, image_size=predictor.net.image_size)
     order = BatchOrder(len(index), batch_size, rank=0, world_size=1, seed=0, shuffle=False)
-    for batch in make_loader(dataset, order, 0 if storage.is_process_local(index.root) else num_workers):
+    for batch in BatchLoader(dataset, order, 0 if storage.is_process_local(index.root) else num_workers):
         if batch["error"]:
             raise StorageError(batch["error"])
         bad += batch["bad"]

@@ -1,24 +1,34 @@
 """Files on any fsspec filesystem: the only module that knows buckets from disks.
 
 Every function takes a URI (``gs://``, ``s3://``, ``http(s)://``, ``memory://``, ``file://``) or a
-plain path, and raises :class:`~job.errors.StorageError` with that URI in it.
+plain path, and raises :class:`~job.errors.StorageError` with that URI in it, or its kind
+:class:`~job.errors.StorageOutage` where the bucket itself is in trouble and a retry may help.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
+import io
+import logging
 import os
+import random
+import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from job.errors import StorageError
+from job.errors import StorageError, StorageOutage
+
+log = logging.getLogger(__name__)
 
 if os.environ.get("STORAGE_EMULATOR_HOST"):
     # gcsfs probes a bucket's type over gRPC, which emulators do not speak: 60 s lost a call.
@@ -49,8 +59,10 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Call it in the process that uses it: fsspec's asynchronous filesystems do not survive a fork
     (https://github.com/fsspec/gcsfs/issues/379).
     """
+    # An emulator asks for no credentials; gcsfs would look for some, on a network that may not be there.
+    emulated = os.environ.get("STORAGE_EMULATOR_HOST") and uri.startswith(("gs://", "gcs://"))
     with _explained(uri, "open"):
-        fs, path = url_to_fs(uri)
+        fs, path = url_to_fs(uri, **({"token": "anon"} if emulated else {}))
         return fs, str(path)
 
 
@@ -147,19 +159,61 @@ def write_bytes(uri: str, data: bytes) -> None:
     fs, path = filesystem(uri)
     with _explained(uri, "write"):
         if isinstance(fs, LocalFileSystem):
-            target = Path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-            try:
-                with temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
+            _write_and_rename(Path(path), io.BytesIO(data))
         else:
             fs.pipe_file(path, data)
+
+
+def upload(source: Path, uri: str) -> None:
+    """:func:`write_bytes` of a local file's content, and a check that it arrived.
+
+    Raises:
+        StorageOutage: what the store says it has is not what was sent.
+    """
+    fs, path = filesystem(uri)
+    with _explained(uri, "write"):
+        if isinstance(fs, LocalFileSystem):
+            with source.open("rb") as file:
+                _write_and_rename(Path(path), file)
+        else:
+            fs.put_file(str(source), path)
+            require_same(uri, fs.info(path), source)
+
+
+def require_same(uri: str, details: dict[str, Any], file: Path) -> None:
+    """Hold a local copy of ``uri`` against what its store says of it: size and, where known, MD5.
+
+    Raises:
+        StorageOutage: they differ: something was lost on the way.
+    """
+    size, expected, md5 = file.stat().st_size, details.get("size"), details.get("md5Hash")
+    if isinstance(expected, int) and size != expected:
+        raise StorageOutage(f"{uri}: {expected} bytes in the store, {size} here. Try again.")
+    if isinstance(md5, str):
+        with file.open("rb") as content:
+            found = base64.b64encode(hashlib.file_digest(content, "md5").digest()).decode()
+        if found != md5:
+            raise StorageOutage(f"{uri}: the content here does not match its MD5 ({found}, stored {md5}). Try again.")
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Write the object if there is none; returns whether this call made it. Of several callers one wins."""
+    fs, path = filesystem(uri)
+    with _explained(uri, "create"):
+        if isinstance(fs, LocalFileSystem):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+
+def write_many(root: str, contents: dict[str, bytes]) -> None:
+    """Write objects ``root/key``, concurrently where the filesystem can."""
+    fs, path = filesystem(root)
+    with _explained(root, "write"):
+        fs.pipe({f"{path.rstrip('/')}/{key}": content for key, content in contents.items()})
 
 
 def write_text(uri: str, text: str) -> None:
@@ -174,6 +228,31 @@ def download(uri: str, target: Path) -> None:
         fs.get_file(path, str(target))
 
 
+def retry(action: Callable[[], None], seconds: float, waiting: str) -> None:
+    """Do ``action``, again and again for ``seconds`` while the bucket is in trouble, with jittered backoff.
+
+    The filesystems themselves retry a request several times first.
+
+    Args:
+        waiting: what to say in the log when the first attempt fails.
+
+    Raises:
+        StorageOutage: the last failure.
+    """
+    deadline, pause = time.monotonic() + seconds, 0.5
+    while True:
+        try:
+            return action()
+        except StorageOutage as error:
+            if pause == 0.5:
+                log.warning("%s: %s", waiting, error)
+            pause = min(pause * 2, 16.0)
+            wait = pause * random.uniform(0.5, 1.0)
+            if time.monotonic() + wait > deadline:
+                raise
+            time.sleep(wait)
+
+
 def remove(uri: str) -> None:
     """Delete one object; it is no error when it is already gone."""
     fs, path = filesystem(uri)
@@ -186,6 +265,19 @@ def remove_tree(uri: str) -> None:
     fs, path = filesystem(uri)
     with _explained(uri, "delete"), contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=True)
+
+
+def _write_and_rename(target: Path, content: IO[bytes]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            shutil.copyfileobj(content, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
@@ -215,20 +307,24 @@ def _explained(uri: str, action: str) -> Iterator[None]:
                 f"cannot {action} {uri}: permission denied ({_first_line(error)}). Give the account the job "
                 "runs as the right to do this (on Google Cloud: roles/storage.objectUser on the bucket)."
             ) from error
-        if isinstance(error, OSError) or _looks_remote(error):
-            raise StorageError(f"cannot {action} {uri}: {type(error).__name__}: {_first_line(error)}") from error
+        if _looks_remote(error):
+            raise StorageOutage(f"cannot {action} {uri}: {type(error).__name__}: {_first_line(error)}") from error
+        if isinstance(error, OSError):
+            raise StorageError(f"cannot {action} {uri}: {error.strerror or _first_line(error)}.") from error
         raise
 
 
 def _is_denied(error: Exception) -> bool:
     code = getattr(error, "code", None) or getattr(error, "status", None)
-    return isinstance(error, PermissionError) or code in (401, 403, "401", "403")
+    told = isinstance(error, OSError) and str(error).startswith("Forbidden")  # gcsfs, without a code
+    return told or isinstance(error, PermissionError) or code in (401, 403, "401", "403")
 
 
 def _looks_remote(error: Exception) -> bool:
     """Cloud clients raise their own families of exceptions, most of them not OSError."""
     roots = ("aiohttp", "gcsfs", "google", "botocore", "s3fs", "requests", "asyncio", "fsspec")
-    return type(error).__module__.split(".")[0] in roots or isinstance(error, TimeoutError)
+    known = any(kind.__module__.split(".")[0] in roots for kind in type(error).__mro__)
+    return known or isinstance(error, (TimeoutError, ConnectionError))
 
 
 def _first_line(error: Exception) -> str:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from job import storage
+from job.cluster import ranks
 from job.data.dataset import Batch, ImageDataset, ResizeMode, resize_transform
 from job.data.index import Index, find_parts, index_class_folders, require_same_classes, split
+from job.data.loader import BatchLoader
 from job.data.order import BatchOrder
 from job.data.source import default_cache_dir, materialise
-from job.errors import ConfigError, DataError, JobError, StorageError
+from job.errors import ConfigError, DataError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -103,32 +104,29 @@ class ImageDataModule(pl.LightningDataModule):
         self._check_batch_size()
         if self.parts:
             return
-        found: dict[str, Index] | JobError = {}
-        if self._rank == 0:
-            try:
-                found = self._find_parts()
-            except JobError as error:
-                found = error
-        if self.trainer is not None:
-            # All ranks train on one listing, even while somebody is uploading.
-            found = self.trainer.strategy.broadcast(found)
-        if isinstance(found, JobError):
-            raise found
-        self.parts = found
-        if self._rank == 0:
-            sizes = ", ".join(f"{part} {len(index):,}" for part, index in found.items())
-            log.info("%d classes; images: %s", len(self.classes), sizes)
+        # All ranks train on one listing, even while somebody is uploading.
+        self.parts = ranks.from_rank_zero(self._find_parts)
+        sizes = ", ".join(f"{part} {len(index):,}" for part, index in self.parts.items())
+        log.info("%d classes; images: %s", len(self.classes), sizes)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run that resumes must have in common with this one, by name."""
+        return {
+            "data.train": self.parts["train"].fingerprint(),
+            "data.global_batch_size": self.global_batch_size,
+            "seed_everything": self.seed,
+        }
+
+    def train_dataloader(self) -> BatchLoader:
         """Every training sample once an epoch, in the order of (seed, epoch)."""
         default = v2.Compose([resize_transform(self.image_size, self.resize), v2.RandomHorizontalFlip()])
         return self._loader("train", self.augment or default, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> BatchLoader:
         """Every validation sample once."""
         return self._loader("val", resize_transform(self.image_size, self.resize), shuffle=False)
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> BatchLoader:
         """Every test sample once.
 
         Raises:
@@ -158,43 +156,38 @@ class ImageDataModule(pl.LightningDataModule):
             require_same_classes(parts["train"], parts[name])
         return parts
 
-    def _loader(self, part: str, transform: torch.nn.Module, *, shuffle: bool) -> DataLoader[Batch]:
+    def _loader(self, part: str, transform: torch.nn.Module, *, shuffle: bool) -> BatchLoader:
         index = self.parts[part]
         order = BatchOrder(
             len(index),
             self.global_batch_size,
-            rank=self._rank,
-            world_size=self._world_size,
+            rank=ranks.rank(),
+            world_size=ranks.world_size(),
             seed=self.seed,
             shuffle=shuffle,
         )
+        if self.trainer is not None:
+            # Lightning names the epoch only after loader processes have begun to fetch.
+            order.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         dataset = ImageDataset(index, transform, image_size=self.image_size, seed=self.seed)
-        return make_loader(dataset, order, self._workers(index))
+        return BatchLoader(dataset, order, self._workers(index))
 
     def _workers(self, index: Index) -> int:
         if storage.is_process_local(index.root):
             return 0  # another process would find an empty filesystem
         if self.num_workers is not None:
             return self.num_workers
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return max(len(os.sched_getaffinity(0)) // ranks_here, 1)
+        return max(len(os.sched_getaffinity(0)) // ranks.local_world_size(), 1)
 
     def _check_batch_size(self) -> None:
-        if self.global_batch_size % self._world_size:
-            below = self.global_batch_size - self.global_batch_size % self._world_size
-            nearest = " or ".join(str(n) for n in (below, below + self._world_size) if n)
+        world_size = ranks.world_size()
+        if self.global_batch_size % world_size:
+            below = self.global_batch_size - self.global_batch_size % world_size
+            nearest = " or ".join(str(n) for n in (below, below + world_size) if n)
             raise ConfigError(
-                f"--data.global_batch_size {self.global_batch_size} does not divide over {self._world_size} "
-                f"processes. Choose {nearest}."
+                f"--data.global_batch_size {self.global_batch_size} does not divide over {world_size} processes. "
+                f"Choose {nearest}."
             )
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer is not None else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
 
 
 def require_few_bad(bad: set[str], limit: int) -> None:
@@ -205,25 +198,3 @@ def require_few_bad(bad: set[str], limit: int) -> None:
             f"{len(bad)} unreadable image(s), {limit} allowed:\n  {shown}\n"
             "Repair or remove them, or allow some by --data.max_bad_samples."
         )
-
-
-def make_loader(dataset: ImageDataset, order: BatchOrder, workers: int) -> DataLoader[Batch]:
-    """A DataLoader whose items are whole batches.
-
-    Workers come from a fork server, which has imported torch but has never opened a filesystem:
-    fsspec's asynchronous ones hang when forked (https://github.com/fsspec/gcsfs/issues/379).
-    """
-    context = None
-    if workers:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["job.data.dataset"])
-    return DataLoader(
-        dataset,
-        sampler=order,  # yields plans, which ImageDataset takes as its index
-        batch_size=None,
-        num_workers=workers,
-        multiprocessing_context=context,
-        persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(),
-    )

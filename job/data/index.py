@@ -35,6 +35,13 @@ class Index:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def fingerprint(self) -> str:
+        """What tells this part from another: its size and a hash of keys and labels, but not where it lies."""
+        digest = hashlib.sha256(repr((self.classes, self.labels)).encode())
+        for key in self.keys:
+            digest.update(key.encode() + b"\0")
+        return f"{len(self):,} images, {digest.hexdigest()[:16]}"
+
     def uri(self, sample: int) -> str:
         """Where sample number ``sample`` lies."""
         return storage.join(self.root, self.keys[sample])
@@ -127,11 +134,11 @@ def _below(entries: list[Entry], folder: str) -> list[Entry]:
 
 
 def _unwrap(root: str, entries: list[Entry]) -> tuple[str, list[Entry]]:
-    """Step into a folder that is alone at its level, unless it is a part or a class folder."""
+    """Step into a folder that is alone at its level (but for files), unless it is a part or a class folder."""
     known = {folder for folders in PART_FOLDERS.values() for folder in folders}
     while True:
-        top = {e.key.split("/", 1)[0] for e in entries}
-        depth = min((e.key.count("/") for e in entries if not e.is_dir), default=0)
+        top = {_class_name(e) for e in entries if "/" in e.key and not e.key.startswith(".")}
+        depth = min((e.key.count("/") for e in entries if is_image(e.key)), default=0)
         if len(top) != 1 or top & known or depth < 2:
             return root, entries
         (folder,) = top

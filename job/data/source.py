@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fcntl
 import hashlib
@@ -14,7 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from job import storage
 from job.errors import DataError, StorageError
@@ -72,13 +71,13 @@ def materialise(uri: str, cache_dir: str) -> str:
     return str(target)
 
 
-def _fetch_and_unpack(uri: str, details: dict[str, object], cache: Path, target: Path) -> None:
+def _fetch_and_unpack(uri: str, details: dict[str, Any], cache: Path, target: Path) -> None:
     # Unpacked beside the target and renamed at the end: a killed process leaves no half-filled target.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=cache) as scratch:
         archive = Path(scratch) / storage.basename(uri)
         log.info("fetching %s", uri)
         storage.download(uri, archive)
-        _verify(uri, details, archive)
+        storage.require_same(uri, details, archive)
         content = Path(scratch) / "content"
         content.mkdir()
         try:
@@ -89,19 +88,6 @@ def _fetch_and_unpack(uri: str, details: dict[str, object], cache: Path, target:
                 raise  # the disk's trouble, not the archive's (a bad gzip stream has no errno)
             raise DataError(f"{uri} is not a readable archive: {error}. Upload it again.") from error
         content.rename(target)
-
-
-def _verify(uri: str, details: dict[str, object], archive: Path) -> None:
-    expected = details.get("size")
-    actual = archive.stat().st_size
-    if isinstance(expected, int) and actual != expected:
-        raise StorageError(f"{uri}: {actual} bytes arrived of {expected}. Try again.")
-    md5 = details.get("md5Hash")
-    if isinstance(md5, str):
-        with archive.open("rb") as file:
-            found = base64.b64encode(hashlib.file_digest(file, "md5").digest()).decode()
-        if found != md5:
-            raise StorageError(f"{uri}: the content does not match its MD5 ({found}, stored {md5}). Try again.")
 
 
 def _members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
@@ -115,12 +101,22 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
                     with zip_file.open(item) as member:
                         yield item.filename, member
     else:
+        if archive.name.lower().endswith(".tar"):
+            _require_end_of_tar(archive)  # tarfile takes a cut between two members for the end
         with tarfile.open(archive) as tar_file:
             for tar_item in tar_file:
                 if tar_item.isdir():
                     yield tar_item.name, None
                 elif tar_item.isfile():
                     yield tar_item.name, tar_file.extractfile(tar_item)
+
+
+def _require_end_of_tar(archive: Path) -> None:
+    """POSIX ends a tar archive by blocks of 512 zeros."""
+    with archive.open("rb") as file:
+        file.seek(-min(512, archive.stat().st_size), os.SEEK_END)
+        if file.read().strip(b"\0"):
+            raise tarfile.ReadError("it is cut short")
 
 
 def _write_member(uri: str, content: Path, name: str, member: IO[bytes] | None) -> None:

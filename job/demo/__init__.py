@@ -9,7 +9,7 @@ from pathlib import Path
 
 from job import storage
 from job.demo.digits import digit_images
-from job.demo.gcs_server import gcs_server
+from job.demo.gcs_server import create_bucket, gcs_server
 from job.demo.weights import efficientnet_lite0
 from job.errors import JobError
 
@@ -53,15 +53,13 @@ def main(folder: str = ".demo", data: str | None = None, processes: int = 2, fre
 
 
 def _fill_bucket(with_digits: bool) -> None:
-    fs, _ = storage.filesystem(BUCKET)
-    if not fs.exists(BUCKET):
-        fs.mkdir(BUCKET)
+    create_bucket(BUCKET)
     if not storage.exists(WEIGHTS):
         storage.write_bytes(WEIGHTS, efficientnet_lite0())
     if with_digits and not storage.exists(DIGITS):
         files = digit_images()
         _say(f"Uploading {len(files):,} images of handwritten digits to {DIGITS}")
-        fs.pipe({f"{DIGITS}/{key}": content for key, content in files.items()})
+        storage.write_many(DIGITS, files)
 
 
 def _run(command: list[str]) -> None:

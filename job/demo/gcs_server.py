@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
+from job import storage
 from job.errors import ConfigError
 
 
@@ -44,6 +45,13 @@ def gcs_server(folder: Path, port: int | None = None) -> Iterator[str]:
                 os.environ[name] = value
         process.terminate()
         process.wait()
+
+
+def create_bucket(uri: str) -> None:
+    """Make the bucket ``gs://NAME``, unless it is there."""
+    fs, name = storage.filesystem(uri)
+    if not fs.exists(name):
+        fs.mkdir(name)
 
 
 def free_port() -> int:

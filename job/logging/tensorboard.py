@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from job import storage
 from job.errors import StorageError
+from job.periodic import Periodic
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ class BucketTensorBoardLogger(Logger):
         self._writer: SummaryWriter | None = None
         self._staging: Path | None = None
         self._published: dict[Path, int] = {}
-        self._thread: threading.Thread | None = None
-        self._closing = threading.Event()
+        self._publisher: Periodic | None = None
+        self._failing_since: float | None = None
         # One publication at a time, and never while the writer is exchanged.
         self._lock = threading.RLock()
 
@@ -124,28 +125,20 @@ class BucketTensorBoardLogger(Logger):
             StorageError: the bucket took nothing for :data:`CLOSE_SECONDS`, and the run itself had not
                 failed. The message names the local folder where the events are kept.
         """
-        if self._thread is not None:
-            self._closing.set()
-            self._thread.join()
-            self._thread = None
+        if self._publisher is not None:
+            self._publisher.stop()
+            self._publisher = None
         if self._writer is None:
             return
         self._writer.close()
         self._writer = None
-        deadline = time.monotonic() + CLOSE_SECONDS
-        while True:
-            try:
-                self.save()
-                return
-            except StorageError as error:
-                if time.monotonic() < deadline:
-                    time.sleep(2.0)
-                    continue
-                message = f"TensorBoard events could not be published and are kept in {self._staging}: {error}"
-                if status == "success":
-                    raise StorageError(message) from error
-                log.error(message)
-                return
+        try:
+            storage.retry(self.save, CLOSE_SECONDS, "the last TensorBoard events wait")
+        except StorageError as error:
+            message = f"TensorBoard events could not be published and are kept in {self._staging}: {error}"
+            if status == "success":
+                raise type(error)(message) from error
+            log.error(message)
 
     def _open(self) -> None:
         local = storage.is_local(self.uri)
@@ -154,25 +147,22 @@ class BucketTensorBoardLogger(Logger):
                 storage.filesystem(self.uri)[1] if local else tempfile.mkdtemp(prefix="job-tensorboard-")
             )
         self._writer = SummaryWriter(str(self._staging), purge_step=self.purge_step, flush_secs=5)
-        if not local and self._thread is None:
-            self._closing.clear()
-            self._thread = threading.Thread(target=self._publish_live, name="tensorboard-publisher", daemon=True)
-            self._thread.start()
+        if not local and self._publisher is None:
+            self._publisher = Periodic("tensorboard-publisher", self.publish_seconds, self._publish_live)
 
     def _publish_live(self) -> None:
-        failing_since: float | None = None
-        while not self._closing.wait(self.publish_seconds):
-            try:
-                self.save()
-                self._rotate()
-            except StorageError as error:
-                if failing_since is None:
-                    log.warning("TensorBoard events wait in %s until the bucket takes them: %s", self._staging, error)
-                failing_since = failing_since or time.monotonic()
-            else:
-                if failing_since is not None:
-                    log.info("TensorBoard events are published again, after %.0f s", time.monotonic() - failing_since)
-                failing_since = None
+        try:
+            self.save()
+            self._rotate()
+        except StorageError as error:
+            if self._failing_since is None:
+                log.warning("TensorBoard events wait in %s until the bucket takes them: %s", self._staging, error)
+                self._failing_since = time.monotonic()
+        else:
+            if self._failing_since is not None:
+                seconds = time.monotonic() - self._failing_since
+                log.info("TensorBoard events are published again, after %.0f s", seconds)
+            self._failing_since = None
 
     def _rotate(self) -> None:
         """Begin a new file when the newest is large; the old one is published already and never changes again."""

@@ -9,9 +9,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
+from job.cluster import ranks
 from job.data.dataset import Batch
+from job.data.order import sample_seed
 from job.errors import CheckpointError, ConfigError
 from job.model.backbone import build_backbone
 from job.model.classifier import Classifier, per_sample_loss, probabilities
@@ -144,8 +146,22 @@ class TransferLearningModel(pl.LightningModule):
         """Log ``test/…``."""
         self._log_metrics("test")
 
+    def on_train_start(self) -> None:
+        """Freeze and unfreeze by the epoch that a resumed run is in."""
+        self._enter_epoch()
+
     def on_train_epoch_start(self) -> None:
-        """Freeze and unfreeze by the epoch, also the first one after a resume."""
+        """Freeze and unfreeze by the epoch."""
+        self._enter_epoch()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Draw what is random in this step (dropout, stochastic depth) from (seed, epoch, batch, rank) alone.
+
+        So a resumed run needs no generator's state, and draws the same.
+        """
+        torch.manual_seed(sample_seed(self.seed, self.current_epoch, batch_idx * ranks.world_size() + ranks.rank()))
+
+    def _enter_epoch(self) -> None:
         stage = stage_at(self.current_epoch, self.milestones) if self.milestones else Stage.ALL
         if stage == self.stage:
             return
@@ -186,6 +202,27 @@ class TransferLearningModel(pl.LightningModule):
             config["monitor"] = scheduler.monitor
         return {"optimizer": optimizer, "lr_scheduler": config}
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run that resumes must have in common with this one, by name.
+
+        Optimizer and scheduler belong to it: their settings come back from the checkpoint, so that other ones
+        would be ignored.
+        """
+        optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
+        found = {
+            "model.milestones": self.milestones,
+            "model.unfreeze_last": self.unfreeze_last,
+            "model.train_bn": self.train_bn,
+            "model.backbone_lr_factor": self.backbone_lr_factor,
+            "model.optimizer": f"{type(optimizer).__name__} {_plain(optimizer.defaults)}",
+            "model.lr_scheduler": f"MultiStepLR, lr_gamma {self.lr_gamma}",
+            "model.lr_interval": self.lr_interval,
+        }
+        if self.lr_scheduler is not None:
+            scheduler = self.lr_scheduler(optimizer)
+            found["model.lr_scheduler"] = f"{type(scheduler).__name__} {_plain(scheduler.state_dict())}"
+        return found
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what prediction needs to build the network without this class."""
         checkpoint["classifier"] = {**self.net.spec(), "resize": self.resize}
@@ -209,3 +246,9 @@ class TransferLearningModel(pl.LightningModule):
         self.metrics.reset()
         for name, value in values.items():
             self.log(f"{part}/{name}", value, prog_bar=name in ("loss", "accuracy"))
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those settings that are numbers, text or pairs of numbers, by name."""
+    kinds = (bool, int, float, str, tuple)
+    return {name: settings[name] for name in sorted(settings) if isinstance(settings[name], kinds)}

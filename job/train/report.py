@@ -15,34 +15,30 @@ from rich.console import Console
 from rich.table import Table
 
 from job import storage
-from job.train import checkpoint
+from job.train import accounting, checkpoint
+from job.train.accounting import Accounting
 
+FILE = "report.json"
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "fsspec", "gcsfs")
 
 
 class Report(Callback):
     """Measures throughput and writes ``<run_dir>/report.json`` at the end of a fit, on rank 0."""
 
-    def __init__(self) -> None:
-        self.started = datetime.now(UTC)
+    def __init__(self, accounting: Accounting) -> None:
+        self.accounting = accounting
         self.train_seconds = 0.0
         self.train_images = 0
-        self.first_step = 0
-        self._epoch_start: tuple[float, int] | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note where this start begins."""
-        self.first_step = trainer.global_step
+        self._epoch_start: float | None = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of the epoch."""
-        self._epoch_start = (time.monotonic(), trainer.global_step)
+        self._epoch_start = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Stop the clock at the last batch, before validation."""
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and self._epoch_start is not None:
-            began, _ = self._epoch_start
-            seconds, images = time.monotonic() - began, len(trainer.datamodule.parts["train"])  # type: ignore[attr-defined]
+            seconds, images = time.monotonic() - self._epoch_start, len(trainer.datamodule.parts["train"])  # type: ignore[attr-defined]
             self.train_seconds += seconds
             self.train_images += images
             self._epoch_start = None
@@ -50,45 +46,47 @@ class Report(Callback):
                 logger.log_metrics({"train/images_per_second": images / seconds}, step=trainer.global_step - 1)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the report, unless this start found the run finished already."""
-        if trainer.is_global_zero and trainer.global_step > self.first_step:
-            run_dir = trainer.default_root_dir
-            report = self._report(trainer, pl_module)
-            storage.write_text(storage.join(run_dir, "report.json"), json.dumps(report, indent=2, ensure_ascii=False))
+        """Write the report. Its figures come from the bucket, so that a run found finished has one, too."""
+        if trainer.is_global_zero:
+            report = json.dumps(self._report(trainer), indent=2, ensure_ascii=False)
+            storage.write_text(storage.join(trainer.default_root_dir, FILE), report)
 
-    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        committed = checkpoint.manifests(trainer.default_root_dir)
-        kept = {"best": checkpoint.best(committed), "last": committed[-1]} if committed else {}
+    def _report(self, trainer: pl.Trainer) -> dict[str, Any]:
+        run_dir, data = trainer.default_root_dir, trainer.datamodule  # type: ignore[attr-defined]
+        committed = checkpoint.manifests(run_dir)
+        last, best = committed[-1], (checkpoint.ranked(committed) or committed)[0]
+        starts = accounting.read(run_dir)
         return {
-            "run_dir": trainer.default_root_dir,
-            "started": self.started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "epochs": trainer.current_epoch,
-            "global_step": trainer.global_step,
+            "run_dir": run_dir,
+            "started": _iso(starts[0].began),
+            "finished": _iso(starts[-1].ended),
+            "epochs": last.epoch,
+            "global_step": last.global_step,
             "world_size": trainer.world_size,
             "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
             "classes": list(data.classes),
             "images": {part: len(index) for part, index in data.parts.items()},
             "bad_samples": sorted(data.bad_samples),
             "train_images_per_second": self.train_images / self.train_seconds if self.train_seconds else None,
-            "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
-            "confusion_matrix": {"rows": "true class", "columns": "predicted class", "counts": pl_module.confusion},
+            "metrics": last.metrics,
+            "confusion_matrix": {"rows": "true class", "columns": "predicted class", "counts": last.confusion_matrix},
             "checkpoints": {
-                which: {
-                    "uri": storage.join(trainer.default_root_dir, checkpoint.FOLDER, manifest.file),
-                    "epoch": manifest.epoch,
-                    manifest.monitor: manifest.value,
-                }
-                for which, manifest in kept.items()
+                which: {"uri": storage.join(run_dir, checkpoint.FOLDER, m.file), "epoch": m.epoch, m.monitor: m.value}
+                for which, m in (("best", best), ("last", last))
             },
+            "starts": len(starts),
+            "seconds": accounting.totals(starts),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         }
 
 
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
 def print_summary(run_dir: str) -> None:
     """Print metrics, where everything is, and the commands to type next, from ``report.json``."""
-    report = json.loads(storage.read_bytes(storage.join(run_dir, "report.json")))
+    report = json.loads(storage.read_bytes(storage.join(run_dir, FILE)))
     table = Table(title="Finished", show_header=False, title_justify="left")
     speed = report["train_images_per_second"]
     rows = {
@@ -98,6 +96,7 @@ def print_summary(run_dir: str) -> None:
         "best checkpoint": report["checkpoints"]["best"]["uri"],
         "epochs": f"{report['epochs']} ({report['global_step']} steps)",
         "speed": f"{speed:.1f} images/s training, {report['world_size']} process(es)" if speed else "-",
+        "time": _where_time_went(report["seconds"], report["starts"]),
         "run_dir": run_dir,
     }
     for name, value in rows.items():
@@ -107,3 +106,11 @@ def print_summary(run_dir: str) -> None:
     console.print("Next:", highlight=False)
     console.print(f"  tensorboard --logdir {storage.join(run_dir, 'tensorboard')}", highlight=False)
     console.print(f"  python -m job predict --ckpt {run_dir} --input IMAGE_OR_FOLDER", highlight=False)
+
+
+def _where_time_went(seconds: dict[str, float], starts: int) -> str:
+    parts = "  ".join(
+        f"{name.replace('_', ' ')} {seconds[name]:.0f}"
+        for name in ("step", "data_wait", "validation", "checkpoint_stall", "startup", "lost", "other")
+    )
+    return f"goodput {seconds['goodput']:.0%} of {seconds['wall']:.0f} s in {starts} start(s): {parts}"

@@ -2,39 +2,70 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
 import pytorch_lightning as pl
-from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+import torch
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, RichProgressBar
 
-from job.logging.progress import PlainProgress
+from job.cluster import ranks
+from job.errors import ConfigError
+from job.logging.progress import PlainProgress, log
 from job.logging.tensorboard import BucketTensorBoardLogger
-from job.train.checkpoint import VerifiedCheckpointIO
+from job.train.accounting import Accounting
+from job.train.checkpointer import Checkpointer
+from job.train.lease import Lease
+from job.train.loop import TrainingEpochLoop
+from job.train.preemption import Preemption
 from job.train.report import Report
+from job.train.watchdog import Watchdog
 
 
-def build_trainer(
-    settings: dict[str, Any], callbacks: list[Callback], run_dir: str | None, logger: BucketTensorBoardLogger | None
+def training_trainer(
+    settings: dict[str, Any],
+    run_dir: str,
+    *,
+    checkpointer: Checkpointer,
+    watchdog: Watchdog,
+    preemption: Preemption,
+    lease: Lease,
+    logger: BucketTensorBoardLogger,
 ) -> pl.Trainer:
-    """A Trainer from the user's ``settings`` (Trainer's own arguments) plus what this job always adds."""
+    """A Trainer that fits, from the user's ``settings`` (Trainer's own arguments) and what keeps a run alive."""
+    checkpointer.preemption = preemption
+    accounting = Accounting(checkpointer)
+    callbacks = [LearningRateMonitor(logging_interval="step"), accounting, Report(accounting), watchdog, checkpointer]
+    trainer = _trainer(settings, callbacks, [checkpointer.io], logger, run_dir)
+    trainer.fit_loop.epoch_loop = TrainingEpochLoop(
+        trainer,
+        [accounting.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps],
+    )
+    return trainer
+
+
+def evaluating_trainer(settings: dict[str, Any], run_dir: str, checkpointer: Checkpointer) -> pl.Trainer:
+    """A Trainer that validates or tests a checkpoint, and writes nothing."""
+    return _trainer(settings, [], [checkpointer.io], None, run_dir)
+
+
+def _trainer(
+    settings: dict[str, Any],
+    callbacks: list[Callback],
+    plugins: list[Any],
+    logger: BucketTensorBoardLogger | None,
+    run_dir: str,
+) -> pl.Trainer:
     settings = {**settings, **_processes(settings)}
-    chosen = settings.pop("callbacks", None) or []
-    added: list[Callback] = [*callbacks]
     if settings.pop("enable_progress_bar", None) is not False:
-        added.append(RichProgressBar() if sys.stderr.isatty() else PlainProgress())
-    if logger is not None:
-        added += [LearningRateMonitor(logging_interval="step"), Report()]
-    plugins = settings.pop("plugins", None) or []
+        callbacks = [*callbacks, RichProgressBar() if sys.stderr.isatty() else PlainProgress()]
     return pl.Trainer(
         **{
             **settings,
             "logger": logger or False,
             "default_root_dir": run_dir,
-            "callbacks": [*(chosen if isinstance(chosen, list) else [chosen]), *added],
-            "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), VerifiedCheckpointIO()],
+            "callbacks": [*_listed(settings.get("callbacks")), *callbacks],
+            "plugins": [*_listed(settings.get("plugins")), *plugins],
             # The data module itself gives each rank its share of every global batch.
             "use_distributed_sampler": False,
             "num_sanity_val_steps": 0,
@@ -43,12 +74,22 @@ def build_trainer(
     )
 
 
+def _listed(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [] if given is None else [given]
+
+
 def _processes(settings: dict[str, Any]) -> dict[str, Any]:
-    """Under torchrun, use the processes it started; else what the user said."""
-    if not TorchElasticEnvironment.detect():
-        return {}
-    local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    """As many as torchrun started, and one without it."""
+    world_size, local_world_size = ranks.world_size(), ranks.local_world_size()
+    if torch.cuda.device_count() > local_world_size and settings.get("accelerator") in ("auto", "gpu", "cuda"):
+        log.warning(
+            "%d GPUs are here, and %d in use: torchrun --nproc-per-node=gpu -m job fit … uses all of them",
+            torch.cuda.device_count(),
+            local_world_size,
+        )
+    if world_size % local_world_size:
+        raise ConfigError(f"{world_size} processes do not divide into nodes of {local_world_size}, as this one has.")
     strategy = settings.get("strategy") or "auto"
-    if strategy == "auto" and world > 1:
+    if strategy == "auto" and world_size > 1:
         strategy = "ddp"
-    return {"devices": local, "num_nodes": world // local, "strategy": strategy}
+    return {"devices": local_world_size, "num_nodes": world_size // local_world_size, "strategy": strategy}

@@ -1,0 +1,1 @@
+"""Which process this is among those of the job, and how they talk."""

@@ -1,0 +1,85 @@
+"""The processes that torchrun started: who this one is, and what rank 0 tells the others."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from job.errors import JobError, RankLost
+
+T = TypeVar("T")
+
+_ENDED_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "gloo", "timed out")
+
+
+def rank() -> int:
+    """This process's number among all, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size() -> int:
+    """How many of them run on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def process_group(timeout_seconds: float) -> Iterator[None]:
+    """The process group of the job, while the context lasts; nothing for a process alone.
+
+    Lightning uses a group that exists. torch chooses gloo for CPU tensors and NCCL for CUDA's.
+
+    Raises:
+        RankLost: another rank ended in the middle of a collective.
+    """
+    if world_size() == 1:
+        yield
+        return
+    with _lost_ranks_named():
+        dist.init_process_group(timeout=timedelta(seconds=timeout_seconds))
+        yield
+    # Only on the way out without an error: with one, other ranks may never come to meet this one.
+    dist.destroy_process_group()
+
+
+def from_rank_zero(function: Callable[[], T]) -> T:
+    """Call ``function`` on rank 0 alone and give its result to every rank.
+
+    Raises:
+        JobError: what ``function`` raised, the same on every rank.
+    """
+    if not dist.is_initialized():
+        return function()
+    told: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = function()
+        except JobError as error:
+            told[1] = error
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    result: T = told[0]
+    return result
+
+
+@contextlib.contextmanager
+def _lost_ranks_named() -> Iterator[None]:
+    """Turn a collective's failure into :class:`~job.errors.RankLost`: its cause stands in another rank's log."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's DistError is one, too
+        if isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in _ENDED_PEER):
+            raise RankLost(
+                f"another rank ended or does not answer ({str(error).splitlines()[0][:200]}). The cause is in its log."
+            ) from error
+        raise

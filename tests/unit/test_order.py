@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from job.data.order import BatchOrder, permute, sample_seed
+
+
+def seen(size: int, batch: int, world_size: int, epoch: int = 0, shuffle: bool = True) -> list[list[int]]:
+    """Valid samples of each global batch, the ranks' slices joined."""
+    orders = [
+        BatchOrder(size, batch, rank=rank, world_size=world_size, seed=7, shuffle=shuffle) for rank in range(world_size)
+    ]
+    for order in orders:
+        order.set_epoch(epoch)
+    return [[int(s) for plan in plans for s in plan.samples[plan.valid]] for plans in zip(*orders, strict=True)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
+def test_permutation_is_a_bijection(size: int) -> None:
+    assert sorted(permute(np.arange(size), size, "k").tolist()) == list(range(size))
+
+
+def test_permutation_looks_random() -> None:
+    # Neighbours land far apart and every position is equally likely to hold a small sample.
+    order = permute(np.arange(100_000), 100_000, "key")
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
+    halves = [(order[i : i + 10_000] < 50_000).mean() for i in range(0, 100_000, 10_000)]
+    assert max(abs(h - 0.5) for h in halves) < 0.03
+
+
+def test_permutation_needs_no_memory_for_the_data_set() -> None:
+    few = permute(np.arange(5), 10**12, "key")
+    assert len(set(few.tolist())) == 5
+    assert few.max() < 10**12
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("size", [1, 23, 24, 25, 47, 101])
+def test_every_sample_exactly_once_an_epoch(size: int, world_size: int) -> None:
+    batches = seen(size, 24, world_size)
+    assert sorted(s for batch in batches for s in batch) == list(range(size))
+
+
+def test_global_batches_do_not_depend_on_the_world_size() -> None:
+    expected = seen(101, 24, 1, epoch=3)
+    for world_size in (2, 3, 4, 8):
+        assert seen(101, 24, world_size, epoch=3) == expected
+
+
+def test_epochs_and_seeds_differ() -> None:
+    assert seen(101, 24, 1, epoch=0) != seen(101, 24, 1, epoch=1)
+    assert permute(np.arange(50), 50, "1/0").tolist() != permute(np.arange(50), 50, "2/0").tolist()
+
+
+def test_every_rank_gets_batches_of_one_shape() -> None:
+    order = BatchOrder(25, 24, rank=3, world_size=4, seed=0, shuffle=True)
+    assert [len(plan.samples) for plan in order] == [6, 6]
+    last = order.plan(0, 1)
+    assert not last.valid.any()
+    assert last.global_size == 1
+
+
+def test_iteration_can_start_at_any_batch_once() -> None:
+    order = BatchOrder(100, 10, rank=0, world_size=1, seed=0, shuffle=True)
+    whole = [plan.samples.tolist() for plan in order]
+    order.start_batch = 7
+    assert [plan.samples.tolist() for plan in order] == whole[7:]
+    assert [plan.samples.tolist() for plan in order] == whole
+
+
+def test_sample_seed_depends_on_all_its_arguments() -> None:
+    seeds = {sample_seed(s, e, i) for s in range(3) for e in range(3) for i in range(50)}
+    assert len(seeds) == 450
