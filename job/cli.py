@@ -16,7 +16,6 @@ from typing import Any, Literal, NoReturn
 
 import jsonargparse
 import pytorch_lightning as pl
-import yaml
 from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
@@ -167,10 +166,10 @@ def fit(args: list[str]) -> None:
     ):
         ranks.from_rank_zero(lease.acquire)
         resumed = ranks.from_rank_zero(lambda: _resume_point(run_dir, options["resume"]))
-        ranks.from_rank_zero(lambda: _save_config(run_dir, cli.config_yaml()))
         trainer = training_trainer(
             dict(options["trainer"]),
             run_dir,
+            config=cli.config_yaml(),
             checkpointer=options["checkpoint"],
             watchdog=options["watchdog"],
             preemption=preemption,
@@ -291,28 +290,6 @@ def _resume_point(run_dir: str, resume: str) -> checkpoint.Manifest | None:
     if newest is None and resume == "must":
         raise CheckpointError(f"--resume is must, but {run_dir} holds no checkpoint.")
     return newest
-
-
-def _save_config(run_dir: str, text: str) -> None:
-    """Write config.yaml; an earlier one that differs is kept beside it, and the difference told."""
-    uri = storage.join(run_dir, "config.yaml")
-    if storage.exists(uri):
-        before = storage.read_bytes(uri).decode()
-        old, new = _flatten(yaml.safe_load(before)), _flatten(yaml.safe_load(text))
-        changed = [f"{k}: {old.get(k)} → {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        if changed:
-            log.warning("settings changed since the last start: %s", "; ".join(changed))
-            number = 1
-            while storage.exists(kept := storage.join(run_dir, f"config.{number}.yaml")):
-                number += 1
-            storage.write_text(kept, before)
-    storage.write_text(uri, text)
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flatten(sub, f"{prefix}.{name}".strip(".")).items()}
 
 
 def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:

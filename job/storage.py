@@ -30,9 +30,19 @@ from job.errors import StorageError, StorageOutage
 
 log = logging.getLogger(__name__)
 
-if os.environ.get("STORAGE_EMULATOR_HOST"):
+
+def use_gcs_emulator(url: str) -> None:
+    """Let gs:// URIs mean the GCS server at ``url``, for this process and its children."""
+    os.environ["STORAGE_EMULATOR_HOST"] = url
     # gcsfs probes a bucket's type over gRPC, which emulators do not speak: 60 s lost a call.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+    # No credentials are asked for; gcsfs would look for some, on a network that may not be there.
+    os.environ["FSSPEC_GS_TOKEN"] = "anon"
+    fsspec.config.conf.setdefault("gs", {})["token"] = "anon"
+
+
+if os.environ.get("STORAGE_EMULATOR_HOST"):
+    use_gcs_emulator(os.environ["STORAGE_EMULATOR_HOST"])
 
 
 @dataclass(frozen=True)
@@ -59,10 +69,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Call it in the process that uses it: fsspec's asynchronous filesystems do not survive a fork
     (https://github.com/fsspec/gcsfs/issues/379).
     """
-    # An emulator asks for no credentials; gcsfs would look for some, on a network that may not be there.
-    emulated = os.environ.get("STORAGE_EMULATOR_HOST") and uri.startswith(("gs://", "gcs://"))
     with _explained(uri, "open"):
-        fs, path = url_to_fs(uri, **({"token": "anon"} if emulated else {}))
+        fs, path = url_to_fs(uri)
         return fs, str(path)
 
 
@@ -78,7 +86,7 @@ def is_process_local(uri: str) -> bool:
 
 def join(uri: str, *parts: str) -> str:
     """``uri`` with ``parts`` below it."""
-    return "/".join([uri.rstrip("/") or "/", *(part.strip("/") for part in parts)])
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def basename(uri: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
 import time
@@ -21,7 +20,7 @@ from job.errors import ConfigError
 def gcs_server(folder: Path, port: int | None = None) -> Iterator[str]:
     """Run the server on loopback with its buckets as folders below ``folder``; yields its URL.
 
-    While it runs, ``STORAGE_EMULATOR_HOST`` points this process and its children to it.
+    From then on gs:// means that server, for this process and its children.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
@@ -31,18 +30,11 @@ def gcs_server(folder: Path, port: int | None = None) -> Iterator[str]:
     # Its output goes to a file: an unread pipe would stall the server once it is full.
     with (folder.parent / f"{folder.name}.log").open("ab") as log_file:
         process = subprocess.Popen(command, stdout=log_file, stderr=log_file)
-    variables = {"STORAGE_EMULATOR_HOST": url, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
-    before = {name: os.environ.get(name) for name in variables}
     try:
         _wait(url, process)
-        os.environ.update(variables)
+        storage.use_gcs_emulator(url)
         yield url
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         process.terminate()
         process.wait()
 

@@ -15,6 +15,7 @@ from job.logging.progress import PlainProgress, log
 from job.logging.tensorboard import BucketTensorBoardLogger
 from job.train.accounting import Accounting
 from job.train.checkpointer import Checkpointer
+from job.train.config import SavedConfig
 from job.train.lease import Lease
 from job.train.loop import TrainingEpochLoop
 from job.train.preemption import Preemption
@@ -26,6 +27,7 @@ def training_trainer(
     settings: dict[str, Any],
     run_dir: str,
     *,
+    config: str,
     checkpointer: Checkpointer,
     watchdog: Watchdog,
     preemption: Preemption,
@@ -35,7 +37,14 @@ def training_trainer(
     """A Trainer that fits, from the user's ``settings`` (Trainer's own arguments) and what keeps a run alive."""
     checkpointer.preemption = preemption
     accounting = Accounting(checkpointer)
-    callbacks = [LearningRateMonitor(logging_interval="step"), accounting, Report(accounting), watchdog, checkpointer]
+    callbacks = [
+        SavedConfig(config),
+        LearningRateMonitor(logging_interval="step"),
+        accounting,
+        Report(accounting),
+        watchdog,
+        checkpointer,
+    ]
     trainer = _trainer(settings, callbacks, [checkpointer.io], logger, run_dir)
     trainer.fit_loop.epoch_loop = TrainingEpochLoop(
         trainer,

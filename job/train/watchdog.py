@@ -149,8 +149,8 @@ class Watchdog(Callback):
     def _end(self, pulse: Pulse) -> None:
         faulthandler.dump_traceback(all_threads=True)
         print(
-            f"job: rank {ranks.rank()} has made no progress for {pulse.waiting:.0f} s ({pulse.phase}, step {pulse.step}, "
-            f"limit {self._limit:.0f} s): ending it. Its stacks stand above.\n{self._others()}",
+            f"job: rank {ranks.rank()} has made no progress for {pulse.waiting:.0f} s, {pulse.phase} at step "
+            f"{pulse.step} (limit {self._limit:.0f} s): ending it. Its stacks stand above.\n{self._others()}",
             file=sys.stderr,
             flush=True,
         )

@@ -1,0 +1,201 @@
+"""The main job on real processes, from a real GCS server and back to it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COLOURS, TINY, environment, final_weights, options, picture, run, run_well, scalars
+
+import job
+from job import storage
+from job.demo.gcs_server import free_port
+
+pytestmark = pytest.mark.integration
+
+EPOCHS = 12
+STEPS = list(range(EPOCHS * 4))  # 32 of 40 images train, 8 a batch
+
+
+@pytest.fixture(scope="module")
+def fitted(gcs: str, gcs_colours: str) -> str:
+    """A run_dir in the bucket, from 2 processes."""
+    settings = options(TINY, data__root=gcs_colours, run_dir=f"{gcs}/fitted", trainer__max_epochs=EPOCHS)
+    run_well("fit", *settings, processes=2)
+    return f"{gcs}/fitted"
+
+
+def test_every_logged_step_is_in_the_bucket(fitted: str) -> None:
+    found = scalars(fitted)
+    assert [step for step, _ in found["train/loss"]] == STEPS
+    assert [step for step, _ in found["lr-Adam/pg1"]] == STEPS
+    assert [step for step, _ in found["val/accuracy"]] == STEPS[3::4]
+    assert {"val/loss", "val/f1", "val/auroc", "val/accuracy_of/blue", "accounting/goodput"} <= found.keys()
+
+
+def test_tensorboard_itself_reads_it_from_the_bucket(fitted: str) -> None:
+    port = free_port()
+    server = subprocess.Popen(
+        # Its fast loader, written in Rust, knows the real GCS and no emulator.
+        [
+            sys.executable,
+            "-m",
+            "tensorboard.main",
+            "--load_fast=false",
+            f"--logdir={fitted}/tensorboard",
+            f"--port={port}",
+        ],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        query = urllib.parse.urlencode({"run": ".", "tag": "train/loss"})
+        found: list[list[float]] = []
+        for _ in range(60):
+            time.sleep(1)
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                url = f"http://127.0.0.1:{port}/data/plugin/scalars/scalars?{query}"
+                found = json.load(urllib.request.urlopen(url))
+                if len(found) == len(STEPS):
+                    break
+    finally:
+        server.terminate()
+        server.wait()
+    assert [step for _, step, _ in found] == STEPS
+
+
+def test_the_report_and_the_resolved_configuration(fitted: str) -> None:
+    report = json.loads(storage.read_bytes(f"{fitted}/report.json"))
+    assert (report["world_size"], report["epochs"], report["global_step"]) == (2, EPOCHS, len(STEPS))
+    assert report["classes"] == ["blue", "red"]
+    assert report["images"] == {"train": 32, "val": 8}
+    assert sum(map(sum, report["confusion_matrix"]["counts"])) == 8
+    assert report["metrics"]["val/accuracy"] == scalars(fitted)["val/accuracy"][-1][1]
+    assert 0 < report["seconds"]["goodput"] < 1
+    assert sum(v for k, v in report["seconds"].items() if k not in ("goodput", "wall")) == pytest.approx(
+        report["seconds"]["wall"]
+    )
+    config = storage.read_bytes(f"{fitted}/config.yaml").decode()
+    assert "backbone: timm/test_resnet" in config
+
+
+def test_predicting_from_the_bucket(fitted: str, gcs: str) -> None:
+    for name in ("blue", "red"):
+        for n in range(6):
+            storage.write_bytes(f"{gcs}/new/{name}{n}.jpg", picture(COLOURS[name], 9000 + n))
+    shown = run_well("predict", "--ckpt", fitted, "--input", f"{gcs}/new", "--output", f"{gcs}/predictions.jsonl")
+    assert f"{gcs}/new/blue0.jpg" in shown.stdout
+    lines = [json.loads(line) for line in storage.read_bytes(f"{gcs}/predictions.jsonl").splitlines()]
+    assert len(lines) == 12
+    assert all(sum(line["probabilities"].values()) == pytest.approx(1) for line in lines)
+    right = [line["label"] in line["uri"].rpartition("/")[2] for line in lines]
+    assert sum(right) >= 11
+    assert {line["label"] for line in lines} == {"blue", "red"}  # one logit, two answers
+
+    predictor = job.load(fitted)
+    assert predictor.classes == ("blue", "red")
+    found = predictor.predict([f"{gcs}/new/red1.jpg", picture(COLOURS["red"], 9001)])
+    by_uri = {line["uri"]: line["probabilities"] for line in lines}
+    for prediction in found:
+        assert prediction.probabilities == pytest.approx(by_uri[f"{gcs}/new/red1.jpg"], abs=1e-5)
+
+
+def test_two_processes_predict_every_image_once(fitted: str, gcs: str, gcs_colours: str) -> None:
+    output = f"{gcs}/parts/p.jsonl"
+    run_well("predict", "--ckpt", fitted, "--input", gcs_colours, "--output", output, processes=2)
+    uris = [
+        json.loads(line)["uri"]
+        for entry in storage.list_files(f"{gcs}/parts")
+        for line in storage.read_bytes(f"{gcs}/parts/{entry.key}").splitlines()
+    ]
+    assert len(uris) == len(set(uris)) == 40
+
+
+def test_validating_again_finds_the_same(fitted: str) -> None:
+    run_well("validate", "--run_dir", fitted, "--ckpt", f"{fitted}/checkpoints/last", processes=2)
+    again = json.loads(storage.read_bytes(f"{fitted}/validate.json"))["metrics"]
+    metrics = json.loads(storage.read_bytes(f"{fitted}/report.json"))["metrics"]
+    assert again == pytest.approx(metrics, rel=1e-5)
+
+
+def test_a_finished_run_stays_finished(fitted: str) -> None:
+    before = final_weights(fitted)
+    result = run_well("fit", "--config", f"{fitted}/config.yaml", processes=2)
+    assert "Finished" in result.stdout
+    after = final_weights(fitted)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [step for step, _ in scalars(fitted)["train/loss"]] == STEPS
+
+
+def test_a_run_is_not_started_over_by_mistake(fitted: str) -> None:
+    result = run("fit", "--config", f"{fitted}/config.yaml", "--resume=never")
+    assert result.returncode == 2
+    assert "--resume is never" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"data__global_batch_size": 4}, "data.global_batch_size was 8, is 4"),
+        ({"model__hidden": "[9]"}, "hidden was [8], is [9]"),
+        ({"model__optimizer": "torch.optim.SGD"}, "model.optimizer was Adam"),
+    ],
+)
+def test_going_on_with_other_settings_is_refused(fitted: str, changes: dict[str, object], told: str) -> None:
+    more = {**changes, "trainer__max_epochs": EPOCHS + 1}
+    result = run("fit", "--config", f"{fitted}/config.yaml", *options({}, **more))
+    assert result.returncode == 2
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_going_on_with_other_images_is_refused(gcs: str, fitted: str, gcs_colours: str) -> None:
+    for entry in storage.list_files(gcs_colours):
+        if not entry.is_dir:
+            storage.write_bytes(f"{gcs}/more/{entry.key}", storage.read_bytes(f"{gcs_colours}/{entry.key}"))
+    storage.write_bytes(f"{gcs}/more/red/new.jpg", picture(COLOURS["red"], 1))
+    result = run("fit", "--config", f"{fitted}/config.yaml", "--data.root", f"{gcs}/more", "--trainer.max_epochs=13")
+    assert result.returncode == 2
+    assert "data.train was 32 images" in result.stderr
+
+
+def test_other_data_sets_and_optimizers_by_configuration(tmp_path: Path, colours: Path) -> None:
+    """Environment variables, a YAML file and flags; early stopping, SGD, step-wise cosine; a third class."""
+    from conftest import picture_files, write_files
+
+    write_files(colours, picture_files(["green"], 20))
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "model:\n"
+        "  optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}\n"
+        "  lr_scheduler: {class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {T_max: 30}}\n"
+        "  lr_interval: step\n"
+        "trainer:\n"
+        "  callbacks:\n"
+        "    - class_path: pytorch_lightning.callbacks.EarlyStopping\n"
+        "      init_args: {monitor: val/loss, patience: 1, min_delta: 100.0}\n"
+    )
+    run_well(
+        "fit",
+        "--config",
+        config,
+        *options(TINY, data__root=colours, trainer__max_epochs=9),
+        JOB_RUN_DIR=str(tmp_path / "run"),
+    )
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["epochs"] == 2  # stopped: no improvement by 100
+    assert report["classes"] == ["blue", "green", "red"]
+    rates = [value for _, value in scalars(str(tmp_path / "run"))["lr-SGD/pg1"]]
+    assert rates[0] == pytest.approx(0.05)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates))

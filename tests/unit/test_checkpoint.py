@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from job import storage
+from job.errors import CheckpointError, LeaseError, StorageError
+from job.train import checkpoint
+from job.train.checkpoint import Manifest
+from job.train.checkpoint_io import FACTS, BackgroundCheckpointIO
+from job.train.checkpointer import Checkpointer
+from job.train.housekeeping import main as checkpoints
+from job.train.lease import Lease
+
+
+def state(step: int, value: float | None = None, epoch: int = 0, mode: str = "max") -> dict[str, Any]:
+    facts = {"epoch": epoch, "batch": 1, "global_step": step, "monitor": "val/accuracy", "mode": mode}
+    metrics = {} if value is None else {"val/accuracy": value}
+    return {
+        "state_dict": {"w": torch.full((1000,), float(step))},
+        "classifier": {"backbone": "resnet18"},
+        FACTS: {**facts, "metrics": metrics, "confusion_matrix": []},
+    }
+
+
+def save(run_dir: str, *states: dict[str, Any]) -> BackgroundCheckpointIO:
+    io = BackgroundCheckpointIO(upload_seconds=5)
+    for one in states:
+        facts = one[FACTS]
+        name = f"epoch={facts['epoch']:03d}-step={facts['global_step']:08d}.ckpt"
+        io.save_checkpoint(one, storage.join(run_dir, "checkpoints", name))
+    io.wait()
+    return io
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> str:
+    return str(tmp_path / "run")
+
+
+def test_best_and_last_are_chosen_by_the_manifests(run_dir: str) -> None:
+    save(run_dir, state(10, 0.9), state(20, 0.7), state(25))
+    assert checkpoint.resolve(run_dir).endswith("step=00000010.ckpt")
+    assert checkpoint.resolve(f"{run_dir}/checkpoints/best").endswith("step=00000010.ckpt")
+    assert checkpoint.resolve(f"{run_dir}/checkpoints/last").endswith("step=00000025.ckpt")
+    low = [Manifest("f", 1, "", 0, 0, s, "val/loss", "min", {"val/loss": v}, []) for s, v in ((1, 0.3), (2, 0.2))]
+    assert [m.global_step for m in checkpoint.ranked(low)] == [2, 1]
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        checkpoint.resolve(run_dir + "/elsewhere")
+
+
+def test_a_snapshot_is_of_its_moment(run_dir: str) -> None:
+    """Training goes on while the copy is written; the copy's buffers are used again."""
+    one = state(10)
+    io = BackgroundCheckpointIO(upload_seconds=5)
+    for step in (10, 20):
+        one["state_dict"]["w"].fill_(step)
+        one[FACTS]["global_step"] = step
+        io.save_checkpoint(one, f"{run_dir}/checkpoints/epoch=000-step={step:08d}.ckpt")
+        one["state_dict"]["w"].fill_(-1)
+    io.wait()
+    for manifest in checkpoint.manifests(run_dir):
+        loaded = checkpoint.load(f"{run_dir}/checkpoints/{manifest.file}")
+        assert loaded["state_dict"]["w"].unique().tolist() == [manifest.global_step]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest", "manifest cut", "gone"])
+def test_a_bad_newest_checkpoint_is_named_and_an_older_one_used(
+    damage: str, run_dir: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(run_dir, state(10), state(20))
+    newest = Path(run_dir) / "checkpoints" / "epoch=000-step=00000020.ckpt"
+    manifest = Path(str(newest) + ".json")
+    content = newest.read_bytes()
+    if damage == "truncated":
+        newest.write_bytes(content[:-1])
+    elif damage == "flipped":
+        newest.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
+    elif damage == "no manifest":
+        manifest.unlink()
+    elif damage == "manifest cut":
+        manifest.write_bytes(manifest.read_bytes()[:50])
+    else:
+        newest.unlink()
+    found = checkpoint.newest_trusted(run_dir)
+    assert found is not None
+    assert found.global_step == 10
+    if damage != "no manifest":  # that one was never finished: nothing went wrong
+        assert "step=00000020" in caplog.text
+    if damage in ("truncated", "flipped"):
+        with pytest.raises(CheckpointError, match="is damaged"):
+            checkpoint.load(str(newest))
+
+
+def test_no_good_checkpoint_at_all_is_an_error(run_dir: str) -> None:
+    assert checkpoint.newest_trusted(run_dir) is None
+    save(run_dir, state(10))
+    (Path(run_dir) / "checkpoints" / "epoch=000-step=00000010.ckpt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
+        checkpoint.newest_trusted(run_dir)
+
+
+def test_a_failed_upload_is_raised_and_the_state_kept(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    io = BackgroundCheckpointIO(upload_seconds=1)
+    io.save_checkpoint(state(10), f"{tmp_path}/file/checkpoints/epoch=000-step=00000010.ckpt")
+    with pytest.raises(StorageError, match="could not be saved") as caught:
+        io.wait()
+    kept = Path(str(caught.value).rpartition("kept in ")[2].rstrip("."))
+    assert torch.load(kept, weights_only=True)["state_dict"]["w"][0] == 10
+    io.wait()  # told once
+
+
+def test_an_unexpected_failure_in_the_thread_is_raised_too(run_dir: str) -> None:
+    io = BackgroundCheckpointIO(upload_seconds=1, after_commit=lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+    io.save_checkpoint(state(10), f"{run_dir}/checkpoints/epoch=000-step=00000010.ckpt")
+    with pytest.raises(ZeroDivisionError):
+        io.wait()
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"keep_last": 2, "keep_best": 1}, [1, 5, 6]),
+        ({"keep_last": 1, "keep_best": 2}, [1, 3, 6]),
+        ({"keep_last": 1, "keep_best": 0, "keep_every_n_epochs": 2}, [2, 4, 6]),
+    ],
+)
+def test_retention(options: dict[str, int], kept: list[int], run_dir: str) -> None:
+    states = [state(10 * e, v, epoch=e) for e, v in enumerate((0.9, 0.2, 0.8, 0.3, 0.4, 0.5), start=1)]
+    for one in states:
+        one[FACTS]["batch"] = 0
+    save(run_dir, *states)
+    keeper = Checkpointer(**options)  # type: ignore[arg-type]
+    keeper.run_dir = run_dir
+    keeper._remove_superseded()
+    assert [m.epoch for m in checkpoint.manifests(run_dir)] == kept
+    assert checkpoint.uncommitted(run_dir) == []
+
+
+def test_housekeeping(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    save(run_dir, state(10, 0.5), state(20))
+    checkpoints("ls", run_dir)
+    assert "step=00000020" in capsys.readouterr().out
+    checkpoints("verify", run_dir)
+    storage.write_bytes(f"{run_dir}/checkpoints/epoch=000-step=00000099.ckpt", b"half")
+    checkpoints("gc", run_dir)
+    assert "1 leftover(s)" in capsys.readouterr().out
+    assert len(checkpoint.manifests(run_dir)) == 2
+    storage.write_bytes(f"{run_dir}/checkpoints/epoch=000-step=00000010.ckpt", b"other")
+    with pytest.raises(CheckpointError, match="1 of 2 checkpoints are damaged"):
+        checkpoints("verify", run_dir)
+
+
+def test_a_lease_is_held_by_one_job(run_dir: str) -> None:
+    first = Lease(run_dir, seconds=2)
+    first.acquire()
+    second = Lease(run_dir, seconds=2)
+    second.mine.job = "another"
+    with pytest.raises(LeaseError, match="another job is writing"):
+        second.acquire()
+    first.raise_if_lost()
+    first.release()
+    second.acquire()
+    second.release()
+    assert not storage.exists(f"{run_dir}/lease.json")
+
+
+def test_the_lease_of_a_dead_job_runs_out_and_a_revived_one_notices(run_dir: str) -> None:
+    first = Lease(run_dir, seconds=2)
+    first.acquire()
+    assert first._renewal is not None
+    first._renewal.stop()  # as if the machine were gone
+    second = Lease(run_dir, seconds=2)
+    second.mine.job = "another"
+    second.acquire()
+    first._renew()
+    with pytest.raises(LeaseError, match="taken over"):
+        first.raise_if_lost()
+    first.release()
+    assert storage.exists(f"{run_dir}/lease.json")
+    second.release()
+
+
+def test_a_process_that_died_here_is_not_waited_for(run_dir: str) -> None:
+    dead = Lease(run_dir)
+    dead.mine.job, dead.mine.process = "dead", dead.mine.process.replace("/", "9/", 1)
+    storage.write_bytes(dead.uri, json.dumps(asdict(dead.mine)).encode())
+    lease = Lease(run_dir, seconds=600)  # the test's time limit is shorter
+    lease.acquire()
+    lease.release()
