@@ -72,6 +72,15 @@ def from_rank_zero(function: Callable[[], T]) -> T:
     return result
 
 
+def union(mine: set[str]) -> set[str]:
+    """What is in any rank's set; called by all ranks together."""
+    if not dist.is_initialized():
+        return mine
+    everyones: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyones, mine)
+    return set().union(*everyones)
+
+
 @contextlib.contextmanager
 def _lost_ranks_named() -> Iterator[None]:
     """Turn a collective's failure into :class:`~job.errors.RankLost`: its cause stands in another rank's log."""

@@ -147,6 +147,11 @@ class ImageDataModule(pl.LightningDataModule):
         require_few_bad(self.bad_samples, self.max_bad_samples)
         return batch
 
+    def share_bad_samples(self) -> None:
+        """Tell all ranks which samples any of them could not read, at the end of an epoch."""
+        self.bad_samples = ranks.union(self.bad_samples)
+        require_few_bad(self.bad_samples, self.max_bad_samples)
+
     def _find_parts(self) -> dict[str, Index]:
         local = {name: materialise(uri, self.cache_dir) for name, uri in self.uris.items() if uri is not None}
         parts = find_parts(local["root"]) if "root" in local else {n: index_class_folders(u) for n, u in local.items()}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
+import os
+import threading
 import time
 from collections.abc import Iterator
 
@@ -38,19 +39,20 @@ class BatchLoader(DataLoader[Batch]):
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=context,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=_live_and_die_with_parent,
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
         self.order = order
         self.batches_taken = 0
+        self._resume_at = 0
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        self.batches_taken = self.order.start_batch
-        iterator = super().__iter__()
-        return self._counted(iterator)
+        # torch asks the sampler for its iterator twice, so that it is not the sampler who forgets the start.
+        self.batches_taken, self.order.start_batch, self._resume_at = self._resume_at, self._resume_at, 0
+        return self._counted(super().__iter__())
 
     def _counted(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
         while True:
@@ -68,10 +70,21 @@ class BatchLoader(DataLoader[Batch]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next iteration, and that one alone, behind the batches of ``state``."""
-        self.order.start_batch = state["batch"]
+        self._resume_at = state["batch"]
 
 
-def _outlive_signals(worker: int) -> None:
-    """A signal to the whole process group must leave the workers serving until the rank has saved."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _live_and_die_with_parent(worker: int) -> None:
+    """A signal to the whole process group must leave a worker serving until its rank has saved.
+
+    And a rank that is killed must take its workers along: torch's own check looks at the process
+    that forked them, which is the fork server.
+    """
+    os.setsid()
+    threading.Thread(target=_die_with_parent, name="die-with-parent", daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -68,8 +68,7 @@ class BatchOrder:
         return -(-self.size // self.global_batch_size)
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        start, self.start_batch = self.start_batch, 0
-        return (self.plan(self.epoch, batch) for batch in range(start, len(self)))
+        return (self.plan(self.epoch, batch) for batch in range(self.start_batch, len(self)))
 
     def plan(self, epoch: int, batch: int) -> BatchPlan:
         """This rank's slice of global batch number ``batch`` of ``epoch``."""

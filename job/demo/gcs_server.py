@@ -17,16 +17,27 @@ from job.errors import ConfigError
 
 
 @contextlib.contextmanager
-def gcs_server(folder: Path, port: int | None = None) -> Iterator[str]:
+def gcs_server(folder: Path, public_port: int | None = None) -> Iterator[str]:
     """Run the server on loopback with its buckets as folders below ``folder``; yields its URL.
+
+    Args:
+        public_port: port that the server takes itself to be reached at, if another one: a proxy's.
 
     From then on gs:// means that server, for this process and its children.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port = port or free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [str(_binary()), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-public-host"]
-    command += [f"127.0.0.1:{port}", "-backend", "filesystem", "-filesystem-root", str(folder), "-log-level", "error"]
+    command += [
+        f"127.0.0.1:{public_port or port}",
+        "-backend",
+        "filesystem",
+        "-filesystem-root",
+        str(folder),
+        "-log-level",
+        "error",
+    ]
     # Its output goes to a file: an unread pipe would stall the server once it is full.
     with (folder.parent / f"{folder.name}.log").open("ab") as log_file:
         process = subprocess.Popen(command, stdout=log_file, stderr=log_file)

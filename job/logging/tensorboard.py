@@ -60,11 +60,11 @@ class BucketTensorBoardLogger(Logger):
         self.publish_seconds = max(publish_seconds, 1.0)
         self._writer: SummaryWriter | None = None
         self._staging: Path | None = None
-        self._published: dict[Path, int] = {}
+        self._published: dict[Path, tuple[int, float]] = {}
         self._publisher: Periodic | None = None
         self._failing_since: float | None = None
-        # One publication at a time, and never while the writer is exchanged.
-        self._lock = threading.RLock()
+        self._writing = threading.RLock()  # held while the writer is made or exchanged: logging waits for it
+        self._publishing = threading.RLock()  # held while events are uploaded: logging does not
 
     @property
     def name(self) -> str:
@@ -85,7 +85,7 @@ class BucketTensorBoardLogger(Logger):
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
         """The ``SummaryWriter``, for images, histograms and text."""
-        with self._lock:
+        with self._writing:
             if self._writer is None:
                 self._open()
             assert self._writer is not None
@@ -111,7 +111,7 @@ class BucketTensorBoardLogger(Logger):
         Raises:
             StorageError: the bucket does not take them; they stay on disk and are tried again.
         """
-        with self._lock:
+        with self._publishing:
             if self._writer is not None:
                 self._writer.flush()
             for path in self._event_files():
@@ -166,14 +166,15 @@ class BucketTensorBoardLogger(Logger):
 
     def _rotate(self) -> None:
         """Begin a new file when the newest is large; the old one is published already and never changes again."""
-        with self._lock:
+        with self._publishing:
             files = self._event_files()
             if self._writer is None or not files or files[-1].stat().st_size < ROTATE_BYTES:
                 return
-            self._writer.close()
+            with self._writing:
+                self._writer.close()
+                assert self._staging is not None
+                self._writer = SummaryWriter(str(self._staging), flush_secs=5)
             self._publish(files[-1])
-            assert self._staging is not None
-            self._writer = SummaryWriter(str(self._staging), flush_secs=5)
 
     def _event_files(self) -> list[Path]:
         if self._staging is None or storage.is_local(self.uri):
@@ -181,9 +182,11 @@ class BucketTensorBoardLogger(Logger):
         return sorted(self._staging.glob("events.out.tfevents.*"))
 
     def _publish(self, path: Path) -> None:
-        size = path.stat().st_size
-        if self._published.get(path) != size:
-            with path.open("rb") as file:
-                content = file.read(size)
-            storage.write_bytes(storage.join(self.uri, path.name), content)
-            self._published[path] = size
+        size_before, published_at = self._published.get(path, (0, -1.0))
+        if path.stat().st_size == size_before:
+            return
+        # GCS takes one write a second of the same object, and answers 429 beyond.
+        time.sleep(max(published_at + 1.0 - time.monotonic(), 0.0))
+        content = path.read_bytes()
+        storage.write_bytes(storage.join(self.uri, path.name), content)
+        self._published[path] = (len(content), time.monotonic())

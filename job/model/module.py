@@ -154,6 +154,10 @@ class TransferLearningModel(pl.LightningModule):
         """Freeze and unfreeze by the epoch."""
         self._enter_epoch()
 
+    def on_train_epoch_end(self) -> None:
+        """Count unreadable samples over all ranks, also where no validation follows."""
+        self.trainer.datamodule.share_bad_samples()  # type: ignore[attr-defined]
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw what is random in this step (dropout, stochastic depth) from (seed, epoch, batch, rank) alone.
 
@@ -242,6 +246,7 @@ class TransferLearningModel(pl.LightningModule):
         apply_stage(self.net.backbone, stage, last_share=self.unfreeze_last, train_bn=self.train_bn)
 
     def _log_metrics(self, part: str) -> None:
+        self.trainer.datamodule.share_bad_samples()  # type: ignore[attr-defined]
         values, self.confusion = self.metrics.compute()
         self.metrics.reset()
         for name, value in values.items():

@@ -46,6 +46,8 @@ def training_trainer(
         checkpointer,
     ]
     trainer = _trainer(settings, callbacks, [checkpointer.io], logger, run_dir)
+    # Lightning's SIGTERM handler runs a collective, on the rank that was signalled alone (its issue 20806).
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop = TrainingEpochLoop(
         trainer,
         [accounting.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps],

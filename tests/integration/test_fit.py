@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COLOURS, TINY, environment, final_weights, options, picture, run, run_well, scalars
+from support import COLOURS, TINY, environment, final_weights, options, picture, run, run_well, scalars
 
 import job
 from job import storage
@@ -172,7 +172,7 @@ def test_going_on_with_other_images_is_refused(gcs: str, fitted: str, gcs_colour
 
 def test_other_data_sets_and_optimizers_by_configuration(tmp_path: Path, colours: Path) -> None:
     """Environment variables, a YAML file and flags; early stopping, SGD, step-wise cosine; a third class."""
-    from conftest import picture_files, write_files
+    from support import picture_files, write_files
 
     write_files(colours, picture_files(["green"], 20))
     config = tmp_path / "config.yaml"

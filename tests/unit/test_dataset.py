@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import picture, write_files
 from PIL import Image
+from support import picture, write_files
 from torchvision.transforms import v2
 
 from job.data.dataset import ImageDataset, decode, resize_transform

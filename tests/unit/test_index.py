@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import picture, picture_files, write_files
+from support import picture, picture_files, write_files
 
 from job import storage
 from job.data.index import find_parts, index_class_folders, index_unlabelled, require_same_classes, split

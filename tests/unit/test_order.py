@@ -61,12 +61,11 @@ def test_every_rank_gets_batches_of_one_shape() -> None:
     assert last.global_size == 1
 
 
-def test_iteration_can_start_at_any_batch_once() -> None:
+def test_iteration_can_start_at_any_batch() -> None:
     order = BatchOrder(100, 10, rank=0, world_size=1, seed=0, shuffle=True)
     whole = [plan.samples.tolist() for plan in order]
     order.start_batch = 7
     assert [plan.samples.tolist() for plan in order] == whole[7:]
-    assert [plan.samples.tolist() for plan in order] == whole
 
 
 def test_sample_seed_depends_on_all_its_arguments() -> None:

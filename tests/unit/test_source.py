@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import picture_files, zip_of
+from support import picture_files, zip_of
 
 from job import storage
 from job.data.index import find_parts

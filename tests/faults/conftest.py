@@ -1,0 +1,51 @@
+"""A bucket that misbehaves on request, and the uninterrupted run that others are held against."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from harness import SETTINGS
+from proxy import FaultyProxy
+from support import options, picture_files, run_well, write_files
+
+from job import storage
+from job.demo.gcs_server import create_bucket, free_port, gcs_server
+
+
+@pytest.fixture(scope="session")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyProxy]:
+    """A GCS server behind a proxy, with a bucket ``gs://faults`` that holds the pictures."""
+    port = free_port()
+    with gcs_server(tmp_path_factory.mktemp("faults") / "buckets", public_port=port) as backend:
+        found = FaultyProxy(backend, port)
+        storage.use_gcs_emulator(found.url)
+        storage.filesystem("gs://faults")[0].clear_instance_cache()
+        create_bucket("gs://faults")
+        storage.write_many("gs://faults/colours", picture_files(["blue", "red"], 20))
+        yield found
+        found.stop()
+
+
+@pytest.fixture(autouse=True)
+def healthy(proxy: FaultyProxy) -> Iterator[None]:
+    """Every test begins and ends with a bucket that works."""
+    proxy.fault = lambda request: None
+    yield
+    proxy.fault = lambda request: None
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """run_dir of a run of 2 processes that nothing happened to."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    data = write_files(root / "colours", picture_files(["blue", "red"], 20))
+    run_well("fit", *options(SETTINGS, data__root=data, run_dir=root / "run"), processes=2)
+    return str(root / "run")
+
+
+@pytest.fixture
+def run_dir(request: pytest.FixtureRequest) -> str:
+    """A folder of its own in the bucket for each test."""
+    return "gs://faults/" + re.sub(r"\W+", "-", request.node.name)

@@ -1,0 +1,88 @@
+"""Jobs that faults are done to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from support import TINY, command, environment, options
+
+SETTINGS: dict[str, object] = {
+    **TINY,
+    "data.global_batch_size": 4,  # 8 steps an epoch
+    "checkpoint.every_n_steps": 5,
+    "data.cache_dir": "/tmp/job-test-cache",
+}
+STEPS = list(range(3 * 8))
+
+
+def fit_options(run_dir: str, **more: object) -> list[str]:
+    return ["fit", *options(SETTINGS, **{"data__root": "gs://faults/colours", "run_dir": run_dir, **more})]
+
+
+def sabotage(marker: Path, **settings: object) -> str:
+    """A value for ``--trainer.callbacks``."""
+    arguments = ", ".join(f"{name}: {value}" for name, value in {"marker": marker, **settings}.items())
+    return f"[{{class_path: saboteur.Saboteur, init_args: {{{arguments}}}}}]"
+
+
+class Job:
+    """A job that runs beside the test, in a process group of its own, its output in a file."""
+
+    def __init__(self, log: Path, *arguments: object, processes: int = 0, restarts: int = 0, **variables: str) -> None:
+        self.log = log
+        line = command(*arguments, processes=processes)
+        if restarts:
+            line.insert(3, f"--max-restarts={restarts}")
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                line, stdout=file, stderr=file, env=fault_environment(**variables), start_new_session=True
+            )
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait(self, timeout: float = 180) -> int:
+        """Its exit code."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"it did not end in {timeout} s:\n{self.output}") from None
+
+    def wait_for(self, text: str, timeout: float = 120) -> None:
+        """Wait until its output has ``text``."""
+        deadline = time.monotonic() + timeout
+        while text not in self.output:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """SIGKILL to all its processes, loaders included: the machine is gone."""
+        for pid in descendants(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+        self.process.wait()
+
+
+def fault_environment(**variables: str) -> dict[str, str]:
+    return environment(PYTHONPATH=str(Path(__file__).parent), **variables)
+
+
+def descendants(pid: int) -> list[int]:
+    """``pid`` and all processes below it."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found

@@ -1,0 +1,56 @@
+"""A Lightning callback that does to its own process, once, what a cloud does to machines."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+
+class Saboteur(Callback):
+    """Sends a signal at a given step, in the first starts only.
+
+    Args:
+        marker: file that remembers how often it has struck.
+        step: ``global_step`` at which it strikes.
+        rank: whom.
+        name: the signal.
+        target: "rank" or "launcher" (torchrun).
+        place: "training" or "validation".
+        times: how often, once a start, ``step`` further each time.
+    """
+
+    def __init__(
+        self,
+        marker: str,
+        step: int,
+        rank: int = 0,
+        name: str = "SIGTERM",
+        target: str = "rank",
+        place: str = "training",
+        times: int = 1,
+    ) -> None:
+        self.marker = Path(marker)
+        self.step = step
+        self.rank = rank
+        self.signal = signal.Signals[name]
+        self.target = target
+        self.place = place
+        self.times = times
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._strike(trainer, "training")
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._strike(trainer, "validation")
+
+    def _strike(self, trainer: pl.Trainer, place: str) -> None:
+        struck = len(self.marker.read_text()) if self.marker.exists() else 0
+        due = trainer.global_step >= self.step * (struck + 1) and struck < self.times
+        if due and place == self.place and trainer.global_rank == self.rank:
+            self.marker.write_text("x" * (struck + 1))
+            os.kill(os.getpid() if self.target == "rank" else os.getppid(), self.signal)

@@ -1,0 +1,76 @@
+"""Signals: the state is saved, nothing is lost, and the end is the uninterrupted run's, bit for bit."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from harness import STEPS, Job, fault_environment, fit_options, sabotage
+from support import assert_same_weights, run_well, scalars
+
+from job.train import accounting, checkpoint
+
+pytestmark = pytest.mark.integration
+
+
+def assert_nothing_lost(run_dir: str, uninterrupted: str, starts: int) -> None:
+    assert_same_weights(run_dir, uninterrupted)
+    one, other = scalars(uninterrupted), scalars(run_dir)
+    assert [step for step, _ in other["train/loss"]] == STEPS
+    for tag in ("train/loss", "val/loss", "val/accuracy", "lr-Adam/pg1"):
+        assert other[tag] == one[tag], tag
+    records = accounting.read(run_dir)
+    assert len(records) == starts
+    assert records[-1].last_step == len(STEPS)
+
+
+@pytest.mark.parametrize(
+    ("rank", "target", "place"),
+    [
+        (0, "rank", "training"),
+        (1, "rank", "training"),
+        (0, "launcher", "training"),
+        (1, "rank", "validation"),
+    ],
+)
+@pytest.mark.parametrize("name", ["SIGTERM"])
+def test_a_signal_to_any_rank_saves_and_stops_all(
+    rank: int, target: str, place: str, name: str, run_dir: str, uninterrupted: str, tmp_path: Path
+) -> None:
+    step = random.randint(1, len(STEPS) - 3)
+    print(f"signal at step {step}")
+    plot = sabotage(tmp_path / "marker", step=step, rank=rank, name=name, target=target, place=place)
+    arguments = fit_options(run_dir, trainer__callbacks=plot)
+    first = Job(tmp_path / "log", *arguments, processes=2)
+    assert first.wait() != 0
+    assert "stopped on request after step" in first.output
+    newest = checkpoint.newest_trusted(run_dir)
+    assert newest is not None
+    assert newest.global_step >= step
+    assert f"stopped on request after step {newest.global_step}," in first.output
+    second = Job(tmp_path / "log2", *arguments, processes=2)
+    assert second.wait() == 0, second.output
+    assert f"going on after step {newest.global_step}," in second.output
+    assert_nothing_lost(run_dir, uninterrupted, starts=2)
+    assert accounting.read(run_dir)[0].lost == 0
+
+
+def test_one_process_alone_exits_with_the_documented_code(run_dir: str, tmp_path: Path) -> None:
+    plot = sabotage(tmp_path / "marker", step=3, name="SIGUSR1")
+    job = Job(tmp_path / "log", *fit_options(run_dir, trainer__callbacks=plot))
+    assert job.wait() == 143, job.output
+    assert "Traceback" not in job.output
+    run_well(*fit_options(run_dir, trainer__callbacks=plot), PYTHONPATH=fault_environment()["PYTHONPATH"])
+
+
+def test_a_rank_that_cannot_save_in_time_ends_all_the_same(run_dir: str, tmp_path: Path, proxy) -> None:
+    """The bucket is gone just then: the grace is kept, and the last committed checkpoint stands."""
+    proxy.answer_503_for(600, match="step%3D0000001")  # no checkpoint of steps 10 to 19
+    plot = sabotage(tmp_path / "marker", step=12)
+    job = Job(tmp_path / "log", *fit_options(run_dir, trainer__callbacks=plot, grace=5, checkpoint__every_n_steps=4))
+    assert job.wait(timeout=60) == 143, job.output
+    assert "could not stop cleanly within 5 s" in job.output
+    newest = checkpoint.newest_trusted(run_dir)
+    assert newest is not None
+    assert newest.global_step == 8

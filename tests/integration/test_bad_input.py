@@ -1,0 +1,200 @@
+"""What users get wrong: each has its own message, exit code 2 and no traceback."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from support import TINY, options, picture, picture_files, run, write_files
+
+from job import storage
+from job.cli import main
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run the command line in this process; returns what it told the user."""
+
+    def call(*args: object) -> str:
+        monkeypatch.setattr("sys.argv", ["job"])
+        with pytest.raises(SystemExit) as caught:
+            main([str(arg) for arg in args])
+        told = capsys.readouterr().err
+        assert caught.value.code == 2, told
+        assert "Traceback" not in told
+        assert told.startswith("job: error: ") or "\njob: error: " in told
+        return told
+
+    return call
+
+
+def fit(**changes: object) -> list[str]:
+    return ["fit", *options(TINY, **changes)]
+
+
+def test_no_such_bucket_or_prefix(fails, gcs: str, tmp_path: Path) -> None:
+    for uri in ("gs://nowhere-to-be-found/data", f"{gcs}/no/such/prefix", str(tmp_path / "nothing")):
+        assert f"{uri}: no such bucket, object or folder" in fails(*fit(data__root=uri, run_dir=tmp_path / "run"))
+
+
+def test_no_rights(fails, gcs_forbidden: str, tmp_path: Path) -> None:
+    told = fails(*fit(data__root=f"{gcs_forbidden}/data", run_dir=tmp_path / "run"))
+    assert "permission denied" in told
+    assert "roles/storage.objectUser" in told
+
+
+@pytest.fixture
+def gcs_forbidden() -> str:
+    """A bucket on a server that answers 403 to everything, as GCS does without rights."""
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Forbidding(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b'{"error": {"code": 403, "message": "job@x.iam does not have storage.objects.list access"}}'
+            self.send_response(403)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_PUT = do_DELETE = do_GET
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Forbidding)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    before = os.environ.get("STORAGE_EMULATOR_HOST")
+    storage.use_gcs_emulator(f"http://127.0.0.1:{server.server_port}")
+    storage.filesystem("gs://x")[0].clear_instance_cache()
+    yield "gs://locked"
+    server.shutdown()
+    storage.filesystem("gs://x")[0].clear_instance_cache()
+    if before:
+        storage.use_gcs_emulator(before)
+
+
+def test_empty_class(fails, colours: Path, tmp_path: Path) -> None:
+    (colours / "green").mkdir()
+    assert "no image in class folder(s) green" in fails(*fit(data__root=colours, run_dir=tmp_path / "run"))
+
+
+def test_classes_that_differ(fails, colours: Path, tmp_path: Path) -> None:
+    other = write_files(tmp_path / "val", picture_files(["blue", "green"], 2))
+    told = fails(*fit(data__train=colours, data__val=other, run_dir=tmp_path / "run"))
+    assert f"only in {colours}: red" in told
+    assert f"only in {other}: green" in told
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (picture((200, 40, 30), 1)[:400], "red/000.jpg is damaged"),
+        (b"I am a text file", "red/000.jpg is no image of a known format"),
+        (b"", "red/000.jpg is empty"),
+    ],
+)
+def test_unreadable_image(fails, content: bytes, told: str, colours: Path, tmp_path: Path) -> None:
+    (colours / "red" / "000.jpg").write_bytes(content)
+    message = fails(*fit(data__root=colours, run_dir=tmp_path / "run"))
+    assert told in message
+    assert "--data.max_bad_samples" in message
+
+
+def test_unreadable_images_within_the_limit_are_left_out(colours: Path, tmp_path: Path) -> None:
+    (colours / "red" / "000.jpg").write_bytes(b"text")
+    result = run(*fit(data__root=colours, run_dir=tmp_path / "run", data__max_bad_samples=1), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert f"bad sample: {colours}/red/000.jpg" in result.stderr
+    assert f"{colours}/red/000.jpg" in (tmp_path / "run" / "report.json").read_text()
+
+
+def test_damaged_archive(fails, tmp_path: Path) -> None:
+    (tmp_path / "data.zip").write_bytes(b"PK no zip at all")
+    told = fails(*fit(data__root=tmp_path / "data.zip", run_dir=tmp_path / "run", data__cache_dir=tmp_path / "cache"))
+    assert f"{tmp_path}/data.zip is not a readable archive" in told
+
+
+def test_unknown_backbone(fails, colours: Path, tmp_path: Path) -> None:
+    told = fails(*fit(data__root=colours, run_dir=tmp_path / "run", model__backbone="resnet_50"))
+    assert "unknown backbone 'resnet_50'. Did you mean resnet50" in told
+
+
+def test_weights_of_another_architecture(fails, colours: Path, tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
+    told = fails(*fit(data__root=colours, run_dir=tmp_path / "run", model__weights=tmp_path / "w.pth"))
+    assert "do not fit the backbone timm/test_resnet" in told
+
+
+def test_weights_that_cannot_be_downloaded(fails, colours: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    settings = {"model__backbone": "resnet18", "model__weights": "DEFAULT"}
+    told = fails(*fit(data__root=colours, run_dir=tmp_path / "run", **settings))
+    assert "Give --model.weights the URI of a state dict" in told
+
+
+def test_batch_size_that_does_not_divide(colours: Path, tmp_path: Path) -> None:
+    result = run(*fit(data__root=colours, run_dir=tmp_path / "run", data__global_batch_size=9), processes=2)
+    assert result.returncode != 0
+    assert "--data.global_batch_size 9 does not divide over 2 processes. Choose 8 or 10." in result.stderr
+
+
+def test_run_dir_that_cannot_be_written(fails, colours: Path) -> None:
+    assert "/proc/run" in fails(*fit(data__root=colours, run_dir="/proc/run"))
+
+
+def test_misspelt_option(fails, colours: Path, tmp_path: Path) -> None:
+    told = fails("fit", "--data.root", colours, "--run_dir", tmp_path, "--model.backbon", "resnet18")
+    assert "Did you mean --model.backbone?" in told
+
+
+def test_misspelt_key_in_a_file(fails, colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data:\n  global_batchsize: 4\n")
+    told = fails("fit", "--config", tmp_path / "c.yaml", "--data.root", colours, "--run_dir", tmp_path / "run")
+    assert "Did you mean --data.global_batch_size?" in told
+
+
+def test_misspelt_command(fails) -> None:
+    assert "unknown command 'fti'. Did you mean fit?" in fails("fti")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"data__val_fraction": 1.5}, "--data.val_fraction must be above 0.0 and below 1.0"),
+        ({"model__milestones": "[5,2]"}, "--model.milestones must be at most two epochs in rising order"),
+        ({"checkpoint__keep_last": 0}, "--checkpoint.keep_last must be at least 1"),
+        ({"checkpoint__monitor": "val/acuracy"}, "'val/acuracy' is not logged. There are: val/accuracy"),
+        ({"data__image_size": "large"}, "data.image_size"),
+        ({"trainer__devices": 2}, "trainer.devices"),
+        ({"resume": "must"}, "holds no checkpoint"),
+        ({"data__val": "/tmp"}, "--data.root already says where validation"),
+    ],
+)
+def test_values_that_cannot_work(fails, changes: dict[str, object], told: str, colours: Path, tmp_path: Path) -> None:
+    assert told in fails(*fit(data__root=colours, run_dir=tmp_path / "run", **changes))
+
+
+def test_nothing_to_predict_with(fails, colours: Path, tmp_path: Path) -> None:
+    assert "Is this the run_dir of a fit?" in fails("predict", "--ckpt", tmp_path, "--input", colours)
+    (tmp_path / "x.ckpt").write_bytes(b"not a checkpoint")
+    assert "x.ckpt is no checkpoint" in fails("predict", "--ckpt", tmp_path / "x.ckpt", "--input", colours)
+
+
+def test_help_and_the_resolved_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    for args, told in ((["--help"], "fit"), (["fit", "--help"], "--data.global_batch_size")):
+        with pytest.raises(SystemExit) as caught:
+            main(args)
+        assert caught.value.code == 0
+        assert told in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--data.root", "x", "--run_dir", "y", "--print_config"])
+    assert caught.value.code == 0
+    assert "global_batch_size: 32" in capsys.readouterr().out

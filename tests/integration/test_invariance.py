@@ -1,0 +1,45 @@
+"""The training depends neither on how many processes run it nor on where it was interrupted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support import TINY, assert_same_weights, options, run_well, scalars
+
+pytestmark = pytest.mark.integration
+
+
+def test_one_two_and_four_processes_give_the_same_losses(colours: Path, tmp_path: Path) -> None:
+    """Frozen, then with half and all of the backbone training; layer norm, since batch norm sees local batches."""
+    settings = {
+        **TINY,
+        "model.backbone": "timm/test_vit",
+        "model.optimizer": "{class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}",
+        "data.image_size": 160,
+        "data.global_batch_size": 12,  # 32 samples: the last batch is filled up, differently on the ranks
+        "trainer.max_epochs": 8,
+    }
+    losses = {}
+    for processes in (1, 2, 4):
+        run_dir = str(tmp_path / str(processes))
+        run_well("fit", *options(settings, data__root=colours, run_dir=run_dir), processes=processes)
+        found = scalars(run_dir)
+        losses[processes] = [value for _, value in found["train/loss"]] + [value for _, value in found["val/loss"]]
+    assert len(losses[1]) == 8 * 3 + 8
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[4] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_interrupted_at_an_epochs_end_and_resumed_is_uninterrupted(epochs: int, colours: Path, tmp_path: Path) -> None:
+    """At either milestone: the stage of unfreezing, the optimizer and the order must all come back."""
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    settings = options(TINY, data__root=colours, trainer__max_epochs=4, model__train_bn="true")
+    run_well("fit", *settings, "--run_dir", whole, processes=2)
+    run_well("fit", *settings, "--run_dir", parts, f"--trainer.max_epochs={epochs}", processes=2)
+    run_well("fit", *settings, "--run_dir", parts, processes=2)
+    assert_same_weights(whole, parts)
+    one, other = scalars(whole), scalars(parts)
+    for tag in ("train/loss", "val/loss", "lr-Adam/pg1", "lr-Adam/pg3"):
+        assert other[tag] == one[tag]

@@ -1,0 +1,133 @@
+"""Real images, real processes, TensorBoard's own reader: what the tests are made of."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from job import storage
+from job.train import checkpoint
+
+REPOSITORY = Path(__file__).parents[1]
+
+TINY: dict[str, object] = {
+    "model.backbone": "timm/test_resnet",
+    "model.weights": "none",
+    "model.hidden": "[8]",
+    "model.milestones": "[1,2]",
+    "model.backbone_lr_factor": 1.0,
+    "data.image_size": 32,
+    "data.global_batch_size": 8,
+    "data.num_workers": 1,
+    "trainer.max_epochs": 3,
+    "trainer.log_every_n_steps": 1,
+    "trainer.accelerator": "cpu",
+}
+"""A run of seconds: a network of 0.4 M parameters that goes through all stages of unfreezing."""
+COLOURS = {"blue": (30, 60, 200), "green": (20, 160, 60), "red": (200, 40, 30)}
+
+
+def picture(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 32), form: str = "JPEG") -> bytes:
+    """A noisy picture of one colour: learnable, and no two alike."""
+    noise = np.random.default_rng(seed).normal(0, 25, (size[1], size[0], 3))
+    pixels = (np.asarray(colour) + noise).clip(0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, form)
+    return buffer.getvalue()
+
+
+def picture_files(classes: list[str], count: int, seed: int = 0) -> dict[str, bytes]:
+    """``CLASS/NNN.jpg`` for ``count`` pictures a class."""
+    return {
+        f"{name}/{n:03d}.jpg": picture(COLOURS[name], seed + 1000 * c + n)
+        for c, name in enumerate(classes)
+        for n in range(count)
+    }
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> Path:
+    for key, content in files.items():
+        path = folder / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def zip_of(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for key, content in files.items():
+            archive.writestr(key, content)
+    return buffer.getvalue()
+
+
+def options(settings: dict[str, object], **more: object) -> list[str]:
+    """Settings as command-line options; ``a__b`` stands for ``a.b``."""
+    merged = {**settings, **{name.replace("__", "."): value for name, value in more.items()}}
+    return [f"--{name}={value}" for name, value in merged.items()]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """One thread a process: two share two cores, and sums come out bit for bit."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+
+
+def command(*args: object, processes: int = 0) -> list[str]:
+    """``python -m job …``, by torchrun when ``processes`` is given."""
+    launcher = [sys.executable, "-m"]
+    if processes:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return [*launcher, "job", *map(str, args)]
+
+
+def run(*args: object, processes: int = 0, timeout: float = 400, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run it to its end, whatever that is."""
+    return subprocess.run(
+        command(*args, processes=processes),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(**variables),
+        cwd=REPOSITORY,
+    )
+
+
+def run_well(*args: object, processes: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run it to its end, which must be a good one."""
+    result = run(*args, processes=processes, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def scalars(run_dir: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every scalar, as TensorBoard's own reader finds them below ``run_dir``."""
+    with tempfile.TemporaryDirectory() as folder:
+        for entry in storage.list_files(f"{run_dir}/tensorboard"):
+            storage.download(f"{run_dir}/tensorboard/{entry.key}", Path(folder) / entry.key)
+        reader = EventAccumulator(folder, size_guidance={"scalars": 0})
+        reader.Reload()
+        return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+
+
+def final_weights(run_dir: str) -> dict[str, torch.Tensor]:
+    """What the newest checkpoint holds of the network."""
+    state: dict[str, torch.Tensor] = checkpoint.load(checkpoint.resolve(f"{run_dir}/checkpoints/last"))["state_dict"]
+    return state
+
+
+def assert_same_weights(one: str, other: str) -> None:
+    """The newest checkpoints of two runs agree bit for bit."""
+    first, second = final_weights(one), final_weights(other)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, f"{len(different)} of {len(first)} tensors differ, first {different[:3]}"

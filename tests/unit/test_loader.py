@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import REPOSITORY
+
+from job.data.dataset import ImageDataset, resize_transform
+from job.data.index import index_class_folders
+from job.data.loader import BatchLoader
+from job.data.order import BatchOrder
+
+
+def loader(folder: Path, workers: int, rank: int = 0, world_size: int = 1) -> BatchLoader:
+    index = index_class_folders(str(folder))
+    order = BatchOrder(len(index), 6, rank=rank, world_size=world_size, seed=1, shuffle=True)
+    return BatchLoader(ImageDataset(index, resize_transform(8, "squash"), image_size=8), order, workers)
+
+
+def taken(batches: list, loader: BatchLoader) -> list[int]:
+    return [s for batch in batches for s, valid in zip(batch["sample"].tolist(), batch["mask"], strict=True) if valid]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_killed_at_any_batch_and_resumed_elsewhere_sees_the_rest(workers: int, world_size: int, colours: Path) -> None:
+    """Stopped after 3 of 7 batches on one rank; the next start has other workers and another world size."""
+    first = loader(colours, 1)
+    iterator = iter(first)
+    seen = taken([next(iterator) for _ in range(3)], first)
+    state = first.state_dict()
+    assert state == {"batch": 3}
+    for rank in range(world_size):
+        rest = loader(colours, workers, rank, world_size)
+        rest.load_state_dict(state)
+        seen += taken(list(rest), rest)
+        if rank == 0:  # the epoch after that is whole again
+            assert len(list(rest)) == 7
+    assert sorted(seen) == list(range(40))
+
+
+def test_workers_end_with_a_rank_that_is_killed(colours: Path) -> None:
+    code = (
+        "import sys, time; sys.path.insert(0, 'tests/unit'); sys.path.insert(0, 'tests')\n"
+        "from pathlib import Path; from test_loader import loader\n"
+        "if __name__ == '__main__':\n"
+        f"    found = loader(Path({str(colours)!r}), 2)\n"
+        "    next(iter(found))\n"
+        "    print(*[w.pid for w in found._iterator._workers], flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    workers = [Path("/proc", pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2
+    assert all(worker.exists() for worker in workers)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(worker.exists() for worker in workers):
+        assert time.monotonic() < deadline, "loader processes outlive their rank"
+        time.sleep(0.1)
