@@ -1,10 +1,11 @@
-# make demo   the main job, on this machine         make test   all tests
-# make lint   style and types                       make unit   the quick tests
+# make demo       the main job, on this machine    make test       all tests
+# make lint       style and types                  make unit       the quick tests
+# make benchmark  what a checkpoint costs          make reference  docs/configuration.txt, from --help
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
 
-.PHONY: demo test unit lint
+.PHONY: demo test unit lint benchmark reference
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -20,6 +21,12 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+benchmark: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/checkpoint.py
+
+reference: $(VENV)/installed
+	COLUMNS=120 $(VENV)/bin/python -m job fit --help > docs/configuration.txt
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"

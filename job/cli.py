@@ -95,7 +95,7 @@ class TrainingCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             parser_class=Parser,
-            parser_kwargs={"default_env": True, "env_prefix": ENV_PREFIX},
+            parser_kwargs={"default_env": True, "env_prefix": ENV_PREFIX, "prog": f"python -m job {verb}"},
             trainer_defaults={"max_epochs": 15, "log_every_n_steps": 10},
         )
 
@@ -204,21 +204,21 @@ def predict(args: list[str]) -> None:
     """Classify images with a checkpoint."""
     from job.predict import main as predict_main
 
-    _function_parser(predict_main, args)
+    _function_parser("predict", predict_main, args)
 
 
 def checkpoints(args: list[str]) -> None:
     """List, verify or clean up the checkpoints of a run."""
     from job.train.housekeeping import main as checkpoints_main
 
-    _function_parser(checkpoints_main, args)
+    _function_parser("checkpoints", checkpoints_main, args, positional=True)
 
 
 def demo(args: list[str]) -> None:
     """Run the whole job on this machine, with a bucket of its own."""
     from job.demo import main as demo_main
 
-    _function_parser(demo_main, args)
+    _function_parser("demo", demo_main, args)
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
@@ -271,10 +271,15 @@ def _usage() -> str:
     return "usage: python -m job COMMAND [options]\n\n" + "\n".join(lines) + "\n\npython -m job COMMAND --help"
 
 
-def _function_parser(function: Callable[..., None], args: list[str]) -> None:
-    """Call ``function`` with its parameters as options."""
-    parser = Parser(default_env=True, env_prefix=ENV_PREFIX, description=(function.__doc__ or "").split("\n")[0])
-    parser.add_function_arguments(function)
+def _function_parser(verb: str, function: Callable[..., None], args: list[str], *, positional: bool = False) -> None:
+    """Call ``function`` with its parameters as options, or those it requires by position."""
+    parser = Parser(
+        prog=f"python -m job {verb}",
+        default_env=True,
+        env_prefix=ENV_PREFIX,
+        description=(function.__doc__ or "").split("\n")[0],
+    )
+    parser.add_function_arguments(function, as_positional=positional)
     function(**parser.parse_args(args).as_dict())
 
 
@@ -325,6 +330,8 @@ def _with_saved_config(args: list[str]) -> list[str]:
 
 
 def _set_up_logging() -> None:
+    # Python's own accountant of semaphores complains about processes that were killed; it is another process.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     rank = int(os.environ.get("RANK", 0))
     logging.basicConfig(
         format=f"%(asctime)s {'' if rank == 0 else f'[rank {rank}] '}%(message)s",

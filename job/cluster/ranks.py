@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from job.errors import JobError, RankLost
 
@@ -44,11 +48,37 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
+    timeout = timedelta(seconds=timeout_seconds)
     with _lost_ranks_named():
-        dist.init_process_group(timeout=timedelta(seconds=timeout_seconds))
+        store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=timeout))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = _store_of_this_start(store, timeout)
+        dist.init_process_group(store=store, rank=rank(), world_size=world_size(), timeout=timeout)
         yield
     # Only on the way out without an error: with one, other ranks may never come to meet this one.
     dist.destroy_process_group()
+
+
+def _store_of_this_start(agents: Any, timeout: timedelta) -> Any:
+    """A new store that rank 0 serves; ``agents`` is asked for no more than where it is.
+
+    torchrun's agent keeps one store for all restarts, with the addresses of ranks that are dead in
+    it, which gloo would connect to (torch 2.14). Nor is the number of a restart the same for agents
+    that came at different times. A port that an earlier rank 0 left there refuses the connection.
+    """
+    host = os.environ["MASTER_ADDR"]
+    if rank() == 0:
+        served = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        agents.set("job/port", str(served.port))
+        return served
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        port = int(agents.get("job/port"))
+        with contextlib.suppress(OSError):
+            socket.create_connection((host, port), timeout=5).close()
+            return TCPStore(host, port, is_master=False, timeout=timeout)
+        time.sleep(0.2)
+    raise RankLost(f"rank 0 does not serve a store on {host}; its log says why.")
 
 
 def from_rank_zero(function: Callable[[], T]) -> T:

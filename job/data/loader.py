@@ -32,14 +32,14 @@ class BatchLoader(DataLoader[Batch]):
         context = None
         if workers:
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["job.data.dataset"])
+            context.set_forkserver_preload(["job.data.fork_server"])
         super().__init__(
             dataset,
             sampler=order,  # yields plans, which ImageDataset takes as its index
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=context,
-            worker_init_fn=_live_and_die_with_parent,
+            worker_init_fn=_die_with_rank,
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
             pin_memory=torch.cuda.is_available(),
@@ -73,18 +73,13 @@ class BatchLoader(DataLoader[Batch]):
         self._resume_at = state["batch"]
 
 
-def _live_and_die_with_parent(worker: int) -> None:
-    """A signal to the whole process group must leave a worker serving until its rank has saved.
+def _die_with_rank(worker: int) -> None:
+    """Let a rank that is killed take its workers along; torch looks at the fork server alone, which they keep alive."""
 
-    And a rank that is killed must take its workers along: torch's own check looks at the process
-    that forked them, which is the fork server.
-    """
-    os.setsid()
-    threading.Thread(target=_die_with_parent, name="die-with-parent", daemon=True).start()
+    def wait() -> None:
+        rank = multiprocessing.parent_process()
+        assert rank is not None
+        rank.join()
+        os._exit(1)
 
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    threading.Thread(target=wait, name="die-with-rank", daemon=True).start()

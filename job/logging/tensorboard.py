@@ -104,9 +104,12 @@ class BucketTensorBoardLogger(Logger):
         text = yaml.safe_dump(plain, sort_keys=False)
         self.experiment.add_text("config", "```yaml\n" + text + "```", self.purge_step)
 
-    @rank_zero_only
     def save(self) -> None:
-        """Publish all events so far.
+        """Nothing: Lightning calls this for every line it logs, and training must not wait for a bucket."""
+
+    @rank_zero_only
+    def publish(self) -> None:
+        """Upload all events so far.
 
         Raises:
             StorageError: the bucket does not take them; they stay on disk and are tried again.
@@ -133,7 +136,7 @@ class BucketTensorBoardLogger(Logger):
         self._writer.close()
         self._writer = None
         try:
-            storage.retry(self.save, CLOSE_SECONDS, "the last TensorBoard events wait")
+            storage.retry(self.publish, CLOSE_SECONDS, "the last TensorBoard events wait")
         except StorageError as error:
             message = f"TensorBoard events could not be published and are kept in {self._staging}: {error}"
             if status == "success":
@@ -152,7 +155,7 @@ class BucketTensorBoardLogger(Logger):
 
     def _publish_live(self) -> None:
         try:
-            self.save()
+            self.publish()
             self._rotate()
         except StorageError as error:
             if self._failing_since is None:

@@ -105,6 +105,7 @@ class Accounting(Callback):
                 done, again = last.last_step - last.first_step, last.last_step - trainer.global_step
                 last.lost = last.step * max(again, 0) / done if done > 0 else 0.0
             self._run_dir = trainer.default_root_dir
+            self.write()
             self._renewal = Periodic("accounting", RENEW_SECONDS, self.write)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:

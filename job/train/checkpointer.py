@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from job import storage
 from job.cluster.votes import Votes
 from job.errors import CheckpointError, ConfigError, Preempted, StorageError
+from job.logging.tensorboard import BucketTensorBoardLogger
 from job.model.module import TransferLearningModel
 from job.train import checkpoint
 from job.train.checkpoint import FOLDER, SUFFIX, Manifest
@@ -85,7 +86,8 @@ class Checkpointer(Checkpoint):
         """Learn the run_dir from the trainer, and let every checkpoint have its events published before it."""
         self.run_dir = trainer.default_root_dir
         for logger in trainer.loggers:
-            self.io.before_commit = logger.save
+            if isinstance(logger, BucketTensorBoardLogger):
+                self.io.before_commit = logger.publish
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Meet the other ranks."""

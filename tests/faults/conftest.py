@@ -31,9 +31,9 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyProxy]:
 @pytest.fixture(autouse=True)
 def healthy(proxy: FaultyProxy) -> Iterator[None]:
     """Every test begins and ends with a bucket that works."""
-    proxy.fault = lambda request: None
     yield
     proxy.fault = lambda request: None
+    proxy.delay = lambda request: 0.0
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -33,10 +35,25 @@ class Job:
     """A job that runs beside the test, in a process group of its own, its output in a file."""
 
     def __init__(self, log: Path, *arguments: object, processes: int = 0, restarts: int = 0, **variables: str) -> None:
-        self.log = log
         line = command(*arguments, processes=processes)
         if restarts:
             line.insert(3, f"--max-restarts={restarts}")
+        self._start(log, line, **variables)
+
+    @classmethod
+    def node(cls, log: Path, *arguments: object, port: int) -> Job:
+        """One of up to two elastic nodes, which meet at ``port``."""
+        torchrun = [
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=5"),
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic-test"),
+            *("--rdzv-conf=last_call_timeout=5", "--local-addr=127.0.0.1", "-m", "job", *map(str, arguments)),
+        ]
+        job = cls.__new__(cls)
+        job._start(log, torchrun, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+        return job
+
+    def _start(self, log: Path, line: list[str], **variables: str) -> None:
+        self.log = log
         with log.open("ab") as file:
             self.process = subprocess.Popen(
                 line, stdout=file, stderr=file, env=fault_environment(**variables), start_new_session=True
@@ -72,6 +89,17 @@ class Job:
 
 def fault_environment(**variables: str) -> dict[str, str]:
     return environment(PYTHONPATH=str(Path(__file__).parent), **variables)
+
+
+def wait_until_served(port: int) -> None:
+    """Wait until somebody listens on this port of loopback."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"nobody listens on {port}")
 
 
 def descendants(pid: int) -> list[int]:

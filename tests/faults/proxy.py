@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from aiohttp import ClientSession, ClientTimeout, web
+from yarl import URL
 
 Fault = Callable[[web.Request], web.StreamResponse | None]
 
@@ -17,6 +18,7 @@ class FaultyProxy:
 
     Attributes:
         fault: called with each request, in the proxy's thread; returns an answer, or None to pass the request on.
+        delay: seconds that each request is held up first.
         requests: (method, path with query) of all requests so far.
     """
 
@@ -24,11 +26,13 @@ class FaultyProxy:
         self.backend = backend
         self.url = f"http://127.0.0.1:{port}"
         self.fault: Fault = lambda request: None
+        self.delay: Callable[[web.Request], float] = lambda request: 0.0
         self.requests: list[tuple[str, str]] = []
         self._port = port
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
         assert self._started.wait(30)
 
     def answer_503_for(self, seconds: float, match: str = "") -> None:
@@ -44,7 +48,10 @@ class FaultyProxy:
         self.fault = fault
 
     def stop(self) -> None:
+        """Close all connections and end the thread."""
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(30)
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -56,20 +63,24 @@ class FaultyProxy:
         self._session = ClientSession(timeout=ClientTimeout(60), auto_decompress=False)
         app = web.Application(client_max_size=1 << 32)
         app.router.add_route("*", "/{path:.*}", self._handle)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", self._port).start()
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
+
+    async def _close(self) -> None:
+        await self._runner.cleanup()
+        await self._session.close()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.requests.append((request.method, request.path_qs))
-        body = await request.read()
-        request["body"] = body
+        await asyncio.sleep(self.delay(request))
         answer = self.fault(request)
         if answer is not None:
             return answer
+        body = await request.read()
         headers = {k: v for k, v in request.headers.items() if k.lower() not in ("host", "content-length")}
-        url = self.backend + request.raw_path
-        async with self._session.request(request.method, _raw(url), data=body, headers=headers) as response:
+        target = URL(self.backend + request.raw_path, encoded=True)
+        async with self._session.request(request.method, target, data=body, headers=headers) as response:
             content = await response.read()
             kept = {
                 k: v
@@ -77,9 +88,3 @@ class FaultyProxy:
                 if k.lower() not in ("content-length", "transfer-encoding", "connection")
             }
             return web.Response(status=response.status, body=content, headers=kept)
-
-
-def _raw(url: str) -> object:
-    from yarl import URL
-
-    return URL(url, encoded=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,13 @@ class Saboteur(Callback):
         if due and place == self.place and trainer.global_rank == self.rank:
             self.marker.write_text("x" * (struck + 1))
             os.kill(os.getpid() if self.target == "rank" else os.getppid(), self.signal)
+
+
+class Pace(Callback):
+    """Makes every step last ``seconds`` longer, so that a test can act in between."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        time.sleep(self.seconds)

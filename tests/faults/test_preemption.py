@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness import STEPS, Job, fault_environment, fit_options, sabotage
+from proxy import FaultyProxy
 from support import assert_same_weights, run_well, scalars
 
 from job.train import accounting, checkpoint
@@ -56,6 +57,22 @@ def test_a_signal_to_any_rank_saves_and_stops_all(
     assert accounting.read(run_dir)[0].lost == 0
 
 
+def test_a_signal_during_an_upload(run_dir: str, uninterrupted: str, tmp_path: Path, proxy: FaultyProxy) -> None:
+    """Uploads take 3 s each: that of step 10 is under way when the signal comes at step 12."""
+    proxy.delay = lambda request: (
+        3.0 if "uploadType" in request.path_qs and (request.content_length or 0) > 10**5 else 0
+    )
+    plot = sabotage(tmp_path / "marker", step=12, rank=1)
+    arguments = fit_options(run_dir, trainer__callbacks=plot, checkpoint__every_n_steps=10)
+    first = Job(tmp_path / "log", *arguments, processes=2)
+    assert first.wait() != 0
+    assert "stopped on request after step" in first.output
+    assert [m.global_step for m in checkpoint.manifests(run_dir)][-1] >= 12
+    second = Job(tmp_path / "log2", *arguments, processes=2)
+    assert second.wait() == 0, second.output
+    assert_nothing_lost(run_dir, uninterrupted, starts=2)
+
+
 def test_one_process_alone_exits_with_the_documented_code(run_dir: str, tmp_path: Path) -> None:
     plot = sabotage(tmp_path / "marker", step=3, name="SIGUSR1")
     job = Job(tmp_path / "log", *fit_options(run_dir, trainer__callbacks=plot))
@@ -64,7 +81,7 @@ def test_one_process_alone_exits_with_the_documented_code(run_dir: str, tmp_path
     run_well(*fit_options(run_dir, trainer__callbacks=plot), PYTHONPATH=fault_environment()["PYTHONPATH"])
 
 
-def test_a_rank_that_cannot_save_in_time_ends_all_the_same(run_dir: str, tmp_path: Path, proxy) -> None:
+def test_a_rank_that_cannot_save_in_time_ends_all_the_same(run_dir: str, tmp_path: Path, proxy: FaultyProxy) -> None:
     """The bucket is gone just then: the grace is kept, and the last committed checkpoint stands."""
     proxy.answer_503_for(600, match="step%3D0000001")  # no checkpoint of steps 10 to 19
     plot = sabotage(tmp_path / "marker", step=12)

@@ -122,6 +122,13 @@ def test_two_processes_predict_every_image_once(fitted: str, gcs: str, gcs_colou
     assert len(uris) == len(set(uris)) == 40
 
 
+def test_the_checkpoints_of_a_run(fitted: str) -> None:
+    listed = run_well("checkpoints", "ls", fitted).stdout
+    assert "epoch=012-step=00000048.ckpt" in listed
+    assert "good" in run_well("checkpoints", "verify", fitted).stdout
+    assert "0 leftover(s)" in run_well("checkpoints", "gc", fitted).stdout
+
+
 def test_validating_again_finds_the_same(fitted: str) -> None:
     run_well("validate", "--run_dir", fitted, "--ckpt", f"{fitted}/checkpoints/last", processes=2)
     again = json.loads(storage.read_bytes(f"{fitted}/validate.json"))["metrics"]

@@ -1,0 +1,173 @@
+"""Deaths, hangs and restarts: the job ends or goes on by itself, and comes to the uninterrupted run's end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from harness import STEPS, Job, fit_options, sabotage, wait_until_served
+from proxy import FaultyProxy
+from support import assert_same_weights, run_well, scalars
+
+from job import storage
+from job.demo.gcs_server import free_port
+from job.train import accounting, checkpoint
+
+pytestmark = pytest.mark.integration
+
+
+def test_a_rank_that_is_killed_restarts_the_job(run_dir: str, uninterrupted: str, tmp_path: Path) -> None:
+    """torchrun starts all ranks again; they go on from the last committed checkpoint."""
+    plot = sabotage(tmp_path / "marker", step=13, rank=1, name="SIGKILL")
+    job = Job(tmp_path / "log", *fit_options(run_dir, trainer__callbacks=plot), processes=2, restarts=1)
+    assert job.wait() == 0, job.output
+    assert "another rank ended" in job.output
+    assert "going on after step 1" in job.output
+    assert_same_weights(run_dir, uninterrupted)
+    assert scalars(run_dir)["train/loss"] == scalars(uninterrupted)["train/loss"]
+    records = accounting.read(run_dir)
+    assert len(records) == 2
+    assert accounting.totals(records)["lost"] > 0
+
+
+def test_three_kills_in_a_row(run_dir: str, uninterrupted: str, tmp_path: Path) -> None:
+    plot = sabotage(tmp_path / "marker", step=6, rank=0, name="SIGKILL", times=3)
+    job = Job(tmp_path / "log", *fit_options(run_dir, trainer__callbacks=plot), processes=2, restarts=3)
+    assert job.wait() == 0, job.output
+    assert (tmp_path / "marker").read_text() == "xxx"
+    assert_same_weights(run_dir, uninterrupted)
+    assert scalars(run_dir)["train/loss"] == scalars(uninterrupted)["train/loss"]
+
+
+def test_a_hanging_rank_is_found_named_and_ended(run_dir: str, uninterrupted: str, tmp_path: Path) -> None:
+    plot = sabotage(tmp_path / "marker", step=13, rank=1, name="SIGSTOP")
+    arguments = fit_options(run_dir, trainer__callbacks=plot, watchdog__min_seconds=8, watchdog__startup_seconds=60)
+    job = Job(tmp_path / "log", *arguments, processes=2, restarts=1)
+    assert job.wait() == 0, job.output
+    assert "job: rank 0 has made no progress for" in job.output
+    assert "most recent call first" in job.output  # where it hung
+    assert "job: rank 1: " in job.output
+    assert accounting.read(run_dir)[-1].first_step == 10
+    assert len(accounting.read(run_dir)) == 2
+    assert_same_weights(run_dir, uninterrupted)
+
+
+def test_killed_in_the_middle_of_an_upload(
+    run_dir: str, uninterrupted: str, tmp_path: Path, proxy: FaultyProxy
+) -> None:
+    """The state file of step 15 never arrives whole, so that the checkpoint of step 10 counts."""
+    jobs: list[Job] = []
+
+    def kill(request: object) -> None:
+        if "uploadType" in request.path_qs and request.content_length and request.content_length > 100_000:  # type: ignore[attr-defined]
+            sizes.append(request.content_length)  # type: ignore[attr-defined]
+            if len(sizes) == 4 and jobs:  # steps 5, 8, 10 and then 15
+                jobs.pop().kill()
+
+    sizes: list[int] = []
+    proxy.fault = kill  # type: ignore[assignment]
+    first = Job(tmp_path / "log", *fit_options(run_dir), processes=2)
+    jobs.append(first)
+    assert first.wait() != 0
+    proxy.fault = lambda request: None
+    newest = checkpoint.newest_trusted(run_dir)
+    assert newest is not None
+    assert newest.global_step == 10
+    second = Job(tmp_path / "log2", *fit_options(run_dir), processes=2)
+    assert second.wait() == 0, second.output
+    assert "going on after step 10," in second.output
+    assert_same_weights(run_dir, uninterrupted)
+    assert scalars(run_dir)["train/loss"] == scalars(uninterrupted)["train/loss"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest"])
+def test_a_damaged_newest_checkpoint(damage: str, run_dir: str, uninterrupted: str, tmp_path: Path) -> None:
+    plot = sabotage(tmp_path / "marker", step=13, rank=0, name="SIGTERM")
+    first = Job(tmp_path / "log", *fit_options(run_dir, trainer__callbacks=plot), processes=2)
+    assert first.wait() != 0
+    newest = checkpoint.manifests(run_dir)[-1]
+    uri = f"{run_dir}/checkpoints/{newest.file}"
+    content = storage.read_bytes(uri)
+    if damage == "truncated":
+        storage.write_bytes(uri, content[: len(content) // 2])
+    elif damage == "flipped":
+        storage.write_bytes(uri, content[:5000] + bytes([content[5000] ^ 16]) + content[5001:])
+    else:
+        storage.remove(checkpoint.manifest_uri(uri))
+    second = Job(tmp_path / "log2", *fit_options(run_dir), processes=2)
+    assert second.wait() == 0, second.output
+    if damage != "no manifest":
+        assert f"{uri} is damaged" in second.output
+    assert "going on after step 10," in second.output
+    assert_same_weights(run_dir, uninterrupted)
+
+
+def test_two_jobs_on_one_run_dir(run_dir: str, tmp_path: Path) -> None:
+    """The second is refused, while the first is not disturbed."""
+    slow = fit_options(run_dir, trainer__max_epochs=60)
+    first = Job(tmp_path / "log", *slow, processes=2)
+    first.wait_for("epoch 1")
+    second = Job(tmp_path / "log2", *fit_options(run_dir))
+    assert second.wait() == 2, second.output
+    assert f"another job is writing to {run_dir}" in second.output
+    assert "Traceback" not in second.output
+    assert first.process.poll() is None
+    os.kill(first.process.pid, signal.SIGTERM)
+    first.wait()
+    assert "stopped on request" in first.output
+
+
+def test_another_world_size(run_dir: str, tmp_path: Path) -> None:
+    """Preempted with 2 processes, gone on with 1 and with 4: the losses are the same to rounding."""
+    more = {
+        "model__backbone": "timm/test_vit",
+        "model__optimizer": "{class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}",
+        "data__image_size": 160,
+    }
+    whole = str(tmp_path / "whole")
+    run_well(*fit_options(whole, **more), processes=2)
+    expected = [value for _, value in scalars(whole)["train/loss"]]
+    for processes in (1, 4):
+        one = f"{run_dir}/{processes}"
+        plot = sabotage(tmp_path / f"marker{processes}", step=11, rank=1)
+        first = Job(tmp_path / "log", *fit_options(one, trainer__callbacks=plot, **more), processes=2)
+        assert first.wait() != 0
+        run_well(*fit_options(one, **more), processes=processes)
+        found = scalars(one)["train/loss"]
+        assert [step for step, _ in found] == STEPS
+        assert [value for _, value in found] == pytest.approx(expected, rel=1e-4)
+
+
+def test_elastic_nodes_come_and_go(run_dir: str, tmp_path: Path) -> None:
+    """Two torchrun agents as two nodes: one dies, the other goes on alone, a new one is taken in."""
+    port = free_port()
+    more = {
+        "model__backbone": "timm/test_vit",
+        "model__optimizer": "{class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}",
+        "data__image_size": 160,
+        "trainer__max_epochs": 28,
+    }
+    whole = str(tmp_path / "whole")
+    run_well(*fit_options(whole, **more), processes=1)
+
+    pace = "[{class_path: saboteur.Pace, init_args: {seconds: 0.15}}]"
+    arguments = fit_options(run_dir, trainer__callbacks=pace, **more)
+    first = Job.node(tmp_path / "first", *arguments, port=port)
+    wait_until_served(port)  # the node that is there first keeps the rendezvous
+    second = Job.node(tmp_path / "second", *arguments, port=port)
+    first.wait_for("epoch 3 ")
+    second.kill()
+    first.wait_for("epoch 8 ")
+    third = Job.node(tmp_path / "third", *arguments, port=port)
+    assert first.wait(300) == 0, first.output
+    third.wait(60)
+    worlds = [start.world_size for start in accounting.read(run_dir)]
+    assert worlds[0] == 2
+    assert 1 in worlds
+    assert worlds[-1] == 2, worlds
+    found = scalars(run_dir)["train/loss"]
+    expected = scalars(whole)["train/loss"]
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-3, abs=1e-4)

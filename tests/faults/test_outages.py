@@ -1,0 +1,70 @@
+"""Buckets and disks in trouble: work goes on if it can, and nothing that was committed is lost."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Job, fit_options
+from proxy import FaultyProxy
+from support import TINY, assert_same_weights, options, picture_files, run, scalars, zip_of
+
+from job.train import checkpoint
+
+pytestmark = pytest.mark.integration
+
+
+def test_a_bucket_that_answers_503_for_a_while(
+    run_dir: str, uninterrupted: str, tmp_path: Path, proxy: FaultyProxy
+) -> None:
+    proxy.answer_503_for(20, match="uploadType")  # every write, from the first on
+    job = Job(tmp_path / "log", *fit_options(run_dir), processes=2)
+    assert job.wait() == 0, job.output
+    assert_same_weights(run_dir, uninterrupted)
+    assert scalars(run_dir)["train/loss"] == scalars(uninterrupted)["train/loss"]
+
+
+def test_a_bucket_that_is_gone_for_good(run_dir: str, tmp_path: Path, proxy: FaultyProxy) -> None:
+    """The end is not a good one, and says where the state is."""
+    arguments = fit_options(run_dir, checkpoint__upload_seconds=2, checkpoint__every_n_steps=1)
+    job = Job(tmp_path / "log", *arguments)
+    job.wait_for("images: train")
+    proxy.answer_503_for(3600, match="uploadType")
+    assert job.wait(300) == 75, job.output
+    assert "Traceback" not in job.output
+    found = re.search(r"The state is kept in (\S+)\.", job.output)
+    assert found is not None, job.output
+    assert "state_dict" in torch.load(found.group(1), weights_only=True)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for 64 KiB."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_no_room_in_the_cache(full_disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.zip").write_bytes(zip_of(picture_files(["blue", "red"], 60)))
+    arguments = options(TINY, data__root=tmp_path / "c.zip", data__cache_dir=full_disk, run_dir=tmp_path / "run")
+    result = run("fit", *arguments)
+    assert result.returncode == 2
+    assert "No space left on device" in result.stderr
+    assert "--data.cache_dir" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not [entry for entry in full_disk.iterdir() if entry.is_dir()]
+
+
+def test_no_room_to_stage_a_checkpoint(full_disk: Path, colours: Path, tmp_path: Path) -> None:
+    result = run("fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), TMPDIR=str(full_disk))
+    assert result.returncode != 0
+    assert "set TMPDIR to a larger disk" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert checkpoint.manifests(str(tmp_path / "run")) == []

@@ -1,0 +1,92 @@
+"""The same job on other filesystems than GCS: S3 (a real server process), HTTP, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from support import TINY, options, picture_files, run_well, scalars, zip_of
+
+from job import storage
+from job.cli import main
+from job.demo.gcs_server import free_port
+from job.train import checkpoint
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket on moto's server."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    fs, _ = storage.filesystem("s3://runs")
+    for _ in range(100):
+        with contextlib.suppress(Exception):  # not up yet
+            fs.mkdir("runs")
+            break
+        time.sleep(0.2)
+    yield "s3://runs"
+    server.terminate()
+    server.wait()
+
+
+def test_s3_to_s3(s3: str) -> None:
+    storage.write_many(f"{s3}/colours", picture_files(["blue", "red"], 20))
+    settings = {**TINY, "data.root": f"{s3}/colours", "run_dir": f"{s3}/run", "checkpoint.every_n_steps": 5}
+    run_well("fit", *options(settings, trainer__max_epochs=2), processes=2)
+    run_well("fit", *options(settings), processes=2)
+    assert [step for step, _ in scalars(f"{s3}/run")["train/loss"]] == list(range(12))
+    assert checkpoint.manifests(f"{s3}/run")[-1].global_step == 12
+    assert not storage.exists(f"{s3}/run/lease.json")
+    shown = run_well("predict", "--ckpt", f"{s3}/run", "--input", f"{s3}/colours/red/000.jpg")
+    assert "red/000.jpg" in shown.stdout
+
+
+def test_an_archive_by_its_url(tmp_path: Path) -> None:
+    """As the tutorial's is published: train/ and validation/ in a folder that wraps all, beside a script."""
+    parts = {"train": 10, "validation": 4}
+    files = {f"w/{part}/{k}": c for part, n in parts.items() for k, c in picture_files(["blue", "red"], n).items()}
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "w.zip").write_bytes(zip_of({**files, "w/vectorize.py": b"print()"}))
+    fetched: list[str] = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, form: str, *args: object) -> None:
+            fetched.append(str(args[0]))
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path / "site")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    settings = {**TINY, "data.root": f"http://127.0.0.1:{server.server_port}/w.zip", "data.cache_dir": tmp_path / "c"}
+    result = run_well("fit", *options(settings, run_dir=tmp_path / "run"), processes=2)
+    server.shutdown()
+    assert "2 classes; images: train 20, val 8" in result.stderr
+    assert len([line for line in fetched if line.startswith("GET")]) == 1  # once a node
+
+
+def test_memory_to_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    storage.write_many("memory://bucket/colours", picture_files(["blue", "red"], 10))
+    monkeypatch.setattr("sys.argv", ["job"])
+    main(["fit", *options(TINY, data__root="memory://bucket/colours", run_dir="memory://bucket/run")])
+    assert "Finished" in capsys.readouterr().out
+    assert len(checkpoint.manifests("memory://bucket/run")) >= 2
+    assert scalars("memory://bucket/run")["train/loss"]
