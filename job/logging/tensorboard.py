@@ -63,7 +63,7 @@ class BucketTensorBoardLogger(Logger):
         self._published: dict[Path, tuple[int, float]] = {}
         self._publisher: Periodic | None = None
         self._failing_since: float | None = None
-        self._writing = threading.RLock()  # held while the writer is made or exchanged: logging waits for it
+        self._writing = threading.RLock()  # held while events are added, and while the writer is made or exchanged
         self._publishing = threading.RLock()  # held while events are uploaded: logging does not
 
     @property
@@ -94,15 +94,17 @@ class BucketTensorBoardLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add one scalar for each metric."""
-        for key, value in metrics.items():
-            self.experiment.add_scalar(key, value, step)
+        with self._writing:
+            for key, value in metrics.items():
+                self.experiment.add_scalar(key, value, step)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Add the configuration as text."""
         plain = vars(params) if isinstance(params, Namespace) else params
         text = yaml.safe_dump(plain, sort_keys=False)
-        self.experiment.add_text("config", "```yaml\n" + text + "```", self.purge_step)
+        with self._writing:
+            self.experiment.add_text("config", "```yaml\n" + text + "```", self.purge_step)
 
     def save(self) -> None:
         """Nothing: Lightning calls this for every line it logs, and training must not wait for a bucket."""

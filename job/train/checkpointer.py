@@ -80,6 +80,7 @@ class Checkpointer(Checkpoint):
         self._stopping = False
         self._next: dict[str, int] = {}
         self._saved: tuple[int, int] | None = None
+        self._validated_at = -1
         self._saved_at = time.monotonic()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -116,6 +117,10 @@ class Checkpointer(Checkpoint):
             batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
             self._save(trainer, epoch=trainer.current_epoch, batch=batches)
             self._stop(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note of which step the metrics are."""
+        self._validated_at = trainer.global_step
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save when it is time; stop when any rank was told to."""
@@ -175,14 +180,15 @@ class Checkpointer(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the facts of the manifest, and what a run that resumes must share."""
-        within_epoch = self._next["batch"] > 0
         if trainer.validating:
             # What Lightning takes for a validation that was begun and is to be run.
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
             for count in ("total", "current"):
                 progress[count].update(ready=1, started=1, processed=0, completed=0)
             progress["is_last_batch"] = False
-        metrics = {} if within_epoch else {k: float(v) for k, v in trainer.callback_metrics.items() if "val/" in k}
+        # Lightning's metrics are those of the last validation, however long ago that was.
+        measured = trainer.callback_metrics if self._validated_at == trainer.global_step else {}
+        metrics = {name: float(value) for name, value in measured.items() if name.startswith("val/")}
         if metrics and self.monitor not in metrics:
             known = ", ".join(sorted(metrics))
             raise ConfigError(f"--checkpoint.monitor {self.monitor!r} is not logged. There are: {known}.")

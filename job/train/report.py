@@ -55,6 +55,7 @@ class Report(Callback):
         run_dir, data = trainer.default_root_dir, trainer.datamodule  # type: ignore[attr-defined]
         committed = checkpoint.manifests(run_dir)
         last, best = committed[-1], (checkpoint.ranked(committed) or committed)[0]
+        measured = next((m for m in reversed(committed) if m.metrics), last)
         starts = accounting.read(run_dir)
         return {
             "run_dir": run_dir,
@@ -68,8 +69,12 @@ class Report(Callback):
             "images": {part: len(index) for part, index in data.parts.items()},
             "bad_samples": sorted(data.bad_samples),
             "train_images_per_second": self.train_images / self.train_seconds if self.train_seconds else None,
-            "metrics": last.metrics,
-            "confusion_matrix": {"rows": "true class", "columns": "predicted class", "counts": last.confusion_matrix},
+            "metrics": measured.metrics,
+            "confusion_matrix": {
+                "rows": "true class",
+                "columns": "predicted class",
+                "counts": measured.confusion_matrix,
+            },
             "checkpoints": {
                 which: {"uri": storage.join(run_dir, checkpoint.FOLDER, m.file), "epoch": m.epoch, m.monitor: m.value}
                 for which, m in (("best", best), ("last", last))
@@ -91,7 +96,9 @@ def print_summary(run_dir: str) -> None:
     speed = report["train_images_per_second"]
     rows = {
         "validation": "  ".join(
-            f"{name} {report['metrics'][f'val/{name}']:.4f}" for name in ("accuracy", "f1", "auroc", "loss")
+            f"{name} {report['metrics'][f'val/{name}']:.4f}"
+            for name in ("accuracy", "f1", "auroc", "loss")
+            if f"val/{name}" in report["metrics"]
         ),
         "best checkpoint": report["checkpoints"]["best"]["uri"],
         "epochs": f"{report['epochs']} ({report['global_step']} steps)",

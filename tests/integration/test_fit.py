@@ -20,6 +20,7 @@ from support import COLOURS, TINY, environment, final_weights, options, picture,
 import job
 from job import storage
 from job.demo.gcs_server import free_port
+from job.train import checkpoint
 
 pytestmark = pytest.mark.integration
 
@@ -175,6 +176,17 @@ def test_going_on_with_other_images_is_refused(gcs: str, fitted: str, gcs_colour
     result = run("fit", "--config", f"{fitted}/config.yaml", "--data.root", f"{gcs}/more", "--trainer.max_epochs=13")
     assert result.returncode == 2
     assert "data.train was 32 images" in result.stderr
+
+
+def test_checkpoints_between_validations_claim_no_metrics(colours: Path, tmp_path: Path) -> None:
+    settings = {**TINY, "trainer.check_val_every_n_epoch": 2, "checkpoint.keep_last": 9, "checkpoint.every_n_steps": 3}
+    result = run_well("fit", *options(settings, data__root=colours, run_dir=tmp_path / "run"))
+    found = checkpoint.manifests(str(tmp_path / "run"))
+    assert [(m.epoch, m.global_step) for m in found if m.metrics] == [(2, 8)]
+    assert [m.global_step for m in found] == [3, 4, 6, 8, 9, 12]
+    assert "accuracy" in result.stdout
+    off = run_well("fit", *options(TINY, data__root=colours, run_dir=tmp_path / "off", trainer__limit_val_batches=0))
+    assert "Finished" in off.stdout
 
 
 def test_other_data_sets_and_optimizers_by_configuration(tmp_path: Path, colours: Path) -> None:
