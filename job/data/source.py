@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -20,6 +21,7 @@ from job.errors import DataError, StorageError
 
 log = logging.getLogger(__name__)
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -63,10 +65,13 @@ def materialise(uri: str, cache_dir: str) -> str:
         with _locked(cache / f"{target.name}.lock"):
             if not target.exists():
                 _fetch_and_unpack(uri, details, cache, target)
-    except OSError as error:
+    except (OSError, StorageError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(error, StorageError) and getattr(cause, "errno", None) not in DISK_FULL:
+            raise
         raise StorageError(
-            f"cannot unpack {uri} under {cache}: {error.strerror or error}. Choose a writable place with enough "
-            "room by --data.cache_dir."
+            f"cannot unpack {uri} under {cache}: {getattr(cause, 'strerror', None) or error}. Choose a writable place "
+            "with enough room by --data.cache_dir."
         ) from error
     return str(target)
 

@@ -34,7 +34,7 @@ PUBLISH_SECONDS = 10.0
 ROTATE_BYTES = 4 << 20
 """Past this size a new event file begins, so that publishing does not cost more and more."""
 
-CLOSE_SECONDS = 120.0
+CLOSE_SECONDS = 60.0
 """How long the end of a run waits for a bucket that does not answer."""
 
 

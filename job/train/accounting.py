@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from job import storage
-from job.errors import StorageError
+from job.errors import StorageError, StorageOutage
 from job.periodic import Periodic
 from job.train.checkpointer import Checkpointer
 
@@ -141,8 +141,8 @@ class Accounting(Callback):
         self._close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Close the record."""
-        self._close()
+        """Close the record, unless it is the bucket that fails."""
+        self._close(write=not isinstance(exception, StorageOutage))
 
     def write(self) -> None:
         """Renew the record; a bucket out of reach delays it."""
@@ -151,11 +151,12 @@ class Accounting(Callback):
             records = [asdict(start) for start in (*self.earlier, self.start)]
             storage.write_text(storage.join(self._run_dir, FILE), json.dumps(records, indent=2))
 
-    def _close(self) -> None:
+    def _close(self, *, write: bool = True) -> None:
         if self._renewal is not None:
             self._renewal.stop()
             self._renewal = None
-            self.write()
+            if write:
+                self.write()
 
     def _refresh(self) -> None:
         self.start.ended = time.time()
