@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -29,6 +30,9 @@ from fsspec.implementations.local import LocalFileSystem
 from job.errors import StorageError, StorageOutage
 
 log = logging.getLogger(__name__)
+
+_creating = threading.Lock()
+"""The memory filesystem, too, looks first and then writes; a bucket's server decides by itself."""
 
 
 def use_gcs_emulator(url: str) -> None:
@@ -208,10 +212,15 @@ def create(uri: str, data: bytes) -> bool:
     """Write the object if there is none; returns whether this call made it. Of several callers one wins."""
     fs, path = filesystem(uri)
     with _explained(uri, "create"):
-        if isinstance(fs, LocalFileSystem):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
-            fs.pipe_file(path, data, mode="create")
+            if isinstance(fs, LocalFileSystem):
+                # fsspec looks first and then writes; the kernel does both at once.
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                with Path(path).open("xb") as file:
+                    file.write(data)
+            else:
+                with _creating:
+                    fs.pipe_file(path, data, mode="create")
         except FileExistsError:
             return False
         return True

@@ -132,8 +132,11 @@ class Lease:
     def _read(self) -> Holder | None:
         if not storage.exists(self.uri):
             return None
+        content = storage.read_bytes(self.uri)
+        if not content:  # on a disk: created, and not yet written, by somebody who will, or who died
+            return Holder(job="", token="", host="an unknown machine", process="0/None/None")
         try:
-            return Holder(**json.loads(storage.read_bytes(self.uri)))
+            return Holder(**json.loads(content))
         except (ValueError, TypeError) as error:
             raise LeaseError(f"{self.uri} is no lease ({error}). If no job uses {self.run_dir}, delete it.") from error
 

@@ -187,6 +187,14 @@ def test_the_lease_of_a_dead_job_runs_out_and_a_revived_one_notices(run_dir: str
     second.release()
 
 
+def test_a_lease_that_was_never_written_runs_out(run_dir: str) -> None:
+    storage.write_bytes(f"{run_dir}/lease.json", b"")
+    lease = Lease(run_dir, seconds=1)
+    lease.acquire()
+    lease.raise_if_lost()
+    lease.release()
+
+
 def test_a_process_that_died_here_is_not_waited_for(run_dir: str) -> None:
     dead = Lease(run_dir)
     dead.mine.job, dead.mine.process = "dead", dead.mine.process.replace("/", "9/", 1)
