@@ -183,9 +183,8 @@ def newest_trusted(run_dir: str) -> Manifest | None:
     return None
 
 
-def remove(run_dir: str, manifest: Manifest) -> None:
-    """Delete a checkpoint, its manifest first: a state file alone is none."""
-    uri = storage.join(run_dir, FOLDER, manifest.file)
+def remove(uri: str) -> None:
+    """Delete the checkpoint at ``uri``, its manifest first: a state file alone is none."""
     storage.remove(manifest_uri(uri))
     storage.remove(uri)
 

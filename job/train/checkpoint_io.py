@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +51,6 @@ class BackgroundCheckpointIO(CheckpointIO):
         self.before_commit = before_commit
         self.after_commit = after_commit
         self._buffers: list[Tensor] = []
-        self._staging: Path | None = None
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -78,9 +77,8 @@ class BackgroundCheckpointIO(CheckpointIO):
         return checkpoint.load(str(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint, its manifest first: a state file alone is none."""
-        storage.remove(checkpoint.manifest_uri(str(path)))
-        storage.remove(str(path))
+        """Delete a checkpoint."""
+        checkpoint.remove(str(path))
 
     def raise_failure(self) -> None:
         """Raise what an upload that failed for good raised: a :class:`~job.errors.StorageError` as a rule."""
@@ -122,14 +120,11 @@ class BackgroundCheckpointIO(CheckpointIO):
     def _write(self, snapshot: dict[str, Any], uri: str) -> None:
         staged: Path | None = None
         try:
-            if self._staging is None:
-                self._staging = Path(tempfile.mkdtemp(prefix="job-checkpoint-"))
-            staged = self._staging / storage.basename(uri)
             facts = snapshot[FACTS]
-            torch.save(snapshot, staged)
+            staged = self._stage(snapshot, storage.basename(uri))
             with staged.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            manifest = Manifest(file=staged.name, bytes=staged.stat().st_size, sha256=sha256, **facts)
+            manifest = Manifest(file=storage.basename(uri), bytes=staged.stat().st_size, sha256=sha256, **facts)
             storage.retry(lambda: storage.upload(staged, uri), self.upload_seconds, f"the checkpoint {uri} waits")
             storage.retry(self.before_commit, self.upload_seconds, f"the checkpoint {uri} waits")
             text = json.dumps(asdict(manifest), indent=2)
@@ -138,16 +133,22 @@ class BackgroundCheckpointIO(CheckpointIO):
                 self.upload_seconds,
                 f"the manifest of {uri} waits",
             )
-            shutil.rmtree(self._staging)
-            self._staging = None
+            staged.unlink()
             self.after_commit()
         except StorageError as error:
-            kept = f" The state is kept in {staged}." if staged is not None and staged.exists() else ""
+            kept = f" The state is kept in {staged}." if staged is not None else ""
             self._failure = type(error)(f"the checkpoint {uri} could not be saved: {error}{kept}")
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            self._failure = StorageError(
-                f"the checkpoint {uri} could not be written to {staged or tempfile.gettempdir()} first: {error}. "
-                "Make room there, or set TMPDIR to a larger disk."
-            )
         except Exception as error:  # a thread's exception would go to stderr, and training on without checkpoints
             self._failure = error
+
+    def _stage(self, snapshot: dict[str, Any], name: str) -> Path:
+        """Write the state to a local file, from which it is uploaded, and which stays if that fails."""
+        staged = Path(tempfile.gettempdir()) / f"job-checkpoint-{uuid.uuid4().hex[:8]}-{name}"
+        try:
+            torch.save(snapshot, staged)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            staged.unlink(missing_ok=True)
+            raise StorageError(
+                f"it could not be written to {staged} first: {error}. Make room there, or set TMPDIR to a larger disk."
+            ) from error
+        return staged
