@@ -207,6 +207,13 @@ def predict(args: list[str]) -> None:
     _function_parser("predict", predict_main, args)
 
 
+def index(args: list[str]) -> None:
+    """List a data set ahead of training."""
+    from job.data.build import main as index_main
+
+    _function_parser("index", index_main, args, positional=True)
+
+
 def checkpoints(args: list[str]) -> None:
     """List, verify or clean up the checkpoints of a run."""
     from job.train.housekeeping import main as checkpoints_main
@@ -226,6 +233,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "validate": validate,
     "test": test,
     "predict": predict,
+    "index": index,
     "checkpoints": checkpoints,
     "demo": demo,
 }

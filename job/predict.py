@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +18,14 @@ from torch import Tensor
 
 from job import storage
 from job.cluster import ranks
-from job.data.dataset import ImageDataset, decode, resize_transform
-from job.data.index import Index, index_unlabelled
+from job.data.augment import ResizeMode, resize_transform
+from job.data.build import build
+from job.data.dataset import ImageDataset, View
+from job.data.decode import decode
+from job.data.index import Index
 from job.data.loader import BatchLoader
 from job.data.order import BatchOrder
-from job.data.source import default_cache_dir, is_archive, is_image, materialise
+from job.data.source import default_cache_dir
 from job.errors import ConfigError, DataError, StorageError
 from job.model.classifier import Classifier, from_spec, probabilities
 from job.train import checkpoint
@@ -51,7 +56,8 @@ class Predictor:
 
     def __init__(self, net: Classifier, resize: str) -> None:
         self.net = net.eval()
-        self.transform = resize_transform(net.image_size, "crop" if resize == "crop" else "squash")
+        self.resize: ResizeMode = "crop" if resize == "crop" else "squash"
+        self.transform = resize_transform(net.image_size, self.resize)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -79,7 +85,7 @@ class Predictor:
         found: list[Prediction] = []
         batch: list[Tensor] = []
         for image in images:
-            batch.append(self.transform(_to_tensor(image)))
+            batch.append(self.transform(_to_tensor(image, self.net.image_size)))
             if len(batch) == batch_size:
                 found += self.predict_batch(torch.stack(batch))
                 batch = []
@@ -126,21 +132,27 @@ def main(
 
     Args:
         ckpt: checkpoint file, or a run_dir, which means its best checkpoint.
-        input: URI of an image, a folder or prefix, or a .zip, .tar or .tar.gz.
+        input: URI of an image, a folder or prefix, a .zip, .tar or .tar.gz, shards, or a manifest.
         output: URI of a JSON lines file to write: one object a readable image. With several processes
             (torchrun), each writes its part, ``….part-RANK-of-WORLD``.
         batch_size: images at a time.
         num_workers: loader processes.
-        cache_dir: local folder where archives are unpacked. Default: ~/.cache/job.
+        cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
         max_bad_samples: unreadable images to tolerate; each is named, and past the limit the exit code says so.
     """
+    if batch_size < 1:
+        raise ConfigError(f"--batch_size must be at least 1, not {batch_size}.")
     rank, world_size = ranks.rank(), ranks.world_size()
-    index = _rank_share(_index(input, cache_dir or default_cache_dir()), rank, world_size)
     predictor = load(ckpt)
     bad: list[str] = []
     lines: list[dict[str, object]] = []
-    for sample, prediction in _predict_index(predictor, index, batch_size, num_workers, bad):
-        lines.append({"uri": index.uri(sample), **asdict(prediction)})
+    with tempfile.TemporaryDirectory() as folder:
+        build({"all": [input]}, Path(folder), cache_dir or default_cache_dir(), "images")
+        index = Index(folder, "all")
+        for sample, prediction in _predict_index(
+            predictor, index, batch_size, num_workers, cache_dir or default_cache_dir(), bad
+        ):
+            lines.append({"uri": index.uri(sample), **asdict(prediction)})
     if rank == 0:
         _print_table(lines, predictor.classes)
     if output is not None:
@@ -152,28 +164,21 @@ def main(
         raise DataError(f"{len(bad)} image(s) could not be read, {max_bad_samples} allowed:\n  {shown}")
 
 
-def _index(uri: str, cache_dir: str) -> Index:
-    if not is_archive(uri) and is_image(storage.basename(uri)) and storage.info(uri)["type"] == "file":
-        parent, _, key = uri.rpartition("/")
-        return Index(parent or ".", (key,), (-1,), ())
-    return index_unlabelled(materialise(uri, cache_dir))
-
-
-def _rank_share(index: Index, rank: int, world_size: int) -> Index:
-    keys = index.keys[rank::world_size]
-    return Index(index.root, keys, (-1,) * len(keys), ())
-
-
 def _predict_index(
-    predictor: Predictor, index: Index, batch_size: int, num_workers: int, bad: list[str]
+    predictor: Predictor, index: Index, batch_size: int, num_workers: int, cache_dir: str, bad: list[str]
 ) -> Iterator[tuple[int, Prediction]]:
-    if batch_size < 1:
-        raise ConfigError(f"--batch_size must be at least 1, not {batch_size}.")
-    if not len(index):
-        return
-    dataset = ImageDataset(index, predictor.transform, image_size=predictor.net.image_size)
-    order = BatchOrder(len(index), batch_size, rank=0, world_size=1, seed=0, shuffle=False)
-    for batch in BatchLoader(dataset, order, 0 if storage.is_process_local(index.root) else num_workers):
+    """(sample, prediction) of this rank's share; what cannot be read is added to ``bad``."""
+    order = BatchOrder(
+        len(index),
+        batch_size * ranks.world_size(),
+        rank=ranks.rank(),
+        world_size=ranks.world_size(),
+        seed=0,
+        shuffle=False,
+    )
+    view = View(predictor.net.image_size, predictor.resize)
+    at_hand = any(storage.is_process_local(source.uri) for source in index.sources)
+    for batch in BatchLoader(ImageDataset(index, order, view, cache_dir=cache_dir), 0 if at_hand else num_workers):
         if batch["error"]:
             raise StorageError(batch["error"])
         bad += batch["bad"]
@@ -200,16 +205,16 @@ def _print_table(lines: list[dict[str, object]], classes: Sequence[str]) -> None
         console.print(f"… and {len(lines) - ROWS_SHOWN} more. In all: {told}", highlight=False)
 
 
-def _to_tensor(image: bytes | str | Image.Image | npt.NDArray[np.uint8] | Tensor) -> Tensor:
+def _to_tensor(image: bytes | str | Image.Image | npt.NDArray[np.uint8] | Tensor, at_least: int) -> Tensor:
     if isinstance(image, Tensor):
         return image
     if isinstance(image, str):
         try:
-            return decode(storage.read_bytes(image))
+            return decode(storage.read_bytes(image), at_least)
         except DataError as error:
             raise DataError(f"{image} {error}.") from error
     if isinstance(image, bytes):
-        return decode(image)
+        return decode(image, at_least)
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
         image.save(buffer, "PNG")

@@ -7,8 +7,10 @@ plain path, and raises :class:`~job.errors.StorageError` with that URI in it, or
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import errno
 import hashlib
 import io
 import logging
@@ -18,13 +20,16 @@ import shutil
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.core import url_to_fs
+from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from job.errors import StorageError, StorageOutage
@@ -49,17 +54,21 @@ if os.environ.get("STORAGE_EMULATOR_HOST"):
     use_gcs_emulator(os.environ["STORAGE_EMULATOR_HOST"])
 
 
-@dataclass(frozen=True)
-class Entry:
+LISTINGS_IN_FLIGHT = 16
+
+
+class Entry(NamedTuple):
     """One object under a listed prefix.
 
     Attributes:
         key: path relative to the prefix, ``/`` between its parts; a directory ends with ``/``.
-        size: bytes (0 for a directory).
+        size: bytes (0 for a directory, -1 where the store does not tell).
+        version: 64 bits that change with the content: of the object's generation, ETag or modification time.
     """
 
     key: str
     size: int
+    version: int = 0
 
     @property
     def is_dir(self) -> bool:
@@ -120,22 +129,77 @@ def list_files(uri: str) -> list[Entry]:
     Raises:
         StorageError: nothing is there, or it may not be listed.
     """
+    return sorted((entry for page in list_pages(uri) for entry in page), key=lambda entry: entry.key)
+
+
+def list_pages(uri: str) -> Iterator[list[Entry]]:
+    """Everything below the prefix ``uri``, folder by folder, each sorted; a folder's own files come first.
+
+    Several folders are listed at once, and no more than those are held in memory.
+
+    Raises:
+        StorageError: nothing is there, or it may not be listed.
+    """
     fs, path = filesystem(uri)
+    path = path.rstrip("/")
     with _explained(uri, "list"):
         fs.invalidate_cache()  # a listing from before somebody's upload would be silently stale
-        found = fs.find(path, withdirs=True, detail=True)
-        prefix = path.rstrip("/") + "/"
-        entries = []
-        for name, details in found.items():
-            key = name[len(prefix) :] if name.startswith(prefix) else ""
-            # Consoles make "folders" in buckets as empty objects whose name ends with a slash.
-            is_dir = details["type"] == "directory" or name.endswith("/")
-            if key.strip("/"):
-                size = 0 if is_dir else int(details.get("size") or 0)
-                entries.append(Entry(key.rstrip("/") + "/" if is_dir else key, size))
-        if not entries and not (isinstance(fs, LocalFileSystem) and fs.isdir(path)):
+    found = 0
+    with ThreadPoolExecutor(LISTINGS_IN_FLIGHT) as pool:
+        waiting: deque[tuple[str, Future[list[dict[str, Any]]] | None]] = deque([(path, None)])
+        try:
+            while waiting:
+                for place in range(min(LISTINGS_IN_FLIGHT, len(waiting))):
+                    folder, listing = waiting[place]
+                    waiting[place] = (folder, listing or pool.submit(_list_folder, fs, folder))
+                folder, listing = waiting.popleft()
+                assert listing is not None
+                with _explained(uri, "list"):
+                    page, below = _page(path, folder, listing.result())
+                waiting.extendleft((name, None) for name in reversed(below))
+                found += len(page)
+                yield page
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if not found and not (isinstance(fs, LocalFileSystem) and fs.isdir(path)):
+        with _explained(uri, "list"):
             raise FileNotFoundError(path)
-    return sorted(entries, key=lambda entry: entry.key)
+
+
+def _list_folder(fs: fsspec.AbstractFileSystem, folder: str) -> list[dict[str, Any]]:
+    try:
+        listing: list[dict[str, Any]] = fs.ls(folder or fs.root_marker, detail=True)
+    finally:
+        fs.invalidate_cache(folder)  # else it would keep the listing of the whole bucket
+    return listing
+
+
+def _page(root: str, folder: str, listing: list[dict[str, Any]]) -> tuple[list[Entry], list[str]]:
+    """The entries of one folder's listing, and the folders below it."""
+    start, page, below = len(root) + 1 if root else 0, [], []
+    for details in listing:
+        name = details["name"]
+        stripped = name.rstrip("/")
+        # Consoles make "folders" in buckets as empty objects whose name ends with a slash.
+        if stripped == folder:
+            if details["type"] != "directory" and name == folder:
+                raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder")
+        elif details["type"] == "directory" or name.endswith("/"):
+            page.append(Entry(stripped[start:] + "/", 0))
+            below.append(stripped)
+        else:
+            size = details.get("size")
+            page.append(Entry(name[start:], -1 if size is None else int(size), version(details)))
+    return sorted(page), sorted(below)
+
+
+def version(details: dict[str, Any]) -> int:
+    """64 bits that change with an object's content, from what its store tells (``fs.info``)."""
+    for name in ("generation", "ETag", "etag", "md5Hash", "mtime", "LastModified", "Last-Modified", "created"):
+        if details.get(name) is not None:
+            told = f"{name} {details[name]} {details.get('size')}"
+            return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=8).digest(), "little")
+    return 0
 
 
 def read_bytes(uri: str) -> bytes:
@@ -146,21 +210,86 @@ def read_bytes(uri: str) -> bytes:
         return data
 
 
-def read_many(root: str, keys: list[str]) -> list[bytes]:
-    """Objects ``root/key``, fetched concurrently where the filesystem can.
+class Reader:
+    """Reads objects below one root, for as long as a process works with it; not to be sent to another one.
 
-    Raises:
-        StorageError: one of them cannot be read; the message names it.
+    Attributes:
+        is_local: on this machine, so that reading costs no request.
+        is_async: whether :meth:`fetch` is there to have many requests in flight.
     """
-    fs, path = filesystem(root)
-    paths = {key: fs._strip_protocol(f"{path.rstrip('/')}/{key}") for key in keys}
-    with _explained(root, "read"):
-        found = fs.cat(list(dict.fromkeys(paths.values())), on_error="return")
-    for key, name in paths.items():
-        if isinstance(found[name], Exception):
-            with _explained(join(root, key), "read"):
-                raise found[name]
-    return [found[paths[key]] for key in keys]
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._fs, path = filesystem(root)
+        self._prefix = path.rstrip("/") + "/" if path else ""
+        self._plain = isinstance(self._fs, LocalFileSystem)
+        self.is_local = self._plain or "memory" in _protocols(self._fs)
+        self.is_async = isinstance(self._fs, AsyncFileSystem)
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Where :meth:`fetch` must run: the event loop of this process's filesystems."""
+        loop: asyncio.AbstractEventLoop = self._fs.loop
+        return loop
+
+    def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        """``length`` bytes from ``start`` on of ``root/key`` (of ``root`` for the empty key), or all of it.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        with _explained(join(self.root, key) if key else self.root, "read"):
+            if self._plain:
+                with Path(self._path(key)).open("rb") as file:  # a tenth of the cost of fsspec's own
+                    file.seek(start)
+                    return file.read(-1 if length is None else length)
+            data: bytes = self._fs.cat_file(self._path(key), **_limits(start, length))
+            return data
+
+    async def fetch(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        """:meth:`read`, without waiting for it."""
+        with _explained(join(self.root, key) if key else self.root, "read"):
+            data: bytes = await self._fs._cat_file(self._path(key), **_limits(start, length))
+            return data
+
+    def _path(self, key: str) -> str:
+        return self._prefix + key if key else self._prefix.rstrip("/")
+
+
+def _limits(start: int, length: int | None) -> dict[str, int]:
+    return {} if length is None else {"start": start, "end": start + length}
+
+
+def serves_ranges(uri: str) -> bool:
+    """Whether parts of an object can be read: of web servers only from those that say so."""
+    fs, path = filesystem(uri)
+    if not isinstance(fs, HTTPFileSystem):
+        return True
+
+    async def accepted() -> str | None:
+        session = await fs.set_session()
+        async with session.head(fs.encode_url(path), allow_redirects=True) as response:
+            told: str | None = response.headers.get("Accept-Ranges")
+            return told
+
+    with _explained(uri, "look up"):
+        return bool(sync(fs.loop, accepted) == "bytes")
+
+
+@contextlib.contextmanager
+def open_for_reading(uri: str) -> Iterator[IO[bytes]]:
+    """The object as a file whose parts are fetched when they are read, some MB at a time."""
+    fs, path = filesystem(uri)
+    with _explained(uri, "read"), fs.open(path, "rb", block_size=4 << 20, cache_type="readahead") as file:
+        yield file
+
+
+def glob(pattern: str) -> list[str]:
+    """URIs that match a pattern with ``*`` or ``?``, sorted."""
+    fs, path = filesystem(pattern)
+    with _explained(pattern, "list"):
+        fs.invalidate_cache()
+        return sorted(fs.unstrip_protocol(name) if "://" in pattern else name for name in fs.glob(path))
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -16,6 +17,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from job import storage
+from job.data.build import Layout, build
+from job.data.fetch import Fetcher
+from job.data.index import Index
+from job.errors import DataError
 from job.train import checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
@@ -69,6 +74,34 @@ def zip_of(files: dict[str, bytes]) -> bytes:
         for key, content in files.items():
             archive.writestr(key, content)
     return buffer.getvalue()
+
+
+def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]
+        for key, content in files.items():
+            member = tarfile.TarInfo(key)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def index_parts(*uris: object, layout: Layout = "parts") -> dict[str, Index]:
+    """The parts of a data set, their index in a temporary folder."""
+    folder = Path(tempfile.mkdtemp(prefix="job-test-index-"))
+    info = build({"root": [str(uri) for uri in uris]}, folder, tempfile.gettempdir() + "/job-test-cache", layout)
+    return {part: Index(folder, part) for part in info.parts}
+
+
+def index_of(uri: object, layout: Layout = "parts") -> Index:
+    """A data set of one part."""
+    (index,) = index_parts(uri, layout=layout).values()
+    return index
+
+
+def read(index: Index, samples: list[int], cache_dir: object = "") -> list[bytes | DataError]:
+    """What samples consist of, or why they cannot be had."""
+    return Fetcher(index, str(cache_dir)).start(np.asarray(samples)).result()
 
 
 def options(settings: dict[str, object], **more: object) -> list[str]:

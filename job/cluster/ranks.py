@@ -36,6 +36,11 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def local_rank() -> int:
+    """This process's number among those of its node, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 @contextlib.contextmanager
 def process_group(timeout_seconds: float) -> Iterator[None]:
     """The process group of the job, while the context lasts; nothing for a process alone.

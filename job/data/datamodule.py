@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torchvision.transforms import v2
 
 from job import storage
 from job.cluster import ranks
-from job.data.dataset import Batch, ImageDataset, ResizeMode, resize_transform
-from job.data.index import Index, find_parts, index_class_folders, require_same_classes, split
+from job.data.augment import ResizeMode
+from job.data.build import Layout, build, split
+from job.data.cache import SampleCache
+from job.data.dataset import Batch, ImageDataset, View
+from job.data.index import Index, IndexInfo
 from job.data.loader import BatchLoader
 from job.data.order import BatchOrder
-from job.data.source import default_cache_dir, materialise
+from job.data.saved import fetch_index, is_fresh, publish_index
+from job.data.source import INDEX_FILE, default_cache_dir, materialise, room_needed
 from job.errors import ConfigError, DataError, StorageError
 
 log = logging.getLogger(__name__)
@@ -25,8 +32,10 @@ log = logging.getLogger(__name__)
 class ImageDataModule(pl.LightningDataModule):
     """Labelled images from any fsspec URI.
 
-    Give ``root``, or ``train`` (and ``val``, ``test``). Each is a folder or bucket prefix of class
-    folders, or a .zip, .tar or .tar.gz of one.
+    Give ``root``, or ``train`` (and ``val``, ``test``). Each is one of these, or a list of them:
+    a folder or bucket prefix of class folders; a .zip, .tar or .tar.gz of one; tar shards in the
+    WebDataset convention (``NAME-{000..146}.tar``, labels in .cls or .json); a manifest (.csv, .jsonl
+    or .parquet with the columns uri and label); the index.json that ``job index`` wrote.
 
     Args:
         root: URI that holds train/ and validation/ or val/ (and test/), or class folders directly.
@@ -41,7 +50,9 @@ class ImageDataModule(pl.LightningDataModule):
         augment: torchvision.transforms.v2 transform of a uint8 [3, H, W] training image, ending at
             [3, image_size, image_size]. Default: ``resize``, then a random horizontal flip.
         num_workers: loader processes a rank; default: one a CPU core, shared by the node's ranks.
-        cache_dir: local folder where archives are unpacked. Default: ~/.cache/job.
+        cache_dir: local folder of the node's cache. Default: ~/.cache/job.
+        cache_gb: samples from buckets that are kept there, in 10^9 bytes, the least recently used removed
+            first; 0: none.
         max_bad_samples: unreadable images to tolerate; past it the run ends. Tolerated ones are named
             in the log and left out of loss and metrics.
         seed: seed of order, augmentation and split; follows --seed_everything.
@@ -49,10 +60,10 @@ class ImageDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        root: str | None = None,
-        train: str | None = None,
-        val: str | None = None,
-        test: str | None = None,
+        root: str | list[str] | None = None,
+        train: str | list[str] | None = None,
+        val: str | list[str] | None = None,
+        test: str | list[str] | None = None,
         val_fraction: float = 0.2,
         global_batch_size: int = 32,
         image_size: int = 224,
@@ -60,6 +71,7 @@ class ImageDataModule(pl.LightningDataModule):
         augment: v2.Transform | None = None,
         num_workers: int | None = None,
         cache_dir: str | None = None,
+        cache_gb: float = 10.0,
         max_bad_samples: int = 0,
         seed: int = 0,
     ) -> None:
@@ -72,20 +84,24 @@ class ImageDataModule(pl.LightningDataModule):
             ("val_fraction", val_fraction, 0.0, 1.0),
             ("global_batch_size", global_batch_size, 0, None),
             ("image_size", image_size, 0, None),
+            ("cache_gb", cache_gb, -1e-9, None),
         ):
             if value <= low or (high is not None and value >= high):
                 raise ConfigError(f"--data.{name} must be above {low}{f' and below {high}' if high else ''}: {value}.")
-        self.uris = {"root": root} if root is not None else {"train": train, "val": val, "test": test}
+        given = {"root": root} if root is not None else {"train": train, "val": val, "test": test}
+        self.uris = {name: [uris] if isinstance(uris, str) else uris for name, uris in given.items() if uris}
         self.val_fraction = val_fraction
         self.global_batch_size = global_batch_size
         self.image_size = image_size
         self.resize: ResizeMode = resize
         self.augment = augment
         self.num_workers = num_workers
-        self.cache_dir = cache_dir or default_cache_dir()
+        self.cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
+        self.cache_bytes = int(cache_gb * 1e9)
         self.max_bad_samples = max_bad_samples
         self.seed = seed
         self.parts: dict[str, Index] = {}
+        self.cache: SampleCache | None = None
         self.bad_samples: set[str] = set()
 
     @property
@@ -93,19 +109,22 @@ class ImageDataModule(pl.LightningDataModule):
         """Class names, sorted; known after :meth:`setup`."""
         return self.parts["train"].classes
 
-    def prepare_data(self) -> None:
-        """Fetch and unpack archives, once a node (Lightning calls this on local rank 0)."""
-        for uri in self.uris.values():
-            if uri is not None:
-                materialise(uri, self.cache_dir)
-
     def setup(self, stage: str) -> None:
-        """List the data on rank 0 and give the index, or the error, to every rank."""
+        """List the data on rank 0, or find its list in run_dir, and give it, or the error, to every rank."""
         self._check_batch_size()
         if self.parts:
             return
         # All ranks train on one listing, even while somebody is uploading.
-        self.parts = ranks.from_rank_zero(self._find_parts)
+        uri, digest = ranks.from_rank_zero(self._find_index)
+        # Where the folder is at hand it is used as it lies there; it may be this process's alone.
+        folder = Path(uri) if "://" not in uri else self.cache_dir / "index" / digest
+        if "://" in uri:
+            fetch_index(uri, folder)
+        info = IndexInfo.from_json(uri, (folder / INDEX_FILE).read_bytes())
+        self.parts = {part: Index(folder, part) for part in info.parts}
+        for source in info.sources:
+            materialise(source, str(self.cache_dir))
+        self._open_cache()
         sizes = ", ".join(f"{part} {len(index):,}" for part, index in self.parts.items())
         log.info("%d classes; images: %s", len(self.classes), sizes)
 
@@ -119,12 +138,11 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         """Every training sample once an epoch, in the order of (seed, epoch)."""
-        default = v2.Compose([resize_transform(self.image_size, self.resize), v2.RandomHorizontalFlip()])
-        return self._loader("train", self.augment or default, shuffle=True)
+        return self._loader("train", View(self.image_size, self.resize, self.augment, flip=True), shuffle=True)
 
     def val_dataloader(self) -> BatchLoader:
         """Every validation sample once."""
-        return self._loader("val", resize_transform(self.image_size, self.resize), shuffle=False)
+        return self._loader("val", View(self.image_size, self.resize), shuffle=False)
 
     def test_dataloader(self) -> BatchLoader:
         """Every test sample once.
@@ -134,7 +152,7 @@ class ImageDataModule(pl.LightningDataModule):
         """
         if "test" not in self.parts:
             raise DataError("there is no test part: give --data.test, or a --data.root with a test/ folder.")
-        return self._loader("test", resize_transform(self.image_size, self.resize), shuffle=False)
+        return self._loader("test", View(self.image_size, self.resize), shuffle=False)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Raise what a loader process reported, and hold unreadable samples against the limit."""
@@ -152,16 +170,49 @@ class ImageDataModule(pl.LightningDataModule):
         self.bad_samples = ranks.union(self.bad_samples)
         require_few_bad(self.bad_samples, self.max_bad_samples)
 
-    def _find_parts(self) -> dict[str, Index]:
-        local = {name: materialise(uri, self.cache_dir) for name, uri in self.uris.items() if uri is not None}
-        parts = find_parts(local["root"]) if "root" in local else {n: index_class_folders(u) for n, u in local.items()}
-        if "val" not in parts:
-            parts["train"], parts["val"] = split(parts["train"], self.val_fraction, self.seed)
-        for name in parts.keys() - {"train"}:
-            require_same_classes(parts["train"], parts[name])
-        return parts
+    def _find_index(self) -> tuple[str, str]:
+        """(URI of the index's folder, hash of its index.json): the one in run_dir, or one that is made now."""
+        request = {"uris": self.uris, "val_fraction": self.val_fraction, "seed": self.seed}
+        name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
+        uri = storage.join(self._run_dir(), "index", name)
+        if self._found_in_run(uri) is None:
+            with tempfile.TemporaryDirectory() as scratch:
+                self._build(Path(scratch), request)
+                publish_index(Path(scratch), uri)
+        digest = hashlib.sha256(storage.read_bytes(storage.join(uri, INDEX_FILE))).hexdigest()[:16]
+        return uri.removeprefix("file://") if storage.is_local(uri) else uri, digest
 
-    def _loader(self, part: str, transform: torch.nn.Module, *, shuffle: bool) -> BatchLoader:
+    def _run_dir(self) -> str:
+        if self.trainer is not None:
+            return self.trainer.default_root_dir
+        self._own_folder = tempfile.TemporaryDirectory()  # for whoever uses the data alone
+        return self._own_folder.name
+
+    def _found_in_run(self, uri: str) -> IndexInfo | None:
+        """The index that an earlier start of this run left, if the data is still what it was."""
+        if not storage.exists(storage.join(uri, INDEX_FILE)):
+            return None
+        with tempfile.TemporaryDirectory() as scratch:
+            info = fetch_index(uri, Path(scratch) / "index")
+            fresh = all(is_fresh(uri, info, Index(Path(scratch) / "index", part)) for part in info.parts)
+        return info if fresh else None
+
+    def _build(self, folder: Path, request: dict[str, Any]) -> None:
+        layout: Layout = "parts" if "root" in self.uris else "classes"
+        info = build(self.uris, folder, str(self.cache_dir), layout, request=request)
+        if "val" not in info.parts:
+            split(folder, self.val_fraction, self.seed)
+
+    def _open_cache(self) -> None:
+        sources = {source.uri for index in self.parts.values() for source in index.sources}
+        self.cache = None
+        if self.cache_bytes and not all(storage.Reader(uri).is_local for uri in sources):
+            self.cache = SampleCache(self.cache_dir / "samples", self.cache_bytes)
+            if ranks.local_rank() == 0:
+                with room_needed(self.cache_dir, "keep samples"):
+                    self.cache.recount()
+
+    def _loader(self, part: str, view: View, *, shuffle: bool) -> BatchLoader:
         index = self.parts[part]
         order = BatchOrder(
             len(index),
@@ -170,15 +221,17 @@ class ImageDataModule(pl.LightningDataModule):
             world_size=ranks.world_size(),
             seed=self.seed,
             shuffle=shuffle,
+            # A batch keeps at least eight places of the data set, however small it is.
+            run_length=max(min(index.info.run_length, self.global_batch_size // 8), 1),
         )
         if self.trainer is not None:
             # Lightning names the epoch only after loader processes have begun to fetch.
             order.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        dataset = ImageDataset(index, transform, image_size=self.image_size, seed=self.seed)
-        return BatchLoader(dataset, order, self._workers(index))
+        dataset = ImageDataset(index, order, view, seed=self.seed, cache_dir=str(self.cache_dir), cache=self.cache)
+        return BatchLoader(dataset, self._workers(index))
 
     def _workers(self, index: Index) -> int:
-        if storage.is_process_local(index.root):
+        if any(storage.is_process_local(source.uri) for source in index.sources):
             return 0  # another process would find an empty filesystem
         if self.num_workers is not None:
             return self.num_workers

@@ -1,25 +1,27 @@
-"""Batches from batch plans: fetch together, decode, resize, augment; uint8 on the way out."""
+"""Batches from batch plans: fetch ahead, decode, augment; uint8 on the way out."""
 
 from __future__ import annotations
 
-import io
-import random
-import warnings
-from typing import Literal, TypedDict
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 
-from job import storage
+from job.data.augment import ResizeMode, flips, own_generators, resize_transform, seeded
+from job.data.cache import SampleCache
+from job.data.decode import decode
+from job.data.fetch import Fetcher
 from job.data.index import Index
-from job.data.order import BatchPlan, sample_seed
+from job.data.order import BatchOrder, BatchPlan, sample_seed
 from job.errors import ConfigError, DataError, JobError
 
-ResizeMode = Literal["squash", "crop"]
+SAMPLES_AHEAD = 192
+BYTES_AHEAD = 64 << 20
+"""What a loader process fetches beyond the batch it decodes: enough for 100 ms a request, and bounded."""
 
 
 class Batch(TypedDict):
@@ -45,60 +47,33 @@ class Batch(TypedDict):
     error: str
 
 
-class ImageDataset(Dataset[Batch]):
-    """Reads what a :class:`~job.data.order.BatchPlan` names.
+@dataclass(frozen=True)
+class View:
+    """How a sample's pixels are made.
 
-    The augmentation of a sample depends on (seed, epoch, sample id) alone.
-
-    Args:
-        transform: turns uint8 [3, H, W] into uint8 [3, image_size, image_size].
+    Attributes:
+        image_size: height and width, in pixels.
+        resize: how to get there.
+        augment: replaces resizing and flipping: from uint8 [3, H, W] to uint8 [3, image_size, image_size].
+        flip: mirror every other sample.
     """
 
-    def __init__(self, index: Index, transform: torch.nn.Module, *, image_size: int, seed: int = 0) -> None:
-        self.index = index
-        self.transform = transform
-        self.image_size = image_size
-        self.seed = seed
+    image_size: int
+    resize: ResizeMode = "squash"
+    augment: v2.Transform | None = None
+    flip: bool = False
 
-    def __getitem__(self, plan: BatchPlan) -> Batch:
-        batch = Batch(
-            image=torch.zeros(len(plan.samples), 3, self.image_size, self.image_size, dtype=torch.uint8),
-            label=torch.tensor([self.index.labels[i] for i in plan.samples]),
-            mask=torch.from_numpy(plan.valid.copy()),
-            sample=torch.from_numpy(plan.samples),
-            global_size=plan.global_size,
-            bad=[],
-            error="",
-        )
-        try:
-            self._read_into(batch, plan)
-        except JobError as error:
-            batch["error"] = str(error)
-        return batch
+    def pixels(self, content: bytes, seed: int) -> Tensor:
+        """uint8 [3, image_size, image_size], a function of the content and of ``seed`` alone.
 
-    def _read_into(self, batch: Batch, plan: BatchPlan) -> None:
-        contents = storage.read_many(self.index.root, [self.index.keys[i] for i in plan.samples])
-        for row, (sample, content) in enumerate(zip(plan.samples.tolist(), contents, strict=True)):
-            try:
-                image = decode(content)
-            except DataError as error:
-                if batch["mask"][row]:
-                    batch["bad"].append(f"{self.index.uri(sample)} {error}")
-                batch["mask"][row] = False
-            else:
-                batch["image"][row] = self._transform(image, plan.epoch, sample)
-
-    def _transform(self, image: Tensor, epoch: int, sample: int) -> Tensor:
-        # torchvision draws from the process's generators: seed them for this sample, then put them back.
-        numpy_state, python_state = np.random.get_state(), random.getstate()
-        with torch.random.fork_rng(devices=[]):
-            seed = sample_seed(self.seed, epoch, sample)
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            out: Tensor = self.transform(image)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+        Raises:
+            DataError: the content is no readable image.
+            ConfigError: ``augment`` returns something else.
+        """
+        if self.augment is None:
+            image: Tensor = resize_transform(self.image_size, self.resize)(decode(content, self.image_size))
+            return image.flip(-1) if self.flip and flips(seed) else image
+        out = seeded(self.augment, decode(content), seed)
         expected = (3, self.image_size, self.image_size)
         if out.shape != expected or out.dtype != torch.uint8:
             raise ConfigError(
@@ -108,48 +83,88 @@ class ImageDataset(Dataset[Batch]):
         return out
 
 
-def resize_transform(image_size: int, mode: ResizeMode) -> v2.Compose:
-    """uint8 [3, H, W] to uint8 [3, image_size, image_size], bilinear, antialiased.
+class ImageDataset(Dataset[Batch]):
+    """Reads what a :class:`~job.data.order.BatchPlan` names.
 
-    ``squash`` ignores the aspect ratio (the tutorial's ``Resize((224, 224))``); ``crop`` resizes the
-    shorter side and takes the centre.
+    The augmentation of a sample depends on (seed, epoch, sample id) alone. While a batch is decoded,
+    those that the same process will be asked for next are already being fetched: which these are
+    follows from ``order``, and a wrong guess costs time alone.
+
+    Args:
+        order: where plans come from.
+        view: how pixels are made.
+        seed: seed of the augmentation.
+        cache_dir: local folder of copies of archives that cannot be read in parts.
+        cache: where samples from buckets are kept on this node.
     """
-    if mode == "squash":
-        return v2.Compose([v2.Resize([image_size, image_size], antialias=True)])
-    return v2.Compose([v2.Resize([image_size], antialias=True), v2.CenterCrop([image_size])])
 
+    def __init__(
+        self,
+        index: Index,
+        order: BatchOrder,
+        view: View,
+        *,
+        seed: int = 0,
+        cache_dir: str = "",
+        cache: SampleCache | None = None,
+    ) -> None:
+        self.index = index
+        self.order = order
+        self.view = view
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self.cache = cache
+        self._fetcher: Fetcher | None = None
+        self._ahead: dict[tuple[int, int], Future[list[bytes | DataError]]] = {}
 
-def decode(content: bytes) -> Tensor:
-    """An encoded image as uint8 [3, H, W], RGB, upright by its EXIF orientation.
+    def __getstate__(self) -> dict[str, Any]:
+        # Filesystems and threads belong to the process that made them.
+        return {**self.__dict__, "_fetcher": None, "_ahead": {}}
 
-    Transparency is laid on white; 16-bit greyscale is scaled to 8 bits.
+    def __getitem__(self, plan: BatchPlan) -> Batch:
+        size = self.view.image_size
+        batch = Batch(
+            image=torch.zeros(len(plan.samples), 3, size, size, dtype=torch.uint8),
+            label=torch.from_numpy(self.index.labels_of(plan.samples)),
+            mask=torch.from_numpy(plan.valid.copy()),
+            sample=torch.from_numpy(plan.samples),
+            global_size=plan.global_size,
+            bad=[],
+            error="",
+        )
+        try:
+            with own_generators():
+                self._read_into(batch, plan)
+        except JobError as error:
+            batch["error"] = str(error)
+        return batch
 
-    Raises:
-        DataError: empty, not an image, truncated, or a decompression bomb.
-    """
-    if not content:
-        raise DataError("is empty (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as opened:
-                image = ImageOps.exif_transpose(opened)
-                pixels = np.asarray(_to_rgb(image))
-    except UnidentifiedImageError as error:
-        raise DataError(f"is no image of a known format (it starts with {content[:12]!r})") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"is refused as a decompression bomb: more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        raise DataError(f"is damaged: {error}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    def _read_into(self, batch: Batch, plan: BatchPlan) -> None:
+        contents = self._fetch(plan)
+        for row, (sample, content) in enumerate(zip(plan.samples.tolist(), contents, strict=True)):
+            try:
+                if isinstance(content, DataError):
+                    raise content
+                batch["image"][row] = self.view.pixels(content, sample_seed(self.seed, plan.epoch, sample))
+            except DataError as error:
+                if batch["mask"][row]:
+                    batch["bad"].append(f"{self.index.uri(sample)} {error}")
+                batch["mask"][row] = False
 
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
-        # Pillow clips instead of scaling.
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    def _fetch(self, plan: BatchPlan) -> list[bytes | DataError]:
+        if self._fetcher is None:
+            self._fetcher = Fetcher(self.index, self.cache_dir, self.cache)
+        worker = get_worker_info()
+        stride = worker.num_workers if worker is not None else 1
+        share = max(len(plan.samples), 1)
+        depth = min(SAMPLES_AHEAD // share, int(BYTES_AHEAD / (share * max(self.index.info.mean_bytes, 1)))) + 1
+        following = range(plan.batch + stride, min(plan.batch + stride * depth + 1, len(self.order)), stride)
+        wanted = {(plan.epoch, number) for number in (plan.batch, *following)}
+        for other in self._ahead.keys() - wanted:
+            self._ahead.pop(other).cancel()
+        contents = self._ahead.pop((plan.epoch, plan.batch), None) or self._fetcher.start(plan.samples)
+        for number in following:
+            if (plan.epoch, number) not in self._ahead:
+                samples = self.order.plan(plan.epoch, number).samples
+                self._ahead[plan.epoch, number] = self._fetcher.start(samples)
+        return contents.result()

@@ -1,180 +1,246 @@
-"""Which samples there are: class folders to (key, label), parts of a root, the validation split."""
+"""Which samples there are: an Arrow file a part, memory-mapped by all processes of a node.
+
+An index is a folder: ``index.json``, and for each part ``PART.arrow`` with one row a sample, in the
+order of sample ids. A row costs 36 bytes and its key.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import logging
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.ipc
 
 from job import storage
-from job.data.source import is_image
+from job.data.source import INDEX_FILE, Source
 from job.errors import DataError
-from job.storage import Entry
 
-log = logging.getLogger(__name__)
+FORMAT = 1
+ROWS_A_BATCH = 1 << 16
+"""Rows of every record batch but the last, so that a sample's place follows from its id."""
+SCHEMA = pa.schema(
+    {
+        "key": pa.string(),  # path below its source
+        "source": pa.int32(),  # number of its source
+        "offset": pa.int64(),  # first byte in the source; -1: key is an object of its own
+        "size": pa.int64(),  # bytes to read; -1: not known
+        "version": pa.uint64(),  # changes with the content; 0: not known
+        "label": pa.int32(),  # class number; -1: none
+    }
+)
+RUN_BYTES = 1 << 20
+"""What a read from tar shards should fetch at once: below some MB a bucket's latency costs more than its bandwidth."""
 
-PART_FOLDERS = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}
+
+class Sample(NamedTuple):
+    """Where a sample lies; the columns of :data:`SCHEMA`."""
+
+    key: str
+    source: int
+    offset: int
+    size: int
+    version: int
 
 
 @dataclass(frozen=True)
-class Index:
-    """The samples of one part of a data set, in a fixed order: a sample's id is its place here.
+class PartInfo:
+    """What index.json tells of one part.
 
     Attributes:
-        root: URI that keys are relative to.
-        keys: one key a sample, sorted.
-        labels: one class number a sample; -1 where there is none (predict).
-        classes: class names, sorted; a label is a place in this tuple.
+        root: URI to name in messages.
+        rows: samples.
+        fingerprint: hash of keys and labels.
+        run_length: neighbours in a tar shard that are trained on together, since one read fetches them.
+        mean_bytes: mean size of a sample.
     """
 
     root: str
-    keys: tuple[str, ...]
-    labels: tuple[int, ...]
-    classes: tuple[str, ...]
+    rows: int
+    fingerprint: str
+    run_length: int
+    mean_bytes: float
+
+
+@dataclass
+class IndexInfo:
+    """``index.json``.
+
+    Attributes:
+        classes: class names; a label is a place in this list.
+        sources: what samples are read from.
+        parts: by name (train, val, test).
+        created: ISO time.
+        request: what this index was made from; any JSON.
+    """
+
+    classes: list[str]
+    sources: list[Source]
+    parts: dict[str, PartInfo]
+    created: str
+    request: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """As it is stored."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, uri: str, text: bytes) -> IndexInfo:
+        """Parse what :meth:`to_json` made.
+
+        Raises:
+            DataError: it is none, or of another version of this package.
+        """
+        try:
+            told = json.loads(text)
+            if told["format"] != FORMAT:
+                raise DataError(f"{uri} has format {told['format']}, not {FORMAT}: make it again by job index.")
+            told["sources"] = [Source(**source) for source in told["sources"]]
+            told["parts"] = {name: PartInfo(**part) for name, part in told["parts"].items()}
+            return cls(**told)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{uri} is no index: {error!r}. Make it again by job index.") from error
+
+
+class Index:
+    """The samples of one part; a sample's id is its row. Sent to another process it costs a path.
+
+    Args:
+        folder: local folder of the index.
+        part: train, val, test, …
+
+    Raises:
+        DataError: the index is damaged.
+    """
+
+    def __init__(self, folder: str | Path, part: str) -> None:
+        self.folder, self.part = str(folder), part
+        info = IndexInfo.from_json(str(folder), (Path(folder) / INDEX_FILE).read_bytes())
+        self.classes = tuple(info.classes)
+        self.sources = tuple(info.sources)
+        self.created = info.created
+        self.info = info.parts[part]
+        self.root = self.info.root
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(Path(folder) / f"{part}.arrow")))
+            self._batches = [reader.get_batch(n) for n in range(reader.num_record_batches)]
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{folder}/{part}.arrow is damaged: {error}. Remove {folder}.") from error
+
+    def __reduce__(self) -> tuple[type[Index], tuple[str, str]]:
+        return Index, (self.folder, self.part)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return self.info.rows
+
+    def __getitem__(self, sample: int) -> Sample:
+        batch, row = self._batches[sample // ROWS_A_BATCH], sample % ROWS_A_BATCH
+        return Sample(*(batch.column(name)[row].as_py() for name in Sample._fields))
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows, :data:`ROWS_A_BATCH` at a time."""
+        return iter(self._batches)
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """All keys, in memory."""
+        return [key for batch in self._batches for key in batch.column("key").to_pylist()]
+
+    @functools.cached_property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """int32 [len(self)], the class number of every sample; -1 where there is none."""
+        columns = [batch.column("label").to_numpy() for batch in self._batches]
+        return columns[0] if len(columns) == 1 else np.concatenate([np.empty(0, np.int32), *columns])
+
+    def labels_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64, same shape: the class numbers of some samples, without reading all."""
+        found = np.empty(len(samples), np.int64)
+        for number in np.unique(samples // ROWS_A_BATCH):
+            chosen = samples // ROWS_A_BATCH == number
+            found[chosen] = self._batches[number].column("label").to_numpy()[samples[chosen] % ROWS_A_BATCH]
+        return found
 
     def fingerprint(self) -> str:
         """What tells this part from another: its size and a hash of keys and labels, but not where it lies."""
-        digest = hashlib.sha256(repr((self.classes, self.labels)).encode())
-        for key in self.keys:
-            digest.update(key.encode() + b"\0")
+        digest = hashlib.sha256(repr((self.classes, self.info.fingerprint, self.info.run_length)).encode())
         return f"{len(self):,} images, {digest.hexdigest()[:16]}"
 
     def uri(self, sample: int) -> str:
-        """Where sample number ``sample`` lies."""
-        return storage.join(self.root, self.keys[sample])
+        """Where a sample lies; a member of an archive as ARCHIVE/MEMBER."""
+        found = self[sample]
+        return storage.join(self.sources[found.source].uri, found.key)
 
 
-def index_unlabelled(uri: str) -> Index:
-    """Every image under ``uri``, without labels.
+class PartWriter:
+    """Writes the samples of one part, with rows of :data:`SCHEMA` given in any portions.
 
-    Raises:
-        DataError: there is none.
+    Memory holds no more than :data:`ROWS_A_BATCH` rows and one portion.
     """
-    keys = tuple(e.key for e in storage.list_files(uri) if is_image(e.key))
-    if not keys:
-        raise DataError(f"no image under {uri}.")
-    return Index(uri, keys, (-1,) * len(keys), ())
 
+    def __init__(self, path: Path) -> None:
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._file, SCHEMA)
+        self._pending: list[pa.Table] = []
+        self._digest = hashlib.sha256()
+        self.rows = 0
+        self._bytes = 0
+        self._same_neighbours = 0
+        self._label_counts = np.zeros(0, np.int64)
 
-def index_class_folders(uri: str) -> Index:
-    """Index ``uri/CLASS/**/*.jpg`` (torchvision's ImageFolder layout).
+    def __enter__(self) -> PartWriter:
+        return self
 
-    A single folder that wraps everything, as archives have it, is stepped into.
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._writer.close()
+        self._file.close()
 
-    Raises:
-        DataError: no class folder, an empty one, or images beside the class folders.
-    """
-    return _index(uri, storage.list_files(uri))
+    def write(self, rows: pa.Table) -> None:
+        """Append ``rows``."""
+        self._pending.append(rows.select(SCHEMA.names).cast(SCHEMA))
+        if sum(len(table) for table in self._pending) >= ROWS_A_BATCH:
+            table = pa.concat_tables(self._pending)
+            full = len(table) - len(table) % ROWS_A_BATCH
+            for start in range(0, full, ROWS_A_BATCH):
+                self._write_batch(table.slice(start, ROWS_A_BATCH))
+            self._pending = [table.slice(full)]
 
+    def finish(self, root: str, *, shards: bool) -> PartInfo:
+        """Write what is left.
 
-def find_parts(uri: str) -> dict[str, Index]:
-    """The parts under one root: ``train/``, ``validation/`` or ``val/``, ``test/``.
+        Args:
+            root: URI to name in messages.
+            shards: all samples lie in tar files.
+        """
+        rest = pa.concat_tables(self._pending) if self._pending else SCHEMA.empty_table()
+        if len(rest):
+            self._write_batch(rest)
+        mean = self._bytes / max(self.rows, 1)
+        run_length = int(np.clip(RUN_BYTES / max(mean, 1), 1, 256)) if shards and self._is_shuffled() else 1
+        return PartInfo(root, self.rows, self._digest.hexdigest(), run_length, mean)
 
-    Returns ``{"train": …}`` and what else there is; a root that holds class folders directly is its
-    own train part.
+    def _write_batch(self, table: pa.Table) -> None:
+        batch = table.combine_chunks().to_batches()[0]
+        self._writer.write_batch(batch)
+        keys, labels = batch.column("key"), batch.column("label").to_numpy()
+        self._digest.update("\0".join(keys.to_pylist()).encode())
+        self._digest.update(labels.tobytes())
+        self.rows += len(batch)
+        self._bytes += int(batch.column("size").to_numpy().clip(0).sum())
+        self._same_neighbours += int((labels[1:] == labels[:-1]).sum())
+        counts = np.bincount(labels[labels >= 0], minlength=len(self._label_counts))
+        counts[: len(self._label_counts)] += self._label_counts
+        self._label_counts = counts
 
-    Raises:
-        DataError: the layout is none of these.
-    """
-    root, entries = _unwrap(uri, storage.list_files(uri))
-    parts = {}
-    for part, folders in PART_FOLDERS.items():
-        present = [folder for folder in folders if _below(entries, folder)]
-        if len(present) > 1:
-            raise DataError(f"{root} holds both {present[0]}/ and {present[1]}/: which one is meant? Remove one.")
-        for folder in present:
-            parts[part] = _index(storage.join(root, folder), _below(entries, folder))
-    if parts and "train" not in parts:
-        raise DataError(f"{root} holds {', '.join(parts)} but no train/ folder.")
-    return parts or {"train": _index(root, entries)}
-
-
-def split(index: Index, fraction: float, seed: int) -> tuple[Index, Index]:
-    """Split into (train, validation), stratified, at least one sample of each class on both sides.
-
-    Within a class the samples with the smallest hash of (seed, key) are held out. So the split is
-    the same on every machine, and a sample added later does not move the others across.
-
-    Raises:
-        DataError: a class with fewer than two samples.
-    """
-    held_out: set[int] = set()
-    for label, name in enumerate(index.classes):
-        members = [i for i, found in enumerate(index.labels) if found == label]
-        if len(members) < 2:
-            raise DataError(
-                f"class {name!r} in {index.root} has {len(members)} image: at least 2 are needed to hold one out "
-                "for validation. Add images, or give --data.val."
-            )
-        members.sort(key=lambda i: hashlib.sha256(f"{seed}/{index.keys[i]}".encode()).digest())
-        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
-        held_out.update(members[:count])
-    return _subset(index, [i for i in range(len(index)) if i not in held_out]), _subset(index, sorted(held_out))
-
-
-def require_same_classes(train: Index, other: Index) -> None:
-    """Raise :class:`~job.errors.DataError`, naming the difference, unless both have the same classes."""
-    if train.classes == other.classes:
-        return
-    missing, extra = sorted(set(train.classes) - set(other.classes)), sorted(set(other.classes) - set(train.classes))
-    told = [f"only in {train.root}: {', '.join(missing)}"] if missing else []
-    told += [f"only in {other.root}: {', '.join(extra)}"] if extra else []
-    raise DataError(f"the class folders differ; {'; '.join(told)}. Make them agree.")
-
-
-def _below(entries: list[Entry], folder: str) -> list[Entry]:
-    """The entries under ``folder``, their keys relative to it."""
-    prefix = folder + "/"
-    return [
-        Entry(e.key[len(prefix) :], e.size) for e in entries if e.key.startswith(prefix) and len(e.key) > len(prefix)
-    ]
-
-
-def _unwrap(root: str, entries: list[Entry]) -> tuple[str, list[Entry]]:
-    """Step into a folder that is alone at its level (but for files), unless it is a part or a class folder."""
-    known = {folder for folders in PART_FOLDERS.values() for folder in folders}
-    while True:
-        top = {_class_name(e) for e in entries if "/" in e.key and not e.key.startswith(".")}
-        depth = min((e.key.count("/") for e in entries if is_image(e.key)), default=0)
-        if len(top) != 1 or top & known or depth < 2:
-            return root, entries
-        (folder,) = top
-        root, entries = storage.join(root, folder), _below(entries, folder)
-
-
-def _index(root: str, entries: list[Entry]) -> Index:
-    """Labels from the first folder of each key."""
-    root, entries = _unwrap(root, entries)
-    entries = [e for e in entries if not e.key.startswith(".")]
-    images = sorted((e for e in entries if is_image(e.key)), key=lambda e: e.key)
-    if not images:
-        raise DataError(f"no image under {root}. Expected CLASS/*.jpg (or .png, .webp, …).")
-    stray = [e.key for e in images if "/" not in e.key]
-    if stray:
-        raise DataError(
-            f"{root} holds {len(stray)} image(s) outside any class folder, for example {stray[0]}. "
-            "Expected CLASS/*.jpg: one folder a class."
-        )
-    classes = sorted({_class_name(e) for e in entries if "/" in e.key})
-    empty = sorted(set(classes) - {_class_name(e) for e in images})
-    if empty:
-        raise DataError(f"no image in class folder(s) {', '.join(empty)} of {root}. Fill or remove them.")
-    if len(classes) < 2:
-        raise DataError(f"{root} has a single class folder ({classes[0]}): at least two classes are needed.")
-    ignored = [e.key for e in entries if not e.is_dir and not is_image(e.key)]
-    if ignored:
-        log.warning("%s: %d file(s) are no images and are ignored, for example %s", root, len(ignored), ignored[0])
-    number = {name: label for label, name in enumerate(classes)}
-    return Index(root, tuple(e.key for e in images), tuple(number[_class_name(e)] for e in images), tuple(classes))
-
-
-def _class_name(entry: Entry) -> str:
-    return entry.key.split("/", 1)[0]
-
-
-def _subset(index: Index, samples: list[int]) -> Index:
-    keys, labels = tuple(index.keys[i] for i in samples), tuple(index.labels[i] for i in samples)
-    return Index(index.root, keys, labels, index.classes)
+    def _is_shuffled(self) -> bool:
+        """Whether neighbours share a class hardly more often than any two samples do."""
+        chance = float(((self._label_counts / max(self.rows, 1)) ** 2).sum())
+        return self._same_neighbours / max(self.rows, 1) <= chance + 0.1 * (1 - chance)

@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from job.data.dataset import Batch, ImageDataset
-from job.data.order import BatchOrder
 
 
 class BatchLoader(DataLoader[Batch]):
@@ -28,14 +27,14 @@ class BatchLoader(DataLoader[Batch]):
         wait_seconds: how long the training process has waited for batches so far.
     """
 
-    def __init__(self, dataset: ImageDataset, order: BatchOrder, workers: int) -> None:
+    def __init__(self, dataset: ImageDataset, workers: int) -> None:
         context = None
         if workers:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["job.data.fork_server"])
         super().__init__(
             dataset,
-            sampler=order,  # yields plans, which ImageDataset takes as its index
+            sampler=dataset.order,  # yields plans, which ImageDataset takes as its index
             batch_size=None,
             num_workers=workers,
             multiprocessing_context=context,
@@ -44,7 +43,7 @@ class BatchLoader(DataLoader[Batch]):
             prefetch_factor=4 if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-        self.order = order
+        self.order = dataset.order
         self.batches_taken = 0
         self._resume_at = 0
         self.wait_seconds = 0.0

@@ -22,6 +22,7 @@ class BatchPlan:
 
     Attributes:
         epoch: epoch the augmentation is drawn for.
+        batch: number of the global batch in it.
         samples: int64 [global_batch_size / world_size], sample ids. Past the end of the data set they
             repeat this batch's samples, so that every batch has the same shape.
         valid: bool, same shape; False for such a repetition, which counts for nothing.
@@ -29,6 +30,7 @@ class BatchPlan:
     """
 
     epoch: int
+    batch: int
     samples: npt.NDArray[np.int64]
     valid: npt.NDArray[np.bool_]
     global_size: int
@@ -44,10 +46,19 @@ class BatchOrder:
         size: samples in the data set.
         global_batch_size: samples a step, over all ranks; a multiple of ``world_size``.
         shuffle: permute by (seed, epoch), else in order of sample id.
+        run_length: neighbours that stay together, since one read fetches them; see :func:`permute_runs`.
     """
 
     def __init__(
-        self, size: int, global_batch_size: int, *, rank: int, world_size: int, seed: int, shuffle: bool
+        self,
+        size: int,
+        global_batch_size: int,
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool,
+        run_length: int = 1,
     ) -> None:
         if global_batch_size % world_size:
             raise ValueError(f"global_batch_size {global_batch_size} is not a multiple of world_size {world_size}")
@@ -57,6 +68,7 @@ class BatchOrder:
         self.world_size = world_size
         self.seed = seed
         self.shuffle = shuffle
+        self.run_length = run_length
         self.epoch = 0
         self.start_batch = 0
 
@@ -77,8 +89,25 @@ class BatchOrder:
         share = self.global_batch_size // self.world_size
         within = np.arange(self.rank * share, (self.rank + 1) * share)
         positions = first + within % global_size
-        samples = permute(positions, self.size, key=f"{self.seed}/{epoch}") if self.shuffle else positions
-        return BatchPlan(epoch, samples.astype(np.int64), within < global_size, global_size)
+        samples = positions
+        if self.shuffle:
+            samples = permute_runs(positions, self.size, self.run_length, key=f"{self.seed}/{epoch}")
+        return BatchPlan(epoch, batch, samples.astype(np.int64), within < global_size, global_size)
+
+
+def permute_runs(positions: npt.NDArray[np.int64], size: int, run_length: int, key: str) -> npt.NDArray[np.int64]:
+    """Sample ids at ``positions`` of an order that permutes runs of ``run_length`` neighbours.
+
+    Where runs begin is drawn from ``key``, too, so that other neighbours meet in other epochs; what
+    does not fill a run comes last. A run of 1 is a permutation of samples.
+    """
+    runs = size // run_length
+    if run_length == 1 or not runs:
+        return permute(positions, size, key)
+    begin = int(mix64(np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8).digest(), "<u8"))[0] % np.uint64(size))
+    run, within = positions // run_length, positions % run_length
+    permuted = permute(np.minimum(run, runs - 1), runs, key) * run_length + within
+    return (np.where(run < runs, permuted, positions) + begin) % size
 
 
 def permute(positions: npt.NDArray[np.int64], size: int, key: str) -> npt.NDArray[np.int64]:

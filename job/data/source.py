@@ -1,39 +1,65 @@
-"""Where images come from: a folder or prefix, or an archive fetched once a node and unpacked safely."""
+"""What a URI of data means: a folder, archives, a manifest or a saved index."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import gzip
 import hashlib
 import logging
 import os
+import re
 import shutil
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from job import storage
-from job.errors import DataError, StorageError
+from job.errors import ConfigError, DataError, StorageError
 
 log = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
+INDEX_FILE = "index.json"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_PATTERN = rf"(?i)(^|/)[^/.][^/]*({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$"
+"""Keys of images; hidden files (``._cat.jpg``) are none."""
+
+Kind = Literal["folder", "zip", "tar", "manifest"]
+KINDS: dict[str, Kind] = {
+    ".zip": "zip",
+    ".tar": "tar",
+    ".tar.gz": "tar",
+    ".tgz": "tar",
+    ".csv": "manifest",
+    ".jsonl": "manifest",
+    ".parquet": "manifest",
+}
 
 
-def is_archive(uri: str) -> bool:
-    """Whether the URI names a zip or tar archive."""
-    return storage.basename(uri).lower().endswith(ARCHIVE_SUFFIXES)
+@dataclass(frozen=True)
+class Source:
+    """One thing that samples are read from, or that names them.
+
+    Attributes:
+        uri: a folder or prefix, an archive, or a manifest.
+        kind: which of them.
+        version: 64 bits that change with the content of an archive or manifest; 0 for a folder.
+        whole: it cannot be read in parts (gzip, a server without ranges): it is copied once a node.
+    """
+
+    uri: str
+    kind: Kind
+    version: int = 0
+    whole: bool = False
 
 
 def is_image(key: str) -> bool:
-    """Whether a key has the suffix of an image format; hidden files (``._cat.jpg``) are none."""
-    return key.lower().endswith(IMAGE_SUFFIXES) and not PurePosixPath(key).name.startswith(".")
+    """Whether a key has the suffix of an image format; hidden files are none."""
+    return re.search(IMAGE_PATTERN, key) is not None
 
 
 def default_cache_dir() -> str:
@@ -41,107 +67,118 @@ def default_cache_dir() -> str:
     return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "job")
 
 
-def materialise(uri: str, cache_dir: str) -> str:
-    """The URI of the folder to read: ``uri`` itself, or where its archive lies unpacked on this node.
+def kind_of(uri: str) -> Kind:
+    """What ``uri`` names, by its suffix."""
+    name = storage.basename(uri).lower()
+    return next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), "folder")
 
-    An archive is downloaded once a node however many processes ask (they wait for the first), its
-    size and, where the store reports one, MD5 are checked, as is every member's CRC (zip) or the
-    stream's (gzip). Only plain files are unpacked, none of them outside the target.
+
+def is_saved_index(uri: str) -> bool:
+    """Whether ``uri`` names the index that ``job index`` made."""
+    return storage.basename(uri) == INDEX_FILE
+
+
+def find_sources(uri: str) -> list[Source]:
+    """The sources behind one URI; a pattern (``{000..146}``, ``{a,b}``, ``*``) stands for several archives.
 
     Raises:
-        StorageError: the archive cannot be fetched.
-        DataError: it is damaged, or a member's name would escape the target folder.
+        ConfigError: a pattern of something else than archives.
+        StorageError: an archive is not there.
     """
-    if not is_archive(uri):
-        return uri
-    details = storage.info(uri)
-    # Whatever names a version of the object: a new upload under the same name is a new folder.
-    version = [str(details.get(k)) for k in ("size", "generation", "ETag", "etag", "md5Hash", "mtime")]
-    digest = hashlib.sha256("\n".join([uri, *version]).encode()).hexdigest()[:16]
-    cache = Path(cache_dir).expanduser()
-    target = cache / f"{storage.basename(uri)}-{digest}"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{target.name}.lock"):
+    uris = [match for expanded in expand_braces(uri) for match in _globbed(expanded)]
+    if not uris:
+        raise StorageError(f"nothing matches {uri}. Check the spelling.")
+    if len(uris) > 1 and any(kind_of(each) not in ("tar", "zip") for each in uris):
+        raise ConfigError(f"{uri}: a pattern stands for .tar or .zip files. Give several folders as a list.")
+    return [_source(each) for each in uris]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """``shard-{000..002}.tar`` → three names, ``{train,val}.tar`` → two, as in WebDataset and bash."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if numbers:
+        first, last = numbers[1], numbers[2]
+        names = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    else:
+        names = found[1].split(",")
+    rest = expand_braces(pattern[found.end() :])
+    return [pattern[: found.start()] + name + tail for name in names for tail in rest]
+
+
+def _globbed(uri: str) -> list[str]:
+    is_url = uri.startswith(("http://", "https://"))  # whose ? begins a query
+    return storage.glob(uri) if re.search(r"[*?]", uri) and not is_url else [uri]
+
+
+def _source(uri: str) -> Source:
+    kind = kind_of(uri)
+    if kind == "folder":
+        return Source(uri, kind)
+    whole = storage.basename(uri).lower().endswith(("gz", "tgz")) or not storage.serves_ranges(uri)
+    return Source(uri, kind, storage.version(storage.info(uri)), whole)
+
+
+def materialise(source: Source, cache_dir: str) -> str:
+    """Where to read ``source``: its URI, or, if it must be copied whole, the copy on this node.
+
+    It is downloaded once a node however many processes ask (they wait for the first); its size and,
+    where the store reports one, MD5 are checked, as is a gzip stream's CRC.
+
+    Raises:
+        StorageError: the archive cannot be fetched, or there is no room for it.
+        DataError: it is damaged.
+    """
+    if not source.whole:
+        return source.uri
+    name = f"{storage.basename(source.uri)}-{hashlib.sha256(source.uri.encode()).hexdigest()[:8]}-{source.version:016x}"
+    target = Path(cache_dir).expanduser() / name
+    with room_needed(target.parent, f"keep a copy of {source.uri}"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target):
             if not target.exists():
-                _fetch_and_unpack(uri, details, cache, target)
+                _fetch(source.uri, target)
+    return str(target)
+
+
+def _fetch(uri: str, target: Path) -> None:
+    # Written beside the target and renamed at the end: a killed process leaves no half of it.
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        copy = Path(scratch) / "copy"
+        log.info("fetching %s", uri)
+        storage.download(uri, copy)
+        storage.require_same(uri, storage.info(uri), copy)
+        if uri.lower().endswith(("gz", "tgz")):
+            unpacked = Path(scratch) / "unpacked"
+            try:
+                with gzip.open(copy) as stream, unpacked.open("wb") as file:
+                    shutil.copyfileobj(stream, file, 1 << 20)
+            except (gzip.BadGzipFile, EOFError) as error:
+                raise DataError(f"{uri} is not a readable archive: {error}. Upload it again.") from error
+            copy = unpacked
+        copy.replace(target)
+
+
+@contextlib.contextmanager
+def room_needed(folder: Path, purpose: str) -> Iterator[None]:
+    """Tell which option to change when ``folder`` cannot be written or is full."""
+    try:
+        yield
     except (OSError, StorageError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         if isinstance(error, StorageError) and getattr(cause, "errno", None) not in DISK_FULL:
             raise
         raise StorageError(
-            f"cannot unpack {uri} under {cache}: {getattr(cause, 'strerror', None) or error}. Choose a writable place "
+            f"cannot {purpose} in {folder}: {getattr(cause, 'strerror', None) or error}. Choose a writable place "
             "with enough room by --data.cache_dir."
         ) from error
-    return str(target)
-
-
-def _fetch_and_unpack(uri: str, details: dict[str, Any], cache: Path, target: Path) -> None:
-    # Unpacked beside the target and renamed at the end: a killed process leaves no half-filled target.
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=cache) as scratch:
-        archive = Path(scratch) / storage.basename(uri)
-        log.info("fetching %s", uri)
-        storage.download(uri, archive)
-        storage.require_same(uri, details, archive)
-        content = Path(scratch) / "content"
-        content.mkdir()
-        try:
-            for name, member in _members(archive):
-                _write_member(uri, content, name, member)
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's trouble, not the archive's (a bad gzip stream has no errno)
-            raise DataError(f"{uri} is not a readable archive: {error}. Upload it again.") from error
-        content.rename(target)
-
-
-def _members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
-    """(name, content) of every directory (None) and plain file; links and devices are left out."""
-    if archive.name.lower().endswith(".zip"):
-        with zipfile.ZipFile(archive) as zip_file:
-            for item in zip_file.infolist():
-                if item.is_dir():
-                    yield item.filename, None
-                else:
-                    with zip_file.open(item) as member:
-                        yield item.filename, member
-    else:
-        if archive.name.lower().endswith(".tar"):
-            _require_end_of_tar(archive)  # tarfile takes a cut between two members for the end
-        with tarfile.open(archive) as tar_file:
-            for tar_item in tar_file:
-                if tar_item.isdir():
-                    yield tar_item.name, None
-                elif tar_item.isfile():
-                    yield tar_item.name, tar_file.extractfile(tar_item)
-
-
-def _require_end_of_tar(archive: Path) -> None:
-    """POSIX ends a tar archive by blocks of 512 zeros."""
-    with archive.open("rb") as file:
-        file.seek(-min(512, archive.stat().st_size), os.SEEK_END)
-        if file.read().strip(b"\0"):
-            raise tarfile.ReadError("it is cut short")
-
-
-def _write_member(uri: str, content: Path, name: str, member: IO[bytes] | None) -> None:
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or (path.parts and ":" in path.parts[0]):
-        raise DataError(f"{uri}: member {name!r} would be written outside the target folder. Pack it again.")
-    if "__MACOSX" in path.parts:
-        return
-    target = content.joinpath(*path.parts)
-    if member is None:
-        target.mkdir(parents=True, exist_ok=True)
-    elif is_image(name):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as file:
-            shutil.copyfileobj(member, file, 1 << 20)
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """A lock of the kernel: it ends with the process that holds it, however that ends."""
-    with path.open("w") as file:
+def locked(path: Path) -> Iterator[None]:
+    """A lock of the kernel, on ``path`` with ``.lock``: it ends with the process that holds it, however that ends."""
+    with path.with_name(f"{path.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -33,6 +33,7 @@ def healthy(proxy: FaultyProxy) -> Iterator[None]:
     """Every test begins and ends with a bucket that works."""
     yield
     proxy.fault = lambda request: None
+    proxy.damage = lambda request: None
     proxy.delay = lambda request: 0.0
 
 

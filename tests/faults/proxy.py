@@ -6,11 +6,13 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from typing import Literal
 
 from aiohttp import ClientSession, ClientTimeout, web
 from yarl import URL
 
 Fault = Callable[[web.Request], web.StreamResponse | None]
+Damage = Literal["reset", "cut", "stall"]
 
 
 class FaultyProxy:
@@ -18,6 +20,8 @@ class FaultyProxy:
 
     Attributes:
         fault: called with each request, in the proxy's thread; returns an answer, or None to pass the request on.
+        damage: what is done to the answer: the connection is reset before it, or cut in the middle of
+            it, or nothing comes for a minute and a half.
         delay: seconds that each request is held up first.
         requests: (method, path with query) of all requests so far.
     """
@@ -26,6 +30,7 @@ class FaultyProxy:
         self.backend = backend
         self.url = f"http://127.0.0.1:{port}"
         self.fault: Fault = lambda request: None
+        self.damage: Callable[[web.Request], Damage | None] = lambda request: None
         self.delay: Callable[[web.Request], float] = lambda request: 0.0
         self.requests: list[tuple[str, str]] = []
         self._port = port
@@ -77,6 +82,13 @@ class FaultyProxy:
         answer = self.fault(request)
         if answer is not None:
             return answer
+        damage = self.damage(request)
+        if damage == "stall":
+            await asyncio.sleep(90)
+        if damage == "reset":
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
         body = await request.read()
         headers = {k: v for k, v in request.headers.items() if k.lower() not in ("host", "content-length")}
         target = URL(self.backend + request.raw_path, encoded=True)
@@ -87,4 +99,14 @@ class FaultyProxy:
                 for k, v in response.headers.items()
                 if k.lower() not in ("content-length", "transfer-encoding", "connection")
             }
+            if damage == "cut":
+                return await self._cut(request, content)
             return web.Response(status=response.status, body=content, headers=kept)
+
+    async def _cut(self, request: web.Request, content: bytes) -> web.StreamResponse:
+        answer = web.StreamResponse(headers={"Content-Length": str(len(content))})
+        await answer.prepare(request)
+        await answer.write(content[: len(content) // 2])
+        assert request.transport is not None
+        request.transport.abort()
+        return answer

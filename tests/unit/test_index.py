@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import pickle
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-from support import picture, picture_files, write_files
+from support import index_of, index_parts, picture, picture_files, read, write_files
 
 from job import storage
-from job.data.index import find_parts, index_class_folders, index_unlabelled, require_same_classes, split
+from job.data.build import build, split
+from job.data.index import Index
 from job.errors import DataError, StorageError
 
 IMAGE = picture((1, 2, 3), 0)
@@ -14,7 +18,7 @@ IMAGE = picture((1, 2, 3), 0)
 
 def test_classes_are_the_sorted_folder_names(tmp_path: Path) -> None:
     write_files(tmp_path, {"b/2.jpg": IMAGE, "a/x/1.PNG": IMAGE, "b/1.webp": IMAGE, "b/notes.txt": b"", "README": b""})
-    index = index_class_folders(str(tmp_path))
+    index = index_of(tmp_path)
     assert index.classes == ("a", "b")
     assert list(zip(index.keys, index.labels, strict=True)) == [("a/x/1.PNG", 0), ("b/1.webp", 1), ("b/2.jpg", 1)]
 
@@ -26,26 +30,33 @@ def test_parts_under_one_root(uri: str, tmp_path: Path) -> None:
         for key, content in picture_files(["blue", "red"], 2).items():
             storage.write_bytes(storage.join(root, "wrapper", part, key), content)
     storage.write_bytes(storage.join(root, "wrapper", "vectorize.py"), b"print()")
-    parts = find_parts(root)
+    parts = index_parts(root)
     assert {name: len(index) for name, index in parts.items()} == {"train": 4, "val": 4, "test": 4}
-    assert storage.read_bytes(parts["val"].uri(0)) == picture_files(["blue", "red"], 2)["blue/000.jpg"]
+    assert read(parts["val"], [0])[0] == picture_files(["blue", "red"], 2)["blue/000.jpg"]
 
 
 def test_a_root_of_class_folders_is_its_own_train_part(colours: Path) -> None:
-    assert find_parts(str(colours)).keys() == {"train"}
+    assert index_parts(colours).keys() == {"train"}
+
+
+def divided(uri: Path, seed: int, fraction: float = 0.2) -> tuple[Index, Index]:
+    """(train, val)."""
+    folder = Path(tempfile.mkdtemp(prefix="job-test-index-"))
+    build({"root": [str(uri)]}, folder, "", "parts")
+    split(folder, fraction, seed)
+    return Index(folder, "train"), Index(folder, "val")
 
 
 def test_split_is_stratified_and_stable(tmp_path: Path) -> None:
     write_files(tmp_path, {**picture_files(["blue"], 40), **picture_files(["red"], 10)})
-    index = index_class_folders(str(tmp_path))
-    train, val = split(index, 0.2, seed=1)
-    assert [val.labels.count(c) for c in (0, 1)] == [8, 2]
-    assert sorted(train.keys + val.keys) == list(index.keys)
-    assert split(index, 0.2, seed=1)[1] == val
-    assert split(index, 0.2, seed=2)[1] != val
+    train, val = divided(tmp_path, seed=1)
+    assert [val.labels.tolist().count(c) for c in (0, 1)] == [8, 2]
+    assert sorted([*train.keys, *val.keys]) == index_of(tmp_path).keys
+    assert divided(tmp_path, seed=1)[1].keys == val.keys
+    assert divided(tmp_path, seed=2)[1].keys != val.keys
     # A new image pushes at most one other across, and only to make room.
     write_files(tmp_path, {"blue/new.jpg": IMAGE})
-    after = split(index_class_folders(str(tmp_path)), 0.2, seed=1)[1]
+    after = divided(tmp_path, seed=1)[1]
     assert len(set(val.keys) - set(after.keys)) <= 1
 
 
@@ -53,7 +64,7 @@ def test_other_layouts_are_refused_with_the_reason(tmp_path: Path) -> None:
     def fails(name: str, files: dict[str, bytes]) -> str:
         folder = write_files(tmp_path / name, files)
         with pytest.raises(DataError) as caught:
-            find_parts(str(folder))
+            index_parts(folder)
         return str(caught.value)
 
     assert "no image" in fails("none", {"a/readme.txt": b"x"})
@@ -70,17 +81,50 @@ def test_other_layouts_are_refused_with_the_reason(tmp_path: Path) -> None:
 def test_a_class_too_small_to_split_is_named(tmp_path: Path) -> None:
     write_files(tmp_path, {"a/1.jpg": IMAGE, "a/2.jpg": IMAGE, "b/1.jpg": IMAGE})
     with pytest.raises(DataError, match="class 'b'"):
-        split(index_class_folders(str(tmp_path)), 0.5, seed=0)
+        divided(tmp_path, seed=0)
 
 
 def test_differing_classes_are_named(tmp_path: Path) -> None:
-    one = index_class_folders(str(write_files(tmp_path / "one", {"cat/1.jpg": IMAGE, "dog/1.jpg": IMAGE})))
-    two = index_class_folders(str(write_files(tmp_path / "two", {"cat/1.jpg": IMAGE, "dogs/1.jpg": IMAGE})))
+    one = write_files(tmp_path / "one", {"cat/1.jpg": IMAGE, "dog/1.jpg": IMAGE})
+    two = write_files(tmp_path / "two", {"cat/1.jpg": IMAGE, "dogs/1.jpg": IMAGE})
     with pytest.raises(DataError, match=r"only in .*one: dog; only in .*two: dogs"):
-        require_same_classes(one, two)
+        build({"train": [str(one)], "val": [str(two)]}, tmp_path, "", "classes")
 
 
 def test_unlabelled_images(colours: Path) -> None:
-    assert len(index_unlabelled(str(colours))) == 40
+    index = index_of(colours, "images")
+    assert len(index) == 40
+    assert set(index.labels.tolist()) == {-1}
     with pytest.raises(StorageError, match="no such bucket, object or folder"):
-        index_unlabelled(str(colours / "nowhere"))
+        index_of(colours / "nowhere", "images")
+    with pytest.raises(DataError, match="no image under"):
+        index_of(write_files(colours / "none", {"a.txt": b""}), "images")
+
+
+def test_a_part_of_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are found at their place whatever portions they were written in."""
+    monkeypatch.setattr("job.data.index.ROWS_A_BATCH", 7)
+    write_files(tmp_path, picture_files(["blue", "green", "red"], 10))
+    index = index_of(tmp_path)
+    assert [len(batch) for batch in index.batches()] == [7, 7, 7, 7, 2]
+    assert index.keys == sorted(picture_files(["blue", "green", "red"], 10))
+    assert [index[n].key for n in (0, 6, 7, 29)] == ["blue/000.jpg", "blue/006.jpg", "blue/007.jpg", "red/009.jpg"]
+    assert index.labels_of(np.array([29, 0, 15, 7])).tolist() == [2, 0, 1, 0]
+    assert index.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
+
+
+def test_an_index_travels_as_a_path(colours: Path) -> None:
+    index = index_of(colours)
+    sent = pickle.dumps(index)
+    assert len(sent) < 300
+    received = pickle.loads(sent)  # noqa: S301  (our own)
+    assert received.keys == index.keys
+    assert received.fingerprint() == index.fingerprint()
+
+
+def test_a_fingerprint_is_of_the_content_not_of_the_place(tmp_path: Path) -> None:
+    files = picture_files(["blue", "red"], 3)
+    one, other = (index_of(write_files(tmp_path / name, files)).fingerprint() for name in ("one", "other"))
+    assert one == other
+    write_files(tmp_path / "other", {"red/new.jpg": IMAGE})
+    assert index_of(tmp_path / "other").fingerprint() != one

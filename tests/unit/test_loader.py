@@ -6,18 +6,17 @@ import time
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY
+from support import REPOSITORY, index_of
 
-from job.data.dataset import ImageDataset, resize_transform
-from job.data.index import index_class_folders
+from job.data.dataset import ImageDataset, View
 from job.data.loader import BatchLoader
 from job.data.order import BatchOrder
 
 
 def loader(folder: Path, workers: int, rank: int = 0, world_size: int = 1) -> BatchLoader:
-    index = index_class_folders(str(folder))
+    index = index_of(folder)
     order = BatchOrder(len(index), 6, rank=rank, world_size=world_size, seed=1, shuffle=True)
-    return BatchLoader(ImageDataset(index, resize_transform(8, "squash"), image_size=8), order, workers)
+    return BatchLoader(ImageDataset(index, order, View(8)), workers)
 
 
 def taken(batches: list, loader: BatchLoader) -> list[int]:

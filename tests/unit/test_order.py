@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from job.data.order import BatchOrder, permute, sample_seed
+from job.data.order import BatchOrder, permute, permute_runs, sample_seed
 
 
 def seen(size: int, batch: int, world_size: int, epoch: int = 0, shuffle: bool = True) -> list[list[int]]:
@@ -46,6 +46,29 @@ def test_global_batches_do_not_depend_on_the_world_size() -> None:
     expected = seen(101, 24, 1, epoch=3)
     for world_size in (2, 3, 4, 8):
         assert seen(101, 24, world_size, epoch=3) == expected
+
+
+@pytest.mark.parametrize(("size", "run"), [(1, 4), (3, 4), (4, 4), (101, 4), (1000, 7), (1000, 1000)])
+def test_runs_are_permuted_whole_and_every_sample_comes_once(size: int, run: int) -> None:
+    order = permute_runs(np.arange(size), size, run, "key")
+    assert sorted(order.tolist()) == list(range(size))
+    full = size // run * run
+    neighbours = (np.diff(order[:full].reshape(-1, run), axis=1) % size == 1) if full else np.array([True])
+    assert neighbours.all()
+    if size == 1000:
+        assert order.tolist() != permute_runs(np.arange(size), size, run, "other").tolist()
+
+
+def test_runs_do_not_depend_on_the_world_size() -> None:
+    def batches(world_size: int) -> list[list[int]]:
+        shares = [
+            BatchOrder(101, 24, rank=r, world_size=world_size, seed=1, shuffle=True, run_length=3)
+            for r in range(world_size)
+        ]
+        return [[int(s) for plan in plans for s in plan.samples[plan.valid]] for plans in zip(*shares, strict=True)]
+
+    assert batches(1) == batches(3) == batches(8)
+    assert sorted(s for batch in batches(1) for s in batch) == list(range(101))
 
 
 def test_epochs_and_seeds_differ() -> None:

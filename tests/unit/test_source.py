@@ -1,46 +1,71 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
 import threading
+import zipfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
-from support import picture_files, zip_of
+from support import index_of, index_parts, picture_files, read, tar_of, write_files, zip_of
 
 from job import storage
-from job.data.index import find_parts
-from job.data.source import materialise
-from job.errors import DataError, StorageError
+from job.data.source import Source, expand_braces, find_sources, materialise
+from job.errors import ConfigError, DataError, StorageError
 
 FILES = {f"photos/{part}/{key}": c for part in ("train", "val") for key, c in picture_files(["blue", "red"], 2).items()}
 
 
-def tar_of(files: dict[str, bytes], mode: str) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+def deflated(files: dict[str, bytes]) -> bytes:
+    """A zip as a pipe gets it: sizes and checksums follow the content."""
+
+    class Pipe(io.RawIOBase):
+        content = b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: bytes) -> int:  # type: ignore[override]
+            Pipe.content += bytes(data)
+            return len(data)
+
+    Pipe.content = b""
+    with zipfile.ZipFile(Pipe(), "w", zipfile.ZIP_DEFLATED) as archive:  # type: ignore[arg-type]
         for key, content in files.items():
-            member = tarfile.TarInfo(key)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
+            method = zipfile.ZIP_DEFLATED if key.endswith("0.jpg") else zipfile.ZIP_STORED
+            archive.writestr(zipfile.ZipInfo(key), content, method)
+    return Pipe.content
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.zip", zip_of(FILES)), ("a.tar", tar_of(FILES, "w")), ("a.tar.gz", tar_of(FILES, "w:gz"))],
+    [
+        ("a.zip", zip_of(FILES)),
+        ("b.zip", deflated(FILES)),
+        ("a.tar", tar_of(FILES)),
+        ("a.tar.gz", tar_of(FILES, "w:gz")),
+    ],
 )
 def test_archives_in_a_bucket_read_like_folders(name: str, content: bytes, tmp_path: Path) -> None:
     storage.write_bytes(f"memory://archives/{name}", content)
-    parts = find_parts(materialise(f"memory://archives/{name}", str(tmp_path)))
+    parts = index_parts(f"memory://archives/{name}")
     assert {part: len(index) for part, index in parts.items()} == {"train": 4, "val": 4}
-    assert storage.read_bytes(parts["train"].uri(3)) == FILES["photos/train/red/001.jpg"]
+    for part, index in parts.items():
+        assert read(index, list(range(4)), tmp_path) == [
+            FILES[f"photos/{part}/{k}"]
+            for k in sorted(k.removeprefix(f"photos/{part}/") for k in FILES if f"/{part}/" in k)
+        ]
+    assert parts["train"].uri(3) == f"memory://archives/{name}/photos/train/red/001.jpg"
 
 
-def test_an_archive_is_fetched_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive, cache = tmp_path / "a.zip", tmp_path / "cache"
-    archive.write_bytes(zip_of(FILES))
+def test_only_what_cannot_be_read_in_parts_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive, cache = tmp_path / "a.tar.gz", tmp_path / "cache"
+    archive.write_bytes(tar_of(FILES, "w:gz"))
     fetched = []
     download = storage.download
 
@@ -49,59 +74,184 @@ def test_an_archive_is_fetched_once_and_again_when_it_changes(tmp_path: Path, mo
         download(uri, target)
 
     monkeypatch.setattr(storage, "download", counted)
-    threads = [threading.Thread(target=materialise, args=(str(archive), str(cache))) for _ in range(4)]
+    (source,) = find_sources(str(archive))
+    threads = [threading.Thread(target=materialise, args=(source, str(cache))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(fetched) == 1
-    archive.write_bytes(zip_of({**FILES, "photos/train/red/9.jpg": b"x"}))
-    assert len(find_parts(materialise(str(archive), str(cache)))["train"]) == 5
+    archive.write_bytes(tar_of({**FILES, "photos/train/red/9.jpg": b"x"}, "w:gz"))
+    assert materialise(find_sources(str(archive))[0], str(cache)) != materialise(source, str(cache))
     assert len(fetched) == 2
+    assert materialise(Source("gs://bucket/a.tar", "tar"), str(cache)) == "gs://bucket/a.tar"
 
 
-@pytest.mark.parametrize("name", ["../../evil.jpg", "/evil.jpg", "a/../../evil.jpg", "..\\evil.jpg"])
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_a_member_outside_the_target_is_refused(name: str, kind: str, tmp_path: Path) -> None:
-    content = zip_of({name: b"x"}) if kind == "zip" else tar_of({name: b"x"}, "w")
-    (tmp_path / f"evil.{kind}").write_bytes(content)
-    with pytest.raises(DataError, match="outside the target folder"):
-        materialise(str(tmp_path / f"evil.{kind}"), str(tmp_path / "deep" / "cache"))
-    assert not list(tmp_path.rglob("evil.jpg"))
+def test_names_of_members_lead_nowhere(kind: str, tmp_path: Path) -> None:
+    """Nothing is unpacked: a name that climbs is a name."""
+    files = {f"a/{c}/../../../{c}.jpg": b"x" for c in "xy"}
+    (tmp_path / f"evil.{kind}").write_bytes(zip_of(files) if kind == "zip" else tar_of(files))
+    before = sorted(tmp_path.parent.rglob("*"))
+    index = index_of(tmp_path / f"evil.{kind}", "images")
+    assert read(index, [0, 1]) == [b"x", b"x"]
+    assert sorted(tmp_path.parent.rglob("*")) == before
 
 
-def test_links_and_other_files_are_not_unpacked(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        link = tarfile.TarInfo("a/link.jpg")
+def test_links_and_other_files_are_left_out(tmp_path: Path) -> None:
+    buffer = io.BytesIO(tar_of(FILES))
+    with tarfile.open(fileobj=buffer, mode="a") as archive:
+        link = tarfile.TarInfo("photos/train/red/link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-        script = tarfile.TarInfo("a/run.sh")
-        archive.addfile(script, io.BytesIO())
+        archive.addfile(tarfile.TarInfo("photos/train/red/run.sh"), io.BytesIO())
+        archive.addfile(tarfile.TarInfo("photos/train/red/._000.jpg"), io.BytesIO())
+        archive.addfile(tarfile.TarInfo("__MACOSX/train/red/1.jpg"), io.BytesIO())
     (tmp_path / "a.tar").write_bytes(buffer.getvalue())
-    unpacked = Path(materialise(str(tmp_path / "a.tar"), str(tmp_path / "cache")))
-    assert [p for p in unpacked.rglob("*") if not p.is_dir()] == []
+    assert len(index_parts(tmp_path / "a.tar")["train"]) == 4
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
-def test_a_damaged_archive_is_named_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+def test_a_damaged_archive_is_named(name: str, tmp_path: Path) -> None:
     whole = zip_of(FILES) if name == "a.zip" else tar_of(FILES, "w:gz" if name.endswith("gz") else "w")
     (tmp_path / name).write_bytes(whole[: len(whole) // 2 + 100])
     with pytest.raises(DataError, match=name):
-        materialise(str(tmp_path / name), str(tmp_path / "cache"))
-    assert [p for p in (tmp_path / "cache").iterdir() if p.is_dir()] == []
+        index_parts(tmp_path / name)
+
+
+def test_a_damaged_member_is_a_bad_sample(tmp_path: Path) -> None:
+    """The directory is whole, one member's bytes are not."""
+    whole = zip_of(FILES)
+    place = whole.index(FILES["photos/train/red/001.jpg"]) + 300
+    (tmp_path / "a.zip").write_bytes(whole[:place] + b"?" + whole[place + 1 :])
+    contents = read(index_parts(tmp_path / "a.zip")["train"], [2, 3])
+    assert contents[0] == FILES["photos/train/red/000.jpg"]
+    assert isinstance(contents[1], DataError)
+    assert "CRC" in str(contents[1])
+
+
+def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
+    whole = bytearray(zip_of(FILES))
+    whole[whole.index(b"PK\1\2") + 8] |= 1  # general purpose flag, bit 0, of the first member in the directory
+    (tmp_path / "a.zip").write_bytes(whole)
+    with pytest.raises(DataError, match="encrypted"):
+        index_parts(tmp_path / "a.zip")
 
 
 def test_a_wrong_checksum_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.zip").write_bytes(zip_of(FILES))
-    details = {**storage.info(str(tmp_path / "a.zip")), "md5Hash": "AAAA"}
+    (tmp_path / "a.tgz").write_bytes(tar_of(FILES, "w:gz"))
+    details = {**storage.info(str(tmp_path / "a.tgz")), "md5Hash": "AAAA"}
     monkeypatch.setattr(storage, "info", lambda uri: details)
     with pytest.raises(StorageError, match="does not match its MD5"):
-        materialise(str(tmp_path / "a.zip"), str(tmp_path / "cache"))
+        materialise(find_sources(str(tmp_path / "a.tgz"))[0], str(tmp_path / "cache"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0 and not os.access("/proc", os.W_OK), reason="needs an unwritable place")
 def test_an_unwritable_cache_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.zip").write_bytes(zip_of(FILES))
+    (tmp_path / "a.tgz").write_bytes(tar_of(FILES, "w:gz"))
     with pytest.raises(StorageError, match=r"--data\.cache_dir"):
-        materialise(str(tmp_path / "a.zip"), "/proc/job-cache")
+        materialise(find_sources(str(tmp_path / "a.tgz"))[0], "/proc/job-cache")
+
+
+def test_patterns_name_shards(tmp_path: Path) -> None:
+    assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expand_braces("{x,y}-{0..1}.tar") == ["x-0.tar", "x-1.tar", "y-0.tar", "y-1.tar"]
+    write_files(tmp_path, {f"s-{n}.tar": tar_of(FILES) for n in range(3)})
+    assert [source.uri for source in find_sources(f"{tmp_path}/s-*.tar")] == [f"{tmp_path}/s-{n}.tar" for n in range(3)]
+    with pytest.raises(StorageError, match="nothing matches"):
+        find_sources(f"{tmp_path}/t-*.tar")
+    with pytest.raises(StorageError, match=r"s-3\.tar"):
+        find_sources(f"{tmp_path}/s-{{0..3}}.tar")
+    with pytest.raises(ConfigError, match="as a list"):
+        find_sources(f"{tmp_path}/{{a,b}}")
+
+
+def webdataset(count: int, label: object, start: int = 0, suffix: str = "cls") -> dict[str, bytes]:
+    contents = list(picture_files(["blue", "red"], count).values())
+    shuffled = [contents[(7 * n) % len(contents)] for n in range(len(contents))]
+    files = {}
+    for n, content in enumerate(shuffled):
+        files[f"{start + n:06d}.jpg"] = content
+        files[f"{start + n:06d}.{suffix}"] = str(label(n)).encode()  # type: ignore[operator]
+        files[f"{start + n:06d}.txt"] = b"a caption"
+    return files
+
+
+def test_webdataset_shards(tmp_path: Path) -> None:
+    """Labels of numbers are ordered as numbers; a read fetches neighbours, and the order keeps them together."""
+    shards = {f"t-{s:02d}.tar": tar_of(webdataset(10, lambda n: (5 * n) % 11, 100 * s)) for s in range(3)}
+    write_files(tmp_path, shards)
+    index = index_of(f"{tmp_path}/t-{{00..02}}.tar")
+    assert index.classes == tuple(map(str, range(11)))
+    assert len(index) == 60
+    assert index.labels[:4].tolist() == [0, 5, 10, 4]
+    assert index.info.run_length > 1
+    assert read(index, [0]) == [picture_files(["blue", "red"], 10)["blue/000.jpg"]]
+    assert index.uri(20) == f"{tmp_path}/t-01.tar/000100.jpg"
+
+
+def test_json_labels_and_missing_ones(tmp_path: Path) -> None:
+    labelled = webdataset(4, lambda n: json.dumps({"label": "ab"[n % 2]}), suffix="json")
+    (tmp_path / "j.tar").write_bytes(tar_of(labelled))
+    assert index_of(tmp_path / "j.tar").classes == ("a", "b")
+    (tmp_path / "m.tar").write_bytes(tar_of({k: c for k, c in labelled.items() if k != "000003.json"}))
+    with pytest.raises(DataError, match=r"000003\.jpg has no label"):
+        index_of(tmp_path / "m.tar")
+    (tmp_path / "k.tar").write_bytes(tar_of({**labelled, "000003.json": b"{"}))
+    with pytest.raises(DataError, match=r"000003\.json is no JSON"):
+        index_of(tmp_path / "k.tar")
+
+
+def test_shards_sorted_by_class_are_read_sample_by_sample(tmp_path: Path) -> None:
+    (tmp_path / "s.tar").write_bytes(tar_of(webdataset(20, lambda n: n // 20)))
+    assert index_of(tmp_path / "s.tar").info.run_length == 1
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_manifests(form: str, tmp_path: Path) -> None:
+    files = picture_files(["blue", "red"], 3)
+    write_files(tmp_path, files)
+    storage.write_bytes("memory://elsewhere/0.jpg", b"there")
+    uris = [*files, "memory://elsewhere/0.jpg", str(tmp_path / "blue/000.jpg")]
+    splits = ["train"] * 6 + ["validation", "val"]
+    table = pa.table({"uri": uris, "label": ["007"] * 3 + ["7"] * 3 + ["007", "7"], "split": splits})
+    target = tmp_path / f"m.{form}"
+    if form == "csv":
+        pyarrow.csv.write_csv(table, target)
+    elif form == "parquet":
+        pyarrow.parquet.write_table(table, target)
+    else:
+        target.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    parts = index_parts(target)
+    assert parts["train"].classes == ("007", "7")
+    assert read(parts["val"], [0, 1]) == [b"there", files["blue/000.jpg"]]
+    assert read(parts["train"], [5]) == [files["red/002.jpg"]]
+    assert parts["val"].uri(0) == "memory://elsewhere/0.jpg"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("image,label\na.jpg,x\n", "has no column uri; it has image, label"),
+        ("uri,label\na.jpg,x\nb.jpg,\n", "row 1 .* has no label"),
+        ("uri,label,split\na.jpg,x,trian\n", "unknown split 'trian'"),
+        ("uri,label\na.jpg,x,z\n", "cannot be read"),
+        ("", "cannot be read"),
+    ],
+)
+def test_manifests_that_cannot_be_meant(content: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(content)
+    with pytest.raises(DataError, match=told):
+        index_parts(tmp_path / "m.csv")
+
+
+def test_several_roots_are_one_data_set(tmp_path: Path) -> None:
+    write_files(tmp_path / "one", picture_files(["blue", "red"], 3))
+    (tmp_path / "two.zip").write_bytes(zip_of(picture_files(["blue", "green"], 2, seed=9)))
+    index = index_parts(tmp_path / "one", tmp_path / "two.zip")["train"]
+    assert index.classes == ("blue", "green", "red")
+    assert index.labels.tolist() == [0] * 3 + [2] * 3 + [0] * 2 + [1] * 2
+    assert read(index, [0, 9]) == [
+        picture_files(["blue", "red"], 3)["blue/000.jpg"],
+        picture_files(["blue", "green"], 2, seed=9)["green/001.jpg"],
+    ]

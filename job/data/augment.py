@@ -1,0 +1,50 @@
+"""What is done to a sample's pixels before the model sees them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+ResizeMode = Literal["squash", "crop"]
+
+
+def resize_transform(image_size: int, mode: ResizeMode) -> v2.Compose:
+    """uint8 [3, H, W] to uint8 [3, image_size, image_size], bilinear, antialiased.
+
+    ``squash`` ignores the aspect ratio (the tutorial's ``Resize((224, 224))``); ``crop`` resizes the
+    shorter side and takes the centre.
+    """
+    if mode == "squash":
+        return v2.Compose([v2.Resize([image_size, image_size], antialias=True)])
+    return v2.Compose([v2.Resize([image_size], antialias=True), v2.CenterCrop([image_size])])
+
+
+def flips(seed: int) -> bool:
+    """Whether the sample whose augmentation has this seed is mirrored: every other one."""
+    return bool(seed & 1)
+
+
+def seeded(transform: v2.Transform, image: Tensor, seed: int) -> Tensor:
+    """``transform(image)``, its random draws a function of ``seed`` alone; call it within :func:`own_generators`."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    out: Tensor = transform(image)
+    return out
+
+
+@contextlib.contextmanager
+def own_generators() -> Iterator[None]:
+    """Put the process's generators, which torchvision draws from, back as they were."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    np.random.set_state(numpy_state)
+    random.setstate(python_state)

@@ -1,0 +1,149 @@
+"""A bounded cache of samples on the node's disk, shared by all its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import struct
+import time
+import uuid
+import zlib
+from pathlib import Path
+
+from job.data.source import DISK_FULL, locked
+
+log = logging.getLogger(__name__)
+
+_TRAILER = struct.Struct("<QL")
+"""Size and CRC-32 of the content before it: a file that was cut or changed is not believed."""
+ACCOUNTED_BYTES = 1 << 20
+"""What a process writes before it tells the others."""
+KEPT_AFTER_EVICTION = 0.9
+STALE_SECONDS = 3600
+"""Age at which an unfinished file belongs to a process that is gone."""
+
+
+class SampleCache:
+    """Files by key, the least recently used of which are removed when there are too many bytes.
+
+    A file appears by rename, whole. The total is kept in a file under a lock, and may exceed ``limit``
+    by :data:`ACCOUNTED_BYTES` and a file for each process that writes.
+
+    Args:
+        folder: local folder; several caches may not share it, several processes may.
+        limit: bytes.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder
+        self.limit = limit
+        self._total = folder / "total"
+        self._full = False
+        self._unaccounted = 0
+
+    def recount(self) -> None:
+        """Make the folder, sweep up after processes that were killed, and count what is there.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self._total):
+            self._store_total(self._evict(self._entries()))
+
+    def get(self, key: str) -> bytes | None:
+        """The content stored under ``key``, or None."""
+        path = self._path(key)
+        try:
+            stored = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        content, trailer = stored[: -_TRAILER.size], stored[-_TRAILER.size :]
+        if trailer != _trailer(content):
+            log.warning("%s is damaged and is fetched again", path)
+            path.unlink(missing_ok=True)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(path)  # access times are off on many disks
+        return content
+
+    def put(self, key: str, content: bytes) -> None:
+        """Store ``content``; with a full or unwritable disk nothing is stored, and said once."""
+        if self._full:
+            return
+        path = self._path(key)
+        temporary = path.with_name(f".{uuid.uuid4().hex}")
+        try:
+            try:
+                file = temporary.open("wb")
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = temporary.open("wb")
+            with file:
+                file.write(content + _trailer(content))
+            temporary.replace(path)
+            self._unaccounted += len(content) + _TRAILER.size
+            if self._unaccounted >= ACCOUNTED_BYTES:
+                self._account()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            self._full = True
+            reason = "is full" if error.errno in DISK_FULL else f"cannot be written ({error.strerror})"
+            log.warning(
+                "%s %s: from here on images are read from where they lie. Choose another place by --data.cache_dir, "
+                "or a smaller --data.cache_gb.",
+                self.folder,
+                reason,
+            )
+
+    def _account(self) -> None:
+        with locked(self._total):
+            total = self._read_total() + self._unaccounted
+            self._unaccounted = 0
+            self._store_total(self._evict(self._entries()) if total > self.limit else total)
+
+    def _path(self, key: str) -> Path:
+        name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        return self.folder / name[:2] / name[2:]
+
+    def _entries(self) -> list[tuple[float, int, str]]:
+        """(last use, bytes, path) of all files; unfinished ones of processes that are gone are removed."""
+        found = []
+        for folder in (each for each in os.scandir(self.folder) if each.is_dir()):
+            for entry in os.scandir(folder.path):
+                with contextlib.suppress(FileNotFoundError):  # another process evicts, too
+                    details = entry.stat()
+                    if not entry.name.startswith("."):
+                        found.append((details.st_mtime, details.st_size, entry.path))
+                    elif time.time() - details.st_mtime > STALE_SECONDS:
+                        Path(entry.path).unlink()
+        return found
+
+    def _evict(self, entries: list[tuple[float, int, str]]) -> int:
+        """Remove the least recently used until there is room; returns the bytes that stay."""
+        total = sum(size for _, size, _ in entries)
+        if total <= self.limit:
+            return total
+        for _, size, path in sorted(entries):
+            if total <= self.limit * KEPT_AFTER_EVICTION:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                Path(path).unlink()
+            total -= size
+        return total
+
+    def _read_total(self) -> int:
+        try:
+            return int(self._total.read_text())
+        except (FileNotFoundError, ValueError):
+            return sum(size for _, size, _ in self._entries())
+
+    def _store_total(self, total: int) -> None:
+        self._total.write_text(str(total))
+
+
+def _trailer(content: bytes) -> bytes:
+    return _TRAILER.pack(len(content), zlib.crc32(content))

@@ -1,0 +1,241 @@
+"""The bytes of samples: many requests in flight, retried, hedged, cached; in the process that needs them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from job import storage
+from job.data.archive import zip_content
+from job.data.cache import SampleCache
+from job.data.index import Index, Sample
+from job.data.source import materialise
+from job.errors import DataError, StorageError, StorageOutage
+
+REQUESTS = 64
+"""Requests that a process has in flight."""
+GAP_BYTES = 64 << 10
+"""A hole between two ranges that is cheaper to read over than to ask twice."""
+REQUEST_BYTES = 8 << 20
+"""Ranges are joined up to this size."""
+ATTEMPT_SECONDS = 30.0
+"""A request that takes longer is given up and made again."""
+RETRY_SECONDS = 120.0
+"""How long a range is asked for before the bucket counts as out of reach."""
+HEDGE_AFTER = 3.0
+"""A second request is made when the first takes this many times the 95th percentile …"""
+HEDGE_LEAST_SECONDS = 0.25
+"""… and at least this long; for fewer than :data:`HEDGE_SHARE` of all requests, lest a slow bucket gets slower."""
+HEDGE_SHARE = 0.05
+BATCHES_AT_ONCE = 8
+
+
+class Range(NamedTuple):
+    """One request.
+
+    Attributes:
+        source: number of the source.
+        key: object below it; empty for the source itself (an archive).
+        offset: first byte.
+        size: bytes; -1: the whole object.
+        samples: those that lie in it.
+    """
+
+    source: int
+    key: str
+    offset: int
+    size: int
+    samples: tuple[int, ...]
+
+
+class Fetcher:
+    """Reads samples of an index ahead of their use.
+
+    Args:
+        cache_dir: local folder of copies of archives that cannot be read in parts.
+        cache: where samples from buckets are kept; None: nowhere.
+    """
+
+    def __init__(self, index: Index, cache_dir: str, cache: SampleCache | None = None) -> None:
+        self.index = index
+        self.cache = cache
+        self.cache_dir = cache_dir
+        self._readers: dict[int, storage.Reader] = {}
+        self._pool = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="fetch")
+        self._slots: asyncio.Semaphore | None = None
+        self._seconds: deque[float] = deque(maxlen=256)
+        self._asked = 0
+        self._hedged = 0
+
+    def start(self, samples: npt.NDArray[np.int64]) -> Future[list[bytes | DataError]]:
+        """Begin to read; the future gives the content of each sample, or why it is none.
+
+        The future raises :class:`~job.errors.StorageError` where a sample cannot be read at all.
+        """
+        return self._pool.submit(self._read, samples.tolist())
+
+    def _read(self, samples: list[int]) -> list[bytes | DataError]:
+        wanted = {number: self.index[number] for number in dict.fromkeys(samples)}
+        found: dict[int, bytes | DataError] = {}
+        far: dict[int, Sample] = {}
+        for number, sample in wanted.items():
+            reader = self._reader(sample.source)
+            if reader.is_local:
+                raw = reader.read(sample.key) if sample.offset < 0 else reader.read("", sample.offset, sample.size)
+                found[number] = self._content(sample, raw)
+            elif (cached := self.cache.get(self._cache_key(sample)) if self.cache else None) is not None:
+                found[number] = cached
+            else:
+                far[number] = sample
+        for number, raw in (self._fetch_all(far) if far else {}).items():
+            found[number] = content = self._content(wanted[number], raw)
+            if self.cache and isinstance(content, bytes):
+                self.cache.put(self._cache_key(wanted[number]), content)
+        return [found[number] for number in samples]
+
+    def _fetch_all(self, wanted: dict[int, Sample]) -> dict[int, bytes]:
+        """The bytes of samples in buckets, by number."""
+        ranges = joined(wanted)
+        contents = {one: self._read_waiting(one) for one in ranges if not self._reader(one.source).is_async}
+        if asked := [one for one in ranges if one not in contents]:
+
+            async def gathered() -> list[bytes]:
+                return await asyncio.gather(*(self._fetch(one) for one in asked))
+
+            loop = self._reader(asked[0].source).loop
+            contents |= zip(asked, asyncio.run_coroutine_threadsafe(gathered(), loop).result(), strict=True)
+        found = {}
+        for one, content in contents.items():
+            for number in one.samples:
+                sample = wanted[number]
+                start = sample.offset - one.offset
+                found[number] = content if sample.offset < 0 else content[start : start + sample.size]
+        return found
+
+    def _read_waiting(self, one: Range) -> bytes:
+        return self._reader(one.source).read(one.key, max(one.offset, 0), None if one.offset < 0 else one.size)
+
+    async def _fetch(self, one: Range) -> bytes:
+        """One range, again and again while the bucket is in trouble, with jittered backoff."""
+        if self._slots is None:
+            self._slots = asyncio.Semaphore(REQUESTS)
+        deadline, pause, lengths = time.monotonic() + RETRY_SECONDS, 0.25, []
+        async with self._slots:
+            while True:
+                try:
+                    content = await self._hedged_request(one)
+                    if one.size < 0 or len(content) == one.size:
+                        return content
+                    lengths.append(len(content))
+                    self._require_unchanged(one, lengths)
+                except StorageOutage:
+                    if time.monotonic() + pause > deadline:
+                        raise
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(pause * 2, 16.0)
+
+    async def _hedged_request(self, one: Range) -> bytes:
+        """One attempt; a straggler gets a second request beside it, and whichever answers first wins."""
+        deadline = time.monotonic() + ATTEMPT_SECONDS
+        tasks = {asyncio.ensure_future(self._request(one))}
+        patience = self._patience()
+        failure: BaseException = StorageOutage(
+            f"cannot read {self._uri(one)}: no answer within {ATTEMPT_SECONDS:.0f} s"
+        )
+        try:
+            while tasks:
+                left = deadline - time.monotonic()
+                done, tasks = await asyncio.wait(
+                    tasks, timeout=min(left, patience), return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    if (error := task.exception()) is None:
+                        return task.result()
+                    failure = error
+                if not done and left <= patience:
+                    break
+                if not done and self._hedged <= HEDGE_SHARE * self._asked:
+                    self._hedged += 1
+                    tasks.add(asyncio.ensure_future(self._request(one)))
+                patience = ATTEMPT_SECONDS
+        finally:
+            for task in tasks:
+                task.cancel()
+        raise failure
+
+    async def _request(self, one: Range) -> bytes:
+        self._asked += 1
+        began = time.monotonic()
+        start, length = max(one.offset, 0), None if one.offset < 0 else one.size
+        content = await self._reader(one.source).fetch(one.key, start, length)
+        self._seconds.append(time.monotonic() - began)
+        return content
+
+    def _patience(self) -> float:
+        """Seconds after which a request is a straggler."""
+        if len(self._seconds) < 32:
+            return ATTEMPT_SECONDS / 2
+        return max(HEDGE_AFTER * float(np.percentile(self._seconds, 95)), HEDGE_LEAST_SECONDS)
+
+    def _require_unchanged(self, one: Range, lengths: list[int]) -> None:
+        """Tell an object that changed from an answer that was cut: thrice the same length is no accident."""
+        if len(lengths) >= 3 and len(set(lengths[-3:])) == 1:
+            raise _changed(self._uri(one), lengths[-1], one.size)
+
+    def _content(self, sample: Sample, raw: bytes) -> bytes | DataError:
+        if sample.size >= 0 and len(raw) != sample.size:
+            raise _changed(self.index.sources[sample.source].uri + f" ({sample.key})", len(raw), sample.size)
+        if self.index.sources[sample.source].kind != "zip":
+            return raw
+        try:
+            return zip_content(raw, sample.version)
+        except DataError as error:
+            return error
+
+    def _reader(self, source: int) -> storage.Reader:
+        if source not in self._readers:
+            self._readers[source] = storage.Reader(materialise(self.index.sources[source], self.cache_dir))
+        return self._readers[source]
+
+    def _uri(self, one: Range) -> str:
+        root = self.index.sources[one.source].uri
+        return storage.join(root, one.key) if one.key else root
+
+    def _cache_key(self, sample: Sample) -> str:
+        version = str(sample.version or self.index.created)
+        return "\0".join((self.index.sources[sample.source].uri, sample.key, f"{sample.offset} {sample.size}", version))
+
+
+def joined(samples: dict[int, Sample]) -> list[Range]:
+    """The requests for some samples; ranges of one archive that lie close together become one."""
+    ranges: list[Range] = []
+    for number, sample in sorted(samples.items(), key=lambda item: (item[1].source, item[1].offset)):
+        last = ranges[-1] if ranges else None
+        if sample.offset < 0:
+            ranges.append(Range(sample.source, sample.key, -1, sample.size, (number,)))
+        elif (
+            last is not None
+            and last.source == sample.source
+            and last.offset >= 0
+            and sample.offset - (last.offset + last.size) <= GAP_BYTES
+            and sample.offset + sample.size - last.offset <= REQUEST_BYTES
+        ):
+            end = max(last.offset + last.size, sample.offset + sample.size)
+            ranges[-1] = last._replace(size=end - last.offset, samples=(*last.samples, number))
+        else:
+            ranges.append(Range(sample.source, "", sample.offset, sample.size, (number,)))
+    return ranges
+
+
+def _changed(uri: str, found: int, expected: int) -> StorageError:
+    return StorageError(
+        f"{uri} gives {found:,} bytes, {expected:,} when it was listed: the data changed under the run. Put it back, "
+        "or start a new run_dir (and make a saved index again by python -m job index)."
+    )

@@ -1,0 +1,183 @@
+"""Reading from a bucket in trouble: no sample is lost, doubled or damaged."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from aiohttp import web
+from harness import fault_environment
+from proxy import FaultyProxy
+from support import REPOSITORY, index_of, picture_files, read, tar_of, zip_of
+
+from job import storage
+from job.data.cache import SampleCache
+from job.data.dataset import ImageDataset, View
+from job.data.fetch import Fetcher
+from job.data.index import Index
+from job.data.loader import BatchLoader
+from job.data.order import BatchOrder
+from job.errors import StorageError
+
+pytestmark = pytest.mark.integration
+
+FILES = picture_files(["blue", "green", "red"], 40)
+
+
+@pytest.fixture(scope="session")
+def stored(proxy: FaultyProxy) -> dict[str, str]:
+    """The same pictures as a folder, a zip and tar shards."""
+    storage.write_many("gs://faults/many", FILES)
+    storage.write_bytes("gs://faults/many.zip", zip_of(FILES))
+    keys = sorted(FILES, key=lambda key: key[::-1])
+    for shard in range(3):
+        members = {f"{n:04d}.{end}": c for n, key in enumerate(keys) if n % 3 == shard for end, c in _sample(key)}
+        storage.write_bytes(f"gs://faults/many-{shard}.tar", tar_of(members))
+    return {
+        "folder": "gs://faults/many",
+        "zip": "gs://faults/many.zip",
+        "shards": "gs://faults/many-{0..2}.tar",
+    }
+
+
+def _sample(key: str) -> list[tuple[str, bytes]]:
+    return [("jpg", FILES[key]), ("cls", key.split("/")[0].encode())]
+
+
+def an_epoch(index: Index, workers: int, world_size: int, cache: SampleCache | None = None) -> Counter[bytes]:
+    """How often each picture came, by its pixels and label, over all ranks."""
+    seen: Counter[bytes] = Counter()
+    for rank in range(world_size):
+        order = BatchOrder(len(index), 24, rank=rank, world_size=world_size, seed=0, shuffle=True, run_length=3)
+        for batch in BatchLoader(ImageDataset(index, order, View(32), cache=cache), workers):
+            assert not batch["error"], batch["error"]
+            assert not batch["bad"]
+            for image, label, valid in zip(batch["image"], batch["label"].tolist(), batch["mask"], strict=True):
+                if valid:
+                    seen[image.numpy().tobytes() + bytes([label])] += 1
+    return seen
+
+
+@pytest.fixture(scope="session")
+def expected(stored: dict[str, str]) -> Counter[bytes]:
+    """What comes when nothing is wrong."""
+    return an_epoch(index_of(stored["folder"]), 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "shards"])
+def test_every_sample_once_whatever_the_server_does(
+    kind: str, stored: dict[str, str], expected: Counter[bytes], proxy: FaultyProxy
+) -> None:
+    """It refuses, resets, cuts and stalls: half of all requests."""
+    index = index_of(stored[kind])
+    assert len(expected) == len(FILES)
+    dice = random.Random(3)
+    done: Counter[str] = Counter()
+
+    def refused(request: web.Request) -> web.StreamResponse | None:
+        status = dice.choice([429, 503, 200, 200, 200, 200])
+        done[f"{status}"] += 1
+        return None if status == 200 else web.Response(status=status)
+
+    def damaged(request: web.Request) -> str | None:
+        what = dice.choice(["reset", "cut", None, None] + ["stall"] * (dice.random() < 0.05))
+        done[f"{what}"] += 1
+        return what
+
+    proxy.fault, proxy.damage = refused, damaged  # type: ignore[assignment]
+    assert an_epoch(index, workers=2, world_size=1) == expected
+    assert min(done["429"] + done["503"], done["reset"], done["cut"]) >= 1, done
+
+
+def test_stragglers_are_asked_for_again(stored: dict[str, str], proxy: FaultyProxy) -> None:
+    """One request in thirty stalls for ever; without a second request beside it each costs half a minute."""
+    index = index_of(stored["folder"])
+    asked: list[int] = []
+
+    def damaged(request: web.Request) -> str | None:
+        asked.append(1)
+        return "stall" if len(asked) % 30 == 0 and len(asked) > 60 else None
+
+    fetcher = Fetcher(index, "")
+    fetcher.start(torch.arange(60).numpy()).result()
+    proxy.damage = damaged  # type: ignore[assignment]
+    asked.extend([1] * 60)
+    began = time.monotonic()
+    contents = fetcher.start(torch.arange(len(FILES)).numpy()).result()
+    assert time.monotonic() - began < 15
+    assert contents == [FILES[key] for key in index.keys]
+
+
+@pytest.mark.parametrize("kind", ["zip", "shards"])
+def test_neighbours_are_read_at_once(kind: str, stored: dict[str, str], proxy: FaultyProxy) -> None:
+    index = index_of(stored[kind])
+    before = len(proxy.requests)
+    contents = read(index, list(range(len(index))))
+    assert len(proxy.requests) - before <= len(index.sources)
+    assert sorted(c for c in contents if isinstance(c, bytes)) == sorted(FILES.values())
+
+
+def test_the_second_epoch_asks_the_bucket_for_nothing(
+    stored: dict[str, str], expected: Counter[bytes], proxy: FaultyProxy, tmp_path: Path
+) -> None:
+    cache = SampleCache(tmp_path / "cache", 10**9)
+    cache.recount()
+    index = index_of(stored["shards"])
+    assert an_epoch(index, workers=2, world_size=2, cache=cache) == expected
+    before = len(proxy.requests)
+    assert an_epoch(index, workers=1, world_size=3, cache=cache) == expected
+    assert len(proxy.requests) == before
+
+
+def test_a_run_killed_in_mid_epoch_goes_on_elsewhere(
+    stored: dict[str, str], expected: Counter[bytes], tmp_path: Path
+) -> None:
+    """SIGKILL of a loading process with its workers; the rest of the epoch by 3 ranks with other workers."""
+    index = index_of(stored["zip"])
+    code = (
+        "import sys, time\n"
+        "from job.data.dataset import ImageDataset, View\n"
+        "from job.data.index import Index\n"
+        "from job.data.loader import BatchLoader\n"
+        "from job.data.order import BatchOrder\n"
+        "if __name__ == '__main__':\n"
+        f"    index = Index({index.folder!r}, {index.part!r})\n"
+        "    order = BatchOrder(len(index), 24, rank=0, world_size=1, seed=0, shuffle=True)\n"
+        "    loader = BatchLoader(ImageDataset(index, order, View(32)), 2)\n"
+        "    for batch in loader:\n"
+        "        print(loader.state_dict()['batch'], *batch['sample'].tolist(), flush=True)\n"
+        "        time.sleep(0.2)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, env=fault_environment()
+    )
+    assert process.stdout is not None
+    lines = [process.stdout.readline().split() for _ in range(2)]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    taken = [int(sample) for line in lines for sample in line[1:]]
+    for rank in range(3):
+        order = BatchOrder(len(index), 24, rank=rank, world_size=3, seed=0, shuffle=True)
+        rest = BatchLoader(ImageDataset(index, order, View(32)), 1)
+        rest.load_state_dict({"batch": int(lines[-1][0])})
+        for batch in rest:
+            taken += batch["sample"][batch["mask"]].tolist()
+    assert sorted(taken) == list(range(len(index)))
+
+
+def test_data_that_changes_under_the_run_is_named(proxy: FaultyProxy) -> None:
+    storage.write_many("gs://faults/changing", picture_files(["blue", "red"], 2))
+    index = index_of("gs://faults/changing")
+    storage.write_bytes("gs://faults/changing/red/001.jpg", b"shorter")
+    with pytest.raises(StorageError, match=r"red/001\.jpg gives 7 bytes"):
+        read(index, [0, 1, 2, 3])
+    storage.remove("gs://faults/changing/red/001.jpg")
+    with pytest.raises(StorageError, match=r"red/001\.jpg: no such bucket, object"):
+        read(index, [3])
