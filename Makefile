@@ -1,11 +1,12 @@
 # make demo       the main job, on this machine    make test       all tests
 # make lint       style and types                  make unit       the quick tests
-# make benchmark  what a checkpoint costs          make reference  docs/configuration.txt, from --help
+# make benchmark-checkpoint, make benchmark-data   what each costs, against others
+# make reference  docs/configuration.txt, from --help
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
 
-.PHONY: demo test unit lint benchmark reference
+.PHONY: demo test unit lint benchmark-checkpoint benchmark-data reference
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -22,8 +23,8 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-benchmark: $(VENV)/installed
-	$(VENV)/bin/python benchmarks/checkpoint.py
+benchmark-checkpoint benchmark-data: benchmark-%: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/$*.py
 
 reference: $(VENV)/installed
 	COLUMNS=120 $(VENV)/bin/python -m job fit --help > docs/configuration.txt

@@ -1,7 +1,8 @@
 """How long training stands still for a checkpoint to a bucket, and how long a killed rank costs.
 
-Run it by ``make benchmark``. Peers: Lightning's stock checkpoint (TorchCheckpointIO, which ModelCheckpoint uses) and
-``torch.distributed.checkpoint.async_save`` through fsspec, all of the same state to the same GCS server on loopback.
+Run it by ``make benchmark-checkpoint``. Peers: Lightning's stock checkpoint (TorchCheckpointIO, which ModelCheckpoint
+uses) and ``torch.distributed.checkpoint.async_save`` through fsspec, all of the same state to the same GCS server on
+loopback.
 """
 
 from __future__ import annotations

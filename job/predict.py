@@ -18,7 +18,7 @@ from torch import Tensor
 
 from job import storage
 from job.cluster import ranks
-from job.data.augment import ResizeMode, resize_transform
+from job.data.augment import ResizeMode, resize
 from job.data.build import build
 from job.data.dataset import ImageDataset, View
 from job.data.decode import decode
@@ -57,7 +57,6 @@ class Predictor:
     def __init__(self, net: Classifier, resize: str) -> None:
         self.net = net.eval()
         self.resize: ResizeMode = "crop" if resize == "crop" else "squash"
-        self.transform = resize_transform(net.image_size, self.resize)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -85,7 +84,8 @@ class Predictor:
         found: list[Prediction] = []
         batch: list[Tensor] = []
         for image in images:
-            batch.append(self.transform(_to_tensor(image, self.net.image_size)))
+            image_size = self.net.image_size
+            batch.append(resize(_to_tensor(image, image_size), image_size, self.resize))
             if len(batch) == batch_size:
                 found += self.predict_batch(torch.stack(batch))
                 batch = []

@@ -240,9 +240,10 @@ class Reader:
         """
         with _explained(join(self.root, key) if key else self.root, "read"):
             if self._plain:
-                with Path(self._path(key)).open("rb") as file:  # a tenth of the cost of fsspec's own
+                # A tenth of the cost of fsspec's own, and a half of pathlib's.
+                with open(self._path(key), "rb", buffering=0) as file:  # noqa: PTH123
                     file.seek(start)
-                    return file.read(-1 if length is None else length)
+                    return file.read(-1 if length is None else length) or b""
             data: bytes = self._fs.cat_file(self._path(key), **_limits(start, length))
             return data
 

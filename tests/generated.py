@@ -51,7 +51,7 @@ class GeneratedFileSystem(AbstractFileSystem):
         return {"name": path, "type": "directory", "size": 0}
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
-        return path.encode()
+        return path.encode().ljust(self.info(path)["size"], b"\0")
 
 
 fsspec.register_implementation("generated", GeneratedFileSystem, clobber=True)

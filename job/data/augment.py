@@ -11,19 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 ResizeMode = Literal["squash", "crop"]
 
 
-def resize_transform(image_size: int, mode: ResizeMode) -> v2.Compose:
+def resize(image: Tensor, image_size: int, mode: ResizeMode) -> Tensor:
     """uint8 [3, H, W] to uint8 [3, image_size, image_size], bilinear, antialiased.
 
     ``squash`` ignores the aspect ratio (the tutorial's ``Resize((224, 224))``); ``crop`` resizes the
     shorter side and takes the centre.
     """
-    if mode == "squash":
-        return v2.Compose([v2.Resize([image_size, image_size], antialias=True)])
-    return v2.Compose([v2.Resize([image_size], antialias=True), v2.CenterCrop([image_size])])
+    size = [image_size, image_size] if mode == "squash" else [image_size]
+    resized: Tensor = functional.resize(image, size, antialias=True)
+    return resized if mode == "squash" else functional.center_crop(resized, [image_size, image_size])
 
 
 def flips(seed: int) -> bool:

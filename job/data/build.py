@@ -157,7 +157,7 @@ def _parts_of(
     uri: str, name: str, sources: list[Source], listing: Path, cache_dir: str, layout_of: Layout, listed_anew: bool
 ) -> dict[str, Part]:
     """The parts under one URI, from its saved index or by listing it; its sources are added to ``sources``."""
-    if not listed_anew and layout_of != "images" and (saved := _from_saved(uri, sources, listing)):
+    if not listed_anew and layout_of != "images" and (saved := _from_saved(uri, sources, Path(f"{listing}-saved"))):
         if layout_of == "parts":
             return saved
         if len(saved) == 1:
@@ -189,7 +189,7 @@ def _from_saved(uri: str, sources: list[Source], folder: Path) -> dict[str, Part
         for batch in index.batches():
             table = pa.table(batch)
             table = table.set_column(1, "source", pc.add(table["source"], first))
-            yield table.append_column("class", pc.take(names, table["label"]))
+            yield table.append_column("class", pc.take(names, table["label"])).drop_columns(["label"])
 
     return {
         part: Part(index.root, list(info.classes), functools.partial(tables, index)) for part, index in indexes.items()

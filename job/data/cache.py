@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
 import struct
+import threading
 import time
 import uuid
 import zlib
@@ -23,6 +25,10 @@ ACCOUNTED_BYTES = 1 << 20
 KEPT_AFTER_EVICTION = 0.9
 STALE_SECONDS = 3600
 """Age at which an unfinished file belongs to a process that is gone."""
+
+
+_counting = threading.Lock()
+"""Between the threads of one process; a lock of its own a cache could not send to another."""
 
 
 class SampleCache:
@@ -42,6 +48,7 @@ class SampleCache:
         self._total = folder / "total"
         self._full = False
         self._unaccounted = 0
+        self._token = uuid.uuid4().hex  # containers may share the folder, and number their processes alike
 
     def recount(self) -> None:
         """Make the folder, sweep up after processes that were killed, and count what is there.
@@ -57,13 +64,15 @@ class SampleCache:
         """The content stored under ``key``, or None."""
         path = self._path(key)
         try:
-            stored = path.read_bytes()
+            with open(path, "rb", buffering=0) as file:
+                stored = file.read() or b""
         except FileNotFoundError:
             return None
         content, trailer = stored[: -_TRAILER.size], stored[-_TRAILER.size :]
         if trailer != _trailer(content):
             log.warning("%s is damaged and is fetched again", path)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
             return None
         with contextlib.suppress(FileNotFoundError):
             os.utime(path)  # access times are off on many disks
@@ -74,23 +83,29 @@ class SampleCache:
         if self._full:
             return
         path = self._path(key)
-        temporary = path.with_name(f".{uuid.uuid4().hex}")
+        temporary = f"{os.path.dirname(path)}/.{self._token}-{os.getpid()}-{threading.get_ident()}"
         try:
             try:
-                file = temporary.open("wb")
+                file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             except FileNotFoundError:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = temporary.open("wb")
-            with file:
-                file.write(content + _trailer(content))
-            temporary.replace(path)
-            self._unaccounted += len(content) + _TRAILER.size
-            if self._unaccounted >= ACCOUNTED_BYTES:
-                self._account()
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                written = os.writev(file, (content, _trailer(content)))
+            finally:
+                os.close(file)
+            if written < len(content) + _TRAILER.size:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            os.rename(temporary, path)
+            with _counting:
+                self._unaccounted += written
+                if self._unaccounted >= ACCOUNTED_BYTES:
+                    self._account()
         except OSError as error:
             with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            self._full = True
+                os.unlink(temporary)
+            if not self._first_failure():
+                return
             reason = "is full" if error.errno in DISK_FULL else f"cannot be written ({error.strerror})"
             log.warning(
                 "%s %s: from here on images are read from where they lie. Choose another place by --data.cache_dir, "
@@ -99,15 +114,20 @@ class SampleCache:
                 reason,
             )
 
+    def _first_failure(self) -> bool:
+        with _counting:
+            known, self._full = self._full, True
+        return not known
+
     def _account(self) -> None:
         with locked(self._total):
             total = self._read_total() + self._unaccounted
             self._unaccounted = 0
             self._store_total(self._evict(self._entries()) if total > self.limit else total)
 
-    def _path(self, key: str) -> Path:
+    def _path(self, key: str) -> str:
         name = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        return self.folder / name[:2] / name[2:]
+        return f"{self.folder}/{name[:2]}/{name[2:]}"
 
     def _entries(self) -> list[tuple[float, int, str]]:
         """(last use, bytes, path) of all files; unfinished ones of processes that are gone are removed."""

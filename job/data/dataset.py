@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 
-from job.data.augment import ResizeMode, flips, own_generators, resize_transform, seeded
+from job.data.augment import ResizeMode, flips, own_generators, resize, seeded
 from job.data.cache import SampleCache
 from job.data.decode import decode
 from job.data.fetch import Fetcher
@@ -19,7 +21,7 @@ from job.data.index import Index
 from job.data.order import BatchOrder, BatchPlan, sample_seed
 from job.errors import ConfigError, DataError, JobError
 
-SAMPLES_AHEAD = 192
+SAMPLES_AHEAD = 512
 BYTES_AHEAD = 64 << 20
 """What a loader process fetches beyond the batch it decodes: enough for 100 ms a request, and bounded."""
 
@@ -28,7 +30,7 @@ class Batch(TypedDict):
     """One rank's share of a global batch of B samples.
 
     Keys:
-        image: uint8 [B, 3, S, S], RGB.
+        image: uint8 [B, 3, S, S], RGB, channels last in memory: as decoders give them and convolutions like them.
         label: int64 [B]; -1 where there is none.
         mask: bool [B]; False for a padded or unreadable sample, which must count for nothing.
         sample: int64 [B], sample ids.
@@ -71,7 +73,7 @@ class View:
             ConfigError: ``augment`` returns something else.
         """
         if self.augment is None:
-            image: Tensor = resize_transform(self.image_size, self.resize)(decode(content, self.image_size))
+            image = resize(decode(content, self.image_size), self.image_size, self.resize)
             return image.flip(-1) if self.flip and flips(seed) else image
         out = seeded(self.augment, decode(content), seed)
         expected = (3, self.image_size, self.image_size)
@@ -114,17 +116,21 @@ class ImageDataset(Dataset[Batch]):
         self.seed = seed
         self.cache_dir = cache_dir
         self.cache = cache
+        self._lock = threading.Lock()
         self._fetcher: Fetcher | None = None
         self._ahead: dict[tuple[int, int], Future[list[bytes | DataError]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Filesystems and threads belong to the process that made them.
-        return {**self.__dict__, "_fetcher": None, "_ahead": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_fetcher", "_ahead")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock(), _fetcher=None, _ahead={})
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
         size = self.view.image_size
         batch = Batch(
-            image=torch.zeros(len(plan.samples), 3, size, size, dtype=torch.uint8),
+            image=torch.zeros(len(plan.samples), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
             label=torch.from_numpy(self.index.labels_of(plan.samples)),
             mask=torch.from_numpy(plan.valid.copy()),
             sample=torch.from_numpy(plan.samples),
@@ -133,14 +139,14 @@ class ImageDataset(Dataset[Batch]):
             error="",
         )
         try:
-            with own_generators():
+            with own_generators() if self.view.augment is not None else contextlib.nullcontext():
                 self._read_into(batch, plan)
         except JobError as error:
             batch["error"] = str(error)
         return batch
 
     def _read_into(self, batch: Batch, plan: BatchPlan) -> None:
-        contents = self._fetch(plan)
+        contents = self._fetch(plan).result()
         for row, (sample, content) in enumerate(zip(plan.samples.tolist(), contents, strict=True)):
             try:
                 if isinstance(content, DataError):
@@ -151,20 +157,30 @@ class ImageDataset(Dataset[Batch]):
                     batch["bad"].append(f"{self.index.uri(sample)} {error}")
                 batch["mask"][row] = False
 
-    def _fetch(self, plan: BatchPlan) -> list[bytes | DataError]:
-        if self._fetcher is None:
-            self._fetcher = Fetcher(self.index, self.cache_dir, self.cache)
+    def stop_fetching(self) -> None:
+        """Give up what is being fetched; what is asked for later is fetched anew."""
+        with self._lock:
+            if self._fetcher is not None:
+                self._fetcher.close()
+            self._fetcher, self._ahead = None, {}
+
+    def _fetch(self, plan: BatchPlan) -> Future[list[bytes | DataError]]:
+        """The contents of this plan's samples, those of following plans under way behind it."""
         worker = get_worker_info()
         stride = worker.num_workers if worker is not None else 1
         share = max(len(plan.samples), 1)
         depth = min(SAMPLES_AHEAD // share, int(BYTES_AHEAD / (share * max(self.index.info.mean_bytes, 1)))) + 1
         following = range(plan.batch + stride, min(plan.batch + stride * depth + 1, len(self.order)), stride)
-        wanted = {(plan.epoch, number) for number in (plan.batch, *following)}
-        for other in self._ahead.keys() - wanted:
-            self._ahead.pop(other).cancel()
-        contents = self._ahead.pop((plan.epoch, plan.batch), None) or self._fetcher.start(plan.samples)
-        for number in following:
-            if (plan.epoch, number) not in self._ahead:
-                samples = self.order.plan(plan.epoch, number).samples
-                self._ahead[plan.epoch, number] = self._fetcher.start(samples)
-        return contents.result()
+        with self._lock:
+            if self._fetcher is None:
+                self._fetcher = Fetcher(self.index, self.cache_dir, self.cache)
+            if any(epoch != plan.epoch for epoch, _ in self._ahead):  # guesses for an epoch that was given up
+                for future in self._ahead.values():
+                    future.cancel()
+                self._ahead = {}
+            contents = self._ahead.pop((plan.epoch, plan.batch), None) or self._fetcher.start(plan.samples)
+            for number in following:
+                if (plan.epoch, number) not in self._ahead:
+                    samples = self.order.plan(plan.epoch, number).samples
+                    self._ahead[plan.epoch, number] = self._fetcher.start(samples)
+        return contents

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import warnings
 
 import numpy as np
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from job.errors import DataError
 
-ORIENTED = re.compile(rb"Exif\0\0|tiff:Orientation")
-HEADER_BYTES = 1 << 16
+ORIENTED = (b"Exif\0\0", b"tiff:Orientation")
+"""What a JPEG's header has if it may say how the image stands."""
+START_OF_SCAN = b"\xff\xda"
 EXIF_ORIENTATION = 0x0112
 SCALES = (8, 4, 2)
 """Denominators at which libjpeg-turbo decodes faster than in full; 3/8, 5/8 and the like are slower."""
@@ -49,7 +49,8 @@ def _jpeg(content: bytes, at_least: int) -> np.ndarray[tuple[int, int, int], np.
         _refuse_bomb(width * height)
         if colourspace not in ("YCbCr", "Gray", "RGB"):
             return None
-        if ORIENTED.search(content, 0, HEADER_BYTES) and _orientation(content) != 1:
+        header_end = content.find(START_OF_SCAN)
+        if any(content.find(sign, 0, header_end) >= 0 for sign in ORIENTED) and _orientation(content) != 1:
             return None
         scale = next((d for d in SCALES if at_least and min(height, width) >= d * at_least), 1)
         smallest = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}

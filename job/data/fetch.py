@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -19,8 +18,8 @@ from job.data.index import Index, Sample
 from job.data.source import materialise
 from job.errors import DataError, StorageError, StorageOutage
 
-REQUESTS = 64
-"""Requests that a process has in flight."""
+REQUESTS = 100
+"""Requests that a process has in flight: as many as aiohttp opens connections."""
 GAP_BYTES = 64 << 10
 """A hole between two ranges that is cheaper to read over than to ask twice."""
 REQUEST_BYTES = 8 << 20
@@ -34,7 +33,9 @@ HEDGE_AFTER = 3.0
 HEDGE_LEAST_SECONDS = 0.25
 """… and at least this long; for fewer than :data:`HEDGE_SHARE` of all requests, lest a slow bucket gets slower."""
 HEDGE_SHARE = 0.05
-BATCHES_AT_ONCE = 8
+LATENCIES = 50
+"""Requests whose times tell what is late."""
+BATCHES_AT_ONCE = 32
 
 
 class Range(NamedTuple):
@@ -70,7 +71,9 @@ class Fetcher:
         self._readers: dict[int, storage.Reader] = {}
         self._pool = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="fetch")
         self._slots: asyncio.Semaphore | None = None
-        self._seconds: deque[float] = deque(maxlen=256)
+        self._seconds: list[float] = []
+        self._patience = ATTEMPT_SECONDS / 2  # until enough latencies are known
+        self._gathered: set[Future[list[bytes]]] = set()
         self._asked = 0
         self._hedged = 0
 
@@ -81,8 +84,14 @@ class Fetcher:
         """
         return self._pool.submit(self._read, samples.tolist())
 
+    def close(self) -> None:
+        """Give up all that is under way."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for answers in tuple(self._gathered):
+            answers.cancel()
+
     def _read(self, samples: list[int]) -> list[bytes | DataError]:
-        wanted = {number: self.index[number] for number in dict.fromkeys(samples)}
+        wanted = dict(zip(samples, self.index.rows(samples), strict=True))
         found: dict[int, bytes | DataError] = {}
         far: dict[int, Sample] = {}
         for number, sample in wanted.items():
@@ -109,8 +118,10 @@ class Fetcher:
             async def gathered() -> list[bytes]:
                 return await asyncio.gather(*(self._fetch(one) for one in asked))
 
-            loop = self._reader(asked[0].source).loop
-            contents |= zip(asked, asyncio.run_coroutine_threadsafe(gathered(), loop).result(), strict=True)
+            answers = asyncio.run_coroutine_threadsafe(gathered(), self._reader(asked[0].source).loop)
+            self._gathered.add(answers)
+            contents |= zip(asked, answers.result(), strict=True)
+            self._gathered.discard(answers)
         found = {}
         for one, content in contents.items():
             for number in one.samples:
@@ -145,7 +156,7 @@ class Fetcher:
         """One attempt; a straggler gets a second request beside it, and whichever answers first wins."""
         deadline = time.monotonic() + ATTEMPT_SECONDS
         tasks = {asyncio.ensure_future(self._request(one))}
-        patience = self._patience()
+        patience = self._patience
         failure: BaseException = StorageOutage(
             f"cannot read {self._uri(one)}: no answer within {ATTEMPT_SECONDS:.0f} s"
         )
@@ -176,13 +187,11 @@ class Fetcher:
         start, length = max(one.offset, 0), None if one.offset < 0 else one.size
         content = await self._reader(one.source).fetch(one.key, start, length)
         self._seconds.append(time.monotonic() - began)
+        if len(self._seconds) == LATENCIES:
+            slowest = float(np.percentile(self._seconds, 95))
+            self._patience = max(HEDGE_AFTER * slowest, HEDGE_LEAST_SECONDS)
+            self._seconds.clear()
         return content
-
-    def _patience(self) -> float:
-        """Seconds after which a request is a straggler."""
-        if len(self._seconds) < 32:
-            return ATTEMPT_SECONDS / 2
-        return max(HEDGE_AFTER * float(np.percentile(self._seconds, 95)), HEDGE_LEAST_SECONDS)
 
     def _require_unchanged(self, one: Range, lengths: list[int]) -> None:
         """Tell an object that changed from an answer that was cut: thrice the same length is no accident."""

@@ -143,8 +143,17 @@ class Index:
         return self.info.rows
 
     def __getitem__(self, sample: int) -> Sample:
-        batch, row = self._batches[sample // ROWS_A_BATCH], sample % ROWS_A_BATCH
-        return Sample(*(batch.column(name)[row].as_py() for name in Sample._fields))
+        return self.rows([sample])[0]
+
+    def rows(self, samples: Sequence[int]) -> list[Sample]:
+        """Where some samples lie, in the order asked for."""
+        found: dict[int, Sample] = {}
+        for number in {sample // ROWS_A_BATCH for sample in samples}:
+            chosen = [sample for sample in samples if sample // ROWS_A_BATCH == number]
+            batch = self._batches[number].take(pa.array([sample % ROWS_A_BATCH for sample in chosen]))
+            columns = [batch.column(name).to_pylist() for name in Sample._fields]
+            found.update(zip(chosen, map(Sample, *columns), strict=True))
+        return [found[sample] for sample in samples]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All rows, :data:`ROWS_A_BATCH` at a time."""

@@ -156,7 +156,9 @@ class TransferLearningModel(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Count unreadable samples over all ranks, also where no validation follows."""
-        self.trainer.datamodule.share_bad_samples()  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data.share_bad_samples()
+        self.log("data/bad_samples", float(len(data.bad_samples)))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw what is random in this step (dropout, stochastic depth) from (seed, epoch, batch, rank) alone.

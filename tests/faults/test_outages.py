@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Job, fit_options
+from harness import SETTINGS, STEPS, Job, fit_options
 from proxy import FaultyProxy
-from support import TINY, assert_same_weights, options, picture_files, run, scalars, zip_of
+from support import TINY, assert_same_weights, options, picture_files, run, scalars, tar_of
 
 from job.train import checkpoint
 
@@ -52,14 +52,24 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_no_room_in_the_cache(full_disk: Path, tmp_path: Path) -> None:
-    (tmp_path / "c.zip").write_bytes(zip_of(picture_files(["blue", "red"], 60)))
-    arguments = options(TINY, data__root=tmp_path / "c.zip", data__cache_dir=full_disk, run_dir=tmp_path / "run")
+    """Of what must be there (a copy of an archive that cannot be read in parts)."""
+    (tmp_path / "c.tar.gz").write_bytes(tar_of(picture_files(["blue", "red"], 60), "w:gz"))
+    arguments = options(TINY, data__root=tmp_path / "c.tar.gz", data__cache_dir=full_disk, run_dir=tmp_path / "run")
     result = run("fit", *arguments)
     assert result.returncode == 2
     assert "No space left on device" in result.stderr
     assert "--data.cache_dir" in result.stderr
     assert "Traceback" not in result.stderr
     assert not [entry for entry in full_disk.iterdir() if entry.is_dir()]
+
+
+def test_a_cache_that_is_full_costs_no_more_than_the_cache(full_disk: Path, run_dir: str, uninterrupted: str) -> None:
+    result = run(
+        "fit", *options(SETTINGS, data__root="gs://faults/colours", data__cache_dir=full_disk, run_dir=run_dir)
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("images are read from where they lie") == 1
+    assert len(scalars(run_dir)["train/loss"]) == len(STEPS)
 
 
 def test_no_room_to_stage_a_checkpoint(full_disk: Path, colours: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from support import TINY, options, picture, picture_files, run, write_files
+from support import TINY, options, picture, picture_files, run, scalars, write_files
 
 from job import storage
 from job.cli import main
@@ -113,6 +113,7 @@ def test_unreadable_images_within_the_limit_are_left_out(colours: Path, tmp_path
     assert result.returncode == 0, result.stderr
     assert f"bad sample: {colours}/red/000.jpg" in result.stderr
     assert f"{colours}/red/000.jpg" in (tmp_path / "run" / "report.json").read_text()
+    assert [count for _, count in scalars(str(tmp_path / "run"))["data/bad_samples"]] == [1.0] * 3
 
 
 def test_damaged_archive(fails, tmp_path: Path) -> None:

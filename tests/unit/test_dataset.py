@@ -7,7 +7,7 @@ import torch
 from support import index_of, picture, write_files
 from torchvision.transforms import v2
 
-from job.data.augment import resize_transform
+from job.data.augment import resize
 from job.data.dataset import ImageDataset, View
 from job.data.order import BatchOrder
 from job.errors import ConfigError
@@ -17,9 +17,7 @@ from job.errors import ConfigError
     "view",
     [
         View(16, flip=True),
-        View(
-            16, augment=v2.Compose([resize_transform(16, "squash"), v2.RandomHorizontalFlip(), v2.RandomRotation(20)])
-        ),
+        View(16, augment=v2.Compose([v2.Resize([16, 16]), v2.RandomHorizontalFlip(), v2.RandomRotation(20)])),
     ],
     ids=["default", "given"],
 )
@@ -76,5 +74,5 @@ def test_an_augmentation_of_the_wrong_shape_is_refused(colours: Path) -> None:
 
 def test_resizing_is_torchvisions() -> None:
     image = torch.randint(0, 256, (3, 50, 80), dtype=torch.uint8)
-    assert torch.equal(resize_transform(32, "squash")(image), v2.functional.resize(image, [32, 32], antialias=True))
-    assert resize_transform(32, "crop")(image).shape == (3, 32, 32)
+    assert torch.equal(resize(image, 32, "squash"), v2.functional.resize(image, [32, 32], antialias=True))
+    assert resize(image, 32, "crop").shape == (3, 32, 32)

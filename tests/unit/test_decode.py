@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from support import picture
 
-from job.data.augment import resize_transform
+from job.data.augment import resize
 from job.data.decode import decode
 from job.errors import DataError
 
@@ -124,9 +124,8 @@ def test_a_large_jpeg_resized_differs_from_pillows_by_a_level_or_two(name: str, 
     """Scaled in the inverse DCT first: 2.5 levels of 255 on average at most; bicubic is as far from bilinear."""
     options, mode = ZOO[name]
     content = encoded(photo(*size).convert(mode), "JPEG", **options)
-    resize = resize_transform(224, "squash")
     reference = torch.from_numpy(np.array(Image.open(io.BytesIO(content)).convert("RGB"))).permute(2, 0, 1)
-    difference = (resize(decode(content, 224)).int() - resize(reference).int()).abs()
+    difference = (resize(decode(content, 224), 224, "squash").int() - resize(reference, 224, "squash").int()).abs()
     assert difference.float().mean() <= 2.5
     assert difference.max() <= 24
 

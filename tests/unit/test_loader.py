@@ -6,34 +6,45 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from support import REPOSITORY, index_of
+from torchvision.transforms import v2
 
 from job.data.dataset import ImageDataset, View
 from job.data.loader import BatchLoader
 from job.data.order import BatchOrder
 
 
-def loader(folder: Path, workers: int, rank: int = 0, world_size: int = 1) -> BatchLoader:
+def loader(
+    folder: Path, workers: int, rank: int = 0, world_size: int = 1, augment: v2.Transform | None = None
+) -> BatchLoader:
     index = index_of(folder)
     order = BatchOrder(len(index), 6, rank=rank, world_size=world_size, seed=1, shuffle=True)
-    return BatchLoader(ImageDataset(index, order, View(8)), workers)
+    return BatchLoader(ImageDataset(index, order, View(8, augment=augment, flip=True)), workers)
 
 
 def taken(batches: list, loader: BatchLoader) -> list[int]:
     return [s for batch in batches for s, valid in zip(batch["sample"].tolist(), batch["mask"], strict=True) if valid]
 
 
+IN_PROCESSES = v2.Compose([v2.Resize([8, 8]), v2.RandomVerticalFlip()])
+"""A transform of the user's own, for which workers are processes."""
+
+
+@pytest.mark.parametrize("augment", [None, IN_PROCESSES], ids=["threads", "processes"])
 @pytest.mark.parametrize("workers", [0, 1, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_killed_at_any_batch_and_resumed_elsewhere_sees_the_rest(workers: int, world_size: int, colours: Path) -> None:
+def test_stopped_at_any_batch_and_resumed_elsewhere_sees_the_rest(
+    workers: int, world_size: int, augment: v2.Transform | None, colours: Path
+) -> None:
     """Stopped after 3 of 7 batches on one rank; the next start has other workers and another world size."""
-    first = loader(colours, 1)
+    first = loader(colours, 1, augment=augment)
     iterator = iter(first)
     seen = taken([next(iterator) for _ in range(3)], first)
     state = first.state_dict()
     assert state == {"batch": 3}
     for rank in range(world_size):
-        rest = loader(colours, workers, rank, world_size)
+        rest = loader(colours, workers, rank, world_size, augment)
         rest.load_state_dict(state)
         seen += taken(list(rest), rest)
         if rank == 0:  # the epoch after that is whole again
@@ -41,12 +52,43 @@ def test_killed_at_any_batch_and_resumed_elsewhere_sees_the_rest(workers: int, w
     assert sorted(seen) == list(range(40))
 
 
+@pytest.mark.parametrize("augment", [None, IN_PROCESSES], ids=["threads", "processes"])
+def test_pixels_do_not_depend_on_workers(augment: v2.Transform | None, colours: Path) -> None:
+    def pixels(workers: int) -> list[torch.Tensor]:
+        return [batch["image"] for batch in loader(colours, workers, augment=augment)]
+
+    expected = pixels(0)
+    for workers in (1, 3):
+        assert all(torch.equal(*pair) for pair in zip(pixels(workers), expected, strict=True))
+
+
+def test_threads_use_one_core_each_and_leave_the_others_theirs(colours: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    threaded = loader(colours, 2)
+    found: list[int] = []
+    made = threaded._made
+    threaded._made = lambda plan: (found.append(torch.get_num_threads()), made(plan))[1]  # type: ignore[method-assign]
+    assert len(list(threaded)) == 7
+    assert found == [1] * 7
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
+def test_an_epoch_given_up_leaves_nothing_behind(colours: Path) -> None:
+    threaded = loader(colours, 2)
+    iterator = iter(threaded)
+    next(iterator)
+    iterator.close()  # type: ignore[attr-defined]
+    assert sorted(taken(list(threaded), threaded)) == list(range(40))
+
+
 def test_workers_end_with_a_rank_that_is_killed(colours: Path) -> None:
     code = (
         "import sys, time; sys.path.insert(0, 'tests/unit'); sys.path.insert(0, 'tests')\n"
-        "from pathlib import Path; from test_loader import loader\n"
+        "from pathlib import Path; from test_loader import IN_PROCESSES, loader\n"
         "if __name__ == '__main__':\n"
-        f"    found = loader(Path({str(colours)!r}), 2)\n"
+        f"    found = loader(Path({str(colours)!r}), 2, augment=IN_PROCESSES)\n"
         "    next(iter(found))\n"
         "    print(*[w.pid for w in found._iterator._workers], flush=True)\n"
         "    time.sleep(600)\n"

@@ -1,0 +1,261 @@
+"""One contender of benchmarks/data.py: reads a data set for two epochs and prints what it did, as JSON.
+
+Called as ``python data_contenders.py NAME URI WORKERS``; peers run in an environment of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+
+IMAGE_SIZE = 224
+BATCH_SIZE = 64
+EPOCHS = 2
+
+
+def resident_megabytes() -> float:
+    """Memory of this process and all below it, shared pages counted once."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found, total = [os.getpid()], 0
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+def measured(epochs: Iterable[Callable[[], Iterator[int]]]) -> dict[str, Any]:
+    """Images a second of each epoch, from its first batch on (starting processes does not count), and memory."""
+    speeds, peak, done = [], 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.3):
+            peak = max(peak, resident_megabytes())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    for epoch in epochs:
+        batches = epoch()
+        next(batches)
+        began = time.monotonic()
+        images = sum(batches)
+        speeds.append(images / (time.monotonic() - began))
+    done.set()
+    watcher.join()
+    return {"images_per_second": speeds, "megabytes": peak}
+
+
+def of_loader(loader: Iterable[Any], image: int | str = 0) -> Iterator[int]:
+    """How many images each batch has; one pixel is looked at."""
+    for batch in loader:
+        batch[image][0, 0, 0, 0].item()
+        yield len(batch[image])
+
+
+def uncached(uri: str, workers: int) -> dict[str, Any]:
+    """As ours, but nothing is kept on the node's disk."""
+    return ours(uri, workers, cache_gb=0)
+
+
+def ours(uri: str, workers: int, cache_gb: float = 10) -> dict[str, Any]:
+    """BatchLoader, as ImageDataModule makes it for training."""
+    from job.data.datamodule import ImageDataModule
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = ImageDataModule(
+            root=uri,
+            global_batch_size=BATCH_SIZE,
+            image_size=IMAGE_SIZE,
+            num_workers=workers,
+            cache_dir=folder,
+            cache_gb=cache_gb,
+            val_fraction=0.001,
+        )
+        data.setup("fit")
+        loader = data.train_dataloader()
+
+        def epochs() -> Iterator[Callable[[], Iterator[int]]]:
+            for number in range(EPOCHS):
+                loader.order.set_epoch(number)
+                yield lambda: of_loader(loader, "image")
+
+        return measured(epochs())
+
+
+def limit(uri: str, workers: int) -> dict[str, Any]:
+    """Decoding and resizing alone, from memory, nothing handed over: what no loader can beat with these processes."""
+    import multiprocessing
+
+    contents = [path.read_bytes() for path in Path(uri).glob("*/*.jpg")]
+    results = multiprocessing.Queue()
+
+    def work(part: list[bytes]) -> None:
+        from job.data.dataset import View
+
+        torch.set_num_threads(1)
+        view = View(IMAGE_SIZE, flip=True)
+        for content in part[:50]:
+            view.pixels(content, 1)
+        began = time.monotonic()
+        for content in part:
+            view.pixels(content, 1)
+        results.put(len(part) / (time.monotonic() - began))
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(contents[n::workers],)) for n in range(workers)]
+    for process in processes:
+        process.start()
+    speed = sum(results.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return {"images_per_second": [speed, speed], "megabytes": resident_megabytes()}
+
+
+def tutorial(uri: str, workers: int) -> dict[str, Any]:
+    """torchvision's ImageFolder and a DataLoader: Pillow, resize, flip, to float, normalise."""
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    transform = transforms.Compose(
+        [
+            transforms.Resize((IMAGE_SIZE, IMAGE_SIZE)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    loader = DataLoader(
+        ImageFolder(uri, transform), BATCH_SIZE, shuffle=True, num_workers=workers, persistent_workers=True
+    )
+    return measured([lambda: of_loader(loader)] * EPOCHS)
+
+
+def _peers_transform() -> v2.Transform:
+    """Uint8 in, uint8 out, on tensors: the fastest that torchvision has, and no normalisation, as ours."""
+    return v2.Compose([v2.Resize([IMAGE_SIZE, IMAGE_SIZE], antialias=True), v2.RandomHorizontalFlip()])
+
+
+def _decoded(content: bytes) -> torch.Tensor:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+
+def webdataset(uri: str, workers: int) -> dict[str, Any]:
+    """Shards, shuffled by shard and in a buffer; batches made in the workers, as its documentation advises."""
+    import webdataset as wds
+
+    transform = _peers_transform()
+    urls = f"pipe:curl -s -f {uri}" if uri.startswith("http") else uri
+    dataset = (
+        wds.WebDataset(urls, shardshuffle=100, nodesplitter=None, empty_check=False)
+        .shuffle(1000)
+        .to_tuple("jpg", "cls")
+        .map_tuple(lambda c: transform(_decoded(c)), int)
+        .batched(BATCH_SIZE, partial=True)
+    )
+    loader = wds.WebLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=True)
+    return measured([lambda: of_loader(loader)] * EPOCHS)
+
+
+def litdata(uri: str, workers: int) -> dict[str, Any]:
+    """Optimized chunks, its own StreamingDataLoader; JPEG kept as it is and decoded by torchvision."""
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    transform = _peers_transform()
+
+    class Images(StreamingDataset):  # type: ignore[misc]
+        def __getitem__(self, index: Any) -> tuple[torch.Tensor, int]:
+            content, label = super().__getitem__(index)
+            return transform(_decoded(content)), label
+
+    options = {"storage_options": {"project": "benchmark"}} if uri.startswith("gs://") else {}
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = Images(uri, shuffle=True, drop_last=False, cache_dir=folder, max_cache_size="50GB", **options)
+        loader = StreamingDataLoader(dataset, batch_size=BATCH_SIZE, num_workers=workers, persistent_workers=True)
+        return measured([lambda: of_loader(loader)] * EPOCHS)
+
+
+def mosaicml(uri: str, workers: int) -> dict[str, Any]:
+    """MDS shards, its StreamingDataset with its default shuffle."""
+    from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
+
+    transform = _peers_transform()
+
+    class Images(StreamingDataset):  # type: ignore[misc]
+        def __getitem__(self, index: Any) -> tuple[torch.Tensor, int]:
+            sample = super().__getitem__(index)
+            return transform(_decoded(sample["jpg"])), sample["label"]
+
+    dataset = Images(local=uri, shuffle=True, batch_size=BATCH_SIZE)
+    loader = DataLoader(dataset, BATCH_SIZE, num_workers=workers, persistent_workers=True)
+    return measured([lambda: of_loader(loader)] * EPOCHS)
+
+
+def write_litdata(folder: str, target: str) -> dict[str, Any]:
+    """Convert a folder of class folders."""
+    from litdata.streaming.cache import Cache
+
+    cache = Cache(target, chunk_bytes="64MB")
+    for number, (content, label) in enumerate(_samples(folder)):
+        cache[number] = (content, label)
+    cache.done()
+    cache.merge(1)
+    return {"version": version("litdata")}
+
+
+def write_mosaicml(folder: str, target: str) -> dict[str, Any]:
+    """Convert a folder of class folders."""
+    from streaming import MDSWriter
+
+    with MDSWriter(out=target, columns={"jpg": "bytes", "label": "int"}) as writer:
+        for content, label in _samples(folder):
+            writer.write({"jpg": content, "label": label})
+    return {"version": version("mosaicml-streaming"), "webdataset": version("webdataset")}
+
+
+def _samples(folder: str) -> Iterator[tuple[bytes, int]]:
+    classes = sorted(path.name for path in Path(folder).iterdir())
+    for path in sorted(Path(folder).glob("*/*.jpg"), key=lambda path: path.name[::-1]):
+        yield path.read_bytes(), classes.index(path.parent.name)
+
+
+CONTENDERS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+    "ours": ours,
+    "uncached": uncached,
+    "limit": limit,
+    "tutorial": tutorial,
+    "webdataset": webdataset,
+    "litdata": litdata,
+    "mosaicml": mosaicml,
+}
+WRITERS = {"litdata": write_litdata, "mosaicml": write_mosaicml}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    name, uri, argument = sys.argv[1:]
+    told = WRITERS[name.removeprefix("write-")](uri, argument) if name in {f"write-{w}" for w in WRITERS} else None
+    print("RESULT " + json.dumps(told or CONTENDERS[name](uri, int(argument))), flush=True)
+    os._exit(0)  # some loaders leave threads behind that wait

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from support import index_parts, picture, picture_files, read, tar_of, write_files
+
+from job import storage
+from job.data.build import main
+from job.data.datamodule import ImageDataModule
+from job.data.saved import saved_index
+from job.errors import DataError, StorageError
+
+FILES = picture_files(["blue", "red"], 6)
+
+
+@pytest.fixture
+def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The URIs that were listed."""
+    found: list[str] = []
+    list_pages = storage.list_pages
+    monkeypatch.setattr(storage, "list_pages", lambda uri: (found.append(uri), list_pages(uri))[1])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("gs://b/images", "gs://b/images/.index"),
+        ("gs://b", "gs://b/.index"),
+        ("gs://b/a.zip", "gs://b/a.zip.index"),
+        ("gs://b/s-{000..146}.tar", "gs://b/s-_000..146_.tar.index"),
+        ("gs://b/x/index.json", "gs://b/x"),
+    ],
+)
+def test_where_an_index_is_kept(uri: str, expected: str) -> None:
+    assert saved_index(uri) == expected
+
+
+def test_an_index_made_ahead_is_used(tmp_path: Path, listed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(write_files(tmp_path / "data", FILES))
+    main(root)
+    assert "2 classes; images: train 12" in capsys.readouterr().out
+    assert listed == [root]
+    index = index_parts(root)["train"]
+    assert listed == [root]
+    assert index.keys == sorted(FILES)
+    assert read(index, [3]) == [FILES["blue/003.jpg"]]
+
+
+def test_an_index_elsewhere_is_a_data_set(tmp_path: Path, listed: list[str]) -> None:
+    """For buckets that may not be written to."""
+    (tmp_path / "data.tar").write_bytes(tar_of(FILES))
+    write_files(tmp_path / "more", picture_files(["green"], 2) | picture_files(["red"], 1, seed=5))
+    main(str(tmp_path / "data.tar"), output=str(tmp_path / "kept"))
+    index = index_parts(tmp_path / "kept" / "index.json", tmp_path / "more")["train"]
+    assert index.classes == ("blue", "green", "red")
+    assert [source.uri for source in index.sources] == [f"{tmp_path}/data.tar", f"{tmp_path}/more"]
+    assert read(index, [0, 12]) == [FILES["blue/000.jpg"], picture_files(["green"], 2)["green/000.jpg"]]
+    with pytest.raises(StorageError, match="python -m job index"):
+        index_parts(tmp_path / "nothing" / "index.json")
+
+
+def test_an_index_that_is_out_of_date_is_not_believed(
+    tmp_path: Path, listed: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    root = str(write_files(tmp_path / "data", FILES))
+    main(root)
+    (tmp_path / "data/red/002.jpg").write_bytes(picture((1, 2, 3), 4))
+    index = index_parts(root)["train"]
+    assert listed == [root, root]
+    assert "out of date" in caplog.text
+    assert read(index, [8]) == [picture((1, 2, 3), 4)]
+    with pytest.raises(DataError, match="out of date"):
+        index_parts(tmp_path / "data" / ".index" / "index.json")
+
+
+@pytest.mark.parametrize("damage", ["{", '{"format": 0}', "{}"])
+def test_an_index_that_is_none_is_named(damage: str, tmp_path: Path) -> None:
+    root = str(write_files(tmp_path / "data", FILES))
+    main(root)
+    (tmp_path / "data/.index/index.json").write_text(damage)
+    with pytest.raises(DataError, match="job index"):
+        index_parts(root)
+
+
+def test_a_run_lists_its_data_once(
+    tmp_path: Path, listed: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its next start goes on with the same list, unless the data has changed under it."""
+    root, run_dir = str(write_files(tmp_path / "data", FILES)), f"memory://runs/{tmp_path.name}"
+    monkeypatch.setattr(ImageDataModule, "_run_dir", lambda self: run_dir)
+
+    def start() -> ImageDataModule:
+        data = ImageDataModule(root=root, cache_dir=str(tmp_path / "cache"))
+        data.setup("fit")
+        return data
+
+    caplog.set_level(logging.INFO)
+    first, second = start(), start()
+    assert listed == [root]
+    assert first.fingerprint() == second.fingerprint()
+    assert len(first.parts["val"]) == 2
+    for key in FILES:
+        write_files(tmp_path / "data", {key: picture((9, 9, 9), 1)})
+    start()
+    assert listed == [root, root]
