@@ -221,6 +221,15 @@ def checkpoints(args: list[str]) -> None:
     _function_parser("checkpoints", checkpoints_main, args, positional=True)
 
 
+def launch(args: list[str]) -> None:
+    """Start the ranks of this node by torchrun: launch fit …, in a container of any platform."""
+    from job.cluster.launch import launch as start
+
+    if not args or args[0] not in VERBS or args[0] in ("launch", "demo"):
+        raise ConfigError("launch takes another command and its options: python -m job launch fit --data.root …")
+    sys.exit(start(args))
+
+
 def demo(args: list[str]) -> None:
     """Run the whole job on this machine, with a bucket of its own."""
     from job.demo import main as demo_main
@@ -235,6 +244,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "predict": predict,
     "index": index,
     "checkpoints": checkpoints,
+    "launch": launch,
     "demo": demo,
 }
 

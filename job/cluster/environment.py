@@ -1,0 +1,217 @@
+"""What kind of place this process was started in, from its environment variables alone.
+
+Sources: torchrun (https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables), Kubeflow
+Trainer's PET_ variables (the PyTorchJob API sets them, too), Vertex AI's CLUSTER_SPEC
+(https://cloud.google.com/vertex-ai/docs/training/distributed-training#cluster-variables), Kubernetes' Indexed
+Job (JOB_COMPLETION_INDEX; https://kubernetes.io/docs/concepts/workloads/controllers/job/#completion-mode).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from job.errors import ConfigError
+
+Platform = Literal["plain", "torchrun worker", "Kubeflow", "Vertex AI", "Indexed Job"]
+DEFAULT_PORT = 29400
+_SIGNS: dict[str, Platform] = {
+    "PET_NNODES": "Kubeflow",
+    "CLUSTER_SPEC": "Vertex AI",
+    "JOB_COMPLETION_INDEX": "Indexed Job",
+}
+"""The variable that tells a platform from the others."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine or container among those that were started alike.
+
+    Attributes:
+        platform: what started it.
+        nodes: how many there are.
+        node_rank: which of them this is, from 0.
+        host: name or address of node 0.
+        port: port on it where the nodes meet.
+        processes: training processes on each; 0: one a GPU, or one.
+        run_id: what tells this job from another at the same place; empty: nothing does.
+        evidence: the variables that say so.
+    """
+
+    platform: Platform
+    nodes: int = 1
+    node_rank: int = 0
+    host: str = "localhost"
+    port: int = DEFAULT_PORT
+    processes: int = 0
+    run_id: str = ""
+    evidence: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{name}={value}" for name, value in self.evidence.items()) or "no variable says otherwise"
+        where = (
+            f"node {self.node_rank} of {self.nodes}, meeting at {self.host}:{self.port}" if self.nodes > 1 else "alone"
+        )
+        return f"{self.platform}: {where} ({told})"
+
+
+def find_node(environment: Mapping[str, str]) -> Node:
+    """Where this process stands.
+
+    ``LAUNCH_PROCESSES`` sets the processes a node on any platform.
+
+    Raises:
+        ConfigError: variables are missing, contradict one another, or make no sense; the message names them.
+    """
+    if "LOCAL_RANK" in environment:
+        return _torchrun_worker(environment)
+    signs = {name: platform for name, platform in _SIGNS.items() if name in environment}
+    if len(signs) > 1:
+        raise ConfigError(
+            f"the environment is that of {' and of '.join(signs.values())} at once: {', '.join(signs)} are set. "
+            "Unset those that do not belong here."
+        )
+    readers = {"Kubeflow": _kubeflow, "Vertex AI": _vertex, "Indexed Job": _indexed_job}
+    node = readers[next(iter(signs.values()))](environment) if signs else _plain(environment)
+    if not 0 <= node.node_rank < node.nodes:
+        raise ConfigError(f"there is no node {node.node_rank} of {node.nodes} ({_told(environment, *node.evidence)}).")
+    return node
+
+
+def _plain(environment: Mapping[str, str]) -> Node:
+    if given := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "NODE_RANK") if name in environment]:
+        raise ConfigError(
+            f"{_told(environment, *given)}: these are set, but nothing says by whom. Start the ranks by torchrun, or "
+            "unset them, and launch starts torchrun."
+        )
+    return Node("plain", processes=_processes(environment), evidence=_present(environment, "LAUNCH_PROCESSES"))
+
+
+def _torchrun_worker(environment: Mapping[str, str]) -> Node:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if name not in environment]:
+        raise ConfigError(f"LOCAL_RANK is set, {', '.join(missing)} not: start the ranks by torchrun, which sets all.")
+    world_size, local_world_size = _number(environment, "WORLD_SIZE"), _number(environment, "LOCAL_WORLD_SIZE")
+    return Node(
+        "torchrun worker",
+        nodes=-(-world_size // max(local_world_size, 1)),
+        node_rank=_number(environment, "RANK") // max(local_world_size, 1),
+        host=environment["MASTER_ADDR"],
+        port=_number(environment, "MASTER_PORT"),
+        processes=local_world_size,
+        evidence=_present(environment, *names),
+    )
+
+
+def _kubeflow(environment: Mapping[str, str]) -> Node:
+    nodes = _number(environment, "PET_NNODES")
+    names = [
+        "PET_NNODES",
+        "PET_NPROC_PER_NODE",
+        "PET_NODE_RANK",
+        "PET_MASTER_ADDR",
+        "PET_MASTER_PORT",
+        "PET_RDZV_ENDPOINT",
+    ]
+    host, port = environment.get("PET_MASTER_ADDR", ""), environment.get("PET_MASTER_PORT", "")
+    if not host and "PET_RDZV_ENDPOINT" in environment:
+        host, _, port = environment["PET_RDZV_ENDPOINT"].partition(":")
+    if nodes > 1:
+        _require(environment, "Kubeflow", "PET_NODE_RANK")
+        if not host:
+            raise ConfigError("Kubeflow set PET_NNODES, but neither PET_MASTER_ADDR nor PET_RDZV_ENDPOINT.")
+    asked = environment.get("PET_NPROC_PER_NODE", "auto")
+    return Node(
+        "Kubeflow",
+        nodes=nodes,
+        node_rank=_number(environment, "PET_NODE_RANK", 0),
+        host=host or "localhost",
+        port=int(port) if port.isdecimal() else DEFAULT_PORT,
+        processes=_processes(environment) or (int(asked) if asked.isdecimal() else 0),
+        run_id=environment.get("PET_RDZV_ID", ""),
+        evidence=_present(environment, *names, "PET_RDZV_ID", "LAUNCH_PROCESSES"),
+    )
+
+
+def _vertex(environment: Mapping[str, str]) -> Node:
+    """Worker pools in their order: pool 0 is one machine, node 0; pool 1 are the others.
+
+    Pools 2 and 3 serve parameters and evaluate for other frameworks; here nobody would start them.
+    """
+    try:
+        spec = json.loads(environment["CLUSTER_SPEC"])
+        pools, task = spec["cluster"], spec["task"]
+        hosts = [host for pool in sorted(pools) for host in pools[pool]]
+        before = sum(len(pools[pool]) for pool in sorted(pools) if pool < task["type"])
+        node_rank = before + int(task["index"])
+        name, _, port = hosts[0].partition(":")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ConfigError(
+            f"CLUSTER_SPEC is not as Vertex AI sets it ({error!r}): {environment['CLUSTER_SPEC']}"
+        ) from error
+    return Node(
+        "Vertex AI",
+        nodes=len(hosts),
+        node_rank=node_rank,
+        host=name,
+        port=int(port) if port.isdecimal() else DEFAULT_PORT,
+        processes=_processes(environment),
+        run_id=environment.get("CLOUD_ML_JOB_ID", ""),
+        evidence=_present(environment, "CLUSTER_SPEC", "CLOUD_ML_JOB_ID", "LAUNCH_PROCESSES"),
+    )
+
+
+def _indexed_job(environment: Mapping[str, str]) -> Node:
+    """Kubernetes tells a pod its index alone; how many there are, and where the first is, the manifest must say."""
+    nodes = _number(environment, "LAUNCH_NODES", 1)
+    if nodes > 1:
+        _require(environment, "a Job of several nodes", "LAUNCH_COORDINATOR")
+    elif _number(environment, "JOB_COMPLETION_INDEX") > 0:
+        raise ConfigError(
+            f"{_told(environment, 'JOB_COMPLETION_INDEX')}, so there are other nodes, but LAUNCH_NODES does not say "
+            "how many. Set it, and LAUNCH_COORDINATOR (<job>-0.<service>), in the manifest."
+        )
+    host, _, port = environment.get("LAUNCH_COORDINATOR", "localhost").partition(":")
+    return Node(
+        "Indexed Job",
+        nodes=nodes,
+        node_rank=_number(environment, "JOB_COMPLETION_INDEX"),
+        host=host,
+        port=int(port) if port.isdecimal() else DEFAULT_PORT,
+        processes=_processes(environment),
+        run_id=environment.get("LAUNCH_ID", ""),
+        evidence=_present(
+            environment, "JOB_COMPLETION_INDEX", "LAUNCH_NODES", "LAUNCH_COORDINATOR", "LAUNCH_ID", "LAUNCH_PROCESSES"
+        ),
+    )
+
+
+def _processes(environment: Mapping[str, str]) -> int:
+    count = _number(environment, "LAUNCH_PROCESSES", 0)
+    if count < 0 or environment.get("LAUNCH_PROCESSES") == "0":
+        raise ConfigError(f"{_told(environment, 'LAUNCH_PROCESSES')}: at least one process is needed.")
+    return count
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if name not in environment and default is not None:
+        return default
+    try:
+        return int(environment[name])
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{name} must be a number, not {environment.get(name)!r}.") from error
+
+
+def _require(environment: Mapping[str, str], whose: str, *names: str) -> None:
+    if missing := [name for name in names if name not in environment]:
+        raise ConfigError(f"{whose} needs {', '.join(missing)}, which is not set.")
+
+
+def _present(environment: Mapping[str, str], *names: str) -> dict[str, str]:
+    return {name: environment[name] for name in names if name in environment}
+
+
+def _told(environment: Mapping[str, str], *names: str) -> str:
+    return ", ".join(f"{name}={environment.get(name)}" for name in names)

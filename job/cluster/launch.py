@@ -1,0 +1,106 @@
+"""Starts the ranks of this node: what a container runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import runpy
+import socket
+import sys
+import time
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from job.cluster.environment import Node, find_node
+from job.errors import EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER_ERROR, RankLost
+
+log = logging.getLogger(__name__)
+
+DNS_SECONDS = 600.0
+"""A pod's name is known some time after the pod runs (kubernetes#117819), and node 0 may still be pulling its image."""
+SIGNAL_EXIT_BASE = 128
+
+
+def launch(args: list[str]) -> int:
+    """Run ``python -m job ARGS`` in as many processes as this node should have; returns the exit code.
+
+    Under torchrun this is the ranks' own code, where torchrun's would be 1: that of a user's mistake (2)
+    before that of a preemption (143) before that of what a restart may mend (75).
+
+    Raises:
+        ConfigError: the environment is not understood.
+        RankLost: node 0 has no address.
+    """
+    node = find_node(os.environ)
+    log.info("%s", node)
+    if node.platform == "torchrun worker":
+        sys.argv = ["job", *args]
+        runpy.run_module("job", run_name="__main__", alter_sys=True)
+        return 0
+    processes = node.processes or max(torch.cuda.device_count(), 1)
+    if node.nodes > 1:
+        wait_for_address(node.host, DNS_SECONDS)
+    # torchrun would give each rank one thread; the cores are there to be used.
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))
+    # One store for all rounds would keep the addresses of dead nodes (torch 2.14).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    log.info("torchrun %s", " ".join(options := torchrun_options(node, processes)))
+    try:
+        run(parse_args([*options, "-m", "job", *args]))  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        return exit_code([failure.exitcode for failure in error.failures.values()])
+    except SignalException as error:
+        return SIGNAL_EXIT_BASE + int(error.sigval)
+    return 0
+
+
+def torchrun_options(node: Node, processes: int) -> list[str]:
+    """How torchrun is told what ``node`` is."""
+    if node.nodes == 1:
+        return ["--standalone", f"--nproc-per-node={processes}"]
+    return [
+        f"--nnodes={node.nodes}",
+        f"--nproc-per-node={processes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={node.host}:{node.port}",
+        f"--rdzv-id={node.run_id or 'job'}",
+        # Left to itself torchrun compares host names, which a pod's need not be.
+        f"--rdzv-conf=is_host={'true' if node.node_rank == 0 else 'false'},join_timeout={DNS_SECONDS:.0f}",
+    ]
+
+
+def wait_for_address(host: str, seconds: float) -> None:
+    """Wait until ``host`` has an address.
+
+    Raises:
+        RankLost: it has none after so long.
+    """
+    deadline = time.monotonic() + seconds
+    told = False
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+        except socket.gaierror as error:
+            if time.monotonic() > deadline:
+                raise RankLost(
+                    f"{host}, where the nodes meet, has no address after {seconds:.0f} s ({error.strerror}). Is node 0 "
+                    "running, and does its service have this name?"
+                ) from error
+            if not told:
+                log.info("waiting for %s to have an address", host)
+                told = True
+            time.sleep(1)
+        else:
+            return
+
+
+def exit_code(codes: list[int]) -> int:
+    """One code for a node whose ranks ended with ``codes``; a rank that a signal killed has minus its number."""
+    for code in (EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_RETRY):
+        if code in codes:
+            return code
+    return EXIT_RETRY if any(code < 0 for code in codes) else 1

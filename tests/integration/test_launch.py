@@ -1,0 +1,131 @@
+"""What a container runs: it finds out where it is, starts the ranks, and hands their exit code on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import REPOSITORY, TINY, command, environment, options, run, run_well, scalars
+
+pytestmark = pytest.mark.integration
+
+ADDRESSES = ("10.213.77.1", "10.213.77.2")
+
+
+def test_alone_with_two_processes(colours: Path, tmp_path: Path) -> None:
+    done = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), LAUNCH_PROCESSES="2")
+    assert done.returncode == 0, done.stderr
+    assert "plain: alone (LAUNCH_PROCESSES=2)" in done.stderr
+    assert "2 process(es)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "variables", "code", "told"),
+    [
+        ({"data.root": "/no/such/folder"}, {}, 2, "no such bucket, object or folder"),
+        ({}, {"JOB_COMPLETION_INDEX": "3"}, 2, "LAUNCH_NODES does not say how many"),
+        ({"data.root": "http://127.0.0.1:9/a.zip"}, {}, 75, "127.0.0.1:9"),
+    ],
+)
+def test_the_exit_code_is_the_ranks_own(
+    settings: dict[str, object], variables: dict[str, str], code: int, told: str, tmp_path: Path
+) -> None:
+    arguments = options({**TINY, "data.root": "x", "run_dir": tmp_path / "run", **settings})
+    done = run("launch", "fit", *arguments, LAUNCH_PROCESSES="2", **variables)
+    assert done.returncode == code, done.stderr
+    assert told in done.stderr
+
+
+def test_a_command_that_is_none() -> None:
+    done = run("launch", "--data.root", "x")
+    assert done.returncode == 2
+    assert "launch takes another command" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, 75)])
+def test_signals(number: int, code: int, colours: Path, tmp_path: Path) -> None:
+    """SIGTERM to the launcher, as kubelet sends it; SIGKILL of a rank, as the kernel does without memory."""
+    arguments = options({**TINY, "trainer.max_epochs": 2000}, data__root=colours, run_dir=tmp_path / "run")
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command("launch", "fit", *arguments),
+            stdout=log,
+            stderr=log,
+            env=environment(LAUNCH_PROCESSES="2"),
+            cwd=REPOSITORY,
+        )
+    while "epoch 1 " not in (tmp_path / "log").read_text():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [pid for pid in children if b"fit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    os.kill(process.pid if number == signal.SIGTERM else int(ranks[1]), number)
+    assert process.wait(60) == code, (tmp_path / "log").read_text()
+    if number == signal.SIGTERM:
+        assert run_well("checkpoints", "ls", tmp_path / "run").stdout.count(".ckpt") >= 2
+
+
+@pytest.fixture
+def pods() -> Iterator[list[list[str]]]:
+    """Two network namespaces with host names, wired to each other; yields what runs a command in each."""
+    names = [f"job-pod-{n}-{os.getpid()}" for n in range(2)]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True)
+
+    ip("link", "add", "job-v0", "type", "veth", "peer", "name", "job-v1")
+    hosts = "127.0.0.1 localhost\n" + "".join(f"{a} train-{n}.train train-{n}\n" for n, a in enumerate(ADDRESSES))
+    for n, (name, address) in enumerate(zip(names, ADDRESSES, strict=True)):
+        ip("netns", "add", name)
+        ip("link", "set", f"job-v{n}", "netns", name)
+        for words in (["addr", "add", f"{address}/24", "dev", f"job-v{n}"], ["link", "set", f"job-v{n}", "up"]):
+            ip("-n", name, *words)
+        ip("-n", name, "link", "set", "lo", "up")
+        folder = Path("/etc/netns") / name
+        folder.mkdir(parents=True)
+        (folder / "hosts").write_text(hosts)
+    yield [
+        ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", f'hostname train-{n}; exec "$@"', "sh"]
+        for n, name in enumerate(names)
+    ]
+    for name in names:
+        ip("netns", "delete", name)
+        (Path("/etc/netns") / name / "hosts").unlink()
+        (Path("/etc/netns") / name).rmdir()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+def test_two_pods_of_an_indexed_job_train_together(pods: list[list[str]], colours: Path, tmp_path: Path) -> None:
+    """Each knows its index and the name of the first; the second comes first."""
+    arguments = options(TINY, data__root=colours, run_dir=tmp_path / "run")
+    logs = [tmp_path / f"log-{n}" for n in range(2)]
+    processes = []
+    for n in (1, 0):
+        variables = {
+            "JOB_COMPLETION_INDEX": str(n),
+            "LAUNCH_NODES": "2",
+            "LAUNCH_COORDINATOR": "train-0.train",
+            "LAUNCH_ID": "test",
+        }
+        with logs[n].open("w") as log:
+            line = [*pods[n], sys.executable, "-m", "job", "launch", "fit", *arguments]
+            processes.append(
+                subprocess.Popen(line, stdout=log, stderr=log, env=environment(**variables), cwd=REPOSITORY)
+            )
+        time.sleep(3 if n else 0)
+    codes = [process.wait(180) for process in processes]
+    told = "\n".join(log.read_text() for log in logs)
+    assert codes == [0, 0], told
+    assert "Indexed Job: node 1 of 2, meeting at train-0.train:29400" in told
+    run_well("fit", *options(TINY, data__root=colours, run_dir=tmp_path / "alone"))
+    together, alone = scalars(str(tmp_path / "run")), scalars(str(tmp_path / "alone"))
+    assert [step for step, _ in together["train/loss"]] == [step for step, _ in alone["train/loss"]]
+    first = [value for _, value in together["train/loss"]][:4]  # the head alone: batch norm is still
+    assert first == pytest.approx([value for _, value in alone["train/loss"]][:4], rel=1e-4)

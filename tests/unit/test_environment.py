@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from job.cluster.environment import Node, find_node
+from job.cluster.launch import exit_code, torchrun_options, wait_for_address
+from job.errors import ConfigError, RankLost
+
+KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443", "HOSTNAME": "train-1-x7k2p"}
+VERTEX_CLUSTER = {"workerpool0": ["cmle-training-workerpool0-ab-0:2222"], "workerpool1": ["w1-0:2222", "w1-1:2222"]}
+
+
+def vertex(kind: str, index: int, cluster: dict[str, list[str]] = VERTEX_CLUSTER) -> dict[str, str]:
+    """As the documentation shows it, and what Vertex sets besides for PyTorch."""
+    spec = {"cluster": cluster, "environment": "cloud", "task": {"type": kind, "index": index}, "job": "{}"}
+    torchs = {"MASTER_ADDR": "x", "MASTER_PORT": "2222", "WORLD_SIZE": "3", "RANK": "1"}  # counting machines
+    return {"CLUSTER_SPEC": json.dumps(spec), "CLOUD_ML_JOB_ID": "4242", **torchs}
+
+
+TORCHRUN = {
+    "LOCAL_RANK": "1",
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "1",
+    "ROLE_RANK": "3",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "41231",
+    "TORCHELASTIC_RUN_ID": "abc",
+}
+PYTORCHJOB = {  # Kubeflow Training Operator v1, a worker of a PyTorchJob; WORLD_SIZE and RANK count nodes there
+    **KUBERNETES,
+    "MASTER_ADDR": "mnist-master-0",
+    "MASTER_PORT": "23456",
+    "WORLD_SIZE": "2",
+    "RANK": "1",
+    "PET_MASTER_ADDR": "mnist-master-0",
+    "PET_MASTER_PORT": "23456",
+    "PET_NNODES": "2",
+    "PET_NODE_RANK": "1",
+    "PET_NPROC_PER_NODE": "auto",
+    "PYTHONUNBUFFERED": "1",
+}
+TRAINJOB = {  # Kubeflow Trainer v2, torch runtime; it runs a JobSet of Indexed Jobs
+    **KUBERNETES,
+    "PET_NNODES": "3",
+    "PET_NPROC_PER_NODE": "4",
+    "PET_NODE_RANK": "2",
+    "PET_MASTER_ADDR": "llm-node-0-0.llm",
+    "PET_MASTER_PORT": "29500",
+}
+INDEXED = {
+    **KUBERNETES,
+    "JOB_COMPLETION_INDEX": "1",
+    "LAUNCH_NODES": "4",
+    "LAUNCH_COORDINATOR": "train-0.train",
+    "LAUNCH_ID": "6f0c",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"HOME": "/root", "CUDA_VISIBLE_DEVICES": "0,1"}, ("plain", 1, 0, "localhost", 29400, 0, "")),
+        ({"LAUNCH_PROCESSES": "2"}, ("plain", 1, 0, "localhost", 29400, 2, "")),
+        (TORCHRUN, ("torchrun worker", 2, 1, "node0", 41231, 2, "")),
+        (PYTORCHJOB, ("Kubeflow", 2, 1, "mnist-master-0", 23456, 0, "")),
+        (TRAINJOB, ("Kubeflow", 3, 2, "llm-node-0-0.llm", 29500, 4, "")),
+        ({**TRAINJOB, "LAUNCH_PROCESSES": "1"}, ("Kubeflow", 3, 2, "llm-node-0-0.llm", 29500, 1, "")),
+        ({**TRAINJOB, **TORCHRUN}, ("torchrun worker", 2, 1, "node0", 41231, 2, "")),
+        ({"PET_NNODES": "1", "PET_NPROC_PER_NODE": "8"}, ("Kubeflow", 1, 0, "localhost", 29400, 8, "")),
+        (
+            {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_RDZV_ENDPOINT": "etcd:2379", "PET_RDZV_ID": "r"},
+            ("Kubeflow", 2, 0, "etcd", 2379, 0, "r"),
+        ),
+        (vertex("workerpool0", 0), ("Vertex AI", 3, 0, "cmle-training-workerpool0-ab-0", 2222, 0, "4242")),
+        (vertex("workerpool1", 1), ("Vertex AI", 3, 2, "cmle-training-workerpool0-ab-0", 2222, 0, "4242")),
+        (vertex("workerpool0", 0, {"workerpool0": ["h:2222"]}), ("Vertex AI", 1, 0, "h", 2222, 0, "4242")),
+        (INDEXED, ("Indexed Job", 4, 1, "train-0.train", 29400, 0, "6f0c")),
+        ({**INDEXED, "LAUNCH_COORDINATOR": "a-0.a:1234"}, ("Indexed Job", 4, 1, "a-0.a", 1234, 0, "6f0c")),
+        ({**KUBERNETES, "JOB_COMPLETION_INDEX": "0"}, ("Indexed Job", 1, 0, "localhost", 29400, 0, "")),
+    ],
+)
+def test_every_platform_is_recognised(environment: dict[str, str], expected: tuple[object, ...]) -> None:
+    node = find_node(environment)
+    found = (node.platform, node.nodes, node.node_rank, node.host, node.port, node.processes, node.run_id)
+    assert found == expected
+    assert all(environment[name] == value for name, value in node.evidence.items())
+    assert node.platform in str(node)
+    for name in node.evidence:
+        assert name in str(node)
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({**INDEXED, **TRAINJOB}, "Kubeflow and of Indexed Job at once"),
+        ({**INDEXED, **vertex("workerpool0", 0)}, "Vertex AI and of Indexed Job at once"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0, WORLD_SIZE=2: these are set, but nothing says by whom"),
+        ({"LOCAL_RANK": "0", "RANK": "0"}, "WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT not"),
+        ({**INDEXED, "JOB_COMPLETION_INDEX": "4"}, "there is no node 4 of 4"),
+        ({"JOB_COMPLETION_INDEX": "2"}, "LAUNCH_NODES does not say how many"),
+        ({"JOB_COMPLETION_INDEX": "0", "LAUNCH_NODES": "2"}, "LAUNCH_COORDINATOR, which is not set"),
+        ({**INDEXED, "LAUNCH_NODES": "two"}, "LAUNCH_NODES must be a number, not 'two'"),
+        ({**PYTORCHJOB, "PET_NODE_RANK": "2"}, "there is no node 2 of 2"),
+        ({"PET_NNODES": "2"}, "PET_NODE_RANK, which is not set"),
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "0"}, "neither PET_MASTER_ADDR nor PET_RDZV_ENDPOINT"),
+        ({"PET_NNODES": "1:4", "PET_NODE_RANK": "0"}, "PET_NNODES must be a number, not '1:4'"),
+        ({"CLUSTER_SPEC": "{"}, "CLUSTER_SPEC is not as Vertex AI sets it"),
+        (vertex("workerpool1", 2), "there is no node 3 of 3"),
+        ({"LAUNCH_PROCESSES": "0"}, "at least one process is needed"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(environment: dict[str, str], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_node(environment)
+    assert told in str(caught.value)
+
+
+def test_how_torchrun_is_called() -> None:
+    assert torchrun_options(Node("plain"), 2) == ["--standalone", "--nproc-per-node=2"]
+    options = torchrun_options(find_node(INDEXED), 8)
+    assert "--rdzv-endpoint=train-0.train:29400" in options
+    assert "--rdzv-id=6f0c" in options
+    assert any("is_host=false" in option for option in options)
+    assert any("is_host=true" in o for o in torchrun_options(find_node({**INDEXED, "JOB_COMPLETION_INDEX": "0"}), 8))
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"), [([75, 2], 2), ([75, 143], 143), ([1, 75], 75), ([-9], 75), ([-9, 1], 75), ([1], 1)]
+)
+def test_one_exit_code_for_all_ranks(codes: list[int], expected: int) -> None:
+    assert exit_code(codes) == expected
+
+
+def test_a_name_that_never_comes_is_told() -> None:
+    wait_for_address("localhost", 5)
+    with pytest.raises(RankLost, match=r"no-such-node-0\.invalid, where the nodes meet, has no address"):
+        wait_for_address("no-such-node-0.invalid", 0)
