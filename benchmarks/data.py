@@ -7,18 +7,21 @@ limit is decoding and resizing alone, from memory. Peers run in an environment o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -38,6 +41,7 @@ SHARD_IMAGES = 1000
 LARGE = (1600, 1066)
 LATENCIES = (0.0, 0.02, 0.1)
 WORKERS = (0, 1, 2, 4)
+CONTENDER_SECONDS = 120
 ARCHIVE = Path(
     os.environ.get("JOB_TEST_CATS_AND_DOGS", HERE.parents[1] / "shared" / "data" / "cats_and_dogs_filtered.zip")
 )
@@ -117,21 +121,50 @@ def upload(data: Path) -> None:
     )
 
 
-def run(python: Path | str, name: str, uri: object, argument: object) -> dict[str, Any] | None:
+class Measured(NamedTuple):
+    """What a contender did: images a second in its two epochs, and the most MB of memory that it had."""
+
+    first: float
+    second: float
+    megabytes: float
+
+
+def run(python: Path | str, name: str, uri: object, argument: object) -> Measured | None:
     """What a contender measured; None, and its last words on the terminal, if it failed."""
     line = [str(python), str(HERE / "data_contenders.py"), name, str(uri), str(argument)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"}
-    try:
-        done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
-    except subprocess.TimeoutExpired:
-        print(f"{name} on {uri} did not end within 120 s", file=sys.stderr)
+    peak, deadline = 0.0, time.monotonic() + CONTENDER_SECONDS
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(line, stdout=log, stderr=log, env=environment, start_new_session=True)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.5)
+            peak = max(peak, resident_megabytes(process.pid))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(0)
+        words = log.read().splitlines()
+    results = [text.removeprefix("RESULT ") for text in words if text.startswith("RESULT ")]
+    if not results:
+        print(f"{name} on {uri} failed: {words[-1:]}", file=sys.stderr)
         return None
-    results = [text.removeprefix("RESULT ") for text in done.stdout.splitlines() if text.startswith("RESULT ")]
-    if results:
-        told: dict[str, Any] = json.loads(results[0])
-        return told
-    print(f"{name} on {uri} failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-    return None
+    speeds = json.loads(results[0]) or (0.0, 0.0)
+    return Measured(speeds[0], speeds[1], peak)
+
+
+def resident_megabytes(pid: int) -> float:
+    """Memory of a process and all below it, shared pages counted once."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    found, total = [pid], 0
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
 
 
 @dataclass(frozen=True)
@@ -154,9 +187,13 @@ class Contest:
             if told is None:
                 table.add_row(title, place, "failed")
                 continue
-            first, second = told["images_per_second"]
-            most = most or first
-            shown = (f"{first:,.0f}", f"{second:,.0f}", f"{told['megabytes']:,.0f} MB", f"{second / most:.2f}")
+            most = most or told.first
+            shown = (
+                f"{told.first:,.0f}",
+                f"{told.second:,.0f}",
+                f"{told.megabytes:,.0f} MB",
+                f"{told.second / most:.2f}",
+            )
             table.add_row(title, place, *shown)
             print(title, place, *shown, file=sys.stderr, flush=True)
         return table
@@ -214,7 +251,7 @@ def latency_table(shards: str, workers: int) -> Table:
         for seconds in LATENCIES:
             proxy.delay = lambda request, seconds=seconds: seconds  # type: ignore[misc]
             told = run(sys.executable, "uncached", uri, workers)
-            speeds.append("failed" if told is None else f"{told['images_per_second'][0]:,.0f}")
+            speeds.append("failed" if told is None else f"{told.first:,.0f}")
         table.add_row(place, *speeds)
     proxy.stop()
     return table
@@ -246,7 +283,7 @@ def main() -> None:
         for workers in WORKERS:
             table.add_column(str(workers), justify="right")
             told = run(sys.executable, "ours", data / "folder", workers)
-            speeds.append("failed" if told is None else f"{told['images_per_second'][1]:,.0f}")
+            speeds.append("failed" if told is None else f"{told.second:,.0f}")
         table.add_row(*speeds)
         console.print(table)
         last = len(list(data.glob("photos-*.tar"))) - 1

@@ -1,4 +1,4 @@
-"""One contender of benchmarks/data.py: reads a data set for two epochs and prints what it did, as JSON.
+"""One contender of benchmarks/data.py: reads a data set for two epochs and prints its speed in each, as JSON.
 
 Called as ``python data_contenders.py NAME URI WORKERS``; peers run in an environment of their own.
 """
@@ -9,10 +9,8 @@ import json
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +22,16 @@ BATCH_SIZE = 64
 EPOCHS = 2
 
 
-def resident_megabytes() -> float:
-    """Memory of this process and all below it, shared pages counted once."""
-    parents = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    found, total = [os.getpid()], 0
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total / 1024
-
-
-def measured(epochs: Iterable[Callable[[], Iterator[int]]]) -> dict[str, Any]:
-    """Images a second of each epoch, from its first batch on (starting processes does not count), and memory."""
-    speeds, peak, done = [], 0.0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.3):
-            peak = max(peak, resident_megabytes())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+def measured(epochs: Iterable[Callable[[], Iterator[int]]]) -> list[float]:
+    """Images a second of each epoch, from its first batch on: starting processes does not count."""
+    speeds = []
     for epoch in epochs:
         batches = epoch()
         next(batches)
         began = time.monotonic()
         images = sum(batches)
         speeds.append(images / (time.monotonic() - began))
-    done.set()
-    watcher.join()
-    return {"images_per_second": speeds, "megabytes": peak}
+    return speeds
 
 
 def of_loader(loader: Iterable[Any], image: int | str = 0) -> Iterator[int]:
@@ -72,12 +41,12 @@ def of_loader(loader: Iterable[Any], image: int | str = 0) -> Iterator[int]:
         yield len(batch[image])
 
 
-def uncached(uri: str, workers: int) -> dict[str, Any]:
+def uncached(uri: str, workers: int) -> list[float]:
     """As ours, but nothing is kept on the node's disk."""
     return ours(uri, workers, cache_gb=0)
 
 
-def ours(uri: str, workers: int, cache_gb: float = 10) -> dict[str, Any]:
+def ours(uri: str, workers: int, cache_gb: float = 10) -> list[float]:
     """BatchLoader, as ImageDataModule makes it for training."""
     from job.data.datamodule import ImageDataModule
 
@@ -102,7 +71,7 @@ def ours(uri: str, workers: int, cache_gb: float = 10) -> dict[str, Any]:
         return measured(epochs())
 
 
-def limit(uri: str, workers: int) -> dict[str, Any]:
+def limit(uri: str, workers: int) -> list[float]:
     """Decoding and resizing alone, from memory, nothing handed over: what no loader can beat with these processes."""
     import multiprocessing
 
@@ -128,10 +97,10 @@ def limit(uri: str, workers: int) -> dict[str, Any]:
     speed = sum(results.get() for _ in processes)
     for process in processes:
         process.join()
-    return {"images_per_second": [speed, speed], "megabytes": resident_megabytes()}
+    return [speed, speed]
 
 
-def tutorial(uri: str, workers: int) -> dict[str, Any]:
+def tutorial(uri: str, workers: int) -> list[float]:
     """torchvision's ImageFolder and a DataLoader: Pillow, resize, flip, to float, normalise."""
     from torch.utils.data import DataLoader
     from torchvision import transforms
@@ -162,7 +131,7 @@ def _decoded(content: bytes) -> torch.Tensor:
     return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
-def webdataset(uri: str, workers: int) -> dict[str, Any]:
+def webdataset(uri: str, workers: int) -> list[float]:
     """Shards, shuffled by shard and in a buffer; batches made in the workers, as its documentation advises."""
     import webdataset as wds
 
@@ -179,7 +148,7 @@ def webdataset(uri: str, workers: int) -> dict[str, Any]:
     return measured([lambda: of_loader(loader)] * EPOCHS)
 
 
-def litdata(uri: str, workers: int) -> dict[str, Any]:
+def litdata(uri: str, workers: int) -> list[float]:
     """Optimized chunks, its own StreamingDataLoader; JPEG kept as it is and decoded by torchvision."""
     from litdata import StreamingDataLoader, StreamingDataset
 
@@ -197,7 +166,7 @@ def litdata(uri: str, workers: int) -> dict[str, Any]:
         return measured([lambda: of_loader(loader)] * EPOCHS)
 
 
-def mosaicml(uri: str, workers: int) -> dict[str, Any]:
+def mosaicml(uri: str, workers: int) -> list[float]:
     """MDS shards, its StreamingDataset with its default shuffle."""
     from streaming import StreamingDataset
     from torch.utils.data import DataLoader
@@ -214,7 +183,7 @@ def mosaicml(uri: str, workers: int) -> dict[str, Any]:
     return measured([lambda: of_loader(loader)] * EPOCHS)
 
 
-def write_litdata(folder: str, target: str) -> dict[str, Any]:
+def write_litdata(folder: str, target: str) -> None:
     """Convert a folder of class folders."""
     from litdata.streaming.cache import Cache
 
@@ -223,17 +192,15 @@ def write_litdata(folder: str, target: str) -> dict[str, Any]:
         cache[number] = (content, label)
     cache.done()
     cache.merge(1)
-    return {"version": version("litdata")}
 
 
-def write_mosaicml(folder: str, target: str) -> dict[str, Any]:
+def write_mosaicml(folder: str, target: str) -> None:
     """Convert a folder of class folders."""
     from streaming import MDSWriter
 
     with MDSWriter(out=target, columns={"jpg": "bytes", "label": "int"}) as writer:
         for content, label in _samples(folder):
             writer.write({"jpg": content, "label": label})
-    return {"version": version("mosaicml-streaming"), "webdataset": version("webdataset")}
 
 
 def _samples(folder: str) -> Iterator[tuple[bytes, int]]:
@@ -242,7 +209,7 @@ def _samples(folder: str) -> Iterator[tuple[bytes, int]]:
         yield path.read_bytes(), classes.index(path.parent.name)
 
 
-CONTENDERS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+CONTENDERS: dict[str, Callable[[str, int], list[float]]] = {
     "ours": ours,
     "uncached": uncached,
     "limit": limit,
@@ -251,11 +218,11 @@ CONTENDERS: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "litdata": litdata,
     "mosaicml": mosaicml,
 }
-WRITERS = {"litdata": write_litdata, "mosaicml": write_mosaicml}
+WRITERS = {"write-litdata": write_litdata, "write-mosaicml": write_mosaicml}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     name, uri, argument = sys.argv[1:]
-    told = WRITERS[name.removeprefix("write-")](uri, argument) if name in {f"write-{w}" for w in WRITERS} else None
-    print("RESULT " + json.dumps(told or CONTENDERS[name](uri, int(argument))), flush=True)
+    told = WRITERS[name](uri, argument) if name in WRITERS else CONTENDERS[name](uri, int(argument))
+    print("RESULT " + json.dumps(told), flush=True)
     os._exit(0)  # some loaders leave threads behind that wait

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import logging
@@ -26,6 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import aiohttp
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.core import url_to_fs
@@ -210,6 +212,10 @@ def read_bytes(uri: str) -> bytes:
         return data
 
 
+CONNECTIONS = 256
+"""Connections that a process opens for reading; aiohttp's 100 would limit it at 100 ms a request."""
+
+
 class Reader:
     """Reads objects below one root, for as long as a process works with it; not to be sent to another one.
 
@@ -221,6 +227,8 @@ class Reader:
     def __init__(self, root: str) -> None:
         self.root = root
         self._fs, path = filesystem(root)
+        if "gs" in _protocols(self._fs):
+            self._fs = type(self._fs)(session_kwargs={"connector": _connector(self._fs.loop)})
         self._prefix = path.rstrip("/") + "/" if path else ""
         self._plain = isinstance(self._fs, LocalFileSystem)
         self.is_local = self._plain or "memory" in _protocols(self._fs)
@@ -255,6 +263,15 @@ class Reader:
 
     def _path(self, key: str) -> str:
         return self._prefix + key if key else self._prefix.rstrip("/")
+
+
+@functools.cache
+def _connector(loop: asyncio.AbstractEventLoop) -> aiohttp.TCPConnector:
+    async def made() -> aiohttp.TCPConnector:
+        return aiohttp.TCPConnector(limit=CONNECTIONS)
+
+    connector: aiohttp.TCPConnector = sync(loop, made)
+    return connector
 
 
 def _limits(start: int, length: int | None) -> dict[str, int]:

@@ -18,8 +18,8 @@ from job.data.index import Index, Sample
 from job.data.source import materialise
 from job.errors import DataError, StorageError, StorageOutage
 
-REQUESTS = 100
-"""Requests that a process has in flight: as many as aiohttp opens connections."""
+REQUESTS = storage.CONNECTIONS
+"""Requests that a process has in flight."""
 GAP_BYTES = 64 << 10
 """A hole between two ranges that is cheaper to read over than to ask twice."""
 REQUEST_BYTES = 8 << 20
