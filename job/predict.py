@@ -26,7 +26,7 @@ from job.data.index import Index
 from job.data.loader import BatchLoader
 from job.data.order import BatchOrder
 from job.data.source import default_cache_dir
-from job.errors import ConfigError, DataError, StorageError
+from job.errors import ConfigError, DataError
 from job.model.classifier import Classifier, from_spec, probabilities
 from job.train import checkpoint
 
@@ -179,8 +179,8 @@ def _predict_index(
     view = View(predictor.net.image_size, predictor.resize)
     at_hand = any(storage.is_process_local(source.uri) for source in index.sources)
     for batch in BatchLoader(ImageDataset(index, order, view, cache_dir=cache_dir), 0 if at_hand else num_workers):
-        if batch["error"]:
-            raise StorageError(batch["error"])
+        if batch["error"] is not None:
+            raise batch["error"]
         bad += batch["bad"]
         predictions = predictor.predict_batch(batch["image"])
         for sample, valid, prediction in zip(batch["sample"].tolist(), batch["mask"], predictions, strict=True):

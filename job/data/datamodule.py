@@ -22,9 +22,9 @@ from job.data.dataset import Batch, ImageDataset, View
 from job.data.index import Index, IndexInfo
 from job.data.loader import BatchLoader
 from job.data.order import BatchOrder
-from job.data.saved import fetch_index, is_fresh, publish_index
+from job.data.saved import is_fresh, local_index, publish_index
 from job.data.source import INDEX_FILE, default_cache_dir, materialise, room_needed
-from job.errors import ConfigError, DataError, StorageError
+from job.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class ImageDataModule(pl.LightningDataModule):
             training, unless ``augment`` is given).
         augment: torchvision.transforms.v2 transform of a uint8 [3, H, W] training image, ending at
             [3, image_size, image_size]. Default: ``resize``, then a random horizontal flip.
-        num_workers: loader processes a rank; default: one a CPU core, shared by the node's ranks.
+        num_workers: threads of a rank that decode, or processes where ``augment`` is given; default: one a CPU
+            core, shared by the node's ranks.
         cache_dir: local folder of the node's cache. Default: ~/.cache/job.
         cache_gb: samples from buckets that are kept there, in 10^9 bytes, the least recently used removed
             first; 0: none.
@@ -84,10 +85,11 @@ class ImageDataModule(pl.LightningDataModule):
             ("val_fraction", val_fraction, 0.0, 1.0),
             ("global_batch_size", global_batch_size, 0, None),
             ("image_size", image_size, 0, None),
-            ("cache_gb", cache_gb, -1e-9, None),
         ):
             if value <= low or (high is not None and value >= high):
                 raise ConfigError(f"--data.{name} must be above {low}{f' and below {high}' if high else ''}: {value}.")
+        if cache_gb < 0:
+            raise ConfigError(f"--data.cache_gb must be at least 0, which keeps nothing: {cache_gb}.")
         given = {"root": root} if root is not None else {"train": train, "val": val, "test": test}
         self.uris = {name: [uris] if isinstance(uris, str) else uris for name, uris in given.items() if uris}
         self.val_fraction = val_fraction
@@ -115,12 +117,8 @@ class ImageDataModule(pl.LightningDataModule):
         if self.parts:
             return
         # All ranks train on one listing, even while somebody is uploading.
-        uri, digest = ranks.from_rank_zero(self._find_index)
-        # Where the folder is at hand it is used as it lies there; it may be this process's alone.
-        folder = Path(uri) if "://" not in uri else self.cache_dir / "index" / digest
-        if "://" in uri:
-            fetch_index(uri, folder)
-        info = IndexInfo.from_json(uri, (folder / INDEX_FILE).read_bytes())
+        folder = local_index(ranks.from_rank_zero(self._find_index), self.cache_dir)
+        info = IndexInfo.from_json(str(folder), (folder / INDEX_FILE).read_bytes())
         self.parts = {part: Index(folder, part) for part in info.parts}
         for source in info.sources:
             materialise(source, str(self.cache_dir))
@@ -156,8 +154,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Raise what a loader process reported, and hold unreadable samples against the limit."""
-        if batch["error"]:
-            raise StorageError(batch["error"])
+        if batch["error"] is not None:
+            raise batch["error"]
         for problem in batch["bad"]:
             if problem not in self.bad_samples:
                 log.warning("bad sample: %s", problem)
@@ -170,17 +168,23 @@ class ImageDataModule(pl.LightningDataModule):
         self.bad_samples = ranks.union(self.bad_samples)
         require_few_bad(self.bad_samples, self.max_bad_samples)
 
-    def _find_index(self) -> tuple[str, str]:
-        """(URI of the index's folder, hash of its index.json): the one in run_dir, or one that is made now."""
+    def _find_index(self) -> str:
+        """URI of the index's folder: the one that an earlier start left in run_dir, or one that is made now."""
         request = {"uris": self.uris, "val_fraction": self.val_fraction, "seed": self.seed}
         name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
         uri = storage.join(self._run_dir(), "index", name)
-        if self._found_in_run(uri) is None:
-            with tempfile.TemporaryDirectory() as scratch:
-                self._build(Path(scratch), request)
-                publish_index(Path(scratch), uri)
-        digest = hashlib.sha256(storage.read_bytes(storage.join(uri, INDEX_FILE))).hexdigest()[:16]
-        return uri.removeprefix("file://") if storage.is_local(uri) else uri, digest
+        if self._is_fresh_in_run(uri):
+            return uri
+        with room_needed(self.cache_dir, "make the index"):
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(prefix=".index-", dir=self.cache_dir)
+        with scratch as folder:
+            layout: Layout = "parts" if "root" in self.uris else "classes"
+            info = build(self.uris, Path(folder), str(self.cache_dir), layout, request=request)
+            if "val" not in info.parts:
+                split(Path(folder), self.val_fraction, self.seed)
+            publish_index(Path(folder), uri)
+        return uri
 
     def _run_dir(self) -> str:
         if self.trainer is not None:
@@ -188,20 +192,13 @@ class ImageDataModule(pl.LightningDataModule):
         self._own_folder = tempfile.TemporaryDirectory()  # for whoever uses the data alone
         return self._own_folder.name
 
-    def _found_in_run(self, uri: str) -> IndexInfo | None:
-        """The index that an earlier start of this run left, if the data is still what it was."""
+    def _is_fresh_in_run(self, uri: str) -> bool:
+        """Whether an earlier start of this run left its index, and the data is still what it was."""
         if not storage.exists(storage.join(uri, INDEX_FILE)):
-            return None
-        with tempfile.TemporaryDirectory() as scratch:
-            info = fetch_index(uri, Path(scratch) / "index")
-            fresh = all(is_fresh(uri, info, Index(Path(scratch) / "index", part)) for part in info.parts)
-        return info if fresh else None
-
-    def _build(self, folder: Path, request: dict[str, Any]) -> None:
-        layout: Layout = "parts" if "root" in self.uris else "classes"
-        info = build(self.uris, folder, str(self.cache_dir), layout, request=request)
-        if "val" not in info.parts:
-            split(folder, self.val_fraction, self.seed)
+            return False
+        folder = local_index(uri, self.cache_dir)
+        info = IndexInfo.from_json(uri, (folder / INDEX_FILE).read_bytes())
+        return all(is_fresh(uri, info, Index(folder, part)) for part in info.parts)
 
     def _open_cache(self) -> None:
         sources = {source.uri for index in self.parts.values() for source in index.sources}

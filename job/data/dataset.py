@@ -36,8 +36,8 @@ class Batch(TypedDict):
         sample: int64 [B], sample ids.
         global_size: samples of the whole global batch, the divisor of its mean loss.
         bad: one line for each unreadable sample: its URI and the cause.
-        error: what kept the whole batch from being read. A worker process reports it as data,
-            since an exception would reach the user wrapped in the worker's traceback.
+        error: what kept the whole batch from being read, to be raised by who takes it. A worker reports
+            it as data, since an exception would reach the user wrapped in the worker's traceback.
     """
 
     image: Tensor
@@ -46,7 +46,7 @@ class Batch(TypedDict):
     sample: Tensor
     global_size: int
     bad: list[str]
-    error: str
+    error: JobError | None
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,13 @@ class ImageDataset(Dataset[Batch]):
             sample=torch.from_numpy(plan.samples),
             global_size=plan.global_size,
             bad=[],
-            error="",
+            error=None,
         )
         try:
             with own_generators() if self.view.augment is not None else contextlib.nullcontext():
                 self._read_into(batch, plan)
         except JobError as error:
-            batch["error"] = str(error)
+            batch["error"] = error
         return batch
 
     def _read_into(self, batch: Batch, plan: BatchPlan) -> None:

@@ -146,6 +146,7 @@ class Fetcher:
                         return content
                     lengths.append(len(content))
                     self._require_unchanged(one, lengths)
+                    raise StorageOutage(f"cannot read {self._uri(one)}: {len(content)} of {one.size} bytes came")
                 except StorageOutage:
                     if time.monotonic() + pause > deadline:
                         raise

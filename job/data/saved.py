@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import shutil
@@ -47,6 +48,15 @@ def is_fresh(uri: str, info: IndexInfo, index: Index) -> bool:
     if changed:
         log.warning("%s was made %s and is out of date: %s changed since", uri, info.created, changed[0])
     return not changed
+
+
+def local_index(uri: str, cache_dir: Path) -> Path:
+    """The folder on this node that holds the index at ``uri``: where it lies, or a copy in the node's cache."""
+    if storage.is_local(uri):
+        return Path(uri.removeprefix("file://"))
+    digest = hashlib.sha256(storage.read_bytes(storage.join(uri, INDEX_FILE))).hexdigest()[:16]
+    fetch_index(uri, cache_dir / "index" / digest)
+    return cache_dir / "index" / digest
 
 
 def fetch_index(uri: str, folder: Path) -> IndexInfo:

@@ -24,7 +24,7 @@ from job.data.fetch import Fetcher
 from job.data.index import Index
 from job.data.loader import BatchLoader
 from job.data.order import BatchOrder
-from job.errors import StorageError
+from job.errors import StorageError, StorageOutage
 
 pytestmark = pytest.mark.integration
 
@@ -57,7 +57,7 @@ def an_epoch(index: Index, workers: int, world_size: int, cache: SampleCache | N
     for rank in range(world_size):
         order = BatchOrder(len(index), 24, rank=rank, world_size=world_size, seed=0, shuffle=True, run_length=3)
         for batch in BatchLoader(ImageDataset(index, order, View(32), cache=cache), workers):
-            assert not batch["error"], batch["error"]
+            assert batch["error"] is None
             assert not batch["bad"]
             for image, label, valid in zip(batch["image"], batch["label"].tolist(), batch["mask"], strict=True):
                 if valid:
@@ -170,6 +170,20 @@ def test_a_run_killed_in_mid_epoch_goes_on_elsewhere(
         for batch in rest:
             taken += batch["sample"][batch["mask"]].tolist()
     assert sorted(taken) == list(range(len(index)))
+
+
+def test_a_bucket_that_is_gone_is_an_outage(
+    stored: dict[str, str], proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a mistake of the user's: a restart may mend it, and the exit code will say so."""
+    monkeypatch.setattr("job.data.fetch.RETRY_SECONDS", 2.0)
+    monkeypatch.setattr("job.data.fetch.ATTEMPT_SECONDS", 2.0)
+    index = index_of(stored["folder"])
+    order = BatchOrder(len(index), 24, rank=0, world_size=1, seed=0, shuffle=True)
+    proxy.answer_503_for(3600)
+    error = ImageDataset(index, order, View(32))[order.plan(0, 0)]["error"]
+    assert isinstance(error, StorageOutage)
+    assert "gs://faults/many/" in str(error)
 
 
 def test_data_that_changes_under_the_run_is_named(proxy: FaultyProxy) -> None:

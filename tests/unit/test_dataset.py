@@ -67,7 +67,8 @@ def test_an_augmentation_of_the_wrong_shape_is_refused(colours: Path) -> None:
     view = View(16, augment=v2.Resize([9, 9]))
     order = BatchOrder(40, 4, rank=0, world_size=1, seed=0, shuffle=False)
     batch = ImageDataset(index_of(colours), order, view)[order.plan(0, 0)]
-    assert "--data.augment returned" in batch["error"]
+    assert isinstance(batch["error"], ConfigError)
+    assert "--data.augment returned" in str(batch["error"])
     with pytest.raises(ConfigError, match=r"--data\.augment"):
         view.pixels(picture((1, 2, 3), 0), 0)
 
