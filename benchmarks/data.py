@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -92,7 +93,8 @@ def enlarged(folder: Path, target: Path) -> None:
 
 def write_archives(folder: Path, target: Path) -> None:
     """The same photographs as a zip and as WebDataset shards, shuffled as shards are."""
-    paths = sorted(folder.glob("*/*.jpg"), key=lambda path: path.name[::-1])
+    paths = sorted(folder.glob("*/*.jpg"))
+    random.Random(0).shuffle(paths)
     classes = sorted({path.parent.name for path in paths})
     with zipfile.ZipFile(target / "photos.zip", "w") as archive:
         for path in paths:

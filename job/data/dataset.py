@@ -157,13 +157,6 @@ class ImageDataset(Dataset[Batch]):
                     batch["bad"].append(f"{self.index.uri(sample)} {error}")
                 batch["mask"][row] = False
 
-    def stop_fetching(self) -> None:
-        """Give up what is being fetched; what is asked for later is fetched anew."""
-        with self._lock:
-            if self._fetcher is not None:
-                self._fetcher.close()
-            self._fetcher, self._ahead = None, {}
-
     def _fetch(self, plan: BatchPlan) -> Future[list[bytes | DataError]]:
         """The contents of this plan's samples, those of following plans under way behind it."""
         worker = get_worker_info()

@@ -73,7 +73,6 @@ class Fetcher:
         self._slots: asyncio.Semaphore | None = None
         self._seconds: list[float] = []
         self._patience = ATTEMPT_SECONDS / 2  # until enough latencies are known
-        self._gathered: set[Future[list[bytes]]] = set()
         self._asked = 0
         self._hedged = 0
 
@@ -83,12 +82,6 @@ class Fetcher:
         The future raises :class:`~job.errors.StorageError` where a sample cannot be read at all.
         """
         return self._pool.submit(self._read, samples.tolist())
-
-    def close(self) -> None:
-        """Give up all that is under way."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for answers in tuple(self._gathered):
-            answers.cancel()
 
     def _read(self, samples: list[int]) -> list[bytes | DataError]:
         wanted = dict(zip(samples, self.index.rows(samples), strict=True))
@@ -119,9 +112,7 @@ class Fetcher:
                 return await asyncio.gather(*(self._fetch(one) for one in asked))
 
             answers = asyncio.run_coroutine_threadsafe(gathered(), self._reader(asked[0].source).loop)
-            self._gathered.add(answers)
             contents |= zip(asked, answers.result(), strict=True)
-            self._gathered.discard(answers)
         found = {}
         for one, content in contents.items():
             for number in one.samples:

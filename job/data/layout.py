@@ -49,7 +49,10 @@ def find_parts(listing: Listing) -> dict[str, Part]:
         DataError: the layout is none of these, or some images have no label.
     """
     if _has_labels(listing):
-        return _labelled_parts(listing)
+        labelled = _labelled_parts(listing)
+        if "train" not in labelled:
+            raise DataError(f"{listing.uri} names no training image.")
+        return labelled
     prefix = _unwrapped(listing, "")
     found = _survey(listing, prefix)
     parts = {}
@@ -126,8 +129,6 @@ def _labelled_parts(listing: Listing) -> dict[str, Part]:
             classes = class_order({name for name in names if name is not None})
             _require_two(listing.uri, classes)
             parts[part] = Part(listing.uri, classes, lambda part=part: tables(part))  # type: ignore[misc]
-    if "train" not in parts:
-        raise DataError(f"{listing.uri} names no training image.")
     return parts
 
 

@@ -83,10 +83,8 @@ class BatchLoader(DataLoader[Batch]):
             while pending:
                 yield pending.popleft().result()
         finally:
-            if pending:  # given up in the middle: nobody waits for what is being fetched
-                for future in pending:
-                    future.cancel()
-                self.dataset.stop_fetching()
+            for future in pending:  # given up in the middle; another iteration may have begun
+                future.cancel()
 
     def _made(self, plan: BatchPlan) -> Batch:
         batch = self.dataset[plan]
