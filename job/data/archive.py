@@ -17,6 +17,8 @@ LABEL_SUFFIXES = (".cls", ".json")
 LABEL_KEYS = ("label", "class", "cls")
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 STORED, DEFLATED = 0, 8
+LARGEST_MEMBER = 1 << 28
+"""Bytes that a compressed member may expand to; an image file of this size is none to train on."""
 
 
 class Member(NamedTuple):
@@ -74,7 +76,10 @@ def zip_content(raw: bytes, crc: int) -> bytes:
             raise DataError("is not where the archive's directory says")
         begin = _LOCAL_HEADER.size + name_length + extra_length
         # Sizes may follow the content instead of standing in the header: the deflate stream ends by itself.
-        content = zlib.decompressobj(-15).decompress(raw[begin:]) if method == DEFLATED else _stored(raw, begin, crc)
+        inflate = zlib.decompressobj(-15)
+        content = inflate.decompress(raw[begin:], LARGEST_MEMBER) if method == DEFLATED else _stored(raw, begin, crc)
+        if inflate.unconsumed_tail:
+            raise DataError(f"is refused as a decompression bomb: more than {LARGEST_MEMBER:,} bytes")
     except (struct.error, zlib.error) as error:
         raise DataError(f"is damaged in the archive: {error}") from error
     if zlib.crc32(content) != crc:

@@ -130,6 +130,14 @@ def test_a_damaged_member_is_a_bad_sample(tmp_path: Path) -> None:
     assert "CRC" in str(contents[1])
 
 
+def test_a_member_that_expands_without_end_is_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.data.archive.LARGEST_MEMBER", 1 << 16)
+    (tmp_path / "a.zip").write_bytes(deflated({**FILES, "photos/train/red/000.jpg": bytes(1 << 20)}))
+    content = read(index_parts(tmp_path / "a.zip")["train"], [2])[0]
+    assert isinstance(content, DataError)
+    assert "decompression bomb" in str(content)
+
+
 def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
     whole = bytearray(zip_of(FILES))
     whole[whole.index(b"PK\1\2") + 8] |= 1  # general purpose flag, bit 0, of the first member in the directory
