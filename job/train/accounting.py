@@ -92,6 +92,7 @@ class Accounting(Callback):
         self.start = Start(began=_process_began(), ended=time.time(), world_size=1)
         self._step_began: float | None = None
         self._validation_began = 0.0
+        self._waited_in_startup = 0.0
         self._renewal: Periodic | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -113,6 +114,7 @@ class Accounting(Callback):
         self._step_began = time.monotonic()
         if not self.start.startup:
             self.start.startup = time.time() - self.start.began
+            self._waited_in_startup = self._waited(trainer)
 
     def between_steps(self, trainer: pl.Trainer) -> None:
         """A step is over."""
@@ -162,9 +164,13 @@ class Accounting(Callback):
         self.start.ended = time.time()
         self.start.checkpoint_stall = self.checkpointer.stall_seconds
 
-    def _end_step(self, trainer: pl.Trainer) -> None:
+    def _waited(self, trainer: pl.Trainer) -> float:
         loader = trainer.train_dataloader
-        self.start.data_wait = loader.wait_seconds if loader is not None else 0.0
+        seconds: float = loader.wait_seconds if loader is not None else 0.0
+        return seconds
+
+    def _end_step(self, trainer: pl.Trainer) -> None:
+        self.start.data_wait = self._waited(trainer) - self._waited_in_startup
         if self._step_began is not None:
             self.start.step += time.monotonic() - self._step_began
             self.start.last_step = trainer.global_step
