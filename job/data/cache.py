@@ -66,7 +66,7 @@ class SampleCache:
         try:
             with open(path, "rb", buffering=0) as file:
                 stored = file.read() or b""
-        except FileNotFoundError:
+        except OSError:  # not there, or the disk's trouble: the bucket has it
             return None
         content, trailer = stored[: -_TRAILER.size], stored[-_TRAILER.size :]
         if trailer != _trailer(content):
@@ -74,7 +74,7 @@ class SampleCache:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             return None
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.utime(path)  # access times are off on many disks
         return content
 
