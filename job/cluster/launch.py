@@ -35,6 +35,7 @@ def launch(args: list[str]) -> int:
         RankLost: node 0 has no address.
     """
     node = find_node(os.environ)
+    log.setLevel(logging.INFO)  # where RANK counts nodes, all but the first would be silent
     log.info("%s", node)
     if node.platform == "torchrun worker":
         sys.argv = ["job", *args]

@@ -18,10 +18,27 @@ pytestmark = pytest.mark.integration
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 
-def test_alone_with_two_processes(colours: Path, tmp_path: Path) -> None:
-    done = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), LAUNCH_PROCESSES="2")
+KUBEFLOW = {
+    "PET_NNODES": "1",
+    "PET_NODE_RANK": "0",
+    "PET_NPROC_PER_NODE": "2",
+    "PET_MASTER_ADDR": "a-master-0",
+    "MASTER_ADDR": "a-master-0",
+    "MASTER_PORT": "23456",
+    "WORLD_SIZE": "7",
+    "RANK": "6",  # counting nodes
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [({"LAUNCH_PROCESSES": "2"}, "plain: alone (LAUNCH_PROCESSES=2)"), (KUBEFLOW, "Kubeflow: alone (PET_NNODES=1")],
+    ids=["plain", "kubeflow"],
+)
+def test_alone_with_two_processes(variables: dict[str, str], told: str, colours: Path, tmp_path: Path) -> None:
+    done = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), **variables)
     assert done.returncode == 0, done.stderr
-    assert "plain: alone (LAUNCH_PROCESSES=2)" in done.stderr
+    assert told in done.stderr
     assert "2 process(es)" in done.stdout
 
 
