@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -65,12 +65,13 @@ def test_the_tutorials_experiment(gcs: str, tmp_path: Path) -> None:
     assert report["classes"] == ["cats", "dogs"]
     assert report["metrics"]["val/accuracy"] >= 0.97
 
-    photos = next((tmp_path / "cache").glob("cats_and_dogs_filtered.zip-*/")) / "cats_and_dogs_filtered" / "validation"
     sample = tmp_path / "sample"
-    for name in ("cats", "dogs"):
-        (sample / name).mkdir(parents=True)
-        for photo in sorted((photos / name).iterdir())[:25]:
-            shutil.copy(photo, sample / name)
+    with zipfile.ZipFile(path) as photos:
+        for name in ("cats", "dogs"):
+            (sample / name).mkdir(parents=True)
+            inside = f"cats_and_dogs_filtered/validation/{name}/"
+            for photo in sorted(n for n in photos.namelist() if n.startswith(inside) and n.endswith(".jpg"))[:25]:
+                (sample / name / Path(photo).name).write_bytes(photos.read(photo))
     run_well("predict", "--ckpt", f"{root}/run", "--input", sample, "--output", tmp_path / "p.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     right = torch.tensor([line["label"] == Path(line["uri"]).parent.name for line in lines])
