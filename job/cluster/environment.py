@@ -123,12 +123,14 @@ def _kubeflow(environment: Mapping[str, str]) -> Node:
         if not host:
             raise ConfigError("Kubeflow set PET_NNODES, but neither PET_MASTER_ADDR nor PET_RDZV_ENDPOINT.")
     asked = environment.get("PET_NPROC_PER_NODE", "auto")
+    if asked not in ("auto", "gpu", "cpu"):
+        _number(environment, "PET_NPROC_PER_NODE")
     return Node(
         "Kubeflow",
         nodes=nodes,
         node_rank=_number(environment, "PET_NODE_RANK", 0),
         host=host or "localhost",
-        port=int(port) if port.isdecimal() else DEFAULT_PORT,
+        port=_port(host, port),
         processes=_processes(environment) or (int(asked) if asked.isdecimal() else 0),
         run_id=environment.get("PET_RDZV_ID", ""),
         evidence=_present(environment, *names, "PET_RDZV_ID", "LAUNCH_PROCESSES"),
@@ -156,7 +158,7 @@ def _vertex(environment: Mapping[str, str]) -> Node:
         nodes=len(hosts),
         node_rank=node_rank,
         host=name,
-        port=int(port) if port.isdecimal() else DEFAULT_PORT,
+        port=_port(name, port),
         processes=_processes(environment),
         run_id=environment.get("CLOUD_ML_JOB_ID", ""),
         evidence=_present(environment, "CLUSTER_SPEC", "CLOUD_ML_JOB_ID", "LAUNCH_PROCESSES"),
@@ -179,7 +181,7 @@ def _indexed_job(environment: Mapping[str, str]) -> Node:
         nodes=nodes,
         node_rank=_number(environment, "JOB_COMPLETION_INDEX"),
         host=host,
-        port=int(port) if port.isdecimal() else DEFAULT_PORT,
+        port=_port(host, port),
         processes=_processes(environment),
         run_id=environment.get("LAUNCH_ID", ""),
         evidence=_present(
@@ -193,6 +195,12 @@ def _processes(environment: Mapping[str, str]) -> int:
     if count < 0 or environment.get("LAUNCH_PROCESSES") == "0":
         raise ConfigError(f"{_told(environment, 'LAUNCH_PROCESSES')}: at least one process is needed.")
     return count
+
+
+def _port(host: str, text: str) -> int:
+    if text and not text.isdecimal():
+        raise ConfigError(f"{host}:{text}, where the nodes meet, has no number for a port.")
+    return int(text or DEFAULT_PORT)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

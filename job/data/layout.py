@@ -53,8 +53,7 @@ def find_parts(listing: Listing) -> dict[str, Part]:
         if "train" not in labelled:
             raise DataError(f"{listing.uri} names no training image.")
         return labelled
-    prefix = _unwrapped(listing, "")
-    found = _survey(listing, prefix)
+    prefix, found = _unwrapped(listing, "")
     parts = {}
     for part, folders in PART_FOLDERS.items():
         present = [folder for folder in folders if folder in found.folders]
@@ -177,21 +176,23 @@ def _survey(listing: Listing, prefix: str) -> _Survey:
     return found
 
 
-def _unwrapped(listing: Listing, prefix: str) -> str:
-    """Step into a folder that is alone at its level (but for files), unless it is a part or a class folder."""
+def _unwrapped(listing: Listing, prefix: str) -> tuple[str, _Survey]:
+    """Step into a folder that is alone at its level (but for files), unless it is a part or a class folder.
+
+    Returns the prefix where that ends, and what lies there.
+    """
     known = {folder for folders in PART_FOLDERS.values() for folder in folders}
     while True:
         found = _survey(listing, prefix)
         if len(found.folders) != 1 or found.folders & known or not found.images or found.least_depth < 2:
-            return prefix
+            return prefix, found
         prefix += f"{next(iter(found.folders))}/"
 
 
 def _class_folders(listing: Listing, prefix: str) -> Part:
     """Labels from the first folder of each key."""
-    prefix = _unwrapped(listing, prefix)
+    prefix, found = _unwrapped(listing, prefix)
     root = storage.join(listing.uri, prefix) if prefix else listing.uri
-    found = _survey(listing, prefix)
     if not found.images:
         raise DataError(f"no image under {root}. Expected CLASS/*.jpg (or .png, .webp, …).")
     if found.strays:

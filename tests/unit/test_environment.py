@@ -106,6 +106,8 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
         ({**INDEXED, "LAUNCH_NODES": "two"}, "LAUNCH_NODES must be a number, not 'two'"),
         ({**PYTORCHJOB, "PET_NODE_RANK": "2"}, "there is no node 2 of 2"),
         ({"PET_NNODES": "2"}, "PET_NODE_RANK, which is not set"),
+        ({**INDEXED, "LAUNCH_COORDINATOR": "a-0.a:12x4"}, "a-0.a:12x4, where the nodes meet, has no number"),
+        ({**PYTORCHJOB, "PET_NPROC_PER_NODE": "two"}, "PET_NPROC_PER_NODE must be a number, not 'two'"),
         ({"PET_NNODES": "2", "PET_NODE_RANK": "0"}, "neither PET_MASTER_ADDR nor PET_RDZV_ENDPOINT"),
         ({"PET_NNODES": "1:4", "PET_NODE_RANK": "0"}, "PET_NNODES must be a number, not '1:4'"),
         ({"CLUSTER_SPEC": "{"}, "CLUSTER_SPEC is not as Vertex AI sets it"),
