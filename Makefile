@@ -1,12 +1,13 @@
 # make demo       the main job, on this machine    make test       all tests
 # make lint       style and types                  make unit       the quick tests
+# make container  the image, built and run         make golden     the manifests' renderings, committed for comparison
 # make benchmark-checkpoint, make benchmark-data   what each costs, against others
 # make reference  docs/configuration.txt, from --help
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
 
-.PHONY: demo test unit lint benchmark-checkpoint benchmark-data reference
+.PHONY: demo test unit container golden lint benchmark-checkpoint benchmark-data reference
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -16,7 +17,13 @@ test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
 unit: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m "not integration"
+	$(VENV)/bin/python -m pytest -m "not integration and not container"
+
+container: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m container
+
+golden: $(VENV)/installed
+	$(VENV)/bin/python tests/k8s/manifests.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -25,7 +25,7 @@ from job import storage
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule
 from job.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, JobError, Preempted
-from job.logging.tensorboard import BucketTensorBoardLogger
+from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
 from job.model.module import TransferLearningModel
 from job.train import checkpoint
 from job.train.checkpointer import Checkpointer
@@ -174,9 +174,7 @@ def fit(args: list[str]) -> None:
             watchdog=options["watchdog"],
             preemption=preemption,
             lease=lease,
-            logger=BucketTensorBoardLogger(
-                storage.join(run_dir, "tensorboard"), purge_step=resumed.global_step if resumed else 0
-            ),
+            logger=BucketTensorBoardLogger(events_uri(run_dir), purge_step=resumed.global_step if resumed else 0),
         )
         if resumed:
             log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)

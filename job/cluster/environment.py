@@ -3,7 +3,9 @@
 Sources: torchrun (https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables), Kubeflow
 Trainer's PET_ variables (the PyTorchJob API sets them, too), Vertex AI's CLUSTER_SPEC
 (https://cloud.google.com/vertex-ai/docs/training/distributed-training#cluster-variables), Kubernetes' Indexed
-Job (JOB_COMPLETION_INDEX; https://kubernetes.io/docs/concepts/workloads/controllers/job/#completion-mode).
+Job (JOB_COMPLETION_INDEX; https://kubernetes.io/docs/concepts/workloads/controllers/job/#completion-mode), TPU hosts
+as GKE marks them (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES, and for several slices MEGASCALE_*;
+https://cloud.google.com/kubernetes-engine/docs/concepts/tpus).
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ from typing import Literal
 
 from job.errors import ConfigError
 
-Platform = Literal["plain", "torchrun worker", "Kubeflow", "Vertex AI", "Indexed Job"]
+Platform = Literal["plain", "torchrun worker", "Kubeflow", "Vertex AI", "TPU", "Indexed Job"]
 DEFAULT_PORT = 29400
 _SIGNS: dict[str, Platform] = {
     "PET_NNODES": "Kubeflow",
     "CLUSTER_SPEC": "Vertex AI",
+    "TPU_WORKER_HOSTNAMES": "TPU",
     "JOB_COMPLETION_INDEX": "Indexed Job",
 }
 """The variable that tells a platform from the others."""
+_CARRIED = {"TPU", "Indexed Job"}
+"""TPU hosts are pods of an Indexed Job or a JobSet, whose index is within their slice: what the TPU says counts."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,12 @@ def find_node(environment: Mapping[str, str]) -> Node:
     if "LOCAL_RANK" in environment:
         return _torchrun_worker(environment)
     signs = {name: platform for name, platform in _SIGNS.items() if name in environment}
-    if len(signs) > 1:
+    if len(signs) > 1 and set(signs.values()) != _CARRIED:
         raise ConfigError(
             f"the environment is that of {' and of '.join(signs.values())} at once: {', '.join(signs)} are set. "
             "Unset those that do not belong here."
         )
-    readers = {"Kubeflow": _kubeflow, "Vertex AI": _vertex, "Indexed Job": _indexed_job}
+    readers = {"Kubeflow": _kubeflow, "Vertex AI": _vertex, "TPU": _tpu, "Indexed Job": _indexed_job}
     node = readers[next(iter(signs.values()))](environment) if signs else _plain(environment)
     if not 0 <= node.node_rank < node.nodes:
         raise ConfigError(f"there is no node {node.node_rank} of {node.nodes} ({_told(environment, *node.evidence)}).")
@@ -162,6 +167,35 @@ def _vertex(environment: Mapping[str, str]) -> Node:
         processes=_processes(environment),
         run_id=environment.get("CLOUD_ML_JOB_ID", ""),
         evidence=_present(environment, "CLUSTER_SPEC", "CLOUD_ML_JOB_ID", "LAUNCH_PROCESSES"),
+    )
+
+
+def _tpu(environment: Mapping[str, str]) -> Node:
+    """The hosts of a slice in TPU_WORKER_HOSTNAMES' order, slice after slice; one process drives a host's chips."""
+    hosts = environment["TPU_WORKER_HOSTNAMES"].split(",")
+    _require(environment, "a TPU host", "TPU_WORKER_ID")
+    worker, slices, slice_id = _number(environment, "TPU_WORKER_ID"), 1, 0
+    coordinator = hosts[0]
+    if "MEGASCALE_NUM_SLICES" in environment:
+        _require(environment, "a TPU host of several slices", "MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS")
+        slices, slice_id = _number(environment, "MEGASCALE_NUM_SLICES"), _number(environment, "MEGASCALE_SLICE_ID")
+        coordinator = environment["MEGASCALE_COORDINATOR_ADDRESS"].partition(":")[0]  # its port is the TPU runtime's
+    if not 0 <= worker < len(hosts):
+        raise ConfigError(
+            f"there is no host {worker} among the {len(hosts)} of a slice "
+            f"({_told(environment, 'TPU_WORKER_ID', 'TPU_WORKER_HOSTNAMES')})."
+        )
+    if _processes(environment) > 1:
+        raise ConfigError(f"{_told(environment, 'LAUNCH_PROCESSES')}: one process drives all chips of a TPU host.")
+    told = ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
+    return Node(
+        "TPU",
+        nodes=slices * len(hosts),
+        node_rank=slice_id * len(hosts) + worker,
+        host=coordinator,
+        processes=1,
+        run_id=environment.get("LAUNCH_ID", ""),
+        evidence=_present(environment, *told, "MEGASCALE_COORDINATOR_ADDRESS", "LAUNCH_ID"),
     )
 
 

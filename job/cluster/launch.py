@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import runpy
 import socket
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -45,8 +47,7 @@ def launch(args: list[str]) -> int:
     if node.nodes > 1:
         wait_for_address(node.host, DNS_SECONDS)
     # torchrun would give each rank one thread; the cores are there to be used.
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores() // processes, 1)))
     # One store for all rounds would keep the addresses of dead nodes (torch 2.14).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     log.info("torchrun %s", " ".join(options := torchrun_options(node, processes)))
@@ -57,6 +58,20 @@ def launch(args: list[str]) -> int:
     except SignalException as error:
         return SIGNAL_EXIT_BASE + int(error.sigval)
     return 0
+
+
+def cores(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this container may use: those of its affinity, or fewer by its CPU limit, at least one.
+
+    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max), and version 1's cpu.cfs_quota_us.
+    """
+    count = len(os.sched_getaffinity(0))
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # "max" and -1: no limit
+            quota, period = (int(word) for word in " ".join((root / file).read_text() for file in files).split())
+            if quota > 0:
+                count = min(count, quota // period)
+    return max(count, 1)
 
 
 def torchrun_options(node: Node, processes: int) -> list[str]:

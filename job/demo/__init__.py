@@ -32,7 +32,7 @@ def main(folder: str = ".demo", data: str | None = None, processes: int = 2, fre
     """
     with gcs_server(Path(folder).absolute() / "buckets") as url:
         _say(f"A GCS server answers at {url}; bucket {BUCKET}")
-        _fill_bucket(with_digits=data is None)
+        fill_bucket(with_digits=data is None)
         run_dir = f"{BUCKET}/runs/{'digits' if data is None else 'own-data'}"
         if fresh:
             storage.remove_tree(run_dir)
@@ -52,14 +52,15 @@ def main(folder: str = ".demo", data: str | None = None, processes: int = 2, fre
         )
 
 
-def _fill_bucket(with_digits: bool) -> None:
+def fill_bucket(with_digits: bool) -> None:
+    """Put the digits, if wanted, and then the pretrained weights into the bucket, where they are missing."""
     create_bucket(BUCKET)
-    if not storage.exists(WEIGHTS):
-        storage.write_bytes(WEIGHTS, efficientnet_lite0())
     if with_digits and not storage.exists(DIGITS):
         files = digit_images()
         _say(f"Uploading {len(files):,} images of handwritten digits to {DIGITS}")
         storage.write_many(DIGITS, files)
+    if not storage.exists(WEIGHTS):
+        storage.write_bytes(WEIGHTS, efficientnet_lite0())
 
 
 def _run(command: list[str]) -> None:

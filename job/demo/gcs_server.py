@@ -17,20 +17,25 @@ from job.errors import ConfigError
 
 
 @contextlib.contextmanager
-def gcs_server(folder: Path, public_port: int | None = None) -> Iterator[str]:
-    """Run the server on loopback with its buckets as folders below ``folder``; yields its URL.
+def gcs_server(
+    folder: Path, *, host: str = "127.0.0.1", port: int | None = None, public_host: str | None = None
+) -> Iterator[str]:
+    """Run the server with its buckets as folders below ``folder``; yields its URL for this machine.
 
     Args:
-        public_port: port that the server takes itself to be reached at, if another one: a proxy's.
+        folder: made if it is not there; the server's log lies beside it.
+        host: address to listen at.
+        port: port to listen at; None: a free one.
+        public_host: HOST:PORT that clients reach it at, if another one: a service's, a proxy's.
 
     From then on gs:// means that server, for this process and its children.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    port = port or free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [str(_binary()), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-public-host"]
+    command = [str(_binary()), "-scheme", "http", "-host", host, "-port", str(port), "-public-host"]
     command += [
-        f"127.0.0.1:{public_port or port}",
+        public_host or f"127.0.0.1:{port}",
         "-backend",
         "filesystem",
         "-filesystem-root",

@@ -9,6 +9,7 @@ file, which a thread publishes whole.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import threading
 import time
@@ -36,6 +37,11 @@ ROTATE_BYTES = 4 << 20
 
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for a bucket that does not answer."""
+
+
+def events_uri(run_dir: str) -> str:
+    """``run_dir/tensorboard``, or the folder that Vertex AI reads for the TensorBoard instance of a job."""
+    return os.environ.get("AIP_TENSORBOARD_LOG_DIR") or storage.join(run_dir, "tensorboard")
 
 
 class BucketTensorBoardLogger(Logger):

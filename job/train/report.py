@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from job import storage
+from job.logging.tensorboard import events_uri
 from job.train import accounting, checkpoint
 from job.train.accounting import Accounting
 
@@ -111,7 +112,7 @@ def print_summary(run_dir: str) -> None:
     console = Console(soft_wrap=True)
     console.print(table)
     console.print("Next:", highlight=False)
-    console.print(f"  tensorboard --logdir {storage.join(run_dir, 'tensorboard')}", highlight=False)
+    console.print(f"  tensorboard --logdir {events_uri(run_dir)}", highlight=False)
     console.print(f"  python -m job predict --ckpt {run_dir} --input IMAGE_OR_FOLDER", highlight=False)
 
 

@@ -20,6 +20,7 @@ from job.train.lease import Lease
 from job.train.loop import TrainingEpochLoop
 from job.train.preemption import Preemption
 from job.train.report import Report
+from job.train.tuning import TuningMetric
 from job.train.watchdog import Watchdog
 
 
@@ -42,6 +43,7 @@ def training_trainer(
         LearningRateMonitor(logging_interval="step"),
         accounting,
         Report(accounting),
+        TuningMetric(checkpointer.monitor),
         watchdog,
         checkpointer,
     ]

@@ -18,7 +18,7 @@ from job.demo.gcs_server import create_bucket, free_port, gcs_server
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyProxy]:
     """A GCS server behind a proxy, with a bucket ``gs://faults`` that holds the pictures."""
     port = free_port()
-    with gcs_server(tmp_path_factory.mktemp("faults") / "buckets", public_port=port) as backend:
+    with gcs_server(tmp_path_factory.mktemp("faults") / "buckets", public_host=f"127.0.0.1:{port}") as backend:
         found = FaultyProxy(backend, port)
         storage.use_gcs_emulator(found.url)
         storage.filesystem("gs://faults")[0].clear_instance_cache()

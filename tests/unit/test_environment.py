@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from job.cluster.environment import Node, find_node
-from job.cluster.launch import exit_code, torchrun_options, wait_for_address
+from job.cluster.launch import cores, exit_code, torchrun_options, wait_for_address
 from job.errors import ConfigError, RankLost
 
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443", "HOSTNAME": "train-1-x7k2p"}
@@ -58,6 +60,25 @@ INDEXED = {
     "LAUNCH_COORDINATOR": "train-0.train",
     "LAUNCH_ID": "6f0c",
 }
+TPU = {  # as GKE's webhook sets it in a pod of an Indexed Job that asks for google.com/tpu
+    **KUBERNETES,
+    "JOB_COMPLETION_INDEX": "2",
+    "LAUNCH_NODES": "4",
+    "LAUNCH_COORDINATOR": "train-0.train",
+    "LAUNCH_ID": "6f0c",
+    "TPU_WORKER_ID": "2",
+    "TPU_WORKER_HOSTNAMES": "train-0.train,train-1.train,train-2.train,train-3.train",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_TOPOLOGY": "4x4",
+    "TPU_CHIPS_PER_HOST_BOUNDS": "2,2,1",
+}
+MULTISLICE = {  # and in a pod of a JobSet with two slices
+    **TPU,
+    "TPU_WORKER_HOSTNAMES": ",".join(f"train-slice-1-{n}.train" for n in range(4)),
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "train-slice-0-0.train:8080",
+}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +101,9 @@ INDEXED = {
         (vertex("workerpool0", 0, {"workerpool0": ["h:2222"]}), ("Vertex AI", 1, 0, "h", 2222, 0, "4242")),
         (INDEXED, ("Indexed Job", 4, 1, "train-0.train", 29400, 0, "6f0c")),
         ({**INDEXED, "LAUNCH_COORDINATOR": "a-0.a:1234"}, ("Indexed Job", 4, 1, "a-0.a", 1234, 0, "6f0c")),
+        (TPU, ("TPU", 4, 2, "train-0.train", 29400, 1, "6f0c")),
+        (MULTISLICE, ("TPU", 8, 6, "train-slice-0-0.train", 29400, 1, "6f0c")),
+        ({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}, ("TPU", 1, 0, "localhost", 29400, 1, "")),
         ({**KUBERNETES, "JOB_COMPLETION_INDEX": "0"}, ("Indexed Job", 1, 0, "localhost", 29400, 0, "")),
     ],
 )
@@ -113,6 +137,12 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
         ({"CLUSTER_SPEC": "{"}, "CLUSTER_SPEC is not as Vertex AI sets it"),
         (vertex("workerpool1", 2), "there is no node 3 of 3"),
         ({"LAUNCH_PROCESSES": "0"}, "at least one process is needed"),
+        ({**TPU, "TPU_WORKER_ID": "4"}, "there is no host 4 among the 4 of a slice"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_ID, which is not set"),
+        ({**MULTISLICE, "MEGASCALE_SLICE_ID": "2"}, "there is no node 10 of 8"),
+        ({**TPU, "MEGASCALE_NUM_SLICES": "2"}, "MEGASCALE_SLICE_ID, MEGASCALE_COORDINATOR_ADDRESS, which is not set"),
+        ({**TPU, **vertex("workerpool0", 0)}, "Vertex AI and of TPU and of Indexed Job at once"),
+        ({**TPU, "LAUNCH_PROCESSES": "4"}, "one process drives all chips"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(environment: dict[str, str], told: str) -> None:
@@ -135,6 +165,29 @@ def test_how_torchrun_is_called() -> None:
 )
 def test_one_exit_code_for_all_ranks(codes: list[int], expected: int) -> None:
     assert exit_code(codes) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "350000 100000\n"}, 3),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "3200000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+    ],
+)
+def test_a_container_s_cpu_limit_counts(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads beyond it would only wait. The files of both versions of control groups, as the kernel writes them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cores(tmp_path) == expected
 
 
 def test_a_name_that_never_comes_is_told() -> None:

@@ -1,0 +1,86 @@
+"""The cpu image, built from the real Dockerfile, and pods of the real manifests as containers that know one another."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pods import REPOSITORY, Cluster, Podman
+
+TOOLS = ("buildah", "podman", "runc", "debootstrap", "kubectl")
+MACHINE_S_OWN = ("/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
+"""How pip finds its registry here: mounted while building, part of no image."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    reason = f"needs {', '.join(missing)}" if missing else "needs root" if os.geteuid() else ""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.container)
+            item.add_marker(pytest.mark.timeout(1800))
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def podman(tmp_path_factory: pytest.TempPathFactory) -> Podman:
+    """Podman and buildah with a configuration that also works inside of a container."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    file = tmp_path_factory.mktemp("podman") / "containers.conf"
+    file.write_text(
+        f'[containers]\ndefault_ulimits = ["nofile={limit}:{limit}", "nproc=32768:32768"]\n'
+        '[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\nevents_logger = "file"\n'
+    )
+    return Podman({**os.environ, "CONTAINERS_CONF": str(file)})
+
+
+@pytest.fixture(scope="session")
+def image(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The cpu target; ``JOB_TEST_IMAGE`` names one that is built already.
+
+    PyPI has torch with CUDA alone: so it is larger here than with the index that the Dockerfile names.
+    """
+    if given := os.environ.get("JOB_TEST_IMAGE"):
+        return given
+    dockerfile = REPOSITORY / "docker" / "Dockerfile"
+    base = re.search(r"^ARG BASE=(\S+)$", dockerfile.read_text(), re.MULTILINE)
+    assert base is not None
+    if podman("image", "exists", base[1], check=False).returncode:
+        stand_in(podman, base[1], tmp_path_factory.mktemp("base"))
+    mounts = [f"--volume={path}:{path}:ro" for path in MACHINE_S_OWN if Path(path).exists()]
+    runc = shutil.which("runc")
+    options = [
+        *["--isolation", "oci", "--network", "host", "--layers=false", "--target", "cpu"],
+        f"--runtime={runc}",
+        *mounts,
+    ]
+    words = ["--build-arg=TORCH_INDEX=", "--build-arg=REVISION=abc", f"--file={dockerfile}", "--tag=localhost/job:cpu"]
+    podman.call("buildah", "bud", *options, *words, REPOSITORY, timeout=1500)
+    return "localhost/job:cpu"
+
+
+def stand_in(podman: Podman, name: str, folder: Path) -> None:
+    """Debian with its own Python under the base image's name, for where no registry is in reach."""
+    root = folder / "root"
+    packages = "ca-certificates,python3,python3-pip,python3-venv"
+    podman.call("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", root, timeout=600)
+    (root / "usr/lib/python3.11/EXTERNALLY-MANAGED").unlink()  # the official image lets pip work, too
+    podman.call("sh", "-c", f"tar -C {root} -c . | podman import - {name}", timeout=300)
+    shutil.rmtree(root)
+
+
+@pytest.fixture(scope="session")
+def cluster(podman: Podman, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """An empty one; at the end all its containers are removed."""
+    cluster = Cluster(podman, image, tmp_path_factory.mktemp("volumes"))
+    podman("network", "create", cluster.network)
+    yield cluster
+    for name in dict.fromkeys(cluster.started):
+        cluster.remove(name)
+    podman("network", "rm", "--force", cluster.network, check=False)

@@ -1,0 +1,88 @@
+"""k8s/overlays/cpu-local as containers: a bucket, two pods that find each other by name, a preemption, a model."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+from k8s.manifests import of_kind, pod_of, rendered
+from pods import Cluster
+
+RUN_DIR = "gs://demo/runs/digits"
+
+
+@pytest.fixture(scope="module")
+def bucket(cluster: Cluster) -> str:
+    (deployment,) = of_kind(rendered("cpu-local"), "Deployment")
+    name = cluster.start(deployment["spec"]["template"]["spec"], "bucket")
+    cluster.wait_for(name, "is served at bucket:4443")
+    return name
+
+
+def start_nodes(cluster: Cluster) -> list[str]:
+    """The Job's pods, with fewer epochs than the demo has."""
+    manifests = rendered("cpu-local")
+    pod, (config,) = copy.deepcopy(pod_of(manifests)), of_kind(manifests, "ConfigMap")
+    pod["containers"][0]["args"].append("--trainer.max_epochs=4")
+    return [cluster.start(pod, "train", config=config, index=index) for index in (1, 0)]
+
+
+def run_job(cluster: Cluster, *args: str) -> str:
+    """Another command of the job in a container beside the bucket."""
+    emulator = ["--env=STORAGE_EMULATOR_HOST=http://bucket:4443", "--env=GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT=false"]
+    limits = ["--read-only", "--tmpfs=/tmp:rw,mode=1777", f"--network={cluster.network}"]
+    return cluster.podman("run", "--rm", *emulator, *limits, cluster.image, *args, timeout=300).stdout
+
+
+def test_preempted_and_resumed(cluster: Cluster, bucket: str) -> None:
+    nodes = start_nodes(cluster)
+    cluster.wait_for("train-0", "epoch 2 ")
+    cluster.podman("stop", "--time", 30, "train-1")  # SIGTERM, as kubelet sends it to process 1
+    assert [cluster.exit_code(name) for name in nodes] == [143, 143], "\n".join(map(cluster.log, nodes))
+    log = cluster.log("train-0")
+    assert "Indexed Job: node 0 of 2, meeting at train-0.train:29400" in log
+    for name in nodes:
+        cluster.remove(name)
+
+    nodes = start_nodes(cluster)
+    assert [cluster.exit_code(name) for name in nodes] == [0, 0], "\n".join(map(cluster.log, nodes))
+    log = cluster.log("train-0")
+    resumed = re.search(r"going on after step (\d+), epoch (\d+)", log)
+    assert resumed is not None, log
+    assert int(resumed[1]) > 44  # of 44 steps an epoch
+    assert "2 process(es)" in log
+    print(log)
+
+
+def test_the_model_predicts(cluster: Cluster, bucket: str) -> None:
+    assert "│ good" in run_job(cluster, "checkpoints", "verify", RUN_DIR)
+    told = run_job(cluster, "predict", "--ckpt", RUN_DIR, "--input", "gs://demo/digits/7")
+    answers = {label: int(count) for label, count in re.findall(r"(\d) (\d+)", told.partition("In all: ")[2])}
+    assert sum(answers.values()) == 179, told
+    assert answers["7"] / 179 > 0.9
+
+
+def test_tensorboard_reads_it_from_the_bucket(cluster: Cluster, bucket: str) -> None:
+    """k8s/tensorboard's container, with this bucket in the place of its own."""
+    (deployment,) = of_kind(rendered("tensorboard"), "Deployment")
+    pod = copy.deepcopy(deployment["spec"]["template"]["spec"])
+    (container,) = pod["containers"]
+    container["command"] = [word.replace("gs://BUCKET/runs", "gs://demo/runs") for word in container["command"]]
+    container["env"] = [
+        {"name": "STORAGE_EMULATOR_HOST", "value": "http://bucket:4443"},
+        {"name": "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "value": "false"},
+    ]
+    name = cluster.start(pod, "tensorboard")
+    cluster.wait_for(name, "http://")
+    url = "http://localhost:6006/data/plugin/scalars/tags"
+    script = f"""if True:
+        import json, time, urllib.request
+        for _ in range(60):
+            runs = json.load(urllib.request.urlopen({url!r}))
+            if any("val/accuracy" in tags for tags in runs.values()): break
+            time.sleep(1)
+        print(json.dumps(runs))
+    """
+    told = cluster.podman("exec", name, "python", "-c", script).stdout
+    assert "val/accuracy" in told, told + cluster.log(name)

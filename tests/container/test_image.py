@@ -1,0 +1,76 @@
+"""What is in the image, and what is not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from pods import REPOSITORY, Podman
+
+LIMITS = [
+    "--rm",
+    "--read-only",
+    "--cap-drop=ALL",
+    "--security-opt=no-new-privileges",
+    "--network=none",
+    "--tmpfs=/tmp:rw,mode=1777",
+]
+
+
+def inside(podman: Podman, image: str, script: str) -> str:
+    """What a shell in the image prints."""
+    return podman("run", *LIMITS, "--entrypoint", '["sh", "-c"]', image, script).stdout
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    line = [Path(sys.executable).parent / "hadolint", REPOSITORY / "docker" / "Dockerfile"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_entrypoint_is_the_job(podman: Podman, image: str) -> None:
+    assert "python -m job COMMAND" in podman("run", *LIMITS, image).stdout
+    done = podman("run", *LIMITS, image, "launch", "fit", "--run_dir=/tmp/run", "--data.root=/nowhere", check=False)
+    assert done.returncode == 2
+    assert "/nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_it_holds_no_tools(podman: Podman, image: str) -> None:
+    found = inside(podman, image, "id -u; id -g; command -v gcc cc make git pip /opt/venv/bin/pip; ls /src; true")
+    assert found.split() == ["10001", "10001"]
+    assert inside(podman, image, "touch /x || echo read-only").strip() == "read-only"
+    packages = inside(podman, image, "ls /opt/venv/lib/python3.11/site-packages /opt/app")
+    assert "\ntorch\n" in packages
+    assert "\njob\n" in packages
+    assert "\npytest\n" not in packages
+
+
+def test_it_says_what_it_is(podman: Podman, image: str) -> None:
+    (described,) = json.loads(podman("image", "inspect", image).stdout)
+    labels, config = described["Labels"], described["Config"]
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
+    assert labels["org.opencontainers.image.revision"]
+    assert config["User"] == "10001:10001"
+    assert config["Entrypoint"][0] == "dumb-init"
+    assert "Healthcheck" not in config
+    history = json.dumps([described["History"], config["Env"]])
+    for secret in ("index-url=", "@", "TOKEN", "PASSWORD"):
+        assert secret not in history
+    assert inside(podman, image, "cat /etc/pip.conf 2>/dev/null || true") == ""
+
+
+def test_its_bill_of_materials_is_what_was_pinned(podman: Podman, image: str) -> None:
+    bill = json.loads(inside(podman, image, "cat /opt/venv/sbom.json"))
+    held = {
+        item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in bill["installed"]
+    }
+    lines = (REPOSITORY / "constraints.txt").read_text().lower().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    pinned = {name.replace("_", "-"): version for name, version in pinned.items()}
+    assert held.keys() >= {"torch", "torchvision", "pytorch-lightning", "gcsfs", "tensorboard", "dumb-init"}
+    assert {n: v.partition("+")[0] for n, v in held.items()} == {n: pinned.get(n) for n in held}
+    sizes = inside(podman, image, "du -sm /opt/venv /opt/app | sort -n").split()
+    assert int(sizes[0]) <= 2, "the layer of the code alone is small"

@@ -1,0 +1,76 @@
+"""What the kustomizations render to: ``python tests/k8s/manifests.py`` writes the golden renderings anew."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+KUSTOMIZATIONS = {
+    folder.name: folder
+    for folder in sorted(
+        [
+            *(REPOSITORY / "k8s" / "overlays").iterdir(),
+            REPOSITORY / "k8s" / "tensorboard",
+            REPOSITORY / "k8s" / "queues",
+            *Path(__file__).parent.glob("with-*"),
+        ]
+    )
+}
+"""Every kustomization that can be applied, by name; the ``with-`` ones put a component on an overlay."""
+
+Manifest = dict[str, Any]
+
+
+@functools.cache
+def render(name: str) -> str:
+    """What ``kubectl apply -k`` would send."""
+    done = subprocess.run(["kubectl", "kustomize", str(KUSTOMIZATIONS[name])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr  # warnings of what is deprecated
+    return done.stdout
+
+
+def rendered(name: str) -> list[Manifest]:
+    """The same, parsed."""
+    return list(yaml.safe_load_all(render(name)))
+
+
+def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
+    """Those of one kind."""
+    return [manifest for manifest in manifests if manifest["kind"] == kind]
+
+
+def job_of(manifests: list[Manifest]) -> Manifest:
+    """The Job's spec, be it a JobSet's."""
+    if jobs := of_kind(manifests, "Job"):
+        return dict(jobs[0]["spec"])
+    jobset = of_kind(manifests, "JobSet")[0]
+    return dict(jobset["spec"]["replicatedJobs"][0]["template"]["spec"])
+
+
+def pod_of(manifests: list[Manifest]) -> Manifest:
+    """The pod's spec of the Job or JobSet."""
+    return dict(job_of(manifests)["template"]["spec"])
+
+
+def environment_of(container: Manifest, fields: dict[str, str]) -> dict[str, str]:
+    """The container's variables, as kubelet sets them: each may use those before it, ``fields`` are the pod's own."""
+    values: dict[str, str] = {}
+    for variable in container.get("env", []):
+        if "value" in variable:
+            values[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], variable["value"])
+        else:
+            values[variable["name"]] = fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
+    return values
+
+
+if __name__ == "__main__":
+    for name in KUSTOMIZATIONS:
+        (GOLDEN / f"{name}.yaml").write_text(render(name))

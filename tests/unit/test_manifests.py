@@ -1,0 +1,418 @@
+"""Kubernetes and Vertex AI manifests: rendered, compared, validated strictly, and their cross-links checked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from google.cloud.aiplatform_v1.types import CustomJobSpec, HyperparameterTuningJob
+from google.protobuf import json_format
+from k8s.manifests import (
+    GOLDEN,
+    KUSTOMIZATIONS,
+    REPOSITORY,
+    Manifest,
+    environment_of,
+    job_of,
+    of_kind,
+    pod_of,
+    render,
+    rendered,
+)
+from support import run
+
+from job.cli import TrainingCLI
+from job.cluster.environment import DEFAULT_PORT, find_node
+from job.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
+
+VERTEX = sorted((REPOSITORY / "k8s" / "vertex").glob("*.yaml"))
+TRAINING = [name for name in KUSTOMIZATIONS if name not in ("tensorboard", "queues")]
+VERSIONS = ("1.35", "1.36", "1.37")
+CHIPS_PER_HOST = {"4x4": 4, "2x4": 8}
+"""https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: 2x4 comes as one host of eight chips, too."""
+FIELDS = {
+    "metadata.labels['batch.kubernetes.io/job-name']": "train",
+    "metadata.labels['batch.kubernetes.io/controller-uid']": "the-uid",
+    "metadata.labels['jobset.sigs.k8s.io/jobset-uid']": "the-uid",
+}
+"""A pod's own, for a Job or JobSet named train."""
+SCHEMAS = {
+    (schema["apiVersion"], schema["kind"]): schema["schema"]
+    for schema in (yaml.safe_load(file.read_text()) for file in Path(__file__).parents[1].glob("k8s/schemas/*.yaml"))
+}
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+
+
+@pytest.fixture(autouse=True)
+def no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns when the command line has any beside those that it is given."""
+    monkeypatch.setattr(sys, "argv", ["job"])
+
+
+def strict(schema: Any) -> Any:
+    """The schema, refusing fields that it does not name, as the API server warns of them."""
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {key: strict(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        closed.setdefault("additionalProperties", False)
+    return closed
+
+
+def validate(manifest: Manifest) -> None:
+    key = (manifest["apiVersion"], manifest["kind"])
+    if key not in SCHEMAS:
+        for version in VERSIONS:
+            kubernetes_validate.validate(manifest, version, strict=True)
+        return
+    schema = strict(SCHEMAS[key])
+    schema["properties"]["metadata"] = {"type": "object"}
+    jsonschema.validate(manifest, schema, cls=jsonschema.Draft202012Validator)
+
+
+def quantity(text: str | int) -> float:
+    """Bytes, or cores, of a Kubernetes quantity."""
+    number, unit = re.fullmatch(r"([\d.]+)(\D*)", str(text)).groups()  # type: ignore[union-attr]
+    return float(number) * {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}[unit]
+
+
+def train_of(name: str) -> Manifest:
+    (container,) = pod_of(rendered(name))["containers"]
+    return dict(container)
+
+
+def options_of(args: list[str]) -> dict[str, str]:
+    """``--name=value`` arguments; every one has that form, so that a patch can replace it."""
+    pairs = [argument.removeprefix("--").partition("=") for argument in args if argument.startswith("--")]
+    assert all(equals for _, equals, _ in pairs), args
+    return {name: value for name, _, value in pairs}
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_renders_as_committed(name: str) -> None:
+    """A difference is either a mistake or to be committed: python tests/k8s/manifests.py."""
+    assert render(name) == (GOLDEN / f"{name}.yaml").read_text()
+
+
+def test_no_golden_rendering_is_left_over() -> None:
+    assert {file.stem for file in GOLDEN.glob("*.yaml")} == set(KUSTOMIZATIONS)
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_is_valid(name: str) -> None:
+    for manifest in rendered(name):
+        validate(manifest)
+
+
+@needs_kubectl
+def test_the_validation_can_fail() -> None:
+    wrong = rendered("gpu")
+    of_kind(wrong, "Job")[0]["spec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        validate(of_kind(wrong, "Job")[0])
+    for name, kind, where in (("tpu-multislice", "JobSet", "failurePolicy"), ("queues", "ClusterQueue", None)):
+        manifest = of_kind(rendered(name), kind)[0]
+        spec = manifest["spec"][where] if where else manifest["spec"]
+        spec["maxRestart"] = 3
+        with pytest.raises(jsonschema.ValidationError, match="maxRestart"):
+            validate(manifest)
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_what_is_named_exists(name: str) -> None:
+    """ConfigMaps (kustomize hashes their names), service accounts, volumes, and what selectors select."""
+    manifests = rendered(name)
+    names = {(m["kind"], m["metadata"]["name"]) for m in manifests}
+    workloads = [
+        *([{"spec": job_of(manifests)}] if name in TRAINING else []),
+        *of_kind(manifests, "Deployment"),
+    ]
+    labels = [workload["spec"]["template"]["metadata"]["labels"] for workload in workloads]
+    for workload in workloads:
+        pod = workload["spec"]["template"]["spec"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        for volume in volumes.values():
+            if "configMap" in volume:
+                assert ("ConfigMap", volume["configMap"]["name"]) in names
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+        if "serviceAccountName" in pod:
+            assert ("ServiceAccount", pod["serviceAccountName"]) in names
+    for kind, selector in (
+        ("Service", lambda spec: spec["selector"]),
+        ("Deployment", lambda spec: spec["selector"]["matchLabels"]),
+        ("NetworkPolicy", lambda spec: spec["podSelector"]["matchLabels"]),
+        ("PodDisruptionBudget", lambda spec: spec["selector"]["matchLabels"]),
+    ):
+        for manifest in of_kind(manifests, kind):
+            wanted = selector(manifest["spec"]).items()
+            assert any(wanted <= label.items() for label in labels), (kind, wanted)
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_pods_may_do_little(name: str) -> None:
+    manifests = rendered(name)
+    pods = [deployment["spec"]["template"]["spec"] for deployment in of_kind(manifests, "Deployment")]
+    pods += [pod_of(manifests)] if name in TRAINING else []
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] == 10001
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
+        for container in pod["containers"]:
+            context = container["securityContext"]
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert "memory" in container["resources"]["limits"]
+            assert "cpu" in container["resources"]["requests"]
+    assert not of_kind(manifests, "Secret")
+    text = render(name)
+    assert "private_key" not in text
+    assert "GOOGLE_APPLICATION_CREDENTIALS" not in text
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_launcher_understands_the_manifest(name: str) -> None:
+    """Each pod's environment, with what Kubernetes and GKE add to it, leads to one job of all nodes."""
+    manifests = rendered(name)
+    job, pod, jobset = job_of(manifests), pod_of(manifests), of_kind(manifests, "JobSet")
+    slices = jobset[0]["spec"]["replicatedJobs"][0]["replicas"] if jobset else 1
+    assert job["completionMode"] == "Indexed"
+    assert job["parallelism"] == job["completions"]
+    nodes = []
+    for slice_id in range(slices):
+        for index in range(job["completions"]):
+            environment = {"JOB_COMPLETION_INDEX": str(index), **environment_of(pod["containers"][0], FIELDS)}
+            if "google.com/tpu" in pod["containers"][0]["resources"]["limits"]:
+                environment |= _as_gke_adds(index, slice_id, slices, job["completions"])
+            nodes.append(find_node(environment))
+    assert [node.node_rank for node in nodes] == list(range(slices * job["completions"]))
+    assert {node.nodes for node in nodes} == {len(nodes)}
+    assert {node.run_id for node in nodes} == {"the-uid"}
+    assert {node.port for node in nodes} == {DEFAULT_PORT}
+    if not jobset:
+        (service,) = (s for s in of_kind(manifests, "Service") if s["spec"].get("clusterIP") == "None")
+        assert pod["subdomain"] == service["metadata"]["name"]
+        assert service["spec"]["publishNotReadyAddresses"] is True
+        assert {port["port"] for port in service["spec"]["ports"]} == {DEFAULT_PORT}
+        if len(nodes) > 1:
+            assert {node.host for node in nodes} == {f"train-0.{service['metadata']['name']}"}
+    (budget,) = of_kind(manifests, "PodDisruptionBudget")
+    assert budget["spec"]["minAvailable"] == len(nodes)
+
+
+def _as_gke_adds(worker: int, slice_id: int, slices: int, hosts: int) -> dict[str, str]:
+    names = [f"train-slice-{slice_id}-{n}.train" if slices > 1 else f"train-{n}.train" for n in range(hosts)]
+    found = {"TPU_WORKER_ID": str(worker), "TPU_WORKER_HOSTNAMES": ",".join(names)}
+    if slices > 1:
+        found |= {
+            "MEGASCALE_NUM_SLICES": str(slices),
+            "MEGASCALE_SLICE_ID": str(slice_id),
+            "MEGASCALE_COORDINATOR_ADDRESS": "train-slice-0-0.train:8080",
+        }
+    return found
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", TRAINING)
+def test_exit_codes_and_grace(name: str) -> None:
+    job, pod = job_of(rendered(name)), pod_of(rendered(name))
+    assert pod["restartPolicy"] == "Never"  # a Job takes Always from no schema's point of view, and then never ends
+    rules = {rule["action"]: rule["onExitCodes"]["values"] for rule in job["podFailurePolicy"]["rules"][:2]}
+    assert rules == {"FailJob": [EXIT_USER_ERROR], "Ignore": [EXIT_PREEMPTED]}
+    assert job["podReplacementPolicy"] == "Failed"
+    assert job["activeDeadlineSeconds"] > 0
+    grace = float(options_of(pod["containers"][0]["args"])["grace"])
+    assert 2 <= pod["terminationGracePeriodSeconds"] - grace <= 10
+    if "spot" in name:
+        assert pod["terminationGracePeriodSeconds"] <= 15
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", TRAINING)
+def test_room_for_what_is_written(name: str) -> None:
+    pod, train = pod_of(rendered(name)), train_of(name)
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    paths = {mount["mountPath"]: volumes[mount["name"]] for mount in train["volumeMounts"]}
+    (config,) = of_kind(rendered(name), "ConfigMap")
+    data = yaml.safe_load(config["data"]["config.yaml"])["data"]
+    sizes = {path: quantity(v["emptyDir"]["sizeLimit"]) for path, v in paths.items() if "emptyDir" in v}
+    assert sizes[data["cache_dir"]] >= data["cache_gb"] * 1e9
+    limits = train["resources"]["limits"]
+    assert quantity(limits["ephemeral-storage"]) >= sizes["/tmp"] + sizes[data["cache_dir"]]
+    # NCCL maps some 33 MB a pair of GPUs; gloo and the loader's threads nothing.
+    assert paths["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+    gpus = int(limits.get("nvidia.com/gpu", 0))
+    assert sizes["/dev/shm"] >= max(64 * 2**20, gpus * (gpus - 1) * 33 * 2**20)
+    assert sizes["/dev/shm"] <= quantity(limits["memory"]) / 4
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", [name for name in TRAINING if "tpu" in name])
+def test_chips_times_hosts_are_the_topology(name: str) -> None:
+    job, pod, train = job_of(rendered(name)), pod_of(rendered(name)), train_of(name)
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    chips = train["resources"]["limits"]["google.com/tpu"]
+    assert chips == train["resources"]["requests"]["google.com/tpu"] == CHIPS_PER_HOST[topology]
+    assert chips * job["completions"] == math.prod(int(side) for side in topology.split("x"))
+    assert options_of(train["args"])["trainer.accelerator"] == "tpu"
+
+
+@needs_kubectl
+def test_a_jobset_s_pods_are_those_of_a_job() -> None:
+    """Its pod template is written out a second time; they differ only where they must."""
+    job, jobset = pod_of(rendered("tpu-v5e-multihost")), pod_of(rendered("tpu-multislice"))
+    for pod in (job, jobset):
+        pod["containers"][0].pop("env")
+        pod.pop("subdomain", None)  # JobSet sets its own
+        pod["volumes"].sort(key=lambda volume: volume["name"])
+    assert job == jobset
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_command_is_one(name: str, tmp_path: Path) -> None:
+    """Its arguments and the ConfigMap's file, parsed by the job's own parser."""
+    args = train_of(name)["args"]
+    assert args[:2] == ["launch", "fit"]
+    (config,) = of_kind(rendered(name), "ConfigMap")
+    (tmp_path / "config.yaml").write_text(config["data"]["config.yaml"])
+    here = {"/etc/job/": f"{tmp_path}/", "/opt/app/": f"{REPOSITORY}/"}
+    for inside, outside in here.items():
+        args = [argument.replace(f"={inside}", f"={outside}") for argument in args]
+    options = TrainingCLI("fit", args[2:]).config_init
+    assert options["run_dir"].startswith("gs://")
+
+
+@needs_kubectl
+def test_kueue_gets_the_whole_job() -> None:
+    queue = of_kind(rendered("queues"), "LocalQueue")[0]
+    for name, kind in (("with-kueue", "Job"), ("with-kueue-jobset", "JobSet")):
+        (workload,) = of_kind(rendered(name), kind)
+        assert workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queue["metadata"]["name"]
+        assert workload["spec"]["suspend"] is True
+    (flavour,) = of_kind(rendered("queues"), "ResourceFlavor")
+    (cluster_queue,) = of_kind(rendered("queues"), "ClusterQueue")
+    assert cluster_queue["metadata"]["name"] == queue["spec"]["clusterQueue"]
+    (group,) = cluster_queue["spec"]["resourceGroups"]
+    assert group["flavors"][0]["name"] == flavour["metadata"]["name"]
+    assert [resource["name"] for resource in group["flavors"][0]["resources"]] == group["coveredResources"]
+    asked = train_of("with-kueue")["resources"]["requests"]
+    assert set(asked) <= set(group["coveredResources"])  # Kueue leaves a Job suspended that asks for more
+    node_selector = pod_of(rendered("with-kueue"))["nodeSelector"]
+    assert flavour["spec"]["nodeLabels"].items() <= node_selector.items()
+
+
+@pytest.mark.parametrize("file", VERTEX, ids=lambda file: file.stem)
+def test_vertex_takes_it(file: Path) -> None:
+    """Google's own types refuse fields that they do not have."""
+    spec = yaml.safe_load(file.read_text())
+    if file.stem == "tuning":
+        json_format.ParseDict(spec, HyperparameterTuningJob.pb()())
+        trial = spec["trialJobSpec"]
+        assert [metric["metricId"] for metric in spec["studySpec"]["metrics"]] == ["metric"]
+        tuned = [f"--{p['parameterId']}={_example(p)}" for p in spec["studySpec"]["parameters"]]
+    else:
+        trial, tuned = json.loads(json.dumps(spec)), []
+        json_format.ParseDict(trial, CustomJobSpec.pb()())
+    for pool in trial["workerPoolSpecs"]:
+        container = pool["containerSpec"]
+        args = [*container["args"], *tuned]
+        if "command" in container:
+            script = container["command"][5]
+            assert script.startswith("exec python -m job launch fit ")
+            assert script.endswith(' "$@"')
+            args += ["--run_dir=gs://BUCKET/runs/tuning/1"]
+        else:
+            assert args[:2] == ["launch", "fit"]
+            args = args[2:]
+        assert TrainingCLI("fit", args).config_init["run_dir"].startswith("gs://BUCKET/runs/")
+    assert [pool["replicaCount"] for pool in trial["workerPoolSpecs"][:1]] == [1]
+
+
+def _example(parameter: Manifest) -> object:
+    if "doubleValueSpec" in parameter:
+        return parameter["doubleValueSpec"]["minValue"]
+    return parameter["categoricalValueSpec"]["values"][-1]
+
+
+def test_what_to_fill_in_is_the_same_everywhere() -> None:
+    """k8s/README.md replaces these words by sed; there must be no others, and none misspelt."""
+    known = {"PROJECT", "REGION", "BUCKET", "TENSORBOARD"}
+    for file in (REPOSITORY / "k8s").rglob("*.yaml"):
+        lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
+        for value in re.findall(r"(?:gs://|docker\.pkg\.dev/|@|projects/)\S*", "\n".join(lines)):
+            for word in re.findall(r"\b[A-Z]{3,}\b", value):
+                assert word in known, (file, value)
+
+
+GUIDE = (REPOSITORY / "k8s" / "README.md").read_text()
+COMMANDS = [
+    line.strip()
+    for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+
+
+def test_the_guide_names_what_is_there() -> None:
+    rows = re.findall(r"^\| (.*?) \|", GUIDE, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(?:overlays/)?([\w/.*-]+)`", row)}
+    overlays = {folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir()}
+    components = {f"components/{folder.name}" for folder in (REPOSITORY / "k8s" / "components").iterdir()}
+    assert named == overlays | components - {"components/tpu"} | {"tensorboard", "vertex/*.yaml"}
+    for path in re.findall(r"\b(?:k8s|docker)/[\w./-]+", "\n".join(COMMANDS)):
+        assert (REPOSITORY / path.rstrip(".")).exists(), path
+
+
+@needs_kubectl
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("kubectl ")])
+def test_kubectl_knows_the_guide_s_commands(line: str) -> None:
+    """It refuses flags that it does not know before it prints help."""
+    words = shlex.split(line, comments=True)
+    done = subprocess.run([*words, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+    assert subprocess.run([*words, "--selectr=x", "--help"], capture_output=True).returncode != 0
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python -m job ")])
+def test_the_job_knows_the_guide_s_commands(line: str) -> None:
+    verb, *words = line.split()[3:]
+    known = run(verb, "--help").stdout
+    for option in re.findall(r"--[a-z_]+", " ".join(words)):
+        assert f"{option} " in known
+
+
+def test_filling_in_leaves_nothing_open(tmp_path: Path) -> None:
+    """The guide's own sed, on a copy."""
+    shutil.copytree(REPOSITORY / "k8s", tmp_path / "k8s")
+    (line,) = (line for line in COMMANDS if line.startswith("sed "))
+    names = {"PROJECT": "my-project", "REGION": "europe-west4", "BUCKET": "my-bucket"}
+    subprocess.run(["bash", "-ec", line], check=True, cwd=tmp_path, env={**os.environ, **names})
+    for file in (tmp_path / "k8s").rglob("*.yaml"):
+        text = file.read_text()
+        assert not re.search(r"PROJECT|REGION|BUCKET", text), file
+        yaml.safe_load_all(text)
+    assert "gs://my-bucket/images" in (tmp_path / "k8s" / "base" / "config.yaml").read_text()
