@@ -96,7 +96,8 @@ class TransferLearningModel(pl.LightningModule):
         if hasattr(self, "net"):
             return
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        with torch.random.fork_rng(devices=[]):
+        # In host memory, from the host's generator: the head begins alike on every accelerator.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.net = Classifier(
                 build_backbone(self.backbone_name, self.weights),
@@ -107,7 +108,7 @@ class TransferLearningModel(pl.LightningModule):
                 **self.normalisation,
             )
         self.resize = data.resize
-        self.metrics = EvaluationMetrics(data.classes)
+        self.metrics = EvaluationMetrics(data.classes, synchronise=self.trainer.world_size > 1)
         self._apply_stage(Stage.HEAD if self.milestones else Stage.ALL)
 
     def forward(self, images: Tensor) -> Tensor:

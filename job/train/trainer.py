@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, RichProgressBar
 
-from job.cluster import ranks
+from job.cluster import ranks, xla
 from job.errors import ConfigError
 from job.logging.progress import PlainProgress, log
 from job.logging.tensorboard import BucketTensorBoardLogger
@@ -69,15 +71,17 @@ def _trainer(
     logger: BucketTensorBoardLogger | None,
     run_dir: str,
 ) -> pl.Trainer:
-    settings = {**settings, **_processes(settings)}
+    settings = {**settings, "callbacks": [*_listed(settings.get("callbacks")), *callbacks]}
+    settings.update(
+        _on_xla(settings, run_dir) if xla.is_wanted(str(settings.get("accelerator"))) else _processes(settings)
+    )
     if settings.pop("enable_progress_bar", None) is not False:
-        callbacks = [*callbacks, RichProgressBar() if sys.stderr.isatty() else PlainProgress()]
+        settings["callbacks"].append(RichProgressBar() if sys.stderr.isatty() else PlainProgress())
     return pl.Trainer(
         **{
             **settings,
             "logger": logger or False,
             "default_root_dir": run_dir,
-            "callbacks": [*_listed(settings.get("callbacks")), *callbacks],
             "plugins": [*_listed(settings.get("plugins")), *plugins],
             # The data module itself gives each rank its share of every global batch.
             "use_distributed_sampler": False,
@@ -89,6 +93,20 @@ def _trainer(
 
 def _listed(given: Any) -> list[Any]:
     return given if isinstance(given, list) else [] if given is None else [given]
+
+
+def _on_xla(settings: dict[str, Any], run_dir: str) -> dict[str, Any]:
+    """What replaces accelerator, strategy and precision, and a callback, where XLA computes."""
+    cache = Path(tempfile.mkdtemp(prefix="job-xla-"))
+    statistics = xla.XLAStatistics(cache, run_dir)
+    statistics.fetch()  # before the strategy opens it
+    return {
+        "strategy": xla.SPMDStrategy(str(settings.get("precision") or "32-true"), cache),
+        "accelerator": "auto",
+        "precision": None,
+        "devices": 1,
+        "callbacks": [*settings["callbacks"], statistics],
+    }
 
 
 def _processes(settings: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import Callback
 
 from job.cluster import ranks
 from job.errors import EXIT_RETRY, ConfigError
+from job.model.freeze import Stage
 from job.periodic import Periodic
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class Watchdog(Callback):
         self._beats: collections.Counter[str] = collections.Counter()
         self._store: Any = None
         self._thread: Periodic | None = None
+        self._stage: Stage | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start watching."""
@@ -85,8 +87,12 @@ class Watchdog(Callback):
             self._thread.stop()
             self._thread = None
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """A step begins: the wait for its data counts as part of it."""
+        if (stage := pl_module.stage) != self._stage:  # other layers train: where steps are compiled, this one is anew
+            self._stage = stage  # type: ignore[assignment]
+            self._measured.pop("training", None)
+            self._beats.pop("training", None)
         self._beat("training", trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:

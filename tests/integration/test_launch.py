@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -146,3 +147,25 @@ def test_two_pods_of_an_indexed_job_train_together(pods: list[list[str]], colour
     assert [step for step, _ in together["train/loss"]] == [step for step, _ in alone["train/loss"]]
     first = [value for _, value in together["train/loss"]][:4]  # the head alone: batch norm is still
     assert first == pytest.approx([value for _, value in alone["train/loss"]][:4], rel=1e-4)
+
+
+def test_a_trial_of_vertex_ai(colours: Path, tmp_path: Path) -> None:
+    """Its metric lies where the tuner reads it, its events where the TensorBoard instance reads them."""
+    spec = {"cluster": {"workerpool0": ["trial-0:2222"]}, "task": {"type": "workerpool0", "index": 0}}
+    variables = {
+        "CLUSTER_SPEC": json.dumps(spec),
+        "CLOUD_ML_TRIAL_ID": "3",
+        "CLOUD_ML_HP_METRIC_FILE": str(tmp_path / "hypertune" / "output.metrics"),
+        "AIP_TENSORBOARD_LOG_DIR": str(tmp_path / "vertex" / "tensorboard"),
+        "LAUNCH_PROCESSES": "2",
+    }
+    done = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), **variables)
+    assert done.returncode == 0, done.stderr
+    assert "Vertex AI: alone" in done.stderr
+    assert not (tmp_path / "run" / "tensorboard").exists()
+    lines = (tmp_path / "hypertune" / "output.metrics").read_text().splitlines()
+    reported = [json.loads(line) for line in lines]
+    assert {record["trial"] for record in reported} == {"3"}
+    logged = scalars(str(tmp_path / "vertex"))["val/accuracy"]
+    assert [float(record["metric"]) for record in reported] == pytest.approx([value for _, value in logged])
+    assert len(reported) == 3

@@ -1,0 +1,306 @@
+"""Training on XLA devices by torch-xla: the chips of a TPU, or XLA's CPU device with ``PJRT_DEVICE=CPU``.
+
+Everything of torch-xla is in this module, since its last release is 2.9 and TorchTPU is to take its place: models,
+data and checkpoints know nothing of it.
+
+One process a host drives all chips of it as one device (SPMD,
+https://docs.pytorch.org/xla/master/perf/spmd_basic.html): a batch lies in shares on the chips, parameters lie whole on
+each, and XLA puts the sums over chips into the compiled step. Operations are collected into a graph and run,
+asynchronously, where this module calls ``torch_xla.sync``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.accelerators import Accelerator
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins import MixedPrecision, Precision
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch import Tensor
+
+from job import storage
+from job.cluster import ranks
+from job.errors import ConfigError, StorageError
+from job.periodic import Periodic
+
+log = logging.getLogger(__name__)
+
+CACHE = "xla"
+"""Folder in run_dir with compiled steps, so that a restart need not compile them again."""
+PUBLISH_SECONDS = 30.0
+
+
+def is_wanted(accelerator: str) -> bool:
+    """Whether ``--trainer.accelerator`` means XLA: "tpu" does, and "auto" on a machine with a TPU and torch-xla."""
+    if accelerator == "tpu":
+        return True
+    if accelerator != "auto" or importlib.util.find_spec("torch_xla") is None:
+        return False
+    return os.environ.get("PJRT_DEVICE") == "TPU" or Path("/dev/accel0").exists()
+
+
+class XLAAccelerator(Accelerator):
+    """All chips of this host, as one device.
+
+    Lightning's own accepts nothing but a TPU that it finds on the PCI bus.
+    """
+
+    def setup_device(self, device: torch.device) -> None:
+        """Nothing: there is one device."""
+
+    def teardown(self) -> None:
+        """Nothing."""
+
+    @staticmethod
+    def parse_devices(devices: Any) -> int:
+        """One device, whatever is asked for."""
+        return 1
+
+    @staticmethod
+    def get_parallel_devices(devices: Any) -> list[torch.device]:
+        """That one."""
+        return [torch.device("xla", 0)]
+
+    @staticmethod
+    def auto_device_count() -> int:
+        """One."""
+        return 1
+
+    @staticmethod
+    def is_available() -> bool:
+        """Whoever makes this object has looked already."""
+        return True
+
+    @staticmethod
+    def name() -> str:
+        """As users name it."""
+        return "tpu"
+
+    def get_device_stats(self, device: str | int | torch.device) -> dict[str, Any]:
+        """None: XLA's CPU device has no figures."""
+        return {}
+
+
+class SPMDStrategy(SingleDeviceStrategy):
+    """Shares batches out over the chips of all hosts, and runs each step's operations.
+
+    To Lightning it is one process with one device (``world_size`` 1), since XLA's tensors are those of the
+    whole mesh: the loss of a step is that of the global batch already.
+
+    Args:
+        precision: Lightning's name of one: 32-true or bf16-mixed.
+        cache: local folder of compiled steps.
+
+    Raises:
+        ConfigError: torch-xla is missing, finds no device, or other hosts than were started; there is no such
+            precision.
+    """
+
+    strategy_name = "xla_spmd"
+
+    def __init__(self, precision: str, cache: Path) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # or XLA warns at every compilation
+        try:
+            import torch_xla
+            from torch_xla import runtime
+            from torch_xla.distributed import spmd
+        except ImportError as error:
+            raise ConfigError(
+                f"--trainer.accelerator tpu needs torch-xla, which does not load here ({error}). Install the job with "
+                "its extra in an environment of its own: pip install -c constraints-tpu.txt '.[tpu]'"
+            ) from error
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            runtime.initialize_cache(str(cache))
+            runtime.use_spmd()
+            self.chips = runtime.global_runtime_device_count()
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"torch-xla finds no device: {str(error).splitlines()[0]}. On a TPU host set PJRT_DEVICE=TPU; "
+                "PJRT_DEVICE=CPU uses XLA's CPU device."
+            ) from error
+        if runtime.process_count() != ranks.world_size():
+            raise ConfigError(
+                f"{ranks.world_size()} process(es) were started, and XLA knows of {runtime.process_count()}: one "
+                "process a TPU host drives all its chips, and XLA's CPU device is always one host."
+            )
+        super().__init__(
+            device=torch_xla.device(), accelerator=XLAAccelerator(), precision_plugin=_precision_plugin(precision)
+        )
+        self._mesh = spmd.Mesh(np.arange(self.chips), (self.chips,), ("chip",))
+        log.info(
+            "XLA: %d chip(s) of %d host(s), %s, precision %s",
+            self.chips,
+            ranks.world_size(),
+            runtime.device_type(),
+            precision,
+        )
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this host writes what one alone must write."""
+        return ranks.rank() == 0
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Give each chip its share of every tensor of the batch.
+
+        The copy runs beside the step before, which the device is still computing.
+
+        Raises:
+            ConfigError: the batch does not divide.
+        """
+        import torch_xla.core.xla_model as xm
+        from torch_xla.distributed.spmd import ShardingSpec
+
+        moved = dict(batch)
+        for name, value in batch.items():
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape[0] * ranks.world_size() % self.chips:
+                raise ConfigError(
+                    f"--data.global_batch_size {value.shape[0] * ranks.world_size()} does not divide over "
+                    f"{self.chips} chips."
+                )
+            spec = ShardingSpec(self._mesh, ("chip", *[None] * (value.dim() - 1)), minibatch=ranks.world_size() > 1)
+            moved[name] = xm.send_cpu_data_to_device([value.contiguous()], self.root_device, spec)[0]
+        return moved
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever, with the device's random numbers from torch's seed: ``torch.manual_seed`` does not reach them."""
+        import torch_xla.core.xla_model as xm
+
+        xm.set_rng_state(torch.initial_seed() % 2**31, str(self.root_device))
+        return super().training_step(*args, **kwargs)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Run forward and backward pass apart from the update.
+
+        In its first step an optimizer makes its state, which is another graph than that of all later steps: so this
+        costs the small update a second compilation, and not the network.
+        """
+        _run()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the update."""
+        result = super().optimizer_step(*args, **kwargs)
+        _run()
+        return result
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run each step by itself: all of an evaluation would be one graph, compiled for its length."""
+        result = super().validation_step(*args, **kwargs)
+        _run()
+        return result
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Likewise."""
+        result = super().test_step(*args, **kwargs)
+        _run()
+        return result
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Parameters in host memory, fetched at once."""
+        return cast("dict[str, Any]", _to_host(super().lightning_module_state_dict()))
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """The optimizer's state likewise."""
+        return cast("dict[str, Tensor]", _to_host(super().optimizer_state(optimizer)))
+
+
+class XLAStatistics(Callback):
+    """Logs how often XLA compiled and how often the host waited for a value, and keeps the compiled steps in run_dir.
+
+    Args:
+        cache: local folder of compiled steps.
+        run_dir: of the run; they are kept in its folder xla.
+    """
+
+    def __init__(self, cache: Path, run_dir: str) -> None:
+        self.cache = cache
+        self.uri = storage.join(run_dir, CACHE)
+        self._published: set[str] = set()
+        self._publisher: Periodic | None = None
+
+    def fetch(self) -> None:
+        """Get what earlier starts have compiled; without it this one compiles itself."""
+        try:
+            self._published = {file.key for file in storage.list_files(self.uri)} if storage.exists(self.uri) else set()
+            for key in self._published:
+                if not (self.cache / key).exists():
+                    storage.download(storage.join(self.uri, key), self.cache / key)
+        except StorageError as error:
+            log.warning("compiled steps of earlier starts could not be read: %s", error)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to publish."""
+        if trainer.is_global_zero:
+            self._publisher = Periodic("xla-cache", PUBLISH_SECONDS, self.publish)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the counts since the process began."""
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {f"xla/{name}": float(value) for name, value in counts().items()}, step=trainer.global_step - 1
+            )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Publish the rest."""
+        if self._publisher is not None:
+            self._publisher.stop()
+            self._publisher = None
+            self.publish()
+
+    def publish(self) -> None:
+        """Upload what was compiled since; a bucket out of reach delays it."""
+        try:
+            for file in sorted(self.cache.iterdir()):
+                if file.is_file() and file.name not in self._published:
+                    storage.upload(file, storage.join(self.uri, file.name))
+                    self._published.add(file.name)
+        except StorageError as error:
+            log.warning("compiled steps could not be kept in %s: %s", self.uri, error)
+
+
+def counts() -> dict[str, int]:
+    """What happened so far.
+
+    ``compilations``: a graph whose shapes are constant has one; ``cache_misses``: of these, what earlier starts had not
+    compiled either; ``host_waits``: how often the host fetched a value.
+    """
+    from torch_xla.debug import metrics
+
+    compiled, fetched = metrics.metric_data("CompileTime"), metrics.metric_data("TransferFromDeviceTime")
+    return {
+        "compilations": int(compiled[0]) if compiled else 0,
+        "cache_misses": int(metrics.counter_value("PersistentCacheMiss") or 0),
+        "host_waits": int(fetched[0]) if fetched else 0,
+    }
+
+
+def _precision_plugin(precision: str) -> Precision:
+    if precision in ("bf16-mixed", "bf16"):
+        return MixedPrecision("bf16-mixed", "xla")
+    if precision in ("32-true", "32"):
+        return Precision()
+    raise ConfigError(f"--trainer.precision {precision} does not exist on XLA: take 32-true or bf16-mixed.")
+
+
+def _run() -> None:
+    import torch_xla
+
+    torch_xla.sync()
+
+
+def _to_host(state: Any) -> Any:
+    import torch_xla.core.xla_model as xm
+
+    # A copy: checkpoints are written by a thread while the next step changes what is here.
+    return xm._maybe_convert_to_cpu(state)
