@@ -1,23 +1,29 @@
 # make demo       the main job, on this machine    make test       all tests
 # make lint       style and types                  make unit       the quick tests
-# make container  the image, built and run         make golden     the manifests' renderings, committed for comparison
+# make container  the image, built and run         make xla        the tests of the TPU path, on XLA's CPU device
+# make golden     the manifests' renderings, committed for comparison
 # make benchmark-checkpoint, make benchmark-data   what each costs, against others
 # make reference  docs/configuration.txt, from --help
 PYTHON ?= python3
 VENV ?= .venv
+VENV_TPU ?= .venv-tpu
 DATA ?=
 
-.PHONY: demo test unit container golden lint benchmark-checkpoint benchmark-data reference
+.PHONY: demo test unit xla container golden lint benchmark-checkpoint benchmark-data reference
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m job demo $(if $(DATA),--data "$(DATA)")
 
-test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+test: $(VENV)/installed $(VENV_TPU)/installed
+	$(VENV)/bin/python -m pytest -m "not xla"
+	$(VENV_TPU)/bin/python -m pytest tests/xla
 
 unit: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m "not integration and not container"
+	$(VENV)/bin/python -m pytest -m "not integration and not container and not xla"
+
+xla: $(VENV_TPU)/installed
+	$(VENV_TPU)/bin/python -m pytest tests/xla
 
 container: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m container
@@ -35,6 +41,13 @@ benchmark-checkpoint benchmark-data: benchmark-%: $(VENV)/installed
 
 reference: $(VENV)/installed
 	COLUMNS=120 $(VENV)/bin/python -m job fit --help > docs/configuration.txt
+
+# torch-xla pins a torch of its own.
+$(VENV_TPU)/installed: setup.cfg pyproject.toml constraints-tpu.txt
+	$(PYTHON) -m venv $(VENV_TPU)
+	$(VENV_TPU)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-tpu.txt -e ".[tpu,demo]" \
+		pytest pytest-timeout
+	touch $@
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"

@@ -44,7 +44,14 @@ def is_wanted(accelerator: str) -> bool:
         return True
     if accelerator != "auto" or importlib.util.find_spec("torch_xla") is None:
         return False
-    return os.environ.get("PJRT_DEVICE") == "TPU" or Path("/dev/accel0").exists()
+    return tpu_chips() > 0
+
+
+def tpu_chips() -> int:
+    """TPU chips on this machine's PCI bus, which need torch-xla to be known."""
+    from torch_xla._internal import tpu
+
+    return int(tpu.num_available_chips())
 
 
 class XLAAccelerator(Accelerator):
@@ -100,7 +107,7 @@ class SPMDStrategy(SingleDeviceStrategy):
         cache: local folder of compiled steps.
 
     Raises:
-        ConfigError: torch-xla is missing, finds no device, or other hosts than were started; there is no such
+        ConfigError: torch-xla is missing, or finds no TPU, or other hosts than were started; there is no such
             precision.
     """
 
@@ -117,16 +124,15 @@ class SPMDStrategy(SingleDeviceStrategy):
                 f"--trainer.accelerator tpu needs torch-xla, which does not load here ({error}). Install the job with "
                 "its extra in an environment of its own: pip install -c constraints-tpu.txt '.[tpu]'"
             ) from error
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
-            runtime.initialize_cache(str(cache))
-            runtime.use_spmd()
-            self.chips = runtime.global_runtime_device_count()
-        except (RuntimeError, AssertionError) as error:
+        # Without this libtpu would ask Google's metadata server for minutes.
+        if os.environ.get("PJRT_DEVICE", "TPU") == "TPU" and not tpu_chips():
             raise ConfigError(
-                f"torch-xla finds no device: {str(error).splitlines()[0]}. On a TPU host set PJRT_DEVICE=TPU; "
-                "PJRT_DEVICE=CPU uses XLA's CPU device."
-            ) from error
+                "--trainer.accelerator tpu, and this machine has no TPU. With PJRT_DEVICE=CPU it is XLA's CPU device."
+            )
+        cache.mkdir(parents=True, exist_ok=True)
+        runtime.initialize_cache(str(cache))
+        runtime.use_spmd()
+        self.chips = runtime.global_runtime_device_count()
         if runtime.process_count() != ranks.world_size():
             raise ConfigError(
                 f"{ranks.world_size()} process(es) were started, and XLA knows of {runtime.process_count()}: one "
@@ -196,15 +202,25 @@ class SPMDStrategy(SingleDeviceStrategy):
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run each step by itself: all of an evaluation would be one graph, compiled for its length."""
-        result = super().validation_step(*args, **kwargs)
-        _run()
-        return result
+        return self._run_whole(super().validation_step(*args, **kwargs))
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """Likewise."""
-        result = super().test_step(*args, **kwargs)
+        return self._run_whole(super().test_step(*args, **kwargs))
+
+    def _run_whole(self, result: Any) -> dict[str, Tensor]:
+        """Run what was collected, with each of its results whole on every chip.
+
+        Fetching one that lies in shares would compile a program to put it together, each time (torch-xla 2.9).
+        """
+        from torch_xla.distributed import spmd
+
+        # New tensors: one that lies in shares, or its clone, can't be marked again.
+        whole = {name: (tensor * 1).to(tensor.dtype) for name, tensor in result.items()}
+        for tensor in whole.values():
+            spmd.mark_sharding(tensor, self._mesh, (None,) * tensor.dim())
         _run()
-        return result
+        return whole
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Parameters in host memory, fetched at once."""

@@ -1,4 +1,8 @@
-"""Progress for a log file: one plain line now and then (a terminal gets Lightning's rich bar)."""
+"""Progress: Lightning's rich bar on a terminal, one plain line now and then in a log file.
+
+Both look at a value when they show it. Lightning's ``prog_bar=True`` would fetch it at every step, so that an
+accelerator and the host wait for each other.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,28 @@ import time
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
 
 log = logging.getLogger(__name__)
+
+SHOWN = ("train/loss", "val/loss", "val/accuracy")
+FETCH_SECONDS = 2.0
+"""Between two looks of the bar, which is drawn at every step."""
+
+
+class TerminalProgress(RichProgressBar):
+    """A bar for each epoch, with the latest loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._metrics: dict[str, float] = {}
+        self._fetched = 0.0
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """What stands beside the bar."""
+        if time.monotonic() - self._fetched >= FETCH_SECONDS:
+            self._metrics, self._fetched = _values(trainer), time.monotonic()
+        return dict(self._metrics)
 
 
 class PlainProgress(ProgressBar):
@@ -41,6 +64,9 @@ class PlainProgress(ProgressBar):
             log.info("epoch %d  %s", trainer.current_epoch, _numbers(trainer, "val/"))
 
 
+def _values(trainer: pl.Trainer) -> dict[str, float]:
+    return {name: float(trainer.callback_metrics[name]) for name in SHOWN if name in trainer.callback_metrics}
+
+
 def _numbers(trainer: pl.Trainer, prefix: str) -> str:
-    shown = {k: v for k, v in trainer.progress_bar_metrics.items() if k.startswith(prefix)}
-    return "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+    return "  ".join(f"{name} {value:.4g}" for name, value in _values(trainer).items() if name.startswith(prefix))

@@ -126,18 +126,30 @@ class TransferLearningModel(pl.LightningModule):
         losses = per_sample_loss(self(batch["image"]), batch["label"])
         total = torch.where(batch["mask"], losses, 0.0).sum()
         loss: Tensor = total * (self.trainer.world_size / batch["global_size"])
-        self.log("train/loss", loss, sync_dist=True, prog_bar=True, batch_size=batch["global_size"])
+        self.log("train/loss", loss, sync_dist=True, batch_size=batch["global_size"])
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the metrics."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """What the metrics take: losses [B], probabilities [B, C], labels [B], mask [B]."""
         logits = self(batch["image"])
-        losses = per_sample_loss(logits, batch["label"])
-        self.metrics.update(losses, probabilities(logits), batch["label"], batch["mask"])
+        return {
+            "losses": per_sample_loss(logits, batch["label"]),
+            "probabilities": probabilities(logits),
+            "labels": batch["label"],
+            "mask": batch["mask"],
+        }
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """As :meth:`validation_step`."""
-        self.validation_step(batch, batch_idx)
+        return self.validation_step(batch, batch_idx)
+
+    def on_validation_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the metrics."""
+        self.metrics.update(**outputs)
+
+    def on_test_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the metrics."""
+        self.metrics.update(**outputs)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/…``."""
@@ -253,7 +265,7 @@ class TransferLearningModel(pl.LightningModule):
         values, self.confusion = self.metrics.compute()
         self.metrics.reset()
         for name, value in values.items():
-            self.log(f"{part}/{name}", value, prog_bar=name in ("loss", "accuracy"))
+            self.log(f"{part}/{name}", value)
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, RichProgressBar
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor
 
 from job.cluster import ranks, xla
 from job.errors import ConfigError
-from job.logging.progress import PlainProgress, log
+from job.logging.progress import PlainProgress, TerminalProgress, log
 from job.logging.tensorboard import BucketTensorBoardLogger
 from job.train.accounting import Accounting
 from job.train.checkpointer import Checkpointer
@@ -76,7 +76,7 @@ def _trainer(
         _on_xla(settings, run_dir) if xla.is_wanted(str(settings.get("accelerator"))) else _processes(settings)
     )
     if settings.pop("enable_progress_bar", None) is not False:
-        settings["callbacks"].append(RichProgressBar() if sys.stderr.isatty() else PlainProgress())
+        settings["callbacks"].append(TerminalProgress() if sys.stderr.isatty() else PlainProgress())
     return pl.Trainer(
         **{
             **settings,
@@ -105,6 +105,7 @@ def _on_xla(settings: dict[str, Any], run_dir: str) -> dict[str, Any]:
         "accelerator": "auto",
         "precision": None,
         "devices": 1,
+        "inference_mode": False,  # torch-xla 2.9: "Cannot set version_counter for inference tensor"
         "callbacks": [*settings["callbacks"], statistics],
     }
 

@@ -1,0 +1,182 @@
+"""The XLA path on XLA's own CPU device, whose chips are virtual: what a TPU host runs, but for the TPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from harness import sabotage
+from support import TINY, assert_same_weights, options, picture_files, run, run_well, scalars
+
+from job import storage
+from job.train.accounting import read
+
+pytestmark = [
+    pytest.mark.xla,
+    pytest.mark.skipif(importlib.util.find_spec("torch_xla") is None, reason="torch-xla is not in this environment"),
+]
+
+SETTINGS: dict[str, object] = {
+    **TINY,
+    "model.milestones": "[1]",  # the head, then the last half: two graphs
+    "trainer.max_epochs": 2,
+    "trainer.accelerator": "tpu",
+    "data.global_batch_size": 12,  # 32 images: two whole batches and one of 8, padded
+}
+XLA_CPU = {"PJRT_DEVICE": "CPU", "PYTHONPATH": str(Path(__file__).parents[1] / "faults")}
+
+
+def fit(run_dir: str, colours: str, *, chips: int = 2, **more: object) -> str:
+    """Train on ``chips`` virtual chips; returns what was printed."""
+    arguments = options({**SETTINGS, **more}, data__root=colours, run_dir=run_dir)
+    done = run_well("fit", *arguments, CPU_NUM_DEVICES=str(chips), **XLA_CPU)
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def images(gcs: str) -> str:
+    storage.write_many(f"{gcs}/xla-colours", picture_files(["blue", "red"], 20))
+    return f"{gcs}/xla-colours"
+
+
+@pytest.fixture(scope="module")
+def on_cpu(gcs: str, images: str) -> str:
+    """The same run without XLA."""
+    run_dir = f"{gcs}/xla/cpu"
+    run_well("fit", *options({**SETTINGS, "trainer.accelerator": "cpu"}, data__root=images, run_dir=run_dir))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def on_xla(gcs: str, images: str) -> str:
+    """The run on two chips."""
+    run_dir = f"{gcs}/xla/two"
+    assert "XLA: 2 chip(s) of 1 host(s), CPU, precision 32-true" in fit(run_dir, images)
+    return run_dir
+
+
+def test_two_chips_train_as_the_cpu(on_xla: str, on_cpu: str) -> None:
+    """Also the last batch, which is smaller; torch-xla's batch norm keeps a biased variance: 1e-3 at validation."""
+    xla, cpu = scalars(on_xla), scalars(on_cpu)
+    assert [step for step, _ in xla["train/loss"]] == list(range(6))
+    for tag in ("train/loss", "val/loss", "val/accuracy"):
+        assert [v for _, v in xla[tag]] == pytest.approx([v for _, v in cpu[tag]], rel=1e-3), tag
+
+
+@pytest.mark.parametrize("chips", [1, 4])
+def test_other_numbers_of_chips(chips: int, gcs: str, images: str, on_cpu: str) -> None:
+    run_dir = f"{gcs}/xla/{chips}"
+    fit(run_dir, images, chips=chips)
+    ours, cpu = scalars(run_dir), scalars(on_cpu)
+    for tag in ("train/loss", "val/loss"):
+        assert [v for _, v in ours[tag]] == pytest.approx([v for _, v in cpu[tag]], rel=1e-3), tag
+
+
+def test_nothing_grows_with_steps(gcs: str, images: str) -> None:
+    """Neither compilations nor waits of the host: in epochs of 3 and of 16 steps, nothing logged within them."""
+    found = []
+    for size in (12, 2):
+        run_dir = f"{gcs}/xla/steps-{size}"
+        changes = {"data.global_batch_size": size, "trainer.log_every_n_steps": 1000, "trainer.max_epochs": 4}
+        fit(run_dir, images, **{**changes, "model.milestones": "[9]"})
+        logged = scalars(run_dir)
+        compiled = [value for _, value in logged["xla/compilations"]]
+        assert len(compiled) == 4
+        assert compiled[2] == compiled[3]
+        waits = [value for _, value in logged["xla/host_waits"]]
+        found.append(waits[3] - waits[2])
+    # In validation each batch's results are fetched, four values, here of one batch and of four; besides these the
+    # progress line looks at three values every ten seconds. One more wait a step would be 13.
+    assert 4 * 3 <= found[1] - found[0] < 4 * 3 + 10
+
+
+def test_a_second_start_finds_every_graph_compiled(gcs: str, images: str, on_xla: str) -> None:
+    """In the bucket, on another machine's disk; XLA's CPU device then cannot load them, which a TPU can."""
+    run_dir = f"{gcs}/xla/again"
+    compiled = {file.key: file for file in storage.list_files(f"{on_xla}/xla")}
+    assert len(compiled) == scalars(on_xla)["xla/cache_misses"][-1][1]
+    storage.write_many(f"{run_dir}/xla", {key: storage.read_bytes(f"{on_xla}/xla/{key}") for key in compiled})
+    fit(run_dir, images)
+    assert [value for _, value in scalars(run_dir)["xla/cache_misses"]] == [0, 0]
+    assert {file.key for file in storage.list_files(f"{run_dir}/xla")} == set(compiled)
+
+
+def test_stopped_and_resumed_is_bit_equal(gcs: str, images: str, on_xla: str, tmp_path: Path) -> None:
+    run_dir = f"{gcs}/xla/stopped"
+    arguments = options(SETTINGS, data__root=images, run_dir=run_dir)
+    callback = f"--trainer.callbacks={sabotage(tmp_path / 'struck', step=4)}"
+    done = run("fit", *arguments, callback, CPU_NUM_DEVICES="2", **XLA_CPU)
+    assert done.returncode == 128 + signal.SIGTERM, done.stdout + done.stderr
+    told = fit(run_dir, images)
+    resumed = re.search(r"going on after step (\d+), epoch 1", told)
+    assert resumed is not None, told
+    assert int(resumed[1]) in (4, 5)
+    assert_same_weights(run_dir, on_xla)
+    assert scalars(run_dir)["train/loss"] == scalars(on_xla)["train/loss"]
+    assert len(read(run_dir)) == 2
+
+
+def test_a_checkpoint_crosses_over_and_back(gcs: str, images: str, on_cpu: str) -> None:
+    """An epoch on the CPU, one on XLA, one on the CPU: as three on the CPU."""
+    for name, accelerators in (("crossing", ("cpu", "tpu", "cpu")), ("staying", ("cpu", "cpu", "cpu"))):
+        for epochs, accelerator in enumerate(accelerators, 1):
+            changes = {"trainer.accelerator": accelerator, "trainer.max_epochs": epochs}
+            told = fit(f"{gcs}/xla/{name}", images, **changes)
+            assert epochs == 1 or f"epoch {epochs - 1}" in told
+    crossing, staying = scalars(f"{gcs}/xla/crossing"), scalars(f"{gcs}/xla/staying")
+    for tag in ("train/loss", "val/loss"):
+        assert [v for _, v in crossing[tag]] == pytest.approx([v for _, v in staying[tag]], rel=1e-3), tag
+
+
+def test_its_model_predicts_and_is_measured_on_both(gcs: str, images: str, on_xla: str) -> None:
+    there = run_well("validate", "--run_dir", on_xla, CPU_NUM_DEVICES="2", **XLA_CPU).stdout
+    here = run_well("validate", "--run_dir", on_xla, "--trainer.accelerator", "cpu").stdout
+    values = [
+        [float(value) for value in re.findall(r"val/(?:loss|accuracy|auroc)\W+([\d.]+)", told)]
+        for told in (there, here)
+    ]
+    assert len(values[0]) == 3
+    assert values[0] == pytest.approx(values[1], abs=2e-4)
+    told = run_well("predict", "--ckpt", on_xla, "--input", f"{images}/red").stdout
+    assert len(re.findall(r"red/\d+\.jpg\W+(?:red|blue)", told)) == 20
+
+
+def test_bf16(gcs: str, images: str, on_cpu: str) -> None:
+    """Activations of 8 bits' precision: near, and not equal."""
+    run_dir = f"{gcs}/xla/bf16"
+    assert "precision bf16-mixed" in fit(run_dir, images, **{"trainer.precision": "bf16-mixed"})
+    ours, cpu = ([value for _, value in scalars(run)["train/loss"]] for run in (run_dir, on_cpu))
+    assert ours == pytest.approx(cpu, rel=0.05)
+    assert ours != pytest.approx(cpu, rel=1e-5)
+
+
+def test_a_pod_of_a_tpu_host(gcs: str, images: str, on_xla: str) -> None:
+    """launch, in the environment that GKE makes: one process, whatever else is set."""
+    variables = {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost", "JOB_COMPLETION_INDEX": "0"}
+    run_dir = f"{gcs}/xla/launched"
+    arguments = options(SETTINGS, data__root=images, run_dir=run_dir)
+    done = run_well("launch", "fit", *arguments, CPU_NUM_DEVICES="2", **variables, **XLA_CPU)
+    assert "TPU: alone (TPU_WORKER_ID=0" in done.stderr
+    assert_same_weights(run_dir, on_xla)
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "variables", "told"),
+    [
+        ({"data.global_batch_size": 9}, 0, {}, "--data.global_batch_size 9 does not divide over 2 chips"),
+        ({"trainer.precision": "16-mixed"}, 0, {}, "--trainer.precision 16-mixed does not exist on XLA"),
+        ({}, 2, {}, "2 process(es) were started, and XLA knows of 1"),
+        ({}, 0, {"PJRT_DEVICE": "TPU"}, "this machine has no TPU"),
+    ],
+)
+def test_mistakes(
+    changes: dict[str, object], processes: int, variables: dict[str, str], told: str, images: str, tmp_path: Path
+) -> None:
+    arguments = options({**SETTINGS, **changes}, data__root=images, run_dir=tmp_path / "run")
+    done = run("fit", *arguments, processes=processes, **{**XLA_CPU, "CPU_NUM_DEVICES": "2", **variables})
+    assert done.returncode == (1 if processes else 2), done.stderr  # torchrun's own is 1
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr or processes
