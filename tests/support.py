@@ -145,8 +145,8 @@ def run_well(*args: object, processes: int = 0, **variables: str) -> subprocess.
 def scalars(run_dir: str) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of every scalar, as TensorBoard's own reader finds them below ``run_dir``."""
     with tempfile.TemporaryDirectory() as folder:
-        for entry in storage.list_files(f"{run_dir}/tensorboard"):
-            storage.download(f"{run_dir}/tensorboard/{entry.key}", Path(folder) / entry.key)
+        for key in (entry.key for entry in storage.list_files(f"{run_dir}/tensorboard") if "tfevents" in entry.key):
+            storage.download(f"{run_dir}/tensorboard/{key}", Path(folder) / key)
         reader = EventAccumulator(folder, size_guidance={"scalars": 0})
         reader.Reload()
         return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}

@@ -1,7 +1,7 @@
 """Training on XLA devices by torch-xla: the chips of a TPU, or XLA's CPU device with ``PJRT_DEVICE=CPU``.
 
-Everything of torch-xla is in this module, since its last release is 2.9 and TorchTPU is to take its place: models,
-data and checkpoints know nothing of it.
+Everything of torch-xla is in this module and the one of its records, since its last release is 2.9 and TorchTPU is to
+take its place: models, data and checkpoints know nothing of it.
 
 One process a host drives all chips of it as one device (SPMD,
 https://docs.pytorch.org/xla/master/perf/spmd_basic.html): a batch lies in shares on the chips, parameters lie whole on
@@ -18,24 +18,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.accelerators import Accelerator
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins import MixedPrecision, Precision
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 
-from job import storage
 from job.cluster import ranks
-from job.errors import ConfigError, StorageError
-from job.periodic import Periodic
+from job.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-CACHE = "xla"
-"""Folder in run_dir with compiled steps, so that a restart need not compile them again."""
-PUBLISH_SECONDS = 30.0
 
 
 def is_wanted(accelerator: str) -> bool:
@@ -229,76 +221,6 @@ class SPMDStrategy(SingleDeviceStrategy):
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """The optimizer's state likewise."""
         return cast("dict[str, Tensor]", _to_host(super().optimizer_state(optimizer)))
-
-
-class XLAStatistics(Callback):
-    """Logs how often XLA compiled and how often the host waited for a value, and keeps the compiled steps in run_dir.
-
-    Args:
-        cache: local folder of compiled steps.
-        run_dir: of the run; they are kept in its folder xla.
-    """
-
-    def __init__(self, cache: Path, run_dir: str) -> None:
-        self.cache = cache
-        self.uri = storage.join(run_dir, CACHE)
-        self._published: set[str] = set()
-        self._publisher: Periodic | None = None
-
-    def fetch(self) -> None:
-        """Get what earlier starts have compiled; without it this one compiles itself."""
-        try:
-            self._published = {file.key for file in storage.list_files(self.uri)} if storage.exists(self.uri) else set()
-            for key in self._published:
-                if not (self.cache / key).exists():
-                    storage.download(storage.join(self.uri, key), self.cache / key)
-        except StorageError as error:
-            log.warning("compiled steps of earlier starts could not be read: %s", error)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to publish."""
-        if trainer.is_global_zero:
-            self._publisher = Periodic("xla-cache", PUBLISH_SECONDS, self.publish)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the counts since the process began."""
-        for logger in trainer.loggers:
-            logger.log_metrics(
-                {f"xla/{name}": float(value) for name, value in counts().items()}, step=trainer.global_step - 1
-            )
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Publish the rest."""
-        if self._publisher is not None:
-            self._publisher.stop()
-            self._publisher = None
-            self.publish()
-
-    def publish(self) -> None:
-        """Upload what was compiled since; a bucket out of reach delays it."""
-        try:
-            for file in sorted(self.cache.iterdir()):
-                if file.is_file() and file.name not in self._published:
-                    storage.upload(file, storage.join(self.uri, file.name))
-                    self._published.add(file.name)
-        except StorageError as error:
-            log.warning("compiled steps could not be kept in %s: %s", self.uri, error)
-
-
-def counts() -> dict[str, int]:
-    """What happened so far.
-
-    ``compilations``: a graph whose shapes are constant has one; ``cache_misses``: of these, what earlier starts had not
-    compiled either; ``host_waits``: how often the host fetched a value.
-    """
-    from torch_xla.debug import metrics
-
-    compiled, fetched = metrics.metric_data("CompileTime"), metrics.metric_data("TransferFromDeviceTime")
-    return {
-        "compilations": int(compiled[0]) if compiled else 0,
-        "cache_misses": int(metrics.counter_value("PersistentCacheMiss") or 0),
-        "host_waits": int(fetched[0]) if fetched else 0,
-    }
 
 
 def _precision_plugin(precision: str) -> Precision:

@@ -11,7 +11,6 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from job.cluster import ranks
 from job.data.dataset import Batch
 from job.data.order import sample_seed
 from job.errors import CheckpointError, ConfigError
@@ -178,7 +177,8 @@ class TransferLearningModel(pl.LightningModule):
 
         So a resumed run needs no generator's state, and draws the same.
         """
-        torch.manual_seed(sample_seed(self.seed, self.current_epoch, batch_idx * ranks.world_size() + ranks.rank()))
+        draw = batch_idx * self.trainer.world_size + self.trainer.global_rank
+        torch.manual_seed(sample_seed(self.seed, self.current_epoch, draw))
 
     def _enter_epoch(self) -> None:
         stage = stage_at(self.current_epoch, self.milestones) if self.milestones else Stage.ALL

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,6 +10,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor
 
 from job.cluster import ranks, xla
+from job.cluster.xla_records import CompilationCache, Counts, Trace
 from job.errors import ConfigError
 from job.logging.progress import PlainProgress, TerminalProgress, log
 from job.logging.tensorboard import BucketTensorBoardLogger
@@ -96,17 +95,19 @@ def _listed(given: Any) -> list[Any]:
 
 
 def _on_xla(settings: dict[str, Any], run_dir: str) -> dict[str, Any]:
-    """What replaces accelerator, strategy and precision, and a callback, where XLA computes."""
-    cache = Path(tempfile.mkdtemp(prefix="job-xla-"))
-    statistics = xla.XLAStatistics(cache, run_dir)
-    statistics.fetch()  # before the strategy opens it
+    """What replaces accelerator, strategy, precision and profiler, and adds callbacks, where XLA computes."""
+    cache = CompilationCache(run_dir)  # filled before the strategy opens it
+    records: list[Callback] = [cache, Counts()]
+    if settings.get("profiler") == "xla":
+        records.append(Trace(run_dir))
     return {
-        "strategy": xla.SPMDStrategy(str(settings.get("precision") or "32-true"), cache),
+        "strategy": xla.SPMDStrategy(str(settings.get("precision") or "32-true"), cache.folder),
         "accelerator": "auto",
         "precision": None,
+        "profiler": None if settings.get("profiler") == "xla" else settings.get("profiler"),
         "devices": 1,
         "inference_mode": False,  # torch-xla 2.9: "Cannot set version_counter for inference tensor"
-        "callbacks": [*settings["callbacks"], statistics],
+        "callbacks": [*settings["callbacks"], *records],
     }
 
 

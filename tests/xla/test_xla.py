@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import re
 import signal
 from pathlib import Path
@@ -142,6 +144,18 @@ def test_its_model_predicts_and_is_measured_on_both(gcs: str, images: str, on_xl
     assert values[0] == pytest.approx(values[1], abs=2e-4)
     told = run_well("predict", "--ckpt", on_xla, "--input", f"{images}/red").stdout
     assert len(re.findall(r"red/\d+\.jpg\W+(?:red|blue)", told)) == 20
+
+
+def test_a_trace_for_tensorboard(gcs: str, images: str) -> None:
+    """Steps 5 and on of this start, where TensorBoard's profile plugin looks for them."""
+    run_dir = f"{gcs}/xla/traced"
+    told = fit(run_dir, images, **{"trainer.profiler": "xla", "model.milestones": "[9]"})
+    assert "a trace of steps 5 to 10 lies in" in told
+    files = {file.key: file for file in storage.list_files(f"{run_dir}/tensorboard/plugins/profile")}
+    (trace,) = (key for key in files if key.endswith(".trace.json.gz"))
+    events = json.loads(gzip.decompress(storage.read_bytes(f"{run_dir}/tensorboard/plugins/profile/{trace}")))
+    assert len(events["traceEvents"]) > 100
+    assert scalars(run_dir)["train/loss"]
 
 
 def test_bf16(gcs: str, images: str, on_cpu: str) -> None:

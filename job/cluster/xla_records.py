@@ -1,0 +1,132 @@
+"""What a run on XLA leaves in run_dir besides: compiled steps, counts, and a trace if it is asked for."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from job import storage
+from job.errors import StorageError
+from job.periodic import Periodic
+
+log = logging.getLogger(__name__)
+
+PUBLISH_SECONDS = 30.0
+TRACED = (5, 10)
+"""First and last step of a trace, counted from this start: the first ones compile."""
+
+
+class CompilationCache(Callback):
+    """Keeps compiled steps in ``run_dir/xla``, so that a restart need not compile them again.
+
+    Args:
+        run_dir: of the run.
+
+    Attributes:
+        folder: the local copy, filled with what earlier starts have compiled; without it this one compiles itself.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="job-xla-"))
+        self.uri = storage.join(run_dir, "xla")
+        self._published: set[str] = set()
+        self._publisher: Periodic | None = None
+        try:
+            if storage.exists(self.uri):
+                self._published = {file.key for file in storage.list_files(self.uri)}
+            for key in self._published:
+                storage.download(storage.join(self.uri, key), self.folder / key)
+        except StorageError as error:
+            log.warning("compiled steps of earlier starts could not be read: %s", error)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to publish."""
+        if trainer.is_global_zero:
+            self._publisher = Periodic("xla-cache", PUBLISH_SECONDS, self.publish)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Publish the rest."""
+        if self._publisher is not None:
+            self._publisher.stop()
+            self._publisher = None
+            self.publish()
+
+    def publish(self) -> None:
+        """Upload what was compiled since; a bucket out of reach delays it."""
+        try:
+            for file in sorted(self.folder.iterdir()):
+                if file.is_file() and file.name not in self._published:
+                    storage.upload(file, storage.join(self.uri, file.name))
+                    self._published.add(file.name)
+        except StorageError as error:
+            log.warning("compiled steps could not be kept in %s: %s", self.uri, error)
+
+
+class Counts(Callback):
+    """Logs ``xla/compilations``, ``xla/cache_misses`` and ``xla/host_waits`` after each epoch."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the counts since the process began."""
+        values = {f"xla/{name}": float(value) for name, value in counts().items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step - 1)
+
+
+class Trace(Callback):
+    """Traces a few steps of host 0 into ``run_dir/tensorboard``, for TensorBoard's profile plugin.
+
+    Args:
+        run_dir: of the run.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.uri = storage.join(run_dir, "tensorboard")
+        self._steps = 0
+        self._folder: Path | None = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Begin and end it between steps."""
+        from torch_xla.debug import profiler
+
+        self._steps += 1
+        if self._steps == TRACED[0] and trainer.is_global_zero:
+            self._folder = Path(tempfile.mkdtemp(prefix="job-trace-"))
+            profiler.start_trace(str(self._folder))
+        elif self._steps == TRACED[1] + 1:
+            self._end()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End it where the run was shorter."""
+        self._end()
+
+    def _end(self) -> None:
+        from torch_xla.debug import profiler
+
+        if self._folder is None:
+            return
+        profiler.stop_trace()
+        for file in sorted(path for path in self._folder.rglob("*") if path.is_file()):
+            storage.upload(file, storage.join(self.uri, str(file.relative_to(self._folder))))
+        log.info("a trace of steps %d to %d lies in %s", *TRACED, self.uri)
+        self._folder = None
+
+
+def counts() -> dict[str, int]:
+    """What happened so far.
+
+    ``compilations``: a graph whose shapes are constant has one; ``cache_misses``: of these, what earlier starts had not
+    compiled either; ``host_waits``: how often the host fetched a value.
+    """
+    from torch_xla.debug import metrics
+
+    compiled, fetched = metrics.metric_data("CompileTime"), metrics.metric_data("TransferFromDeviceTime")
+    return {
+        "compilations": int(compiled[0]) if compiled else 0,
+        "cache_misses": int(metrics.counter_value("PersistentCacheMiss") or 0),
+        "host_waits": int(fetched[0]) if fetched else 0,
+    }
