@@ -121,7 +121,6 @@ class SPMDStrategy(SingleDeviceStrategy):
             raise ConfigError(
                 "--trainer.accelerator tpu, and this machine has no TPU. With PJRT_DEVICE=CPU it is XLA's CPU device."
             )
-        cache.mkdir(parents=True, exist_ok=True)
         runtime.initialize_cache(str(cache))
         runtime.use_spmd()
         self.chips = runtime.global_runtime_device_count()

@@ -78,14 +78,14 @@ class Counts(Callback):
 
 
 class Trace(Callback):
-    """Traces a few steps of host 0 into ``run_dir/tensorboard``, for TensorBoard's profile plugin.
+    """Traces a few steps of host 0, for TensorBoard's profile plugin.
 
     Args:
-        run_dir: of the run.
+        uri: folder of the run's events.
     """
 
-    def __init__(self, run_dir: str) -> None:
-        self.uri = storage.join(run_dir, "tensorboard")
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
         self._steps = 0
         self._folder: Path | None = None
 
@@ -109,11 +109,14 @@ class Trace(Callback):
 
         if self._folder is None:
             return
+        folder, self._folder = self._folder, None
         profiler.stop_trace()
-        for file in sorted(path for path in self._folder.rglob("*") if path.is_file()):
-            storage.upload(file, storage.join(self.uri, str(file.relative_to(self._folder))))
-        log.info("a trace of steps %d to %d lies in %s", *TRACED, self.uri)
-        self._folder = None
+        try:
+            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+                storage.upload(file, storage.join(self.uri, str(file.relative_to(folder))))
+            log.info("a trace of steps %d to %d lies in %s", *TRACED, self.uri)
+        except StorageError as error:
+            log.warning("the trace stays in %s: %s", folder, error)
 
 
 def counts() -> dict[str, int]:

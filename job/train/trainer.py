@@ -13,7 +13,7 @@ from job.cluster import ranks, xla
 from job.cluster.xla_records import CompilationCache, Counts, Trace
 from job.errors import ConfigError
 from job.logging.progress import PlainProgress, TerminalProgress, log
-from job.logging.tensorboard import BucketTensorBoardLogger
+from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
 from job.train.accounting import Accounting
 from job.train.checkpointer import Checkpointer
 from job.train.config import SavedConfig
@@ -99,7 +99,7 @@ def _on_xla(settings: dict[str, Any], run_dir: str) -> dict[str, Any]:
     cache = CompilationCache(run_dir)  # filled before the strategy opens it
     records: list[Callback] = [cache, Counts()]
     if settings.get("profiler") == "xla":
-        records.append(Trace(run_dir))
+        records.append(Trace(events_uri(run_dir)))
     return {
         "strategy": xla.SPMDStrategy(str(settings.get("precision") or "32-true"), cache.folder),
         "accelerator": "auto",
