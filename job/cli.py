@@ -160,6 +160,7 @@ def fit(args: list[str]) -> None:
     options = cli.config_init
     run_dir, lease = options["run_dir"], Lease(options["run_dir"])
     with (
+        options["watchdog"].stopped_at_end(),
         Preemption(options["grace"]) as preemption,
         ranks.process_group(options["watchdog"].startup_seconds),
         lease.released_at_end(),

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from job import storage
-from job.errors import StorageError
+from job.errors import StorageError, StorageOutage
 from job.periodic import Periodic
 
 log = logging.getLogger(__name__)
@@ -49,12 +49,20 @@ class CompilationCache(Callback):
         if trainer.is_global_zero:
             self._publisher = Periodic("xla-cache", PUBLISH_SECONDS, self.publish)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Publish the rest."""
+        self._close(publish=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Likewise, a preemption is one; unless it is the bucket that fails."""
+        self._close(publish=not isinstance(exception, StorageOutage))
+
+    def _close(self, *, publish: bool) -> None:
         if self._publisher is not None:
             self._publisher.stop()
             self._publisher = None
-            self.publish()
+            if publish:
+                self.publish()
 
     def publish(self) -> None:
         """Upload what was compiled since; a bucket out of reach delays it."""

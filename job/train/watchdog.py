@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import faulthandler
 import json
 import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -81,11 +83,15 @@ class Watchdog(Callback):
             self._store = dist.distributed_c10d._get_default_store().clone()
         self._thread = Periodic("watchdog", min(self.min_seconds / 4, 5.0), self._watch)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stop watching."""
-        if self._thread is not None:
-            self._thread.stop()
-            self._thread = None
+    @contextlib.contextmanager
+    def stopped_at_end(self) -> Iterator[None]:
+        """Watch no longer than the context lasts, however it ends: Lightning tears nothing down after an exception."""
+        try:
+            yield
+        finally:
+            if self._thread is not None:
+                self._thread.stop()
+                self._thread = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """A step begins: the wait for its data counts as part of it."""

@@ -75,7 +75,7 @@ def stand_in(podman: Podman, name: str, folder: Path) -> None:
     shutil.rmtree(root)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(podman: Podman, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """An empty one; at the end all its containers are removed."""
     cluster = Cluster(podman, image, tmp_path_factory.mktemp("volumes"))

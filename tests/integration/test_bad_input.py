@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
         assert caught.value.code == 2, told
         assert "Traceback" not in told
         assert told.startswith("job: error: ") or "\njob: error: " in told
+        # It would end this process, a notebook say, twenty minutes later.
+        assert "watchdog" not in [thread.name for thread in threading.enumerate()]
         return told
 
     return call
@@ -51,7 +54,6 @@ def test_no_rights(fails, gcs_forbidden: str, tmp_path: Path) -> None:
 @pytest.fixture
 def gcs_forbidden() -> str:
     """A bucket on a server that answers 403 to everything, as GCS does without rights."""
-    import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Forbidding(BaseHTTPRequestHandler):
