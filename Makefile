@@ -16,11 +16,12 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python -m job demo $(if $(DATA),--data "$(DATA)")
 
 test: $(VENV)/installed $(VENV_TPU)/installed
-	$(VENV)/bin/python -m pytest -m "not xla"
+	$(VENV)/bin/python -m pytest -n 2 -m "not container and not xla"
+	$(VENV)/bin/python -m pytest -m container
 	$(VENV_TPU)/bin/python -m pytest tests/xla
 
 unit: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -m "not integration and not container and not xla"
+	$(VENV)/bin/python -m pytest -n 2 -m "not integration and not container and not xla"
 
 xla: $(VENV_TPU)/installed
 	$(VENV_TPU)/bin/python -m pytest tests/xla

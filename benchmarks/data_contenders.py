@@ -84,10 +84,10 @@ def limit(uri: str, workers: int) -> list[float]:
         torch.set_num_threads(1)
         view = View(IMAGE_SIZE, flip=True)
         for content in part[:50]:
-            view.pixels(content, 1)
+            view.pixels(view.decoded(content), 1, 1)
         began = time.monotonic()
         for content in part:
-            view.pixels(content, 1)
+            view.pixels(view.decoded(content), 1, 1)
         results.put(len(part) / (time.monotonic() - began))
 
     context = multiprocessing.get_context("fork")

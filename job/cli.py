@@ -29,6 +29,7 @@ from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
 from job.model.module import TransferLearningModel
 from job.train import checkpoint
 from job.train.checkpointer import Checkpointer
+from job.train.feature_cache import FeatureCache
 from job.train.lease import Lease
 from job.train.preemption import Preemption
 from job.train.report import print_summary
@@ -129,6 +130,7 @@ class TrainingCLI(LightningCLI):
                 "30 in all, and torchrun kills its workers 30 s after a SIGTERM.",
             )
             parser.add_class_arguments(Watchdog, "watchdog")
+            parser.add_lightning_class_args(FeatureCache, "features")
         else:
             parser.add_argument(
                 "--ckpt",
@@ -148,7 +150,7 @@ class TrainingCLI(LightningCLI):
     def config_yaml(self) -> str:
         """The resolved configuration, as ``--config`` of any verb takes it: what is of one start is no part of it."""
         config = self.config.clone()
-        for name in ("resume", "grace", "watchdog"):
+        for name in ("resume", "grace", "watchdog", "features"):
             config.pop(name, None)
         text: str = self.parser.dump(config, skip_none=False, skip_validation=True)
         return text
@@ -172,6 +174,7 @@ def fit(args: list[str]) -> None:
             run_dir,
             config=cli.config_yaml(),
             checkpointer=options["checkpoint"],
+            features=options["features"],
             watchdog=options["watchdog"],
             preemption=preemption,
             lease=lease,

@@ -27,14 +27,9 @@ def resize(image: Tensor, image_size: int, mode: ResizeMode) -> Tensor:
     return resized if mode == "squash" else functional.center_crop(resized, [image_size, image_size])
 
 
-def flips(seed: int) -> bool:
-    """Whether the sample whose augmentation has this seed is mirrored: every other one."""
-    return bool(seed & 1)
-
-
 def seeded(transform: v2.Transform, image: Tensor, seed: int) -> Tensor:
     """``transform(image)``, its random draws a function of ``seed`` alone; call it within :func:`own_generators`."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would take 2 ms, and memory, for absent GPUs
     random.seed(seed)
     np.random.seed(seed % 2**32)
     out: Tensor = transform(image)

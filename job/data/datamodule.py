@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from job.data.augment import ResizeMode
 from job.data.build import Layout, build, split
 from job.data.cache import SampleCache
 from job.data.dataset import Batch, ImageDataset, View
+from job.data.features import FeatureStore
 from job.data.index import Index, IndexInfo
 from job.data.loader import BatchLoader
-from job.data.order import BatchOrder
+from job.data.order import BatchOrder, ViewOrder
 from job.data.saved import is_fresh, local_index, publish_index
 from job.data.source import INDEX_FILE, default_cache_dir, materialise, room_needed
 from job.errors import ConfigError, DataError
@@ -49,6 +51,8 @@ class ImageDataModule(pl.LightningDataModule):
             training, unless ``augment`` is given).
         augment: torchvision.transforms.v2 transform of a uint8 [3, H, W] training image, ending at
             [3, image_size, image_size]. Default: ``resize``, then a random horizontal flip.
+        augment_views: draw this many pictures of an image by ``augment``, and show one of them each epoch:
+            what a frozen backbone makes of them can be kept. Default: a new picture each epoch.
         num_workers: threads of a rank that decode, or processes where ``augment`` is given; default: one a CPU
             core, shared by the node's ranks.
         cache_dir: local folder of the node's cache. Default: ~/.cache/job.
@@ -70,6 +74,7 @@ class ImageDataModule(pl.LightningDataModule):
         image_size: int = 224,
         resize: ResizeMode = "squash",
         augment: v2.Transform | None = None,
+        augment_views: int | None = None,
         num_workers: int | None = None,
         cache_dir: str | None = None,
         cache_gb: float = 10.0,
@@ -88,6 +93,8 @@ class ImageDataModule(pl.LightningDataModule):
         ):
             if value <= low or (high is not None and value >= high):
                 raise ConfigError(f"--data.{name} must be above {low}{f' and below {high}' if high else ''}: {value}.")
+        if augment_views is not None and (augment is None or augment_views < 1):
+            raise ConfigError("--data.augment_views is a number of pictures, at least 1, that --data.augment draws.")
         if cache_gb < 0:
             raise ConfigError(f"--data.cache_gb must be at least 0, which keeps nothing: {cache_gb}.")
         given = {"root": root} if root is not None else {"train": train, "val": val, "test": test}
@@ -97,6 +104,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.image_size = image_size
         self.resize: ResizeMode = resize
         self.augment = augment
+        self.augment_views = augment_views
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
         self.cache_bytes = int(cache_gb * 1e9)
@@ -104,6 +112,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.seed = seed
         self.parts: dict[str, Index] = {}
         self.cache: SampleCache | None = None
+        self.features: dict[str, FeatureStore] = {}
         self.bad_samples: set[str] = set()
 
     @property
@@ -136,11 +145,11 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         """Every training sample once an epoch, in the order of (seed, epoch)."""
-        return self._loader("train", View(self.image_size, self.resize, self.augment, flip=True), shuffle=True)
+        return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> BatchLoader:
         """Every validation sample once."""
-        return self._loader("val", View(self.image_size, self.resize), shuffle=False)
+        return self._loader("val", shuffle=False)
 
     def test_dataloader(self) -> BatchLoader:
         """Every test sample once.
@@ -150,18 +159,37 @@ class ImageDataModule(pl.LightningDataModule):
         """
         if "test" not in self.parts:
             raise DataError("there is no test part: give --data.test, or a --data.root with a test/ folder.")
-        return self._loader("test", View(self.image_size, self.resize), shuffle=False)
+        return self._loader("test", shuffle=False)
+
+    def view_loader(self, part: str, chunks: Sequence[range], batch_size: int) -> BatchLoader:
+        """Every view of the samples in ``chunks``, in batches as :class:`~job.data.order.ViewOrder` makes them."""
+        dataset = self.dataset(part, ViewOrder(chunks, self.view(part).count or 0, batch_size))
+        return BatchLoader(dataset, self._workers(dataset.index))
+
+    def view(self, part: str) -> View:
+        """How the pixels of a part are made: those of the training part are augmented."""
+        if part == "train":
+            return View(self.image_size, self.resize, self.augment, self.augment_views, flip=True)
+        return View(self.image_size, self.resize)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Raise what a loader process reported, and hold unreadable samples against the limit."""
         if batch["error"] is not None:
             raise batch["error"]
-        for problem in batch["bad"]:
+        self.report_bad(batch["bad"])
+        return batch
+
+    def report_bad(self, problems: Iterable[str]) -> None:
+        """Hold unreadable samples against the limit.
+
+        Raises:
+            DataError: there are too many.
+        """
+        for problem in problems:
             if problem not in self.bad_samples:
                 log.warning("bad sample: %s", problem)
             self.bad_samples.add(problem)
         require_few_bad(self.bad_samples, self.max_bad_samples)
-        return batch
 
     def share_bad_samples(self) -> None:
         """Tell all ranks which samples any of them could not read, at the end of an epoch."""
@@ -209,7 +237,12 @@ class ImageDataModule(pl.LightningDataModule):
                 with room_needed(self.cache_dir, "keep samples"):
                     self.cache.recount()
 
-    def _loader(self, part: str, view: View, *, shuffle: bool) -> BatchLoader:
+    def dataset(self, part: str, order: BatchOrder) -> ImageDataset:
+        """What reads the samples of a part, as ``order`` names them."""
+        index, cache_dir = self.parts[part], str(self.cache_dir)
+        return ImageDataset(index, order, self.view(part), seed=self.seed, cache_dir=cache_dir, cache=self.cache)
+
+    def _loader(self, part: str, *, shuffle: bool) -> BatchLoader:
         index = self.parts[part]
         order = BatchOrder(
             len(index),
@@ -224,8 +257,7 @@ class ImageDataModule(pl.LightningDataModule):
         if self.trainer is not None:
             # Lightning names the epoch only after loader processes have begun to fetch.
             order.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        dataset = ImageDataset(index, order, view, seed=self.seed, cache_dir=str(self.cache_dir), cache=self.cache)
-        return BatchLoader(dataset, self._workers(index))
+        return BatchLoader(self.dataset(part, order), self._workers(index), lambda: self.features.get(part))
 
     def _workers(self, index: Index) -> int:
         if any(storage.is_process_local(source.uri) for source in index.sources):

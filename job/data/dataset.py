@@ -6,14 +6,14 @@ import contextlib
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 
-from job.data.augment import ResizeMode, flips, own_generators, resize, seeded
+from job.data.augment import ResizeMode, own_generators, resize, seeded
 from job.data.cache import SampleCache
 from job.data.decode import decode
 from job.data.fetch import Fetcher
@@ -31,6 +31,7 @@ class Batch(TypedDict):
 
     Keys:
         image: uint8 [B, 3, S, S], RGB, channels last in memory: as decoders give them and convolutions like them.
+        features: float [B, F], in place of ``image`` where the frozen backbone's output is known already.
         label: int64 [B]; -1 where there is none.
         mask: bool [B]; False for a padded or unreadable sample, which must count for nothing.
         sample: int64 [B], sample ids.
@@ -40,7 +41,8 @@ class Batch(TypedDict):
             it as data, since an exception would reach the user wrapped in the worker's traceback.
     """
 
-    image: Tensor
+    image: NotRequired[Tensor]
+    features: NotRequired[Tensor]
     label: Tensor
     mask: Tensor
     sample: Tensor
@@ -57,25 +59,49 @@ class View:
         image_size: height and width, in pixels.
         resize: how to get there.
         augment: replaces resizing and flipping: from uint8 [3, H, W] to uint8 [3, image_size, image_size].
+        augment_views: pictures of a sample that ``augment`` draws; None: a new one each epoch.
         flip: mirror every other sample.
     """
 
     image_size: int
     resize: ResizeMode = "squash"
     augment: v2.Transform | None = None
+    augment_views: int | None = None
     flip: bool = False
 
-    def pixels(self, content: bytes, seed: int) -> Tensor:
-        """uint8 [3, image_size, image_size], a function of the content and of ``seed`` alone.
+    @property
+    def count(self) -> int | None:
+        """How many pictures of a sample there are; None: no end of them."""
+        return self.augment_views if self.augment is not None else 2 if self.flip else 1
+
+    def number(self, seed: int, epoch: int, sample: int) -> int:
+        """Which picture of ``sample`` is shown in ``epoch``: below :attr:`count`, or any 63-bit number."""
+        drawn = sample_seed(seed, epoch, sample)
+        return drawn if self.count is None else drawn % self.count
+
+    def decoded(self, content: bytes) -> Tensor:
+        """uint8 [3, H, W]: what all pictures of a sample have in common.
 
         Raises:
             DataError: the content is no readable image.
+        """
+        if self.augment is not None:
+            return decode(content)
+        return resize(decode(content, self.image_size), self.image_size, self.resize)
+
+    def pixels(self, image: Tensor, number: int, seed: int) -> Tensor:
+        """uint8 [3, image_size, image_size]: picture ``number`` of what :meth:`decoded` gave.
+
+        Args:
+            seed: what ``augment`` draws from.
+
+        Raises:
             ConfigError: ``augment`` returns something else.
         """
         if self.augment is None:
-            image = resize(decode(content, self.image_size), self.image_size, self.resize)
-            return image.flip(-1) if self.flip and flips(seed) else image
-        out = seeded(self.augment, decode(content), seed)
+            return image.flip(-1) if self.flip and number else image
+        # Some transforms may work in place, and another picture of this image may be wanted.
+        out = seeded(self.augment, image if self.count is None else image.clone(), seed)
         expected = (3, self.image_size, self.image_size)
         if out.shape != expected or out.dtype != torch.uint8:
             raise ConfigError(
@@ -145,13 +171,25 @@ class ImageDataset(Dataset[Batch]):
             batch["error"] = error
         return batch
 
+    def number(self, plan: BatchPlan, row: int) -> int:
+        """Which view of a plan's sample is wanted."""
+        if plan.views is not None:
+            return int(plan.views[row])
+        return self.view.number(self.seed, plan.epoch, int(plan.samples[row]))
+
     def _read_into(self, batch: Batch, plan: BatchPlan) -> None:
         contents = self._fetch(plan).result()
+        known, image = -1, torch.empty(0)
         for row, (sample, content) in enumerate(zip(plan.samples.tolist(), contents, strict=True)):
             try:
                 if isinstance(content, DataError):
                     raise content
-                batch["image"][row] = self.view.pixels(content, sample_seed(self.seed, plan.epoch, sample))
+                if sample != known:  # the views of a sample are neighbours
+                    known, image = -1, self.view.decoded(content)
+                    known = sample
+                number = self.number(plan, row)
+                seed = sample_seed(self.seed, number, sample)
+                batch["image"][row] = self.view.pixels(image, number, seed)
             except DataError as error:
                 if batch["mask"][row]:
                     batch["bad"].append(f"{self.index.uri(sample)} {error}")

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from job.data.dataset import Batch, ImageDataset
-from job.data.order import BatchPlan
+from job.data.features import FeatureStore
 
 BATCHES_A_WORKER = 2
 """Batches that are decoded ahead, for each thread."""
@@ -35,15 +35,23 @@ class BatchLoader(DataLoader[Batch]):
 
     Args:
         workers: how many; 0: batches are made when they are asked for.
+        features: tells, when a batch is asked for first in an epoch, where features lie that take the place of
+            images; None: nowhere.
 
     Attributes:
         wait_seconds: how long the training process has waited for batches so far.
     """
 
-    def __init__(self, dataset: ImageDataset, workers: int) -> None:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        workers: int,
+        features: Callable[[], FeatureStore | None] = lambda: None,
+    ) -> None:
         self.dataset: ImageDataset
         processes = workers if dataset.view.augment is not None else 0
         self.threads = workers - processes
+        self.features = features
         self._pool: ThreadPoolExecutor | None = None
         context = None
         if processes:
@@ -68,7 +76,14 @@ class BatchLoader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # torch asks the sampler for its iterator twice, so that it is not the sampler who forgets the start.
         self.batches_taken, self.order.start_batch, self._resume_at = self._resume_at, self._resume_at, 0
-        return self._counted(self._by_threads() if self.threads else super().__iter__())
+        return self._counted()
+
+    def _batches(self) -> Iterator[Batch]:
+        # Decided when the first batch is asked for: Lightning makes iterators long before.
+        features = self.features()
+        if features is not None:
+            return (pinned(features.batch(plan)) for plan in self.order)
+        return self._by_threads() if self.threads else super().__iter__()
 
     def _by_threads(self) -> Iterator[Batch]:
         """Batches in order, as many ahead as keep all threads at work while one is trained on."""
@@ -77,7 +92,7 @@ class BatchLoader(DataLoader[Batch]):
         pending: deque[Future[Batch]] = deque()
         try:
             for plan in self.order:
-                pending.append(self._pool.submit(self._made, plan))
+                pending.append(self._pool.submit(lambda plan: pinned(self.dataset[plan]), plan))
                 if len(pending) > BATCHES_A_WORKER * self.threads:
                     yield pending.popleft().result()
             while pending:
@@ -86,17 +101,12 @@ class BatchLoader(DataLoader[Batch]):
             for future in pending:  # given up in the middle; another iteration may have begun
                 future.cancel()
 
-    def _made(self, plan: BatchPlan) -> Batch:
-        batch = self.dataset[plan]
-        if torch.cuda.is_available():
-            for name, value in batch.items():
-                if isinstance(value, Tensor):
-                    batch[name] = value.pin_memory()  # type: ignore[literal-required]
-        return batch
-
-    def _counted(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
+    def _counted(self) -> Iterator[Batch]:
+        iterator: Iterator[Batch] | None = None
         while True:
             began = time.monotonic()
+            if iterator is None:
+                iterator = self._batches()
             batch = next(iterator, None)
             self.wait_seconds += time.monotonic() - began
             if batch is None:
@@ -111,6 +121,15 @@ class BatchLoader(DataLoader[Batch]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next iteration, and that one alone, behind the batches of ``state``."""
         self._resume_at = state["batch"]
+
+
+def pinned(batch: Batch) -> Batch:
+    """``batch`` in page-locked memory where there is a GPU to copy it to."""
+    if torch.cuda.is_available():
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                batch[name] = value.pin_memory()  # type: ignore[literal-required]
+    return batch
 
 
 def _one_core_threads(count: int) -> ThreadPoolExecutor:

@@ -7,7 +7,7 @@ batches are trained on however many processes share them, and a run can resume a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ class BatchPlan:
             repeat this batch's samples, so that every batch has the same shape.
         valid: bool, same shape; False for such a repetition, which counts for nothing.
         global_size: samples of the global batch that count, over all ranks.
+        views: int64, same shape: which view of each sample is wanted; None: that of the epoch.
     """
 
     epoch: int
@@ -34,6 +35,7 @@ class BatchPlan:
     samples: npt.NDArray[np.int64]
     valid: npt.NDArray[np.bool_]
     global_size: int
+    views: npt.NDArray[np.int64] | None = None
 
 
 class BatchOrder:
@@ -93,6 +95,42 @@ class BatchOrder:
         if self.shuffle:
             samples = permute_runs(positions, self.size, self.run_length, key=f"{self.seed}/{epoch}")
         return BatchPlan(epoch, batch, samples.astype(np.int64), within < global_size, global_size)
+
+
+class ViewOrder(BatchOrder):
+    """Every view of some samples, once: chunk by chunk, in batches of one shape.
+
+    A batch lies within a chunk; the last of a chunk is padded. The views of a sample are neighbours.
+
+    Args:
+        chunks: sample ids.
+        views: views of a sample.
+        batch_size: views a batch.
+    """
+
+    def __init__(self, chunks: Sequence[range], views: int, batch_size: int) -> None:
+        size = views * sum(map(len, chunks))
+        super().__init__(size, batch_size, rank=0, world_size=1, seed=0, shuffle=False)
+        self.chunks = chunks
+        self.views = views
+        self._ends = np.cumsum([self.batches(chunk) for chunk in chunks])
+
+    def batches(self, chunk: range) -> int:
+        """How many batches a chunk makes."""
+        return -(-len(chunk) * self.views // self.global_batch_size)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def plan(self, epoch: int, batch: int) -> BatchPlan:
+        """Batch number ``batch`` of all chunks."""
+        number = int(np.searchsorted(self._ends, batch, side="right"))
+        chunk = self.chunks[number]
+        first = (batch - (int(self._ends[number - 1]) if number else 0)) * self.global_batch_size
+        rows = first + np.arange(self.global_batch_size)
+        valid = rows < len(chunk) * self.views
+        sample, view = np.divmod(rows % (len(chunk) * self.views), self.views)
+        return BatchPlan(epoch, batch, (chunk.start + sample).astype(np.int64), valid, int(valid.sum()), view)
 
 
 def permute_runs(positions: npt.NDArray[np.int64], size: int, run_length: int, key: str) -> npt.NDArray[np.int64]:

@@ -55,9 +55,16 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] to logits, float [B, num_logits]."""
-        normalised = (images.float() / 255 - self.mean) / self.std
-        logits: Tensor = self.head(self.backbone(normalised.contiguous(memory_format=torch.channels_last)))
+        logits: Tensor = self.head(self.features(images))
         return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] to the backbone's output [B, F], kept for a backward pass only where a part trains."""
+        normalised = (images.float() / 255 - self.mean) / self.std
+        trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+            features: Tensor = self.backbone(normalised.contiguous(memory_format=torch.channels_last))
+        return features
 
     def spec(self) -> dict[str, Any]:
         """What :func:`from_spec` needs to build this network again: plain values only."""

@@ -21,6 +21,7 @@ from job import storage
 from job.errors import StorageError, StorageOutage
 from job.periodic import Periodic
 from job.train.checkpointer import Checkpointer
+from job.train.feature_cache import FeatureCache
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,8 @@ class Start:
         world_size: processes.
         first_step: ``global_step`` that it went on from.
         last_step: ``global_step`` it reached.
-        startup: from the process's beginning to its first step.
+        startup: from the process's beginning to its first step, without ``features``.
+        features: computing or fetching what the frozen backbone gives.
         step: forward, backward, communication and optimizer.
         data_wait: waiting for the next batch.
         validation: validating.
@@ -52,6 +54,7 @@ class Start:
     first_step: int = 0
     last_step: int = 0
     startup: float = 0.0
+    features: float = 0.0
     step: float = 0.0
     data_wait: float = 0.0
     validation: float = 0.0
@@ -77,7 +80,7 @@ def totals(starts: list[Start]) -> dict[str, float]:
     ``goodput`` is the share of the wall time since the first start that went into steps which counted.
     """
     wall = starts[-1].ended - starts[0].began
-    names = ("startup", "step", "data_wait", "validation", "checkpoint_stall", "lost")
+    names = ("startup", "features", "step", "data_wait", "validation", "checkpoint_stall", "lost")
     sums = {name: sum(getattr(start, name) for start in starts) for name in names}
     sums["step"] -= sums["lost"]
     return {"goodput": sums["step"] / wall, "wall": wall, **sums, "other": wall - sum(sums.values())}
@@ -86,8 +89,9 @@ def totals(starts: list[Start]) -> dict[str, float]:
 class Accounting(Callback):
     """Measures this start, and keeps ``accounting.json`` on rank 0."""
 
-    def __init__(self, checkpointer: Checkpointer) -> None:
+    def __init__(self, checkpointer: Checkpointer, features: FeatureCache) -> None:
         self.checkpointer = checkpointer
+        self.features = features
         self.earlier: list[Start] = []
         self.start = Start(began=_process_began(), ended=time.time(), world_size=1)
         self._step_began: float | None = None
@@ -113,7 +117,8 @@ class Accounting(Callback):
         """A step begins."""
         self._step_began = time.monotonic()
         if not self.start.startup:
-            self.start.startup = time.time() - self.start.began
+            self.start.features = self.features.seconds
+            self.start.startup = time.time() - self.start.began - self.start.features
             self._waited_in_startup = self._waited(trainer)
 
     def between_steps(self, trainer: pl.Trainer) -> None:

@@ -119,6 +119,6 @@ def print_summary(run_dir: str) -> None:
 def _where_time_went(seconds: dict[str, float], starts: int) -> str:
     parts = "  ".join(
         f"{name.replace('_', ' ')} {seconds[name]:.0f}"
-        for name in ("step", "data_wait", "validation", "checkpoint_stall", "startup", "lost", "other")
+        for name in ("step", "data_wait", "validation", "checkpoint_stall", "startup", "features", "lost", "other")
     )
     return f"goodput {seconds['goodput']:.0%} of {seconds['wall']:.0f} s in {starts} start(s): {parts}"

@@ -17,6 +17,7 @@ from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
 from job.train.accounting import Accounting
 from job.train.checkpointer import Checkpointer
 from job.train.config import SavedConfig
+from job.train.feature_cache import FeatureCache
 from job.train.lease import Lease
 from job.train.loop import TrainingEpochLoop
 from job.train.preemption import Preemption
@@ -31,6 +32,7 @@ def training_trainer(
     *,
     config: str,
     checkpointer: Checkpointer,
+    features: FeatureCache,
     watchdog: Watchdog,
     preemption: Preemption,
     lease: Lease,
@@ -38,8 +40,9 @@ def training_trainer(
 ) -> pl.Trainer:
     """A Trainer that fits, from the user's ``settings`` (Trainer's own arguments) and what keeps a run alive."""
     checkpointer.preemption = preemption
-    accounting = Accounting(checkpointer)
-    callbacks = [
+    features.preemption, features.watchdog = preemption, watchdog
+    accounting = Accounting(checkpointer, features)
+    callbacks: list[Callback] = [
         SavedConfig(config),
         LearningRateMonitor(logging_interval="step"),
         accounting,
@@ -48,6 +51,8 @@ def training_trainer(
         watchdog,
         checkpointer,
     ]
+    if not xla.is_wanted(str(settings.get("accelerator"))):  # its batches lie in shares on the chips
+        callbacks.append(features)
     trainer = _trainer(settings, callbacks, [checkpointer.io], logger, run_dir)
     # Lightning's SIGTERM handler runs a collective, on the rank that was signalled alone (its issue 20806).
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

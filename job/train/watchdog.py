@@ -99,19 +99,19 @@ class Watchdog(Callback):
             self._stage = stage  # type: ignore[assignment]
             self._measured.pop("training", None)
             self._beats.pop("training", None)
-        self._beat("training", trainer.global_step)
+        self.beat("training", trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """A step is over; what follows may be a save or the start of a validation."""
-        self._beat("training", trainer.global_step)
+        self.beat("training", trainer.global_step)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """A batch of validation begins."""
-        self._beat("validating", trainer.global_step)
+        self.beat("validating", trainer.global_step)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """A batch of validation is over."""
-        self._beat("validating", trainer.global_step)
+        self.beat("validating", trainer.global_step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The end of an epoch saves and may unfreeze layers."""
@@ -135,7 +135,8 @@ class Watchdog(Callback):
         """What is left is uploaded."""
         self._expect_anything("stopping", trainer.global_step)
 
-    def _beat(self, phase: str, step: int) -> None:
+    def beat(self, phase: str, step: int) -> None:
+        """A step of ``phase`` is over."""
         now = time.monotonic()
         measured = self._measured.setdefault(phase, collections.deque(maxlen=REMEMBERED))
         if self._pulse.phase == phase and self._beats[phase] > 2 * WARM_UP:

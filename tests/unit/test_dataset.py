@@ -70,7 +70,7 @@ def test_an_augmentation_of_the_wrong_shape_is_refused(colours: Path) -> None:
     assert isinstance(batch["error"], ConfigError)
     assert "--data.augment returned" in str(batch["error"])
     with pytest.raises(ConfigError, match=r"--data\.augment"):
-        view.pixels(picture((1, 2, 3), 0), 0)
+        view.pixels(view.decoded(picture((1, 2, 3), 0)), 0, 0)
 
 
 def test_resizing_is_torchvisions() -> None:

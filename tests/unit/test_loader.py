@@ -10,9 +10,9 @@ import torch
 from support import REPOSITORY, index_of
 from torchvision.transforms import v2
 
-from job.data.dataset import ImageDataset, View
+from job.data.dataset import Batch, ImageDataset, View
 from job.data.loader import BatchLoader
-from job.data.order import BatchOrder
+from job.data.order import BatchOrder, BatchPlan
 
 
 def loader(
@@ -68,13 +68,18 @@ def test_pixels_do_not_depend_on_workers(augment: v2.Transform | None, colours: 
         assert all(torch.equal(*pair) for pair in zip(pixels(workers), expected, strict=True))
 
 
-def test_threads_use_one_core_each_and_leave_the_others_theirs(colours: Path) -> None:
+def test_threads_use_one_core_each_and_leave_the_others_theirs(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     threaded = loader(colours, 2)
     found: list[int] = []
-    made = threaded._made
-    threaded._made = lambda plan: (found.append(torch.get_num_threads()), made(plan))[1]  # type: ignore[method-assign]
+    made = ImageDataset.__getitem__
+
+    def counted(dataset: ImageDataset, plan: BatchPlan) -> Batch:
+        found.append(torch.get_num_threads())
+        return made(dataset, plan)
+
+    monkeypatch.setattr(ImageDataset, "__getitem__", counted)
     assert len(list(threaded)) == 7
     assert found == [1] * 7
     assert torch.get_num_threads() == 3

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from job.data.order import BatchOrder, permute, permute_runs, sample_seed
+from job.data.order import BatchOrder, ViewOrder, permute, permute_runs, sample_seed
 
 
 def seen(size: int, batch: int, world_size: int, epoch: int = 0, shuffle: bool = True) -> list[list[int]]:
@@ -94,3 +94,17 @@ def test_iteration_can_start_at_any_batch() -> None:
 def test_sample_seed_depends_on_all_its_arguments() -> None:
     seeds = {sample_seed(s, e, i) for s in range(3) for e in range(3) for i in range(50)}
     assert len(seeds) == 450
+
+
+@pytest.mark.parametrize(("views", "batch_size"), [(1, 4), (2, 4), (2, 5), (3, 7)])
+def test_every_view_once_in_batches_that_lie_within_chunks(views: int, batch_size: int) -> None:
+    chunks = [range(10, 20), range(10), range(40, 43)]
+    order = ViewOrder(chunks, views, batch_size)
+    plans = list(order)
+    assert len(plans) == len(order) == sum(order.batches(chunk) for chunk in chunks)
+    assert {len(plan.samples) for plan in plans} == {batch_size}
+    seen = [(s, v) for plan in plans for s, v, valid in zip(plan.samples, plan.views, plan.valid, strict=True) if valid]
+    assert seen == [(sample, view) for chunk in chunks for sample in chunk for view in range(views)]
+    for plan in plans:
+        assert any(set(plan.samples.tolist()) <= set(chunk) for chunk in chunks)
+        assert plan.global_size == plan.valid.sum()
