@@ -2,14 +2,14 @@
 # make lint       style and types                  make unit       the quick tests
 # make container  the image, built and run         make xla        the tests of the TPU path, on XLA's CPU device
 # make golden     the manifests' renderings, committed for comparison
-# make benchmark-checkpoint, make benchmark-data   what each costs, against others
+# make benchmark-checkpoint, benchmark-data, benchmark-train   what each costs, against others
 # make reference  docs/configuration.txt, from --help
 PYTHON ?= python3
 VENV ?= .venv
 VENV_TPU ?= .venv-tpu
 DATA ?=
 
-.PHONY: demo test unit xla container golden lint benchmark-checkpoint benchmark-data reference
+.PHONY: demo test unit xla container golden lint benchmark-checkpoint benchmark-data benchmark-train reference
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -37,7 +37,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-benchmark-checkpoint benchmark-data: benchmark-%: $(VENV)/installed
+benchmark-checkpoint benchmark-data benchmark-train: benchmark-%: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/$*.py
 
 reference: $(VENV)/installed

@@ -129,6 +129,11 @@ class TrainingCLI(LightningCLI):
                 help="Seconds from SIGTERM or SIGUSR1 to the end of the process, its state saved. GKE Spot gives about "
                 "30 in all, and torchrun kills its workers 30 s after a SIGTERM.",
             )
+            parser.add_argument(
+                "--profile",
+                action="store_true",
+                help="Record ten steps by torch's profiler into run_dir/profile, and say where their time went.",
+            )
             parser.add_class_arguments(Watchdog, "watchdog")
             parser.add_lightning_class_args(FeatureCache, "features")
         else:
@@ -150,7 +155,7 @@ class TrainingCLI(LightningCLI):
     def config_yaml(self) -> str:
         """The resolved configuration, as ``--config`` of any verb takes it: what is of one start is no part of it."""
         config = self.config.clone()
-        for name in ("resume", "grace", "watchdog", "features"):
+        for name in ("resume", "grace", "profile", "watchdog", "features"):
             config.pop(name, None)
         text: str = self.parser.dump(config, skip_none=False, skip_validation=True)
         return text
@@ -175,6 +180,7 @@ def fit(args: list[str]) -> None:
             config=cli.config_yaml(),
             checkpointer=options["checkpoint"],
             features=options["features"],
+            profile=options["profile"],
             watchdog=options["watchdog"],
             preemption=preemption,
             lease=lease,

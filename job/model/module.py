@@ -17,6 +17,7 @@ from job.errors import CheckpointError, ConfigError
 from job.model.backbone import build_backbone
 from job.model.classifier import Classifier, per_sample_loss, probabilities
 from job.model.freeze import Stage, apply_stage, split_layers, stage_at
+from job.model.loss import balanced_weights, mixing, smoothed, soft_loss
 from job.model.metrics import EvaluationMetrics
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,11 @@ class TransferLearningModel(pl.LightningModule):
         unfreeze_last: share of the backbone's layers that milestones[0] unfreezes.
         train_bn: train batch normalisation in the frozen part, too.
         backbone_lr_factor: learning rate of the backbone relative to the head's.
+        decay_norm_and_bias: let the optimizer's weight decay act on biases and normalisation, too.
+        label_smoothing: share of each training target that goes to all classes alike.
+        class_weights: "balanced" weighs each class's loss in training inversely to how often it occurs.
+        mixup: alpha of MixUp; 0: none. Mixing is within a process's share of a batch.
+        cutmix: alpha of CutMix; 0: none. With both, one is chosen for each batch.
         optimizer: any torch optimizer; default Adam with lr 0.001.
         lr_scheduler: any torch scheduler; default MultiStepLR at milestones with lr_gamma.
         lr_gamma: factor of the default scheduler.
@@ -59,6 +65,11 @@ class TransferLearningModel(pl.LightningModule):
         unfreeze_last: float = 0.5,
         train_bn: bool = False,
         backbone_lr_factor: float = 0.1,
+        decay_norm_and_bias: bool = True,
+        label_smoothing: float = 0.0,
+        class_weights: Literal["none", "balanced"] = "none",
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_gamma: float = 0.3,
@@ -72,6 +83,10 @@ class TransferLearningModel(pl.LightningModule):
             raise ConfigError(f"--model.unfreeze_last is a share, above 0 and at most 1, not {unfreeze_last}.")
         if any(width < 1 for width in hidden):
             raise ConfigError(f"--model.hidden must be positive widths, not {hidden}.")
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"--model.label_smoothing is a share, at least 0 and below 1, not {label_smoothing}.")
+        if mixup < 0 or cutmix < 0:
+            raise ConfigError(f"--model.mixup and --model.cutmix are at least 0, not {mixup} and {cutmix}.")
         self.backbone_name = backbone
         self.weights = weights
         self.hidden = list(hidden)
@@ -80,12 +95,19 @@ class TransferLearningModel(pl.LightningModule):
         self.unfreeze_last = unfreeze_last
         self.train_bn = train_bn
         self.backbone_lr_factor = backbone_lr_factor
+        self.decay_norm_and_bias = decay_norm_and_bias
+        self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
+        self.mixup = mixup
+        self.cutmix = cutmix
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_gamma = lr_gamma
         self.lr_interval = lr_interval
         self.seed = seed
         self.stage = Stage.HEAD
+        self._mix = mixing(mixup, cutmix)
+        self._weights: Tensor | None = None
         self.net: Classifier
         self.metrics: EvaluationMetrics
         self.confusion: list[list[int]] = []
@@ -122,11 +144,27 @@ class TransferLearningModel(pl.LightningModule):
         DDP's averaging takes out again: so a last, smaller batch weighs each sample the same
         however it falls on the ranks.
         """
-        losses = per_sample_loss(self._logits(batch), batch["label"])
+        losses = self._training_losses(batch)
         total = torch.where(batch["mask"], losses, 0.0).sum()
         loss: Tensor = total * (self.trainer.world_size / batch["global_size"])
         self.log("train/loss", loss, sync_dist=True, batch_size=batch["global_size"])
         return loss
+
+    def _training_losses(self, batch: Batch) -> Tensor:
+        """float [B]."""
+        if not self.label_smoothing and self._mix is None and self.class_weights == "none":
+            return per_sample_loss(self._logits(batch), batch["label"])
+        targets = smoothed(batch["label"], len(self.net.classes), self.label_smoothing)
+        if self._mix is not None:
+            images, targets = self._mix(batch["image"].float(), targets)
+            batch = {**batch, "image": images}
+        losses = soft_loss(self._logits(batch), targets)
+        if self.class_weights == "balanced":
+            if self._weights is None:
+                labels = self.trainer.datamodule.parts["train"].labels  # type: ignore[attr-defined]
+                self._weights = balanced_weights(labels, len(self.net.classes)).to(targets.device)
+            losses = losses * (targets @ self._weights)
+        return losses
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """What the metrics take: losses [B], probabilities [B, C], labels [B], mask [B]."""
@@ -199,7 +237,8 @@ class TransferLearningModel(pl.LightningModule):
     @property
     def constant_epochs(self) -> int:
         """Epochs, from 0, in which the backbone gives the same for the same image."""
-        return self.milestones[0] if self.milestones and not self.train_bn else 0
+        constant = self.milestones and not self.train_bn and self._mix is None
+        return self.milestones[0] if constant else 0
 
     def train(self, mode: bool = True) -> TransferLearningModel:
         """As ``nn.Module.train``, but a frozen backbone stays in eval mode."""
@@ -209,18 +248,16 @@ class TransferLearningModel(pl.LightningModule):
         return self
 
     def configure_optimizers(self) -> Any:
-        """All parameter groups from the start: head, last layers, first layers.
+        """All parameter groups from the start: head, last layers, first layers; then those without decay, likewise.
 
         Frozen parameters have no gradient and are skipped; so the optimizer's state has the same
         shape at every epoch, and loads after any resume.
         """
-        optimizer = self.optimizer(self.net.head.parameters())
-        first, last = split_layers(self.net.backbone, self.unfreeze_last)
-        for layers in (last, first):
-            parameters = [p for layer in layers for p in layer.parameters(recurse=False)]
-            if parameters:
-                lr = optimizer.defaults["lr"] * self.backbone_lr_factor
-                optimizer.add_param_group({"params": parameters, "lr": lr})
+        (parameters, _, _), *others = self._parameter_groups()
+        optimizer = self.optimizer(parameters)
+        for parameters, factor, decays in others:
+            more = {} if decays else {"weight_decay": 0.0}
+            optimizer.add_param_group({"params": parameters, "lr": optimizer.defaults["lr"] * factor, **more})
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(optimizer)
         else:
@@ -229,6 +266,20 @@ class TransferLearningModel(pl.LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             config["monitor"] = scheduler.monitor
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _parameter_groups(self) -> list[tuple[list[nn.Parameter], float, bool]]:
+        """Parameters, the factor of their learning rate, and whether they decay; none is empty, the head's first."""
+        head = list(self.net.head.parameters())
+        first, last = split_layers(self.net.backbone, self.unfreeze_last)
+        backbone = [[p for layer in layers for p in layer.parameters(recurse=False)] for layers in (last, first)]
+        groups = [(head, 1.0, True), *((parameters, self.backbone_lr_factor, True) for parameters in backbone)]
+        if not self.decay_norm_and_bias:
+            groups = [
+                ([p for p in parameters if (p.ndim > 1) == decays], factor, decays)
+                for decays in (True, False)
+                for parameters, factor, _ in groups
+            ]
+        return [group for group in groups if group[0]]
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run that resumes must have in common with this one, by name.
@@ -242,6 +293,11 @@ class TransferLearningModel(pl.LightningModule):
             "model.unfreeze_last": self.unfreeze_last,
             "model.train_bn": self.train_bn,
             "model.backbone_lr_factor": self.backbone_lr_factor,
+            "model.decay_norm_and_bias": self.decay_norm_and_bias,
+            "model.label_smoothing": self.label_smoothing,
+            "model.class_weights": self.class_weights,
+            "model.mixup": self.mixup,
+            "model.cutmix": self.cutmix,
             "model.optimizer": f"{type(optimizer).__name__} {_plain(optimizer.defaults)}",
             "model.lr_scheduler": f"MultiStepLR, lr_gamma {self.lr_gamma}",
             "model.lr_interval": self.lr_interval,

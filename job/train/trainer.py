@@ -21,6 +21,7 @@ from job.train.feature_cache import FeatureCache
 from job.train.lease import Lease
 from job.train.loop import TrainingEpochLoop
 from job.train.preemption import Preemption
+from job.train.profile import Profile
 from job.train.report import Report
 from job.train.tuning import TuningMetric
 from job.train.watchdog import Watchdog
@@ -33,6 +34,7 @@ def training_trainer(
     config: str,
     checkpointer: Checkpointer,
     features: FeatureCache,
+    profile: bool,
     watchdog: Watchdog,
     preemption: Preemption,
     lease: Lease,
@@ -53,13 +55,15 @@ def training_trainer(
     ]
     if not xla.is_wanted(str(settings.get("accelerator"))):  # its batches lie in shares on the chips
         callbacks.append(features)
+    between_steps = [accounting.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps]
+    if profile:
+        recorder = Profile(checkpointer)
+        callbacks.append(recorder)
+        between_steps.insert(0, recorder.between_steps)
     trainer = _trainer(settings, callbacks, [checkpointer.io], logger, run_dir)
     # Lightning's SIGTERM handler runs a collective, on the rank that was signalled alone (its issue 20806).
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    trainer.fit_loop.epoch_loop = TrainingEpochLoop(
-        trainer,
-        [accounting.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps],
-    )
+    trainer.fit_loop.epoch_loop = TrainingEpochLoop(trainer, between_steps)
     return trainer
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import itertools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -219,3 +221,21 @@ def test_other_data_sets_and_optimizers_by_configuration(tmp_path: Path, colours
     rates = [value for _, value in scalars(str(tmp_path / "run"))["lr-SGD/pg1"]]
     assert rates[0] == pytest.approx(0.05)
     assert all(later < earlier for earlier, later in itertools.pairwise(rates))
+
+
+def test_a_profile_tells_where_the_time_of_a_step_goes(gcs: str, gcs_colours: str) -> None:
+    run_dir = f"{gcs}/profile"
+    settings = options(TINY, data__root=gcs_colours, run_dir=run_dir, model__milestones="[]", data__global_batch_size=4)
+    done = run_well("fit", *settings, "--profile", processes=2)
+    (told,) = [line for line in done.stderr.splitlines() if "a step takes" in line]
+    names = ("data wait", "forward", "backward", "optimizer", "checkpoint", "other")
+    shares = [int(re.search(rf"{name} [\d.]+ \((\d+)%\)", told)[1]) for name in names]  # type: ignore[index]
+    assert 97 <= sum(shares) <= 103
+    assert float(re.search(r"within them ([\d.]+) ms of communication", told)[1]) > 0  # type: ignore[index]
+    traces = [file.key for file in storage.list_files(f"{run_dir}/profile")]
+    assert sorted(key.split("-")[0] for key in traces) == ["rank0", "rank1"]
+    for key in traces:
+        events = json.loads(gzip.decompress(storage.read_bytes(f"{run_dir}/profile/{key}")))["traceEvents"]
+        names_found = {event.get("name") for event in events}
+        assert {"aten::conv2d", "aten::mkldnn_convolution"} & names_found
+        assert any("allreduce" in str(name) or "all_reduce" in str(name) for name in names_found)

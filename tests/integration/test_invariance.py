@@ -43,3 +43,35 @@ def test_interrupted_at_an_epochs_end_and_resumed_is_uninterrupted(epochs: int, 
     one, other = scalars(whole), scalars(parts)
     for tag in ("train/loss", "val/loss", "lr-Adam/pg1", "lr-Adam/pg3"):
         assert other[tag] == one[tag]
+
+
+def test_a_recipe_of_everything_learns_and_resumes_bit_for_bit(colours: Path, tmp_path: Path) -> None:
+    settings = options(
+        {
+            **TINY,
+            "model.optimizer": "{class_path: torch.optim.AdamW, init_args: {lr: 0.01, weight_decay: 0.05}}",
+            "model.decay_norm_and_bias": "false",
+            "model.lr_scheduler": (
+                "{class_path: job.model.schedule.WarmupCosine, init_args: {warmup: 4, total: 24, final_factor: 0.05}}"
+            ),
+            "model.lr_interval": "step",
+            "model.label_smoothing": 0.1,
+            "model.class_weights": "balanced",
+            "model.mixup": 0.2,
+            "model.cutmix": 1.0,
+            "trainer.gradient_clip_val": 1.0,
+            "trainer.max_epochs": 6,
+            "data.root": colours,
+        }
+    )
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    run_well("fit", *settings, "--run_dir", whole, processes=2)
+    run_well("fit", *settings, "--run_dir", parts, "--trainer.max_epochs=2", processes=2)
+    run_well("fit", *settings, "--run_dir", parts, processes=2)
+    assert_same_weights(whole, parts)
+    found = scalars(whole)
+    assert found["train/loss"] == scalars(parts)["train/loss"]
+    assert found["val/accuracy"][-1][1] >= 0.9
+    rates = [value for _, value in found["lr-AdamW/pg1"]]
+    assert rates.index(max(rates)) == 4
+    assert len([tag for tag in found if tag.startswith("lr-AdamW/pg") and tag[-1].isdigit()]) == 6

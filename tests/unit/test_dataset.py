@@ -73,6 +73,19 @@ def test_an_augmentation_of_the_wrong_shape_is_refused(colours: Path) -> None:
         view.pixels(view.decoded(picture((1, 2, 3), 0)), 0, 0)
 
 
+@pytest.mark.parametrize("transform", [v2.RandAugment(), v2.TrivialAugmentWide(), v2.RandomErasing(p=1.0)])
+def test_torchvisions_own_policies(transform: v2.Transform, colours: Path) -> None:
+    """A function of the seed alone, for every sample's another."""
+    view = View(16, augment=v2.Compose([v2.Resize([16, 16]), transform]))
+    order = BatchOrder(40, 40, rank=0, world_size=1, seed=0, shuffle=False)
+    batch = ImageDataset(index_of(colours), order, view)[order.plan(0, 0)]
+    assert batch["error"] is None
+    again = ImageDataset(index_of(colours), order, view)[order.plan(0, 0)]
+    assert torch.equal(batch["image"], again["image"])
+    other = ImageDataset(index_of(colours), order, view)[order.plan(1, 0)]
+    assert not torch.equal(batch["image"], other["image"])
+
+
 def test_resizing_is_torchvisions() -> None:
     image = torch.randint(0, 256, (3, 50, 80), dtype=torch.uint8)
     assert torch.equal(resize(image, 32, "squash"), v2.functional.resize(image, [32, 32], antialias=True))

@@ -1,0 +1,190 @@
+"""Images a second of fine-tuning, and the time to an accuracy: ours, the tutorial's script, and the bare loop as limit.
+
+Run it by ``make benchmark-train``. Same photographs, backbone, weights, batch size and epochs for all; everything in
+one run on this machine. timm's train.py and torchvision's references are scripts of their repositories, which their
+packages do not bring: they are not compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from train_contenders import BATCH, WORKERS
+
+from job.demo.weights import BACKBONE, efficientnet_lite0
+from job.model.backbone import build_backbone
+
+HERE = Path(__file__).parent
+ARCHIVE = Path(
+    os.environ.get("JOB_TEST_CATS_AND_DOGS", HERE.parents[1] / "shared" / "data" / "cats_and_dogs_filtered.zip")
+)
+FROZEN_EPOCHS = 5
+CORES = len(os.sched_getaffinity(0))
+
+
+def photographs(folder: Path, train: int, validation: int) -> Path:
+    """The first so many of each class of the tutorial's archive."""
+    counts: dict[str, int] = {}
+    with zipfile.ZipFile(ARCHIVE) as archive:
+        for name in sorted(archive.namelist()):
+            part, _, file = name.rpartition("/")
+            wanted = train if "/train/" in name else validation
+            if file.endswith(".jpg") and counts.get(part, 0) < wanted // 2:
+                counts[part] = counts.get(part, 0) + 1
+                archive.extract(name, folder)
+    return folder / "cats_and_dogs_filtered"
+
+
+def contender(name: str, **arguments: Any) -> dict[str, Any]:
+    """Run one of train_contenders.py."""
+    line = [sys.executable, str(HERE / "train_contenders.py"), name, json.dumps(arguments)]
+    result: dict[str, Any] = json.loads(subprocess.run(line, check=True, capture_output=True).stdout.splitlines()[-1])
+    return result
+
+
+def ours(run_dir: Path, processes: int, *options: str) -> dict[str, Any]:
+    """Run ``job fit``; its speed and accuracy by epoch, and when, in seconds from its start."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    fit = ["job", "fit", f"--run_dir={run_dir}", f"--data.num_workers={max(CORES // processes, 1)}", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(CORES // processes, 1))}
+    began = time.time()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    subprocess.run([*line, *fit], check=True, capture_output=True, env=environment)
+    seconds = time.time() - began
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    known = events.Tags()["scalars"]
+    report = json.loads((run_dir / "report.json").read_text())
+    return {
+        "speeds": [event.value for event in events.Scalars("train/images_per_second")],
+        "accuracies": [(e.value, e.wall_time - began) for e in events.Scalars("val/accuracy")]
+        if "val/accuracy" in known
+        else [],
+        "seconds": seconds,
+        "features": report["seconds"]["features"],
+        "peak_mb": max(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, before) / 1000,
+    }
+
+
+def speed_table(folder: Path, data: Path, backbone: str) -> Table:
+    """Images/s while frozen and while all trains."""
+    weights = str(folder / f"{backbone}.pth")
+    torch.manual_seed(0)
+    torch.save(build_backbone(backbone).state_dict(), weights)
+    table = Table("", "frozen", "all trains", "peak MB", title=f"{backbone}, images/s", title_justify="left")
+
+    def row(name: str, frozen: float, full: float, peak: float | None = None) -> None:
+        table.add_row(name, f"{frozen:,.1f}", f"{full:,.1f}", f"{peak:,.0f}" if peak else "")
+
+    plain = {"root": str(data), "backbone": backbone, "weights": weights, "epochs": 1, "validate": False}
+    peer = [contender("tutorial", frozen=frozen, **plain) for frozen in (True, False)]
+    row("tutorial", peer[0]["epochs"][0]["speed"], peer[1]["epochs"][0]["speed"], peer[1]["peak_mb"])
+    for name, layout in (("bare loop", False), ("bare loop, channels last", True)):
+        loops = [
+            contender(
+                "bare_loop",
+                backbone=backbone,
+                weights=weights,
+                frozen=frozen,
+                channels_last=layout,
+                threads=CORES,
+                steps=20 if frozen else 10,
+            )
+            for frozen in (True, False)
+        ]
+        row(name, loops[0]["speed"], loops[1]["speed"])
+    limit = loops[1]["speed"]
+    common = [f"--data.root={data}", f"--model.backbone={backbone}", f"--model.weights={weights}"]
+    common += [f"--data.global_batch_size={BATCH}", "--trainer.limit_val_batches=0", "--trainer.accelerator=cpu"]
+    common += [f"--data.cache_dir={folder}/cache-{backbone}"]
+    frozen = [f"--trainer.max_epochs={FROZEN_EPOCHS}", f"--model.milestones=[{FROZEN_EPOCHS}]"]
+    kept = ours(folder / f"{backbone}-kept", 1, *common, *frozen)
+    speeds, peaks = [], []
+    for processes in (1, 2):
+        full = ours(
+            folder / f"{backbone}-{processes}", processes, *common, "--trainer.max_epochs=2", "--model.milestones=[]"
+        )
+        # The first epoch begins with an empty pipeline and cold allocators.
+        speeds.append(full["speeds"][-1])
+        peaks.append(full["peak_mb"])
+    row(f"ours, 1 process of {CORES} threads", kept["speeds"][-1], speeds[0], peaks[0])
+    table.add_row("ours, 2 processes", "", f"{speeds[1]:,.1f}", "")
+    table.caption = (
+        f"features once: {kept['features']:.0f} s. Frozen, kept: "
+        f"{kept['speeds'][-1] / peer[0]['epochs'][0]['speed']:.0f} times the tutorial. "
+        f"All trains: {speeds[0] / limit:.2f} of the bare loop, "
+        f"{speeds[0] / peer[1]['epochs'][0]['speed']:.2f} times the tutorial; "
+        f"2 processes: {speeds[1] / speeds[0]:.2f} of 1."
+    )
+    return table
+
+
+def accuracy_table(folder: Path, data: Path) -> Table:
+    """How long until the tutorial's final accuracy, with ImageNet's weights, frozen."""
+    weights = folder / "lite0.safetensors"
+    weights.write_bytes(efficientnet_lite0())
+    peer = contender(
+        "tutorial",
+        root=str(data),
+        backbone=BACKBONE,
+        weights=str(weights),
+        epochs=FROZEN_EPOCHS,
+        frozen=True,
+        validate=True,
+    )["epochs"]
+    half = "[0.5,0.5,0.5]"
+    own = ours(
+        folder / "accuracy",
+        2,
+        *(f"--data.root={data}", f"--model.backbone={BACKBONE}", f"--model.weights={weights}"),
+        *(f"--model.mean={half}", f"--model.std={half}", f"--data.cache_dir={folder}/cache-accuracy"),
+        *(f"--trainer.max_epochs={4 * FROZEN_EPOCHS}", f"--model.milestones=[{4 * FROZEN_EPOCHS}]"),
+        *(f"--data.global_batch_size={BATCH}", "--trainer.accelerator=cpu"),
+    )
+    goal = peer[-1]["accuracy"]
+    reached = next((at for value, at in own["accuracies"] if value >= goal), None)
+    table = Table("", "accuracy", "seconds", title=f"{BACKBONE}, frozen: time to an accuracy", title_justify="left")
+    table.add_row(f"tutorial, {FROZEN_EPOCHS} epochs", f"{goal:.4f}", f"{peer[-1]['at']:.0f}")
+    table.add_row("ours, as accurate", f"{goal:.4f}", f"{reached:.0f}" if reached else "not reached")
+    table.add_row(f"ours, {4 * FROZEN_EPOCHS} epochs", f"{own['accuracies'][-1][0]:.4f}", f"{own['seconds']:.0f}")
+    if reached:
+        table.caption = f"{peer[-1]['at'] / reached:.1f} times sooner"
+    return table
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbones", nargs="*", default=["resnet18", "resnet50"])
+    parser.add_argument("--images", type=int, default=640, help="training images; half as many for validation")
+    given = parser.parse_args()
+    if not ARCHIVE.exists():
+        sys.exit(f"{ARCHIVE} is not there: set JOB_TEST_CATS_AND_DOGS to the tutorial's archive.")
+    packages = ("torch", "torchvision", "pytorch-lightning", "timm")
+    console = Console(width=120)
+    console.print(f"{CORES} cores;", ", ".join(f"{name} {version(name)}" for name in packages), f"; {WORKERS} workers")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = photographs(folder, given.images, given.images // 2)
+        for backbone in given.backbones:
+            console.print(speed_table(folder, data, backbone))
+        console.print(accuracy_table(folder, data))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""What benchmarks/train.py compares, each in a process of its own: ``train_contenders.py NAME JSON``.
+
+The last line of output is a JSON object.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets, transforms
+
+from job.model.backbone import build_backbone, feature_width
+from job.model.classifier import build_head
+
+BATCH = 32
+SIZE = 224
+WORKERS = 2
+
+
+def network(backbone: str, weights: str) -> tuple[nn.Module, nn.Module]:
+    """Backbone, frozen or not by whom it is asked for, and the tutorial's head."""
+    torch.manual_seed(0)
+    body = build_backbone(backbone, weights)
+    return body, build_head(feature_width(body, SIZE), [256, 32], 1)
+
+
+def freeze(body: nn.Module) -> None:
+    """As the tutorial: no gradients. (Its batch normalisation stays in training mode; here it does not.)"""
+    body.eval()
+    for parameter in body.parameters():
+        parameter.requires_grad = False
+
+
+def tutorial(root: str, backbone: str, weights: str, epochs: int, frozen: bool, validate: bool) -> dict[str, Any]:
+    """The tutorial's script: ImageFolder, Pillow, float32, the default layout, everything anew in each epoch."""
+    began = time.monotonic()
+    normalize = transforms.Normalize((0.5,) * 3, (0.5,) * 3)
+    plain = transforms.Compose([transforms.Resize((SIZE, SIZE)), transforms.ToTensor(), normalize])
+    augmented = transforms.Compose(
+        [transforms.Resize((SIZE, SIZE)), transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize]
+    )
+
+    def loader(part: str, transform: Any, shuffle: bool) -> DataLoader[Any]:
+        images: Dataset[Any] = datasets.ImageFolder(f"{root}/{part}", transform=transform)
+        return DataLoader(images, BATCH, shuffle=shuffle, num_workers=WORKERS)
+
+    train, val = loader("train", augmented, True), loader("validation", plain, False)
+    body, head = network(backbone, weights)
+    if frozen:
+        freeze(body)
+    optimizer = torch.optim.Adam([p for p in (*body.parameters(), *head.parameters()) if p.requires_grad], lr=1e-3)
+    found: dict[str, Any] = {"epochs": []}
+    for _ in range(epochs):
+        epoch = time.monotonic()
+        body.train(not frozen)
+        for images, labels in train:
+            loss = F.binary_cross_entropy_with_logits(head(body(images))[:, 0], labels.float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        speed = len(train.dataset) / (time.monotonic() - epoch)  # type: ignore[arg-type]
+        body.eval()
+        right = 0
+        with torch.no_grad():
+            for images, labels in val if validate else ():
+                right += int(((head(body(images))[:, 0] > 0) == labels).sum())
+        accuracy = right / len(val.dataset)  # type: ignore[arg-type]
+        found["epochs"].append({"speed": speed, "accuracy": accuracy, "at": time.monotonic() - began})
+    return found
+
+
+def bare_loop(
+    backbone: str, weights: str, frozen: bool, channels_last: bool, threads: int, steps: int
+) -> dict[str, Any]:
+    """Images/s of forward, backward and update on one batch in memory, as float: what no data can make faster."""
+    torch.set_num_threads(threads)
+    body, head = network(backbone, weights)
+    images, labels = torch.randn(BATCH, 3, SIZE, SIZE), torch.ones(BATCH)
+    if channels_last:
+        body, images = body.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    if frozen:
+        freeze(body)
+    optimizer = torch.optim.Adam([p for p in (*body.parameters(), *head.parameters()) if p.requires_grad], lr=1e-3)
+
+    def step() -> None:
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            features: Tensor = body(images)
+        loss = F.binary_cross_entropy_with_logits(head(features)[:, 0], labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    step()
+    began = time.monotonic()
+    for _ in range(steps):
+        step()
+    return {"speed": BATCH * steps / (time.monotonic() - began)}
+
+
+if __name__ == "__main__":
+    result = {"tutorial": tutorial, "bare_loop": bare_loop}[sys.argv[1]](**json.loads(sys.argv[2]))
+    peaks = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(json.dumps({**result, "peak_mb": max(peaks) / 1000, "script": Path(__file__).name}))

@@ -1,0 +1,123 @@
+"""What a recipe is made of: targets, mixing, class weights, parameter groups, the schedule."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from job.errors import ConfigError
+from job.model.backbone import build_backbone
+from job.model.classifier import Classifier, per_sample_loss
+from job.model.loss import balanced_weights, mixing, smoothed, soft_loss
+from job.model.module import TransferLearningModel
+from job.model.schedule import WarmupCosine
+
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_hard_targets_give_the_plain_loss(num_classes: int) -> None:
+    logits = torch.randn(16, 1 if num_classes == 2 else num_classes)
+    labels = torch.randint(num_classes, (16,))
+    assert torch.allclose(soft_loss(logits, smoothed(labels, num_classes, 0.0)), per_sample_loss(logits, labels))
+
+
+def test_smoothing_is_torchs() -> None:
+    logits, labels = torch.randn(16, 5), torch.randint(5, (16,))
+    expected = F.cross_entropy(logits, labels, label_smoothing=0.2, reduction="none")
+    assert torch.allclose(soft_loss(logits, smoothed(labels, 5, 0.2)), expected)
+    two = torch.randn(16, 2)
+    one = (two[:, 1] - two[:, 0])[:, None]  # the same probabilities by one logit
+    expected = F.cross_entropy(two, labels % 2, label_smoothing=0.2, reduction="none")
+    assert torch.allclose(soft_loss(one, smoothed(labels % 2, 2, 0.2)), expected, atol=1e-6)
+
+
+def test_balanced_weights_average_to_one_and_make_classes_count_alike() -> None:
+    labels = np.array([0] * 60 + [1] * 30 + [2] * 10 + [-1] * 5, np.int32)
+    weights = balanced_weights(labels, 3)
+    counted = torch.from_numpy(labels[labels >= 0]).long()
+    assert weights[counted].mean() == pytest.approx(1.0)
+    assert [float(weights[counted][counted == c].sum()) for c in range(3)] == pytest.approx([100 / 3] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)])
+def test_mixing_keeps_targets_to_the_share_of_pixels(mixup: float, cutmix: float) -> None:
+    """Pictures of one value each: the mean of the mixed one tells how much of each class is in it."""
+    mix = mixing(mixup, cutmix)
+    assert mix is not None
+    for seed in range(10):
+        torch.manual_seed(seed)
+        labels = torch.tensor([0, 1, 1, 0])
+        images = (255.0 * labels)[:, None, None, None].expand(4, 3, 32, 32).clone()
+        mixed, targets = mix(images, smoothed(labels, 2, 0.0))
+        assert torch.allclose(mixed.mean((1, 2, 3)) / 255, targets[:, 1], atol=1e-4)
+        assert torch.allclose(targets.sum(1), torch.ones(4))
+    assert mixing(0.0, 0.0) is None
+
+
+def model(**settings: object) -> TransferLearningModel:
+    """With the network that the data would have it build."""
+    made = TransferLearningModel(backbone="timm/test_resnet", **settings)  # type: ignore[arg-type]
+    backbone = build_backbone("timm/test_resnet")
+    made.net = Classifier(backbone, name="x", classes="ab", hidden=[4], image_size=32, mean=MEAN, std=STD)
+    return made
+
+
+@pytest.mark.parametrize("decays", [True, False])
+def test_each_parameter_is_in_one_group_and_vectors_do_not_decay(decays: bool) -> None:
+    made = model(decay_norm_and_bias=decays, optimizer=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.05))
+    groups = made.configure_optimizers()["optimizer"].param_groups
+    assert len(groups) == (3 if decays else 6)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(map(id, made.net.parameters()))
+    head = set(map(id, made.net.head.parameters()))
+    for group in groups:
+        assert group["initial_lr"] == pytest.approx(0.1 if id(group["params"][0]) in head else 0.01)
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.05 if decays or parameter.ndim > 1 else 0.0)
+
+
+def test_a_class_of_nine_tenths_weighs_as_much_as_the_other() -> None:
+    made = model(class_weights="balanced")
+    labels = torch.tensor([0] * 9 + [1])
+    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(parts={"train": SimpleNamespace(labels=labels.numpy())}))  # type: ignore[assignment]
+    nn.init.zeros_(made.net.head[-1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(made.net.head[-1].bias)  # type: ignore[arg-type]
+    batch = {"image": torch.zeros(10, 3, 32, 32, dtype=torch.uint8), "label": labels}
+    with torch.no_grad():
+        losses = made.eval()._training_losses(batch)  # type: ignore[arg-type]
+    assert losses[:9].sum() == pytest.approx(float(losses[9:].sum()), rel=1e-5)
+    assert losses.mean() == pytest.approx(float(np.log(2)), rel=1e-5)
+
+
+def test_the_schedule_rises_then_falls() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = WarmupCosine(optimizer, warmup=3, total=11, final_factor=0.1)
+    rates = []
+    for _ in range(13):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[7] == pytest.approx(0.55)  # half of the way down
+    assert rates[11:] == pytest.approx([0.1, 0.1])
+    assert all(one > other for one, other in itertools.pairwise(rates[3:12]))
+
+
+@pytest.mark.parametrize(("warmup", "total", "final_factor"), [(-1, 5, 0.0), (5, 5, 0.0), (0, 5, 1.5)])
+def test_a_schedule_that_cannot_be_is_refused(warmup: int, total: int, final_factor: float) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ConfigError, match="WarmupCosine needs"):
+        WarmupCosine(optimizer, warmup, total, final_factor)
+
+
+@pytest.mark.parametrize("wrong", [{"label_smoothing": 1.0}, {"mixup": -1.0}])
+def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        TransferLearningModel(**wrong)  # type: ignore[arg-type]
