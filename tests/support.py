@@ -123,7 +123,7 @@ def command(*args: object, processes: int = 0) -> list[str]:
     return [*launcher, "job", *map(str, args)]
 
 
-def run(*args: object, processes: int = 0, timeout: float = 400, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(*args: object, processes: int = 0, timeout: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run it to its end, whatever that is."""
     return subprocess.run(
         command(*args, processes=processes),

@@ -167,7 +167,7 @@ class Fetcher:
                 if not done and self._hedged <= HEDGE_SHARE * self._asked:
                     self._hedged += 1
                     tasks.add(asyncio.ensure_future(self._request(one)))
-                patience = ATTEMPT_SECONDS
+                    patience = ATTEMPT_SECONDS
         finally:
             for task in tasks:
                 task.cancel()
