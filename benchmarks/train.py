@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -63,8 +62,12 @@ def ours(run_dir: Path, processes: int, *options: str) -> dict[str, Any]:
     fit = ["job", "fit", f"--run_dir={run_dir}", f"--data.num_workers={max(CORES // processes, 1)}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(CORES // processes, 1))}
     began = time.time()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    subprocess.run([*line, *fit], check=True, capture_output=True, env=environment)
+    log = run_dir.with_suffix(".log")
+    with log.open("w") as file:
+        process = subprocess.Popen([*line, *fit], stdout=file, stderr=file, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)  # of this process and those it waited for
+    if status:
+        sys.exit(log.read_text())
     seconds = time.time() - began
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
@@ -77,7 +80,7 @@ def ours(run_dir: Path, processes: int, *options: str) -> dict[str, Any]:
         else [],
         "seconds": seconds,
         "features": report["seconds"]["features"],
-        "peak_mb": max(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, before) / 1000,
+        "peak_mb": usage.ru_maxrss / 1000,
     }
 
 

@@ -10,7 +10,6 @@ import json
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ WORKERS = 2
 
 
 def network(backbone: str, weights: str) -> tuple[nn.Module, nn.Module]:
-    """Backbone, frozen or not by whom it is asked for, and the tutorial's head."""
+    """The backbone, all of it trainable, and the tutorial's head."""
     torch.manual_seed(0)
     body = build_backbone(backbone, weights)
     return body, build_head(feature_width(body, SIZE), [256, 32], 1)
@@ -110,4 +109,4 @@ def bare_loop(
 if __name__ == "__main__":
     result = {"tutorial": tutorial, "bare_loop": bare_loop}[sys.argv[1]](**json.loads(sys.argv[2]))
     peaks = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(json.dumps({**result, "peak_mb": max(peaks) / 1000, "script": Path(__file__).name}))
+    print(json.dumps({**result, "peak_mb": max(peaks) / 1000}))

@@ -163,7 +163,9 @@ class ImageDataModule(pl.LightningDataModule):
 
     def view_loader(self, part: str, chunks: Sequence[range], batch_size: int) -> BatchLoader:
         """Every view of the samples in ``chunks``, in batches as :class:`~job.data.order.ViewOrder` makes them."""
-        dataset = self.dataset(part, ViewOrder(chunks, self.view(part).count or 0, batch_size))
+        count = self.view(part).count
+        assert count is not None, "a sample has pictures without end"
+        dataset = self.dataset(part, ViewOrder(chunks, count, batch_size))
         return BatchLoader(dataset, self._workers(dataset.index))
 
     def view(self, part: str) -> View:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import uuid
 import zlib
 from pathlib import Path
 
@@ -45,12 +44,13 @@ class FeatureStore:
     def __init__(self, dataset: ImageDataset, folder: Path, uri: str) -> None:
         self.dataset = dataset
         self.index = dataset.index
-        self.views = dataset.view.count or 0
+        assert dataset.view.count is not None, "a sample has pictures without end"
+        self.views = dataset.view.count
         self.folder = folder
         self.uri = uri
         self.chunk_size = max(CHUNK_SAMPLES, -(-len(self.index) // MOST_CHUNKS))
         self._features: list[Tensor] = []
-        self._valid: list[Tensor] = []
+        self._valid = torch.empty(0, self.views, dtype=torch.bool)  # [samples, views]
         self._bad: dict[int, str] = {}
         self._sound: set[int] = set()
 
@@ -60,10 +60,6 @@ class FeatureStore:
     def samples(self, chunk: int) -> range:
         """Ids of the samples in a chunk."""
         return range(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, len(self.index)))
-
-    def nbytes(self, width: int, itemsize: int) -> int:
-        """Size of the whole store, without the files' headers."""
-        return len(self.index) * self.views * width * itemsize
 
     def published(self) -> set[int]:
         """Chunks that lie in the bucket."""
@@ -85,17 +81,12 @@ class FeatureStore:
             bad: why, by sample id.
 
         Raises:
-            ConfigError: the disk is full.
+            StorageError: the disk is full.
         """
         shape = (len(self.samples(chunk)), self.views, -1)
         tensors = {"features": features.reshape(shape).contiguous(), "valid": valid.reshape(shape[:2]).contiguous()}
         metadata = {"bad": json.dumps(bad), "crc32": str(_checksum(tensors))}
-        path = self._path(chunk)
-        with room_needed(self.folder, "keep the backbone's features"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            temporary.write_bytes(safetensors.torch.save(tensors, metadata))
-            temporary.replace(path)
+        self._write(chunk, safetensors.torch.save(tensors, metadata))
 
     def publish(self, chunk: int) -> None:
         """Upload a chunk."""
@@ -104,9 +95,7 @@ class FeatureStore:
     def fetch(self, chunk: int) -> bool:
         """Download a chunk; False if it turned out to be damaged, and was removed from the bucket."""
         uri = storage.join(self.uri, self._name(chunk))
-        with room_needed(self.folder, "keep the backbone's features"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            storage.download(uri, self._path(chunk))
+        self._write(chunk, storage.read_bytes(uri))
         if self._is_sound(chunk):
             return True
         storage.remove(uri)
@@ -114,32 +103,35 @@ class FeatureStore:
 
     def open(self) -> list[str]:
         """Map all chunks; returns a line for each unreadable sample, as a batch's ``bad``."""
-        self._features, self._valid, self._bad = [], [], {}
+        self._features, self._bad = [], {}
+        valid = []
         for chunk in range(len(self)):
             with safetensors.safe_open(self._path(chunk), framework="pt") as file:
                 self._features.append(file.get_tensor("features"))
-                self._valid.append(file.get_tensor("valid"))
+                valid.append(file.get_tensor("valid"))
                 self._bad |= {int(sample): line for sample, line in json.loads(file.metadata()["bad"]).items()}
+        self._valid = torch.cat(valid)
         return sorted(self._bad.values())
 
     def batch(self, plan: BatchPlan) -> Batch:
         """The batch that the dataset makes of ``plan``, with features in place of pixels."""
-        features, valid = [], []
-        for row, sample in enumerate(plan.samples.tolist()):
-            chunk, place = divmod(sample, self.chunk_size)
-            view = self.dataset.number(plan, row)
-            features.append(self._features[chunk][place, view])
-            valid.append(self._valid[chunk][place, view])
-        mask = torch.from_numpy(plan.valid.copy())
+        samples = torch.from_numpy(plan.samples)
+        views = [self.dataset.number(plan, row) for row in range(len(samples))]
+        places = [divmod(sample, self.chunk_size) for sample in samples.tolist()]
+        rows = [self._features[chunk][place, view] for (chunk, place), view in zip(places, views, strict=True)]
         return Batch(
-            features=torch.stack(features),
+            features=torch.stack(rows),
             label=torch.from_numpy(self.index.labels_of(plan.samples)),
-            mask=mask & torch.stack(valid),
-            sample=torch.from_numpy(plan.samples),
+            mask=torch.from_numpy(plan.valid) & self._valid[samples, torch.tensor(views)],
+            sample=samples,
             global_size=plan.global_size,
             bad=[self._bad[sample] for sample in plan.samples[plan.valid].tolist() if sample in self._bad],
             error=None,
         )
+
+    def _write(self, chunk: int, content: bytes) -> None:
+        with room_needed(self.folder, "keep the backbone's features"):
+            storage.write_bytes(str(self._path(chunk)), content)
 
     def _name(self, chunk: int) -> str:
         return f"{self.index.part}-{chunk:06d}.safetensors"
@@ -168,11 +160,9 @@ class FeatureStore:
 
 def content_hash(index: Index) -> str:
     """What tells an index from another by the places and versions of its samples."""
-    digest = hashlib.sha256(repr([(source.uri, source.version) for source in index.sources]).encode())
+    sources = hashlib.sha256(repr([(source.uri, source.version) for source in index.sources]).encode())
     with (Path(index.folder) / f"{index.part}.arrow").open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: sources).hexdigest()
 
 
 def weights_hash(backbone: torch.nn.Module) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from job.model.backbone import build_backbone, feature_width
@@ -92,13 +91,6 @@ def build_head(features: int, hidden: Sequence[int], logits: int) -> nn.Sequenti
     for width, following in itertools.pairwise(widths):
         layers += [nn.Linear(width, following), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], logits))
-
-
-def per_sample_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """float [B]: binary cross-entropy for one logit, cross-entropy for more; labels int64 [B]."""
-    if logits.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(logits[:, 0].float(), labels.float(), reduction="none")
-    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def probabilities(logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is minimised beyond plain cross-entropy: smoothed, mixed and weighted targets."""
+"""What is minimised: cross-entropy, to smoothed, mixed and weighted targets."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
     return one_hot * (1 - smoothing) + smoothing / num_classes
 
 
-def soft_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """float [B]: cross-entropy to targets [B, C], rows summing to 1; of one logit as of the second class."""
+def per_sample_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """float [B]: binary cross-entropy for one logit, which is the second class's, and cross-entropy for more.
+
+    Args:
+        targets: labels, int64 [B], or shares of the classes, float [B, C], rows summing to 1.
+    """
     if logits.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(logits[:, 0].float(), targets[:, 1], reduction="none")
+        second = targets[:, 1] if targets.ndim == 2 else targets.float()
+        return F.binary_cross_entropy_with_logits(logits[:, 0].float(), second, reduction="none")
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 

@@ -15,9 +15,9 @@ from job.data.dataset import Batch
 from job.data.order import sample_seed
 from job.errors import CheckpointError, ConfigError
 from job.model.backbone import build_backbone
-from job.model.classifier import Classifier, per_sample_loss, probabilities
+from job.model.classifier import Classifier, probabilities
 from job.model.freeze import Stage, apply_stage, split_layers, stage_at
-from job.model.loss import balanced_weights, mixing, smoothed, soft_loss
+from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed
 from job.model.metrics import EvaluationMetrics
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class TransferLearningModel(pl.LightningModule):
         if self._mix is not None:
             images, targets = self._mix(batch["image"].float(), targets)
             batch = {**batch, "image": images}
-        losses = soft_loss(self._logits(batch), targets)
+        losses = per_sample_loss(self._logits(batch), targets)
         if self.class_weights == "balanced":
             if self._weights is None:
                 labels = self.trainer.datamodule.parts["train"].labels  # type: ignore[attr-defined]

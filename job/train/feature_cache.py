@@ -5,12 +5,13 @@ The result is the same as without, bit for bit on a CPU: the same numbers come f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, cast
@@ -94,10 +95,7 @@ class FeatureCache(Callback):
     def _stores(self, trainer: pl.Trainer, module: TransferLearningModel, frozen: int) -> dict[str, FeatureStore]:
         """The parts whose features are worth keeping; the same on all ranks."""
         data, found = _data(trainer), {}
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            size = data.image_size
-            probe = module.net.features(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=module.device))
-        needed = 0
+        weights = ranks.from_rank_zero(lambda: weights_hash(module.net.backbone))
         for part, batches in (("train", trainer.num_training_batches), ("val", _validation_batches(trainer))):
             view = data.view(part)
             if view.count is None:
@@ -108,7 +106,7 @@ class FeatureCache(Callback):
                         max(frozen // 2, 1),
                     )
                 continue
-            key = self._key(trainer, module, part)
+            key = self._key(trainer, module, part, weights)
             folder = data.cache_dir / FOLDER / key
             dataset = data.dataset(part, BatchOrder(1, 1, rank=0, world_size=1, seed=0, shuffle=False))
             root = self.uri or storage.join(trainer.default_root_dir, FOLDER)
@@ -117,19 +115,24 @@ class FeatureCache(Callback):
             work = len(store.index) * store.views * (1 - known / max(len(store), 1))
             if self.use == "auto" and work >= frozen * batches * data.global_batch_size and known < len(store):
                 continue
-            needed += store.nbytes(probe.shape[1], probe.element_size())
             found[part] = store
-        if found and (problem := self._no_room(data.cache_dir, {s.folder for s in found.values()}, needed)):
+        if not found:
+            return {}
+        image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8, device=module.device)
+        bytes_each = _features(trainer, module, image).nbytes
+        needed = bytes_each * sum(len(store.index) * store.views for store in found.values())
+        if problem := self._no_room(data.cache_dir, {store.folder for store in found.values()}, needed):
             log.warning("the backbone's features are not kept: %s", problem)
             return {}
         return found
 
-    def _key(self, trainer: pl.Trainer, module: TransferLearningModel, part: str) -> str:
+    def _key(self, trainer: pl.Trainer, module: TransferLearningModel, part: str, weights: str) -> str:
         """Everything that a feature follows from, as a hash."""
         data = _data(trainer)
         view = data.view(part)
         what = (
-            ranks.from_rank_zero(lambda: (weights_hash(module.net.backbone), content_hash(data.parts[part]))),
+            weights,
+            ranks.from_rank_zero(lambda: content_hash(data.parts[part])),
             module.net.spec()["mean"],
             module.net.spec()["std"],
             repr(view),
@@ -182,23 +185,22 @@ class FeatureCache(Callback):
         """Compute the missing chunks, each rank its share, in step with one another so that all stop together."""
         world_size = ranks.world_size()
         batch_size = _data(trainer).global_batch_size // world_size
+        shares = [{part: chunks[rank::world_size] for part, chunks in missing.items()} for rank in range(world_size)]
 
-        def batches(of_rank: int) -> int:
-            total = 0
-            for part, chunks in missing.items():
-                mine = [stores[part].samples(chunk) for chunk in chunks[of_rank::world_size]]
-                total += len(ViewOrder(mine, stores[part].views, batch_size))
-            return total
+        def batches(share: dict[str, list[int]]) -> int:
+            return sum(
+                len(ViewOrder([stores[part].samples(chunk) for chunk in chunks], stores[part].views, batch_size))
+                for part, chunks in share.items()
+            )
 
-        rounds = max(batches(each) for each in range(world_size))
+        rounds = max(map(batches, shares))
         log.info(
             "computing the features of the frozen backbone once: %s",
             ", ".join(f"{part} {len(c)} of {len(stores[part])} chunks" for part, c in missing.items()),
         )
         votes, said = Votes(1), time.monotonic()
-        with ThreadPoolExecutor(1, thread_name_prefix="features") as uploads:
-            pending: list[Future[None]] = []
-            work = self._batches(trainer, module, stores, missing, batch_size, uploads, pending)
+        work = self._batches(trainer, module, stores, shares[ranks.rank()])
+        with contextlib.closing(work):
             for number in range(rounds):
                 next(work, None)
                 self.watchdog.beat("computing features", trainer.global_step)
@@ -213,8 +215,6 @@ class FeatureCache(Callback):
                     log.info("features: batch %d of %d", number + 1, rounds)
             next(work, None)  # the last chunk is saved when its last batch is over
             votes.drain()
-            for upload in pending:
-                upload.result()
         ranks.union(set())  # all chunks are there before anybody looks for them
 
     def _batches(
@@ -222,35 +222,41 @@ class FeatureCache(Callback):
         trainer: pl.Trainer,
         module: TransferLearningModel,
         stores: dict[str, FeatureStore],
-        missing: dict[str, list[int]],
-        batch_size: int,
-        uploads: ThreadPoolExecutor,
-        pending: list[Future[None]],
-    ) -> Iterator[None]:
-        """Compute this rank's share, and yield after each batch."""
+        share: dict[str, list[int]],
+    ) -> Generator[None, None, None]:
+        """Compute and upload this rank's chunks, and yield after each batch; however it ends, uploads do, too."""
         data = _data(trainer)
-        for part, all_chunks in missing.items():
-            store, chunks = stores[part], all_chunks[ranks.rank() :: ranks.world_size()]
-            if not chunks:
-                continue
-            loader = data.view_loader(part, [store.samples(chunk) for chunk in chunks], batch_size)
-            order = cast("ViewOrder", loader.order)
-            iterator = iter(loader)
-            for chunk in chunks:
-                features: list[Tensor] = []
-                valid: list[Tensor] = []
-                bad: dict[int, str] = {}
-                for _ in range(order.batches(store.samples(chunk))):
-                    batch = data.on_before_batch_transfer(next(iterator), 0)
-                    rows = batch["global_size"]
-                    images = batch["image"].to(module.device, non_blocking=True)
-                    with torch.no_grad(), trainer.precision_plugin.forward_context():
-                        features.append(module.net.features(images)[:rows].cpu())
-                    valid.append(batch["mask"][:rows])
-                    bad |= zip(batch["sample"][:rows][~batch["mask"][:rows]].tolist(), batch["bad"], strict=True)
-                    yield
-                store.save(chunk, torch.cat(features), torch.cat(valid), bad)
-                pending.append(uploads.submit(store.publish, chunk))
+        batch_size = data.global_batch_size // ranks.world_size()
+        with ThreadPoolExecutor(1, thread_name_prefix="features") as uploads:
+            pending: list[Future[None]] = []
+            for part, chunks in share.items():
+                store = stores[part]
+                loader = data.view_loader(part, [store.samples(chunk) for chunk in chunks], batch_size)
+                order = cast("ViewOrder", loader.order)
+                iterator = iter(loader)
+                for chunk in chunks:
+                    features: list[Tensor] = []
+                    valid: list[Tensor] = []
+                    bad: dict[int, str] = {}
+                    for _ in range(order.batches(store.samples(chunk))):
+                        batch = data.on_before_batch_transfer(next(iterator), 0)
+                        rows = batch["global_size"]
+                        mask = batch["mask"][:rows]
+                        images = batch["image"].to(module.device, non_blocking=True)
+                        features.append(_features(trainer, module, images)[:rows].cpu())
+                        valid.append(mask)
+                        bad |= zip(batch["sample"][:rows][~mask].tolist(), batch["bad"], strict=True)
+                        yield
+                    store.save(chunk, torch.cat(features), torch.cat(valid), bad)
+                    pending.append(uploads.submit(store.publish, chunk))
+            for upload in pending:
+                upload.result()
+
+
+def _features(trainer: pl.Trainer, module: TransferLearningModel, images: Tensor) -> Tensor:
+    """What the backbone gives in a training step, at its precision: float [B, F]."""
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        return module.net.features(images)
 
 
 def _data(trainer: pl.Trainer) -> ImageDataModule:

@@ -10,8 +10,9 @@ from torch import nn
 
 from job.errors import ConfigError, WeightsError
 from job.model.backbone import build_backbone, feature_width
-from job.model.classifier import Classifier, from_spec, per_sample_loss, probabilities
+from job.model.classifier import Classifier, from_spec, probabilities
 from job.model.freeze import Stage, apply_stage, split_layers, stage_at
+from job.model.loss import per_sample_loss
 from job.model.metrics import EvaluationMetrics
 
 MEAN = STD = (0.5, 0.5, 0.5)

@@ -13,8 +13,8 @@ from torch import nn
 
 from job.errors import ConfigError
 from job.model.backbone import build_backbone
-from job.model.classifier import Classifier, per_sample_loss
-from job.model.loss import balanced_weights, mixing, smoothed, soft_loss
+from job.model.classifier import Classifier
+from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed
 from job.model.module import TransferLearningModel
 from job.model.schedule import WarmupCosine
 
@@ -25,17 +25,17 @@ MEAN = STD = (0.5, 0.5, 0.5)
 def test_hard_targets_give_the_plain_loss(num_classes: int) -> None:
     logits = torch.randn(16, 1 if num_classes == 2 else num_classes)
     labels = torch.randint(num_classes, (16,))
-    assert torch.allclose(soft_loss(logits, smoothed(labels, num_classes, 0.0)), per_sample_loss(logits, labels))
+    assert torch.allclose(per_sample_loss(logits, smoothed(labels, num_classes, 0.0)), per_sample_loss(logits, labels))
 
 
 def test_smoothing_is_torchs() -> None:
     logits, labels = torch.randn(16, 5), torch.randint(5, (16,))
     expected = F.cross_entropy(logits, labels, label_smoothing=0.2, reduction="none")
-    assert torch.allclose(soft_loss(logits, smoothed(labels, 5, 0.2)), expected)
+    assert torch.allclose(per_sample_loss(logits, smoothed(labels, 5, 0.2)), expected)
     two = torch.randn(16, 2)
     one = (two[:, 1] - two[:, 0])[:, None]  # the same probabilities by one logit
     expected = F.cross_entropy(two, labels % 2, label_smoothing=0.2, reduction="none")
-    assert torch.allclose(soft_loss(one, smoothed(labels % 2, 2, 0.2)), expected, atol=1e-6)
+    assert torch.allclose(per_sample_loss(one, smoothed(labels % 2, 2, 0.2)), expected, atol=1e-6)
 
 
 def test_balanced_weights_average_to_one_and_make_classes_count_alike() -> None:
