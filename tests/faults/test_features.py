@@ -76,7 +76,7 @@ def test_killed_while_computing_and_still_bit_equal(
     tmp_path: Path,
     proxy: FaultyProxy,
 ) -> None:
-    """The second start has an empty disk, as another node would: it finds in the bucket what the first one had finished."""
+    """The second start has an empty disk, as another node has: it finds in the bucket what the first one finished."""
     settings = {**SETTINGS, "data.root": images, "run_dir": run_dir}
     jobs: list[Job] = []
     at_upload(proxy, processes + 1, lambda: jobs[0].kill())
