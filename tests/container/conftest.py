@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from pods import REPOSITORY, Cluster, Podman
 
+IMAGE = "localhost/job:cpu"
 TOOLS = ("buildah", "podman", "runc", "debootstrap", "kubectl")
 MACHINE_S_OWN = ("/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
 """How pip finds its registry here: mounted while building, part of no image."""
@@ -41,13 +42,14 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Podman:
 
 
 @pytest.fixture(scope="session")
-def image(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The cpu target; ``JOB_TEST_IMAGE`` names one that is built already.
+def image(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The cpu target, removed afterwards; ``JOB_TEST_IMAGE`` names one that is built already.
 
     PyPI has torch with CUDA alone: so it is larger here than with the index that the Dockerfile names.
     """
     if given := os.environ.get("JOB_TEST_IMAGE"):
-        return given
+        yield given
+        return
     dockerfile = REPOSITORY / "docker" / "Dockerfile"
     base = re.search(r"^ARG BASE=(\S+)$", dockerfile.read_text(), re.MULTILINE)
     assert base is not None
@@ -60,9 +62,10 @@ def image(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> str:
         f"--runtime={runc}",
         *mounts,
     ]
-    words = ["--build-arg=TORCH_INDEX=", "--build-arg=REVISION=abc", f"--file={dockerfile}", "--tag=localhost/job:cpu"]
-    podman.call("buildah", "bud", *options, *words, REPOSITORY, timeout=1500)
-    return "localhost/job:cpu"
+    words = ["--build-arg=TORCH_INDEX=", "--label=org.opencontainers.image.revision=abc", f"--file={dockerfile}"]
+    podman.call("buildah", "bud", *options, *words, f"--tag={IMAGE}", REPOSITORY, timeout=1500)
+    yield IMAGE
+    podman("image", "rm", "--force", IMAGE)
 
 
 def stand_in(podman: Podman, name: str, folder: Path) -> None:
