@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 
 # The image needs 20 GB while it is built: so torch-xla's environment is made after it.
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n 2 -m "not container and not xla"
+	$(VENV)/bin/python -m pytest -n 3 -m "not container and not xla"
 	$(VENV)/bin/python -m pytest -m container
 	$(MAKE) xla
 

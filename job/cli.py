@@ -144,6 +144,12 @@ class TrainingCLI(LightningCLI):
                 help="A checkpoint file, RUN_DIR/checkpoints/last, or a run_dir, which means its best. Default: the "
                 "best in run_dir.",
             )
+            parser.add_argument(
+                "--mirror",
+                type=bool,
+                default=False,
+                help="Average what is said of each image and of its mirror image.",
+            )
         parser.add_lightning_class_args(Checkpointer, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
@@ -328,6 +334,7 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
     options = cli.config_init
     # The checkpoint brings the weights: pretrained ones would be fetched in vain.
     cli.model.weights = "none"
+    cli.model.mirror = options["mirror"]
     with ranks.process_group(EVALUATION_TIMEOUT):
         uri = ranks.from_rank_zero(lambda: checkpoint.resolve(options["ckpt"] or options["run_dir"]))
         trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"], options["checkpoint"])

@@ -27,7 +27,7 @@ from job.data.loader import BatchLoader
 from job.data.order import BatchOrder
 from job.data.source import default_cache_dir
 from job.errors import ConfigError, DataError
-from job.model.classifier import Classifier, from_spec, probabilities
+from job.model.classifier import Classifier, from_spec, mean_over_mirrored, probabilities
 from job.train import checkpoint
 
 if TYPE_CHECKING:
@@ -52,10 +52,15 @@ class Prediction:
 
 
 class Predictor:
-    """A trained network and the preprocessing it was evaluated with; see :func:`load`."""
+    """A trained network and the preprocessing it was evaluated with; see :func:`load`.
+
+    Attributes:
+        mirror: average what is said of each image and of its mirror image.
+    """
 
     def __init__(self, net: Classifier, resize: str) -> None:
         self.net = net.eval()
+        self.mirror = False
         self.resize: ResizeMode = "crop" if resize == "crop" else "squash"
 
     @property
@@ -94,7 +99,8 @@ class Predictor:
     @torch.inference_mode()
     def predict_batch(self, images: Tensor) -> list[Prediction]:
         """Classify prepared images, uint8 [B, 3, S, S]."""
-        rows = probabilities(self.net(images.to(self.device))).cpu()
+        images = images.to(self.device)
+        rows = probabilities(mean_over_mirrored(self.net, images) if self.mirror else self.net(images)).cpu()
         return [
             Prediction(self.classes[int(row.argmax())], dict(zip(self.classes, row.tolist(), strict=True)))
             for row in rows
@@ -127,6 +133,7 @@ def main(
     num_workers: int = 0,
     cache_dir: str | None = None,
     max_bad_samples: int = 0,
+    mirror: bool = False,
 ) -> None:
     """Classify one image, a folder, an archive or everything under a bucket prefix.
 
@@ -139,11 +146,13 @@ def main(
         num_workers: loader processes.
         cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
         max_bad_samples: unreadable images to tolerate; each is named, and past the limit the exit code says so.
+        mirror: average what is said of each image and of its mirror image.
     """
     if batch_size < 1:
         raise ConfigError(f"--batch_size must be at least 1, not {batch_size}.")
     rank, world_size = ranks.rank(), ranks.world_size()
     predictor = load(ckpt)
+    predictor.mirror = mirror
     bad: list[str] = []
     lines: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -37,6 +37,7 @@ TINY: dict[str, object] = {
     "trainer.max_epochs": 3,
     "trainer.log_every_n_steps": 1,
     "trainer.accelerator": "cpu",
+    "trainer.precision": "32-true",
 }
 """A run of seconds: a network of 0.4 M parameters that goes through all stages of unfreezing."""
 COLOURS = {"blue": (30, 60, 200), "green": (20, 160, 60), "red": (200, 40, 30)}

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
@@ -114,6 +116,15 @@ def union(mine: set[str]) -> set[str]:
     everyones: list[Any] = [None] * world_size()
     dist.all_gather_object(everyones, mine)
     return set().union(*everyones)
+
+
+def broadcast(tensors: list[Tensor]) -> None:
+    """Overwrite ``tensors``, of one type and device, with those of rank 0; called by all ranks together."""
+    if dist.is_initialized() and tensors and tensors[0].device.type != "xla":  # XLA's are one on all chips
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.broadcast(flat, src=0)
+        for tensor, values in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+            tensor.copy_(values.view_as(tensor))
 
 
 @contextlib.contextmanager

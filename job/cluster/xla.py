@@ -95,7 +95,7 @@ class SPMDStrategy(SingleDeviceStrategy):
     whole mesh: the loss of a step is that of the global batch already.
 
     Args:
-        precision: Lightning's name of one: 32-true or bf16-mixed.
+        precision: Lightning's name of one: 32-true or bf16-mixed. None: bf16-mixed on a TPU, 32-true elsewhere.
         cache: local folder of compiled steps.
 
     Raises:
@@ -105,7 +105,7 @@ class SPMDStrategy(SingleDeviceStrategy):
 
     strategy_name = "xla_spmd"
 
-    def __init__(self, precision: str, cache: Path) -> None:
+    def __init__(self, precision: str | None, cache: Path) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # or XLA warns at every compilation
         try:
             import torch_xla
@@ -129,6 +129,7 @@ class SPMDStrategy(SingleDeviceStrategy):
                 f"{ranks.world_size()} process(es) were started, and XLA knows of {runtime.process_count()}: one "
                 "process a TPU host drives all its chips, and XLA's CPU device is always one host."
             )
+        precision = precision or ("bf16-mixed" if runtime.device_type() == "TPU" else "32-true")
         super().__init__(
             device=torch_xla.device(), accelerator=XLAAccelerator(), precision_plugin=_precision_plugin(precision)
         )

@@ -93,6 +93,12 @@ def build_head(features: int, hidden: Sequence[int], logits: int) -> nn.Sequenti
     return nn.Sequential(*layers, nn.Linear(widths[-1], logits))
 
 
+def mean_over_mirrored(net: nn.Module, images: Tensor) -> Tensor:
+    """Logits [B, num_logits] of images [B, 3, S, S], averaged with those of the mirrored images."""
+    logits: Tensor = (net(images) + net(images.flip(-1))) / 2
+    return logits
+
+
 def probabilities(logits: Tensor) -> Tensor:
     """float [B, num_classes], rows summing to 1, from logits of either kind."""
     if logits.shape[1] == 1:

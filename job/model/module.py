@@ -11,14 +11,17 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from job.cluster import ranks
 from job.data.dataset import Batch
 from job.data.order import sample_seed
 from job.errors import CheckpointError, ConfigError
+from job.model.average import WeightAverage
 from job.model.backbone import build_backbone
-from job.model.classifier import Classifier, probabilities
-from job.model.freeze import Stage, apply_stage, split_layers, stage_at
+from job.model.classifier import Classifier, mean_over_mirrored, probabilities
+from job.model.freeze import Stage, apply_stage, stage_at
 from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed
 from job.model.metrics import EvaluationMetrics
+from job.model.optimizer import add_groups, fuse, parameter_groups, with_fusion_of
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +44,14 @@ class TransferLearningModel(pl.LightningModule):
         milestones: epochs at which the last layers, then all, are unfrozen.
         unfreeze_last: share of the backbone's layers that milestones[0] unfreezes.
         train_bn: train batch normalisation in the frozen part, too.
-        backbone_lr_factor: learning rate of the backbone relative to the head's.
+        backbone_lr_factor: learning rate of the backbone's last layers relative to the head's.
+        first_lr_factor: that of its first layers relative to its last; in between it falls geometrically, in 8 steps.
         decay_norm_and_bias: let the optimizer's weight decay act on biases and normalisation, too.
         label_smoothing: share of each training target that goes to all classes alike.
         class_weights: "balanced" weighs each class's loss in training inversely to how often it occurs.
         mixup: alpha of MixUp; 0: none. Mixing is within a process's share of a batch.
         cutmix: alpha of CutMix; 0: none. With both, one is chosen for each batch.
+        ema: decay of a moving average of the weights, which is then what is validated and predicts; 0: none.
         optimizer: any torch optimizer; default Adam with lr 0.001.
         lr_scheduler: any torch scheduler; default MultiStepLR at milestones with lr_gamma.
         lr_gamma: factor of the default scheduler.
@@ -65,11 +70,13 @@ class TransferLearningModel(pl.LightningModule):
         unfreeze_last: float = 0.5,
         train_bn: bool = False,
         backbone_lr_factor: float = 0.1,
+        first_lr_factor: float = 1.0,
         decay_norm_and_bias: bool = True,
         label_smoothing: float = 0.0,
         class_weights: Literal["none", "balanced"] = "none",
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        ema: float = 0.0,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_gamma: float = 0.3,
@@ -87,6 +94,10 @@ class TransferLearningModel(pl.LightningModule):
             raise ConfigError(f"--model.label_smoothing is a share, at least 0 and below 1, not {label_smoothing}.")
         if mixup < 0 or cutmix < 0:
             raise ConfigError(f"--model.mixup and --model.cutmix are at least 0, not {mixup} and {cutmix}.")
+        if not 0 <= ema < 1:
+            raise ConfigError(f"--model.ema is at least 0 and below 1, not {ema}.")
+        if not 0 < first_lr_factor <= 1:
+            raise ConfigError(f"--model.first_lr_factor is above 0 and at most 1, not {first_lr_factor}.")
         self.backbone_name = backbone
         self.weights = weights
         self.hidden = list(hidden)
@@ -95,19 +106,24 @@ class TransferLearningModel(pl.LightningModule):
         self.unfreeze_last = unfreeze_last
         self.train_bn = train_bn
         self.backbone_lr_factor = backbone_lr_factor
+        self.first_lr_factor = first_lr_factor
         self.decay_norm_and_bias = decay_norm_and_bias
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         self.mixup = mixup
         self.cutmix = cutmix
+        self.ema = ema
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_gamma = lr_gamma
         self.lr_interval = lr_interval
         self.seed = seed
+        self.mirror = False
         self.stage = Stage.HEAD
         self._mix = mixing(mixup, cutmix)
         self._weights: Tensor | None = None
+        self._average: WeightAverage | None = None
+        self._averages: dict[str, Tensor] = {}
         self.net: Classifier
         self.metrics: EvaluationMetrics
         self.confusion: list[list[int]] = []
@@ -116,6 +132,8 @@ class TransferLearningModel(pl.LightningModule):
         """Build the network, once the data has said which classes there are (a Lightning hook)."""
         if hasattr(self, "net"):
             return
+        if self.ema and self.trainer.strategy.root_device.type == "xla":
+            raise ConfigError("--model.ema does not exist on XLA: each step's decay would be compiled anew.")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         # In host memory, from the host's generator: the head begins alike on every accelerator.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -180,6 +198,17 @@ class TransferLearningModel(pl.LightningModule):
         """As :meth:`validation_step`."""
         return self.validation_step(batch, batch_idx)
 
+    def on_validation_start(self) -> None:
+        """Let all ranks measure the same network, in a fit with --model.ema the average one."""
+        if self._average is not None:
+            self._average.swap(averaged=True)
+        ranks.broadcast([b for b in self.net.buffers() if b.is_floating_point()])
+
+    def on_validation_end(self) -> None:
+        """Go on from the weights in training."""
+        if self._average is not None:
+            self._average.swap(averaged=False)
+
     def on_validation_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the metrics."""
         self.metrics.update(**outputs)
@@ -199,6 +228,9 @@ class TransferLearningModel(pl.LightningModule):
     def on_train_start(self) -> None:
         """Freeze and unfreeze by the epoch that a resumed run is in."""
         self._enter_epoch()
+        if self.ema:
+            self._average = WeightAverage(self.net, self.ema)
+            self._average.load(self._averages)
 
     def on_train_epoch_start(self) -> None:
         """Freeze and unfreeze by the epoch."""
@@ -247,17 +279,28 @@ class TransferLearningModel(pl.LightningModule):
             self._apply_stage(self.stage)
         return self
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take each step into the average (a Lightning hook)."""
+        super().optimizer_step(*args, **kwargs)
+        if self._average is not None:
+            self._average.update(self.trainer.global_step)
+
     def configure_optimizers(self) -> Any:
-        """All parameter groups from the start: head, last layers, first layers; then those without decay, likewise.
+        """All parameter groups from the start: head, then backbone, its last layers first.
 
         Frozen parameters have no gradient and are skipped; so the optimizer's state has the same
         shape at every epoch, and loads after any resume.
         """
-        (parameters, _, _), *others = self._parameter_groups()
-        optimizer = self.optimizer(parameters)
-        for parameters, factor, decays in others:
-            more = {} if decays else {"weight_decay": 0.0}
-            optimizer.add_param_group({"params": parameters, "lr": optimizer.defaults["lr"] * factor, **more})
+        first, *others = parameter_groups(
+            self.net,
+            unfreeze_last=self.unfreeze_last,
+            lr_factor=self.backbone_lr_factor,
+            first_lr_factor=self.first_lr_factor,
+            decay_norm_and_bias=self.decay_norm_and_bias,
+        )
+        optimizer = self.optimizer(first.parameters)
+        add_groups(optimizer, others)
+        fuse(optimizer, self.trainer.strategy.root_device)
         if self.lr_scheduler is not None:
             scheduler = self.lr_scheduler(optimizer)
         else:
@@ -266,20 +309,6 @@ class TransferLearningModel(pl.LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             config["monitor"] = scheduler.monitor
         return {"optimizer": optimizer, "lr_scheduler": config}
-
-    def _parameter_groups(self) -> list[tuple[list[nn.Parameter], float, bool]]:
-        """Parameters, the factor of their learning rate, and whether they decay; none is empty, the head's first."""
-        head = list(self.net.head.parameters())
-        first, last = split_layers(self.net.backbone, self.unfreeze_last)
-        backbone = [[p for layer in layers for p in layer.parameters(recurse=False)] for layers in (last, first)]
-        groups = [(head, 1.0, True), *((parameters, self.backbone_lr_factor, True) for parameters in backbone)]
-        if not self.decay_norm_and_bias:
-            groups = [
-                ([p for p in parameters if (p.ndim > 1) == decays], factor, decays)
-                for decays in (True, False)
-                for parameters, factor, _ in groups
-            ]
-        return [group for group in groups if group[0]]
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run that resumes must have in common with this one, by name.
@@ -293,11 +322,13 @@ class TransferLearningModel(pl.LightningModule):
             "model.unfreeze_last": self.unfreeze_last,
             "model.train_bn": self.train_bn,
             "model.backbone_lr_factor": self.backbone_lr_factor,
+            "model.first_lr_factor": self.first_lr_factor,
             "model.decay_norm_and_bias": self.decay_norm_and_bias,
             "model.label_smoothing": self.label_smoothing,
             "model.class_weights": self.class_weights,
             "model.mixup": self.mixup,
             "model.cutmix": self.cutmix,
+            "model.ema": self.ema,
             "model.optimizer": f"{type(optimizer).__name__} {_plain(optimizer.defaults)}",
             "model.lr_scheduler": f"MultiStepLR, lr_gamma {self.lr_gamma}",
             "model.lr_interval": self.lr_interval,
@@ -308,11 +339,17 @@ class TransferLearningModel(pl.LightningModule):
         return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what prediction needs to build the network without this class."""
+        """Add what prediction needs to build the network without this class, and what was computed in."""
         checkpoint["classifier"] = {**self.net.spec(), "resize": self.resize}
+        checkpoint["precision"] = str(self.trainer.precision)
+        if self._average is not None:
+            averages, training = self._average.averages, self._average.training
+            checkpoint["state_dict"] |= {f"net.{name}": value for name, value in averages.items()}
+            different = {name: value for name, value in training.items() if not torch.equal(value, averages[name])}
+            checkpoint["training_weights"] = different
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another network, naming the difference."""
+        """Refuse a checkpoint of another network, naming the difference; let the optimizer be this hardware's."""
         saved, ours = checkpoint.get("classifier", {}), {**self.net.spec(), "resize": self.resize}
         different = [f"{key} was {saved.get(key)!r}, is {ours[key]!r}" for key in ours if saved.get(key) != ours[key]]
         if different:
@@ -320,9 +357,24 @@ class TransferLearningModel(pl.LightningModule):
                 f"the checkpoint does not fit this run: {'; '.join(different)}. Use the settings it was trained with, "
                 "or another --run_dir."
             )
+        if self.trainer.state.fn != "fit":
+            return
+        was, precision = checkpoint.get("precision"), str(self.trainer.precision)
+        if was != precision:
+            log.warning("the run computed at precision %s until here, and goes on at %s", was, precision)
+        with_fusion_of(checkpoint["optimizer_states"], self.configure_optimizers()["optimizer"])
+        if self.ema:
+            state = checkpoint["state_dict"]
+            self._averages = {name.removeprefix("net."): value for name, value in state.items()}
+            state |= {f"net.{name}": value for name, value in checkpoint["training_weights"].items()}
 
     def _logits(self, batch: Batch) -> Tensor:
-        logits: Tensor = self.net.head(batch["features"]) if "features" in batch else self(batch["image"])
+        if "features" in batch:
+            logits: Tensor = self.net.head(batch["features"])
+        elif self.mirror:
+            logits = mean_over_mirrored(self, batch["image"])
+        else:
+            logits = self(batch["image"])
         return logits
 
     def _apply_stage(self, stage: Stage) -> None:

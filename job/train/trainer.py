@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor
+from pytorch_lightning.strategies import DDPStrategy
 
 from job.cluster import ranks, xla
 from job.cluster.xla_records import CompilationCache, Counts, Trace
@@ -18,6 +19,7 @@ from job.train.accounting import Accounting
 from job.train.checkpointer import Checkpointer
 from job.train.config import SavedConfig
 from job.train.feature_cache import FeatureCache
+from job.train.hardware import announce, automatic_precision, uses_cuda
 from job.train.lease import Lease
 from job.train.loop import TrainingEpochLoop
 from job.train.preemption import Preemption
@@ -80,9 +82,10 @@ def _trainer(
     run_dir: str,
 ) -> pl.Trainer:
     settings = {**settings, "callbacks": [*_listed(settings.get("callbacks")), *callbacks]}
-    settings.update(
-        _on_xla(settings, run_dir) if xla.is_wanted(str(settings.get("accelerator"))) else _processes(settings)
-    )
+    if xla.is_wanted(str(settings.get("accelerator"))):
+        settings.update(_on_xla(settings, run_dir))
+    else:
+        settings.update(_processes(settings), precision=_precision(settings))
     if settings.pop("enable_progress_bar", None) is not False:
         settings["callbacks"].append(TerminalProgress() if sys.stderr.isatty() else PlainProgress())
     return pl.Trainer(
@@ -110,7 +113,7 @@ def _on_xla(settings: dict[str, Any], run_dir: str) -> dict[str, Any]:
     if settings.get("profiler") == "xla":
         records.append(Trace(events_uri(run_dir)))
     return {
-        "strategy": xla.SPMDStrategy(str(settings.get("precision") or "32-true"), cache.folder),
+        "strategy": xla.SPMDStrategy(settings.get("precision"), cache.folder),
         "accelerator": "auto",
         "precision": None,
         "profiler": None if settings.get("profiler") == "xla" else settings.get("profiler"),
@@ -123,7 +126,7 @@ def _on_xla(settings: dict[str, Any], run_dir: str) -> dict[str, Any]:
 def _processes(settings: dict[str, Any]) -> dict[str, Any]:
     """As many as torchrun started, and one without it."""
     world_size, local_world_size = ranks.world_size(), ranks.local_world_size()
-    if torch.cuda.device_count() > local_world_size and settings.get("accelerator") in ("auto", "gpu", "cuda"):
+    if uses_cuda(str(settings.get("accelerator"))) and torch.cuda.device_count() > local_world_size:
         log.warning(
             "%d GPUs are here, and %d in use: torchrun --nproc-per-node=gpu -m job fit … uses all of them",
             torch.cuda.device_count(),
@@ -133,5 +136,14 @@ def _processes(settings: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{world_size} processes do not divide into nodes of {local_world_size}, as this one has.")
     strategy = settings.get("strategy") or "auto"
     if strategy == "auto" and world_size > 1:
-        strategy = "ddp"
+        # Each parameter's gradient lies in the bucket that is sent: no copy there and back.
+        strategy = DDPStrategy(gradient_as_bucket_view=True)
     return {"devices": local_world_size, "num_nodes": world_size // local_world_size, "strategy": strategy}
+
+
+def _precision(settings: dict[str, Any]) -> Any:
+    """The user's choice, or what this hardware is fastest in."""
+    accelerator, chosen = str(settings.get("accelerator")), settings.get("precision")
+    precision = chosen or automatic_precision(accelerator)
+    announce(accelerator, str(precision), automatic=chosen is None)
+    return precision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import itertools
 import json
 import re
@@ -15,8 +16,10 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import COLOURS, TINY, environment, final_weights, options, picture, run, run_well, scalars
 
 import job
@@ -113,6 +116,16 @@ def test_predicting_from_the_bucket(fitted: str, gcs: str) -> None:
     by_uri = {line["uri"]: line["probabilities"] for line in lines}
     for prediction in found:
         assert prediction.probabilities == pytest.approx(by_uri[f"{gcs}/new/red1.jpg"], abs=1e-5)
+
+    run_well(
+        "predict", "--ckpt", fitted, "--input", f"{gcs}/new", "--output", f"{gcs}/mirrored.jsonl", "--mirror", "true"
+    )
+    mirrored = [json.loads(line) for line in storage.read_bytes(f"{gcs}/mirrored.jsonl").splitlines()]
+    predictor.mirror = True
+    image = torch.from_numpy(np.array(Image.open(io.BytesIO(picture(COLOURS["red"], 9001))))).permute(2, 0, 1)
+    one, flipped = predictor.predict([image]), predictor.predict([image.flip(-1)])
+    assert one[0].probabilities == pytest.approx(flipped[0].probabilities, abs=1e-5)
+    assert {line["uri"]: line["probabilities"] for line in mirrored} != by_uri
 
 
 def test_two_processes_predict_every_image_once(fitted: str, gcs: str, gcs_colours: str) -> None:

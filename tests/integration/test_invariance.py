@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from support import TINY, assert_same_weights, options, run_well, scalars
+
+from job.train import checkpoint
 
 pytestmark = pytest.mark.integration
 
@@ -59,6 +62,8 @@ def test_a_recipe_of_everything_learns_and_resumes_bit_for_bit(colours: Path, tm
             "model.class_weights": "balanced",
             "model.mixup": 0.2,
             "model.cutmix": 1.0,
+            "model.ema": 0.9,
+            "model.first_lr_factor": 0.5,
             "trainer.gradient_clip_val": 1.0,
             "trainer.max_epochs": 6,
             "data.root": colours,
@@ -72,6 +77,10 @@ def test_a_recipe_of_everything_learns_and_resumes_bit_for_bit(colours: Path, tm
     found = scalars(whole)
     assert found["train/loss"] == scalars(parts)["train/loss"]
     assert found["val/accuracy"][-1][1] >= 0.9
+    run_well("validate", "--run_dir", whole, "--ckpt", f"{whole}/checkpoints/last")
+    again = json.loads((tmp_path / "whole" / "validate.json").read_text())["metrics"]["val/loss"]
+    assert again == pytest.approx(found["val/loss"][-1][1], rel=1e-5)  # of the average, not of the last step's weights
+    assert checkpoint.load(checkpoint.resolve(f"{whole}/checkpoints/last"))["training_weights"]
     rates = [value for _, value in found["lr-AdamW/pg1"]]
     assert rates.index(max(rates)) == 4
-    assert len([tag for tag in found if tag.startswith("lr-AdamW/pg") and tag[-1].isdigit()]) == 6
+    assert len([tag for tag in found if tag.startswith("lr-AdamW/pg") and tag[-1].isdigit()]) == 18  # head and 8 bands, with decay and without

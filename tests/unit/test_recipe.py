@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from job.errors import ConfigError
+from job.model.average import WeightAverage
 from job.model.backbone import build_backbone
 from job.model.classifier import Classifier
 from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed
 from job.model.module import TransferLearningModel
+from job.model.optimizer import fuse
 from job.model.schedule import WarmupCosine
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -66,6 +68,7 @@ def model(**settings: object) -> TransferLearningModel:
     made = TransferLearningModel(backbone="timm/test_resnet", **settings)  # type: ignore[arg-type]
     backbone = build_backbone("timm/test_resnet")
     made.net = Classifier(backbone, name="x", classes="ab", hidden=[4], image_size=32, mean=MEAN, std=STD)
+    made.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))  # type: ignore[assignment]
     return made
 
 
@@ -81,6 +84,95 @@ def test_each_parameter_is_in_one_group_and_vectors_do_not_decay(decays: bool) -
         assert group["initial_lr"] == pytest.approx(0.1 if id(group["params"][0]) in head else 0.01)
         for parameter in group["params"]:
             assert group["weight_decay"] == (0.05 if decays or parameter.ndim > 1 else 0.0)
+
+
+def test_learning_rates_fall_from_the_head_to_the_first_layers() -> None:
+    made = model(backbone_lr_factor=0.5, first_lr_factor=0.1, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    groups = made.configure_optimizers()["optimizer"].param_groups
+    rates = [group["initial_lr"] for group in groups]
+    assert rates[:2] == [1.0, 0.5]
+    assert rates[-1] == pytest.approx(0.05)
+    assert all(one > other for one, other in itertools.pairwise(rates))
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, made.net.parameters()))
+    first = next(iter(made.net.backbone.parameters()))
+    assert any(parameter is first for parameter in groups[-1]["params"])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+def test_optimizers_update_in_one_pass_unless_told_otherwise(kind: type[torch.optim.Optimizer]) -> None:
+    def step(**settings: object) -> tuple[torch.optim.Optimizer, torch.Tensor]:
+        made = model(optimizer=lambda p: kind(p, lr=0.1, **settings))  # type: ignore[call-arg]
+        optimizer = made.configure_optimizers()["optimizer"]
+        torch.manual_seed(0)
+        for parameter in made.net.parameters():
+            nn.init.ones_(parameter)
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        return optimizer, torch.cat([parameter.detach().flatten() for parameter in made.net.parameters()])
+
+    ours, updated = step()
+    theirs, expected = step(fused=False)
+    assert {group["fused"] for group in ours.param_groups} == {True}
+    assert {group["fused"] for group in theirs.param_groups} == {False}
+    assert torch.allclose(updated, expected, atol=1e-6)
+    assert not step(foreach=True)[0].param_groups[0]["fused"]
+
+
+def test_a_fused_optimizer_goes_on_from_moments_that_lie_otherwise_in_memory() -> None:
+    """Its kernels take parameters and moments by their place in memory."""
+
+    def steps(optimizer: torch.optim.Optimizer, weight: nn.Parameter, seeds: range) -> None:
+        for seed in seeds:
+            torch.manual_seed(seed)
+            weight.grad = torch.randn(weight.shape).contiguous(memory_format=torch.channels_last)
+            optimizer.step()
+
+    def made() -> tuple[torch.optim.Optimizer, nn.Parameter]:
+        weight = nn.Parameter(torch.zeros(4, 3, 5, 5).contiguous(memory_format=torch.channels_last))
+        optimizer = torch.optim.Adam([weight], lr=0.1)
+        fuse(optimizer, torch.device("cpu"))
+        return optimizer, weight
+
+    whole, expected = made()
+    steps(whole, expected, range(4))
+    first, weight = made()
+    steps(first, weight, range(2))
+    saved = first.state_dict()
+    for name in ("exp_avg", "exp_avg_sq"):
+        saved["state"][0][name] = saved["state"][0][name].contiguous()
+    second, again = made()
+    second.load_state_dict(saved)
+    again.data.copy_(weight.data)
+    steps(second, again, range(2, 4))
+    assert torch.equal(again, expected)
+
+
+def test_the_average_of_the_weights_is_followed_swapped_and_saved() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    frozen = net[0].bias.clone()  # type: ignore[union-attr, operator]
+    average = WeightAverage(net, 0.6)
+    expected = net[0].weight.detach().clone()  # type: ignore[union-attr, operator]
+    for step in range(1, 20):
+        with torch.no_grad():
+            net[0].weight.normal_()  # type: ignore[union-attr, operator]
+        net[1].running_mean.fill_(1.0)  # type: ignore[union-attr, operator]
+        average.update(step)
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * net[0].weight.detach()  # type: ignore[union-attr, operator]
+    trained = net[0].weight.detach().clone()  # type: ignore[union-attr, operator]
+    assert torch.allclose(average.averages["0.weight"], expected, atol=1e-6)
+    assert torch.equal(average.averages["0.bias"], frozen)
+    assert 0.99 < average.averages["1.running_mean"][0] < 1
+    for _ in range(2):
+        average.swap(averaged=True)
+        assert torch.allclose(net[0].weight, expected, atol=1e-6)  # type: ignore[union-attr, arg-type]
+        assert torch.equal(average.training["0.weight"], trained)
+    average.swap(averaged=False)
+    assert torch.equal(net[0].weight, trained)  # type: ignore[union-attr, arg-type]
+
+    again = WeightAverage(net, 0.6)
+    again.load(average.averages)
+    assert all(torch.equal(again.averages[name], value) for name, value in average.averages.items())
 
 
 def test_a_class_of_nine_tenths_weighs_as_much_as_the_other() -> None:
@@ -117,7 +209,7 @@ def test_a_schedule_that_cannot_be_is_refused(warmup: int, total: int, final_fac
         WarmupCosine(optimizer, warmup, total, final_factor)
 
 
-@pytest.mark.parametrize("wrong", [{"label_smoothing": 1.0}, {"mixup": -1.0}])
+@pytest.mark.parametrize("wrong", [{"label_smoothing": 1.0}, {"mixup": -1.0}, {"ema": 1.0}, {"first_lr_factor": 0.0}])
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         TransferLearningModel(**wrong)  # type: ignore[arg-type]
