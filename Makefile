@@ -3,13 +3,15 @@
 # make container  the image, built and run         make xla        the tests of the TPU path, on XLA's CPU device
 # make golden     the manifests' renderings, committed for comparison
 # make benchmark-checkpoint, benchmark-data, benchmark-train   what each costs, against others
+# make benchmark-recipes   the accuracy that each recipe in job/configs reaches
 # make reference  docs/configuration.txt, from --help
 PYTHON ?= python3
 VENV ?= .venv
 VENV_TPU ?= .venv-tpu
 DATA ?=
 
-.PHONY: demo test unit xla container golden lint benchmark-checkpoint benchmark-data benchmark-train reference
+.PHONY: demo test unit xla container golden lint reference
+.PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -17,12 +19,12 @@ demo: $(VENV)/installed
 
 # The image needs 20 GB while it is built: so torch-xla's environment is made after it.
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n 3 -m "not container and not xla"
+	$(VENV)/bin/python -m pytest -n 3 --dist worksteal -m "not container and not xla"
 	$(VENV)/bin/python -m pytest -m container
 	$(MAKE) xla
 
 unit: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n 2 -m "not integration and not container and not xla"
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not integration and not container and not xla"
 
 xla: $(VENV_TPU)/installed
 	$(VENV_TPU)/bin/python -m pytest tests/xla
@@ -38,7 +40,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-benchmark-checkpoint benchmark-data benchmark-train: benchmark-%: $(VENV)/installed
+benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes: benchmark-%: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/$*.py
 
 reference: $(VENV)/installed

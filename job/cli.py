@@ -1,4 +1,4 @@
-"""The command line: ``python -m job {fit,validate,test,predict,demo}``."""
+"""The command line: ``python -m job COMMAND``."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ from job.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, JobError, 
 from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
 from job.model.module import TransferLearningModel
 from job.train import checkpoint
+from job.train.batch_size_finder import BatchSizeFinder
 from job.train.checkpointer import Checkpointer
 from job.train.feature_cache import FeatureCache
 from job.train.lease import Lease
+from job.train.lr_finder import LRFinder
 from job.train.preemption import Preemption
-from job.train.report import print_summary
-from job.train.trainer import evaluating_trainer, training_trainer
+from job.train.report import print_findings, print_summary
+from job.train.trainer import evaluating_trainer, training_trainer, tuning_trainer
 from job.train.watchdog import Watchdog
 
 log = logging.getLogger("job")
@@ -82,7 +84,7 @@ OURS = {
 
 
 class TrainingCLI(LightningCLI):
-    """The options of fit, validate and test; see ``--help``."""
+    """The options of fit, tune, validate and test; see ``--help``."""
 
     def __init__(self, verb: str, args: list[str]) -> None:
         self.verb = verb
@@ -136,6 +138,8 @@ class TrainingCLI(LightningCLI):
             )
             parser.add_class_arguments(Watchdog, "watchdog")
             parser.add_lightning_class_args(FeatureCache, "features")
+        elif self.verb == "tune":
+            parser.add_lightning_class_args(LRFinder, "lr")
         else:
             parser.add_argument(
                 "--ckpt",
@@ -204,6 +208,31 @@ def fit(args: list[str]) -> None:
             print_summary(run_dir)
 
 
+def tune(args: list[str]) -> None:
+    """Find a learning rate to begin with, and the largest batch that fits."""
+    cli = TrainingCLI("tune", args)
+    options = cli.config_init
+    rates, batches = options["lr"], BatchSizeFinder()
+    # What trains in the first epoch trains in all steps.
+    cli.model.milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.milestones]
+    with ranks.process_group(EVALUATION_TIMEOUT):
+        trainer = tuning_trainer(dict(options["trainer"]), options["run_dir"], rates, batches)
+        trainer.fit(cli.model, datamodule=cli.datamodule)
+        suggestion, world_size = rates.suggestion(), ranks.world_size()
+        if trainer.is_global_zero:
+            found = {
+                "lr": suggestion,
+                "global_batch_size_at_most": batches.per_rank * world_size,
+                "bytes_an_image": batches.bytes_each,
+                "world_size": world_size,
+                "optimizer": rates.optimizer,
+                "rates": rates.rates,
+                "losses": rates.losses,
+            }
+            storage.write_text(storage.join(options["run_dir"], "tune.json"), json.dumps(found, indent=2))
+            print_findings(found)
+
+
 def validate(args: list[str]) -> None:
     """Measure a checkpoint on the validation part."""
     _evaluate(args, "validate")
@@ -253,6 +282,7 @@ def demo(args: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "fit": fit,
+    "tune": tune,
     "validate": validate,
     "test": test,
     "predict": predict,

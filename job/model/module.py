@@ -18,6 +18,7 @@ from job.errors import CheckpointError, ConfigError
 from job.model.average import WeightAverage
 from job.model.backbone import build_backbone
 from job.model.classifier import Classifier, mean_over_mirrored, probabilities
+from job.model.compile import compile_module, compile_seconds
 from job.model.freeze import Stage, apply_stage, stage_at
 from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed
 from job.model.metrics import EvaluationMetrics
@@ -52,6 +53,7 @@ class TransferLearningModel(pl.LightningModule):
         mixup: alpha of MixUp; 0: none. Mixing is within a process's share of a batch.
         cutmix: alpha of CutMix; 0: none. With both, one is chosen for each batch.
         ema: decay of a moving average of the weights, which is then what is validated and predicts; 0: none.
+        compile_backbone: let torch.compile make faster code for the backbone, which takes a C++ compiler and time.
         optimizer: any torch optimizer; default Adam with lr 0.001.
         lr_scheduler: any torch scheduler; default MultiStepLR at milestones with lr_gamma.
         lr_gamma: factor of the default scheduler.
@@ -77,6 +79,7 @@ class TransferLearningModel(pl.LightningModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         ema: float = 0.0,
+        compile_backbone: bool = False,
         optimizer: OptimizerCallable = torch.optim.Adam,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_gamma: float = 0.3,
@@ -113,6 +116,7 @@ class TransferLearningModel(pl.LightningModule):
         self.mixup = mixup
         self.cutmix = cutmix
         self.ema = ema
+        self.compile_backbone = compile_backbone
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_gamma = lr_gamma
@@ -121,6 +125,7 @@ class TransferLearningModel(pl.LightningModule):
         self.mirror = False
         self.stage = Stage.HEAD
         self._mix = mixing(mixup, cutmix)
+        self._compile_seconds = 0.0
         self._weights: Tensor | None = None
         self._average: WeightAverage | None = None
         self._averages: dict[str, Tensor] = {}
@@ -146,6 +151,8 @@ class TransferLearningModel(pl.LightningModule):
                 image_size=data.image_size,
                 **self.normalisation,
             )
+        if self.compile_backbone:
+            compile_module(self.net.backbone, self.trainer.strategy.root_device)
         self.resize = data.resize
         self.metrics = EvaluationMetrics(data.classes, synchronise=self.trainer.world_size > 1)
         self._apply_stage(Stage.HEAD if self.milestones else Stage.ALL)
@@ -237,10 +244,13 @@ class TransferLearningModel(pl.LightningModule):
         self._enter_epoch()
 
     def on_train_epoch_end(self) -> None:
-        """Count unreadable samples over all ranks, also where no validation follows."""
+        """Count unreadable samples over all ranks, also where no validation follows; say what compiling took."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         data.share_bad_samples()
         self.log("data/bad_samples", float(len(data.bad_samples)))
+        if self.compile_backbone and (seconds := compile_seconds()) > self._compile_seconds:
+            log.info("compiling the backbone took %.0f s in this epoch", seconds - self._compile_seconds)
+            self._compile_seconds = seconds
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Draw what is random in this step (dropout, stochastic depth) from (seed, epoch, batch, rank) alone.
@@ -359,7 +369,7 @@ class TransferLearningModel(pl.LightningModule):
             )
         if self.trainer.state.fn != "fit":
             return
-        was, precision = checkpoint.get("precision"), str(self.trainer.precision)
+        was, precision = checkpoint["precision"], str(self.trainer.precision)
         if was != precision:
             log.warning("the run computed at precision %s until here, and goes on at %s", was, precision)
         with_fusion_of(checkpoint["optimizer_states"], self.configure_optimizers()["optimizer"])

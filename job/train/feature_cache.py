@@ -138,6 +138,7 @@ class FeatureCache(Callback):
             repr(view),
             data.seed if view.augment is not None else None,
             str(trainer.precision),
+            module.compile_backbone,
             module.device.type,
             torch.__version__,
         )

@@ -116,6 +116,21 @@ def print_summary(run_dir: str) -> None:
     console.print(f"  python -m job predict --ckpt {run_dir} --input IMAGE_OR_FOLDER", highlight=False)
 
 
+def print_findings(found: dict[str, Any]) -> None:
+    """Print what ``tune`` found, as options to type next."""
+    console = Console(soft_wrap=True)
+    optimizer = f"{{class_path: {found['optimizer']}, init_args: {{lr: {found['lr']:.2g}}}}}"
+    console.print(f"The loss falls fastest at a learning rate of {found['lr']:.2g}:", highlight=False)
+    console.print(f"  --model.optimizer '{optimizer}'", highlight=False, markup=False)
+    if most := found["global_batch_size_at_most"]:
+        each, processes = found["bytes_an_image"] / 1e6, found["world_size"]
+        console.print(
+            f"Training all layers takes {each:.1f} MB an image. On {processes} process(es) like these, at most:",
+            highlight=False,
+        )
+        console.print(f"  --data.global_batch_size {most}", highlight=False)
+
+
 def _where_time_went(seconds: dict[str, float], starts: int) -> str:
     parts = "  ".join(
         f"{name.replace('_', ' ')} {seconds[name]:.0f}"

@@ -16,12 +16,14 @@ from job.errors import ConfigError
 from job.logging.progress import PlainProgress, TerminalProgress, log
 from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
 from job.train.accounting import Accounting
+from job.train.batch_size_finder import BatchSizeFinder
 from job.train.checkpointer import Checkpointer
 from job.train.config import SavedConfig
 from job.train.feature_cache import FeatureCache
 from job.train.hardware import announce, automatic_precision, uses_cuda
 from job.train.lease import Lease
 from job.train.loop import TrainingEpochLoop
+from job.train.lr_finder import LRFinder
 from job.train.preemption import Preemption
 from job.train.profile import Profile
 from job.train.report import Report
@@ -72,6 +74,18 @@ def training_trainer(
 def evaluating_trainer(settings: dict[str, Any], run_dir: str, checkpointer: Checkpointer) -> pl.Trainer:
     """A Trainer that validates or tests a checkpoint, and writes nothing."""
     return _trainer(settings, [], [checkpointer.io], None, run_dir)
+
+
+def tuning_trainer(settings: dict[str, Any], run_dir: str, rates: LRFinder, batches: BatchSizeFinder) -> pl.Trainer:
+    """A Trainer whose steps are thrown away.
+
+    Raises:
+        ConfigError: XLA would compute, which compiles each of them anew.
+    """
+    if xla.is_wanted(str(settings.get("accelerator"))):
+        raise ConfigError("tune does not work on XLA, which would compile every step: use a CPU or a GPU.")
+    ours = {"max_epochs": -1, "max_steps": rates.steps, "limit_val_batches": 0, "enable_checkpointing": False}
+    return _trainer({**settings, **ours}, [batches, rates], [], None, run_dir)
 
 
 def _trainer(

@@ -97,6 +97,24 @@ def test_the_report_and_the_resolved_configuration(fitted: str) -> None:
     assert "backbone: timm/test_resnet" in config
 
 
+def test_a_learning_rate_and_a_batch_size_are_found(gcs: str, gcs_colours: str) -> None:
+    """By two processes, which take 60 steps over 16 epochs and leave one file; the options it prints are accepted."""
+    run_dir = f"{gcs}/tuned"
+    settings = {**TINY, "data.root": gcs_colours, "run_dir": run_dir, "model.milestones": "[]"}
+    shown = run_well("tune", *options(settings), "--lr.steps=60", processes=2).stdout
+    found = json.loads(storage.read_bytes(f"{run_dir}/tune.json"))
+    assert 20 <= len(found["losses"]) == len(found["rates"]) <= 60
+    assert found["rates"][0] == pytest.approx(1e-6)
+    assert 1e-5 < found["lr"] < 0.5
+    assert found["global_batch_size_at_most"] % 16 == 0
+    assert not checkpoint.manifests(run_dir)
+    chosen = re.findall(r"^  (--\S+) '?(.*?)'?$", shown, re.MULTILINE)
+    assert [name for name, _ in chosen] == ["--model.optimizer", "--data.global_batch_size"]
+    told = [word for pair in chosen for word in pair]
+    refused = run("fit", *options(settings), *told, "--trainer.max_epochs=0", "--data.root=gs://none")
+    assert "gs://none" in refused.stderr  # the options were read
+
+
 def test_predicting_from_the_bucket(fitted: str, gcs: str) -> None:
     for name in ("blue", "red"):
         for n in range(6):

@@ -1,0 +1,101 @@
+"""A learning rate to begin with: the loss is watched while the rate rises from step to step (arXiv:1506.01186)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import numpy as np
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from job.errors import ConfigError
+
+SMOOTHING = 0.9
+"""What is left of the running mean of losses in a step."""
+DIVERGED = 4.0
+"""The sweep ends where the running mean is this many times its lowest."""
+LEFT_OUT = 5
+"""Steps at the start whose running mean means little."""
+
+
+class LRFinder(Callback):
+    """Raises the head's learning rate geometrically over ``steps``; other groups keep their ratio to it.
+
+    All ranks see the mean loss over all of them, so that they come to one suggestion.
+
+    Args:
+        lowest: rate of the first step.
+        highest: rate of the last one.
+        steps: optimizer steps, at least 20.
+
+    Attributes:
+        rates: of each step done, until the loss diverged.
+        losses: of each, float32, over the global batch.
+    """
+
+    def __init__(self, lowest: float = 1e-6, highest: float = 1.0, steps: int = 100) -> None:
+        if not 0 < lowest < highest:
+            raise ConfigError(f"--lr.lowest and --lr.highest must be 0 < lowest < highest, not {lowest} and {highest}.")
+        if steps < 20:
+            raise ConfigError(f"--lr.steps must be at least 20, not {steps}.")
+        self.lowest = lowest
+        self.highest = highest
+        self.steps = steps
+        self.rates: list[float] = []
+        self.losses: list[float] = []
+        self.optimizer = ""
+        self._ratios: list[float] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the groups' ratios."""
+        optimizer = trainer.optimizers[0]
+        head = optimizer.param_groups[0]["initial_lr"]
+        self._ratios = [group["initial_lr"] / head for group in optimizer.param_groups]
+        self.optimizer = f"{type(optimizer).__module__.rpartition('.')[0]}.{type(optimizer).__name__}"
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Set this step's rate, whatever the scheduler says."""
+        rate = self.lowest * (self.highest / self.lowest) ** (len(self.rates) / (self.steps - 1))
+        for group, ratio in zip(trainer.optimizers[0].param_groups, self._ratios, strict=True):
+            group["lr"] = rate * ratio
+        self.rates.append(rate)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the loss, and stop where it has diverged."""
+        if len(self.rates) == len(self.losses):
+            return  # gradients are being accumulated
+        loss = cast("Tensor", trainer.strategy.reduce(outputs["loss"], reduce_op="mean"))
+        self.losses.append(float(loss))
+        means = smoothed(self.losses)
+        diverged = not math.isfinite(self.losses[-1]) or means[-1] > DIVERGED * min(means)
+        trainer.should_stop = len(self.losses) > LEFT_OUT and diverged
+
+    def suggestion(self) -> float:
+        """The rate at which the loss falls fastest.
+
+        Raises:
+            ConfigError: it falls nowhere, or is no number.
+        """
+        means = np.asarray(smoothed(self.losses))
+        usable = int(np.argmin(np.isfinite(means))) if not np.isfinite(means).all() else len(means)
+        means = means[:usable]
+        if usable < LEFT_OUT + 3:
+            raise ConfigError(f"the loss is no finite number after {usable} steps, from a rate of {self.lowest} on.")
+        lowest = int(means[LEFT_OUT:].argmin()) + LEFT_OUT
+        slopes = np.gradient(means, np.log(self.rates[:usable]))[LEFT_OUT : lowest + 1]
+        if slopes.min() >= 0:
+            raise ConfigError(f"the loss falls at no rate from {self.lowest} to {self.rates[usable - 1]:.3g}.")
+        return self.rates[LEFT_OUT + int(slopes.argmin())]
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Running means, without the bias of their beginning."""
+    mean, found = 0.0, []
+    for count, loss in enumerate(losses, 1):
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+        found.append(mean / (1 - SMOOTHING**count))
+    return found

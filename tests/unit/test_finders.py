@@ -1,0 +1,67 @@
+"""What ``tune`` suggests, from losses and memory that are known."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning.plugins import Precision
+
+from job.errors import ConfigError
+from job.model.backbone import build_backbone
+from job.model.classifier import Classifier
+from job.model.freeze import Stage
+from job.model.module import TransferLearningModel
+from job.train.batch_size_finder import BatchSizeFinder, _peak
+from job.train.lr_finder import LRFinder
+
+
+def finder(losses: list[float]) -> LRFinder:
+    found = LRFinder(1e-6, 1.0, 100)
+    found.rates = np.geomspace(1e-6, 1.0, 100)[: len(losses)].tolist()
+    found.losses = losses
+    return found
+
+
+def test_the_rate_at_which_the_loss_falls_fastest() -> None:
+    """It falls around 1e-3, and diverges from 0.1 on."""
+    rates = np.geomspace(1e-6, 1.0, 100)
+    losses = 2 / (1 + (rates / 1e-3) ** 2) + np.where(rates > 0.1, (rates / 0.1) ** 2, 0)
+    assert 5e-4 < finder(losses.tolist()).suggestion() < 5e-3
+    broken = [*losses[:80].tolist(), *[math.nan] * 20]
+    assert finder(broken).suggestion() == finder(losses[:80].tolist()).suggestion()
+
+
+def test_no_rate_is_suggested_where_none_is_right() -> None:
+    with pytest.raises(ConfigError, match="falls at no rate"):
+        finder(np.linspace(1, 3, 100).tolist()).suggestion()
+    with pytest.raises(ConfigError, match="no finite number"):
+        finder([1.0, 1.0, math.nan]).suggestion()
+    with pytest.raises(ConfigError, match="lowest"):
+        LRFinder(0.1, 0.1)
+    with pytest.raises(ConfigError, match="steps"):
+        LRFinder(steps=5)
+
+
+def test_memory_is_foretold_and_the_network_left_as_it_was() -> None:
+    module = TransferLearningModel(backbone="resnet18", label_smoothing=0.1)
+    backbone = build_backbone("resnet18")
+    half = (0.5, 0.5, 0.5)
+    module.net = Classifier(backbone, name="resnet18", classes="ab", hidden=[4], image_size=64, mean=half, std=half)
+    module._apply_stage(Stage.HEAD)
+    before = {name: value.clone() for name, value in module.net.state_dict().items()}
+    trainer = SimpleNamespace(precision_plugin=Precision())
+    found = BatchSizeFinder()
+    found.on_train_start(trainer, module)  # type: ignore[arg-type]
+    assert module.stage == Stage.HEAD
+    assert all(torch.equal(value, before[name]) for name, value in module.net.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in module.net.backbone.parameters())
+    assert found.per_rank % 8 == 0
+
+    # Far beyond what was measured: 256 images of about 2.5 MB.
+    small, large = (_peak(trainer, module, size) for size in (32, 256))  # type: ignore[arg-type]
+    assert 0.5 < (large - small) / (224 * found.bytes_each) < 1.3
+    assert found.per_rank * found.bytes_each > 1e9  # of the memory of any machine that runs this
