@@ -1,7 +1,7 @@
 # make demo       the main job, on this machine    make test       all tests
 # make lint       style and types                  make unit       the quick tests
 # make container  the image, built and run         make xla        the tests of the TPU path, on XLA's CPU device
-# make golden     the manifests' renderings, committed for comparison
+# make processes  the tests but for those two      make golden     the manifests' renderings, for comparison
 # make benchmark-checkpoint, benchmark-data, benchmark-train   what each costs, against others
 # make benchmark-recipes   the accuracy that each recipe in job/configs reaches
 # make reference  docs/configuration.txt, from --help
@@ -10,21 +10,24 @@ VENV ?= .venv
 VENV_TPU ?= .venv-tpu
 DATA ?=
 
-.PHONY: demo test unit xla container golden lint reference
+.PHONY: demo test processes unit xla container golden lint reference
 .PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m job demo $(if $(DATA),--data "$(DATA)")
 
-# The image needs 20 GB while it is built: so torch-xla's environment is made after it.
+# Building the image waits much, so it is done beside the other tests. It needs 20 GB while it is built: so torch-xla's
+# environment is made after it.
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n 3 --dist worksteal -m "not container and not xla"
-	$(VENV)/bin/python -m pytest -m container
+	$(MAKE) --jobs=2 --output-sync=target processes container
 	$(MAKE) xla
 
+processes: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -n 2 --maxschedchunk=2 -m "not container and not xla"
+
 unit: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not integration and not container and not xla"
+	$(VENV)/bin/python -m pytest -n 2 -m "not integration and not container and not xla"
 
 xla: $(VENV_TPU)/installed
 	$(VENV_TPU)/bin/python -m pytest tests/xla

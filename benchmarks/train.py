@@ -98,14 +98,14 @@ def speed_table(folder: Path, data: Path, backbone: str) -> Table:
     plain = {"root": str(data), "backbone": backbone, "weights": weights, "epochs": 1, "validate": False}
     peer = [contender("tutorial", frozen=frozen, **plain) for frozen in (True, False)]
     row("tutorial", peer[0]["epochs"][0]["speed"], peer[1]["epochs"][0]["speed"], peer[1]["peak_mb"])
-    for name, layout in (("bare loop", False), ("bare loop, channels last", True)):
+    for name, best in (("bare loop", False), ("bare loop, channels last, fused", True)):
         loops = [
             contender(
                 "bare_loop",
                 backbone=backbone,
                 weights=weights,
                 frozen=frozen,
-                channels_last=layout,
+                best=best,
                 threads=CORES,
                 steps=20 if frozen else 10,
             )

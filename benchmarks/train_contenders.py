@@ -78,18 +78,21 @@ def tutorial(root: str, backbone: str, weights: str, epochs: int, frozen: bool, 
     return found
 
 
-def bare_loop(
-    backbone: str, weights: str, frozen: bool, channels_last: bool, threads: int, steps: int
-) -> dict[str, Any]:
-    """Images/s of forward, backward and update on one batch in memory, as float: what no data can make faster."""
+def bare_loop(backbone: str, weights: str, frozen: bool, best: bool, threads: int, steps: int) -> dict[str, Any]:
+    """Images/s of forward, backward and update on one batch in memory, as float: what no data can make faster.
+
+    Args:
+        best: in the memory layout that convolutions like best, with a fused optimizer.
+    """
     torch.set_num_threads(threads)
     body, head = network(backbone, weights)
     images, labels = torch.randn(BATCH, 3, SIZE, SIZE), torch.ones(BATCH)
-    if channels_last:
+    if best:
         body, images = body.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
     if frozen:
         freeze(body)
-    optimizer = torch.optim.Adam([p for p in (*body.parameters(), *head.parameters()) if p.requires_grad], lr=1e-3)
+    trained = [p for p in (*body.parameters(), *head.parameters()) if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-3, fused=best)
 
     def step() -> None:
         with torch.no_grad() if frozen else contextlib.nullcontext():

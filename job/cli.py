@@ -213,7 +213,8 @@ def tune(args: list[str]) -> None:
     cli = TrainingCLI("tune", args)
     options = cli.config_init
     rates, batches = options["lr"], BatchSizeFinder()
-    # What trains in the first epoch trains in all steps.
+    # What trains in the first epoch trains in all steps, at rates that no schedule sets.
+    cli.model.lr_scheduler = None
     cli.model.milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.milestones]
     with ranks.process_group(EVALUATION_TIMEOUT):
         trainer = tuning_trainer(dict(options["trainer"]), options["run_dir"], rates, batches)

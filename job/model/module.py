@@ -155,7 +155,7 @@ class TransferLearningModel(pl.LightningModule):
             compile_module(self.net.backbone, self.trainer.strategy.root_device)
         self.resize = data.resize
         self.metrics = EvaluationMetrics(data.classes, synchronise=self.trainer.world_size > 1)
-        self._apply_stage(Stage.HEAD if self.milestones else Stage.ALL)
+        self.enter_stage(Stage.HEAD if self.milestones else Stage.ALL)
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] to logits [B, num_logits]."""
@@ -169,14 +169,14 @@ class TransferLearningModel(pl.LightningModule):
         DDP's averaging takes out again: so a last, smaller batch weighs each sample the same
         however it falls on the ranks.
         """
-        losses = self._training_losses(batch)
+        losses = self.training_losses(batch)
         total = torch.where(batch["mask"], losses, 0.0).sum()
         loss: Tensor = total * (self.trainer.world_size / batch["global_size"])
         self.log("train/loss", loss, sync_dist=True, batch_size=batch["global_size"])
         return loss
 
-    def _training_losses(self, batch: Batch) -> Tensor:
-        """float [B]."""
+    def training_losses(self, batch: Batch) -> Tensor:
+        """float [B], of smoothed, mixed and weighted targets where the settings say so."""
         if not self.label_smoothing and self._mix is None and self.class_weights == "none":
             return per_sample_loss(self._logits(batch), batch["label"])
         targets = smoothed(batch["label"], len(self.net.classes), self.label_smoothing)
@@ -269,7 +269,7 @@ class TransferLearningModel(pl.LightningModule):
         if stage == self.stage:
             return
         log.info("epoch %d: training %s", self.current_epoch, stage.name.lower().replace("_", " "))
-        self._apply_stage(stage)
+        self.enter_stage(stage)
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy):
             # DDP synchronises the parameters that required gradients when it was made, and no others:
@@ -286,7 +286,7 @@ class TransferLearningModel(pl.LightningModule):
         """As ``nn.Module.train``, but a frozen backbone stays in eval mode."""
         super().train(mode)
         if mode and hasattr(self, "net"):
-            self._apply_stage(self.stage)
+            self.enter_stage(self.stage)
         return self
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -387,7 +387,8 @@ class TransferLearningModel(pl.LightningModule):
             logits = self(batch["image"])
         return logits
 
-    def _apply_stage(self, stage: Stage) -> None:
+    def enter_stage(self, stage: Stage) -> None:
+        """Freeze and unfreeze the backbone."""
         self.stage = stage
         apply_stage(self.net.backbone, stage, last_share=self.unfreeze_last, train_bn=self.train_bn)
 

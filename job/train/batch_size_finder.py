@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 from pathlib import Path
 from typing import cast
@@ -54,7 +56,7 @@ class BatchSizeFinder(Callback):
         if module.device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
             return
         stage, buffers = module.stage, {name: buffer.clone() for name, buffer in module.net.named_buffers()}
-        module._apply_stage(Stage.ALL)
+        module.enter_stage(Stage.ALL)
         _run(trainer, module, FIRST_SIZE)  # what is allocated once
         small, size = _peak(trainer, module, FIRST_SIZE), 4 * FIRST_SIZE
         while (more := _peak(trainer, module, size) - small) < NOTICEABLE and size < LAST_SIZE:
@@ -66,7 +68,7 @@ class BatchSizeFinder(Callback):
         fits = min(int(size) for size in ranks.union({str(fits)}))
         while module.device.type == "cuda" and fits > 0 and ranks.union(_failure(trainer, module, fits)):
             fits = int(fits * (1 - MARGIN))
-        module._apply_stage(stage)
+        module.enter_stage(stage)
         module.net.load_state_dict(buffers, strict=False)
         if fits < 1:
             raise ConfigError(f"not even one image fits: it needs {self.bytes_each / 1e6:.0f} MB besides the network.")
@@ -79,7 +81,7 @@ def _run(trainer: pl.Trainer, module: TransferLearningModel, size: int) -> None:
     with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
         images = torch.randint(256, (size, 3, image_size, image_size), dtype=torch.uint8).to(module.device)
         labels = torch.zeros(size, dtype=torch.int64, device=module.device)
-        losses = module._training_losses({"image": images, "label": labels})  # type: ignore[typeddict-item]
+        losses = module.training_losses({"image": images, "label": labels})  # type: ignore[typeddict-item]
     losses.mean().backward()  # type: ignore[no-untyped-call]
     module.zero_grad(set_to_none=True)
 
@@ -90,6 +92,9 @@ def _peak(trainer: pl.Trainer, module: TransferLearningModel, size: int) -> floa
         torch.cuda.reset_peak_memory_stats(module.device)
         _run(trainer, module, size)
         return float(torch.cuda.max_memory_allocated(module.device))
+    # What was freed and is still held would hide a part of the batch.
+    with contextlib.suppress(OSError, AttributeError):  # glibc's
+        ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: proc_pid_clear_refs(5)
     _run(trainer, module, size)
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from pathlib import Path
 
 import pytest
-from support import TINY, assert_same_weights, final_weights, options, run, run_well, scalars
+from support import TINY, assert_same_weights, options, run_well, scalars
 
 from job.train import checkpoint
 
@@ -61,30 +59,6 @@ def test_a_run_that_goes_on_at_another_precision_says_so(colours: Path, tmp_path
     losses = [value for _, value in scalars(str(tmp_path / "run"))["train/loss"]]
     assert len(losses) == 16
     assert sum(losses[-4:]) < sum(losses[:4])
-
-
-def test_a_compiled_backbone_computes_the_same_and_tells_what_compiling_took(colours: Path, tmp_path: Path) -> None:
-    settings = {
-        **TINY,
-        "data.root": colours,
-        "model.milestones": "[1]",
-        "trainer.max_epochs": 1,
-        "features.use": "never",
-    }
-    plain, compiled = str(tmp_path / "plain"), str(tmp_path / "compiled")
-    run_well("fit", *options(settings, run_dir=plain))
-    settings["model.compile_backbone"] = "true"
-    refused = run("fit", *options(settings, run_dir=compiled), CXX="no-compiler")
-    assert refused.returncode == 2
-    assert "there is no no-compiler on this machine" in refused.stderr
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    told = run_well("fit", *options(settings, run_dir=compiled)).stderr
-    assert re.search(r"compiling the backbone took [1-9]\d* s in this epoch", told)
-    assert [v for _, v in scalars(compiled)["train/loss"]] == pytest.approx(
-        [v for _, v in scalars(plain)["train/loss"]], rel=1e-4
-    )
-    assert final_weights(compiled).keys() == final_weights(plain).keys()
 
 
 def test_a_recipe_of_everything_learns_and_resumes_bit_for_bit(colours: Path, tmp_path: Path) -> None:

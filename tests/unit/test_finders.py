@@ -51,7 +51,7 @@ def test_memory_is_foretold_and_the_network_left_as_it_was() -> None:
     backbone = build_backbone("resnet18")
     half = (0.5, 0.5, 0.5)
     module.net = Classifier(backbone, name="resnet18", classes="ab", hidden=[4], image_size=64, mean=half, std=half)
-    module._apply_stage(Stage.HEAD)
+    module.enter_stage(Stage.HEAD)
     before = {name: value.clone() for name, value in module.net.state_dict().items()}
     trainer = SimpleNamespace(precision_plugin=Precision())
     found = BatchSizeFinder()
@@ -61,7 +61,7 @@ def test_memory_is_foretold_and_the_network_left_as_it_was() -> None:
     assert not any(parameter.requires_grad for parameter in module.net.backbone.parameters())
     assert found.per_rank % 8 == 0
 
-    # Far beyond what was measured: 256 images of about 2.5 MB.
+    module.enter_stage(Stage.ALL)  # 256 images of about 2.5 MB, far beyond what was measured
     small, large = (_peak(trainer, module, size) for size in (32, 256))  # type: ignore[arg-type]
-    assert 0.5 < (large - small) / (224 * found.bytes_each) < 1.3
+    assert 0.7 < (large - small) / (224 * found.bytes_each) < 1.4
     assert found.per_rank * found.bytes_each > 1e9  # of the memory of any machine that runs this

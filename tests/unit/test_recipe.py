@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from job.errors import ConfigError
 from job.model.average import WeightAverage
 from job.model.backbone import build_backbone
 from job.model.classifier import Classifier
+from job.model.compile import compile_module, compile_seconds
 from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed
 from job.model.module import TransferLearningModel
 from job.model.optimizer import fuse
@@ -183,7 +185,7 @@ def test_a_class_of_nine_tenths_weighs_as_much_as_the_other() -> None:
     nn.init.zeros_(made.net.head[-1].bias)  # type: ignore[arg-type]
     batch = {"image": torch.zeros(10, 3, 32, 32, dtype=torch.uint8), "label": labels}
     with torch.no_grad():
-        losses = made.eval()._training_losses(batch)  # type: ignore[arg-type]
+        losses = made.eval().training_losses(batch)  # type: ignore[arg-type]
     assert losses[:9].sum() == pytest.approx(float(losses[9:].sum()), rel=1e-5)
     assert losses.mean() == pytest.approx(float(np.log(2)), rel=1e-5)
 
@@ -207,6 +209,22 @@ def test_a_schedule_that_cannot_be_is_refused(warmup: int, total: int, final_fac
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ConfigError, match="WarmupCosine needs"):
         WarmupCosine(optimizer, warmup, total, final_factor)
+
+
+def test_a_compiled_module_computes_the_same_and_the_time_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    names = list(module.state_dict())
+    with monkeypatch.context() as context:
+        context.setenv("CXX", "no-compiler")
+        with pytest.raises(ConfigError, match="there is no no-compiler on this machine"):
+            compile_module(module, torch.device("cpu"))
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    expected, before = module(images), compile_seconds()
+    compile_module(module, torch.device("cpu"))
+    assert torch.allclose(module(images), expected, atol=1e-5)
+    assert compile_seconds() > before + 0.1
+    assert list(module.state_dict()) == names
 
 
 @pytest.mark.parametrize("wrong", [{"label_smoothing": 1.0}, {"mixup": -1.0}, {"ema": 1.0}, {"first_lr_factor": 0.0}])
