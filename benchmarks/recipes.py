@@ -38,8 +38,9 @@ def measure(folder: Path, name: str, options: list[str], seeds: int) -> tuple[li
 def main() -> None:
     """Print a table a data set."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=320, help="photographs to train on")
+    parser.add_argument("--images", type=int, default=160, help="photographs to train on")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="recipes to measure; default: all, on both data sets")
     given = parser.parse_args()
     if not ARCHIVE.exists():
         sys.exit(f"{ARCHIVE} is not there: set JOB_TEST_CATS_AND_DOGS to the tutorial's archive.")
@@ -69,7 +70,8 @@ def main() -> None:
         }
         for title, (base, root, chosen) in sets.items():
             table = Table("recipe", "best validation accuracy", "by seed", "seconds", title=title, title_justify="left")
-            for recipe, options in chosen.items():
+            wanted = {recipe: options for recipe, options in chosen.items() if not given.only or recipe in given.only}
+            for recipe, options in wanted.items():
                 values, seconds = measure(
                     folder, f"{root.name}-{recipe}", [*base, *options, *common, f"--data.root={root}"], given.seeds
                 )
@@ -77,7 +79,8 @@ def main() -> None:
                 by_seed = " ".join(f"{value:.4f}" for value in values)
                 table.add_row(recipe, f"{statistics.mean(values):.4f} ± {spread:.4f}", by_seed, f"{seconds:.0f}")
                 print(recipe, values, f"{seconds:.0f} s", file=sys.stderr, flush=True)
-            console.print(table)
+            if wanted:
+                console.print(table)
 
 
 if __name__ == "__main__":
