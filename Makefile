@@ -20,7 +20,7 @@ demo: $(VENV)/installed
 # Building the image waits much, so it is done beside the other tests. It needs 20 GB while it is built: so torch-xla's
 # environment is made after it.
 test: $(VENV)/installed
-	$(MAKE) --jobs=2 --output-sync=target processes container
+	$(MAKE) --jobs=2 processes container
 	$(MAKE) xla
 
 processes: $(VENV)/installed
