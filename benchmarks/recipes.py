@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from train import ARCHIVE, CONFIGS, ours, photographs
 
+from job import storage
 from job.demo.digits import digit_images
 from job.demo.weights import BACKBONE, efficientnet_lite0
 
-TUTORIAL = ["--model.milestones=[5,10]", "--trainer.max_epochs=6"]
+TUTORIAL = [f"--config={CONFIGS / 'cats_and_dogs.yaml'}", "--trainer.max_epochs=6"]
 """Its own settings; as many epochs as finetune.yaml has."""
 SHIFTED = "--config=" + str(CONFIGS / "demo.yaml")
 """The demo's augmentation, for signs that are others when mirrored."""
@@ -51,9 +52,7 @@ def main() -> None:
         weights.write_bytes(efficientnet_lite0())
         digits = folder / "digits"
         for key, content in digit_images().items():
-            path = digits / key
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            storage.write_bytes(f"{digits}/{key}", content)
         photos = photographs(folder, given.images, 400)
         half = "[0.5,0.5,0.5]"
         common = [f"--model.backbone={BACKBONE}", f"--model.weights={weights}", f"--model.mean={half}"]

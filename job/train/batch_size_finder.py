@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 from pathlib import Path
 from typing import cast
 
@@ -16,8 +15,6 @@ from job.cluster import ranks
 from job.errors import ConfigError
 from job.model.freeze import Stage
 from job.model.module import TransferLearningModel
-
-log = logging.getLogger(__name__)
 
 MARGIN = 0.1
 """Share of the memory that is left free."""
