@@ -13,6 +13,8 @@ import logging
 import zlib
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import safetensors
 import safetensors.torch
 import torch
@@ -49,7 +51,8 @@ class FeatureStore:
         self.folder = folder
         self.uri = uri
         self.chunk_size = max(CHUNK_SAMPLES, -(-len(self.index) // MOST_CHUNKS))
-        self._features: list[Tensor] = []
+        self._raw: list[npt.NDArray[np.uint8]] = []  # [samples, views, bytes]: numpy knows no bfloat16
+        self._dtype = torch.float32
         self._valid = torch.empty(0, self.views, dtype=torch.bool)  # [samples, views]
         self._bad: dict[int, str] = {}
         self._sound: set[int] = set()
@@ -103,11 +106,13 @@ class FeatureStore:
 
     def open(self) -> list[str]:
         """Map all chunks; returns a line for each unreadable sample, as a batch's ``bad``."""
-        self._features, self._bad = [], {}
+        self._raw, self._bad = [], {}
         valid = []
         for chunk in range(len(self)):
             with safetensors.safe_open(self._path(chunk), framework="pt") as file:
-                self._features.append(file.get_tensor("features"))
+                features = file.get_tensor("features")
+                self._raw.append(features.view(torch.uint8).numpy())
+                self._dtype = features.dtype
                 valid.append(file.get_tensor("valid"))
                 self._bad |= {int(sample): line for sample, line in json.loads(file.metadata()["bad"]).items()}
         self._valid = torch.cat(valid)
@@ -118,9 +123,9 @@ class FeatureStore:
         samples = torch.from_numpy(plan.samples)
         views = [self.dataset.number(plan, row) for row in range(len(samples))]
         places = [divmod(sample, self.chunk_size) for sample in samples.tolist()]
-        rows = [self._features[chunk][place, view] for (chunk, place), view in zip(places, views, strict=True)]
+        raw = np.stack([self._raw[chunk][place, view] for (chunk, place), view in zip(places, views, strict=True)])
         return Batch(
-            features=torch.stack(rows),
+            features=torch.from_numpy(raw).view(self._dtype),
             label=torch.from_numpy(self.index.labels_of(plan.samples)),
             mask=torch.from_numpy(plan.valid) & self._valid[samples, torch.tensor(views)],
             sample=samples,

@@ -53,6 +53,7 @@ class BatchLoader(DataLoader[Batch]):
         self.threads = workers - processes
         self.features = features
         self._pool: ThreadPoolExecutor | None = None
+        has_gpu = torch.cuda.is_available()
         context = None
         if processes:
             context = multiprocessing.get_context("forkserver")
@@ -66,8 +67,9 @@ class BatchLoader(DataLoader[Batch]):
             worker_init_fn=_die_with_rank,
             persistent_workers=processes > 0,
             prefetch_factor=4 if processes else None,
-            pin_memory=torch.cuda.is_available() and not self.threads,
+            pin_memory=has_gpu and not self.threads,
         )
+        self._pin = has_gpu
         self.order = dataset.order
         self.batches_taken = 0
         self._resume_at = 0
@@ -82,7 +84,7 @@ class BatchLoader(DataLoader[Batch]):
         # Decided when the first batch is asked for: Lightning makes iterators long before.
         features = self.features()
         if features is not None:
-            return (pinned(features.batch(plan)) for plan in self.order)
+            return (self._pinned(features.batch(plan)) for plan in self.order)
         return self._by_threads() if self.threads else super().__iter__()
 
     def _by_threads(self) -> Iterator[Batch]:
@@ -92,7 +94,7 @@ class BatchLoader(DataLoader[Batch]):
         pending: deque[Future[Batch]] = deque()
         try:
             for plan in self.order:
-                pending.append(self._pool.submit(lambda plan: pinned(self.dataset[plan]), plan))
+                pending.append(self._pool.submit(lambda plan: self._pinned(self.dataset[plan]), plan))
                 if len(pending) > BATCHES_A_WORKER * self.threads:
                     yield pending.popleft().result()
             while pending:
@@ -114,6 +116,14 @@ class BatchLoader(DataLoader[Batch]):
             self.batches_taken += 1
             yield batch
 
+    def _pinned(self, batch: Batch) -> Batch:
+        """``batch`` in page-locked memory where there is a GPU to copy it to."""
+        if self._pin:
+            for name, value in batch.items():
+                if isinstance(value, Tensor):
+                    batch[name] = value.pin_memory()  # type: ignore[literal-required]
+        return batch
+
     def state_dict(self) -> dict[str, int]:
         """``{"batch": batches taken in this epoch}``."""
         return {"batch": self.batches_taken}
@@ -121,15 +131,6 @@ class BatchLoader(DataLoader[Batch]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next iteration, and that one alone, behind the batches of ``state``."""
         self._resume_at = state["batch"]
-
-
-def pinned(batch: Batch) -> Batch:
-    """``batch`` in page-locked memory where there is a GPU to copy it to."""
-    if torch.cuda.is_available():
-        for name, value in batch.items():
-            if isinstance(value, Tensor):
-                batch[name] = value.pin_memory()  # type: ignore[literal-required]
-    return batch
 
 
 def _one_core_threads(count: int) -> ThreadPoolExecutor:

@@ -52,6 +52,11 @@ class Classifier(nn.Module):
         """Width of the output: 1 for two classes."""
         return 1 if len(self.classes) == 2 else len(self.classes)
 
+    @property
+    def backbone_trains(self) -> bool:
+        """Whether any of the backbone's parameters is to have a gradient."""
+        return any(parameter.requires_grad for parameter in self.backbone.parameters())
+
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] to logits, float [B, num_logits]."""
         logits: Tensor = self.head(self.features(images))
@@ -60,8 +65,7 @@ class Classifier(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] to the backbone's output [B, F], kept for a backward pass only where a part trains."""
         normalised = (images.float() / 255 - self.mean) / self.std
-        trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
-        with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.backbone_trains and torch.is_grad_enabled()):
             features: Tensor = self.backbone(normalised.contiguous(memory_format=torch.channels_last))
         return features
 

@@ -23,6 +23,7 @@ from job.model.freeze import Stage, apply_stage, stage_at
 from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed
 from job.model.metrics import EvaluationMetrics
 from job.model.optimizer import add_groups, fuse, parameter_groups, with_fusion_of
+from job.model.threads import cpu_threads, is_short
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,8 @@ class TransferLearningModel(pl.LightningModule):
         self.mirror = False
         self.stage = Stage.HEAD
         self._mix = mixing(mixup, cutmix)
+        self._head_alone = False
+        self._threads = torch.get_num_threads()
         self._compile_seconds = 0.0
         self._weights: Tensor | None = None
         self._average: WeightAverage | None = None
@@ -172,7 +175,9 @@ class TransferLearningModel(pl.LightningModule):
         losses = self.training_losses(batch)
         total = torch.where(batch["mask"], losses, 0.0).sum()
         loss: Tensor = total * (self.trainer.world_size / batch["global_size"])
-        self.log("train/loss", loss, sync_dist=True, batch_size=batch["global_size"])
+        # A step from kept features takes little longer than Lightning's log, in which ranks wait for one another.
+        if "features" not in batch or self.trainer.is_last_batch or self.trainer._logger_connector.should_update_logs:
+            self.log("train/loss", loss, sync_dist=True, batch_size=batch["global_size"])
         return loss
 
     def training_losses(self, batch: Batch) -> Tensor:
@@ -263,6 +268,13 @@ class TransferLearningModel(pl.LightningModule):
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+        self._threads = torch.get_num_threads()
+        if self._head_alone and self.device.type == "cpu" and is_short(self.net.head, len(batch["label"])):
+            torch.set_num_threads(1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Give what lies between two steps its threads back."""
+        torch.set_num_threads(self._threads)
 
     def _enter_epoch(self) -> None:
         stage = stage_at(self.current_epoch, self.milestones) if self.milestones else Stage.ALL
@@ -379,18 +391,21 @@ class TransferLearningModel(pl.LightningModule):
             state |= {f"net.{name}": value for name, value in checkpoint["training_weights"].items()}
 
     def _logits(self, batch: Batch) -> Tensor:
+        if self.mirror:
+            return mean_over_mirrored(self, batch["image"])
         if "features" in batch:
-            logits: Tensor = self.net.head(batch["features"])
-        elif self.mirror:
-            logits = mean_over_mirrored(self, batch["image"])
+            features = batch["features"]
         else:
-            logits = self(batch["image"])
+            with cpu_threads(self._threads):
+                features = self.net.features(batch["image"])
+        logits: Tensor = self.net.head(features)
         return logits
 
     def enter_stage(self, stage: Stage) -> None:
         """Freeze and unfreeze the backbone."""
         self.stage = stage
         apply_stage(self.net.backbone, stage, last_share=self.unfreeze_last, train_bn=self.train_bn)
+        self._head_alone = not self.net.backbone_trains
 
     def _log_metrics(self, part: str) -> None:
         self.trainer.datamodule.share_bad_samples()  # type: ignore[attr-defined]
