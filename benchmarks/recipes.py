@@ -1,7 +1,8 @@
 """The accuracy that each recipe in job/configs reaches: several seeds each, mean ± standard deviation.
 
-Run it by ``make benchmark-recipes``. EfficientNet-Lite0 with ImageNet's weights; a few of the tutorial's photographs to
-train on, 400 others to validate, and scikit-learn's digits.
+Run it by ``make benchmark-recipes``. EfficientNet-Lite0 with ImageNet's weights, on three data sets: a few of the
+tutorial's photographs in the size that the weights are made for, more of them in half that size, and scikit-learn's
+digits.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 from train import ARCHIVE, CONFIGS, ours, photographs
@@ -20,28 +22,66 @@ from job import storage
 from job.demo.digits import digit_images
 from job.demo.weights import BACKBONE, efficientnet_lite0
 
-TUTORIAL = [f"--config={CONFIGS / 'cats_and_dogs.yaml'}", "--trainer.max_epochs=6"]
-"""Its own settings; as many epochs as finetune.yaml has."""
-SHIFTED = "--config=" + str(CONFIGS / "demo.yaml")
-"""The demo's augmentation, for signs that are others when mirrored."""
+FEW, MORE, VALIDATION = 160, 600, 400
+SMALL = 128
+RECIPES = {
+    "head": [f"--config={CONFIGS / 'head.yaml'}"],
+    # Its own settings; as many epochs as finetune.yaml has.
+    "tutorial": [f"--config={CONFIGS / 'cats_and_dogs.yaml'}", "--trainer.max_epochs=6"],
+    "finetune": [f"--config={CONFIGS / 'finetune.yaml'}"],
+    "augmented": [f"--config={CONFIGS / 'augmented.yaml'}"],
+}
 
 
-def measure(folder: Path, name: str, options: list[str], seeds: int) -> tuple[list[float], float]:
+def few_photographs(folder: Path) -> tuple[Path, dict[str, list[str]]]:
+    """Images, and options by recipe."""
+    return photographs(folder / "few", FEW, VALIDATION), RECIPES
+
+
+def small_photographs(folder: Path) -> tuple[Path, dict[str, list[str]]]:
+    """Images, and options by recipe."""
+    text = (CONFIGS / "augmented.yaml").read_text()
+    own = folder / "augmented.yaml"
+    own.write_text(text.replace("size: [224, 224]", f"size: [{SMALL}, {SMALL}]"))
+    recipes = {**RECIPES, "augmented": [f"--config={own}"]}
+    small = f"--data.image_size={SMALL}"
+    return photographs(folder / "more", MORE, VALIDATION), {name: [*given, small] for name, given in recipes.items()}
+
+
+def digits(folder: Path) -> tuple[Path, dict[str, list[str]]]:
+    """Images, and options by recipe: all with the demo's shifts, for signs that are others when mirrored."""
+    for key, content in digit_images().items():
+        storage.write_bytes(f"{folder}/digits/{key}", content)
+    demo = CONFIGS / "demo.yaml"
+    shifts = folder / "shifts.yaml"
+    shifts.write_text(yaml.safe_dump({"data": yaml.safe_load(demo.read_text())["data"]}))
+    recipes = {**RECIPES, "demo": [f"--config={demo}"]}
+    return folder / "digits", {name: [*given, f"--config={shifts}"] for name, given in recipes.items()}
+
+
+SETS = {
+    f"{FEW} cats and dogs, 224 px": few_photographs,
+    f"{MORE} cats and dogs, {SMALL} px": small_photographs,
+    "1,438 digits, 64 px": digits,
+}
+
+
+def measure(run: Path, options: list[str], seeds: int) -> tuple[list[float], float]:
     """Best validation accuracy by seed, and seconds of a run."""
     found, seconds = [], []
     for seed in range(seeds):
-        run = ours(folder / f"{name}-{seed}", 2, *options, f"--seed_everything={seed}")
-        found.append(max(value for value, _ in run["accuracies"]))
-        seconds.append(run["seconds"])
+        result = ours(run.with_name(f"{run.name}-{seed}"), 2, *options, f"--seed_everything={seed}")
+        found.append(max(value for value, _ in result["accuracies"]))
+        seconds.append(result["seconds"])
     return found, statistics.mean(seconds)
 
 
 def main() -> None:
     """Print a table a data set."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=160, help="photographs to train on")
+    parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS), help="data sets; default: all")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="recipes to measure; default: all, on both data sets")
+    parser.add_argument("--only", nargs="*", help="recipes to measure; default: all")
     given = parser.parse_args()
     if not ARCHIVE.exists():
         sys.exit(f"{ARCHIVE} is not there: set JOB_TEST_CATS_AND_DOGS to the tutorial's archive.")
@@ -50,36 +90,23 @@ def main() -> None:
         folder = Path(name)
         weights = folder / "weights.safetensors"
         weights.write_bytes(efficientnet_lite0())
-        digits = folder / "digits"
-        for key, content in digit_images().items():
-            storage.write_bytes(f"{digits}/{key}", content)
-        photos = photographs(folder, given.images, 400)
         half = "[0.5,0.5,0.5]"
         common = [f"--model.backbone={BACKBONE}", f"--model.weights={weights}", f"--model.mean={half}"]
         common += [f"--model.std={half}", "--data.global_batch_size=32", "--trainer.accelerator=cpu"]
         common += [f"--data.cache_dir={folder}/cache", f"--features.uri={folder}/features"]
-        recipes = {name: [f"--config={CONFIGS / name}.yaml"] for name in ("head", "finetune", "augmented")}
-        sets = {
-            f"cats and dogs, {given.images} to train on": ([], photos, {"tutorial": TUTORIAL, **recipes}),
-            "digits, 1,438 to train on": (
-                [SHIFTED],
-                digits,
-                {"demo": [], "finetune": recipes["finetune"]},
-            ),
-        }
-        for title, (base, root, chosen) in sets.items():
+        for title in given.sets:
+            root, recipes = SETS[title](folder)
             table = Table("recipe", "best validation accuracy", "by seed", "seconds", title=title, title_justify="left")
-            wanted = {recipe: options for recipe, options in chosen.items() if not given.only or recipe in given.only}
-            for recipe, options in wanted.items():
-                values, seconds = measure(
-                    folder, f"{root.name}-{recipe}", [*base, *options, *common, f"--data.root={root}"], given.seeds
-                )
+            for recipe, options in recipes.items():
+                if given.only and recipe not in given.only:
+                    continue
+                run = folder / f"{root.parent.name}-{root.name}-{recipe}"
+                values, seconds = measure(run, [*options, *common, f"--data.root={root}"], given.seeds)
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
                 by_seed = " ".join(f"{value:.4f}" for value in values)
                 table.add_row(recipe, f"{statistics.mean(values):.4f} ± {spread:.4f}", by_seed, f"{seconds:.0f}")
-                print(recipe, values, f"{seconds:.0f} s", file=sys.stderr, flush=True)
-            if wanted:
-                console.print(table)
+                print(title, recipe, values, f"{seconds:.0f} s", file=sys.stderr, flush=True)
+            console.print(table)
 
 
 if __name__ == "__main__":

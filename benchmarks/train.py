@@ -94,6 +94,7 @@ def speed_table(folder: Path, data: Path, backbone: str) -> Table:
 
     def row(name: str, frozen: float, full: float, peak: float | None = None) -> None:
         table.add_row(name, f"{frozen:,.1f}", f"{full:,.1f}", f"{peak:,.0f}" if peak else "")
+        print(backbone, name, f"{frozen:.1f} {full:.1f}", file=sys.stderr, flush=True)
 
     plain = {"root": str(data), "backbone": backbone, "weights": weights, "epochs": 1, "validate": False}
     peer = [contender("tutorial", frozen=frozen, **plain) for frozen in (True, False)]

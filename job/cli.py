@@ -30,6 +30,7 @@ from job.model.module import TransferLearningModel
 from job.train import checkpoint
 from job.train.batch_size_finder import BatchSizeFinder
 from job.train.checkpointer import Checkpointer
+from job.train.explanations import explained
 from job.train.feature_cache import FeatureCache
 from job.train.lease import Lease
 from job.train.lr_finder import LRFinder
@@ -199,11 +200,12 @@ def fit(args: list[str]) -> None:
         if resumed:
             log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
         preemption.training = True
-        trainer.fit(
-            cli.model,
-            datamodule=cli.datamodule,
-            ckpt_path=storage.join(run_dir, checkpoint.FOLDER, resumed.file) if resumed else None,
-        )
+        with explained(cli.datamodule.global_batch_size // ranks.world_size()):
+            trainer.fit(
+                cli.model,
+                datamodule=cli.datamodule,
+                ckpt_path=storage.join(run_dir, checkpoint.FOLDER, resumed.file) if resumed else None,
+            )
         if trainer.is_global_zero:
             print_summary(run_dir)
 
@@ -369,7 +371,8 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
     with ranks.process_group(EVALUATION_TIMEOUT):
         uri = ranks.from_rank_zero(lambda: checkpoint.resolve(options["ckpt"] or options["run_dir"]))
         trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"], options["checkpoint"])
-        results = getattr(trainer, verb)(cli.model, datamodule=cli.datamodule, ckpt_path=uri, verbose=False)
+        with explained(cli.datamodule.global_batch_size // ranks.world_size()):
+            results = getattr(trainer, verb)(cli.model, datamodule=cli.datamodule, ckpt_path=uri, verbose=False)
         if trainer.is_global_zero:
             table = Table(title=f"{verb} {uri}", title_justify="left")
             table.add_column("metric")

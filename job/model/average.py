@@ -21,17 +21,30 @@ class WeightAverage:
         self.decay = decay
         self._entries = {name: value for name, value in net.state_dict().items() if value.is_floating_point()}
         self._others = {name: value.clone() for name, value in self._entries.items()}
+        self._moving: list[str] = []
         self._swapped = False
+        self.follow(net)
 
     def load(self, averages: dict[str, Tensor]) -> None:
         """Go on from what :meth:`averages` once gave; without a name, from the weights."""
         for name in self._others.keys() & averages.keys():
             self._others[name].copy_(averages[name])
 
+    def follow(self, net: nn.Module) -> None:
+        """From here on take in what trains in ``net`` now; the rest stays equal to its average."""
+        trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+        counted = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in net.named_modules()
+            for name, _ in module.named_buffers(recurse=False)
+            if module.training
+        }
+        self._moving = [name for name in self._entries if name in trained | counted]
+
     def update(self, step: int) -> None:
         """Take in the weights of after ``step`` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, weights = list(self._others.values()), list(self._entries.values())
+        averages, weights = ([of[name] for name in self._moving] for of in (self._others, self._entries))
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def swap(self, *, averaged: bool) -> None:

@@ -282,6 +282,8 @@ class TransferLearningModel(pl.LightningModule):
             return
         log.info("epoch %d: training %s", self.current_epoch, stage.name.lower().replace("_", " "))
         self.enter_stage(stage)
+        if self._average is not None:
+            self._average.follow(self.net)
         strategy = self.trainer.strategy
         if isinstance(strategy, DDPStrategy):
             # DDP synchronises the parameters that required gradients when it was made, and no others:

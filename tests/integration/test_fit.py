@@ -169,6 +169,10 @@ def test_validating_again_finds_the_same(fitted: str) -> None:
     again = json.loads(storage.read_bytes(f"{fitted}/validate.json"))["metrics"]
     metrics = json.loads(storage.read_bytes(f"{fitted}/report.json"))["metrics"]
     assert again == pytest.approx(metrics, rel=1e-5)
+    run_well("validate", "--run_dir", fitted, "--mirror", "true")
+    mirrored = json.loads(storage.read_bytes(f"{fitted}/validate.json"))["metrics"]
+    assert mirrored["val/loss"] != pytest.approx(metrics["val/loss"], rel=1e-4)
+    assert mirrored["val/loss"] == pytest.approx(metrics["val/loss"], abs=0.1)
 
 
 def test_a_finished_run_stays_finished(fitted: str) -> None:

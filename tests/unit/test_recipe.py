@@ -177,6 +177,27 @@ def test_the_average_of_the_weights_is_followed_swapped_and_saved() -> None:
     assert all(torch.equal(again.averages[name], value) for name, value in average.averages.items())
 
 
+def test_the_average_follows_what_trains_and_nothing_else() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    first, norm, last = net
+    first.requires_grad_(False)
+    norm.requires_grad_(False).eval()
+    average = WeightAverage(net, 0.6)
+    before = {name: value.clone() for name, value in average.averages.items()}
+
+    def moved() -> set[str]:
+        with torch.no_grad():
+            for value in (*net.parameters(), norm.running_mean):
+                value.add_(1.0)  # type: ignore[operator, union-attr]
+        average.update(20)
+        return {name for name, value in average.averages.items() if not torch.equal(value, before[name])}
+
+    assert moved() == {"2.weight", "2.bias"}
+    norm.requires_grad_(True).train()
+    average.follow(net)
+    assert moved() == {"2.weight", "2.bias", "1.weight", "1.bias", "1.running_mean"}
+
+
 def test_a_class_of_nine_tenths_weighs_as_much_as_the_other() -> None:
     made = model(class_weights="balanced")
     labels = torch.tensor([0] * 9 + [1])
