@@ -179,7 +179,7 @@ def test_the_average_of_the_weights_is_followed_swapped_and_saved() -> None:
 
 def test_the_average_follows_what_trains_and_nothing_else() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
-    first, norm, last = net
+    first, norm, _ = net
     first.requires_grad_(False)
     norm.requires_grad_(False).eval()
     average = WeightAverage(net, 0.6)
