@@ -1,8 +1,7 @@
 """The accuracy that each recipe in job/configs reaches: several seeds each, mean ± standard deviation.
 
-Run it by ``make benchmark-recipes``. EfficientNet-Lite0 with ImageNet's weights, on three data sets: a few of the
-tutorial's photographs in the size that the weights are made for, more of them in half that size, and scikit-learn's
-digits.
+Run it by ``make benchmark-recipes``. EfficientNet-Lite0 with ImageNet's weights, on two data sets: a few of the
+tutorial's photographs, and scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from job import storage
 from job.demo.digits import digit_images
 from job.demo.weights import BACKBONE, efficientnet_lite0
 
-FEW, MORE, VALIDATION = 160, 600, 400
-SMALL = 128
+TRAIN, VALIDATION = 160, 400
 RECIPES = {
     "head": [f"--config={CONFIGS / 'head.yaml'}"],
     # Its own settings; as many epochs as finetune.yaml has.
@@ -33,19 +31,9 @@ RECIPES = {
 }
 
 
-def few_photographs(folder: Path) -> tuple[Path, dict[str, list[str]]]:
+def photos(folder: Path) -> tuple[Path, dict[str, list[str]]]:
     """Images, and options by recipe."""
-    return photographs(folder / "few", FEW, VALIDATION), RECIPES
-
-
-def small_photographs(folder: Path) -> tuple[Path, dict[str, list[str]]]:
-    """Images, and options by recipe."""
-    text = (CONFIGS / "augmented.yaml").read_text()
-    own = folder / "augmented.yaml"
-    own.write_text(text.replace("size: [224, 224]", f"size: [{SMALL}, {SMALL}]"))
-    recipes = {**RECIPES, "augmented": [f"--config={own}"]}
-    small = f"--data.image_size={SMALL}"
-    return photographs(folder / "more", MORE, VALIDATION), {name: [*given, small] for name, given in recipes.items()}
+    return photographs(folder, TRAIN, VALIDATION), RECIPES
 
 
 def digits(folder: Path) -> tuple[Path, dict[str, list[str]]]:
@@ -60,8 +48,7 @@ def digits(folder: Path) -> tuple[Path, dict[str, list[str]]]:
 
 
 SETS = {
-    f"{FEW} cats and dogs, 224 px": few_photographs,
-    f"{MORE} cats and dogs, {SMALL} px": small_photographs,
+    f"{TRAIN} cats and dogs, 224 px": photos,
     "1,438 digits, 64 px": digits,
 }
 
