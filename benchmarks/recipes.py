@@ -87,7 +87,7 @@ def main() -> None:
             for recipe, options in recipes.items():
                 if given.only and recipe not in given.only:
                     continue
-                run = folder / f"{root.parent.name}-{root.name}-{recipe}"
+                run = folder / f"{root.name}-{recipe}"
                 values, seconds = measure(run, [*options, *common, f"--data.root={root}"], given.seeds)
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
                 by_seed = " ".join(f"{value:.4f}" for value in values)

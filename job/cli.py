@@ -200,7 +200,7 @@ def fit(args: list[str]) -> None:
         if resumed:
             log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
         preemption.training = True
-        with explained(cli.datamodule.global_batch_size // ranks.world_size()):
+        with explained(cli.datamodule.global_batch_size):
             trainer.fit(
                 cli.model,
                 datamodule=cli.datamodule,
@@ -220,7 +220,8 @@ def tune(args: list[str]) -> None:
     cli.model.milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.milestones]
     with ranks.process_group(EVALUATION_TIMEOUT):
         trainer = tuning_trainer(dict(options["trainer"]), options["run_dir"], rates, batches)
-        trainer.fit(cli.model, datamodule=cli.datamodule)
+        with explained(cli.datamodule.global_batch_size):
+            trainer.fit(cli.model, datamodule=cli.datamodule)
         suggestion, world_size = rates.suggestion(), ranks.world_size()
         if trainer.is_global_zero:
             found = {
@@ -371,7 +372,7 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
     with ranks.process_group(EVALUATION_TIMEOUT):
         uri = ranks.from_rank_zero(lambda: checkpoint.resolve(options["ckpt"] or options["run_dir"]))
         trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"], options["checkpoint"])
-        with explained(cli.datamodule.global_batch_size // ranks.world_size()):
+        with explained(cli.datamodule.global_batch_size):
             results = getattr(trainer, verb)(cli.model, datamodule=cli.datamodule, ckpt_path=uri, verbose=False)
         if trainer.is_global_zero:
             table = Table(title=f"{verb} {uri}", title_justify="left")

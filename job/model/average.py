@@ -34,10 +34,10 @@ class WeightAverage:
         """From here on take in what trains in ``net`` now; the rest stays equal to its average."""
         trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
         counted = {
-            f"{prefix}.{name}" if prefix else name
+            name
             for prefix, module in net.named_modules()
-            for name, _ in module.named_buffers(recurse=False)
             if module.training
+            for name, _ in module.named_buffers(prefix, recurse=False)
         }
         self._moving = [name for name in self._entries if name in trained | counted]
 

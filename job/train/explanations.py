@@ -7,16 +7,18 @@ from collections.abc import Iterator
 
 import torch
 
+from job.cluster import ranks
 from job.errors import ConfigError
 
 
 @contextlib.contextmanager
-def explained(images: int) -> Iterator[None]:
-    """Within, a batch of ``images`` on this rank may be too large or too small.
+def explained(global_batch_size: int) -> Iterator[None]:
+    """Within, this rank's share of a batch may be too large or too small.
 
     Raises:
         ConfigError: it was.
     """
+    images = global_batch_size // ranks.world_size()
     try:
         yield
     except (RuntimeError, ValueError) as error:

@@ -114,7 +114,9 @@ def test_another_run_finds_them_and_a_damaged_one_is_computed_again(
         arguments = options(settings, run_dir=f"{run_dir}/{name}", data__cache_dir=tmp_path / cache, **more)
         return run_well("fit", *arguments).stderr
 
-    assert COMPUTING in fit("first", "a")
+    assert COMPUTING in fit("first", "a", **{"trainer.log_every_n_steps": 7})
+    losses = scalars(recomputed(1))["train/loss"]
+    assert scalars(f"{run_dir}/first")["train/loss"] == [pair for pair in losses if pair[0] % 7 == 6]
     assert COMPUTING not in fit("head", "b", **{"model.hidden": "[4]", "trainer.max_epochs": 1})
     assert COMPUTING in fit("size", "b", **{"data.image_size": 40, "trainer.max_epochs": 3})
     (path,) = (tmp_path / "a" / "features").glob("*/train-000002.safetensors")

@@ -14,7 +14,7 @@ from torch import nn
 
 from job.data.datamodule import ImageDataModule
 from job.model.module import TransferLearningModel
-from job.model.threads import is_short
+from job.model.threads import cpu_threads, is_short
 
 
 class Seen(Callback):
@@ -38,10 +38,8 @@ class Seen(Callback):
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with cpu_threads(2):
+        yield
 
 
 @pytest.mark.parametrize("train_bn", [False, True])
