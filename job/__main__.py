@@ -21,7 +21,14 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(EXIT_INTERNAL_ERROR)
-    cli.main()
+    code: object = 0
+    try:
+        cli.main()
+    except SystemExit as ended:
+        code = ended.code
+        raise
+    finally:
+        signals.end_at_once(code if isinstance(code, int) else int(code is not None))
 
 
 if __name__ == "__main__":

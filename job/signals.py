@@ -42,10 +42,16 @@ def exit_code(number: int) -> int:
     return 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number)
 
 
-def end_at_once() -> None:
-    """Until a :class:`StopSignals` takes over, let a signal end the process with one line: imports hold nothing."""
+def end_at_once(code: int | None = None) -> None:
+    """Outside of a :class:`StopSignals`, let a signal end the process at once.
+
+    Args:
+        code: exit code of a process that has done its work; None: it is starting, and has begun nothing.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
+        if code is not None:
+            os._exit(code)
         _end_now(f"stopped by {signal.Signals(number).name} while starting: nothing was begun.", number)
 
     for number in _handled():
