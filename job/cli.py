@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import logging
@@ -23,14 +24,25 @@ from rich.table import Table
 
 from job import storage
 from job.cluster import ranks
+from job.cluster.environment import require_ranks
 from job.data.datamodule import ImageDataModule
-from job.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, JobError, Preempted
+from job.errors import (
+    EXIT_INTERNAL_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    CheckpointError,
+    ConfigError,
+    JobError,
+    Preempted,
+)
 from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
 from job.model.module import TransferLearningModel
-from job.train import checkpoint
+from job.processes import kill_descendants
+from job.signals import Stopped, StopSignals
+from job.train import attempts, checkpoint
 from job.train.batch_size_finder import BatchSizeFinder
 from job.train.checkpointer import Checkpointer
-from job.train.explanations import explained
+from job.train.errors import translate_errors, translated
 from job.train.feature_cache import FeatureCache
 from job.train.lease import Lease
 from job.train.lr_finder import LRFinder
@@ -174,7 +186,8 @@ class TrainingCLI(LightningCLI):
 
 def fit(args: list[str]) -> None:
     """Train, or continue training, a model into run_dir."""
-    cli = TrainingCLI("fit", args)
+    with translate_errors():
+        cli = TrainingCLI("fit", args)
     options = cli.config_init
     run_dir, lease = options["run_dir"], Lease(options["run_dir"])
     with (
@@ -185,42 +198,49 @@ def fit(args: list[str]) -> None:
     ):
         ranks.from_rank_zero(lease.acquire)
         resumed = ranks.from_rank_zero(lambda: _resume_point(run_dir, options["resume"]))
-        trainer = training_trainer(
-            dict(options["trainer"]),
-            run_dir,
-            config=cli.config_yaml(),
-            checkpointer=options["checkpoint"],
-            features=options["features"],
-            profile=options["profile"],
-            watchdog=options["watchdog"],
-            preemption=preemption,
-            lease=lease,
-            logger=BucketTensorBoardLogger(events_uri(run_dir), purge_step=resumed.global_step if resumed else 0),
-        )
-        if resumed:
-            log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
-        preemption.training = True
-        with explained(cli.datamodule.global_batch_size):
+        step, config = resumed.global_step if resumed else -1, cli.config_yaml()
+        before = ranks.from_rank_zero(lambda: attempts.begin(run_dir, step, config))
+        with (
+            attempts.counted(run_dir, before if ranks.rank() == 0 else None),
+            translate_errors(cli.datamodule.global_batch_size),
+        ):
+            trainer = training_trainer(
+                dict(options["trainer"]),
+                run_dir,
+                config=config,
+                checkpointer=options["checkpoint"],
+                features=options["features"],
+                profile=options["profile"],
+                watchdog=options["watchdog"],
+                preemption=preemption,
+                lease=lease,
+                logger=BucketTensorBoardLogger(events_uri(run_dir), purge_step=resumed.global_step if resumed else 0),
+            )
+            if resumed:
+                log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
+            preemption.training = True
             trainer.fit(
                 cli.model,
                 datamodule=cli.datamodule,
                 ckpt_path=storage.join(run_dir, checkpoint.FOLDER, resumed.file) if resumed else None,
             )
-        if trainer.is_global_zero:
-            print_summary(run_dir)
+            preemption.training = False
+            if trainer.is_global_zero:
+                print_summary(run_dir)
 
 
 def tune(args: list[str]) -> None:
     """Find a learning rate to begin with, and the largest batch that fits."""
-    cli = TrainingCLI("tune", args)
+    with translate_errors():
+        cli = TrainingCLI("tune", args)
     options = cli.config_init
     rates, batches = options["lr"], BatchSizeFinder()
     # What trains in the first epoch trains in all steps, at rates that no schedule sets.
     cli.model.lr_scheduler = None
     cli.model.milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.milestones]
     with ranks.process_group(EVALUATION_TIMEOUT):
-        trainer = tuning_trainer(dict(options["trainer"]), options["run_dir"], rates, batches)
-        with explained(cli.datamodule.global_batch_size):
+        with translate_errors(cli.datamodule.global_batch_size):
+            trainer = tuning_trainer(dict(options["trainer"]), options["run_dir"], rates, batches)
             trainer.fit(cli.model, datamodule=cli.datamodule)
         suggestion, world_size = rates.suggestion(), ranks.world_size()
         if trainer.is_global_zero:
@@ -295,10 +315,12 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "launch": launch,
     "demo": demo,
 }
+RANKED_VERBS = ("fit", "tune", "validate", "test")
+"""Those that run on many processes."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one verb; on a user's mistake print one message and exit with 2."""
+    """Run one verb, and exit by the table in README: 2 with one message for a user's mistake."""
     args = sys.argv[1:] if argv is None else argv
     _set_up_logging()
     if not args or args[0] in ("-h", "--help"):
@@ -306,27 +328,61 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(0 if args else EXIT_USER_ERROR)
     # LightningCLI looks at sys.argv, and would warn of arguments given to it besides.
     sys.argv = [sys.argv[0]]
+    waits = args[0] in ("launch", "demo")  # for processes that have a grace of their own
+    try:
+        with StopSignals(None, at_end=kill_descendants) if waits else StopSignals():
+            code = _exit_code(args)
+    except Stopped as stopped:
+        code = _report(stopped)
+    if code:
+        _exit(code)
+
+
+def _exit_code(args: list[str]) -> int:
+    """Run the verb ``args[0]``; report what ends it, and return the exit code."""
     try:
         if args[0] not in VERBS:
             close = difflib.get_close_matches(args[0], VERBS, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ConfigError(f"unknown command {args[0]!r}.{hint}\n{_usage()}")
+        if args[0] in RANKED_VERBS:
+            require_ranks(os.environ)
         VERBS[args[0]](args[1:])
-    except Preempted as error:
+    except (Stopped, KeyboardInterrupt) as error:
+        return _report(error)
+    except Exception as error:
+        return _report(translated(error))
+    return 0
+
+
+def _report(error: BaseException) -> int:
+    """Tell the user what ended the process; returns the exit code."""
+    rank = f" (rank {ranks.rank()})" if ranks.world_size() > 1 else ""
+    if isinstance(error, Preempted):
         log.warning("%s", error)
-        _exit(error.exit_code)
-    except JobError as error:
-        rank = f" (rank {ranks.rank()})" if ranks.world_size() > 1 else ""
+        return error.exit_code
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        print(f"job: {error or 'stopped by SIGINT.'}{rank}", file=sys.stderr, flush=True)
+        return error.exit_code if isinstance(error, Stopped) else EXIT_INTERRUPTED
+    if isinstance(error, JobError):
         print(f"job: error{rank}: {error}", file=sys.stderr, flush=True)
-        _exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return error.exit_code
+    log.error("this should not have happened:", exc_info=error)
+    first_line = next(iter(str(error).splitlines()), "")
+    print(
+        f"job: unexpected error{rank}: {type(error).__name__}: {first_line}. The traceback above shows where: a fault of "
+        "the job, or of a callback, transform or library that it was given.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return EXIT_INTERNAL_ERROR
 
 
 def _exit(code: int) -> NoReturn:
     """End the process now: threads and process groups of a run that failed may wait for what never comes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a pipe or terminal that is gone
+            stream.flush()
     if ranks.world_size() > 1:
         os._exit(code)
     sys.exit(code)
@@ -364,15 +420,16 @@ def _resume_point(run_dir: str, resume: str) -> checkpoint.Manifest | None:
 
 
 def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
-    cli = TrainingCLI(verb, _with_saved_config(args))
+    with translate_errors():
+        cli = TrainingCLI(verb, _with_saved_config(args))
     options = cli.config_init
     # The checkpoint brings the weights: pretrained ones would be fetched in vain.
     cli.model.weights = "none"
     cli.model.mirror = options["mirror"]
     with ranks.process_group(EVALUATION_TIMEOUT):
         uri = ranks.from_rank_zero(lambda: checkpoint.resolve(options["ckpt"] or options["run_dir"]))
-        trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"], options["checkpoint"])
-        with explained(cli.datamodule.global_batch_size):
+        with translate_errors(cli.datamodule.global_batch_size):
+            trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"], options["checkpoint"])
             results = getattr(trainer, verb)(cli.model, datamodule=cli.datamodule, ckpt_path=uri, verbose=False)
         if trainer.is_global_zero:
             table = Table(title=f"{verb} {uri}", title_justify="left")
@@ -400,7 +457,7 @@ def _with_saved_config(args: list[str]) -> list[str]:
 def _set_up_logging() -> None:
     # Python's own accountant of semaphores complains about processes that were killed; it is another process.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(text) if (text := os.environ.get("RANK", "0")).isdecimal() else 0
     logging.basicConfig(
         format=f"%(asctime)s {'' if rank == 0 else f'[rank {rank}] '}%(message)s",
         datefmt="%H:%M:%S",
