@@ -39,15 +39,16 @@ from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
 from job.model.module import TransferLearningModel
 from job.processes import kill_descendants
 from job.signals import Stopped, StopSignals
-from job.train import attempts, checkpoint
+from job.train import attempts, checkpoint, confusion
 from job.train.batch_size_finder import BatchSizeFinder
 from job.train.checkpointer import Checkpointer
 from job.train.errors import translate_errors, translated
 from job.train.feature_cache import FeatureCache
+from job.train.json_files import write_json
 from job.train.lease import Lease
 from job.train.lr_finder import LRFinder
 from job.train.preemption import Preemption
-from job.train.report import print_findings, print_summary
+from job.train.report import Report, print_findings, print_summary
 from job.train.trainer import evaluating_trainer, training_trainer, tuning_trainer
 from job.train.watchdog import Watchdog
 
@@ -226,7 +227,7 @@ def fit(args: list[str]) -> None:
             )
             preemption.training = False
             if trainer.is_global_zero:
-                print_summary(run_dir)
+                print_summary(run_dir, next(c.content for c in trainer.callbacks if isinstance(c, Report)))  # type: ignore[attr-defined]
 
 
 def tune(args: list[str]) -> None:
@@ -407,9 +408,10 @@ def _function_parser(verb: str, function: Callable[..., None], args: list[str], 
 
 def _resume_point(run_dir: str, resume: str) -> checkpoint.Manifest | None:
     if resume == "never":
-        if found := checkpoint.manifests(run_dir):
+        found = checkpoint.scan(run_dir)
+        if count := len(found.good) + len(found.damaged) + len(found.newer):
             raise ConfigError(
-                f"{run_dir} holds {len(found)} checkpoint(s) of an earlier run, and --resume is never. "
+                f"{run_dir} holds {count} checkpoint(s) of an earlier run, and --resume is never. "
                 "Choose another --run_dir, or --resume=auto."
             )
         return None
@@ -438,8 +440,12 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
             for name, value in results[0].items():
                 table.add_row(name, f"{value:.4f}")
             Console(soft_wrap=True).print(table)
-            report = {"ckpt": uri, "metrics": results[0], "confusion_matrix": cli.model.confusion}
-            storage.write_text(storage.join(options["run_dir"], f"{verb}.json"), json.dumps(report, indent=2))
+            matrix = cli.model.confusion
+            counts = confusion.as_json(confusion.cells(matrix), len(matrix))
+            write_json(
+                storage.join(options["run_dir"], f"{verb}.json"),
+                {"ckpt": uri, "metrics": results[0], "confusion_matrix": counts},
+            )
 
 
 def _with_saved_config(args: list[str]) -> list[str]:

@@ -59,6 +59,10 @@ class CheckpointError(JobError):
     """A checkpoint that is missing, damaged or does not fit the run."""
 
 
+class NewerFormatError(CheckpointError):
+    """A file of a run_dir that a newer version of this package wrote."""
+
+
 class LeaseError(JobError):
     """A run_dir that another job is writing to."""
 

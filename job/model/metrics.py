@@ -58,8 +58,8 @@ class EvaluationMetrics:
             for metric in (self.accuracy, self.f1, self.auroc, self.confusion):
                 metric.update(probabilities, labels)
 
-    def compute(self) -> tuple[dict[str, float], list[list[int]]]:
-        """(value by name, confusion matrix as rows of true classes), the same on every rank."""
+    def compute(self) -> tuple[dict[str, float], Tensor]:
+        """(value by name, confusion matrix int64 [true class, predicted class]), the same on every rank."""
         self._count(0)
         confusion: Tensor = self.confusion.compute()
         values = {
@@ -71,7 +71,7 @@ class EvaluationMetrics:
         per_class = confusion.diagonal() / confusion.sum(dim=1).clamp(min=1)
         for name, value in zip(self.classes, per_class.tolist(), strict=True):
             values[f"accuracy_of/{name}"] = value
-        return values, confusion.to(torch.int64).tolist()
+        return values, confusion.to(torch.int64)
 
     def reset(self) -> None:
         """Forget every batch."""

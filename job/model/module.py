@@ -134,7 +134,7 @@ class TransferLearningModel(pl.LightningModule):
         self._averages: dict[str, Tensor] = {}
         self.net: Classifier
         self.metrics: EvaluationMetrics
-        self.confusion: list[list[int]] = []
+        self.confusion = torch.zeros(0, 0, dtype=torch.int64)
 
     def configure_model(self) -> None:
         """Build the network, once the data has said which classes there are (a Lightning hook)."""
