@@ -28,6 +28,7 @@ from job.data.order import BatchOrder
 from job.data.source import default_cache_dir
 from job.errors import ConfigError, DataError
 from job.model.classifier import Classifier, from_spec, mean_over_mirrored, probabilities
+from job.model.spec import decode_spec, net_state
 from job.train import checkpoint
 
 if TYPE_CHECKING:
@@ -116,13 +117,11 @@ def load(uri: str, device: str | None = None) -> Predictor:
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    saved = checkpoint.load(checkpoint.resolve(uri))
-    spec = dict(saved["classifier"])
-    resize = spec.pop("resize")
-    net = from_spec(spec)
-    prefix = "net."
-    net.load_state_dict({k.removeprefix(prefix): v for k, v in saved["state_dict"].items() if k.startswith(prefix)})
-    return Predictor(net.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), resize)
+    uri = checkpoint.resolve(uri)
+    saved = checkpoint.load(uri)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    net = from_spec(saved["classifier"], net_state(saved, uri), source=uri, device_type=torch.device(device).type)
+    return Predictor(net.to(device), decode_spec(saved["classifier"], uri).resize)
 
 
 def main(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -20,14 +21,17 @@ from job.model.backbone import build_backbone
 from job.model.classifier import Classifier, mean_over_mirrored, probabilities
 from job.model.compile import compile_module, compile_seconds
 from job.model.freeze import Stage, apply_stage, stage_at
+from job.model.hyperparameters import plain_hyperparameters, restore_module
 from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed
+from job.model.memory_format import log_layout
 from job.model.metrics import EvaluationMetrics
+from job.model.normalisation import completed
 from job.model.optimizer import add_groups, fuse, parameter_groups, with_fusion_of
+from job.model.spec import decode_spec, net_state, require_state
+from job.model.sync_batchnorm import require_synchronisable
 from job.model.threads import cpu_threads, is_short
 
 log = logging.getLogger(__name__)
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class TransferLearningModel(pl.LightningModule):
@@ -38,11 +42,11 @@ class TransferLearningModel(pl.LightningModule):
 
     Args:
         backbone: an architecture of torchvision.models (resnet50, vit_b_16, …), or timm/NAME.
-        weights: DEFAULT (the library's pretrained ones), none, or the URI of a state dict (.pth,
-            .safetensors).
+        weights: DEFAULT (the library's pretrained ones), none, or the URI of a state dict or checkpoint (.pth,
+            .safetensors, .ckpt), or of another run's run_dir, which means its best checkpoint.
         hidden: widths of the head's hidden layers.
-        mean: mean a channel of the backbone's training images, in [0, 1].
-        std: standard deviation a channel.
+        mean: per-channel mean of the pretraining images, in [0, 1]. Default: that of the pretrained weights.
+        std: per-channel standard deviation. Default: that of the pretrained weights.
         milestones: epochs at which the last layers, then all, are unfrozen.
         unfreeze_last: share of the backbone's layers that milestones[0] unfreezes.
         train_bn: train batch normalisation in the frozen part, too.
@@ -67,8 +71,8 @@ class TransferLearningModel(pl.LightningModule):
         backbone: str = "resnet50",
         weights: str = "DEFAULT",
         hidden: list[int] = [256, 32],  # noqa: B006  (never changed; a list is what YAML gives)
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
         milestones: list[int] = [5, 10],  # noqa: B006
         unfreeze_last: float = 0.5,
         train_bn: bool = False,
@@ -88,6 +92,7 @@ class TransferLearningModel(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(plain_hyperparameters(locals()), logger=False)  # SavedConfig logs the configuration
         if sorted(milestones) != list(milestones) or len(milestones) > Stage.ALL:
             raise ConfigError(f"--model.milestones must be at most two epochs in rising order, not {milestones}.")
         if not 0 < unfreeze_last <= 1:
@@ -142,23 +147,49 @@ class TransferLearningModel(pl.LightningModule):
             return
         if self.ema and self.trainer.strategy.root_device.type == "xla":
             raise ConfigError("--model.ema does not exist on XLA: each step's decay would be compiled anew.")
+        device_type = self.trainer.strategy.root_device.type
+        if self.trainer._accelerator_connector._layer_sync is not None:
+            require_synchronisable(device_type, self.trainer.world_size)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        mean, std = completed(self.normalisation, self.backbone_name, self.weights)
         # In host memory, from the host's generator: the head begins alike on every accelerator.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.net = Classifier(
-                build_backbone(self.backbone_name, self.weights),
+                build_backbone(self.backbone_name, self.weights, data.image_size),
                 name=self.backbone_name,
                 classes=data.classes,
                 hidden=self.hidden,
                 image_size=data.image_size,
-                **self.normalisation,
+                mean=mean,
+                std=std,
+                device_type=device_type,
             )
+        if self.trainer.state.fn == "fit":
+            log_layout(self.net.name, self.net.memory_format, device_type)
         if self.compile_backbone:
             compile_module(self.net.backbone, self.trainer.strategy.root_device)
-        self.resize = data.resize
+        self.resize: str = data.resize
         self.metrics = EvaluationMetrics(data.classes, synchronise=self.trainer.world_size > 1)
         self.enter_stage(Stage.HEAD if self.milestones else Stage.ALL)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, *_: Any, **overrides: Any
+    ) -> TransferLearningModel:
+        """Restore a module, and the network that its checkpoint describes, from a file or run_dir at any URI.
+
+        Args:
+            checkpoint_path: as ``--ckpt`` of validate.
+            map_location: device of the module. Default: the CPU.
+            overrides: arguments of this class in place of the saved hyperparameters, among them ``optimizer`` and
+                ``lr_scheduler``, which are not saved. Lightning's own options (``strict``, ``weights_only``,
+                ``hparams_file``) are accepted and without effect: loading is strict, and runs no code.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is damaged.
+        """
+        return restore_module(cls, str(checkpoint_path), torch.device(map_location or "cpu"), overrides)
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] to logits [B, num_logits]."""
@@ -374,13 +405,24 @@ class TransferLearningModel(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network, naming the difference; let the optimizer be this hardware's."""
-        saved, ours = checkpoint.get("classifier", {}), {**self.net.spec(), "resize": self.resize}
-        different = [f"{key} was {saved.get(key)!r}, is {ours[key]!r}" for key in ours if saved.get(key) != ours[key]]
+        saved = decode_spec(checkpoint.get("classifier"), "the checkpoint")
+        ours = decode_spec({**self.net.spec(), "resize": self.resize}, "this run")
+        different = [
+            f"{name} was {getattr(saved, name)!r}, is {getattr(ours, name)!r}"
+            for name in ours.__struct_fields__
+            # Mean and std that nobody has chosen come from the checkpoint, with its buffers.
+            if getattr(saved, name) != getattr(ours, name) and self.normalisation.get(name, ()) is not None
+        ]
         if different:
             raise CheckpointError(
                 f"the checkpoint does not fit this run: {'; '.join(different)}. Use the settings it was trained with, "
                 "or another --run_dir."
             )
+        require_state(
+            net_state(checkpoint, "the checkpoint"),
+            {name: tuple(value.shape) for name, value in self.net.state_dict().items()},
+            "the checkpoint",
+        )
         if self.trainer.state.fn != "fit":
             return
         was, precision = checkpoint["precision"], str(self.trainer.precision)

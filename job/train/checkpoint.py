@@ -8,16 +8,14 @@ finished and is not looked at. ``….ckpt.confusion.safetensors`` holds the conf
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from job import storage
 from job.errors import CheckpointError, NewerFormatError, StorageError, StorageOutage
+from job.model.tensor_file import load_tensors
 from job.train import confusion
 from job.train.checkpoint_manifest import (
     MAX_BYTES,
@@ -165,13 +163,7 @@ def load(uri: str) -> dict[str, Any]:
     if storage.exists(manifest_uri(uri)):
         described = read_limited(manifest_uri(uri), MAX_BYTES)
         _require_intact(uri, content, decode_manifest(manifest_uri(uri), described))
-    try:
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the bytes led it to
-        raise CheckpointError(
-            f"{uri} is no checkpoint that can be loaded safely: {(str(error) or repr(error)).splitlines()[0]}"
-        ) from error
-    return require_checkpoint(uri, checkpoint)
+    return require_checkpoint(uri, load_tensors(content, uri, error_type=CheckpointError))
 
 
 def verify(run_dir: str, manifest: Manifest) -> None:

@@ -140,6 +140,7 @@ class FeatureCache(Callback):
             str(trainer.precision),
             module.compile_backbone,
             module.device.type,
+            str(module.net.memory_format),
             torch.__version__,
         )
         return hashlib.sha256(repr(what).encode()).hexdigest()[:20]
