@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -42,6 +43,7 @@ from job.signals import Stopped, StopSignals
 from job.train import attempts, checkpoint, confusion
 from job.train.batch_size_finder import BatchSizeFinder
 from job.train.checkpointer import Checkpointer
+from job.train.divergence import last_checkpoint_named
 from job.train.errors import translate_errors, translated
 from job.train.feature_cache import FeatureCache
 from job.train.json_files import write_json
@@ -204,6 +206,7 @@ def fit(args: list[str]) -> None:
         with (
             attempts.counted(run_dir, before if ranks.rank() == 0 else None),
             translate_errors(cli.datamodule.global_batch_size),
+            last_checkpoint_named(run_dir, options["checkpoint"].io),
         ):
             trainer = training_trainer(
                 dict(options["trainer"]),
@@ -237,7 +240,7 @@ def tune(args: list[str]) -> None:
     options = cli.config_init
     rates, batches = options["lr"], BatchSizeFinder()
     # What trains in the first epoch trains in all steps, at rates that no schedule sets.
-    cli.model.lr_scheduler = None
+    cli.model.lr_scheduler, cli.model.lr_interval = None, "epoch"
     cli.model.milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.milestones]
     with ranks.process_group(EVALUATION_TIMEOUT):
         with translate_errors(cli.datamodule.global_batch_size):
@@ -252,9 +255,11 @@ def tune(args: list[str]) -> None:
                 "world_size": world_size,
                 "optimizer": rates.optimizer,
                 "rates": rates.rates,
-                "losses": rates.losses,
+                # The sweep ends where the loss diverges, which JSON has no number for.
+                "losses": [loss if math.isfinite(loss) else None for loss in rates.losses],
             }
-            storage.write_text(storage.join(options["run_dir"], "tune.json"), json.dumps(found, indent=2))
+            text = json.dumps(found, indent=2, allow_nan=False)
+            storage.write_text(storage.join(options["run_dir"], "tune.json"), text)
             print_findings(found)
 
 

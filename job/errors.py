@@ -63,6 +63,10 @@ class NewerFormatError(CheckpointError):
     """A file of a run_dir that a newer version of this package wrote."""
 
 
+class DivergedError(JobError):
+    """A loss, a gradient or a weight that is not finite: the same steps again would end alike."""
+
+
 class LeaseError(JobError):
     """A run_dir that another job is writing to."""
 

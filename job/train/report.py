@@ -102,6 +102,7 @@ class Report(Callback):
             "classes": list(data.classes),
             "images": {part: len(index) for part, index in data.parts.items()},
             "bad_samples": sorted(data.bad_samples),
+            "skipped_steps": trainer.lightning_module.skipped_steps,
             "train_images_per_second": self.train_images / self.train_seconds if self.train_seconds else None,
             "metrics": {},
             "confusion_matrix": None,
