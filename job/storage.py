@@ -22,8 +22,9 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -34,7 +35,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from job.errors import StorageError, StorageOutage
+from job.errors import DataError, JobError, StorageError, StorageOutage
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ if os.environ.get("STORAGE_EMULATOR_HOST"):
 
 
 LISTINGS_IN_FLIGHT = 16
+_http_client: ContextVar[Callable[..., Awaitable[aiohttp.ClientSession]] | None] = ContextVar("http", default=None)
 
 
 class Entry(NamedTuple):
@@ -84,9 +86,30 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Call it in the process that uses it: fsspec's asynchronous filesystems do not survive a fork
     (https://github.com/fsspec/gcsfs/issues/379).
     """
+    client = _http_client.get()
     with _explained(uri, "open"):
-        fs, path = url_to_fs(uri)
+        fs, path = url_to_fs(uri, **({"get_client": client} if client and _is_web(uri) else {}))
         return fs, str(path)
+
+
+@contextlib.contextmanager
+def http_client(client: Callable[..., Awaitable[aiohttp.ClientSession]]) -> Iterator[None]:
+    """Make the sessions of this context's http(s) filesystems by ``client``, as HTTPFileSystem's ``get_client``."""
+    token = _http_client.set(client)
+    try:
+        yield
+    finally:
+        _http_client.reset(token)
+
+
+def _is_web(uri: str) -> bool:
+    return uri.lower().startswith(("http://", "https://"))
+
+
+def protocols() -> list[str]:
+    """Names of all protocols that fsspec knows."""
+    found: list[str] = fsspec.available_protocols()
+    return found
 
 
 def is_local(uri: str) -> bool:
@@ -210,6 +233,37 @@ def read_bytes(uri: str) -> bytes:
     with _explained(uri, "read"):
         data: bytes = fs.cat_file(path)
         return data
+
+
+def read_bounded(uri: str, limit: int) -> bytes:
+    """The whole object, where it has at most ``limit`` bytes; a larger one is not read.
+
+    Raises:
+        DataError: it is larger.
+    """
+    fs, path = filesystem(uri)
+    with _explained(uri, "read"):
+        details = fs.info(path)
+        if details.get("type") == "other":
+            raise DataError(f"{uri} is not a regular file.")
+        size = details.get("size")
+        if isinstance(size, int) and not isinstance(fs, LocalFileSystem):
+            data: bytes = fs.cat_file(path) if size <= limit else b""
+        else:
+            with fs.open(path, "rb") as file:
+                data = file.read(limit + 1)
+            size = size if isinstance(size, int) else len(data)
+    if max(size, len(data)) > limit:
+        raise DataError(f"{uri} has {size:,} bytes, more than the {limit:,} that such a file may have.")
+    return data
+
+
+def info_below(root: str, key: str) -> dict[str, Any]:
+    """:func:`info` of the object ``key`` below ``root``, whatever characters the key has."""
+    fs, path = filesystem(root)
+    with _explained(join(root, key), "look up"):
+        found: dict[str, Any] = fs.info(f"{path.rstrip('/')}/{key}" if path else key)
+        return found
 
 
 CONNECTIONS = 256
@@ -452,9 +506,11 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
 def _explained(uri: str, action: str) -> Iterator[None]:
     try:
         yield
-    except StorageError:
+    except JobError:
         raise
     except FileNotFoundError as error:
+        if isinstance(error.__cause__, JobError):  # fsspec's http filesystem hides what its client raises
+            raise error.__cause__ from None
         raise StorageError(
             f"cannot {action} {uri}: no such bucket, object or folder. Check the spelling; for a "
             "bucket, also that it exists in the project of your credentials."
