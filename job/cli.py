@@ -7,22 +7,23 @@ import contextlib
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import jsonargparse
 import pytorch_lightning as pl
+import yaml
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from rich.console import Console
-from rich.table import Table
 
-from job import storage
+from job import redact, storage
 from job.cluster import ranks
 from job.cluster.environment import require_ranks
 from job.data.datamodule import ImageDataModule
@@ -35,19 +36,24 @@ from job.errors import (
     JobError,
     Preempted,
 )
+from job.import_policy import denied_message, require_permitted, set_parsing_rules
 from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
 from job.model.module import TransferLearningModel
 from job.processes import kill_descendants
 from job.signals import Stopped, StopSignals
-from job.train import attempts, checkpoint
+from job.terminal import print_table, protect_output, say
+from job.train import attempts, checkpoint, confusion
 from job.train.batch_size_finder import BatchSizeFinder
 from job.train.checkpointer import Checkpointer
+from job.train.divergence import last_checkpoint_named
 from job.train.errors import translate_errors, translated
 from job.train.feature_cache import FeatureCache
+from job.train.json_files import write_json
 from job.train.lease import Lease
 from job.train.lr_finder import LRFinder
 from job.train.preemption import Preemption
-from job.train.report import print_findings, print_summary
+from job.train.report import Report, print_findings, print_summary
+from job.train.saved_config import read_saved_config
 from job.train.trainer import evaluating_trainer, training_trainer, tuning_trainer
 from job.train.watchdog import Watchdog
 
@@ -60,11 +66,37 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 class Parser(LightningArgumentParser):
-    """jsonargparse's parser, whose errors suggest the nearest right option."""
+    """jsonargparse's parser, whose errors suggest the nearest right option.
+
+    Options cannot be abbreviated, and no class may be named that :mod:`job.import_policy` denies. Credentials in URIs
+    are kept by :mod:`job.redact`; the values of options are without them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong, without a traceback, and exit with 2."""
+        if denied := re.search(r"Importing '([^']+)' is not allowed", message):
+            key = re.search(r'Parser key "([^"]+)"', message)
+            raise ConfigError(denied_message(denied[1], key[1] if key else ""))
         raise ConfigError(f"{message.strip()}{self._suggestion(message)}\nSee --help.")
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """The options, checked, with the credentials of their URIs kept aside."""
+        config = super().parse_args(*args, **kwargs)
+        require_permitted(config.as_dict())
+        for key, value in list(config.items()):
+            config[key] = redact.walk(value, _without_credentials, key)
+        return config
+
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        """The options as text, without credentials."""
+        namespace = namespace.clone()
+        for key, value in list(namespace.items()):
+            namespace[key] = redact.walk(value, lambda _, text: redact.saved_form(text))
+        text: str = super().dump(namespace, *args, **kwargs)
+        return text
 
     def _suggestion(self, message: str) -> str:
         known = [action.dest for action in self._actions]
@@ -73,6 +105,14 @@ class Parser(LightningArgumentParser):
             if close and wrong not in known:
                 return f"\nDid you mean --{close[0]}?"
         return ""
+
+
+def _without_credentials(key: str, text: str) -> str:
+    if redact.is_redacted(text):
+        raise ConfigError(
+            f"{text} was saved without its credentials, which this command needs again: give the whole URI by --{key}."
+        )
+    return redact.remember(text)
 
 
 OURS = {
@@ -203,6 +243,7 @@ def fit(args: list[str]) -> None:
         with (
             attempts.counted(run_dir, before if ranks.rank() == 0 else None),
             translate_errors(cli.datamodule.global_batch_size),
+            last_checkpoint_named(run_dir, options["checkpoint"].io),
         ):
             trainer = training_trainer(
                 dict(options["trainer"]),
@@ -226,7 +267,7 @@ def fit(args: list[str]) -> None:
             )
             preemption.training = False
             if trainer.is_global_zero:
-                print_summary(run_dir)
+                print_summary(run_dir, next(c.content for c in trainer.callbacks if isinstance(c, Report)))  # type: ignore[attr-defined]
 
 
 def tune(args: list[str]) -> None:
@@ -236,7 +277,7 @@ def tune(args: list[str]) -> None:
     options = cli.config_init
     rates, batches = options["lr"], BatchSizeFinder()
     # What trains in the first epoch trains in all steps, at rates that no schedule sets.
-    cli.model.lr_scheduler = None
+    cli.model.lr_scheduler, cli.model.lr_interval = None, "epoch"
     cli.model.milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.milestones]
     with ranks.process_group(EVALUATION_TIMEOUT):
         with translate_errors(cli.datamodule.global_batch_size):
@@ -251,9 +292,11 @@ def tune(args: list[str]) -> None:
                 "world_size": world_size,
                 "optimizer": rates.optimizer,
                 "rates": rates.rates,
-                "losses": rates.losses,
+                # The sweep ends where the loss diverges, which JSON has no number for.
+                "losses": [loss if math.isfinite(loss) else None for loss in rates.losses],
             }
-            storage.write_text(storage.join(options["run_dir"], "tune.json"), json.dumps(found, indent=2))
+            text = json.dumps(found, indent=2, allow_nan=False)
+            storage.write_text(storage.join(options["run_dir"], "tune.json"), text)
             print_findings(found)
 
 
@@ -362,18 +405,17 @@ def _report(error: BaseException) -> int:
         log.warning("%s", error)
         return error.exit_code
     if isinstance(error, (Stopped, KeyboardInterrupt)):
-        print(f"job: {error or 'stopped by SIGINT.'}{rank}", file=sys.stderr, flush=True)
+        say(f"job: {error or 'stopped by SIGINT.'}{rank}", file=sys.stderr)
         return error.exit_code if isinstance(error, Stopped) else EXIT_INTERRUPTED
     if isinstance(error, JobError):
-        print(f"job: error{rank}: {error}", file=sys.stderr, flush=True)
+        say(f"job: error{rank}: {error}", file=sys.stderr)
         return error.exit_code
     log.error("this should not have happened:", exc_info=error)
     first_line = next(iter(str(error).splitlines()), "")
-    print(
-        f"job: unexpected error{rank}: {type(error).__name__}: {first_line}. The traceback above shows where: a fault of "
-        "the job, or of a callback, transform or library that it was given.",
+    say(
+        f"job: unexpected error{rank}: {type(error).__name__}: {first_line}. The traceback above shows where: a fault "
+        "of the job, or of a callback, transform or library that it was given.",
         file=sys.stderr,
-        flush=True,
     )
     return EXIT_INTERNAL_ERROR
 
@@ -407,9 +449,10 @@ def _function_parser(verb: str, function: Callable[..., None], args: list[str], 
 
 def _resume_point(run_dir: str, resume: str) -> checkpoint.Manifest | None:
     if resume == "never":
-        if found := checkpoint.manifests(run_dir):
+        found = checkpoint.scan(run_dir)
+        if count := len(found.good) + len(found.damaged) + len(found.newer):
             raise ConfigError(
-                f"{run_dir} holds {len(found)} checkpoint(s) of an earlier run, and --resume is never. "
+                f"{run_dir} holds {count} checkpoint(s) of an earlier run, and --resume is never. "
                 "Choose another --run_dir, or --resume=auto."
             )
         return None
@@ -420,8 +463,8 @@ def _resume_point(run_dir: str, resume: str) -> checkpoint.Manifest | None:
 
 
 def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
-    with translate_errors():
-        cli = TrainingCLI(verb, _with_saved_config(args))
+    with translate_errors(), _with_saved_config(args) as configured:
+        cli = TrainingCLI(verb, configured)
     options = cli.config_init
     # The checkpoint brings the weights: pretrained ones would be fetched in vain.
     cli.model.weights = "none"
@@ -432,26 +475,34 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
             trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"], options["checkpoint"])
             results = getattr(trainer, verb)(cli.model, datamodule=cli.datamodule, ckpt_path=uri, verbose=False)
         if trainer.is_global_zero:
-            table = Table(title=f"{verb} {uri}", title_justify="left")
-            table.add_column("metric")
-            table.add_column("value", justify="right")
-            for name, value in results[0].items():
-                table.add_row(name, f"{value:.4f}")
-            Console(soft_wrap=True).print(table)
-            report = {"ckpt": uri, "metrics": results[0], "confusion_matrix": cli.model.confusion}
-            storage.write_text(storage.join(options["run_dir"], f"{verb}.json"), json.dumps(report, indent=2))
+            rows = [(name, f"{value:.4f}") for name, value in results[0].items()]
+            print_table(["metric", "value"], rows, title=f"{verb} {uri}", right=["value"])
+            matrix = cli.model.confusion
+            counts = confusion.as_json(confusion.cells(matrix), len(matrix))
+            write_json(
+                storage.join(options["run_dir"], f"{verb}.json"),
+                {"ckpt": redact.redact(uri), "metrics": results[0], "confusion_matrix": counts},
+            )
 
 
-def _with_saved_config(args: list[str]) -> list[str]:
-    """Put run_dir's own config.yaml before the arguments, unless they name one."""
-    if any(arg.split("=")[0] in ("-c", "--config", "-h", "--help") for arg in args):
-        return args
+@contextlib.contextmanager
+def _with_saved_config(args: list[str]) -> Iterator[list[str]]:
+    """Put what is taken of run_dir's own config.yaml before the arguments, unless the user names a configuration."""
+    named = any(arg.split("=")[0] in ("--config", "--help") or re.match(r"-[ch]", arg) for arg in args)
+    if named or f"{ENV_PREFIX}_CONFIG" in os.environ:
+        yield args
+        return
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--run_dir", default=os.environ.get(f"{ENV_PREFIX}_RUN_DIR"))
     run_dir = finder.parse_known_args(args)[0].run_dir
-    if run_dir is None or not storage.exists(storage.join(run_dir, "config.yaml")):
-        return args
-    return ["--config", storage.join(run_dir, "config.yaml"), *args]
+    saved = None if run_dir is None else read_saved_config(run_dir)
+    if saved is None:
+        yield args
+        return
+    with tempfile.NamedTemporaryFile("w", prefix="job-config-", suffix=".yaml") as file:
+        yaml.safe_dump(saved, file)
+        file.flush()
+        yield ["--config", file.name, *args]
 
 
 def _set_up_logging() -> None:
@@ -476,4 +527,5 @@ def _set_up_logging() -> None:
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
-    jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=True)
+    protect_output()
+    set_parsing_rules()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from job.redact import redact
+
 EXIT_USER_ERROR = 2
 """A mistake that a retry cannot mend: configuration, data, rights.
 
@@ -27,10 +29,14 @@ EXIT_PREEMPTED = 143
 class JobError(Exception):
     """A problem with a message for the user: what is wrong, where, and what to do.
 
-    The command line prints it without a traceback and exits with :attr:`exit_code`.
+    The command line prints it without a traceback and exits with :attr:`exit_code`. Credentials in the message are
+    redacted, those in the text of another exception included.
     """
 
     exit_code = EXIT_USER_ERROR
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(redact(str(message)))
 
 
 class ConfigError(JobError):
@@ -57,6 +63,14 @@ class WeightsError(JobError):
 
 class CheckpointError(JobError):
     """A checkpoint that is missing, damaged or does not fit the run."""
+
+
+class NewerFormatError(CheckpointError):
+    """A file of a run_dir that a newer version of this package wrote."""
+
+
+class DivergedError(JobError):
+    """A loss, a gradient or a weight that is not finite: the same steps again would end alike."""
 
 
 class LeaseError(JobError):

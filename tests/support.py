@@ -152,15 +152,15 @@ class Outcome:
     output: str
 
 
-def run_here(*args: object) -> Outcome:
+def run_here(*args: object, threads: int = 1) -> Outcome:
     """``python -m job ARGS`` in this process, which saves the imports: 10 s of CPU.
 
     For what ends in a message, and for short runs in one process. Tests of signals, ranks and environment variables
     need :func:`run`. An exception that would be a traceback is raised.
     """
-    output, argv, threads = io.StringIO(), sys.argv, torch.get_num_threads()
+    output, argv, before = io.StringIO(), sys.argv, torch.get_num_threads()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         try:
             cli.main([str(arg) for arg in args])
             code = 0
@@ -168,7 +168,7 @@ def run_here(*args: object) -> Outcome:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:
             sys.argv = argv
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
     logging.basicConfig(force=True)  # not to the buffer, which is gone
     return Outcome(code, output.getvalue())
 

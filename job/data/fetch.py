@@ -202,7 +202,9 @@ class Fetcher:
 
     def _reader(self, source: int) -> storage.Reader:
         if source not in self._readers:
-            self._readers[source] = storage.Reader(materialise(self.index.sources[source], self.cache_dir))
+            access = self.index.access
+            with access.guarded():  # the reader keeps the filesystem that it is made with
+                self._readers[source] = storage.Reader(materialise(self.index.sources[source], self.cache_dir, access))
         return self._readers[source]
 
     def _uri(self, one: Range) -> str:
