@@ -51,6 +51,7 @@ from job.train.feature_cache import FeatureCache
 from job.train.json_files import write_json
 from job.train.lease import Lease
 from job.train.lr_finder import LRFinder
+from job.train.options import add_trainer_arguments, list_supported_classes, require_seed, require_supported
 from job.train.preemption import Preemption
 from job.train.report import Report, print_findings, print_summary
 from job.train.saved_config import read_saved_config
@@ -115,27 +116,6 @@ def _without_credentials(key: str, text: str) -> str:
     return redact.remember(text)
 
 
-OURS = {
-    "logger",
-    "default_root_dir",
-    "use_distributed_sampler",
-    "num_sanity_val_steps",
-    "enable_model_summary",
-    "enable_checkpointing",
-    "barebones",
-    "model_registry",
-    "enable_autolog_hparams",
-    "devices",
-    "num_nodes",
-    "max_steps",
-    "min_steps",
-    "fast_dev_run",
-    "overfit_batches",
-    "reload_dataloaders_every_n_epochs",
-}
-"""Trainer arguments that the job itself decides, or that would break an exact resume."""
-
-
 class TrainingCLI(LightningCLI):
     """The options of fit, tune, validate and test; see ``--help``."""
 
@@ -155,14 +135,22 @@ class TrainingCLI(LightningCLI):
             trainer_defaults={"max_epochs": 15, "log_every_n_steps": 10},
         )
 
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The Trainer's options, less those in :data:`OURS`, the model's and the data's."""
-        parser.add_class_arguments(
-            pl.Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=set(OURS)
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed, a number: a random one would be another at each start, and on each rank."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=self.seed_everything_default,
+            help="Seed of the order of samples, of augmentation and of the head's initial weights.",
         )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The Trainer's options, less the reserved ones, the model's and the data's."""
+        add_trainer_arguments(parser)
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
         parser.add_lightning_class_args(TransferLearningModel, "model")
         parser.add_lightning_class_args(ImageDataModule, "data")
+        list_supported_classes(parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Options beside the Trainer's, the model's and the data's."""
@@ -181,7 +169,7 @@ class TrainingCLI(LightningCLI):
                 "--grace",
                 type=PositiveFloat,
                 default=25.0,
-                help="Seconds from SIGTERM or SIGUSR1 to the end of the process, its state saved. GKE Spot gives about "
+                help="Seconds from a signal (SIGTERM, SIGUSR1, Ctrl-C, SIGHUP) to the end of the process, its state saved. GKE Spot gives about "
                 "30 in all, and torchrun kills its workers 30 s after a SIGTERM.",
             )
             parser.add_argument(
@@ -211,8 +199,14 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """The options, with a seed that NumPy takes."""
+        super().parse_arguments(parser, args)
+        require_seed(self.config["seed_everything"])
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Nothing yet: the trainer needs to know where the run resumes."""
+        """Check its arguments alone: the trainer needs to know where the run resumes."""
+        require_supported(self.config_init["trainer"])
         return None  # type: ignore[return-value]
 
     def config_yaml(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from yaml.representer import RepresenterError
 
 from job.cluster import ranks
 from job.errors import ConfigError, DeviceError, JobError
@@ -16,7 +17,7 @@ log = logging.getLogger(__name__)
 
 _OPTION_CHECKS = ("pytorch_lightning", "lightning_fabric", "lightning_utilities", "torch.optim", "jsonargparse")
 """Packages that raise an error of their own when an option's value does not suit them."""
-_REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError)
+_REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, AssertionError)
 
 
 @contextlib.contextmanager
@@ -40,7 +41,9 @@ def translated(error: Exception, global_batch_size: int | None = None) -> Except
         return error
     message = str(error).strip()
     first_line = message.splitlines()[0] if message else type(error).__name__
-    images = "the images of a step" if global_batch_size is None else f"{global_batch_size // ranks.world_size()} images"
+    images = (
+        "the images of a step" if global_batch_size is None else f"{global_batch_size // ranks.world_size()} images"
+    )
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
         return ConfigError(
             f"{images} at once need more memory than this process has. Use more processes, a smaller "
@@ -63,6 +66,11 @@ def translated(error: Exception, global_batch_size: int | None = None) -> Except
         return DeviceError(f"the accelerator failed: {first_line}. The traceback above shows at which operation.")
     if isinstance(error, MisconfigurationException):
         return ConfigError(_refusal("Lightning", message))
+    if isinstance(error, RepresenterError):
+        return ConfigError(
+            f"the configuration holds a value that cannot be saved as YAML ({' '.join(message.split())}). Give numbers, "
+            "text, lists and mappings alone."
+        )
     package = next((name for name in _OPTION_CHECKS if (_origin(error) + ".").startswith(name + ".")), None)
     if package is not None and isinstance(error, _REFUSALS):
         return ConfigError(_refusal("Lightning" if "lightning" in package else package, message or first_line))

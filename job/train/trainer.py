@@ -7,7 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ProgressBar
 from pytorch_lightning.strategies import DDPStrategy
 
 from job.cluster import ranks, xla
@@ -26,6 +26,7 @@ from job.train.hardware import announce, automatic_precision, uses_cuda
 from job.train.lease import Lease
 from job.train.loop import TrainingEpochLoop
 from job.train.lr_finder import LRFinder
+from job.train.options import cluster_environment, listed
 from job.train.preemption import Preemption
 from job.train.profile import Profile
 from job.train.report import Report
@@ -101,29 +102,28 @@ def _trainer(
     logger: BucketTensorBoardLogger | None,
     run_dir: str,
 ) -> pl.Trainer:
-    settings = {**settings, "callbacks": [*_listed(settings.get("callbacks")), *callbacks]}
-    if xla.is_wanted(str(settings.get("accelerator"))):
+    on_xla = xla.is_wanted(str(settings.get("accelerator")))
+    settings = {**settings, "callbacks": [*listed(settings.get("callbacks")), *callbacks]}
+    if on_xla:
         settings.update(_on_xla(settings, run_dir))
     else:
         settings.update(_processes(settings), precision=_precision(settings))
-    if settings.pop("enable_progress_bar", None) is not False:
+        plugins = [*plugins, cluster_environment()]
+    has_progress_bar = any(isinstance(callback, ProgressBar) for callback in settings["callbacks"])
+    if settings.pop("enable_progress_bar", None) is not False and not has_progress_bar:
         settings["callbacks"].append(TerminalProgress() if sys.stderr.isatty() else PlainProgress())
     return pl.Trainer(
         **{
             **settings,
             "logger": logger or False,
             "default_root_dir": run_dir,
-            "plugins": [*_listed(settings.get("plugins")), *plugins],
+            "plugins": plugins,
             # The data module itself gives each rank its share of every global batch.
             "use_distributed_sampler": False,
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
         }
     )
-
-
-def _listed(given: Any) -> list[Any]:
-    return given if isinstance(given, list) else [] if given is None else [given]
 
 
 def _on_xla(settings: dict[str, Any], run_dir: str) -> dict[str, Any]:
@@ -151,6 +151,11 @@ def _processes(settings: dict[str, Any]) -> dict[str, Any]:
             "%d GPUs are here, and %d in use: torchrun --nproc-per-node=gpu -m job fit … uses all of them",
             torch.cuda.device_count(),
             local_world_size,
+        )
+    if uses_cuda(str(settings.get("accelerator"))) and torch.cuda.device_count() < local_world_size:
+        raise ConfigError(
+            f"{local_world_size} processes on this machine share {torch.cuda.device_count()} GPU(s), and each needs one of "
+            "its own. Start fewer: torchrun --nproc-per-node=gpu, or LAUNCH_PROCESSES; or take --trainer.accelerator=cpu."
         )
     if world_size % local_world_size:
         raise ConfigError(f"{world_size} processes do not divide into nodes of {local_world_size}, as this one has.")
