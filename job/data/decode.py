@@ -3,97 +3,187 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
+from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+
+# A plugin registers its format when it is imported; Pillow itself would import all of its plugins for these.
+from PIL import (
+    AvifImagePlugin,
+    Image,
+    Jpeg2KImagePlugin,
+    MpoImagePlugin,  # noqa: F401
+    TiffImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 from torch import Tensor
 
+from job.data.metadata import jpeg_orientation, orientation, without_metadata
 from job.errors import DataError
 
-ORIENTED = (b"Exif\0\0", b"tiff:Orientation")
-"""What a JPEG's header has if it may say how the image stands."""
-START_OF_SCAN = b"\xff\xda"
-EXIF_ORIENTATION = 0x0112
+FORMATS = (
+    "JPEG",
+    "PNG",
+    WebPImagePlugin.WebPImageFile.format,
+    "GIF",
+    "BMP",
+    TiffImagePlugin.TiffImageFile.format,
+    "PPM",
+    AvifImagePlugin.AvifImageFile.format,
+    Jpeg2KImagePlugin.Jpeg2KImageFile.format,
+)
+"""Formats that Pillow may decode. Its EPS, WMF, FITS and HDF5 plugins start programs or call other plugins."""
 SCALES = (8, 4, 2)
 """Denominators at which libjpeg-turbo decodes faster than in full; 3/8, 5/8 and the like are slower."""
+OTHER_CONTENT = (
+    (b"%PDF", "a PDF file"),
+    (b"%!PS", "a PostScript file"),
+    (b"\xc5\xd0\xd3\xc6", "an EPS file"),
+    (b"8BPS", "a Photoshop file"),
+    (b"SIMPLE  =", "a FITS file"),
+    (b"\xd7\xcd\xc6\x9a", "a Windows metafile"),
+    (b"PK\3\4", "a zip archive"),
+    (b"\x1f\x8b", "a gzip file"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for"),
+    (b"<!doctype html", "an HTML page"),
+    (b"<html", "an HTML page"),
+    (b"<svg", "an SVG file"),
+    (b"<?xml", "an XML file"),
+)
+"""Beginnings, in lower case where it is text, of files that are often found in place of images."""
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
+"""Beginnings of files that are images, however damaged."""
+TILE_WIDTH, TILE_HEIGHT = 322, 323
+_MAY_BE_LARGER = ("JPEG", "MPO")
+
+Pixels = npt.NDArray[np.uint8]
+
+_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
+}
+"""How to turn uint8 [H, W, 3] upright, by EXIF orientation."""
+
+Image.preinit()
+# warnings.catch_warnings is not safe in threads. Odd metadata is no reason to warn, and sizes are checked here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode(content: bytes, at_least: int = 0) -> Tensor:
     """An encoded image as uint8 [3, H, W], RGB, upright by its EXIF orientation.
 
-    Transparency is laid on white; 16-bit greyscale is scaled to 8 bits.
+    Transparency is laid on white; 16-bit greyscale is scaled to 8 bits. Malformed metadata is ignored.
 
     Args:
         at_least: a JPEG may come out at 1/2, 1/4 or 1/8 of its size, by a scaled inverse DCT, as long as
             neither side falls below this many pixels; 0: at its full size, equal to Pillow's bit for bit.
 
     Raises:
-        DataError: empty, not an image, truncated, or a decompression bomb.
+        DataError: empty, not an image, truncated, or a decompression bomb. No other exception is raised.
     """
     if not content:
         raise DataError("is empty (0 bytes)")
-    if content.startswith(b"\xff\xd8"):
-        pixels = _jpeg(content, at_least)
-        if pixels is not None:
-            return torch.from_numpy(pixels).permute(2, 0, 1)
-    return _by_pillow(content)
+    try:
+        pixels = _jpeg(content, at_least) if content.startswith(b"\xff\xd8") else None
+        if pixels is None:
+            pixels = _by_pillow(content)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+    except DataError:
+        raise
+    except Exception as error:  # a decoder may raise anything, and one image must not end the run
+        raise _damaged(content, error) from error
 
 
-def _jpeg(content: bytes, at_least: int) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]] | None:
-    """uint8 [H, W, 3], or None for what Pillow should look at: damage, CMYK, an orientation it knows better."""
+def _jpeg(content: bytes, at_least: int) -> Pixels | None:
+    """uint8 [H, W, 3], or None for what Pillow should look at: damage and CMYK."""
     try:
         height, width, colourspace, _ = simplejpeg.decode_jpeg_header(content)
-        _refuse_bomb(width * height)
+        _refuse_bomb(width * height, "JPEG")
         if colourspace not in ("YCbCr", "Gray", "RGB"):
-            return None
-        header_end = content.find(START_OF_SCAN)
-        if any(content.find(sign, 0, header_end) >= 0 for sign in ORIENTED) and _orientation(content) != 1:
             return None
         scale = next((d for d in SCALES if at_least and min(height, width) >= d * at_least), 1)
         smallest = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
-        pixels: np.ndarray[tuple[int, int, int], np.dtype[np.uint8]] = simplejpeg.decode_jpeg(
-            content, "RGB", **smallest
-        )
-        return pixels
+        pixels: Pixels = simplejpeg.decode_jpeg(content, "RGB", **smallest)
     except ValueError:
         return None
+    return _turned(pixels, jpeg_orientation(content))
 
 
-def _orientation(content: bytes) -> int:
+def _turned(pixels: Pixels, by: int) -> Pixels:
+    return np.ascontiguousarray(_UPRIGHT[by](pixels)) if by in _UPRIGHT else pixels
+
+
+def _by_pillow(content: bytes) -> Pixels:
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except (OSError, SyntaxError, ValueError):
-        return 0
+        return _opened(content)
+    except DataError:
+        raise
+    except Exception:
+        pixels_only = without_metadata(content)
+        if pixels_only is None or pixels_only == content:
+            raise
+        try:
+            pixels = _opened(pixels_only)
+        except Exception:  # the first error is the one to report
+            pixels = None
+        if pixels is None:
+            raise
+    return _turned(pixels, jpeg_orientation(content)) if content.startswith(b"\xff\xd8") else pixels
 
 
-def _by_pillow(content: bytes) -> Tensor:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as opened:
-                _refuse_bomb(opened.width * opened.height)
-                image = ImageOps.exif_transpose(opened)
-                pixels = np.asarray(_to_rgb(image))
-    except UnidentifiedImageError as error:
-        raise DataError(f"is no image of a known format (it starts with {content[:12]!r})") from error
-    except Image.DecompressionBombError as error:
-        raise _bomb() from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        raise DataError(f"is damaged: {error}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+def _opened(content: bytes) -> Pixels:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        _refuse_bomb(image.width * image.height, image.format)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            # libtiff allocates a whole tile, whatever the size of the image.
+            _refuse_bomb(
+                max((abs(x1 - x0) * abs(y1 - y0) for _, (x0, y0, x1, y1), *_ in image.tile), default=0), "TIFF"
+            )
+            _refuse_bomb(_number(image.tag_v2.get(322)) * _number(image.tag_v2.get(323)), "TIFF")
+        image.load()
+        return _turned(np.array(_to_rgb(image)), orientation(image))
 
 
-def _refuse_bomb(pixels: int) -> None:
-    if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
-        raise _bomb()
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
 
 
-def _bomb() -> DataError:
-    return DataError(f"is refused as a decompression bomb: more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+def _refuse_bomb(pixels: int, form: str | None) -> None:
+    """Apply Pillow's own limits: its warning's, and for photographs, which are decoded scaled, its error's."""
+    if Image.MAX_IMAGE_PIXELS is not None:
+        limit = Image.MAX_IMAGE_PIXELS * (2 if form in _MAY_BE_LARGER else 1)
+        if pixels > limit:
+            raise DataError(f"is refused as a decompression bomb: more than {limit:,} pixels")
+
+
+def _damaged(content: bytes, error: Exception) -> DataError:
+    """The error for a user. It must not repeat any content: what was read may be no image at all."""
+    if isinstance(error, Image.DecompressionBombError):
+        return DataError(f"is refused as a decompression bomb: {_phrase(error)}")
+    if not isinstance(error, UnidentifiedImageError):
+        return DataError(f"is damaged: {_phrase(error)}")
+    if content.startswith(SIGNATURES):
+        return DataError("is damaged: its header cannot be read")
+    beginning = content[:64].lstrip().lower()
+    name = next((name for start, name in OTHER_CONTENT if beginning.startswith(start.lower())), None)
+    return DataError(f"is no image of a known format ({len(content):,} bytes{f', {name}' if name else ''})")
+
+
+def _phrase(error: Exception) -> str:
+    """An exception's text up to where Pillow begins to quote from the file; its type where nothing is left."""
+    words = re.match(r"[A-Za-z][A-Za-z ,.-]*", str(error))
+    return f"{words[0].strip()[:80]} ({type(error).__name__})" if words else type(error).__name__
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

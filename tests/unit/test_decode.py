@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import io
+import random
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from support import picture
 
 from job.data.augment import resize
 from job.data.decode import decode
 from job.errors import DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 
 def encoded(image: Image.Image, form: str, **options: object) -> bytes:
@@ -81,6 +86,10 @@ def test_images_stand_upright(orientation: int) -> None:
         (b"", "is empty"),
         (b"hello, I am a text file", "is no image of a known format"),
         (picture((1, 2, 3), 0)[:300], "is damaged"),
+        (b"root:x:0:0:root:/root:/bin/sh", r"is no image of a known format \(29 bytes\)$"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", r"is no image of a known format \(47 bytes, a Post"),
+        (b"\n<!DOCTYPE html><html>password</html>", r"is no image of a known format \(37 bytes, an HTML page\)$"),
+        (b"P6\n12password 4\n255\n", r"is damaged: [a-z ]+ \(ValueError\)$"),
         (encoded(Image.new("1", (20_000, 20_000)), "PNG"), "decompression bomb"),
     ],
 )
@@ -159,3 +168,102 @@ def test_a_jpeg_bomb_is_refused_before_it_is_decoded() -> None:
     content[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"  # 65,535 x 65,535
     with pytest.raises(DataError, match="decompression bomb"):
         decode(bytes(content), 224)
+
+
+def test_only_listed_formats_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An EPS file would start Ghostscript, a PCX file is harmless; neither is a format to train on."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
+    for form in ("EPS", "PCX", "TGA", "ICNS"):
+        with pytest.raises(DataError, match="is no image of a known format"):
+            decode(encoded(GRADIENT, form))
+    for form in ("AVIF", "JPEG2000", "PPM", "TIFF"):
+        assert decode(encoded(GRADIENT, form)).shape == (3, 48, 64)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), struct.error("x"), KeyError(7), RecursionError(), AttributeError(), DeprecationWarning()]
+)
+def test_whatever_a_decoder_raises_is_a_data_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(DataError, match=f"is damaged: .*{type(error).__name__}"):
+        decode(encoded(GRADIENT, "PNG"))
+
+
+def segment(entries: list[tuple[int, int, int, bytes]]) -> bytes:
+    """An EXIF segment's payload with these entries (tag, type, count, four bytes of value or offset)."""
+    table = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4)
+
+
+def with_exif(payload: bytes, form: str) -> bytes:
+    """The gradient with a raw EXIF payload."""
+    if form == "WEBP":
+        return encoded(GRADIENT, form, lossless=True, exif=payload)
+    plain = encoded(GRADIENT, form)
+    if form == "JPEG":
+        return plain[:2] + b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload + plain[2:]
+    return plain[:33] + png_chunk(b"eXIf", payload[6:]) + plain[33:]
+
+
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_random_exif_data_does_not_hide_an_image(form: str) -> None:
+    """Tags of any type, count and offset; where the orientation's own tag is sound, the image is turned by it."""
+    rng = random.Random(form)
+    for _ in range(150):
+        tags = [0x10F, 0x11A, 0x103, 0x8769, 0x8825, 0x927C, 0x201, rng.randrange(65536)]
+        entries = [
+            (rng.choice(tags), rng.randint(0, 14), rng.choice([0, 1, 4, 2**32 - 1]), rng.randbytes(4))
+            for _ in range(rng.randint(1, 5))
+        ]
+        entries = [entry for entry in entries if entry[0] != 0x112]
+        payload = segment(sorted([*entries, (0x112, 3, 1, b"\6\0\0\0")]))
+        assert decode(with_exif(payload, form)).shape == (3, 64, 48), payload
+        damaged = bytearray(payload)
+        for _ in range(rng.randint(1, 6)):
+            damaged[rng.randrange(6, len(damaged))] = rng.randrange(256)
+        assert decode(with_exif(bytes(damaged), form)).numel() == 3 * 64 * 48
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF", "JPEG2000"])
+def test_a_damaged_file_raises_nothing_but_data_errors(form: str) -> None:
+    rng = random.Random(form)
+    sound = encoded(GRADIENT, form)
+    refused = 0
+    for _ in range(100):
+        content = bytearray(sound)
+        for _ in range(rng.randint(1, 5)):
+            place = rng.randrange(min(len(content), rng.choice([60, 400, len(content)])))
+            content[place : place + rng.choice([0, 1, 4])] = rng.randbytes(rng.choice([1, 4]))
+        try:
+            decode(bytes(content), rng.choice([0, 8]))
+        except DataError:
+            refused += 1
+    assert refused
+
+
+def test_large_or_malformed_metadata_does_not_hide_an_image() -> None:
+    plain, text = encoded(GRADIENT, "PNG"), zlib.compress(b"x" * 2_000_000)
+    turned = png_chunk(b"eXIf", segment([(0x112, 3, 1, b"\6\0\0\0")])[6:])
+    for chunk in (
+        png_chunk(b"zTXt", b"Raw profile\0\0" + text),
+        png_chunk(b"iCCP", b"icc\0\0" + text),
+        b"\0\0\0\1tEXtabcde",
+    ):
+        assert np.array_equal(decode(plain[:33] + chunk + plain[33:]).permute(1, 2, 0).numpy(), rgb(GRADIENT))
+        assert decode(plain[:33] + chunk + turned + plain[33:]).shape == (3, 64, 48)
+    tiff = bytearray(encoded(GRADIENT, "TIFF", dpi=(72, 72), software="x" * 9))
+    place = tiff.index(struct.pack("<HHI", 0x11A, 5, 1))
+    tiff[place : place + 12] = struct.pack("<HHII", 0x11A, 2, 2**31, 8)
+    assert np.array_equal(decode(bytes(tiff)).permute(1, 2, 0).numpy(), rgb(GRADIENT))
+
+
+def test_a_photograph_of_96_megapixels_is_read_scaled() -> None:
+    content = encoded(Image.new("RGB", (12_000, 8_000), (200, 40, 30)), "JPEG", quality=40)
+    assert decode(content, 224).shape == (3, 1000, 1500)
