@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import gzip
 import hashlib
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from job import storage
-from job.errors import ConfigError, DataError, StorageError
+from job.data.bounded import unpack_gzip
+from job.errors import ConfigError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -152,11 +151,7 @@ def _fetch(uri: str, target: Path) -> None:
         storage.require_same(uri, storage.info(uri), copy)
         if uri.lower().endswith(("gz", "tgz")):
             unpacked = Path(scratch) / "unpacked"
-            try:
-                with gzip.open(copy) as stream, unpacked.open("wb") as file:
-                    shutil.copyfileobj(stream, file, 1 << 20)
-            except (gzip.BadGzipFile, EOFError) as error:
-                raise DataError(f"{uri} is not a readable archive: {error}. Upload it again.") from error
+            unpack_gzip(uri, copy, unpacked)
             copy = unpacked
         copy.replace(target)
 
