@@ -147,8 +147,7 @@ def _fetch(uri: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         copy = Path(scratch) / "copy"
         log.info("fetching %s", uri)
-        storage.download(uri, copy)
-        storage.require_same(uri, storage.info(uri), copy)
+        storage.download_verified(uri, copy)
         if uri.lower().endswith(("gz", "tgz")):
             unpacked = Path(scratch) / "unpacked"
             unpack_gzip(uri, copy, unpacked)
