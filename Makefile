@@ -3,6 +3,7 @@
 # make container  the image, built and run         make xla        the tests of the TPU path, on XLA's CPU device
 # make processes  the tests but for those two      make golden     the manifests' renderings, for comparison
 # make benchmark-checkpoint, benchmark-data, benchmark-train   what each costs, against others
+# make benchmark-gpu   whether everything works on a GPU, and how fast
 # make benchmark-recipes   the accuracy that each recipe in job/configs reaches
 # make reference  docs/configuration.txt, from --help
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV_TPU ?= .venv-tpu
 DATA ?=
 
 .PHONY: demo test processes unit xla container golden lint reference
-.PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes
+.PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -43,7 +44,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes: benchmark-%: $(VENV)/installed
+benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu: benchmark-%: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/$*.py
 
 reference: $(VENV)/installed

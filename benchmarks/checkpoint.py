@@ -51,7 +51,7 @@ def stalls(save: Callable[[int], float]) -> list[float]:
     return [save(n) for n in range(REPEATS)]
 
 
-def ours(state: dict[str, torch.Tensor]) -> list[float]:
+def ours(state: dict[str, torch.Tensor], run_dir: str = f"{BUCKET}/ours") -> list[float]:
     """A copy in memory; the rest in a thread."""
     io = BackgroundCheckpointIO(upload_seconds=600)
     facts = {"epoch": 1, "batch": 0, "global_step": 1, "monitor": "m", "mode": "max", "metrics": {}}
@@ -59,7 +59,7 @@ def ours(state: dict[str, torch.Tensor]) -> list[float]:
 
     def save(n: int) -> float:
         began = time.monotonic()
-        io.save_checkpoint(checkpoint, f"{BUCKET}/ours/checkpoints/{n % 2}.ckpt")
+        io.save_checkpoint(checkpoint, f"{run_dir}/checkpoints/{n % 2}.ckpt")
         stall = time.monotonic() - began
         io.wait()  # a run takes its next checkpoint when this one is long committed
         return stall

@@ -3,39 +3,57 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import jsonargparse
 import pytorch_lightning as pl
+import yaml
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from rich.console import Console
-from rich.table import Table
 
-from job import storage
+from job import redact, storage
 from job.cluster import ranks
+from job.cluster.environment import require_ranks
 from job.data.datamodule import ImageDataModule
-from job.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, JobError, Preempted
+from job.errors import (
+    EXIT_INTERNAL_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    CheckpointError,
+    ConfigError,
+    JobError,
+    Preempted,
+)
+from job.import_policy import denied_message, require_permitted, set_parsing_rules
 from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
 from job.model.module import TransferLearningModel
-from job.train import checkpoint
+from job.processes import kill_descendants
+from job.signals import Stopped, StopSignals
+from job.terminal import print_table, protect_output, say
+from job.train import attempts, checkpoint, confusion
 from job.train.batch_size_finder import BatchSizeFinder
 from job.train.checkpointer import Checkpointer
-from job.train.explanations import explained
+from job.train.divergence import last_checkpoint_named
+from job.train.errors import translate_errors, translated
 from job.train.feature_cache import FeatureCache
+from job.train.json_files import write_json
 from job.train.lease import Lease
 from job.train.lr_finder import LRFinder
 from job.train.preemption import Preemption
-from job.train.report import print_findings, print_summary
+from job.train.report import Report, print_findings, print_summary
+from job.train.saved_config import read_saved_config
 from job.train.trainer import evaluating_trainer, training_trainer, tuning_trainer
 from job.train.watchdog import Watchdog
 
@@ -48,11 +66,37 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 class Parser(LightningArgumentParser):
-    """jsonargparse's parser, whose errors suggest the nearest right option."""
+    """jsonargparse's parser, whose errors suggest the nearest right option.
+
+    Options cannot be abbreviated, and no class may be named that :mod:`job.import_policy` denies. Credentials in URIs
+    are kept by :mod:`job.redact`; the values of options are without them.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong, without a traceback, and exit with 2."""
+        if denied := re.search(r"Importing '([^']+)' is not allowed", message):
+            key = re.search(r'Parser key "([^"]+)"', message)
+            raise ConfigError(denied_message(denied[1], key[1] if key else ""))
         raise ConfigError(f"{message.strip()}{self._suggestion(message)}\nSee --help.")
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """The options, checked, with the credentials of their URIs kept aside."""
+        config = super().parse_args(*args, **kwargs)
+        require_permitted(config.as_dict())
+        for key, value in list(config.items()):
+            config[key] = redact.walk(value, _without_credentials, key)
+        return config
+
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        """The options as text, without credentials."""
+        namespace = namespace.clone()
+        for key, value in list(namespace.items()):
+            namespace[key] = redact.walk(value, lambda _, text: redact.saved_form(text))
+        text: str = super().dump(namespace, *args, **kwargs)
+        return text
 
     def _suggestion(self, message: str) -> str:
         known = [action.dest for action in self._actions]
@@ -61,6 +105,14 @@ class Parser(LightningArgumentParser):
             if close and wrong not in known:
                 return f"\nDid you mean --{close[0]}?"
         return ""
+
+
+def _without_credentials(key: str, text: str) -> str:
+    if redact.is_redacted(text):
+        raise ConfigError(
+            f"{text} was saved without its credentials, which this command needs again: give the whole URI by --{key}."
+        )
+    return redact.remember(text)
 
 
 OURS = {
@@ -174,7 +226,8 @@ class TrainingCLI(LightningCLI):
 
 def fit(args: list[str]) -> None:
     """Train, or continue training, a model into run_dir."""
-    cli = TrainingCLI("fit", args)
+    with translate_errors():
+        cli = TrainingCLI("fit", args)
     options = cli.config_init
     run_dir, lease = options["run_dir"], Lease(options["run_dir"])
     with (
@@ -185,42 +238,50 @@ def fit(args: list[str]) -> None:
     ):
         ranks.from_rank_zero(lease.acquire)
         resumed = ranks.from_rank_zero(lambda: _resume_point(run_dir, options["resume"]))
-        trainer = training_trainer(
-            dict(options["trainer"]),
-            run_dir,
-            config=cli.config_yaml(),
-            checkpointer=options["checkpoint"],
-            features=options["features"],
-            profile=options["profile"],
-            watchdog=options["watchdog"],
-            preemption=preemption,
-            lease=lease,
-            logger=BucketTensorBoardLogger(events_uri(run_dir), purge_step=resumed.global_step if resumed else 0),
-        )
-        if resumed:
-            log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
-        preemption.training = True
-        with explained(cli.datamodule.global_batch_size):
+        step, config = resumed.global_step if resumed else -1, cli.config_yaml()
+        before = ranks.from_rank_zero(lambda: attempts.begin(run_dir, step, config))
+        with (
+            attempts.counted(run_dir, before if ranks.rank() == 0 else None),
+            translate_errors(cli.datamodule.global_batch_size),
+            last_checkpoint_named(run_dir, options["checkpoint"].io),
+        ):
+            trainer = training_trainer(
+                dict(options["trainer"]),
+                run_dir,
+                config=config,
+                checkpointer=options["checkpoint"],
+                features=options["features"],
+                profile=options["profile"],
+                watchdog=options["watchdog"],
+                preemption=preemption,
+                lease=lease,
+                logger=BucketTensorBoardLogger(events_uri(run_dir), purge_step=resumed.global_step if resumed else 0),
+            )
+            if resumed:
+                log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
+            preemption.training = True
             trainer.fit(
                 cli.model,
                 datamodule=cli.datamodule,
                 ckpt_path=storage.join(run_dir, checkpoint.FOLDER, resumed.file) if resumed else None,
             )
-        if trainer.is_global_zero:
-            print_summary(run_dir)
+            preemption.training = False
+            if trainer.is_global_zero:
+                print_summary(run_dir, next(c.content for c in trainer.callbacks if isinstance(c, Report)))  # type: ignore[attr-defined]
 
 
 def tune(args: list[str]) -> None:
     """Find a learning rate to begin with, and the largest batch that fits."""
-    cli = TrainingCLI("tune", args)
+    with translate_errors():
+        cli = TrainingCLI("tune", args)
     options = cli.config_init
     rates, batches = options["lr"], BatchSizeFinder()
     # What trains in the first epoch trains in all steps, at rates that no schedule sets.
-    cli.model.lr_scheduler = None
+    cli.model.lr_scheduler, cli.model.lr_interval = None, "epoch"
     cli.model.milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.milestones]
     with ranks.process_group(EVALUATION_TIMEOUT):
-        trainer = tuning_trainer(dict(options["trainer"]), options["run_dir"], rates, batches)
-        with explained(cli.datamodule.global_batch_size):
+        with translate_errors(cli.datamodule.global_batch_size):
+            trainer = tuning_trainer(dict(options["trainer"]), options["run_dir"], rates, batches)
             trainer.fit(cli.model, datamodule=cli.datamodule)
         suggestion, world_size = rates.suggestion(), ranks.world_size()
         if trainer.is_global_zero:
@@ -231,9 +292,11 @@ def tune(args: list[str]) -> None:
                 "world_size": world_size,
                 "optimizer": rates.optimizer,
                 "rates": rates.rates,
-                "losses": rates.losses,
+                # The sweep ends where the loss diverges, which JSON has no number for.
+                "losses": [loss if math.isfinite(loss) else None for loss in rates.losses],
             }
-            storage.write_text(storage.join(options["run_dir"], "tune.json"), json.dumps(found, indent=2))
+            text = json.dumps(found, indent=2, allow_nan=False)
+            storage.write_text(storage.join(options["run_dir"], "tune.json"), text)
             print_findings(found)
 
 
@@ -295,10 +358,12 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "launch": launch,
     "demo": demo,
 }
+RANKED_VERBS = ("fit", "tune", "validate", "test")
+"""Those that run on many processes."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one verb; on a user's mistake print one message and exit with 2."""
+    """Run one verb, and exit by the table in README: 2 with one message for a user's mistake."""
     args = sys.argv[1:] if argv is None else argv
     _set_up_logging()
     if not args or args[0] in ("-h", "--help"):
@@ -306,27 +371,60 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(0 if args else EXIT_USER_ERROR)
     # LightningCLI looks at sys.argv, and would warn of arguments given to it besides.
     sys.argv = [sys.argv[0]]
+    waits = args[0] in ("launch", "demo")  # for processes that have a grace of their own
+    try:
+        with StopSignals(None, at_end=kill_descendants) if waits else StopSignals():
+            code = _exit_code(args)
+    except Stopped as stopped:
+        code = _report(stopped)
+    if code:
+        _exit(code)
+
+
+def _exit_code(args: list[str]) -> int:
+    """Run the verb ``args[0]``; report what ends it, and return the exit code."""
     try:
         if args[0] not in VERBS:
             close = difflib.get_close_matches(args[0], VERBS, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ConfigError(f"unknown command {args[0]!r}.{hint}\n{_usage()}")
+        if args[0] in RANKED_VERBS:
+            require_ranks(os.environ)
         VERBS[args[0]](args[1:])
-    except Preempted as error:
+    except (Stopped, KeyboardInterrupt) as error:
+        return _report(error)
+    except Exception as error:
+        return _report(translated(error))
+    return 0
+
+
+def _report(error: BaseException) -> int:
+    """Tell the user what ended the process; returns the exit code."""
+    rank = f" (rank {ranks.rank()})" if ranks.world_size() > 1 else ""
+    if isinstance(error, Preempted):
         log.warning("%s", error)
-        _exit(error.exit_code)
-    except JobError as error:
-        rank = f" (rank {ranks.rank()})" if ranks.world_size() > 1 else ""
-        print(f"job: error{rank}: {error}", file=sys.stderr, flush=True)
-        _exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return error.exit_code
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        say(f"job: {error or 'stopped by SIGINT.'}{rank}", file=sys.stderr)
+        return error.exit_code if isinstance(error, Stopped) else EXIT_INTERRUPTED
+    if isinstance(error, JobError):
+        say(f"job: error{rank}: {error}", file=sys.stderr)
+        return error.exit_code
+    log.error("this should not have happened:", exc_info=error)
+    first_line = next(iter(str(error).splitlines()), "")
+    say(
+        f"job: unexpected error{rank}: {type(error).__name__}: {first_line}. The traceback above shows where: a fault "
+        "of the job, or of a callback, transform or library that it was given.",
+        file=sys.stderr,
+    )
+    return EXIT_INTERNAL_ERROR
 
 
 def _exit(code: int) -> NoReturn:
     """End the process now: threads and process groups of a run that failed may wait for what never comes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a pipe or terminal that is gone
+            stream.flush()
     if ranks.world_size() > 1:
         os._exit(code)
     sys.exit(code)
@@ -351,9 +449,10 @@ def _function_parser(verb: str, function: Callable[..., None], args: list[str], 
 
 def _resume_point(run_dir: str, resume: str) -> checkpoint.Manifest | None:
     if resume == "never":
-        if found := checkpoint.manifests(run_dir):
+        found = checkpoint.scan(run_dir)
+        if count := len(found.good) + len(found.damaged) + len(found.newer):
             raise ConfigError(
-                f"{run_dir} holds {len(found)} checkpoint(s) of an earlier run, and --resume is never. "
+                f"{run_dir} holds {count} checkpoint(s) of an earlier run, and --resume is never. "
                 "Choose another --run_dir, or --resume=auto."
             )
         return None
@@ -364,43 +463,52 @@ def _resume_point(run_dir: str, resume: str) -> checkpoint.Manifest | None:
 
 
 def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
-    cli = TrainingCLI(verb, _with_saved_config(args))
+    with translate_errors(), _with_saved_config(args) as configured:
+        cli = TrainingCLI(verb, configured)
     options = cli.config_init
     # The checkpoint brings the weights: pretrained ones would be fetched in vain.
     cli.model.weights = "none"
     cli.model.mirror = options["mirror"]
     with ranks.process_group(EVALUATION_TIMEOUT):
         uri = ranks.from_rank_zero(lambda: checkpoint.resolve(options["ckpt"] or options["run_dir"]))
-        trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"], options["checkpoint"])
-        with explained(cli.datamodule.global_batch_size):
+        with translate_errors(cli.datamodule.global_batch_size):
+            trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"], options["checkpoint"])
             results = getattr(trainer, verb)(cli.model, datamodule=cli.datamodule, ckpt_path=uri, verbose=False)
         if trainer.is_global_zero:
-            table = Table(title=f"{verb} {uri}", title_justify="left")
-            table.add_column("metric")
-            table.add_column("value", justify="right")
-            for name, value in results[0].items():
-                table.add_row(name, f"{value:.4f}")
-            Console(soft_wrap=True).print(table)
-            report = {"ckpt": uri, "metrics": results[0], "confusion_matrix": cli.model.confusion}
-            storage.write_text(storage.join(options["run_dir"], f"{verb}.json"), json.dumps(report, indent=2))
+            rows = [(name, f"{value:.4f}") for name, value in results[0].items()]
+            print_table(["metric", "value"], rows, title=f"{verb} {uri}", right=["value"])
+            matrix = cli.model.confusion
+            counts = confusion.as_json(confusion.cells(matrix), len(matrix))
+            write_json(
+                storage.join(options["run_dir"], f"{verb}.json"),
+                {"ckpt": redact.redact(uri), "metrics": results[0], "confusion_matrix": counts},
+            )
 
 
-def _with_saved_config(args: list[str]) -> list[str]:
-    """Put run_dir's own config.yaml before the arguments, unless they name one."""
-    if any(arg.split("=")[0] in ("-c", "--config", "-h", "--help") for arg in args):
-        return args
+@contextlib.contextmanager
+def _with_saved_config(args: list[str]) -> Iterator[list[str]]:
+    """Put what is taken of run_dir's own config.yaml before the arguments, unless the user names a configuration."""
+    named = any(arg.split("=")[0] in ("--config", "--help") or re.match(r"-[ch]", arg) for arg in args)
+    if named or f"{ENV_PREFIX}_CONFIG" in os.environ:
+        yield args
+        return
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--run_dir", default=os.environ.get(f"{ENV_PREFIX}_RUN_DIR"))
     run_dir = finder.parse_known_args(args)[0].run_dir
-    if run_dir is None or not storage.exists(storage.join(run_dir, "config.yaml")):
-        return args
-    return ["--config", storage.join(run_dir, "config.yaml"), *args]
+    saved = None if run_dir is None else read_saved_config(run_dir)
+    if saved is None:
+        yield args
+        return
+    with tempfile.NamedTemporaryFile("w", prefix="job-config-", suffix=".yaml") as file:
+        yaml.safe_dump(saved, file)
+        file.flush()
+        yield ["--config", file.name, *args]
 
 
 def _set_up_logging() -> None:
     # Python's own accountant of semaphores complains about processes that were killed; it is another process.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(text) if (text := os.environ.get("RANK", "0")).isdecimal() else 0
     logging.basicConfig(
         format=f"%(asctime)s {'' if rank == 0 else f'[rank {rank}] '}%(message)s",
         datefmt="%H:%M:%S",
@@ -419,4 +527,5 @@ def _set_up_logging() -> None:
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
-    jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=True)
+    protect_output()
+    set_parsing_rules()

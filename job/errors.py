@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from job.redact import redact
+
 EXIT_USER_ERROR = 2
 """A mistake that a retry cannot mend: configuration, data, rights.
 
@@ -11,17 +13,30 @@ The same code argparse uses, so that a Kubernetes podFailurePolicy needs one rul
 EXIT_RETRY = 75
 """What a restart may mend: a bucket out of reach, a rank lost or hung (EX_TEMPFAIL of sysexits.h)."""
 
+EXIT_INTERNAL_ERROR = 70
+"""An exception that nobody expected: a fault of the job, or of a library or callback given to it (EX_SOFTWARE)."""
+
+EXIT_HANGUP = 129
+"""Stopped by SIGHUP, after saving: 128 + SIGHUP, as a shell reports it."""
+
+EXIT_INTERRUPTED = 130
+"""Stopped by SIGINT (Ctrl-C), after saving: 128 + SIGINT."""
+
 EXIT_PREEMPTED = 143
-"""Stopped by SIGTERM or SIGUSR1, after saving: 128 + SIGTERM, as a shell reports it."""
+"""Stopped by SIGTERM or SIGUSR1, after saving: 128 + SIGTERM."""
 
 
 class JobError(Exception):
     """A problem with a message for the user: what is wrong, where, and what to do.
 
-    The command line prints it without a traceback and exits with :attr:`exit_code`.
+    The command line prints it without a traceback and exits with :attr:`exit_code`. Credentials in the message are
+    redacted, those in the text of another exception included.
     """
 
     exit_code = EXIT_USER_ERROR
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(redact(str(message)))
 
 
 class ConfigError(JobError):
@@ -50,6 +65,14 @@ class CheckpointError(JobError):
     """A checkpoint that is missing, damaged or does not fit the run."""
 
 
+class NewerFormatError(CheckpointError):
+    """A file of a run_dir that a newer version of this package wrote."""
+
+
+class DivergedError(JobError):
+    """A loss, a gradient or a weight that is not finite: the same steps again would end alike."""
+
+
 class LeaseError(JobError):
     """A run_dir that another job is writing to."""
 
@@ -60,7 +83,16 @@ class RankLost(JobError):
     exit_code = EXIT_RETRY
 
 
+class DeviceError(JobError):
+    """A GPU or another accelerator that failed; another one, or the same after a restart, may work."""
+
+    exit_code = EXIT_RETRY
+
+
 class Preempted(JobError):
-    """The machine is being taken away; what there was to save is saved."""
+    """Stopped on request, by a signal to this rank or another one; what there was to save is saved.
+
+    The command line exits with the code of the signal that this rank received, else with :attr:`exit_code`.
+    """
 
     exit_code = EXIT_PREEMPTED

@@ -18,16 +18,19 @@ from torch import Tensor
 
 from job import storage
 from job.cluster import ranks
+from job.data.access import from_options
 from job.data.augment import ResizeMode, resize
 from job.data.build import build
 from job.data.dataset import ImageDataset, View
 from job.data.decode import decode
 from job.data.index import Index
 from job.data.loader import BatchLoader
+from job.data.local_files import usable_cache_dir
 from job.data.order import BatchOrder
 from job.data.source import default_cache_dir
 from job.errors import ConfigError, DataError
 from job.model.classifier import Classifier, from_spec, mean_over_mirrored, probabilities
+from job.model.spec import decode_spec, net_state
 from job.train import checkpoint
 
 if TYPE_CHECKING:
@@ -116,13 +119,11 @@ def load(uri: str, device: str | None = None) -> Predictor:
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    saved = checkpoint.load(checkpoint.resolve(uri))
-    spec = dict(saved["classifier"])
-    resize = spec.pop("resize")
-    net = from_spec(spec)
-    prefix = "net."
-    net.load_state_dict({k.removeprefix(prefix): v for k, v in saved["state_dict"].items() if k.startswith(prefix)})
-    return Predictor(net.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), resize)
+    uri = checkpoint.resolve(uri)
+    saved = checkpoint.load(uri)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    net = from_spec(saved["classifier"], net_state(saved, uri), source=uri, device_type=torch.device(device).type)
+    return Predictor(net.to(device), decode_spec(saved["classifier"], uri).resize)
 
 
 def main(
@@ -134,6 +135,7 @@ def main(
     cache_dir: str | None = None,
     max_bad_samples: int = 0,
     mirror: bool = False,
+    allow: str | list[str] | None = None,
 ) -> None:
     """Classify one image, a folder, an archive or everything under a bucket prefix.
 
@@ -147,20 +149,22 @@ def main(
         cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
         max_bad_samples: unreadable images to tolerate; each is named, and past the limit the exit code says so.
         mirror: average what is said of each image and of its mirror image.
+        allow: hosts and URI prefixes that a manifest may name although they are local or internal; a host or prefix,
+            or a list of them.
     """
     if batch_size < 1:
         raise ConfigError(f"--batch_size must be at least 1, not {batch_size}.")
     rank, world_size = ranks.rank(), ranks.world_size()
+    access = from_options(allow, [input], "--allow")
+    cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
     predictor = load(ckpt)
     predictor.mirror = mirror
     bad: list[str] = []
     lines: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
-        build({"all": [input]}, Path(folder), cache_dir or default_cache_dir(), "images")
-        index = Index(folder, "all")
-        for sample, prediction in _predict_index(
-            predictor, index, batch_size, num_workers, cache_dir or default_cache_dir(), bad
-        ):
+        build({"all": [input]}, Path(folder), cache, "images", access=access)
+        index = Index(folder, "all", access)
+        for sample, prediction in _predict_index(predictor, index, batch_size, num_workers, cache, bad):
             lines.append({"uri": index.uri(sample), **asdict(prediction)})
     if rank == 0:
         _print_table(lines, predictor.classes)

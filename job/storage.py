@@ -22,8 +22,9 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -34,7 +35,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from job.errors import StorageError, StorageOutage
+from job import redact
+from job.errors import DataError, JobError, StorageError, StorageOutage
 from job.verified_reads import ChecksumMismatch, TooLarge, checksum_of, observe, read_whole
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ if os.environ.get("STORAGE_EMULATOR_HOST"):
 
 
 LISTINGS_IN_FLIGHT = 16
+_http_client: ContextVar[Callable[..., Awaitable[aiohttp.ClientSession]] | None] = ContextVar("http", default=None)
 
 
 class Entry(NamedTuple):
@@ -85,9 +88,31 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Call it in the process that uses it: fsspec's asynchronous filesystems do not survive a fork
     (https://github.com/fsspec/gcsfs/issues/379).
     """
+    client = _http_client.get()
     with _explained(uri, "open"):
-        fs, path = url_to_fs(uri)
+        authorized = redact.authorized(uri)
+        fs, path = url_to_fs(authorized, **({"get_client": client} if client and _is_web(uri) else {}))
         return fs, str(path)
+
+
+@contextlib.contextmanager
+def http_client(client: Callable[..., Awaitable[aiohttp.ClientSession]]) -> Iterator[None]:
+    """Make the sessions of this context's http(s) filesystems by ``client``, as HTTPFileSystem's ``get_client``."""
+    token = _http_client.set(client)
+    try:
+        yield
+    finally:
+        _http_client.reset(token)
+
+
+def _is_web(uri: str) -> bool:
+    return uri.lower().startswith(("http://", "https://"))
+
+
+def protocols() -> list[str]:
+    """Names of all protocols that fsspec knows."""
+    found: list[str] = fsspec.available_protocols()
+    return found
 
 
 def is_local(uri: str) -> bool:
@@ -101,21 +126,48 @@ def is_process_local(uri: str) -> bool:
 
 
 def join(uri: str, *parts: str) -> str:
-    """``uri`` with ``parts`` below it."""
-    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+    """``uri`` with ``parts`` below it; the query of a web server's URI stays at the end."""
+    path, query = redact.split_query(uri)
+    return "/".join([path.rstrip("/"), *(part.strip("/") for part in parts)]) + query
+
+
+def split(uri: str) -> tuple[str, str]:
+    """The URI of the folder of ``uri``, and the name in it; a query goes with the folder."""
+    path, query = redact.split_query(uri)
+    folder, _, name = path.rpartition("/")
+    return (folder or ("/" if path.startswith("/") else ".")) + query, name
+
+
+def beside(uri: str, suffix: str) -> str:
+    """``uri`` with ``suffix`` at the end of its name."""
+    path, query = redact.split_query(uri)
+    return path + suffix + query
 
 
 def basename(uri: str) -> str:
     """The last part of a URI, without a query string (``https://host/a.zip?alt=media`` → ``a.zip``)."""
-    path = uri.split("?", 1)[0] if uri.startswith(("http://", "https://")) else uri
-    return path.rstrip("/").rsplit("/", 1)[-1]
+    return redact.split_query(uri)[0].rstrip("/").rsplit("/", 1)[-1]
 
 
 def exists(uri: str) -> bool:
-    """Whether an object (or a prefix with something under it) is there."""
+    """Whether an object (or a prefix with something under it) is there.
+
+    Raises:
+        StorageError: the store does not say. A web server that denies access counts as one that has no such file, since
+            public buckets do not tell the two apart.
+    """
     fs, path = filesystem(uri)
     with _explained(uri, "look up"):
-        return bool(fs.exists(path))
+        try:
+            fs.info(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if isinstance(error.__cause__, JobError):
+                raise error.__cause__ from None
+            cause = _cause(error)
+            if cause is error or (isinstance(fs, HTTPFileSystem) and _is_denied(cause)):
+                return False
+            raise
+        return True
 
 
 def info(uri: str) -> dict[str, Any]:
@@ -144,7 +196,7 @@ def list_pages(uri: str) -> Iterator[list[Entry]]:
         StorageError: nothing is there, or it may not be listed.
     """
     fs, path = filesystem(uri)
-    path = path.rstrip("/")
+    path = (redact.identity(path) if isinstance(fs, HTTPFileSystem) else path).rstrip("/")
     with _explained(uri, "list"):
         fs.invalidate_cache()  # a listing from before somebody's upload would be silently stale
     found = 0
@@ -171,9 +223,23 @@ def list_pages(uri: str) -> Iterator[list[Entry]]:
 
 def _list_folder(fs: fsspec.AbstractFileSystem, folder: str) -> list[dict[str, Any]]:
     try:
+        if isinstance(fs, HTTPFileSystem):
+            return _list_web_folder(fs, folder)
         listing: list[dict[str, Any]] = fs.ls(folder or fs.root_marker, detail=True)
     finally:
         fs.invalidate_cache(folder)  # else it would keep the listing of the whole bucket
+    return listing
+
+
+def _list_web_folder(fs: HTTPFileSystem, folder: str) -> list[dict[str, Any]]:
+    """The links on a page, without the credentials that fsspec copies into their addresses."""
+    url = redact.authorized(folder)
+    listing: list[dict[str, Any]] = fs.ls(url, detail=True)
+    for details in listing:
+        name = details["name"]
+        if name.startswith(f"{url.rstrip('/')}/"):
+            name = f"{folder.rstrip('/')}/{name[len(url.rstrip('/')) + 1 :]}"
+        details["name"] = redact.identity(name)
     return listing
 
 
@@ -213,6 +279,37 @@ def read_bytes(uri: str) -> bytes:
         return data
 
 
+def read_bounded(uri: str, limit: int) -> bytes:
+    """The whole object, where it has at most ``limit`` bytes; a larger one is not read.
+
+    Raises:
+        DataError: it is larger.
+    """
+    fs, path = filesystem(uri)
+    with _explained(uri, "read"):
+        details = fs.info(path)
+        if details.get("type") == "other":
+            raise DataError(f"{uri} is not a regular file.")
+        size = details.get("size")
+        if isinstance(size, int) and not isinstance(fs, LocalFileSystem):
+            data: bytes = fs.cat_file(path) if size <= limit else b""
+        else:
+            with fs.open(path, "rb") as file:
+                data = file.read(limit + 1)
+            size = size if isinstance(size, int) else len(data)
+    if max(size, len(data)) > limit:
+        raise DataError(f"{uri} has {size:,} bytes, more than the {limit:,} that such a file may have.")
+    return data
+
+
+def info_below(root: str, key: str) -> dict[str, Any]:
+    """:func:`info` of the object ``key`` below ``root``, whatever characters the key has."""
+    fs, path = filesystem(root)
+    with _explained(join(root, key), "look up"):
+        found: dict[str, Any] = fs.info(f"{path.rstrip('/')}/{key}" if path else key)
+        return found
+
+
 CONNECTIONS = 256
 """Connections that a process opens for reading; aiohttp's 100 would limit it at 100 ms a request."""
 
@@ -242,6 +339,7 @@ class Reader:
         if "gs" in _protocols(self._fs):
             self._fs = type(self._fs)(session_kwargs={"connector": _connector(self._fs.loop)})
             observe(self._fs)
+        self._is_web = isinstance(self._fs, HTTPFileSystem)
         self._prefix = path.rstrip("/") + "/" if path else ""
         self._plain = isinstance(self._fs, LocalFileSystem)
         self.is_local = self._plain or "memory" in _protocols(self._fs)
@@ -332,6 +430,8 @@ class Reader:
         return join(self.root, key) if key else self.root
 
     def _path(self, key: str) -> str:
+        if self._is_web:  # credentials follow the path
+            return redact.authorized(join(self.root, key) if key else self.root)
         return self._prefix + key if key else self._prefix.rstrip("/")
 
 
@@ -340,7 +440,7 @@ def _final() -> Iterator[None]:
     """Let an exception of a kind that :func:`_explained` does not know end in a message, too."""
     try:
         yield
-    except (StorageError, OSError, ImportError, ValueError):
+    except (JobError, OSError, ImportError, ValueError):
         raise
     except Exception as error:
         if _is_denied(error) or _looks_remote(error):
@@ -465,7 +565,7 @@ def write_many(root: str, contents: dict[str, bytes]) -> None:
 
 def write_text(uri: str, text: str) -> None:
     """:func:`write_bytes` of UTF-8."""
-    write_bytes(uri, text.encode())
+    write_bytes(uri, text.encode(errors="backslashreplace"))
 
 
 def download(uri: str, target: Path) -> None:
@@ -567,9 +667,13 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
 def _explained(uri: str, action: str) -> Iterator[None]:
     try:
         yield
-    except StorageError:
+    except JobError:
         raise
     except FileNotFoundError as error:
+        if isinstance(error.__cause__, JobError):  # fsspec's http filesystem hides what its client raises
+            raise error.__cause__ from None
+        if (cause := _cause(error)) is not error:
+            raise _remote_error(uri, action, cause) from cause
         raise StorageError(
             f"cannot {action} {uri}: no such bucket, object or folder. Check the spelling; for a "
             "bucket, also that it exists in the project of your credentials."
@@ -581,30 +685,46 @@ def _explained(uri: str, action: str) -> Iterator[None]:
     except ValueError as error:
         raise StorageError(f"cannot {action} {uri}: {error}.") from error
     except Exception as error:
-        if _is_denied(error):
-            raise StorageError(
-                f"cannot {action} {uri}: permission denied ({_first_line(error)}). Give the account the job "
-                "runs as the right to do this (on Google Cloud: roles/storage.objectUser on the bucket)."
-            ) from error
-        if _looks_remote(error):
-            raise StorageOutage(f"cannot {action} {uri}: {type(error).__name__}: {_first_line(error)}") from error
+        if _is_denied(error) or _looks_remote(error):
+            raise _remote_error(uri, action, error) from error
         if isinstance(error, OSError):
             raise StorageError(f"cannot {action} {uri}: {error.strerror or _first_line(error)}.") from error
         raise
 
 
-def _is_denied(error: Exception) -> bool:
+def _remote_error(uri: str, action: str, error: BaseException) -> StorageError:
+    if not _is_denied(error):
+        return StorageOutage(f"cannot {action} {uri}: {type(error).__name__}: {_first_line(error)}")
+    mend = (
+        "If it needs credentials (a signature, user:password), give the whole URI by the option that names it: "
+        "credentials are saved nowhere, and a signature expires."
+        if uri.startswith(redact.HTTP)
+        else "Give the account the job runs as the right to do this (on Google Cloud: roles/storage.objectUser on the "
+        "bucket)."
+    )
+    return StorageError(f"cannot {action} {uri}: permission denied ({_first_line(error)}). {mend}")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What made a web server's file "not found", which fsspec says of every failure, or the error itself."""
+    cause = error.__cause__
+    if isinstance(cause, aiohttp.ClientResponseError) and cause.status in (404, 410):
+        return error
+    return cause if isinstance(cause, (aiohttp.ClientError, TimeoutError)) else error
+
+
+def _is_denied(error: BaseException) -> bool:
     code = getattr(error, "code", None) or getattr(error, "status", None)
     told = isinstance(error, OSError) and str(error).startswith("Forbidden")  # gcsfs, without a code
     return told or isinstance(error, PermissionError) or code in (401, 403, "401", "403")
 
 
-def _looks_remote(error: Exception) -> bool:
+def _looks_remote(error: BaseException) -> bool:
     """Cloud clients raise their own families of exceptions, most of them not OSError."""
     roots = ("aiohttp", "gcsfs", "google", "botocore", "s3fs", "requests", "asyncio", "fsspec")
     known = any(kind.__module__.split(".")[0] in roots for kind in type(error).__mro__)
     return known or isinstance(error, (TimeoutError, ConnectionError))
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]

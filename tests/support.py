@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from job import cli, storage
 from job.data.build import Layout, build
-from job.data.fetch import Fetcher
+from job.data.fetch import Fetched, Fetcher
 from job.data.index import Index
 from job.errors import DataError
 from job.train import checkpoint
@@ -105,7 +105,18 @@ def index_of(uri: object, layout: Layout = "parts") -> Index:
 
 def read(index: Index, samples: list[int], cache_dir: object = "") -> list[bytes | DataError]:
     """What samples consist of, or why they cannot be had."""
-    return Fetcher(index, str(cache_dir)).start(np.asarray(samples)).result()
+    fetcher = Fetcher(index, str(cache_dir))
+    return contents(fetcher, fetcher.start(np.asarray(samples)).result())
+
+
+def contents(fetcher: Fetcher, fetched: list[Fetched]) -> list[bytes | DataError]:
+    found: list[bytes | DataError] = []
+    for each in fetched:
+        try:
+            found.append(fetcher.content(each))
+        except DataError as error:
+            found.append(error)
+    return found
 
 
 def options(settings: dict[str, object], **more: object) -> list[str]:
@@ -152,15 +163,15 @@ class Outcome:
     output: str
 
 
-def run_here(*args: object) -> Outcome:
+def run_here(*args: object, threads: int = 1) -> Outcome:
     """``python -m job ARGS`` in this process, which saves the imports: 10 s of CPU.
 
     For what ends in a message, and for short runs in one process. Tests of signals, ranks and environment variables
     need :func:`run`. An exception that would be a traceback is raised.
     """
-    output, argv, threads = io.StringIO(), sys.argv, torch.get_num_threads()
+    output, argv, before = io.StringIO(), sys.argv, torch.get_num_threads()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         try:
             cli.main([str(arg) for arg in args])
             code = 0
@@ -168,7 +179,7 @@ def run_here(*args: object) -> Outcome:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:
             sys.argv = argv
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
     logging.basicConfig(force=True)  # not to the buffer, which is gone
     return Outcome(code, output.getvalue())
 

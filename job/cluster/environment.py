@@ -29,6 +29,13 @@ _SIGNS: dict[str, Platform] = {
 _CARRIED = {"TPU", "Indexed Job"}
 """TPU hosts are pods of an Indexed Job or a JobSet, whose index is within their slice: what the TPU says counts."""
 
+_OTHER_LAUNCHERS = {
+    "SLURM_NTASKS": "Slurm (srun --ntasks-per-node=1)",
+    "OMPI_COMM_WORLD_SIZE": "mpirun (--npernode 1)",
+    "PMI_SIZE": "MPI",
+}
+"""Variables that count the tasks which others than torchrun have started."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -85,11 +92,51 @@ def find_node(environment: Mapping[str, str]) -> Node:
     return node
 
 
+def require_ranks(environment: Mapping[str, str]) -> None:
+    """Check the variables of a process that trains or evaluates: torchrun's, all of them, or none that counts ranks.
+
+    Raises:
+        ConfigError: a launcher other than torchrun started this process, or some of torchrun's variables are left over.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, world_size, local_rank, local_world_size = (
+        _number(environment, name, default) for name, default in zip(names, (0, 1, 0, 1), strict=True)
+    )
+    told = _told(environment, *(name for name in names if name in environment))
+    if (rank, world_size, local_rank, local_world_size) != (0, 1, 0, 1):
+        needed = (*names, "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if name not in environment]:
+            raise ConfigError(
+                f"{told}: this is one of several processes, but {', '.join(missing)} is not set. Start them by "
+                "python -m job launch or torchrun, which set all of these; or unset them for one process alone."
+            )
+        if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
+            raise ConfigError(f"{told}: these contradict one another. Start the ranks by python -m job launch.")
+    if "LOCAL_RANK" in environment or "TORCHELASTIC_RUN_ID" in environment:
+        return
+    for name in _OTHER_LAUNCHERS:
+        if name in environment and _number(environment, name) > 1:
+            raise ConfigError(
+                f"{name}={environment[name]}, but the ranks of this job are started by torchrun. Let {_OTHER_LAUNCHERS[name]} "
+                f"start one task per node, which runs python -m job launch …; or unset {name} for one process alone."
+            )
+    if "PET_NNODES" in environment and environment["PET_NNODES"] != "1":
+        raise ConfigError(
+            f"PET_NNODES={environment['PET_NNODES']}: Kubeflow has started several nodes, which only python -m job launch "
+            "… lets meet. Or unset PET_NNODES for one process alone."
+        )
+
+
 def _plain(environment: Mapping[str, str]) -> Node:
     if given := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "NODE_RANK") if name in environment]:
         raise ConfigError(
             f"{_told(environment, *given)}: these are set, but nothing says by whom. Start the ranks by torchrun, or "
             "unset them, and launch starts torchrun."
+        )
+    if left := sorted(name for name in environment if name.startswith("PET_")):
+        raise ConfigError(
+            f"{_told(environment, *left)}: torchrun would take these as its options, but PET_NNODES, which Kubeflow sets "
+            f"with them, is missing. Unset {', '.join(left)}, or set PET_NNODES."
         )
     return Node("plain", processes=_processes(environment), evidence=_present(environment, "LAUNCH_PROCESSES"))
 
@@ -128,8 +175,8 @@ def _kubeflow(environment: Mapping[str, str]) -> Node:
         if not host:
             raise ConfigError("Kubeflow set PET_NNODES, but neither PET_MASTER_ADDR nor PET_RDZV_ENDPOINT.")
     asked = environment.get("PET_NPROC_PER_NODE", "auto")
-    if asked not in ("auto", "gpu", "cpu"):
-        _number(environment, "PET_NPROC_PER_NODE")
+    if asked not in ("auto", "gpu", "cpu") and _number(environment, "PET_NPROC_PER_NODE") < 1:
+        raise ConfigError(f"PET_NPROC_PER_NODE={asked}: at least one process is needed.")
     return Node(
         "Kubeflow",
         nodes=nodes,

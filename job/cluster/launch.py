@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import runpy
+import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +19,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 from job.cluster.environment import Node, find_node
-from job.errors import EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER_ERROR, RankLost
+from job.errors import (
+    EXIT_HANGUP,
+    EXIT_INTERNAL_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    EXIT_RETRY,
+    EXIT_USER_ERROR,
+    RankLost,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +39,9 @@ SIGNAL_EXIT_BASE = 128
 def launch(args: list[str]) -> int:
     """Run ``python -m job ARGS`` in as many processes as this node should have; returns the exit code.
 
-    Under torchrun this is the ranks' own code, where torchrun's would be 1: that of a user's mistake (2)
-    before that of a preemption (143) before that of what a restart may mend (75).
+    Under torchrun this is the ranks' own code, where torchrun's would be 1: that of a user's mistake (2) before that
+    of a stop on request (130, 129, 143), of an unexpected exception (70) and of what a restart may mend (75). After a
+    signal torchrun gives the ranks 30 s to save.
 
     Raises:
         ConfigError: the environment is not understood.
@@ -50,13 +61,20 @@ def launch(args: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores() // processes, 1)))
     # One store for all rounds would keep the addresses of dead nodes (torch 2.14).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    log.info("torchrun %s", " ".join(options := torchrun_options(node, processes)))
+    options = torchrun_options(node, processes)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+        options.append("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")
+    log.info("torchrun %s", " ".join(options))
     try:
         run(parse_args([*options, "-m", "job", *args]))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         return exit_code([failure.exitcode for failure in error.failures.values()])
     except SignalException as error:
         return SIGNAL_EXIT_BASE + int(error.sigval)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)  # torchrun's handlers would raise an exception outside of it
     return 0
 
 
@@ -116,7 +134,15 @@ def wait_for_address(host: str, seconds: float) -> None:
 
 def exit_code(codes: list[int]) -> int:
     """One code for a node whose ranks ended with ``codes``; a rank that a signal killed has minus its number."""
-    for code in (EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_RETRY):
+    order = (
+        EXIT_USER_ERROR,
+        EXIT_INTERRUPTED,
+        EXIT_HANGUP,
+        EXIT_PREEMPTED,
+        EXIT_INTERNAL_ERROR,
+        EXIT_RETRY,
+    )
+    for code in order:
         if code in codes:
             return code
-    return EXIT_RETRY if any(code < 0 for code in codes) else 1
+    return EXIT_RETRY if any(code < 0 for code in codes) else EXIT_INTERNAL_ERROR

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,31 +18,47 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from job.errors import JobError, RankLost
+from job.errors import ConfigError, JobError, RankLost
+from job.signals import Stopped
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_ENDED_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "nccl", "gloo", "timed out")
+_GLOO = re.compile(r"(Gloo \w+ failed with )?\[[^\]]*gloo/[^\]]*\.(cc|h|cpp):\d+\]")
+"""How errors of gloo begin: with the place in its source. They have no type of their own."""
+_MISUSE = {
+    "Duplicate GPU detected": "two ranks share one GPU, which NCCL does not allow",
+    "invalid device ordinal": "a rank has no GPU of its own",
+    "ncclInvalidUsage": "NCCL was called wrongly",
+    "ncclInvalidArgument": "NCCL was called wrongly",
+}
+"""What NCCL says of mistakes that a restart repeats."""
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default  # what is no number is refused by environment.require_ranks
 
 
 def rank() -> int:
     """This process's number among all, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return _number("RANK", 0)
 
 
 def world_size() -> int:
     """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _number("WORLD_SIZE", 1)
 
 
 def local_world_size() -> int:
     """How many of them run on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return _number("LOCAL_WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """This process's number among those of its node, from 0."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _number("LOCAL_RANK", 0)
 
 
 @contextlib.contextmanager
@@ -56,7 +74,7 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
         yield
         return
     timeout = timedelta(seconds=timeout_seconds)
-    with _lost_ranks_named():
+    with _translate_failures():
         store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=timeout))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = _store_of_this_start(store, timeout)
@@ -100,7 +118,7 @@ def from_rank_zero(function: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             told[0] = function()
-        except JobError as error:
+        except (JobError, Stopped) as error:
             told[1] = error
     dist.broadcast_object_list(told, src=0)
     if told[1] is not None:
@@ -128,13 +146,30 @@ def broadcast(tensors: list[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _lost_ranks_named() -> Iterator[None]:
-    """Turn a collective's failure into :class:`~job.errors.RankLost`: its cause stands in another rank's log."""
+def _translate_failures() -> Iterator[None]:
+    """Translate the failure of a collective, by its type, or by gloo's mark: it has no type.
+
+    Raises:
+        ConfigError: the ranks were started wrongly, which a restart would repeat.
+        RankLost: another rank ended, hangs or cannot be reached.
+    """
     try:
         yield
     except RuntimeError as error:  # torch's DistError is one, too
-        if isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in _ENDED_PEER):
-            raise RankLost(
-                f"another rank ended or does not answer ({str(error).splitlines()[0][:200]}). The cause is in its log."
-            ) from error
-        raise
+        message = str(error)
+        from_gloo = _GLOO.match(message) is not None
+        if not from_gloo and not isinstance(error, dist.DistError):
+            raise
+        cause = message.strip().splitlines()[0][:300] if message.strip() else type(error).__name__
+        if isinstance(error, dist.DistBackendError):
+            for sign, mistake in _MISUSE.items():
+                if sign in message:
+                    last = message.strip().splitlines()[-1][:300]
+                    raise ConfigError(
+                        f"{mistake} ({last}). Start one process per GPU: torchrun --nproc-per-node, or LAUNCH_PROCESSES."
+                    ) from error
+        if not from_gloo:  # its cause may lie in this process; gloo reports other processes alone
+            log.error("a collective operation failed:", exc_info=error)
+        raise RankLost(
+            f"another rank ended or does not answer ({type(error).__name__}: {cause}). Its own log shows the cause."
+        ) from error

@@ -101,7 +101,7 @@ def zip_content(raw: bytes, crc: int) -> bytes:
             inflate = zlib.decompressobj(-15)
             limit = min(size, LARGEST_MEMBER) if known else LARGEST_MEMBER
             content = inflate.decompress(memoryview(raw)[begin:], limit + 1)
-            if len(content) > limit or size > LARGEST_MEMBER and known:
+            if len(content) > limit or (known and size > LARGEST_MEMBER):
                 raise DataError(f"is refused as a decompression bomb: more than {limit:,} bytes")
         else:
             content = _stored(raw, begin, crc)
@@ -156,9 +156,9 @@ def _labelled(uri: str, file: BoundedFile) -> Iterator[Member]:
     with tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:") as archive:
         while (item := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # else it would remember all of them
-            if item.size < 0 or archive.offset <= item.offset:  # type: ignore[attr-defined]
+            if item.size < 0 or archive.offset <= item.offset:
                 raise tarfile.ReadError("a member's size is negative")
-            end = archive.offset  # type: ignore[attr-defined]
+            end = archive.offset
             if not item.isfile():
                 continue
             name = _printable(item.name)

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,23 @@ import pyarrow.compute as pc
 
 from job import storage
 from job.data import layout
-from job.data.index import Index, IndexInfo, PartInfo, PartWriter
+from job.data.access import Access, from_options
+from job.data.index import Index, PartWriter
+from job.data.index_file import (
+    LONGEST_CLASS,
+    MOST_CLASSES,
+    DamagedIndex,
+    IndexInfo,
+    OldFormat,
+    PartInfo,
+    PartName,
+    load_index_info,
+)
 from job.data.layout import Part
 from job.data.listing import list_everything
+from job.data.local_files import room_needed, usable_cache_dir
 from job.data.saved import fetch_index, is_fresh, publish_index, saved_index
-from job.data.source import INDEX_FILE, Source, default_cache_dir, is_saved_index, room_needed
+from job.data.source import INDEX_FILE, Source, default_cache_dir, is_saved_index
 from job.errors import DataError, StorageError
 
 log = logging.getLogger(__name__)
@@ -39,6 +51,7 @@ def build(
     *,
     request: dict[str, Any] | None = None,
     listed_anew: bool = False,
+    access: Access | None = None,
 ) -> IndexInfo:
     """List ``roots`` and write their index into the local ``folder``.
 
@@ -48,6 +61,8 @@ def build(
             one part) or "images" (likewise, without labels).
         request: what to note in the index, for whoever reads it.
         listed_anew: do not take an index that ``job index`` left beside the data.
+        access: what tables and saved indexes may name; default: what lies in object stores and on public web
+            servers, and local files where they are local themselves.
 
     Raises:
         DataError: the layout of the data is not understood.
@@ -58,24 +73,32 @@ def build(
     with room_needed(folder, "keep the index"), tempfile.TemporaryDirectory(prefix=".list-", dir=folder) as scratch:
         for number, (name, uri) in enumerate((name, uri) for name, uris in roots.items() for uri in uris):
             listing = Path(scratch) / str(number)
-            for part, content in _parts_of(uri, name, sources, listing, cache_dir, layout_of, listed_anew).items():
+            listed = _parts_of(
+                uri, name, sources, listing, cache_dir, layout_of, listed_anew, access or Access(typed=(uri,))
+            )
+            for part, content in listed.items():
                 found.setdefault(part, []).append(content)
         train = found.get("train", [])
         for part, contents in found.items():
             if part != "train" and train:
                 _require_same_classes(train, contents)
         classes = layout.class_order({name for parts in found.values() for part in parts for name in part.classes})
+        if len(classes) > MOST_CLASSES or max(map(len, classes), default=0) > LONGEST_CLASS:
+            raise DataError(
+                f"{len(classes):,} classes, the longest name of {max(map(len, classes)):,} characters, where "
+                f"{MOST_CLASSES:,} and {LONGEST_CLASS:,} are possible. Is the label column the right one?"
+            )
         info = IndexInfo(
             classes=classes,
             sources=sources,
             parts={
-                part: _write_part(folder / f"{part}.arrow", contents, classes, sources)
+                cast("PartName", part): _write_part(folder / f"{part}.arrow", contents, classes, sources)
                 for part, contents in found.items()
             },
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             request=request or {},
         )
-        (folder / INDEX_FILE).write_text(info.to_json())
+        (folder / INDEX_FILE).write_bytes(info.to_json())
     return info
 
 
@@ -90,18 +113,19 @@ def split(folder: Path, fraction: float, seed: int) -> None:
     """
     whole = Index(folder, "train")
     held_out = _held_out(whole, fraction, seed)
-    info = IndexInfo.from_json(str(folder), (folder / INDEX_FILE).read_bytes())
+    info = load_index_info(folder)
     shards = _all_in_shards(info.sources)
-    for part, chosen in (("val", held_out), ("train", ~held_out)):
+    chosen_of: dict[PartName, npt.NDArray[np.bool_]] = {"val": held_out, "train": ~held_out}
+    for part, chosen in chosen_of.items():
         with PartWriter(folder / f".{part}.arrow") as writer:
             start = 0
             for batch in whole.batches():
                 writer.write(pa.table(batch).filter(pa.array(chosen[start : start + len(batch)])))
                 start += len(batch)
             info.parts[part] = writer.finish(whole.root, shards=shards)
-    for part in ("val", "train"):
+    for part in chosen_of:
         (folder / f".{part}.arrow").replace(folder / f"{part}.arrow")
-    (folder / INDEX_FILE).write_text(info.to_json())
+    (folder / INDEX_FILE).write_bytes(info.to_json())
 
 
 def _held_out(index: Index, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
@@ -127,7 +151,9 @@ def _held_out(index: Index, fraction: float, seed: int) -> npt.NDArray[np.bool_]
     return chosen
 
 
-def main(uri: str, output: str | None = None, cache_dir: str | None = None) -> None:
+def main(
+    uri: str, output: str | None = None, cache_dir: str | None = None, allow: str | list[str] | None = None
+) -> None:
     """List a data set ahead of training and keep what was found.
 
     Args:
@@ -135,10 +161,14 @@ def main(uri: str, output: str | None = None, cache_dir: str | None = None) -> N
         output: folder for the index, where the data itself may not be written to; give its index.json as
             --data.root then. Default: beside the data, where a fit of the same URI finds it.
         cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
+        allow: hosts and URI prefixes that a table may name although they are local or internal; a host or prefix, or
+            a list of them.
     """
+    access = from_options(allow, [uri], "--allow")
     target = output or saved_index(uri)
+    cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
     with tempfile.TemporaryDirectory() as scratch:
-        info = build({"root": [uri]}, Path(scratch), cache_dir or default_cache_dir(), "parts", listed_anew=True)
+        info = build({"root": [uri]}, Path(scratch), cache, "parts", listed_anew=True, access=access)
         publish_index(Path(scratch), target)
     parts = ", ".join(f"{name} {part.rows:,}" for name, part in info.parts.items())
     print(f"{len(info.classes)} classes; images: {parts}; {storage.join(target, INDEX_FILE)}")
@@ -154,28 +184,49 @@ def _require_same_classes(train: list[Part], others: list[Part]) -> None:
 
 
 def _parts_of(
-    uri: str, name: str, sources: list[Source], listing: Path, cache_dir: str, layout_of: Layout, listed_anew: bool
+    uri: str,
+    name: str,
+    sources: list[Source],
+    listing: Path,
+    cache_dir: str,
+    layout_of: Layout,
+    listed_anew: bool,
+    access: Access,
 ) -> dict[str, Part]:
     """The parts under one URI, from its saved index or by listing it; its sources are added to ``sources``."""
-    if not listed_anew and layout_of != "images" and (saved := _from_saved(uri, sources, Path(f"{listing}-saved"))):
-        if layout_of == "parts":
+    if not listed_anew and layout_of != "images":
+        saved = _from_saved(uri, sources, Path(f"{listing}-saved"), access)
+        if saved and layout_of == "parts":
+            if "train" not in saved:
+                raise DataError(f"the index of {uri} has no training part; it has {', '.join(saved)}.")
             return saved
-        if len(saved) == 1:
+        if saved and len(saved) == 1:
             return {name: next(iter(saved.values()))}
-    found = list_everything(uri, sources, listing, cache_dir, labelled=layout_of != "images")
+        if saved and is_saved_index(uri):
+            raise DataError(f"{uri} has several parts ({', '.join(saved)}): give it by --data.root.")
+    found = list_everything(uri, sources, listing, cache_dir, labelled=layout_of != "images", access=access)
     if layout_of == "parts":
         return layout.find_parts(found)
     return {name: layout.class_folders(found) if layout_of == "classes" else layout.all_images(found)}
 
 
-def _from_saved(uri: str, sources: list[Source], folder: Path) -> dict[str, Part] | None:
+def _from_saved(uri: str, sources: list[Source], folder: Path, access: Access) -> dict[str, Part] | None:
     saved = saved_index(uri)
     if not storage.exists(storage.join(saved, INDEX_FILE)):
         if is_saved_index(uri):
             raise StorageError(f"there is no {uri}. Make it by python -m job index.")
         return None
-    info = fetch_index(saved, folder)
-    indexes = {part: Index(folder, part) for part in info.parts}
+    try:
+        info = fetch_index(saved, folder)
+    except OldFormat as error:
+        if is_saved_index(uri):
+            raise
+        log.warning("%s Until then the data is listed anew.", error)
+        return None
+    access.require_sources([source.uri for source in info.sources], saved, local=storage.is_local(saved))
+    if not info.classes:
+        raise DamagedIndex(f"{saved} names no class. Make it again by python -m job index.")
+    indexes = {part: Index(folder, part, access) for part in info.parts}
     if not all(is_fresh(storage.join(saved, INDEX_FILE), info, index) for index in indexes.values()):
         if is_saved_index(uri):
             raise DataError(f"{uri} is out of date (see above). Make it again by python -m job index.")

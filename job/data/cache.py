@@ -14,7 +14,7 @@ import uuid
 import zlib
 from pathlib import Path
 
-from job.data.source import DISK_FULL, locked
+from job.data.local_files import DISK_FULL, locked, private_folder, read_small, write_small
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ _TRAILER = struct.Struct("<QL")
 """Size and CRC-32 of the content before it: a file that was cut or changed is not believed."""
 ACCOUNTED_BYTES = 1 << 20
 """What a process writes before it tells the others."""
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
 KEPT_AFTER_EVICTION = 0.9
 STALE_SECONDS = 3600
 """Age at which an unfinished file belongs to a process that is gone."""
@@ -56,8 +57,10 @@ class SampleCache:
         Raises:
             OSError: the folder cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder)
         with locked(self._total):
+            for unfinished in self.folder.glob(f".{self._total.name}-*"):
+                unfinished.unlink()
             self._store_total(self._evict(self._entries()))
 
     def get(self, key: str) -> bytes | None:
@@ -86,10 +89,10 @@ class SampleCache:
         temporary = f"{os.path.dirname(path)}/.{self._token}-{os.getpid()}-{threading.get_ident()}"
         try:
             try:
-                file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+                file = os.open(temporary, _NEW, 0o600)
             except FileNotFoundError:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                file = os.open(temporary, _NEW, 0o600)
             try:
                 written = os.writev(file, (content, _trailer(content)))
             finally:
@@ -104,8 +107,11 @@ class SampleCache:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-            if not self._first_failure():
-                return
+            self.give_up(error)
+
+    def give_up(self, error: OSError) -> None:
+        """Store nothing from here on; the reason is logged once."""
+        if self._first_failure():
             reason = "is full" if error.errno in DISK_FULL else f"cannot be written ({error.strerror})"
             log.warning(
                 "%s %s: from here on images are read from where they lie. Choose another place by --data.cache_dir, "
@@ -132,10 +138,10 @@ class SampleCache:
     def _entries(self) -> list[tuple[float, int, str]]:
         """(last use, bytes, path) of all files; unfinished ones of processes that are gone are removed."""
         found = []
-        for folder in (each for each in os.scandir(self.folder) if each.is_dir()):
+        for folder in (each for each in os.scandir(self.folder) if each.is_dir(follow_symlinks=False)):
             for entry in os.scandir(folder.path):
                 with contextlib.suppress(FileNotFoundError):  # another process evicts, too
-                    details = entry.stat()
+                    details = entry.stat(follow_symlinks=False)
                     if not entry.name.startswith("."):
                         found.append((details.st_mtime, details.st_size, entry.path))
                     elif time.time() - details.st_mtime > STALE_SECONDS:
@@ -156,13 +162,14 @@ class SampleCache:
         return total
 
     def _read_total(self) -> int:
-        try:
-            return int(self._total.read_text())
-        except (FileNotFoundError, ValueError):
-            return sum(size for _, size, _ in self._entries())
+        """Bytes in all, as the file says, or counted where it holds anything else than a plausible number."""
+        stored = read_small(self._total)
+        if stored is not None and stored.isdigit() and len(stored) <= 15:
+            return int(stored)
+        return sum(size for _, size, _ in self._entries())
 
     def _store_total(self, total: int) -> None:
-        self._total.write_text(str(total))
+        write_small(self._total, str(total).encode())
 
 
 def _trailer(content: bytes) -> bytes:

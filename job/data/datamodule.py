@@ -18,16 +18,19 @@ from torchvision.transforms import v2
 
 from job import storage
 from job.cluster import ranks
+from job.data.access import from_options
 from job.data.augment import ResizeMode
 from job.data.build import Layout, build, split
 from job.data.cache import SampleCache
 from job.data.dataset import Batch, ImageDataset, View
 from job.data.features import FeatureStore
-from job.data.index import Index, IndexInfo
+from job.data.index import Index
+from job.data.index_file import DamagedIndex, IndexInfo, load_index_info
 from job.data.loader import BatchLoader
+from job.data.local_files import room_needed, usable_cache_dir
 from job.data.order import BatchOrder, ViewOrder
-from job.data.saved import is_fresh, local_index, publish_index
-from job.data.source import INDEX_FILE, default_cache_dir, materialise, room_needed
+from job.data.saved import is_fresh, local_index, publish_index, saved_index
+from job.data.source import INDEX_FILE, default_cache_dir, is_saved_index, kind_of, materialise
 from job.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -62,6 +65,9 @@ class ImageDataModule(pl.LightningDataModule):
             first; 0: none.
         max_bad_samples: unreadable images to tolerate; past it the run ends. Tolerated ones are named
             in the log and left out of loss and metrics.
+        allow: hosts (HOST or HOST:PORT) and URI prefixes, or a list of them, that a manifest or a saved index may
+            name besides object stores and public web servers. A manifest in a bucket or on the web may name no
+            local files otherwise, and none may name link-local, loopback or metadata addresses.
         seed: seed of order, augmentation and split; follows --seed_everything.
     """
 
@@ -81,6 +87,7 @@ class ImageDataModule(pl.LightningDataModule):
         cache_dir: str | None = None,
         cache_gb: float = 10.0,
         max_bad_samples: int = 0,
+        allow: str | list[str] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -111,8 +118,10 @@ class ImageDataModule(pl.LightningDataModule):
         self.cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
         self.cache_bytes = int(cache_gb * 1e9)
         self.max_bad_samples = max_bad_samples
+        self.access = from_options(allow, [uri for uris in self.uris.values() for uri in uris])
         self.seed = seed
         self.parts: dict[str, Index] = {}
+        self.is_cache_usable = True
         self.cache: SampleCache | None = None
         self.features: dict[str, FeatureStore] = {}
         self.bad_samples: set[str] = set()
@@ -127,12 +136,14 @@ class ImageDataModule(pl.LightningDataModule):
         self._check_batch_size()
         if self.parts:
             return
+        wanted_dir, self.cache_dir = self.cache_dir, usable_cache_dir(self.cache_dir)
+        self.is_cache_usable = wanted_dir == self.cache_dir
         # All ranks train on one listing, even while somebody is uploading.
         folder = local_index(ranks.from_rank_zero(self._find_index), self.cache_dir)
-        info = IndexInfo.from_json(str(folder), (folder / INDEX_FILE).read_bytes())
-        self.parts = {part: Index(folder, part) for part in info.parts}
+        info = load_index_info(folder)
+        self.parts = {part: Index(folder, part, self.access) for part in info.parts}
         for source in info.sources:
-            materialise(source, str(self.cache_dir))
+            materialise(source, str(self.cache_dir), self.access)
         self._open_cache()
         sizes = ", ".join(f"{part} {len(index):,}" for part, index in self.parts.items())
         log.info("%d classes; images: %s", len(self.classes), sizes)
@@ -212,14 +223,13 @@ class ImageDataModule(pl.LightningDataModule):
         request = {"uris": self.uris, "val_fraction": self.val_fraction, "seed": self.seed}
         name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
         uri = storage.join(self._run_dir(), "index", name)
-        if self._is_fresh_in_run(uri):
+        if self._is_fresh_in_run(uri, request):
             return uri
         with room_needed(self.cache_dir, "make the index"):
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
             scratch = tempfile.TemporaryDirectory(prefix=".index-", dir=self.cache_dir)
         with scratch as folder:
             layout: Layout = "parts" if "root" in self.uris else "classes"
-            info = build(self.uris, Path(folder), str(self.cache_dir), layout, request=request)
+            info = build(self.uris, Path(folder), str(self.cache_dir), layout, request=request, access=self.access)
             if "val" not in info.parts:
                 split(Path(folder), self.val_fraction, self.seed)
             publish_index(Path(folder), uri)
@@ -231,22 +241,47 @@ class ImageDataModule(pl.LightningDataModule):
         self._own_folder = tempfile.TemporaryDirectory()  # for whoever uses the data alone
         return self._own_folder.name
 
-    def _is_fresh_in_run(self, uri: str) -> bool:
-        """Whether an earlier start of this run left its index, and the data is still what it was."""
+    def _is_fresh_in_run(self, uri: str, request: dict[str, Any]) -> bool:
+        """Whether an earlier start of this run left its index, whole, and the data is still what it was.
+
+        A damaged one is made again: it follows from the data, and a run that resumes compares what comes out of it
+        with what it was trained on.
+        """
         if not storage.exists(storage.join(uri, INDEX_FILE)):
             return False
-        folder = local_index(uri, self.cache_dir)
-        info = IndexInfo.from_json(uri, (folder / INDEX_FILE).read_bytes())
-        return all(is_fresh(uri, info, Index(folder, part)) for part in info.parts)
+        try:
+            folder = local_index(uri, self.cache_dir)
+            info = load_index_info(folder)
+            if info.request != request or not {"train", "val"} <= info.parts.keys() or not info.classes:
+                raise DamagedIndex(f"{uri} was not made for this run's data.")
+        except DamagedIndex as error:
+            log.warning("the run's index is made again from the data: %s", error)
+            return False
+        self._require_own_sources(uri, info)
+        return all(is_fresh(uri, info, Index(folder, part, self.access)) for part in info.parts)
+
+    def _require_own_sources(self, uri: str, info: IndexInfo) -> None:
+        """Check that the run's index, which others may have written, reads nothing that the command line does not name.
+
+        Raises:
+            DataError: it does.
+        """
+        roots = [root for roots in self.uris.values() for root in roots if storage.is_local(root)]
+        local = any(kind_of(root) == "manifest" or is_saved_index(root) for root in roots) or any(
+            storage.exists(storage.join(saved_index(root), INDEX_FILE)) for root in roots
+        )
+        self.access.require_sources([source.uri for source in info.sources], uri, local=local)
 
     def _open_cache(self) -> None:
         sources = {source.uri for index in self.parts.values() for source in index.sources}
         self.cache = None
-        if self.cache_bytes and not all(storage.Reader(uri).is_local for uri in sources):
+        if self.cache_bytes and self.is_cache_usable and not all(storage.Reader(uri).is_local for uri in sources):
             self.cache = SampleCache(self.cache_dir / "samples", self.cache_bytes)
             if ranks.local_rank() == 0:
-                with room_needed(self.cache_dir, "keep samples"):
+                try:
                     self.cache.recount()
+                except OSError as error:
+                    self.cache.give_up(error)
 
     def dataset(self, part: str, order: BatchOrder) -> ImageDataset:
         """What reads the samples of a part, as ``order`` names them."""

@@ -1,18 +1,18 @@
 """What a frozen backbone gives for every view of every sample, computed once, on disk and in a bucket.
 
 A store is a folder of chunks, ``PART-NUMBER.safetensors``. A chunk holds all views of some neighbouring
-samples, and exists wholly or not at all; the same file lies on every node's disk, where it is mapped into
-memory, and in the bucket.
+samples; the same file lies on every node's disk, where it is mapped into memory, and in the bucket. Beside it lies
+``PART-NUMBER.json``, written last, with its SHA-256, shape and unreadable samples: a chunk without it does not exist.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import zlib
 from pathlib import Path
+from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import safetensors
@@ -23,15 +23,66 @@ from torch import Tensor
 from job import storage
 from job.data.dataset import Batch, ImageDataset
 from job.data.index import Index
+from job.data.index_file import Sha256, hash_file
+from job.data.local_files import private_folder, room_needed
 from job.data.order import BatchPlan
-from job.data.source import room_needed
+from job.errors import DataError, StorageError
 
 log = logging.getLogger(__name__)
 
+FORMAT = 1
+"""Version of the format of PART-NUMBER.json."""
+LARGEST_WIDTH = 1 << 20
+LONGEST_LINE = 8192
+"""Characters that are kept of the reason for which a sample cannot be read."""
+HEADER_BYTES = 4096
+"""Of a chunk, at most, besides its tensors."""
+MANIFEST_BYTES = 64 << 20
 CHUNK_SAMPLES = 256
 """What a process that is killed has to compute again, at most."""
 MOST_CHUNKS = 4096
 """Of a part: each is a file that stays mapped."""
+
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class ChunkInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``PART-NUMBER.json``.
+
+    Attributes:
+        sha256: hash of the chunk's file.
+        bytes: its size.
+        samples: number of samples.
+        views: views per sample.
+        width: features per view.
+        dtype: type of a feature.
+        bad: reason per unreadable sample, by sample id.
+        format: version of this format.
+    """
+
+    sha256: Sha256
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+    samples: Annotated[int, msgspec.Meta(ge=1)]
+    views: Annotated[int, msgspec.Meta(ge=1)]
+    width: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_WIDTH)]
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    bad: dict[Annotated[int, msgspec.Meta(ge=0)], Annotated[str, msgspec.Meta(max_length=LONGEST_LINE)]]
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        content = self.samples * self.views * (self.width * _DTYPES[self.dtype].itemsize + 1)
+        if not content <= self.bytes <= content + HEADER_BYTES:
+            raise ValueError(f"{self.bytes:,} bytes do not hold {self.samples} x {self.views} x {self.width} features")
+
+
+class _Versioned(msgspec.Struct):
+    format: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class FeatureStore:
@@ -41,9 +92,11 @@ class FeatureStore:
         dataset: tells samples, views and labels.
         folder: on this node; several processes share it.
         uri: where nodes and starts find one another's chunks.
+        width: features per view that the backbone computes; chunks of another width are computed again.
+        dtype: their type.
     """
 
-    def __init__(self, dataset: ImageDataset, folder: Path, uri: str) -> None:
+    def __init__(self, dataset: ImageDataset, folder: Path, uri: str, width: int, dtype: torch.dtype) -> None:
         self.dataset = dataset
         self.index = dataset.index
         assert dataset.view.count is not None, "a sample has pictures without end"
@@ -52,7 +105,8 @@ class FeatureStore:
         self.uri = uri
         self.chunk_size = max(CHUNK_SAMPLES, -(-len(self.index) // MOST_CHUNKS))
         self._raw: list[npt.NDArray[np.uint8]] = []  # [samples, views, bytes]: numpy knows no bfloat16
-        self._dtype = torch.float32
+        self.width = width
+        self._dtype = dtype
         self._valid = torch.empty(0, self.views, dtype=torch.bool)  # [samples, views]
         self._bad: dict[int, str] = {}
         self._sound: set[int] = set()
@@ -68,11 +122,11 @@ class FeatureStore:
         """Chunks that lie in the bucket."""
         if not storage.exists(self.uri):
             return set()
-        ours = {self._name(chunk): chunk for chunk in range(len(self))}
+        ours = {self._manifest_name(chunk): chunk for chunk in range(len(self))}
         return {ours[entry.key] for entry in storage.list_files(self.uri) if entry.key in ours}
 
     def on_disk(self) -> set[int]:
-        """Chunks that lie on this node, their checksums verified; a damaged one is removed."""
+        """Chunks that lie on this node, their hashes verified; a damaged one is removed."""
         return {chunk for chunk in range(len(self)) if self._is_sound(chunk)}
 
     def save(self, chunk: int, features: Tensor, valid: Tensor, bad: dict[int, str]) -> None:
@@ -88,33 +142,66 @@ class FeatureStore:
         """
         shape = (len(self.samples(chunk)), self.views, -1)
         tensors = {"features": features.reshape(shape).contiguous(), "valid": valid.reshape(shape[:2]).contiguous()}
-        metadata = {"bad": json.dumps(bad), "crc32": str(_checksum(tensors))}
-        self._write(chunk, safetensors.torch.save(tensors, metadata))
+        content = safetensors.torch.save(tensors)
+        info = ChunkInfo(
+            sha256=hashlib.sha256(content).hexdigest(),
+            bytes=len(content),
+            samples=shape[0],
+            views=self.views,
+            width=tensors["features"].shape[2],
+            dtype=str(features.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            bad={sample: line[:LONGEST_LINE] for sample, line in bad.items()},
+        )
+        self._write(chunk, content, msgspec.json.encode(info))
 
     def publish(self, chunk: int) -> None:
         """Upload a chunk."""
         storage.upload(self._path(chunk), storage.join(self.uri, self._name(chunk)))
+        storage.upload(self._manifest_path(chunk), storage.join(self.uri, self._manifest_name(chunk)))
 
     def fetch(self, chunk: int) -> bool:
-        """Download a chunk; False if it turned out to be damaged, and was removed from the bucket."""
-        uri = storage.join(self.uri, self._name(chunk))
-        self._write(chunk, storage.read_bytes(uri))
-        if self._is_sound(chunk):
-            return True
+        """Download a chunk; False if it turned out to be damaged, and was removed from the bucket.
+
+        Raises:
+            DataError: a newer release wrote it.
+        """
+        uri, manifest = (storage.join(self.uri, name) for name in (self._name(chunk), self._manifest_name(chunk)))
+        try:
+            text = storage.read_bounded(manifest, MANIFEST_BYTES)
+            info = self._parse(chunk, manifest, text)
+            content = storage.read_bounded(uri, info.bytes)
+            if len(content) != info.bytes or hashlib.sha256(content).hexdigest() != info.sha256:
+                raise DamagedChunk("its SHA-256 differs from the one beside it")
+            self._write(chunk, content, text)
+            if self._is_sound(chunk):
+                return True
+        except DataError as error:
+            if isinstance(error, NewerFormat):
+                raise
+            log.warning("%s is damaged and is computed or fetched again: %s", uri, error)
+        except StorageError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            log.warning("%s is not there and is computed again", uri)
+        storage.remove(manifest)
         storage.remove(uri)
         return False
 
     def open(self) -> list[str]:
-        """Map all chunks; returns a line for each unreadable sample, as a batch's ``bad``."""
+        """Map all chunks; returns a line for each unreadable sample, as a batch's ``bad``.
+
+        Raises:
+            DataError: one is not what :meth:`on_disk` found.
+        """
         self._raw, self._bad = [], {}
         valid = []
         for chunk in range(len(self)):
-            with safetensors.safe_open(self._path(chunk), framework="pt") as file:
-                features = file.get_tensor("features")
-                self._raw.append(features.view(torch.uint8).numpy())
-                self._dtype = features.dtype
-                valid.append(file.get_tensor("valid"))
-                self._bad |= {int(sample): line for sample, line in json.loads(file.metadata()["bad"]).items()}
+            path = self._manifest_path(chunk)
+            info = self._parse(chunk, str(path), storage.read_bounded(str(path), MANIFEST_BYTES))
+            tensors = self._tensors(chunk, info)
+            self._raw.append(tensors["features"].view(torch.uint8).numpy())
+            valid.append(tensors["valid"])
+            self._bad |= info.bad
         self._valid = torch.cat(valid)
         return sorted(self._bad.values())
 
@@ -134,40 +221,103 @@ class FeatureStore:
             error=None,
         )
 
-    def _write(self, chunk: int, content: bytes) -> None:
+    def _write(self, chunk: int, content: bytes, manifest: bytes) -> None:
         with room_needed(self.folder, "keep the backbone's features"):
-            storage.write_bytes(str(self._path(chunk)), content)
+            private_folder(self.folder.parent)
+            private_folder(self.folder)
+            # Without its manifest the chunk does not exist, however this process ends.
+            self._manifest_path(chunk).unlink(missing_ok=True)
+            for path, data in ((self._path(chunk), content), (self._manifest_path(chunk), manifest)):
+                storage.write_bytes(str(path), data)
+                path.chmod(0o600)
 
     def _name(self, chunk: int) -> str:
         return f"{self.index.part}-{chunk:06d}.safetensors"
 
+    def _manifest_name(self, chunk: int) -> str:
+        return f"{self.index.part}-{chunk:06d}.json"
+
     def _path(self, chunk: int) -> Path:
         return self.folder / self._name(chunk)
 
+    def _manifest_path(self, chunk: int) -> Path:
+        return self.folder / self._manifest_name(chunk)
+
     def _is_sound(self, chunk: int) -> bool:
-        path = self._path(chunk)
-        if not path.exists():
+        path, manifest = self._path(chunk), self._manifest_path(chunk)
+        if not manifest.exists():
             return False
         if chunk in self._sound:
             return True
         try:
+            info = self._parse(chunk, str(manifest), storage.read_bounded(str(manifest), MANIFEST_BYTES))
+            if path.stat().st_size != info.bytes or hash_file(path) != info.sha256:
+                raise DamagedChunk("its SHA-256 differs from the one beside it")
+            self._tensors(chunk, info)
+        except NewerFormat:
+            raise
+        except (DataError, StorageError, OSError) as error:
+            log.warning("%s is damaged and is computed or fetched again: %s", path, error)
+            manifest.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            return False
+        self._sound.add(chunk)
+        return True
+
+    def _parse(self, chunk: int, where: str, text: bytes) -> ChunkInfo:
+        """The manifest of a chunk, which must be of the samples and of the width that this store expects."""
+        try:
+            version = msgspec.json.decode(text, type=_Versioned).format
+            if version > FORMAT:
+                raise NewerFormat(
+                    f"{where} has format {version}: a newer release of this package wrote it, this one reads format "
+                    f"{FORMAT}. Choose another folder by --features.uri, or --features.use=never."
+                )
+            info = msgspec.json.decode(text, type=ChunkInfo)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise DamagedChunk(f"{where} describes no features: {error}") from error
+        samples = self.samples(chunk)
+        found = (info.samples, info.views, info.width, _DTYPES[info.dtype])
+        expected = (len(samples), self.views, self.width, self._dtype)
+        if found != expected:
+            raise DamagedChunk(f"it holds {found}, {expected} is needed (samples, views, features, type)")
+        if any(sample not in samples for sample in info.bad):
+            raise DamagedChunk("it names samples that it does not hold")
+        return info
+
+    def _tensors(self, chunk: int, info: ChunkInfo) -> dict[str, Tensor]:
+        """The tensors of a chunk on this node, mapped into memory."""
+        path = self._path(chunk)
+        try:
+            if path.stat().st_size != info.bytes:
+                raise DamagedChunk(f"{path} has another size than {info.bytes:,} bytes")
             with safetensors.safe_open(path, framework="pt") as file:
+                if sorted(file.keys()) != ["features", "valid"]:
+                    raise DamagedChunk(f"{path} holds other tensors than features and valid")
                 tensors = {name: file.get_tensor(name) for name in ("features", "valid")}
-                if _checksum(tensors) == int(file.metadata()["crc32"]):
-                    self._sound.add(chunk)
-                    return True
-        except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OSError):
-            pass
-        log.warning("%s is damaged and is computed or fetched again", path)
-        path.unlink(missing_ok=True)
-        return False
+        except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
+            raise DamagedChunk(f"{path} is no safetensors file: {error}") from error
+        features, valid = tensors["features"], tensors["valid"]
+        shape = (info.samples, info.views)
+        if features.shape != (*shape, info.width) or features.dtype != self._dtype:
+            raise DamagedChunk(f"{path} holds features {tuple(features.shape)} {features.dtype}")
+        if valid.shape != shape or valid.dtype != torch.bool:
+            raise DamagedChunk(f"{path} holds valid {tuple(valid.shape)} {valid.dtype}")
+        return tensors
+
+
+class DamagedChunk(DataError):
+    """A chunk that is not what was written, or not what is needed."""
+
+
+class NewerFormat(DataError):
+    """A chunk that a newer release wrote."""
 
 
 def content_hash(index: Index) -> str:
     """What tells an index from another by the places and versions of its samples."""
-    sources = hashlib.sha256(repr([(source.uri, source.version) for source in index.sources]).encode())
-    with (Path(index.folder) / f"{index.part}.arrow").open("rb") as file:
-        return hashlib.file_digest(file, lambda: sources).hexdigest()
+    sources = [(source.uri, source.version) for source in index.sources]
+    return hashlib.sha256(repr((sources, index.info.sha256)).encode()).hexdigest()
 
 
 def weights_hash(backbone: torch.nn.Module) -> str:
@@ -177,13 +327,6 @@ def weights_hash(backbone: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_raw(tensor))
     return digest.hexdigest()
-
-
-def _checksum(tensors: dict[str, Tensor]) -> int:
-    checksum = 0
-    for name in sorted(tensors):
-        checksum = zlib.crc32(_raw(tensors[name]), checksum)
-    return checksum
 
 
 def _raw(tensor: Tensor) -> memoryview:

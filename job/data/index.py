@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,22 +19,18 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from job import storage
-from job.data.source import INDEX_FILE, Source
+from job.data.access import Access
+from job.data.index_file import (
+    ROWS_PER_BATCH,
+    SCHEMA,
+    DamagedIndex,
+    PartInfo,
+    hash_file,
+    load_index_info,
+    open_part,
+)
 from job.errors import DataError
 
-FORMAT = 1
-ROWS_A_BATCH = 1 << 16
-"""Rows of every record batch but the last, so that a sample's place follows from its id."""
-SCHEMA = pa.schema(
-    {
-        "key": pa.string(),  # path below its source
-        "source": pa.int32(),  # number of its source
-        "offset": pa.int64(),  # first byte in the source; -1: key is an object of its own
-        "size": pa.int64(),  # bytes to read; -1: not known
-        "version": pa.uint64(),  # changes with the content; 0: not known
-        "label": pa.int32(),  # class number; -1: none
-    }
-)
 RUN_BYTES = 1 << 20
 """What a read from tar shards should fetch at once: below some MB a bucket's latency costs more than its bandwidth."""
 
@@ -51,93 +45,41 @@ class Sample(NamedTuple):
     version: int
 
 
-@dataclass(frozen=True)
-class PartInfo:
-    """What index.json tells of one part.
-
-    Attributes:
-        root: URI to name in messages.
-        rows: samples.
-        fingerprint: hash of keys and labels.
-        run_length: neighbours in a tar shard that are trained on together, since one read fetches them.
-        mean_bytes: mean size of a sample.
-    """
-
-    root: str
-    rows: int
-    fingerprint: str
-    run_length: int
-    mean_bytes: float
-
-
-@dataclass
-class IndexInfo:
-    """``index.json``.
-
-    Attributes:
-        classes: class names; a label is a place in this list.
-        sources: what samples are read from.
-        parts: by name (train, val, test).
-        created: ISO time.
-        request: what this index was made from; any JSON.
-    """
-
-    classes: list[str]
-    sources: list[Source]
-    parts: dict[str, PartInfo]
-    created: str
-    request: dict[str, Any] = field(default_factory=dict)
-    format: int = FORMAT
-
-    def to_json(self) -> str:
-        """As it is stored."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, uri: str, text: bytes) -> IndexInfo:
-        """Parse what :meth:`to_json` made.
-
-        Raises:
-            DataError: it is none, or of another version of this package.
-        """
-        try:
-            told = json.loads(text)
-            if told["format"] != FORMAT:
-                raise DataError(f"{uri} has format {told['format']}, not {FORMAT}: make it again by job index.")
-            told["sources"] = [Source(**source) for source in told["sources"]]
-            told["parts"] = {name: PartInfo(**part) for name, part in told["parts"].items()}
-            return cls(**told)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{uri} is no index: {error!r}. Make it again by job index.") from error
-
-
 class Index:
     """The samples of one part; a sample's id is its row. Sent to another process it costs a path.
 
     Args:
         folder: local folder of the index.
         part: train, val, test, …
+        access: what samples may be read besides object stores and public web servers.
+
+    The values in it are not checked here, in each process: see :func:`job.data.index_file.verify_parts`.
 
     Raises:
-        DataError: the index is damaged.
+        DataError: the index is damaged, or has no such part.
     """
 
-    def __init__(self, folder: str | Path, part: str) -> None:
+    def __init__(self, folder: str | Path, part: str, access: Access | None = None) -> None:
         self.folder, self.part = str(folder), part
-        info = IndexInfo.from_json(str(folder), (Path(folder) / INDEX_FILE).read_bytes())
+        self.access = access or Access()
+        info = load_index_info(folder)
+        if part not in info.parts:
+            raise DataError(f"the index in {folder} has no part {part}; it has {', '.join(info.parts)}.")
         self.classes = tuple(info.classes)
         self.sources = tuple(info.sources)
         self.created = info.created
-        self.info = info.parts[part]
+        self.info: PartInfo = info.parts[part]  # type: ignore[index]
         self.root = self.info.root
+        path = Path(folder) / f"{part}.arrow"
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(Path(folder) / f"{part}.arrow")))
-            self._batches = [reader.get_batch(n) for n in range(reader.num_record_batches)]
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{folder}/{part}.arrow is damaged: {error}. Remove {folder}.") from error
+            if path.stat().st_size != self.info.bytes:
+                raise ValueError(f"{path.stat().st_size:,} bytes, {self.info.bytes:,} in index.json")
+            self._batches = open_part(path, self.info.rows)
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise DamagedIndex(f"{path} is damaged: {error}. Remove {folder}.") from error
 
-    def __reduce__(self) -> tuple[type[Index], tuple[str, str]]:
-        return Index, (self.folder, self.part)
+    def __reduce__(self) -> tuple[type[Index], tuple[str, str, Access]]:
+        return Index, (self.folder, self.part, self.access)
 
     def __len__(self) -> int:
         return self.info.rows
@@ -148,15 +90,15 @@ class Index:
     def rows(self, samples: Sequence[int]) -> list[Sample]:
         """Where some samples lie, in the order asked for."""
         found: dict[int, Sample] = {}
-        for number in {sample // ROWS_A_BATCH for sample in samples}:
-            chosen = [sample for sample in samples if sample // ROWS_A_BATCH == number]
-            batch = self._batches[number].take(pa.array([sample % ROWS_A_BATCH for sample in chosen]))
+        for number in {sample // ROWS_PER_BATCH for sample in samples}:
+            chosen = [sample for sample in samples if sample // ROWS_PER_BATCH == number]
+            batch = self._batches[number].take(pa.array([sample % ROWS_PER_BATCH for sample in chosen]))
             columns = [batch.column(name).to_pylist() for name in Sample._fields]
             found.update(zip(chosen, map(Sample, *columns), strict=True))
         return [found[sample] for sample in samples]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """All rows, :data:`ROWS_A_BATCH` at a time."""
+        """All rows, :data:`ROWS_PER_BATCH` at a time."""
         return iter(self._batches)
 
     @property
@@ -172,10 +114,17 @@ class Index:
 
     def labels_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64, same shape: the class numbers of some samples, without reading all."""
+        return self._values("label", samples)
+
+    def sizes_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64, same shape: the bytes of some samples as they lie in their sources; -1 where not known."""
+        return self._values("size", samples)
+
+    def _values(self, column: str, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         found = np.empty(len(samples), np.int64)
-        for number in np.unique(samples // ROWS_A_BATCH):
-            chosen = samples // ROWS_A_BATCH == number
-            found[chosen] = self._batches[number].column("label").to_numpy()[samples[chosen] % ROWS_A_BATCH]
+        for number in np.unique(samples // ROWS_PER_BATCH):
+            chosen = samples // ROWS_PER_BATCH == number
+            found[chosen] = self._batches[number].column(column).to_numpy()[samples[chosen] % ROWS_PER_BATCH]
         return found
 
     def fingerprint(self) -> str:
@@ -192,10 +141,13 @@ class Index:
 class PartWriter:
     """Writes the samples of one part, with rows of :data:`SCHEMA` given in any portions.
 
-    Memory holds no more than :data:`ROWS_A_BATCH` rows and one portion.
+    Memory holds no more than :data:`ROWS_PER_BATCH` rows and one portion.
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, SCHEMA)
         self._pending: list[pa.Table] = []
@@ -209,21 +161,20 @@ class PartWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._writer.close()
-        self._file.close()
+        self._close()
 
     def write(self, rows: pa.Table) -> None:
         """Append ``rows``."""
         self._pending.append(rows.select(SCHEMA.names).cast(SCHEMA))
-        if sum(len(table) for table in self._pending) >= ROWS_A_BATCH:
+        if sum(len(table) for table in self._pending) >= ROWS_PER_BATCH:
             table = pa.concat_tables(self._pending)
-            full = len(table) - len(table) % ROWS_A_BATCH
-            for start in range(0, full, ROWS_A_BATCH):
-                self._write_batch(table.slice(start, ROWS_A_BATCH))
+            full = len(table) - len(table) % ROWS_PER_BATCH
+            for start in range(0, full, ROWS_PER_BATCH):
+                self._write_batch(table.slice(start, ROWS_PER_BATCH))
             self._pending = [table.slice(full)]
 
     def finish(self, root: str, *, shards: bool) -> PartInfo:
-        """Write what is left.
+        """Write what is left, and close the file.
 
         Args:
             root: URI to name in messages.
@@ -234,7 +185,21 @@ class PartWriter:
             self._write_batch(rest)
         mean = self._bytes / max(self.rows, 1)
         run_length = int(np.clip(RUN_BYTES / max(mean, 1), 1, 256)) if shards and self._is_shuffled() else 1
-        return PartInfo(root, self.rows, self._digest.hexdigest(), run_length, mean)
+        self._close()
+        return PartInfo(
+            root=root,
+            rows=self.rows,
+            fingerprint=self._digest.hexdigest(),
+            run_length=run_length,
+            mean_bytes=mean,
+            bytes=self._path.stat().st_size,
+            sha256=hash_file(self._path),
+        )
+
+    def _close(self) -> None:
+        if not self._file.closed:
+            self._writer.close()
+            self._file.close()
 
     def _write_batch(self, table: pa.Table) -> None:
         batch = table.combine_chunks().to_batches()[0]

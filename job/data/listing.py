@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from job import storage
+from job.data.access import Access
 from job.data.archive import Member, list_tar, list_zip
-from job.data.manifest import read_manifest, split_uri
+from job.data.manifest import Resolver, read_manifest
 from job.data.source import Source, find_sources, is_image, materialise
 
 ROWS = 1 << 16
@@ -54,21 +55,24 @@ class Listing:
                 yield reader.get_batch(number)
 
 
-def list_everything(uri: str, sources: list[Source], target: Path, cache_dir: str, *, labelled: bool) -> Listing:
+def list_everything(
+    uri: str, sources: list[Source], target: Path, cache_dir: str, *, labelled: bool, access: Access | None = None
+) -> Listing:
     """List ``uri`` into the file ``target``.
 
     Args:
         sources: those found are appended here; rows name them by their place.
         cache_dir: local folder for copies of archives that cannot be read in parts.
         labelled: a manifest must have labels.
+        access: what a manifest may name besides object stores and public web servers.
     """
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, LISTING) as writer:
-        for table in _tables(uri, sources, cache_dir, labelled):
+        for table in _tables(uri, sources, cache_dir, labelled, access or Access(typed=(uri,))):
             writer.write_table(table)
     return Listing(uri, target)
 
 
-def _tables(uri: str, sources: list[Source], cache_dir: str, labelled: bool) -> Iterator[pa.Table]:
+def _tables(uri: str, sources: list[Source], cache_dir: str, labelled: bool, access: Access) -> Iterator[pa.Table]:
     number = len(sources)
     found = find_sources(uri)
     if found[0].kind == "folder" and is_image(storage.basename(uri)):
@@ -79,7 +83,7 @@ def _tables(uri: str, sources: list[Source], cache_dir: str, labelled: bool) -> 
     if found[0].kind == "folder":
         return _folder_rows(uri, number)
     if found[0].kind == "manifest":
-        return _manifest_rows(uri, sources, labelled)
+        return _manifest_rows(uri, sources, labelled, access)
     return _archive_rows(found, number, cache_dir)
 
 
@@ -121,13 +125,15 @@ def _member_tables(members: Iterator[Member], source: Source, number: int) -> It
         )
 
 
-def _manifest_rows(uri: str, sources: list[Source], labelled: bool) -> Iterator[pa.Table]:
+def _manifest_rows(uri: str, sources: list[Source], labelled: bool, access: Access) -> Iterator[pa.Table]:
     """A manifest's entries lie below roots, each of which becomes a source."""
     numbers: dict[str, int] = {}
-    base = uri.rpartition("/")[0] or "."
+    resolver, row = Resolver(uri, access), 0
     for table in read_manifest(uri, labelled=labelled):
         keys, places = [], []
-        for root, key in (split_uri(entry, base) for entry in table["uri"].to_pylist()):
+        for entry in table["uri"].to_pylist():
+            root, key = resolver.resolve(entry, row)
+            row += 1
             if root not in numbers:
                 numbers[root] = len(sources)
                 sources.append(Source(root, "folder"))

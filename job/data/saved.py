@@ -7,18 +7,24 @@ import logging
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from job import storage
-from job.data.index import Index, IndexInfo
-from job.data.source import INDEX_FILE, is_saved_index, kind_of, locked, room_needed
+from job.data.access import Access
+from job.data.index import Index
+from job.data.index_file import DamagedIndex, IndexInfo, load_index_info, read_index_file, verify_parts
+from job.data.local_files import locked, private_folder, read_small, room_needed, write_small
+from job.data.source import INDEX_FILE, is_saved_index, kind_of
 from job.errors import StorageError, StorageOutage
 
 log = logging.getLogger(__name__)
 
+VERIFIED_EACH_TIME = 16 << 20
+"""Bytes of a local index below which to verify it costs less than to keep a record of it."""
 SAMPLES_CHECKED = 32
 """Samples whose version is looked up to see whether a saved index still tells the truth."""
 
@@ -39,57 +45,131 @@ def is_fresh(uri: str, info: IndexInfo, index: Index) -> bool:
     Files that came in since are not seen.
     """
     spread = np.linspace(0, len(index) - 1, min(SAMPLES_CHECKED, len(index)), dtype=np.int64)
-    wanted = [(source.uri, source.version) for source in info.sources if source.version]
+    wanted = [(source.uri, "", source.version) for source in info.sources if source.version]
     for sample in (index[int(n)] for n in spread):
         if sample.offset < 0 and sample.version:
-            wanted.append((storage.join(info.sources[sample.source].uri, sample.key), sample.version))
+            wanted.append((info.sources[sample.source].uri, sample.key, sample.version))
+    same_version = _version_check(index.access)
     with ThreadPoolExecutor(storage.LISTINGS_IN_FLIGHT) as pool:
-        changed = [uri for uri, same in pool.map(_same_version, wanted) if not same]
+        changed = [uri for uri, same in pool.map(same_version, wanted) if not same]
     if changed:
         log.warning("%s was made %s and is out of date: %s changed since", uri, info.created, changed[0])
     return not changed
 
 
 def local_index(uri: str, cache_dir: Path) -> Path:
-    """The folder on this node that holds the index at ``uri``: where it lies, or a copy in the node's cache."""
-    if storage.is_local(uri):
-        return Path(uri.removeprefix("file://"))
-    digest = hashlib.sha256(storage.read_bytes(storage.join(uri, INDEX_FILE))).hexdigest()[:16]
-    fetch_index(uri, cache_dir / "index" / digest)
-    return cache_dir / "index" / digest
+    """The folder on this node that holds the index at ``uri``: where it lies, or a copy in the node's cache.
+
+    Its files are verified once per node, not by each process.
+
+    Raises:
+        DataError: the index is damaged.
+        StorageError: it is not there, or there is no room.
+    """
+    content = read_index_file(uri)
+    info = IndexInfo.from_json(storage.join(uri, INDEX_FILE), content)
+    local = storage.is_local(uri)
+    if local and sum(part.bytes for part in info.parts.values()) < VERIFIED_EACH_TIME:
+        verify_parts(_local_path(uri), info, uri)
+        return _local_path(uri)
+    digest = hashlib.sha256(content).hexdigest()[:32]
+    copy = cache_dir / "index" / digest
+    folder = _local_path(uri) if local else copy
+    verified = copy.with_name(f"{digest}.verified")
+    with room_needed(copy.parent, "keep the index"):
+        private_folder(copy.parent)
+        with locked(copy):
+            if local or folder.exists():
+                if read_small(verified) == (state := _state(folder, info)):
+                    return folder
+                if local:
+                    verify_parts(folder, info, uri)
+                    write_small(verified, state)
+                    return folder
+                log.warning("%s is not as it was downloaded, and is downloaded again", folder)
+            _download(uri, content, info, folder)
+            write_small(verified, _state(folder, info))
+    return folder
 
 
 def fetch_index(uri: str, folder: Path) -> IndexInfo:
-    """Copy the index at ``uri`` into the local ``folder``, the same for all processes of a node.
+    """Copy the index at ``uri`` into the new local ``folder``, and verify it.
 
     Raises:
+        DataError: the index is damaged.
         StorageError: it is not there, or there is no room.
     """
+    content = read_index_file(uri)
+    info = IndexInfo.from_json(storage.join(uri, INDEX_FILE), content)
     with room_needed(folder.parent, "keep the index"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            if not (folder / INDEX_FILE).exists():
-                info = IndexInfo.from_json(uri, storage.read_bytes(storage.join(uri, INDEX_FILE)))
-                with tempfile.TemporaryDirectory(prefix=".index-", dir=folder.parent) as scratch:
-                    for name in (*(f"{part}.arrow" for part in info.parts), INDEX_FILE):
-                        storage.download(storage.join(uri, name), Path(scratch) / name)
-                    shutil.rmtree(folder, ignore_errors=True)
-                    shutil.copytree(scratch, folder)
-    return IndexInfo.from_json(uri, (folder / INDEX_FILE).read_bytes())
+        _download(uri, content, info, folder)
+    return info
 
 
 def publish_index(folder: Path, uri: str) -> None:
     """Copy the local index to ``uri``; ``index.json`` comes last and makes it valid."""
-    info = IndexInfo.from_json(str(folder), (folder / INDEX_FILE).read_bytes())
-    for name in (*(f"{part}.arrow" for part in info.parts), INDEX_FILE):
+    for name in (*(f"{part}.arrow" for part in load_index_info(folder).parts), INDEX_FILE):
         storage.upload(folder / name, storage.join(uri, name))
 
 
-def _same_version(wanted: tuple[str, int]) -> tuple[str, bool]:
-    uri, version = wanted
+def _download(uri: str, content: bytes, info: IndexInfo, folder: Path) -> None:
+    """Copy an index and verify it; ``folder`` appears whole or not at all."""
+    with tempfile.TemporaryDirectory(prefix=".index-", dir=folder.parent) as scratch:
+        copy = private_folder(Path(scratch) / "copy")
+        for name, part in info.parts.items():
+            source, target = storage.join(uri, f"{name}.arrow"), copy / f"{name}.arrow"
+            size = _size(uri, source)
+            if size is not None and size != part.bytes:
+                raise DamagedIndex(
+                    f"{source} is damaged: {size:,} bytes, {part.bytes:,} in {INDEX_FILE}. Make it again by python -m "
+                    "job index."
+                )
+            target.touch(mode=0o600)
+            storage.download(source, target)
+        verify_parts(copy, info, uri)
+        (copy / INDEX_FILE).touch(mode=0o600)
+        (copy / INDEX_FILE).write_bytes(content)
+        shutil.rmtree(folder, ignore_errors=True)
+        copy.replace(folder)
+
+
+def _size(uri: str, part: str) -> int | None:
     try:
-        return uri, storage.version(storage.info(uri)) == version
-    except StorageOutage:
+        size = storage.info(part).get("size")
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise DamagedIndex(f"{uri} lacks {part}. Make the index again by python -m job index.") from error
         raise
-    except StorageError:
-        return uri, False
+    return size if isinstance(size, int) else None
+
+
+def _local_path(uri: str) -> Path:
+    return Path(storage.filesystem(uri)[1])
+
+
+def _state(folder: Path, info: IndexInfo) -> bytes:
+    """What changes when a file of a local index is replaced or written to."""
+    found = [str(folder)]
+    for name in info.parts:
+        try:
+            details = (folder / f"{name}.arrow").stat()
+        except FileNotFoundError:
+            return b""
+        found.append(f"{name} {details.st_size} {details.st_mtime_ns} {details.st_ctime_ns} {details.st_ino}")
+    return "\n".join(found).encode()
+
+
+def _version_check(access: Access) -> Callable[[tuple[str, str, int]], tuple[str, bool]]:
+    def same_version(wanted: tuple[str, str, int]) -> tuple[str, bool]:
+        root, key, version = wanted
+        uri = storage.join(root, key) if key else root
+        with access.guarded():
+            try:
+                details = storage.info_below(root, key) if key else storage.info(root)
+                return uri, storage.version(details) == version
+            except StorageOutage:
+                raise
+            except StorageError:
+                return uri, False
+
+    return same_version

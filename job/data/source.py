@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import msgspec
 
 from job import storage
+from job.data.access import Access
 from job.data.bounded import unpack_gzip
+from job.data.local_files import locked, private_folder, room_needed
 from job.errors import ConfigError, StorageError
 
 log = logging.getLogger(__name__)
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 INDEX_FILE = "index.json"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 IMAGE_PATTERN = rf"(?i)(^|/)[^/.][^/]*({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$"
@@ -39,8 +38,7 @@ KINDS: dict[str, Kind] = {
 }
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One thing that samples are read from, or that names them.
 
     Attributes:
@@ -50,10 +48,16 @@ class Source:
         whole: it cannot be read in parts (gzip, a server without ranges): it is copied once a node.
     """
 
-    uri: str
+    uri: Annotated[str, msgspec.Meta(min_length=1, max_length=65_536)]
     kind: Kind
-    version: int = 0
+    version: Annotated[int, msgspec.Meta(ge=0)] = 0
     whole: bool = False
+
+    def __post_init__(self) -> None:
+        if self.version >= 1 << 64:
+            raise ValueError("version has more than 64 bits")
+        if "\0" in self.uri:
+            raise ValueError("uri holds a zero byte")
 
 
 def is_image(key: str) -> bool:
@@ -120,11 +124,15 @@ def _source(uri: str) -> Source:
     return Source(uri, kind, storage.version(storage.info(uri)), whole)
 
 
-def materialise(source: Source, cache_dir: str) -> str:
+def materialise(source: Source, cache_dir: str, access: Access | None = None) -> str:
     """Where to read ``source``: its URI, or, if it must be copied whole, the copy on this node.
 
     It is downloaded once a node however many processes ask (they wait for the first); its size and,
     where the store reports one, MD5 are checked, as is a gzip stream's CRC.
+
+    Args:
+        cache_dir: local folder of the node's cache.
+        access: where it may be read from; default: anywhere.
 
     Raises:
         StorageError: the archive cannot be fetched, or there is no room for it.
@@ -133,10 +141,10 @@ def materialise(source: Source, cache_dir: str) -> str:
     if not source.whole:
         return source.uri
     name = f"{storage.basename(source.uri)}-{hashlib.sha256(source.uri.encode()).hexdigest()[:8]}-{source.version:016x}"
-    target = Path(cache_dir).expanduser() / name
+    target = Path(cache_dir).expanduser() / "archives" / name
     with room_needed(target.parent, f"keep a copy of {source.uri}"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target):
+        private_folder(target.parent)
+        with locked(target), access.guarded() if access else contextlib.nullcontext():
             if not target.exists():
                 _fetch(source.uri, target)
     return str(target)
@@ -148,31 +156,9 @@ def _fetch(uri: str, target: Path) -> None:
         copy = Path(scratch) / "copy"
         log.info("fetching %s", uri)
         storage.download_verified(uri, copy)
-        if uri.lower().endswith(("gz", "tgz")):
+        if storage.basename(uri).lower().endswith(("gz", "tgz")):
             unpacked = Path(scratch) / "unpacked"
             unpack_gzip(uri, copy, unpacked)
             copy = unpacked
+        copy.chmod(0o600)
         copy.replace(target)
-
-
-@contextlib.contextmanager
-def room_needed(folder: Path, purpose: str) -> Iterator[None]:
-    """Tell which option to change when ``folder`` cannot be written or is full."""
-    try:
-        yield
-    except (OSError, StorageError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if isinstance(error, StorageError) and getattr(cause, "errno", None) not in DISK_FULL:
-            raise
-        raise StorageError(
-            f"cannot {purpose} in {folder}: {getattr(cause, 'strerror', None) or error}. Choose a writable place "
-            "with enough room by --data.cache_dir."
-        ) from error
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """A lock of the kernel, on ``path`` with ``.lock``: it ends with the process that holds it, however that ends."""
-    with path.with_name(f"{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,10 +12,14 @@ from job import storage
 from job.demo.digits import digit_images
 from job.demo.gcs_server import create_bucket, gcs_server
 from job.demo.weights import efficientnet_lite0
-from job.errors import JobError
+from job.errors import EXIT_RETRY, JobError
+from job.processes import kill_descendants
+from job.signals import Stopped
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BUCKET = "gs://demo"
+STOP_SECONDS = 40.0
+"""How long a command may take to end after a signal: torchrun gives its ranks 30 s to save."""
 DIGITS, WEIGHTS = f"{BUCKET}/digits", f"{BUCKET}/weights/tf_efficientnet_lite0.safetensors"
 
 
@@ -39,13 +44,12 @@ def main(folder: str = ".demo", data: str | None = None, processes: int = 2, fre
         _say(f"Training on {processes} processes, from {data or DIGITS} to {run_dir}")
         config = CONFIGS / ("demo.yaml" if data is None else "demo_photos.yaml")
         arguments = ["--config", str(config), "--data.root", data or DIGITS, "--run_dir", run_dir]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        _run([*torchrun, "-m", "job", "fit", *arguments, "--model.weights", WEIGHTS])
+        _run(["launch", "fit", *arguments, "--model.weights", WEIGHTS], LAUNCH_PROCESSES=str(processes))
         if data is None:
             _say("Predicting some of the images")
             examples = [storage.join(DIGITS, key) for key in sorted(digit_images())[::200]]
             for uri in examples[:2]:
-                _run([sys.executable, "-m", "job", "predict", "--ckpt", run_dir, "--input", uri])
+                _run(["predict", "--ckpt", run_dir, "--input", uri])
         _say(
             f"The bucket stays in {folder}/buckets, where its objects are plain files:\n"
             f"  tensorboard --logdir {folder}/buckets/{run_dir.removeprefix('gs://')}/tensorboard"
@@ -63,10 +67,34 @@ def fill_bucket(with_digits: bool) -> None:
         storage.write_bytes(WEIGHTS, efficientnet_lite0())
 
 
-def _run(command: list[str]) -> None:
-    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
-    if result.returncode:
-        raise JobError(f"this ended with exit code {result.returncode}: {' '.join(command[1:])}")
+class CommandFailed(JobError):
+    """A command of the demo failed; the demo ends with its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def _run(arguments: list[str], **variables: str) -> None:
+    """Run ``python -m job ARGUMENTS``, and hand a signal that stops the demo on to it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **variables}
+    # In a session of its own: a Ctrl-C comes from here alone, as a SIGTERM does.
+    process = subprocess.Popen([sys.executable, "-m", "job", *arguments], env=environment, start_new_session=True)
+    try:
+        code = process.wait()
+    except Stopped as stopped:
+        process.send_signal(stopped.exit_code - 128)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        raise
+    finally:
+        if process.poll() is None:
+            kill_descendants()
+            process.wait()
+    if code:
+        raise CommandFailed(
+            f"this ended with exit code {code}: job {' '.join(arguments)}", code if code > 0 else EXIT_RETRY
+        )
 
 
 def _say(text: str) -> None:

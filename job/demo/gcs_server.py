@@ -45,7 +45,8 @@ def gcs_server(
     ]
     # Its output goes to a file: an unread pipe would stall the server once it is full.
     with (folder.parent / f"{folder.name}.log").open("ab") as log_file:
-        process = subprocess.Popen(command, stdout=log_file, stderr=log_file)
+        # In a session of its own, it serves on when a Ctrl-C reaches all processes of the terminal: ranks save first.
+        process = subprocess.Popen(command, stdout=log_file, stderr=log_file, start_new_session=True)
     try:
         _wait(url, process)
         storage.use_gcs_emulator(url)

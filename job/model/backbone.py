@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import io
-import pickle
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
-from job import storage
-from job.errors import ConfigError, WeightsError
+from job.errors import ConfigError, JobError, WeightsError
+from job.model.skeleton import WithoutMemory
+from job.model.weights import load_weights, read_state_dict
 
 TIMM = "timm/"
+CONVERTS_IMAGES = ("googlenet", "inception_v3")
+"""torchvision's networks that, with pretrained weights, convert ImageNet's normalisation to their own in forward."""
 
 
-def build_backbone(name: str, weights: str = "none") -> nn.Module:
-    """The architecture ``name`` with its classification layer replaced by identity.
+def build_backbone(name: str, weights: str = "none", image_size: int | None = None) -> nn.Module:
+    """Build the architecture ``name`` with its classification layer replaced by identity.
+
+    The same network, but for its weights, comes from all values of ``weights``, so that a checkpoint fits it.
 
     Args:
         name: one of ``torchvision.models.list_models()``, or ``timm/NAME``.
-        weights: ``DEFAULT`` (the library's own pretrained weights, downloaded), ``none`` (random), or
-            the URI of a state dict (.pth, loaded with ``weights_only=True``, or .safetensors).
+        weights: ``DEFAULT`` (the library's own pretrained weights, downloaded), ``none`` (random), or the URI of a
+            state dict or checkpoint: see :func:`~job.model.weights.read_state_dict`.
+        image_size: height and width of images, for torchvision's vision transformers, whose weights depend on it.
 
     Returns:
         A module from [B, 3, S, S] images to features.
@@ -36,15 +40,27 @@ def build_backbone(name: str, weights: str = "none") -> nn.Module:
         WeightsError: the weights cannot be had, or belong to another architecture.
     """
     pretrained = weights == "DEFAULT"
-    build = _build_timm if name.startswith(TIMM) else _build_torchvision
-    backbone, head_prefixes = build(name, pretrained)
+    backbone, head_prefixes = _build(name, pretrained, image_size)
     if weights not in ("DEFAULT", "none"):
-        load_weights(backbone, read_state_dict(weights), weights, name, head_prefixes)
+        load_weights(
+            backbone, read_state_dict(weights), weights, name, head_prefixes, lambda: _whole_state(name, image_size)
+        )
     return backbone
 
 
+def build_skeleton(name: str, image_size: int) -> nn.Module:
+    """Build the architecture on the meta device, to compare names and shapes.
+
+    Raises:
+        ConfigError: no such architecture, or timm is not installed.
+    """
+    with WithoutMemory():
+        backbone, _ = _build(name, pretrained=False, image_size=image_size)
+    return backbone.to("meta")
+
+
 def feature_width(backbone: nn.Module, image_size: int) -> int:
-    """The number of features the backbone gives for one image, found by running it once.
+    """Run the backbone once to find the number of features per image; without memory on the meta device.
 
     Raises:
         ConfigError: it does not take images of this size, or does not end in a vector.
@@ -53,12 +69,10 @@ def feature_width(backbone: nn.Module, image_size: int) -> int:
     backbone.eval()
     try:
         with torch.no_grad():
-            features = backbone(torch.zeros(1, 3, image_size, image_size))
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"the backbone does not take {image_size}x{image_size} images: {str(error).splitlines()[0]}. "
-            "Choose another --data.image_size."
-        ) from error
+            device = next((parameter.device for parameter in backbone.parameters()), None)
+            features = backbone(torch.zeros(1, 3, image_size, image_size, device=device))
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
+        raise _unsuitable_size(image_size, error) from error
     finally:
         backbone.train(training)
     if features.ndim != 2:
@@ -66,34 +80,62 @@ def feature_width(backbone: nn.Module, image_size: int) -> int:
     return int(features.shape[1])
 
 
-def _build_torchvision(name: str, pretrained: bool) -> tuple[nn.Module, tuple[str, ...]]:
+def _unsuitable_size(image_size: int | None, error: Exception) -> ConfigError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return ConfigError(
+        f"the backbone does not take {image_size}x{image_size} images: {reason}. Choose another --data.image_size."
+    )
+
+
+def _build(name: str, pretrained: bool, image_size: int | None) -> tuple[nn.Module, tuple[str, ...]]:
+    """The backbone, and the paths of its removed heads."""
+    if name.startswith(TIMM):
+        model, heads = _timm(name, pretrained, num_classes=0)
+        return model, heads
+    model = _torchvision(name, pretrained, image_size)
+    # Auxiliary heads only serve training from scratch, and make forward return a tuple.
+    for auxiliary in ("AuxLogits", "aux1", "aux2"):
+        if hasattr(model, auxiliary):
+            setattr(model, auxiliary, None)
+            model.aux_logits = False  # type: ignore[assignment]
+    layers = [
+        path
+        for path, layer in model.named_modules()
+        if getattr(layer, "out_features", None) == 1000 or getattr(layer, "out_channels", None) == 1000
+    ]
+    model.set_submodule(layers[-1], nn.Identity())
+    return model, (layers[-1], "AuxLogits", "aux1", "aux2")
+
+
+def _whole_state(name: str, image_size: int | None) -> set[str]:
+    """Names in the state dict of the architecture with its heads."""
+    with WithoutMemory():
+        model = _timm(name, pretrained=False)[0] if name.startswith(TIMM) else _torchvision(name, False, image_size)
+    return set(model.state_dict())
+
+
+def _torchvision(name: str, pretrained: bool, image_size: int | None) -> nn.Module:
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         close = difflib.get_close_matches(name.lower(), known, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else " Examples: resnet50, efficientnet_b0, vit_b_16."
         raise ConfigError(f"unknown backbone {name!r}.{hint} timm's are named timm/NAME.")
-    # Inception and GoogLeNet initialise slowly, by scipy, unless told not to; they say so themselves.
-    options: dict[str, Any] = {"init_weights": True} if name in ("inception_v3", "googlenet") else {}
+    options: dict[str, Any] = {}
+    if name in CONVERTS_IMAGES:
+        options["transform_input"] = False
+        if not pretrained:  # with weights the builder decides this, and refuses the option
+            options["init_weights"] = True
+    if name.startswith("vit_") and image_size is not None and not pretrained:
+        options["image_size"] = image_size
     try:
-        model = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
-    except OSError as error:
-        raise _download_failed(name, error) from error
-    # Auxiliary heads only serve training from scratch, and make forward return a tuple.
-    for auxiliary in ("AuxLogits", "aux1", "aux2"):
-        if hasattr(model, auxiliary):
-            setattr(model, auxiliary, None)
-            model.aux_logits = False
-    layers = [
-        (path, layer)
-        for path, layer in model.named_modules()
-        if getattr(layer, "out_features", None) == 1000 or getattr(layer, "out_channels", None) == 1000
-    ]
-    path, _ = layers[-1]
-    model.set_submodule(path, nn.Identity())
-    return model, (path, "AuxLogits", "aux1", "aux2")
+        with _download(name, pretrained):
+            model: nn.Module = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+    except AssertionError as error:
+        raise _unsuitable_size(image_size, error) from error
+    return model
 
 
-def _build_timm(name: str, pretrained: bool) -> tuple[nn.Module, tuple[str, ...]]:
+def _timm(name: str, pretrained: bool, **options: Any) -> tuple[nn.Module, tuple[str, ...]]:
     try:
         import timm
     except ImportError as error:
@@ -103,65 +145,39 @@ def _build_timm(name: str, pretrained: bool) -> tuple[nn.Module, tuple[str, ...]
         close = difflib.get_close_matches(short, timm.list_models(), n=3)
         hint = f" Did you mean {' or '.join(TIMM + c for c in close)}?" if close else ""
         raise ConfigError(f"unknown backbone {name!r}.{hint}")
-    try:
-        model: nn.Module = timm.create_model(short, pretrained=pretrained, num_classes=0)
-    except OSError as error:
-        raise _download_failed(name, error) from error
+    with _download(name, pretrained):
+        model: nn.Module = timm.create_model(short, pretrained=pretrained, **options)
     head = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     return model, (head,) if isinstance(head, str) else tuple(head)
 
 
-def _download_failed(name: str, error: OSError) -> WeightsError:
-    return WeightsError(
-        f"the pretrained weights of {name} cannot be downloaded: {error}. Give --model.weights the URI of a "
-        "state dict in your bucket, or none."
-    )
-
-
-def read_state_dict(uri: str) -> dict[str, Tensor]:
-    """Tensors by name from a .safetensors or .pth file; pickled code is never run.
-
-    Raises:
-        WeightsError: the file holds no state dict of tensors.
-        StorageError: it cannot be read.
-    """
-    content = storage.read_bytes(uri)
+@contextlib.contextmanager
+def _download(name: str, pretrained: bool) -> Iterator[None]:
+    """Name what fails in getting pretrained weights; pickled code in them is never run."""
+    if not pretrained:
+        yield
+        return
+    # torchvision loads them with weights_only=False, from a folder that others may have written.
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
     try:
-        if uri.endswith(".safetensors"):
-            return safetensors.torch.load(content)
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, safetensors.SafetensorError) as error:
+        yield
+    except JobError:
+        raise
+    except OSError as error:
         raise WeightsError(
-            f"{uri} is no state dict that can be loaded safely: {str(error).splitlines()[0]}. Save "
-            "model.state_dict() with torch.save, or as .safetensors."
+            f"the pretrained weights of {name} cannot be downloaded: {error}. Give --model.weights the URI of a state "
+            "dict in your bucket, or none."
         ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise WeightsError(f"{uri} holds no state dict: a mapping of names to tensors is expected.")
-    return dict(loaded)
-
-
-def load_weights(
-    backbone: nn.Module, state: dict[str, Tensor], source: str, name: str, head_prefixes: tuple[str, ...]
-) -> None:
-    """Load ``state`` into the backbone, strictly; only its classification layer may be left over.
-
-    Raises:
-        WeightsError: names or shapes differ; the message lists the first of them.
-    """
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not key.startswith(tuple(f"{p}." for p in head_prefixes))}
-    expected = backbone.state_dict()
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    wrong = [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & state.keys())
-        if state[key].shape != expected[key].shape
-    ]
-    found = [("missing", missing), ("not of this architecture", unexpected), ("of another shape", wrong)]
-    told = [f"{len(n)} {what}: {', '.join(n[:4])}{', …' if len(n) > 4 else ''}" for what, n in found if n]
-    if told:
-        raise WeightsError(f"the weights {source} do not fit the backbone {name}; {'; '.join(told)}.")
-    backbone.load_state_dict(state)
+    except Exception as error:  # both libraries and torch.load raise whatever the bytes led them to
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise WeightsError(
+            f"the pretrained weights of {name} cannot be loaded: {reason}. If their file in TORCH_HOME (by default "
+            f"{torch.hub.get_dir()}) is damaged, remove it; or give --model.weights the URI of a state dict, or none."
+        ) from error
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from job.model.backbone import build_backbone, feature_width
+from job.errors import CheckpointError, ConfigError
+from job.model.backbone import build_backbone, build_skeleton, feature_width
+from job.model.memory_format import memory_format
+from job.model.spec import FORMAT, ClassifierSpec, decode_spec, require_state
+from job.model.sync_batchnorm import restore_norms, special_norms
 
 
 class Classifier(nn.Module):
@@ -21,6 +25,11 @@ class Classifier(nn.Module):
     Args:
         hidden: widths of the head's hidden layers, each followed by ReLU.
         mean, std: of the normalisation the backbone was trained with, a channel, for images in [0, 1].
+        features: width of the backbone's output, where it is known; otherwise it is found by running the backbone.
+        device_type: kind of device that will compute: the memory layout depends on it.
+
+    Raises:
+        ConfigError: the backbone does not take images of this size.
     """
 
     def __init__(
@@ -33,6 +42,8 @@ class Classifier(nn.Module):
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
+        features: int | None = None,
+        device_type: str = "cpu",
     ) -> None:
         super().__init__()
         self.name = name
@@ -43,14 +54,27 @@ class Classifier(nn.Module):
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(list(mean)).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(list(std)).view(3, 1, 1))
-        # Convolutions run up to 5 times as fast in this layout on a CPU, and on tensor cores; others do not mind.
-        self.backbone = backbone.to(memory_format=torch.channels_last)
-        self.head = build_head(feature_width(backbone, image_size), hidden, logits=self.num_logits)
+        try:
+            decode_spec(self.spec(), "this run")  # what is saved must be loadable
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
+        self.memory_format = memory_format(name, backbone, device_type)
+        self._special_norms = special_norms(backbone)
+        self.backbone = backbone.to(memory_format=self.memory_format)
+        if features is None:
+            features = feature_width(backbone, image_size)
+        self.head = build_head(features, hidden, logits=self.num_logits)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Set a child; torch's conversion to SyncBatchNorm does so, and its result is corrected here."""
+        super().add_module(
+            name, restore_norms(module, self._special_norms) if name == "backbone" and module else module
+        )
 
     @property
     def num_logits(self) -> int:
         """Width of the output: 1 for two classes."""
-        return 1 if len(self.classes) == 2 else len(self.classes)
+        return _num_logits(len(self.classes))
 
     @property
     def backbone_trains(self) -> bool:
@@ -66,12 +90,13 @@ class Classifier(nn.Module):
         """uint8 [B, 3, S, S] to the backbone's output [B, F], kept for a backward pass only where a part trains."""
         normalised = (images.float() / 255 - self.mean) / self.std
         with torch.set_grad_enabled(self.backbone_trains and torch.is_grad_enabled()):
-            features: Tensor = self.backbone(normalised.contiguous(memory_format=torch.channels_last))
+            features: Tensor = self.backbone(normalised.contiguous(memory_format=self.memory_format))
         return features
 
     def spec(self) -> dict[str, Any]:
         """What :func:`from_spec` needs to build this network again: plain values only."""
         return {
+            "format": FORMAT,
             "backbone": self.name,
             "classes": list(self.classes),
             "hidden": list(self.hidden),
@@ -81,11 +106,80 @@ class Classifier(nn.Module):
         }
 
 
-def from_spec(spec: dict[str, Any]) -> Classifier:
-    """The network that :meth:`Classifier.spec` describes, with random weights."""
-    fields = dict(spec)
-    name = fields.pop("backbone")
-    return Classifier(build_backbone(name), name=name, **fields)
+def from_spec(
+    saved: Mapping[str, Any],
+    state: Mapping[str, Tensor] | None = None,
+    *,
+    source: str = "the checkpoint",
+    device_type: str = "cpu",
+) -> Classifier:
+    """Build the network that :meth:`Classifier.spec` describes.
+
+    Args:
+        saved: the description, which may come from anybody.
+        state: its state dict, compared with the description before memory is allocated; by default random weights.
+        source: URI of the checkpoint, for messages.
+        device_type: kind of device that will compute.
+
+    Raises:
+        CheckpointError: the description is damaged, or ``state`` belongs to another network.
+    """
+    spec = decode_spec(saved, source)
+    try:
+        skeleton = build_skeleton(spec.backbone, spec.image_size)
+        features = None
+        if state is not None:
+            features = _width_without_memory(skeleton, spec.image_size)
+            require_state(state, _shapes(skeleton, spec, features or _head_input(state)), source)
+        net = Classifier(
+            build_backbone(spec.backbone, image_size=spec.image_size),
+            name=spec.backbone,
+            classes=spec.classes,
+            hidden=spec.hidden,
+            image_size=spec.image_size,
+            mean=spec.mean,
+            std=spec.std,
+            features=features,
+            device_type=device_type,
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    if state is not None:
+        require_state(state, {name: tuple(value.shape) for name, value in net.state_dict().items()}, source)
+        try:
+            net.load_state_dict(dict(state))
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise CheckpointError(f"the tensors of {source} cannot be used: {reason}") from error
+    return net
+
+
+def _width_without_memory(skeleton: nn.Module, image_size: int) -> int | None:
+    """Features per image, or None where the architecture does not run on the meta device or not with this size."""
+    try:
+        return feature_width(skeleton, image_size)
+    except ConfigError:
+        return None
+
+
+def _head_input(state: Mapping[str, Tensor]) -> int:
+    """Features per image that the head of a state dict takes."""
+    first = state.get("head.0.weight")
+    return int(first.shape[1]) if isinstance(first, Tensor) and first.ndim == 2 else 1
+
+
+def _shapes(skeleton: nn.Module, spec: ClassifierSpec, features: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a classifier's state dict."""
+    with torch.device("meta"):
+        head = build_head(features, spec.hidden, logits=_num_logits(len(spec.classes)))
+    parts = {"backbone.": skeleton.state_dict(), "head.": head.state_dict()}
+    shapes = {prefix + name: tuple(value.shape) for prefix, part in parts.items() for name, value in part.items()}
+    return {"mean": (3, 1, 1), "std": (3, 1, 1), **shapes}
+
+
+def _num_logits(classes: int) -> int:
+    """Width of the output: 1 for two classes."""
+    return 1 if classes == 2 else classes
 
 
 def build_head(features: int, hidden: Sequence[int], logits: int) -> nn.Sequential:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassAUROC,
@@ -16,32 +16,48 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
+from job.model.auroc import BinnedAUROC
+
 IGNORED = -1
 """Label of a sample that does not count."""
-
 
 BATCHES_BEHIND = 2
 """Batches on an accelerator that are not fetched yet: it computes the last while the host looks at one before."""
 
+PER_CLASS_LIMIT = 50
+"""Classes up to which the accuracy of each is a metric of its own; the confusion matrix holds those of all."""
+
+EXACT_CLASSES, EXACT_SAMPLES = 100, 50_000
+"""Sizes up to which AUROC is exact: it keeps a probability per sample and class, which is 20 MB at the limits."""
+
 
 class EvaluationMetrics:
-    """Loss, accuracy, macro F1, macro AUROC, accuracy a class and the confusion matrix; counted in host memory.
+    """Loss, accuracy, macro F1, macro AUROC, accuracy per class and the confusion matrix; counted in host memory.
 
-    Of an accelerator's batches those are fetched that it has finished, so that neither waits for the other.
+    An accelerator's batches are fetched once it has finished them, so that neither waits for the other.
+
+    Above 100 classes or 50,000 samples AUROC is computed from histograms, see
+    :class:`~job.model.auroc.BinnedAUROC` for the error bound.
 
     Args:
         classes: names, in the order of labels.
+        samples: size of the largest part that is evaluated.
         synchronise: sum over ranks, each of which has seen its own batches.
     """
 
-    def __init__(self, classes: Sequence[str], *, synchronise: bool = True) -> None:
+    def __init__(self, classes: Sequence[str], *, samples: int = 0, synchronise: bool = True) -> None:
         self.classes = tuple(classes)
         count = len(classes)
         options: dict[str, Any] = {"ignore_index": IGNORED, "sync_on_compute": synchronise}
-        self.loss = MeanMetric(sync_on_compute=synchronise)
+        # The default strategy leaves NaN out of the mean: a network that has diverged would have a finite loss.
+        self.loss = MeanMetric(sync_on_compute=synchronise, nan_strategy="disable")
         self.accuracy = MulticlassAccuracy(count, average="micro", **options)
         self.f1 = MulticlassF1Score(count, average="macro", **options)
-        self.auroc = MulticlassAUROC(count, average="macro", **options)
+        self.auroc: Metric
+        if count > EXACT_CLASSES or samples > EXACT_SAMPLES:
+            self.auroc = BinnedAUROC(count, **options)
+        else:
+            self.auroc = MulticlassAUROC(count, average=None, **options)
         self.confusion = MulticlassConfusionMatrix(count, **options)
         self._behind: deque[tuple[Tensor, ...]] = deque()
 
@@ -53,28 +69,48 @@ class EvaluationMetrics:
     def _count(self, leave: int) -> None:
         while len(self._behind) > leave:
             losses, probabilities, labels, mask = (tensor.cpu() for tensor in self._behind.popleft())
-            self.loss.update(losses, weight=mask.float())
+            self.loss.update(losses[mask])
             labels = torch.where(mask, labels, IGNORED)
             for metric in (self.accuracy, self.f1, self.auroc, self.confusion):
                 metric.update(probabilities, labels)
 
-    def compute(self) -> tuple[dict[str, float], list[list[int]]]:
-        """(value by name, confusion matrix as rows of true classes), the same on every rank."""
+    def compute(self) -> tuple[dict[str, float], Tensor]:
+        """Metrics by name and the confusion matrix, the same on every rank.
+
+        A metric that these samples do not define is left out: every metric without samples, the accuracy of a class
+        without samples, AUROC where there is one class only. Macro AUROC is the mean over the classes
+        that have positive and negative samples.
+
+        Returns:
+            values by name; int64 [C, C] on the CPU, rows are true classes.
+        """
         self._count(0)
-        confusion: Tensor = self.confusion.compute()
+        confusion: Tensor = self.confusion.compute().to("cpu", torch.int64)
+        support, total = confusion.sum(dim=1), int(confusion.sum())
+        if not total:
+            return {}, confusion
         values = {
-            "loss": self.loss.compute().item(),
-            "accuracy": self.accuracy.compute().item(),
-            "f1": self.f1.compute().item(),
-            "auroc": self.auroc.compute().item(),
+            name: metric.compute().item()
+            for name, metric in (("loss", self.loss), ("accuracy", self.accuracy), ("f1", self.f1))
         }
-        per_class = confusion.diagonal() / confusion.sum(dim=1).clamp(min=1)
-        for name, value in zip(self.classes, per_class.tolist(), strict=True):
-            values[f"accuracy_of/{name}"] = value
-        return values, confusion.to(torch.int64).tolist()
+        defined = (support > 0) & (support < total)
+        if defined.any():
+            values["auroc"] = self.auroc.compute()[defined].mean().item()
+        if len(self.classes) <= PER_CLASS_LIMIT:
+            per_class = confusion.diagonal() / support.clamp(min=1)
+            for name, value, count in zip(self.classes, per_class.tolist(), support.tolist(), strict=True):
+                if count:
+                    values[f"accuracy_of/{name}"] = value
+        return values, confusion
 
     def reset(self) -> None:
         """Forget every batch."""
         self._behind.clear()
         for metric in (self.loss, self.accuracy, self.f1, self.auroc, self.confusion):
             metric.reset()
+
+
+def metric_names(classes: Sequence[str]) -> list[str]:
+    """Names that :meth:`EvaluationMetrics.compute` may return."""
+    per_class = [f"accuracy_of/{name}" for name in classes] if len(classes) <= PER_CLASS_LIMIT else []
+    return ["loss", "accuracy", "f1", "auroc", *per_class]

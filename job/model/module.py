@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import logging
+import math
+from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 from job.cluster import ranks
 from job.data.dataset import Batch
 from job.data.order import sample_seed
-from job.errors import CheckpointError, ConfigError
+from job.errors import CheckpointError, ConfigError, DivergedError
 from job.model.average import WeightAverage
 from job.model.backbone import build_backbone
 from job.model.classifier import Classifier, mean_over_mirrored, probabilities
 from job.model.compile import compile_module, compile_seconds
 from job.model.freeze import Stage, apply_stage, stage_at
+from job.model.hyperparameters import plain_hyperparameters, restore_module
 from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed
+from job.model.memory_format import log_layout
 from job.model.metrics import EvaluationMetrics
-from job.model.optimizer import add_groups, fuse, parameter_groups, with_fusion_of
+from job.model.normalisation import completed
+from job.model.optimizer import (
+    ParameterGroup,
+    fuse,
+    make_optimizer,
+    parameter_groups,
+    require_step,
+    stand_ins,
+    with_fusion_of,
+)
+from job.model.scheduling import AutoSchedule, build_scheduler, plateau_settings, require_length
+from job.model.spec import decode_spec, net_state, require_state
+from job.model.steps import accumulation, optimizer_steps, window_samples
+from job.model.sync_batchnorm import require_synchronisable
 from job.model.threads import cpu_threads, is_short
 
 log = logging.getLogger(__name__)
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class TransferLearningModel(pl.LightningModule):
@@ -38,11 +55,11 @@ class TransferLearningModel(pl.LightningModule):
 
     Args:
         backbone: an architecture of torchvision.models (resnet50, vit_b_16, …), or timm/NAME.
-        weights: DEFAULT (the library's pretrained ones), none, or the URI of a state dict (.pth,
-            .safetensors).
+        weights: DEFAULT (the library's pretrained ones), none, or the URI of a state dict or checkpoint (.pth,
+            .safetensors, .ckpt), or of another run's run_dir, which means its best checkpoint.
         hidden: widths of the head's hidden layers.
-        mean: mean a channel of the backbone's training images, in [0, 1].
-        std: standard deviation a channel.
+        mean: per-channel mean of the pretraining images, in [0, 1]. Default: that of the pretrained weights.
+        std: per-channel standard deviation. Default: that of the pretrained weights.
         milestones: epochs at which the last layers, then all, are unfrozen.
         unfreeze_last: share of the backbone's layers that milestones[0] unfreezes.
         train_bn: train batch normalisation in the frozen part, too.
@@ -56,9 +73,14 @@ class TransferLearningModel(pl.LightningModule):
         ema: decay of a moving average of the weights, which is then what is validated and predicts; 0: none.
         compile_backbone: let torch.compile make faster code for the backbone, which takes a C++ compiler and time.
         optimizer: any torch optimizer; default Adam with lr 0.001.
-        lr_scheduler: any torch scheduler; default MultiStepLR at milestones with lr_gamma.
+        lr_scheduler: any torch scheduler; default MultiStepLR at milestones with lr_gamma. Arguments that count its
+            intervals (total_steps, total_iters, T_max, …) may be "auto": all of the run. OneCycleLR's max_lr is the
+            head's rate, or a list with a rate for each parameter group.
         lr_gamma: factor of the default scheduler.
-        lr_interval: step the scheduler every "epoch" or every "step".
+        lr_interval: step the scheduler every "epoch" or every "step" of the optimizer.
+        nonfinite: "stop" ends the run at a loss or gradient that is not finite; "skip" drops the gradients of such a
+            step, and waits for a GPU in each step to know.
+        max_skipped_steps: consecutive steps that nonfinite="skip" may drop before the run ends.
         seed: seed of the head's initial weights; follows --seed_everything.
     """
 
@@ -67,8 +89,8 @@ class TransferLearningModel(pl.LightningModule):
         backbone: str = "resnet50",
         weights: str = "DEFAULT",
         hidden: list[int] = [256, 32],  # noqa: B006  (never changed; a list is what YAML gives)
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
         milestones: list[int] = [5, 10],  # noqa: B006
         unfreeze_last: float = 0.5,
         train_bn: bool = False,
@@ -82,12 +104,15 @@ class TransferLearningModel(pl.LightningModule):
         ema: float = 0.0,
         compile_backbone: bool = False,
         optimizer: OptimizerCallable = torch.optim.Adam,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | AutoSchedule | None = None,
         lr_gamma: float = 0.3,
         lr_interval: Literal["epoch", "step"] = "epoch",
+        nonfinite: Literal["stop", "skip"] = "stop",
+        max_skipped_steps: int = 10,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters(plain_hyperparameters(locals()), logger=False)  # SavedConfig logs the configuration
         if sorted(milestones) != list(milestones) or len(milestones) > Stage.ALL:
             raise ConfigError(f"--model.milestones must be at most two epochs in rising order, not {milestones}.")
         if not 0 < unfreeze_last <= 1:
@@ -102,6 +127,8 @@ class TransferLearningModel(pl.LightningModule):
             raise ConfigError(f"--model.ema is at least 0 and below 1, not {ema}.")
         if not 0 < first_lr_factor <= 1:
             raise ConfigError(f"--model.first_lr_factor is above 0 and at most 1, not {first_lr_factor}.")
+        if max_skipped_steps < 0:
+            raise ConfigError(f"--model.max_skipped_steps is at least 0, not {max_skipped_steps}.")
         self.backbone_name = backbone
         self.weights = weights
         self.hidden = list(hidden)
@@ -122,6 +149,10 @@ class TransferLearningModel(pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_gamma = lr_gamma
         self.lr_interval = lr_interval
+        self.nonfinite = nonfinite
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped_steps = 0
+        self.step_skipped = False
         self.seed = seed
         self.mirror = False
         self.stage = Stage.HEAD
@@ -134,7 +165,8 @@ class TransferLearningModel(pl.LightningModule):
         self._averages: dict[str, Tensor] = {}
         self.net: Classifier
         self.metrics: EvaluationMetrics
-        self.confusion: list[list[int]] = []
+        self.confusion = torch.empty(0, 0, dtype=torch.int64)
+        self._recipe: dict[str, str] = {}
 
     def configure_model(self) -> None:
         """Build the network, once the data has said which classes there are (a Lightning hook)."""
@@ -142,23 +174,52 @@ class TransferLearningModel(pl.LightningModule):
             return
         if self.ema and self.trainer.strategy.root_device.type == "xla":
             raise ConfigError("--model.ema does not exist on XLA: each step's decay would be compiled anew.")
+        device_type = self.trainer.strategy.root_device.type
+        if self.trainer._accelerator_connector._layer_sync is not None:
+            require_synchronisable(device_type, self.trainer.world_size)
+        if self.trainer.state.fn == "fit" and self.trainer.max_epochs == 0:
+            raise ConfigError("--trainer.max_epochs is at least 1, or -1 for no limit, not 0.")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        mean, std = completed(self.normalisation, self.backbone_name, self.weights)
         # In host memory, from the host's generator: the head begins alike on every accelerator.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.net = Classifier(
-                build_backbone(self.backbone_name, self.weights),
+                build_backbone(self.backbone_name, self.weights, data.image_size),
                 name=self.backbone_name,
                 classes=data.classes,
                 hidden=self.hidden,
                 image_size=data.image_size,
-                **self.normalisation,
+                mean=mean,
+                std=std,
+                device_type=device_type,
             )
+        if self.trainer.state.fn == "fit":
+            log_layout(self.net.name, self.net.memory_format, device_type)
         if self.compile_backbone:
             compile_module(self.net.backbone, self.trainer.strategy.root_device)
-        self.resize = data.resize
-        self.metrics = EvaluationMetrics(data.classes, synchronise=self.trainer.world_size > 1)
+        self.resize: str = data.resize
+        samples = max((len(index) for part, index in data.parts.items() if part != "train"), default=0)
+        self.metrics = EvaluationMetrics(data.classes, samples=samples, synchronise=self.trainer.world_size > 1)
         self.enter_stage(Stage.HEAD if self.milestones else Stage.ALL)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, *_: Any, **overrides: Any
+    ) -> TransferLearningModel:
+        """Restore a module, and the network that its checkpoint describes, from a file or run_dir at any URI.
+
+        Args:
+            checkpoint_path: as ``--ckpt`` of validate.
+            map_location: device of the module. Default: the CPU.
+            overrides: arguments of this class in place of the saved hyperparameters, among them ``optimizer`` and
+                ``lr_scheduler``, which are not saved. Lightning's own options (``strict``, ``weights_only``,
+                ``hparams_file``) are accepted and without effect: loading is strict, and runs no code.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is damaged.
+        """
+        return restore_module(cls, str(checkpoint_path), torch.device(map_location or "cpu"), overrides)
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] to logits [B, num_logits]."""
@@ -166,19 +227,26 @@ class TransferLearningModel(pl.LightningModule):
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss over the *global* batch.
+        """This batch's share of the mean loss over the *global* samples of an optimizer step.
 
-        Every rank divides by the size of the global batch and multiplies by the world size, which
-        DDP's averaging takes out again: so a last, smaller batch weighs each sample the same
-        however it falls on the ranks.
+        Every rank divides by the number of global samples and multiplies by the world size, which DDP's averaging
+        takes out again: so a last, smaller batch weighs each sample the same however it falls on the ranks. Where
+        gradients are accumulated, those are the samples of all batches of the step; Lightning divides by the number of
+        batches, which the last step of an epoch may have less of.
         """
         losses = self.training_losses(batch)
         total = torch.where(batch["mask"], losses, 0.0).sum()
-        loss: Tensor = total * (self.trainer.world_size / batch["global_size"])
+        mean: Tensor = total * (self.trainer.world_size / batch["global_size"])
         # A step from kept features takes little longer than Lightning's log, in which ranks wait for one another.
         if "features" not in batch or self.trainer.is_last_batch or self.trainer._logger_connector.should_update_logs:
-            self.log("train/loss", loss, sync_dist=True, batch_size=batch["global_size"])
-        return loss
+            self.log("train/loss", mean, sync_dist=True, batch_size=batch["global_size"])
+        accumulate = self.trainer.accumulate_grad_batches
+        if accumulate == 1:
+            return mean
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        batches, size = int(self.trainer.num_training_batches), len(data.parts["train"])
+        samples = window_samples(batch_idx, accumulate, batches, size, data.global_batch_size)
+        return total * (self.trainer.world_size * accumulate / samples)
 
     def training_losses(self, batch: Batch) -> Tensor:
         """float [B], of smoothed, mixed and weighted targets where the settings say so."""
@@ -238,8 +306,10 @@ class TransferLearningModel(pl.LightningModule):
         self._log_metrics("test")
 
     def on_train_start(self) -> None:
-        """Freeze and unfreeze by the epoch that a resumed run is in."""
+        """Freeze and unfreeze by the epoch that a resumed run is in, and accumulate as in it."""
         self._enter_epoch()
+        # GradientAccumulationScheduler acts at the start of an epoch, which a run resumed within one does not pass.
+        self.trainer.accumulate_grad_batches = accumulation(self.trainer, self.current_epoch)
         if self.ema:
             self._average = WeightAverage(self.net, self.ema)
             self._average.load(self._averages)
@@ -253,6 +323,8 @@ class TransferLearningModel(pl.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         data.share_bad_samples()
         self.log("data/bad_samples", float(len(data.bad_samples)))
+        if self.skipped_steps or self.nonfinite == "skip":
+            self.log("train/skipped_steps", float(self.skipped_steps))
         if self.compile_backbone and (seconds := compile_seconds()) > self._compile_seconds:
             log.info("compiling the backbone took %.0f s in this epoch", seconds - self._compile_seconds)
             self._compile_seconds = seconds
@@ -306,7 +378,7 @@ class TransferLearningModel(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take each step into the average (a Lightning hook)."""
         super().optimizer_step(*args, **kwargs)
-        if self._average is not None:
+        if self._average is not None and not self.step_skipped:
             self._average.update(self.trainer.global_step)
 
     def configure_optimizers(self) -> Any:
@@ -315,24 +387,47 @@ class TransferLearningModel(pl.LightningModule):
         Frozen parameters have no gradient and are skipped; so the optimizer's state has the same
         shape at every epoch, and loads after any resume.
         """
-        first, *others = parameter_groups(
+        groups = self._groups()
+        device = self.trainer.strategy.root_device
+        if device.type != "xla":
+            require_step(self.optimizer, groups)
+        optimizer = make_optimizer(self.optimizer, groups)
+        fuse(optimizer, device)
+        factors = [group.lr_factor for group in groups]
+        scheduler = self._scheduler(optimizer, factors)
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config |= plateau_settings(scheduler, self.trainer, self.lr_interval, self.net.classes)
+        substitute = make_optimizer(self.optimizer, stand_ins(groups))
+        require_length(self._scheduler(substitute, factors), self._intervals(), self.lr_interval)
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _groups(self) -> list[ParameterGroup]:
+        return parameter_groups(
             self.net,
             unfreeze_last=self.unfreeze_last,
             lr_factor=self.backbone_lr_factor,
             first_lr_factor=self.first_lr_factor,
             decay_norm_and_bias=self.decay_norm_and_bias,
         )
-        optimizer = self.optimizer(first.parameters)
-        add_groups(optimizer, others)
-        fuse(optimizer, self.trainer.strategy.root_device)
+
+    def _scheduler(self, optimizer: Optimizer, factors: list[float]) -> LRScheduler | ReduceLROnPlateau:
         if self.lr_scheduler is not None:
-            scheduler = self.lr_scheduler(optimizer)
-        else:
-            scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, self.milestones, self.lr_gamma)
-        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            config["monitor"] = scheduler.monitor
-        return {"optimizer": optimizer, "lr_scheduler": config}
+            return build_scheduler(self.lr_scheduler, optimizer, factors=factors, length=self._intervals())
+        if self.lr_interval == "step" and self.milestones:
+            raise ConfigError(
+                f"--model.lr_interval=step, but the default scheduler's milestones {self.milestones} are epochs. Choose "
+                "a --model.lr_scheduler, or --model.lr_interval=epoch."
+            )
+        return MultiStepLR(optimizer, self.milestones, self.lr_gamma)
+
+    def _intervals(self) -> int | None:
+        """How often a run steps its scheduler; None: without end."""
+        if self.lr_interval == "epoch":
+            epochs = self.trainer.max_epochs
+            return None if epochs is None or epochs < 0 else epochs
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return optimizer_steps(self.trainer, len(data.parts["train"]), data.global_batch_size)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run that resumes must have in common with this one, by name.
@@ -340,8 +435,7 @@ class TransferLearningModel(pl.LightningModule):
         Optimizer and scheduler belong to it: their settings come back from the checkpoint, so that other ones
         would be ignored.
         """
-        optimizer = self.optimizer([nn.Parameter(torch.zeros(1))])
-        found = {
+        return {
             "model.milestones": self.milestones,
             "model.unfreeze_last": self.unfreeze_last,
             "model.train_bn": self.train_bn,
@@ -353,19 +447,30 @@ class TransferLearningModel(pl.LightningModule):
             "model.mixup": self.mixup,
             "model.cutmix": self.cutmix,
             "model.ema": self.ema,
-            "model.optimizer": f"{type(optimizer).__name__} {_plain(optimizer.defaults)}",
-            "model.lr_scheduler": f"MultiStepLR, lr_gamma {self.lr_gamma}",
             "model.lr_interval": self.lr_interval,
+            **self._optimizer_fingerprint(),
         }
-        if self.lr_scheduler is not None:
-            scheduler = self.lr_scheduler(optimizer)
-            found["model.lr_scheduler"] = f"{type(scheduler).__name__} {_plain(scheduler.state_dict())}"
-        return found
+
+    def _optimizer_fingerprint(self) -> dict[str, str]:
+        """Settings of optimizer and scheduler, from ones that update stand-ins for the parameters; made once."""
+        if not self._recipe:
+            groups = self._groups()
+            optimizer = make_optimizer(self.optimizer, stand_ins(groups))
+            self._recipe["model.optimizer"] = f"{type(optimizer).__name__} {_plain(optimizer.defaults)}"
+            schedule = f"MultiStepLR, lr_gamma {self.lr_gamma}"
+            if self.lr_scheduler is not None:
+                scheduler = self._scheduler(optimizer, [group.lr_factor for group in groups])
+                schedule = f"{type(scheduler).__name__} {_plain(scheduler.state_dict())}"
+                rates = [[group["max_lr"], group["min_lr"]] for group in optimizer.param_groups if "max_lr" in group]
+                schedule += f" {rates or getattr(scheduler, 'max_lrs', '')}".rstrip()
+            self._recipe["model.lr_scheduler"] = schedule
+        return self._recipe
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what prediction needs to build the network without this class, and what was computed in."""
         checkpoint["classifier"] = {**self.net.spec(), "resize": self.resize}
         checkpoint["precision"] = str(self.trainer.precision)
+        checkpoint["skipped_steps"] = self.skipped_steps
         if self._average is not None:
             averages, training = self._average.averages, self._average.training
             checkpoint["state_dict"] |= {f"net.{name}": value for name, value in averages.items()}
@@ -374,15 +479,27 @@ class TransferLearningModel(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network, naming the difference; let the optimizer be this hardware's."""
-        saved, ours = checkpoint.get("classifier", {}), {**self.net.spec(), "resize": self.resize}
-        different = [f"{key} was {saved.get(key)!r}, is {ours[key]!r}" for key in ours if saved.get(key) != ours[key]]
+        saved = decode_spec(checkpoint.get("classifier"), "the checkpoint")
+        ours = decode_spec({**self.net.spec(), "resize": self.resize}, "this run")
+        different = [
+            f"{name} was {getattr(saved, name)!r}, is {getattr(ours, name)!r}"
+            for name in ours.__struct_fields__
+            # Mean and std that nobody has chosen come from the checkpoint, with its buffers.
+            if getattr(saved, name) != getattr(ours, name) and self.normalisation.get(name, ()) is not None
+        ]
         if different:
             raise CheckpointError(
                 f"the checkpoint does not fit this run: {'; '.join(different)}. Use the settings it was trained with, "
                 "or another --run_dir."
             )
+        require_state(
+            net_state(checkpoint, "the checkpoint"),
+            {name: tuple(value.shape) for name, value in self.net.state_dict().items()},
+            "the checkpoint",
+        )
         if self.trainer.state.fn != "fit":
             return
+        self.skipped_steps = checkpoint.get("skipped_steps", 0)
         was, precision = checkpoint["precision"], str(self.trainer.precision)
         if was != precision:
             log.warning("the run computed at precision %s until here, and goes on at %s", was, precision)
@@ -413,6 +530,14 @@ class TransferLearningModel(pl.LightningModule):
         self.trainer.datamodule.share_bad_samples()  # type: ignore[attr-defined]
         values, self.confusion = self.metrics.compute()
         self.metrics.reset()
+        loss = values.get("loss", 0.0)  # absent: no sample counted
+        if not math.isfinite(loss):
+            when = (
+                f" at step {self.trainer.global_step} (epoch {self.current_epoch})"
+                if self.trainer.state.fn == "fit"
+                else ""
+            )
+            raise DivergedError(f"{part}/loss is {loss}{when}: the network has diverged.")
         for name, value in values.items():
             self.log(f"{part}/{name}", value)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from job.errors import ConfigError, JobError
 from job.model.classifier import Classifier
 from job.model.freeze import split_layers
 
@@ -55,6 +59,65 @@ def parameter_groups(
             for group in groups
         ]
     return [group for group in groups if group.parameters]
+
+
+def make_optimizer(factory: Callable[[Iterable[nn.Parameter]], Optimizer], groups: list[ParameterGroup]) -> Optimizer:
+    """An optimizer of all groups.
+
+    Raises:
+        ConfigError: it does not take them.
+    """
+    with _optimizer_errors(factory):
+        optimizer = factory(groups[0].parameters)
+        add_groups(optimizer, groups[1:])
+    return optimizer
+
+
+def stand_ins(groups: list[ParameterGroup], device: torch.device | str = "cpu") -> list[ParameterGroup]:
+    """Groups of the same number, rates and dimensions, with parameters of a few numbers."""
+    return [
+        group._replace(
+            parameters=[
+                nn.Parameter(torch.full((2,) * dimensions, 0.5, device=device))
+                for dimensions in sorted({parameter.ndim for parameter in group.parameters})
+            ]
+        )
+        for group in groups
+    ]
+
+
+def require_step(factory: Callable[[Iterable[nn.Parameter]], Optimizer], groups: list[ParameterGroup]) -> None:
+    """Take a step on stand-ins of ``groups``.
+
+    Raises:
+        ConfigError: the optimizer cannot, as SparseAdam with dense gradients.
+    """
+    device = groups[0].parameters[0].device
+    substitutes = stand_ins(groups, device)
+    optimizer = make_optimizer(factory, substitutes)
+    for group in substitutes:
+        for parameter in group.parameters:
+            parameter.grad = torch.full_like(parameter, 0.1)
+    with _optimizer_errors(factory):
+        optimizer.step(lambda: 1.0)
+
+
+@contextlib.contextmanager
+def _optimizer_errors(factory: Any) -> Iterator[None]:
+    """Turn what an optimizer raises about its parameters or settings into a :class:`~job.errors.ConfigError`."""
+    try:
+        yield
+    except JobError:
+        raise
+    except Exception as error:  # ValueError, RuntimeError, TypeError, AssertionError: each optimizer its own
+        kinds = (factory.func, *factory.args) if isinstance(factory, partial) else (factory,)
+        name = next((kind.__name__ for kind in reversed(kinds) if isinstance(kind, type)), "the optimizer")
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"--model.optimizer: {name} cannot train this network, whose layers have dense gradients, parameters of "
+            f"any number of dimensions and groups with learning rates of their own. It reports: {cause} "
+            "Use AdamW, Adam or SGD, or other settings."
+        ) from error
 
 
 def add_groups(optimizer: Optimizer, groups: list[ParameterGroup]) -> None:

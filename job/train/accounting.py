@@ -1,36 +1,46 @@
 """Where the time of a run went, over all its starts: goodput and what is not good about it.
 
-``<run_dir>/accounting.json`` holds one record for each start; rank 0 renews its own every few
-seconds, so that the record of a killed start is nearly complete.
+``<run_dir>/accounting.json`` holds one record per start. Rank 0 renews its own while the run lasts, so that the record
+of a killed start is nearly complete.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import logging
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import pytorch_lightning as pl
+from msgspec import Meta
 from pytorch_lightning.callbacks import Callback
 
 from job import storage
-from job.errors import StorageError, StorageOutage
+from job.errors import CheckpointError, NewerFormatError, StorageError, StorageOutage
 from job.periodic import Periodic
 from job.train.checkpointer import Checkpointer
 from job.train.feature_cache import FeatureCache
+from job.train.json_files import read_limited
 
 log = logging.getLogger(__name__)
 
 FILE = "accounting.json"
-RENEW_SECONDS = 10.0
+FORMAT = 2
+"""Version of a record; 1 had no ``format`` field."""
+RENEW_SECONDS, RENEW_SHARE = 10.0, 0.01
+"""A record is renewed when it is both as old as this, and this share of its start's time."""
+
+Seconds = Annotated[float, Meta(ge=-1e11, le=1e11)]
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+
+_processes = itertools.count()
+"""Counts the starts within this process."""
 
 
-@dataclass
-class Start:
+class Start(msgspec.Struct, forbid_unknown_fields=True):
     """One start of the run, in seconds, on rank 0.
 
     Attributes:
@@ -46,44 +56,76 @@ class Start:
         validation: validating.
         checkpoint_stall: training stood still for a checkpoint.
         lost: ``step`` seconds that the next start had to do again.
+        format: version of this record.
     """
 
-    began: float
-    ended: float
-    world_size: int
-    first_step: int = 0
-    last_step: int = 0
-    startup: float = 0.0
-    features: float = 0.0
-    step: float = 0.0
-    data_wait: float = 0.0
-    validation: float = 0.0
-    checkpoint_stall: float = 0.0
-    lost: float = 0.0
+    began: Seconds
+    ended: Seconds
+    world_size: Annotated[int, Meta(ge=1, le=10**7)]
+    first_step: Count = 0
+    last_step: Count = 0
+    startup: Seconds = 0.0
+    features: Seconds = 0.0
+    step: Seconds = 0.0
+    data_wait: Seconds = 0.0
+    validation: Seconds = 0.0
+    checkpoint_stall: Seconds = 0.0
+    lost: Seconds = 0.0
+    format: Annotated[int, Meta(ge=1)] = 1
+
+
+class _Version(msgspec.Struct):
+    format: Annotated[int, Meta(ge=1)] = 1
 
 
 def read(run_dir: str) -> list[Start]:
-    """The records of a run, in order; none, with a word in the log, where they cannot be read."""
+    """The records of a run, in order; none, with a warning, where they cannot be read."""
+    try:
+        return _read(run_dir)
+    except CheckpointError as error:
+        log.warning("%s", error)
+        return []
+
+
+def _read(run_dir: str) -> list[Start]:
+    """The records of a run, in order.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        NewerFormatError: a newer version of job wrote it.
+    """
     uri = storage.join(run_dir, FILE)
     if not storage.exists(uri):
         return []
     try:
-        return [Start(**record) for record in json.loads(storage.read_bytes(uri))]
-    except (ValueError, TypeError) as error:
-        log.warning("%s cannot be read, the accounting begins anew: %s", uri, error)
-        return []
+        content = read_limited(uri)
+        newest = max((record.format for record in msgspec.json.decode(content, type=list[_Version])), default=1)
+        if newest > FORMAT:
+            raise NewerFormatError(
+                f"{uri} was written by a newer version of job: it has format {newest}, this version reads formats up "
+                f"to {FORMAT}."
+            )
+        return msgspec.json.decode(content, type=list[Start])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{uri} is damaged: {error}") from error
 
 
 def totals(starts: list[Start]) -> dict[str, float]:
-    """Sums over all starts, in seconds; ``other`` is what no record explains, the time between starts above all.
+    """Sums over all starts, in seconds.
 
-    ``goodput`` is the share of the wall time since the first start that went into steps which counted.
+    ``wall`` is the time from the beginning of the first start to the end of the last; where starts overlap (two at a
+    time, or clocks that differ), it is at least the sum of what they did. ``goodput`` is the share of it that went into
+    steps which counted, and into the features that such steps train from. ``other`` is the rest that no record
+    explains, the time between starts above all. No figure is negative.
     """
-    wall = starts[-1].ended - starts[0].began
     names = ("startup", "features", "step", "data_wait", "validation", "checkpoint_stall", "lost")
-    sums = {name: sum(getattr(start, name) for start in starts) for name in names}
+    sums = {name: sum(max(getattr(start, name), 0.0) for start in starts) for name in names}
+    sums["lost"] = min(sums["lost"], sums["step"])
     sums["step"] -= sums["lost"]
-    return {"goodput": sums["step"] / wall, "wall": wall, **sums, "other": wall - sum(sums.values())}
+    explained = sum(sums.values())
+    wall = max(max(start.ended for start in starts) - min(start.began for start in starts), explained)
+    goodput = (sums["step"] + sums["features"]) / wall if wall else 0.0
+    return {"goodput": goodput, "wall": wall, **sums, "other": max(wall - explained, 0.0)}
 
 
 class Accounting(Callback):
@@ -93,25 +135,49 @@ class Accounting(Callback):
         self.checkpointer = checkpointer
         self.features = features
         self.earlier: list[Start] = []
-        self.start = Start(began=_process_began(), ended=time.time(), world_size=1)
+        # The time before belongs to the first of several starts in one process.
+        began = time.time() if next(_processes) else _process_began()
+        self.start = Start(began=began, ended=time.time(), world_size=1, format=FORMAT)
         self._step_began: float | None = None
         self._validation_began = 0.0
         self._waited_in_startup = 0.0
         self._renewal: Periodic | None = None
+        self._written_at = 0.0
+        self._is_kept = True
+
+    @property
+    def starts(self) -> list[Start]:
+        """The records of all starts, this one's last."""
+        return [*self.earlier, self.start]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the records of earlier starts, and what the last one lost."""
         self.start.world_size = trainer.world_size
         self.start.first_step = self.start.last_step = trainer.global_step
         if trainer.is_global_zero:
-            self.earlier = read(trainer.default_root_dir)
+            self._run_dir = trainer.default_root_dir
+            self.earlier = self._find_earlier()
             if self.earlier:
                 last = self.earlier[-1]
                 done, again = last.last_step - last.first_step, last.last_step - trainer.global_step
                 last.lost = last.step * max(again, 0) / done if done > 0 else 0.0
-            self._run_dir = trainer.default_root_dir
             self.write()
-            self._renewal = Periodic("accounting", RENEW_SECONDS, self.write)
+            self._renewal = Periodic("accounting", RENEW_SECONDS, self._renew)
+
+    def _find_earlier(self) -> list[Start]:
+        """Earlier records; a file that cannot be used is kept: of a newer version as it is, else beside a new one."""
+        try:
+            return _read(self._run_dir)
+        except NewerFormatError as error:
+            self._is_kept = False
+            log.warning("%s It is left as it is, without this start.", error)
+        except CheckpointError as error:
+            uri = storage.join(self._run_dir, FILE)
+            kept = storage.join(self._run_dir, f"accounting.damaged-{int(time.time())}.json")
+            with contextlib.suppress(CheckpointError):  # one that is too large to be read is no record of anything
+                storage.write_bytes(kept, read_limited(uri))
+            log.warning("%s It is kept as %s, and the accounting starts anew.", error, kept)
+        return []
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """A step begins."""
@@ -139,7 +205,7 @@ class Accounting(Callback):
         self._end_step(trainer)
         if trainer.is_global_zero:
             self._refresh()
-            values = {f"accounting/{name}": value for name, value in totals([*self.earlier, self.start]).items()}
+            values = {f"accounting/{name}": value for name, value in totals(self.starts).items()}
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step - 1)
 
@@ -152,11 +218,25 @@ class Accounting(Callback):
         self._close(write=not isinstance(exception, StorageOutage))
 
     def write(self) -> None:
-        """Renew the record; a bucket out of reach delays it."""
+        """Renew the record; a bucket out of reach delays it, and one that lets nothing be replaced ends it."""
         self._refresh()
-        with contextlib.suppress(StorageError):
-            records = [asdict(start) for start in (*self.earlier, self.start)]
-            storage.write_text(storage.join(self._run_dir, FILE), json.dumps(records, indent=2))
+        if not self._is_kept:
+            return
+        uri = storage.join(self._run_dir, FILE)
+        try:
+            storage.write_bytes(uri, msgspec.json.format(msgspec.json.encode(self.starts), indent=2))
+            self._written_at = time.time()
+        except StorageOutage:
+            pass
+        except StorageError as error:
+            self._is_kept = False
+            log.warning("%s is no longer renewed, the run goes on: %s", uri, error)
+
+    def _renew(self) -> None:
+        """Write where enough time has passed: versions of an object that a bucket keeps cost money."""
+        now = time.time()
+        if now - self._written_at >= RENEW_SHARE * (now - self.start.began):
+            self.write()
 
     def _close(self, *, write: bool = True) -> None:
         if self._renewal is not None:

@@ -1,107 +1,133 @@
-"""Checkpoints on any filesystem: committed by a manifest, verified before they are trusted.
+"""Checkpoints on any filesystem: committed by a manifest, verified before they are used.
 
 ``<run_dir>/checkpoints/epoch=E-step=S.ckpt`` holds the state; ``….ckpt.json`` beside it, written
 last, holds its size and SHA-256 and makes it a checkpoint. A file without its manifest was never
-finished and is not looked at.
+finished and is not looked at. ``….ckpt.confusion.safetensors`` holds the confusion matrix.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import logging
-from dataclasses import dataclass
-from typing import Any, cast
-
-import torch
+import re
+from dataclasses import dataclass, field
+from typing import Any
 
 from job import storage
-from job.errors import CheckpointError, StorageError, StorageOutage
+from job.errors import CheckpointError, NewerFormatError, StorageError, StorageOutage
+from job.model.tensor_file import load_tensors
+from job.train import confusion
+from job.train.checkpoint_manifest import (
+    MAX_BYTES,
+    NAME_PATTERN,
+    SUFFIX,
+    ConfusionFile,
+    Manifest,
+    decode_manifest,
+    manifest_uri,
+    read_manifest,
+)
+from job.train.checkpoint_state import require_checkpoint
+from job.train.json_files import read_limited
+from job.train.ranking import order, ranked
+
+__all__ = [
+    "FOLDER",
+    "SUFFIX",
+    "ConfusionFile",
+    "Manifest",
+    "Scan",
+    "load",
+    "manifest_uri",
+    "manifests",
+    "newest_trusted",
+    "ranked",
+    "read_manifest",
+    "remove",
+    "resolve",
+    "scan",
+    "uncommitted",
+    "verify",
+]
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-SUFFIX = ".ckpt"
+
+_warned: set[str] = set()
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What is known of a committed checkpoint.
+@dataclass
+class Scan:
+    """The checkpoints of a run.
 
     Attributes:
-        file: name of the state file, beside the manifest.
-        bytes: its size.
-        sha256: its SHA-256, in hexadecimal.
-        epoch: epochs completed.
-        batch: batches done of the epoch after those.
-        global_step: optimizer steps done.
-        monitor: name of the metric that ranks checkpoints.
-        mode: "max" or "min": which way is better.
-        metrics: what validation measured at this very step; empty for a checkpoint within an epoch.
-        confusion_matrix: rows of true classes, measured with them.
+        good: manifests that can be read and stand beside their state file, oldest first.
+        damaged: one message per manifest that cannot be used.
+        newer: one message per manifest that a newer version of job wrote.
     """
 
-    file: str
-    bytes: int
-    sha256: str
-    epoch: int
-    batch: int
-    global_step: int
-    monitor: str
-    mode: str
-    metrics: dict[str, float]
-    confusion_matrix: list[list[int]]
-
-    @property
-    def value(self) -> float | None:
-        """The monitored metric, where it was measured."""
-        return self.metrics.get(self.monitor)
+    good: list[Manifest] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    newer: list[str] = field(default_factory=list)
 
 
-def manifest_uri(checkpoint_uri: str) -> str:
-    """Where the manifest of a state file lies."""
-    return checkpoint_uri + ".json"
-
-
-def read_manifest(uri: str) -> Manifest:
-    """The manifest at ``uri``.
-
-    Raises:
-        CheckpointError: it is damaged, or of another version of this program.
-    """
-    try:
-        return Manifest(**json.loads(storage.read_bytes(uri)))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint manifest {uri} cannot be read: {error}") from error
+def scan(run_dir: str) -> Scan:
+    """Read all manifests of a run."""
+    folder, found = storage.join(run_dir, FOLDER), Scan()
+    entries = {entry.key: entry for entry in _top_level(folder)}
+    for key, entry in entries.items():
+        if not key.endswith(manifest_uri(SUFFIX)):
+            continue
+        uri = storage.join(folder, key)
+        try:
+            if entry.size > MAX_BYTES:
+                raise CheckpointError(f"the checkpoint manifest {uri} is damaged: {entry.size:,} bytes.")
+            manifest = read_manifest(uri)
+            if manifest_uri(manifest.file) != key:
+                raise CheckpointError(
+                    f"the checkpoint manifest {uri} is not used: it names the file {manifest.file!r}, not the one "
+                    "beside it. A copy of a checkpoint belongs outside this folder."
+                )
+            if manifest.file not in entries:
+                raise CheckpointError(f"the checkpoint manifest {uri} is not used: its file {manifest.file!r} is gone.")
+        except NewerFormatError as error:
+            found.newer.append(str(error))
+        except CheckpointError as error:
+            found.damaged.append(str(error))
+        except StorageError:
+            if storage.exists(uri):
+                raise
+            # Retention of a running job removed it after it was listed.
+        else:
+            found.good.append(manifest)
+    found.good.sort(key=order)
+    return found
 
 
 def manifests(run_dir: str) -> list[Manifest]:
-    """Committed checkpoints of a run, oldest first; an unreadable manifest is named and passed over."""
-    folder = storage.join(run_dir, FOLDER)
-    if not storage.exists(folder):
-        return []
-    found = []
-    for entry in storage.list_files(folder):
-        if entry.key.endswith(manifest_uri(SUFFIX)):
-            try:
-                found.append(read_manifest(storage.join(folder, entry.key)))
-            except CheckpointError as error:
-                log.warning("%s", error)
-    return sorted(found, key=lambda m: (m.global_step, m.epoch))
+    """Committed checkpoints of a run, oldest first; a damaged manifest is warned of and left out.
+
+    Raises:
+        NewerFormatError: a newer version of job wrote one of them.
+    """
+    found = scan(run_dir)
+    _warn(found.damaged)
+    if found.newer:
+        raise NewerFormatError(found.newer[0])
+    return found.good
 
 
 def uncommitted(run_dir: str) -> list[str]:
-    """URIs of state files that have no manifest: what a killed process was uploading."""
+    """URIs of files of checkpoints that have no manifest: a killed process was uploading them."""
     folder = storage.join(run_dir, FOLDER)
-    keys = {entry.key for entry in storage.list_files(folder)} if storage.exists(folder) else set()
-    return [storage.join(folder, k) for k in sorted(keys) if k.endswith(SUFFIX) and manifest_uri(k) not in keys]
-
-
-def ranked(candidates: list[Manifest]) -> list[Manifest]:
-    """Those whose monitored metric was measured, the best first; of equals the newest first."""
-    valued = [(m.value if m.mode == "max" else -m.value, m.global_step, m) for m in candidates if m.value is not None]
-    return [m for *_, m in sorted(valued, key=lambda item: item[:2], reverse=True)]
+    keys = {entry.key for entry in _top_level(folder)}
+    states = {key: key.removesuffix(confusion.SUFFIX) for key in sorted(keys)}
+    return [
+        storage.join(folder, key)
+        for key, state in states.items()
+        if re.match(NAME_PATTERN, state) and manifest_uri(state) not in keys
+    ]
 
 
 def resolve(uri: str) -> str:
@@ -130,21 +156,14 @@ def load(uri: str) -> dict[str, Any]:
     """The checkpoint at ``uri``, on the CPU, verified against its manifest where it has one; no code is unpickled.
 
     Raises:
-        CheckpointError: damaged, or not a checkpoint.
+        CheckpointError: damaged, not a checkpoint, or written by a newer version of job.
         StorageError: it cannot be read.
     """
     content = storage.read_bytes(uri)
     if storage.exists(manifest_uri(uri)):
-        _require_intact(uri, content, read_manifest(manifest_uri(uri)))
-    try:
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the bytes led it to
-        raise CheckpointError(
-            f"{uri} is no checkpoint that can be loaded safely: {str(error).splitlines()[0]}"
-        ) from error
-    if not isinstance(checkpoint, dict) or "classifier" not in checkpoint:
-        raise CheckpointError(f"{uri} is no checkpoint of this job (it says nothing of its classifier).")
-    return cast("dict[str, Any]", checkpoint)
+        described = read_limited(manifest_uri(uri), MAX_BYTES)
+        _require_intact(uri, content, decode_manifest(manifest_uri(uri), described))
+    return require_checkpoint(uri, load_tensors(content, uri, error_type=CheckpointError))
 
 
 def verify(run_dir: str, manifest: Manifest) -> None:
@@ -159,14 +178,17 @@ def verify(run_dir: str, manifest: Manifest) -> None:
 
 
 def newest_trusted(run_dir: str) -> Manifest | None:
-    """The newest checkpoint that verifies; a bad one is named, and an older one used.
+    """The newest checkpoint that verifies; warns and falls back to an older one.
 
     Raises:
-        CheckpointError: there are checkpoints, but none of them is good.
+        CheckpointError: there are checkpoints, but none of them is good, or one is of a newer format.
         StorageOutage: the bucket does not answer: no reason to fall back to an older one.
     """
-    candidates = manifests(run_dir)
-    for manifest in reversed(candidates):
+    found = scan(run_dir)
+    if found.newer:
+        raise NewerFormatError(found.newer[0])
+    _warn(found.damaged)
+    for manifest in reversed(found.good):
         try:
             verify(run_dir, manifest)
         except StorageOutage:
@@ -175,18 +197,73 @@ def newest_trusted(run_dir: str) -> Manifest | None:
             log.warning("cannot resume from the newest checkpoint, trying the one before: %s", error)
         else:
             return manifest
-    if candidates:
+    if found.good or found.damaged:
+        reasons = "".join(f"\n  {reason}" for reason in found.damaged[:5])
         raise CheckpointError(
-            f"none of the {len(candidates)} checkpoints in {run_dir} can be read. Restore one, or start in "
-            "another --run_dir."
+            f"none of the {len(found.good) + len(found.damaged)} checkpoints in {run_dir} can be read. Restore one, "
+            f"or start in another --run_dir.{reasons}"
         )
     return None
+
+
+def free_name(uri: str) -> str:
+    """``uri``, or its next free variant (``….ckpt`` becomes ``…-2.ckpt``) where a manifest that is no good has it.
+
+    A damaged manifest is kept for whoever wants to repair it.
+    """
+    number, found = 1, uri
+    while True:
+        try:
+            content = storage.read_bytes(manifest_uri(found)) if storage.exists(manifest_uri(found)) else None
+            if content is None or decode_manifest(manifest_uri(found), content).file == storage.basename(found):
+                return found
+        except CheckpointError:
+            pass
+        number += 1
+        found = numbered(uri, number)
+
+
+def numbered(uri: str, number: int) -> str:
+    """The name of a further file for the same step."""
+    return f"{uri.removesuffix(SUFFIX)}-{number}{SUFFIX}"
+
+
+def confusion_cells(run_dir: str, manifest: Manifest) -> confusion.Cells | None:
+    """The confusion matrix of a checkpoint as (true class, predicted class, count), None where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+        StorageError: it cannot be read.
+    """
+    if manifest.confusion is None:
+        return None
+    return confusion.read(confusion_uri(run_dir, manifest), manifest.confusion)
+
+
+def confusion_uri(run_dir: str, manifest: Manifest) -> str:
+    """URI of the file with a checkpoint's confusion matrix."""
+    return storage.join(run_dir, FOLDER, manifest.file + confusion.SUFFIX)
 
 
 def remove(uri: str) -> None:
     """Delete the checkpoint at ``uri``, its manifest first: a state file alone is none."""
     storage.remove(manifest_uri(uri))
+    storage.remove(uri + confusion.SUFFIX)
     storage.remove(uri)
+
+
+def _top_level(folder: str) -> list[storage.Entry]:
+    if not storage.exists(folder):
+        return []
+    return [entry for entry in storage.list_files(folder) if "/" not in entry.key]
+
+
+def _warn(problems: list[str]) -> None:
+    """Log each message once per process: retention reads the manifests after every checkpoint."""
+    for problem in problems:
+        if problem not in _warned:
+            _warned.add(problem)
+            log.warning("%s", problem)
 
 
 def _require_intact(uri: str, content: bytes, manifest: Manifest) -> None:

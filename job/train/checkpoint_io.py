@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
-import json
 import logging
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable
-from dataclasses import asdict
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric.plugins import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from job import storage
-from job.errors import StorageError
-from job.train import checkpoint
-from job.train.checkpoint import Manifest
+from job.errors import CheckpointError, StorageError, StorageOutage
+from job.train import checkpoint, confusion
+from job.train.checkpoint_manifest import encode_manifest, manifest_of, manifest_uri
+from job.train.checkpoint_state import CONFUSION, FACTS, require_resumable
 
 log = logging.getLogger(__name__)
 
-FACTS = "manifest"
-"""Key of a checkpoint under which its :class:`~job.train.checkpoint.Manifest` fields stand, but for the file's own."""
+NAMES_TRIED = 9
+"""Names tried for one checkpoint on a bucket that lets nobody overwrite what an earlier start left."""
 
 
 class BackgroundCheckpointIO(CheckpointIO):
@@ -50,6 +52,8 @@ class BackgroundCheckpointIO(CheckpointIO):
         self.upload_seconds = upload_seconds
         self.before_commit = before_commit
         self.after_commit = after_commit
+        self.expected_loops: dict[str, Any] | None = None
+        """The fit loop's ``state_dict()``; given, a checkpoint is loaded to resume from, and checked for that."""
         self._buffers: list[Tensor] = []
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -59,11 +63,14 @@ class BackgroundCheckpointIO(CheckpointIO):
 
         Raises:
             StorageError: the earlier one failed.
+            CheckpointError: the earlier one could not be loaded again.
         """
         self.wait()
+        # Every validation has a matrix of its own: no copy is needed.
+        matrix = checkpoint.pop(CONFUSION, None)
         snapshot = self._snapshot(checkpoint)
         self._thread = threading.Thread(
-            target=self._write, args=(snapshot, str(path)), name="checkpoint-upload", daemon=True
+            target=self._write, args=(snapshot, matrix, str(path)), name="checkpoint-upload", daemon=True
         )
         self._thread.start()
 
@@ -74,7 +81,10 @@ class BackgroundCheckpointIO(CheckpointIO):
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Verify and load ``path``; ``weights_only`` is always on."""
-        return checkpoint.load(str(path))
+        loaded = checkpoint.load(str(path))
+        if self.expected_loops is not None:
+            require_resumable(str(path), loaded, self.expected_loops)
+        return loaded
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint."""
@@ -91,6 +101,7 @@ class BackgroundCheckpointIO(CheckpointIO):
 
         Raises:
             StorageError: it failed for good.
+            CheckpointError: what it wrote could not be loaded again.
         """
         if self._thread is not None:
             self._thread.join()
@@ -100,46 +111,79 @@ class BackgroundCheckpointIO(CheckpointIO):
     def _snapshot(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """The checkpoint with its tensors copied to host memory, into the same buffers each time.
 
-        New memory would cost a page fault every 4 KiB, several times the copy itself.
+        New memory would cost a page fault every 4 KiB, several times the copy itself. Scalars of numpy, enumerations
+        and paths become plain values: their classes are not among those that a safe loader accepts.
         """
         earlier, self._buffers = iter(self._buffers), []
 
-        def copy(tensor: Tensor) -> Tensor:
+        def copy(value: Any) -> Any:
+            if isinstance(value, np.generic):
+                return value.item()
+            if isinstance(value, enum.Enum):
+                return value.value
+            if isinstance(value, Path):
+                return str(value)
             buffer = next(earlier, None)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            buffer.copy_(value, non_blocking=value.is_cuda)
             self._buffers.append(buffer)
             return buffer
 
-        taken: dict[str, Any] = apply_to_collection(checkpoint, Tensor, copy)
+        taken: dict[str, Any] = apply_to_collection(checkpoint, (Tensor, np.generic, enum.Enum, Path), copy)
         if any(buffer.is_pinned() for buffer in self._buffers):
             torch.cuda.synchronize()
         return taken
 
-    def _write(self, snapshot: dict[str, Any], uri: str) -> None:
+    def _write(self, snapshot: dict[str, Any], matrix: Tensor | None, uri: str) -> None:
         staged: Path | None = None
         try:
-            facts = snapshot[FACTS]
             staged = self._stage(snapshot, storage.basename(uri))
+            _require_loadable(staged, snapshot, uri)
             with staged.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            manifest = Manifest(file=storage.basename(uri), bytes=staged.stat().st_size, sha256=sha256, **facts)
-            storage.retry(lambda: storage.upload(staged, uri), self.upload_seconds, f"the checkpoint {uri} waits")
-            storage.retry(self.before_commit, self.upload_seconds, f"the checkpoint {uri} waits")
-            text = json.dumps(asdict(manifest), indent=2)
-            storage.retry(
-                lambda: storage.write_text(checkpoint.manifest_uri(uri), text),
-                self.upload_seconds,
-                f"the manifest of {uri} waits",
-            )
+            size = staged.stat().st_size
+            uri = self._upload(staged, uri)
+            described = None
+            if matrix is not None and matrix.numel():
+                content = confusion.encode(matrix)
+                described = confusion.describe(content, len(matrix))
+                self._retry(lambda: storage.write_bytes(uri + confusion.SUFFIX, content), f"the metrics of {uri} wait")
+            self._retry(self.before_commit, f"the checkpoint {uri} waits")
+            file_facts = {"file": storage.basename(uri), "bytes": size, "sha256": sha256, "confusion": described}
+            manifest = encode_manifest(manifest_of(snapshot[FACTS], **file_facts))
+            self._retry(lambda: storage.write_bytes(manifest_uri(uri), manifest), f"the manifest of {uri} waits")
             staged.unlink()
             self.after_commit()
         except StorageError as error:
             kept = f" The state is kept in {staged}." if staged is not None else ""
             self._failure = type(error)(f"the checkpoint {uri} could not be saved: {error}{kept}")
         except Exception as error:  # a thread's exception would go to stderr, and training on without checkpoints
+            if staged is not None:
+                staged.unlink(missing_ok=True)
             self._failure = error
+
+    def _retry(self, action: Callable[[], None], waiting: str) -> None:
+        storage.retry(action, self.upload_seconds, waiting)
+
+    def _upload(self, staged: Path, uri: str) -> str:
+        """Upload the state; returns its URI, which has another name where the bucket keeps the object that has it."""
+        names: list[str] = []
+        self._retry(lambda: names.append(checkpoint.free_name(uri)), f"the checkpoint {uri} waits")
+        name = names[0]
+        for number in range(2, NAMES_TRIED + 2):
+            try:
+                self._retry(lambda name=name: storage.upload(staged, name), f"the checkpoint {uri} waits")  # type: ignore[misc]
+            except StorageOutage:
+                raise
+            except StorageError:
+                # A bucket with a retention policy, or an account that may only create: something is there already.
+                if number > NAMES_TRIED or not storage.exists(name):
+                    raise
+                name = checkpoint.numbered(uri, number)
+            else:
+                break
+        return name
 
     def _stage(self, snapshot: dict[str, Any], name: str) -> Path:
         """Write the state to a local file, from which it is uploaded, and which stays if that fails."""
@@ -151,4 +195,42 @@ class BackgroundCheckpointIO(CheckpointIO):
             raise StorageError(
                 f"it could not be written to {staged} first: {error}. Make room there, or set TMPDIR to a larger disk."
             ) from error
+        except Exception as error:  # pickle raises whatever the objects in the state raise
+            staged.unlink(missing_ok=True)
+            raise _not_loadable(snapshot, name, error) from error
         return staged
+
+
+def _require_loadable(staged: Path, snapshot: dict[str, Any], uri: str) -> None:
+    """Load the staged file as a resume will, without reading its tensors.
+
+    Raises:
+        CheckpointError: it holds an object whose class a safe loader refuses.
+    """
+    try:
+        torch.load(staged, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises whatever the bytes led it to
+        raise _not_loadable(snapshot, uri, error) from error
+
+
+def _not_loadable(snapshot: dict[str, Any], uri: str, error: Exception) -> CheckpointError:
+    where, value = next(_unsafe(snapshot, ()), (("unknown",), None))
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+    return CheckpointError(
+        f"the checkpoint {uri} could not be loaded again without running code: its entry {' → '.join(where)} is a "
+        f"{kind} ({reason}). Let the state_dict() of that callback return numbers, text, tensors and "
+        "lists or dicts of them."
+    )
+
+
+_SAFE = (type(None), bool, int, float, complex, str, bytes, Tensor, torch.Size, torch.dtype, torch.device)
+
+
+def _unsafe(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of what a safe loader may refuse."""
+    if isinstance(value, (dict, list, tuple, set)) and type(value) in (dict, OrderedDict, Counter, list, tuple, set):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _unsafe(item, (*path, str(key)))
+    elif type(value) not in _SAFE and not isinstance(value, Tensor):
+        yield path, value

@@ -6,6 +6,7 @@ The one place where all ranks agree to save or to stop.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import Any, Literal, cast
 
@@ -13,30 +14,45 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
 
 from job import storage
+from job.cluster import ranks
 from job.cluster.votes import Votes
-from job.errors import CheckpointError, ConfigError, Preempted, StorageError
+from job.errors import CheckpointError, ConfigError, JobError, Preempted, StorageOutage
 from job.logging.tensorboard import BucketTensorBoardLogger
 from job.model.module import TransferLearningModel
-from job.train import checkpoint
+from job.train import callback_settings, checkpoint
 from job.train.checkpoint import FOLDER, SUFFIX, Manifest
-from job.train.checkpoint_io import FACTS, BackgroundCheckpointIO
+from job.train.checkpoint_io import BackgroundCheckpointIO
+from job.train.checkpoint_manifest import FORMAT, kept_metrics
+from job.train.checkpoint_state import (
+    CALLBACKS,
+    CONFUSION,
+    FACTS,
+    FORMAT_KEY,
+    REQUIRED,
+    STOPPED,
+    facts_of,
+    problem_of_restored,
+)
 from job.train.preemption import Preemption
+from job.train.ranking import best_of_each_validation, implied_mode, mode_of
 
 log = logging.getLogger(__name__)
 
-REQUIRED = "resume_requires"
-"""Key of a checkpoint: settings by name that a run which resumes from it must share."""
+SECONDS_BETWEEN_REFUSED_REMOVALS = 3600.0
+"""How long retention rests after a bucket refused it: a retention policy may let an object go later."""
 
 
 class Checkpointer(Checkpoint):
     """Takes checkpoints at the end of epochs and, if asked, within them.
 
     Args:
-        every_n_epochs: epochs between two checkpoints; the last epoch always has one.
+        every_n_epochs: epochs between two checkpoints; the last epoch always has one. In an epoch that has one, every
+            validation (--trainer.val_check_interval) has one, too.
         every_n_steps: optimizer steps between two checkpoints within an epoch; default: none.
         every_minutes: minutes between two checkpoints within an epoch; default: none.
-        monitor: logged metric that ranks checkpoints.
-        mode: which way the metric is better.
+        monitor: validation metric that ranks checkpoints.
+        mode: "max" or "min": whether a higher or a lower value is better. Default: by the metric's name, "min" for a
+            loss or an error, "max" for accuracy, F1 and the like.
         keep_last: newest checkpoints to keep, at least 1.
         keep_best: best checkpoints to keep, besides.
         keep_every_n_epochs: keep the checkpoint of every n-th epoch for good; default: none.
@@ -49,7 +65,7 @@ class Checkpointer(Checkpoint):
         every_n_steps: int | None = None,
         every_minutes: float | None = None,
         monitor: str = "val/accuracy",
-        mode: Literal["max", "min"] = "max",
+        mode: Literal["max", "min"] | None = None,
         keep_last: int = 2,
         keep_best: int = 1,
         keep_every_n_epochs: int | None = None,
@@ -68,7 +84,7 @@ class Checkpointer(Checkpoint):
         self.every_n_steps = every_n_steps
         self.every_minutes = every_minutes
         self.monitor = monitor
-        self.mode = mode
+        self.mode = mode_of(monitor, mode)
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.keep_every_n_epochs = keep_every_n_epochs
@@ -80,19 +96,70 @@ class Checkpointer(Checkpoint):
         self._stopping = False
         self._next: dict[str, int] = {}
         self._saved: tuple[int, int] | None = None
+        self._saved_metrics = False
         self._validated_at = -1
+        self._warned_of_accumulation = False
+        self._removals_refused_at = -math.inf
+        self._warned_of_removals = False
         self._saved_at = time.monotonic()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Learn the run_dir from the trainer, and let every checkpoint have its events published before it."""
+        """Take the run_dir from the trainer, and let every checkpoint have its events published before it."""
         self.run_dir = trainer.default_root_dir
+        self.io.expected_loops = trainer.fit_loop.state_dict()
         for logger in trainer.loggers:
             if isinstance(logger, BucketTensorBoardLogger):
                 self.io.before_commit = logger.publish
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Meet the other ranks."""
+        """Check what was restored, and by what earlier checkpoints were ranked.
+
+        Raises:
+            CheckpointError: the restored optimizer cannot do a step, or the metric was not measured before.
+        """
+        for optimizer in trainer.optimizers:
+            if problem := problem_of_restored(optimizer):
+                raise CheckpointError(
+                    f"the checkpoint in {self.run_dir} is damaged: {problem}. Use an older checkpoint."
+                )
+        ranks.from_rank_zero(lambda: self._compare_ranking(trainer))
+        if schedule := callback_settings.scheduler(trainer):
+            # Lightning sets it at the start of an epoch, which a run that resumes within one does not pass.
+            trainer.accumulate_grad_batches = schedule.get_accumulate_grad_batches(trainer.current_epoch)
         self._votes = Votes(2)
+
+    def _compare_ranking(self, trainer: pl.Trainer) -> None:
+        """Say where earlier checkpoints were ranked by something else."""
+        implied = implied_mode(self.monitor)
+        if implied not in (None, self.mode):
+            log.warning("--checkpoint.mode is %s: the checkpoint with the worst %s is best", self.mode, self.monitor)
+        measured = [m for m in checkpoint.manifests(self.run_dir) if m.metrics]
+        if not measured:
+            return
+        if not any(self.monitor in m.metrics for m in measured):
+            known = ", ".join(sorted({name for m in measured for name in m.metrics})[:20])
+            raise CheckpointError(
+                f"the checkpoints in {self.run_dir} hold no {self.monitor!r} to be ranked by. They hold: {known}. "
+                "Choose one of these by --checkpoint.monitor, or another --run_dir."
+            )
+        before = measured[-1]
+        if (before.monitor, before.mode) != (self.monitor, self.mode):
+            log.warning(
+                "the best checkpoint was the one with the %s %s; from the next checkpoint on all are ranked anew, and "
+                "the best is the one with the %s %s",
+                "highest" if before.mode == "max" else "lowest",
+                before.monitor,
+                "highest" if self.mode == "max" else "lowest",
+                self.monitor,
+            )
+        current = _validation_identity(trainer)
+        if before.validation and before.validation != current:
+            log.warning(
+                "the validation samples changed: they were %s, are %s. The ranking starts anew: earlier checkpoints "
+                "do not compete for the best one; the best of them is kept",
+                before.validation,
+                current,
+            )
 
     def between_steps(self, trainer: pl.Trainer) -> None:
         """Save when it is time; stop when any rank was told to."""
@@ -101,9 +168,17 @@ class Checkpointer(Checkpoint):
         accumulating = progress.current.ready % trainer.accumulate_grad_batches != 0
         if self._stopping and self._saved is not None and self._saved[0] == trainer.global_step:
             self._stop(trainer)
+        validated = self._validated_at == trainer.global_step and self._is_epoch_to_save(trainer)
+        if validated and accumulating and not self._warned_of_accumulation:
+            self._warned_of_accumulation = True
+            log.warning(
+                "a validation in the middle of accumulated batches has no checkpoint: no run can resume there. Choose "
+                "a --trainer.val_check_interval that is a multiple of the %d batches of a step.",
+                trainer.accumulate_grad_batches,
+            )
         if progress.current.ready == 0 or accumulating:
             return  # Lightning cannot resume here: one more step, then
-        if due or self._stopping:
+        if due or validated or self._stopping:
             self._save(trainer, epoch=trainer.current_epoch, batch=progress.current.ready)
         if self._stopping:
             self._stop(trainer)
@@ -125,10 +200,8 @@ class Checkpointer(Checkpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save when it is time; stop when any rank was told to."""
         self._vote()
-        done = trainer.current_epoch + 1
-        due = done % self.every_n_epochs == 0 or done == trainer.max_epochs or trainer.should_stop
-        if due or self._stopping:
-            self._save(trainer, epoch=done, batch=0)
+        if self._is_epoch_to_save(trainer) or trainer.should_stop or self._stopping:
+            self._save(trainer, epoch=trainer.current_epoch + 1, batch=0)
         if self._stopping:
             self._stop(trainer)
 
@@ -148,6 +221,10 @@ class Checkpointer(Checkpoint):
     def _steps_are_over(self, global_step: int) -> bool:
         return self.every_n_steps is not None and global_step % self.every_n_steps == 0
 
+    def _is_epoch_to_save(self, trainer: pl.Trainer) -> bool:
+        done = trainer.current_epoch + 1
+        return done % self.every_n_epochs == 0 or done == trainer.max_epochs
+
     def _stop(self, trainer: pl.Trainer) -> None:
         self.io.wait()
         self._votes.drain()
@@ -166,13 +243,16 @@ class Checkpointer(Checkpoint):
         Raises:
             StorageError: an earlier upload failed for good.
         """
-        if self._saved == (trainer.global_step, epoch):
+        measured, again = self._validated_at == trainer.global_step, self._saved == (trainer.global_step, epoch)
+        if again and (self._saved_metrics or not measured):
             return
         began = time.monotonic()
         self._next = {"epoch": epoch, "batch": batch}
-        name = f"epoch={epoch:03d}-step={trainer.global_step:08d}{SUFFIX}"
+        # A run that was stopped in a validation, and resumed, validates again at the step of its checkpoint.
+        kind = "-validated" if again else ""
+        name = f"epoch={epoch:03d}-step={trainer.global_step:08d}{kind}{SUFFIX}"
         trainer.save_checkpoint(storage.join(self.run_dir, FOLDER, name))
-        self._saved = (trainer.global_step, epoch)
+        self._saved, self._saved_metrics = (trainer.global_step, epoch), measured
         self._saved_at = time.monotonic()
         self.stall_seconds += self._saved_at - began
 
@@ -190,17 +270,23 @@ class Checkpointer(Checkpoint):
         measured = trainer.callback_metrics if self._validated_at == trainer.global_step else {}
         metrics = {name: float(value) for name, value in measured.items() if name.startswith("val/")}
         if metrics and self.monitor not in metrics:
-            known = ", ".join(sorted(metrics))
+            known = ", ".join(sorted(metrics)[:20])
             raise ConfigError(f"--checkpoint.monitor {self.monitor!r} is not logged. There are: {known}.")
+        checkpoint[FORMAT_KEY] = FORMAT
         checkpoint[FACTS] = {
             **self._next,
             "global_step": trainer.global_step,
             "monitor": self.monitor,
             "mode": self.mode,
-            "metrics": metrics,
-            "confusion_matrix": pl_module.confusion if metrics else [],
+            "metrics": kept_metrics(metrics, self.monitor),
+            "validation": _validation_identity(trainer) if metrics else "",
         }
         checkpoint[REQUIRED] = self._required(trainer)
+        # Lightning forgets it, and would train one more epoch at every further start.
+        checkpoint[STOPPED] = bool(trainer.should_stop)
+        checkpoint[CALLBACKS] = callback_settings.settings_of_all(trainer.callbacks)  # type: ignore[attr-defined]
+        if metrics:
+            checkpoint[CONFUSION] = pl_module.confusion
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -208,31 +294,77 @@ class Checkpointer(Checkpoint):
         """Refuse to resume with another data set or other settings than the checkpoint's, naming the difference."""
         if trainer.state.fn != "fit":
             return
-        saved, ours = checkpoint.get(REQUIRED, {}), self._required(trainer)
+        saved, ours = checkpoint[REQUIRED], self._required(trainer)
+        if FORMAT_KEY not in checkpoint:  # earlier versions compared fewer settings
+            ours = {key: value for key, value in ours.items() if key in saved}
         different = [f"{key} was {saved.get(key)}, is {ours[key]}" for key in ours if saved.get(key) != ours[key]]
         if different:
             raise CheckpointError(
                 f"this run cannot go on from its checkpoint: {'; '.join(different)}. Use the settings and the data it "
                 "was started with, or another --run_dir."
             )
-        self._saved = (checkpoint["global_step"], checkpoint[FACTS]["epoch"])
+        facts = facts_of(checkpoint)
+        self._saved, self._saved_metrics = (facts.global_step, facts.epoch), bool(facts.metrics)
+        self._restore_callbacks(trainer, checkpoint, facts.epoch)
+
+    def _restore_callbacks(self, trainer: pl.Trainer, checkpoint: dict[str, Any], epoch: int) -> None:
+        """Let the configured settings of callbacks hold; keep a run ended that a callback had ended by the same ones."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        current = callback_settings.settings_of_all(callbacks)
+        callback_settings.keep_configured(checkpoint["callbacks"], callbacks)
+        changed = callback_settings.changes(checkpoint.get(CALLBACKS, current), current)
+        stopped = checkpoint.get(STOPPED, False)
+        if changed:
+            log.warning(
+                "settings of callbacks changed since the last start, and the new ones hold: %s%s",
+                "; ".join(changed),
+                ". The run, which a callback had ended, goes on" if stopped else "",
+            )
+        elif stopped:
+            trainer.should_stop = True
+            if epoch >= (trainer.min_epochs or 0):
+                log.warning(
+                    "this run was ended by a callback (%s) after epoch %d, and stays ended. To go on, change the "
+                    "callback's settings in --trainer.callbacks, for example to a larger patience, or remove it.",
+                    ", ".join(current),
+                    epoch,
+                )
 
     def _required(self, trainer: pl.Trainer) -> dict[str, Any]:
         data, module = trainer.datamodule, cast("TransferLearningModel", trainer.lightning_module)  # type: ignore[attr-defined]
-        own = {"trainer.accumulate_grad_batches": trainer.accumulate_grad_batches}
+        own = {"trainer.accumulate_grad_batches": callback_settings.accumulation(trainer)}
         return {**data.fingerprint(), **module.fingerprint(), **own}
 
     def _remove_superseded(self) -> None:
         """Delete what is no longer kept. Runs after a commit, so that there is always a newer one."""
+        if time.monotonic() - self._removals_refused_at < SECONDS_BETWEEN_REFUSED_REMOVALS:
+            return
         try:
             committed = checkpoint.manifests(self.run_dir)
             for manifest in self._superseded(committed):
                 checkpoint.remove(storage.join(self.run_dir, FOLDER, manifest.file))
-        except StorageError as error:
-            log.warning("checkpoints that are no longer needed could not be removed: %s", error)
+        except JobError as error:
+            if not isinstance(error, StorageOutage):  # rights or a retention policy: it would be refused each time
+                self._removals_refused_at = time.monotonic()
+            if not self._warned_of_removals:
+                self._warned_of_removals = True
+                log.warning(
+                    "checkpoints that are no longer needed stay in %s, which takes room; the run goes on: %s",
+                    storage.join(self.run_dir, FOLDER),
+                    error,
+                )
 
     def _superseded(self, committed: list[Manifest]) -> list[Manifest]:
-        kept = [*committed[-self.keep_last :], *checkpoint.ranked(committed)[: self.keep_best]]
+        kept = [*committed[-self.keep_last :], *best_of_each_validation(committed, self.keep_best)]
         if self.keep_every_n_epochs is not None:
             kept += [m for m in committed if m.batch == 0 and m.epoch % self.keep_every_n_epochs == 0]
         return [manifest for manifest in committed if manifest not in kept]
+
+
+def _validation_identity(trainer: pl.Trainer) -> str:
+    """Which samples are validated: their number, a hash of their keys and labels, and a limit where there is one."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    identity: str = data.parts["val"].fingerprint()
+    batches, limit = math.ceil(len(data.parts["val"]) / data.global_batch_size), trainer.limit_val_batches
+    used = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
+    return identity if used == batches else f"{identity}, the first {used} of {batches} batches"

@@ -9,11 +9,15 @@ import pytorch_lightning as pl
 import yaml
 from pytorch_lightning.callbacks import Callback
 
-from job import storage
+from job import bounded_yaml, storage
+from job.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 FILE = "config.yaml"
+CHANGES_SHOWN = 50
+VALUE_CHARACTERS = 200
+_MEND = "Restore it, or give the settings by --config FILE."
 
 
 class SavedConfig(Callback):
@@ -33,19 +37,73 @@ class SavedConfig(Callback):
 
 
 def save_config(run_dir: str, text: str) -> None:
-    """Write config.yaml; an earlier one that differs is kept beside it, and the difference told."""
+    """Write config.yaml; an earlier one that differs, or is damaged, is kept beside it and the difference is logged."""
     uri = storage.join(run_dir, FILE)
     if storage.exists(uri):
-        before = storage.read_bytes(uri).decode()
-        old, new = _flatten(yaml.safe_load(before)), _flatten(yaml.safe_load(text))
-        changed = [f"{k}: {old.get(k)} → {new.get(k)}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        if changed:
-            log.warning("settings changed since the last start: %s", "; ".join(changed))
-            number = 1
-            while storage.exists(kept := storage.join(run_dir, f"config.{number}.yaml")):
-                number += 1
-            storage.write_text(kept, before)
+        try:
+            old, new = _flatten(read_mapping(uri)), _flatten(yaml.safe_load(text))
+        except ConfigError as error:
+            kept = _keep(run_dir)
+            log.warning("%s This start writes its own settings; the damaged file is kept as %s", error, kept)
+        else:
+            changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+            if changed:
+                shown = [
+                    f"{name}: {_short(old.get(name))} → {_short(new.get(name))}" for name in changed[:CHANGES_SHOWN]
+                ]
+                more = len(changed) - len(shown)
+                log.warning(
+                    "settings changed since the last start: %s%s", "; ".join(shown), f" and {more} more" if more else ""
+                )
+                _keep(run_dir)
     storage.write_text(uri, text)
+
+
+def read_mapping(uri: str) -> dict[str, Any]:
+    """The mapping in a YAML file that others may have written.
+
+    Raises:
+        ConfigError: it is damaged or too large.
+        StorageError: it cannot be read.
+    """
+    size = storage.info(uri).get("size")
+    if isinstance(size, int) and size > bounded_yaml.MAX_BYTES:
+        raise ConfigError(f"{uri} has {size:,} bytes; a configuration has at most {bounded_yaml.MAX_BYTES:,}. {_MEND}")
+    try:
+        tree = bounded_yaml.load(storage.read_bytes(uri).decode())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{uri} is damaged: {' '.join(str(error).split())}. {_MEND}") from error
+    if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
+        raise ConfigError(f"{uri} is damaged: it holds no options. {_MEND}")
+    return tree
+
+
+def _keep(run_dir: str) -> str:
+    """Copy config.yaml, as it is, to a name that is free; returns its URI.
+
+    Names are numbered. The search doubles its steps, so that many of them cost few requests.
+    """
+    below, number = 0, 1
+    while storage.exists(_numbered(run_dir, number)):
+        below, number = number, number * 2
+    while number - below > 1:
+        middle = (below + number) // 2
+        if storage.exists(_numbered(run_dir, middle)):
+            below = middle
+        else:
+            number = middle
+    kept = _numbered(run_dir, number)
+    storage.write_bytes(kept, storage.read_bytes(storage.join(run_dir, FILE)))
+    return kept
+
+
+def _numbered(run_dir: str, number: int) -> str:
+    return storage.join(run_dir, f"config.{number}.yaml")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= VALUE_CHARACTERS else f"{text[:VALUE_CHARACTERS]}…"
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

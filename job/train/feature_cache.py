@@ -95,6 +95,10 @@ class FeatureCache(Callback):
     def _stores(self, trainer: pl.Trainer, module: TransferLearningModel, frozen: int) -> dict[str, FeatureStore]:
         """The parts whose features are worth keeping; the same on all ranks."""
         data, found = _data(trainer), {}
+        if not data.is_cache_usable:
+            log.warning("the backbone's features are not kept: --data.cache_dir cannot be used.")
+            return {}
+        bytes_each = 0
         weights = ranks.from_rank_zero(lambda: weights_hash(module.net.backbone))
         for part, batches in (("train", trainer.num_training_batches), ("val", _validation_batches(trainer))):
             view = data.view(part)
@@ -106,11 +110,15 @@ class FeatureCache(Callback):
                         max(frozen // 2, 1),
                     )
                 continue
+            if not bytes_each:
+                image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8, device=module.device)
+                example = _features(trainer, module, image)
+                bytes_each = example.nbytes
             key = self._key(trainer, module, part, weights)
             folder = data.cache_dir / FOLDER / key
             dataset = data.dataset(part, BatchOrder(1, 1, rank=0, world_size=1, seed=0, shuffle=False))
             root = self.uri or storage.join(trainer.default_root_dir, FOLDER)
-            store = FeatureStore(dataset, folder, storage.join(root, key))
+            store = FeatureStore(dataset, folder, storage.join(root, key), example.shape[1], example.dtype)
             known = ranks.from_rank_zero(lambda store=store: len(store.published() | store.on_disk()))  # type: ignore[misc]
             work = len(store.index) * store.views * (1 - known / max(len(store), 1))
             if self.use == "auto" and work >= frozen * batches * data.global_batch_size and known < len(store):
@@ -118,8 +126,6 @@ class FeatureCache(Callback):
             found[part] = store
         if not found:
             return {}
-        image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8, device=module.device)
-        bytes_each = _features(trainer, module, image).nbytes
         needed = bytes_each * sum(len(store.index) * store.views for store in found.values())
         if problem := self._no_room(data.cache_dir, {store.folder for store in found.values()}, needed):
             log.warning("the backbone's features are not kept: %s", problem)
@@ -140,6 +146,7 @@ class FeatureCache(Callback):
             str(trainer.precision),
             module.compile_backbone,
             module.device.type,
+            str(module.net.memory_format),
             torch.__version__,
         )
         return hashlib.sha256(repr(what).encode()).hexdigest()[:20]

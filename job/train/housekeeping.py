@@ -30,7 +30,8 @@ def main(action: Literal["ls", "verify", "gc"], run_dir: str) -> None:
     columns = ["checkpoint", "epoch", "step", "bytes", found[-1].monitor, *(["state"] if action == "verify" else [])]
     table, bad = Table(*columns), []
     for manifest in found:
-        value = "" if manifest.value is None else f"{manifest.value:.4f}"
+        measured = manifest.measured(found[-1].monitor)
+        value = "" if measured is None else f"{measured:.4f}"
         row = [manifest.file, str(manifest.epoch), str(manifest.global_step), f"{manifest.bytes:,}", value]
         if action == "verify":
             problem = _problem(run_dir, manifest)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import platform
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+import msgspec
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
 from job import storage
+from job.data.dataset import Batch
+from job.errors import JobError
 from job.logging.tensorboard import events_uri
-from job.train import accounting, checkpoint
+from job.train import accounting, checkpoint, confusion
 from job.train.accounting import Accounting
+from job.train.checkpoint_manifest import Manifest
+from job.train.json_files import read_limited, write_json
+
+log = logging.getLogger(__name__)
 
 FILE = "report.json"
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "fsspec", "gcsfs")
@@ -30,78 +37,148 @@ class Report(Callback):
         self.accounting = accounting
         self.train_seconds = 0.0
         self.train_images = 0
-        self._epoch_start: float | None = None
+        self.content: dict[str, Any] = {}
+        self._clock: float | None = None
+        self._epoch_seconds, self._epoch_images = 0.0, 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of the epoch."""
-        self._epoch_start = time.monotonic()
+        self._clock = time.monotonic()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Stop the clock at the last batch, before validation."""
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and self._epoch_start is not None:
-            seconds, images = time.monotonic() - self._epoch_start, len(trainer.datamodule.parts["train"])  # type: ignore[attr-defined]
-            self.train_seconds += seconds
-            self.train_images += images
-            self._epoch_start = None
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Start the clock where an epoch was resumed in its middle."""
+        if self._clock is None:
+            self._clock = time.monotonic()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock for a validation within the epoch."""
+        self._stop_clock()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the clock after it."""
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._clock = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count the images of the batch, and stop the clock at the epoch's last one."""
+        self._epoch_images += int(batch["global_size"])
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._stop_clock()
+            self.train_seconds += self._epoch_seconds
+            self.train_images += self._epoch_images
+            rate = self._epoch_images / self._epoch_seconds
+            self._epoch_seconds, self._epoch_images = 0.0, 0
             for logger in trainer.loggers:
-                logger.log_metrics({"train/images_per_second": images / seconds}, step=trainer.global_step - 1)
+                logger.log_metrics({"train/images_per_second": rate}, step=trainer.global_step - 1)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report. Its figures come from the bucket, so that a run found finished has one, too."""
         if trainer.is_global_zero:
-            report = json.dumps(self._report(trainer), indent=2, ensure_ascii=False)
-            storage.write_text(storage.join(trainer.default_root_dir, FILE), report)
+            uri = storage.join(trainer.default_root_dir, FILE)
+            self.content = self._report(trainer)
+            if not self.train_seconds:
+                self.content |= _figures_of_training(uri)
+            write_json(uri, self.content)
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._epoch_seconds += time.monotonic() - self._clock
+            self._clock = None
 
     def _report(self, trainer: pl.Trainer) -> dict[str, Any]:
         run_dir, data = trainer.default_root_dir, trainer.datamodule  # type: ignore[attr-defined]
         committed = checkpoint.manifests(run_dir)
-        last, best = committed[-1], (checkpoint.ranked(committed) or committed)[0]
-        measured = next((m for m in reversed(committed) if m.metrics), last)
-        starts = accounting.read(run_dir)
-        return {
+        starts = self.accounting.starts if self.train_seconds else accounting.read(run_dir) or self.accounting.starts
+        report = {
             "run_dir": run_dir,
             "started": _iso(starts[0].began),
             "finished": _iso(starts[-1].ended),
-            "epochs": last.epoch,
-            "global_step": last.global_step,
+            "epochs": committed[-1].epoch if committed else 0,
+            "global_step": committed[-1].global_step if committed else 0,
             "world_size": trainer.world_size,
             "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
             "classes": list(data.classes),
             "images": {part: len(index) for part, index in data.parts.items()},
             "bad_samples": sorted(data.bad_samples),
+            "skipped_steps": trainer.lightning_module.skipped_steps,
             "train_images_per_second": self.train_images / self.train_seconds if self.train_seconds else None,
-            "metrics": measured.metrics,
-            "confusion_matrix": {
-                "rows": "true class",
-                "columns": "predicted class",
-                "counts": measured.confusion_matrix,
-            },
-            "checkpoints": {
-                which: {"uri": storage.join(run_dir, checkpoint.FOLDER, m.file), "epoch": m.epoch, m.monitor: m.value}
-                for which, m in (("best", best), ("last", last))
-            },
+            "metrics": {},
+            "confusion_matrix": None,
+            "checkpoints": {},
             "starts": len(starts),
             "seconds": accounting.totals(starts),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         }
+        if committed:
+            last, best = committed[-1], (checkpoint.ranked(committed) or committed[-1:])[0]
+            report["metrics"] = best.metrics
+            report["confusion_matrix"] = _confusion_matrix(run_dir, best)
+            report["checkpoints"] = {"best": _entry(run_dir, best), "last": _entry(run_dir, last)}
+        return report
+
+
+def _entry(run_dir: str, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "uri": storage.join(run_dir, checkpoint.FOLDER, manifest.file),
+        "epoch": manifest.epoch,
+        "global_step": manifest.global_step,
+        manifest.monitor: manifest.value,
+        "metrics": manifest.metrics,
+    }
+
+
+def _confusion_matrix(run_dir: str, manifest: Manifest) -> dict[str, Any] | None:
+    try:
+        cells = checkpoint.confusion_cells(run_dir, manifest)
+    except JobError as error:
+        log.warning("the report has no confusion matrix: %s", error)
+        return None
+    if cells is None or manifest.confusion is None:
+        return None
+    return confusion.as_json(cells, manifest.confusion.classes, checkpoint.confusion_uri(run_dir, manifest))
+
+
+def _figures_of_training(uri: str) -> dict[str, Any]:
+    """What an earlier report says of the training itself, for a start that found the run finished."""
+    if not storage.exists(uri):
+        return {}
+    try:
+        earlier = msgspec.json.decode(read_limited(uri), type=_Figures)
+    except (ValueError, RecursionError, JobError) as error:
+        log.warning("the figures of the earlier report %s cannot be read: %s", uri, error)
+        return {}
+    return {name: value for name, value in msgspec.structs.asdict(earlier).items() if value is not msgspec.UNSET}
+
+
+class _Figures(msgspec.Struct):
+    world_size: int | msgspec.UnsetType = msgspec.UNSET
+    accelerator: str | msgspec.UnsetType = msgspec.UNSET
+    bad_samples: list[str] | msgspec.UnsetType = msgspec.UNSET
+    train_images_per_second: float | msgspec.UnsetType | None = msgspec.UNSET
+    versions: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
 
 
 def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def print_summary(run_dir: str) -> None:
-    """Print metrics, where everything is, and the commands to type next, from ``report.json``."""
-    report = json.loads(storage.read_bytes(storage.join(run_dir, FILE)))
+def print_summary(run_dir: str, report: dict[str, Any]) -> None:
+    """Print metrics, where everything is, and the commands to type next.
+
+    Args:
+        run_dir: the run's folder.
+        report: the content of ``report.json``.
+    """
     table = Table(title="Finished", show_header=False, title_justify="left")
-    speed = report["train_images_per_second"]
-    rows = {
-        "validation": "  ".join(
-            f"{name} {report['metrics'][f'val/{name}']:.4f}"
-            for name in ("accuracy", "f1", "auroc", "loss")
-            if f"val/{name}" in report["metrics"]
-        ),
-        "best checkpoint": report["checkpoints"]["best"]["uri"],
+    speed, checkpoints = report["train_images_per_second"], report["checkpoints"]
+    rows = {}
+    if checkpoints:
+        best, last = checkpoints["best"], checkpoints["last"]
+        rows["best checkpoint"] = f"{_metrics(best)}, used by predict, validate and test\n{best['uri']}"
+        rows["last checkpoint"] = "the same" if last["uri"] == best["uri"] else f"{_metrics(last)}\n{last['uri']}"
+    rows |= {
         "epochs": f"{report['epochs']} ({report['global_step']} steps)",
         "speed": f"{speed:.1f} images/s training, {report['world_size']} process(es)" if speed else "-",
         "time": _where_time_went(report["seconds"], report["starts"]),
@@ -114,6 +191,15 @@ def print_summary(run_dir: str) -> None:
     console.print("Next:", highlight=False)
     console.print(f"  tensorboard --logdir {events_uri(run_dir)}", highlight=False)
     console.print(f"  python -m job predict --ckpt {run_dir} --input IMAGE_OR_FOLDER", highlight=False)
+
+
+def _metrics(entry: dict[str, Any]) -> str:
+    shown = "  ".join(
+        f"{name} {entry['metrics'][f'val/{name}']:.4f}"
+        for name in ("accuracy", "f1", "auroc", "loss")
+        if entry["metrics"].get(f"val/{name}") is not None
+    )
+    return f"epoch {entry['epoch']}: {shown or 'not validated'}"
 
 
 def print_findings(found: dict[str, Any]) -> None:

@@ -17,8 +17,10 @@ from job.logging.progress import PlainProgress, TerminalProgress, log
 from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
 from job.train.accounting import Accounting
 from job.train.batch_size_finder import BatchSizeFinder
+from job.train.checkpoint_state import explain_restore_errors
 from job.train.checkpointer import Checkpointer
 from job.train.config import SavedConfig
+from job.train.divergence import DivergenceGuard
 from job.train.feature_cache import FeatureCache
 from job.train.hardware import announce, automatic_precision, uses_cuda
 from job.train.lease import Lease
@@ -50,6 +52,7 @@ def training_trainer(
     accounting = Accounting(checkpointer, features)
     callbacks: list[Callback] = [
         SavedConfig(config),
+        DivergenceGuard(),
         LearningRateMonitor(logging_interval="step"),
         accounting,
         Report(accounting),
@@ -68,12 +71,15 @@ def training_trainer(
     # Lightning's SIGTERM handler runs a collective, on the rank that was signalled alone (its issue 20806).
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop = TrainingEpochLoop(trainer, between_steps)
+    explain_restore_errors(trainer)
     return trainer
 
 
 def evaluating_trainer(settings: dict[str, Any], run_dir: str, checkpointer: Checkpointer) -> pl.Trainer:
     """A Trainer that validates or tests a checkpoint, and writes nothing."""
-    return _trainer(settings, [], [checkpointer.io], None, run_dir)
+    trainer = _trainer(settings, [], [checkpointer.io], None, run_dir)
+    explain_restore_errors(trainer)
+    return trainer
 
 
 def tuning_trainer(settings: dict[str, Any], run_dir: str, rates: LRFinder, batches: BatchSizeFinder) -> pl.Trainer:

@@ -13,7 +13,6 @@ from job.model.backbone import build_backbone, feature_width
 from job.model.classifier import Classifier, from_spec, probabilities
 from job.model.freeze import Stage, apply_stage, split_layers, stage_at
 from job.model.loss import per_sample_loss
-from job.model.metrics import EvaluationMetrics
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -150,22 +149,3 @@ def test_one_logit_gives_two_probabilities() -> None:
     labels = torch.tensor([0, 1, 1])
     expected = nn.functional.nll_loss(found.log(), labels, reduction="none")
     assert torch.allclose(per_sample_loss(logits, labels), expected)
-
-
-def test_metrics_leave_masked_samples_out_and_agree_with_scikit_learn() -> None:
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
-
-    torch.manual_seed(0)
-    chances, labels, losses = torch.rand(60, 3).softmax(dim=1), torch.randint(0, 3, (60,)), torch.rand(60)
-    mask = torch.rand(60) > 0.2
-    metrics = EvaluationMetrics("abc")
-    for part in torch.arange(60).chunk(4):
-        metrics.update(losses[part], chances[part], labels[part], mask[part])
-    values, confusion = metrics.compute()
-    true, guess = labels[mask].numpy(), chances[mask].argmax(dim=1).numpy()
-    assert values["accuracy"] == pytest.approx(accuracy_score(true, guess))
-    assert values["f1"] == pytest.approx(f1_score(true, guess, average="macro"))
-    assert values["auroc"] == pytest.approx(roc_auc_score(true, chances[mask].numpy(), multi_class="ovr"))
-    assert values["loss"] == pytest.approx(losses[mask].mean().item())
-    assert confusion == confusion_matrix(true, guess).tolist()
-    assert values["accuracy_of/b"] == pytest.approx(confusion[1][1] / sum(confusion[1]))

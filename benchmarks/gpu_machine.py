@@ -1,0 +1,176 @@
+"""The machine that ``benchmarks/gpu.py`` measures, and how it runs the package there."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from support import Outcome, command, environment, options, picture_files, run_here, write_files
+
+PHOTOGRAPHS = 12_000
+"""Training images of the speed measurements: the photographs at hand, each copied as often as needed."""
+
+
+class NotMeasured(Exception):
+    """A check or a measurement that this machine cannot make, and why."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where to measure, and with what.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        quick: networks and images as small as they come: what is checked is that everything runs.
+        photos: folder with train/ and validation/ of class folders; None: generated pictures.
+        scratch: local folder for everything that is written.
+    """
+
+    device: str
+    quick: bool
+    photos: Path | None
+    scratch: Path
+
+    @property
+    def cores(self) -> int:
+        """CPU cores that this process may use."""
+        return len(os.sched_getaffinity(0))
+
+    @property
+    def accelerator(self) -> str:
+        """Lightning's name of the device."""
+        return "gpu" if self.device == "cuda" else "cpu"
+
+    @property
+    def precision(self) -> str:
+        """The precision whose speed is measured."""
+        return "bf16-mixed" if self.device == "cuda" else "32-true"
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the model's input in speed measurements."""
+        return 32 if self.quick else 224
+
+    @cached_property
+    def colours(self) -> Path:
+        """Two classes of 40 small pictures, for the checks."""
+        return write_files(self.scratch / "colours", picture_files(["blue", "red"], 40))
+
+    @cached_property
+    def photographs(self) -> Path:
+        """train/ of :data:`PHOTOGRAPHS` images (256 where quick) and validation/, for the measurements."""
+        target, wanted = self.scratch / "photographs", 256 if self.quick else PHOTOGRAPHS
+        source = self.photos
+        if source is None:
+            source = self.scratch / "generated"
+            for part, count in (("train", 32), ("validation", 8)):
+                write_files(source / part, picture_files(["blue", "red"], count))
+        for part in ("train", "validation"):
+            files = sorted((source / part).glob("*/*.jpg"))
+            copies = -(-wanted // len(files)) if part == "train" else 1
+            for file in files:
+                for copy in range(copies):
+                    copied = target / part / file.parent.name / f"{copy:03d}-{file.name}"
+                    copied.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copied)
+        return target
+
+    def settings(self, run_dir: Path, **more: object) -> list[str]:
+        """Options of a short fit on :attr:`colours`."""
+        small: dict[str, object] = {
+            "run_dir": run_dir,
+            "data.root": self.colours,
+            "data.cache_dir": self.scratch / "cache",
+            "data.image_size": 32,
+            "data.global_batch_size": 16,
+            "data.num_workers": 2,
+            "model.backbone": "timm/test_resnet",
+            "model.weights": "none",
+            "model.hidden": "[8]",
+            "model.milestones": "[1,2]",
+            "trainer.max_epochs": 3,
+            "trainer.log_every_n_steps": 1,
+            "trainer.accelerator": self.accelerator,
+        }
+        return options(small, **more)
+
+    def speed_settings(self, run_dir: Path, backbone: str, **more: object) -> list[str]:
+        """Options of a fit on :attr:`photographs`, without validation."""
+        settings: dict[str, object] = {
+            "run_dir": run_dir,
+            "data.root": self.photographs,
+            "data.cache_dir": self.scratch / "cache",
+            "data.image_size": self.image_size,
+            "data.global_batch_size": self.batch,
+            "model.backbone": self.backbone(backbone),
+            "model.weights": "none",
+            "model.milestones": "[]",
+            "trainer.limit_val_batches": 0,
+            "trainer.accelerator": self.accelerator,
+            "trainer.precision": self.precision,
+        }
+        return options(settings, **more)
+
+    @property
+    def batch(self) -> int:
+        """Images per step in speed measurements."""
+        return 8 if self.quick else 256
+
+    def backbone(self, name: str) -> str:
+        """``name``, or the smallest network there is where quick."""
+        return "timm/test_resnet" if self.quick else name
+
+    def here(self, *args: object) -> Outcome:
+        """Run a verb in this process, with the memory of earlier ones freed."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        return run_here(*args, threads=self.cores)
+
+    def well(self, *args: object) -> str:
+        """Run a verb in this process, which must end well; its output."""
+        outcome = self.here(*args)
+        assert outcome.returncode == 0, f"exit code {outcome.returncode}: {outcome.output[-2000:]}"
+        return outcome.output
+
+    def alone(self, *args: object, **variables: str) -> Outcome:
+        """Run a verb in a process of its own."""
+        ended = subprocess.run(
+            command(*args), capture_output=True, text=True, timeout=300, env={**environment(), **variables}
+        )
+        return Outcome(ended.returncode, ended.stdout + ended.stderr)
+
+    def stopped(self, run_dir: Path, *args: object, **variables: str) -> Outcome:
+        """Run a fit in a process of its own, and send SIGTERM once it has committed a checkpoint."""
+        log = run_dir.with_suffix(".log")
+        with log.open("w") as file:
+            process = subprocess.Popen(command(*args), stdout=file, stderr=file, env={**environment(), **variables})
+            while process.poll() is None and not list(run_dir.glob("checkpoints/*.ckpt.json")):
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(timeout=120)
+        return Outcome(code, log.read_text())
+
+
+def needs_cuda(machine: Machine, why: str) -> None:
+    """Raise :class:`NotMeasured` on a CPU."""
+    if machine.device != "cuda":
+        raise NotMeasured(f"needs CUDA: {why}")
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON file that the package wrote."""
+    content: dict[str, object] = json.loads(path.read_text())
+    return content

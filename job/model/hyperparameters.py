@@ -1,0 +1,54 @@
+"""Hyperparameters as plain values, and a LightningModule restored from a checkpoint that holds them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from job.model.classifier import from_spec
+from job.model.metrics import EvaluationMetrics
+from job.model.spec import decode_spec, net_state
+from job.train import checkpoint
+
+if TYPE_CHECKING:
+    from job.model.module import TransferLearningModel
+
+Module = TypeVar("Module", bound="TransferLearningModel")
+
+
+def plain_hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of a module that are numbers, text or lists of them; URIs without credentials."""
+    plain = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in arguments.items()
+        if value is None or isinstance(value, bool | int | float | str | list | tuple)
+    }
+    if isinstance(weights := plain.get("weights"), str):
+        plain["weights"] = re.sub(r"://[^/@]*@", "://", weights.split("?", 1)[0])
+    return plain
+
+
+def restore_module(cls: type[Module], uri: str, device: torch.device, overrides: Mapping[str, Any]) -> Module:
+    """Build a module and its network from a checkpoint, as :meth:`TransferLearningModel.load_from_checkpoint` says.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    uri = checkpoint.resolve(uri)
+    saved = checkpoint.load(uri)
+    spec = decode_spec(saved["classifier"], uri)
+    net = from_spec(saved["classifier"], net_state(saved, uri), source=uri, device_type=device.type)
+    known = inspect.signature(cls.__init__).parameters
+    hyperparameters = saved.get("hyper_parameters")
+    arguments = {**(hyperparameters if isinstance(hyperparameters, Mapping) else {}), **overrides}
+    described = {"backbone": spec.backbone, "hidden": spec.hidden, "mean": spec.mean, "std": spec.std}
+    module = cls(**{**{name: value for name, value in arguments.items() if name in known}, **described})
+    module.net = net
+    module.resize = spec.resize
+    module.metrics = EvaluationMetrics(spec.classes)
+    module.train(module.training)
+    return module.to(device)

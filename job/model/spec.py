@@ -1,0 +1,104 @@
+"""The description of a network in a checkpoint, checked before anything of the size that it names is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+from torch import Tensor
+
+from job.errors import CheckpointError
+
+FORMAT = 1
+PREFIX = "net."
+"""Of the classifier's tensors in a checkpoint's state dict."""
+MAX_IMAGE_SIZE = 4096
+MAX_CLASSES = 1_000_000
+MAX_HIDDEN = 65_536
+
+ClassName = Annotated[str, Meta(min_length=1, max_length=4096)]
+Width = Annotated[int, Meta(ge=1, le=MAX_HIDDEN)]
+Channels = tuple[float, float, float]
+
+
+class ClassifierSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything but the weights of a :class:`~job.model.classifier.Classifier`.
+
+    Attributes:
+        backbone: an architecture of torchvision, or timm/NAME.
+        classes: names in the order of the outputs.
+        hidden: widths of the head's hidden layers.
+        image_size: height and width of images, in pixels.
+        mean: per channel, of images in [0, 1].
+        std: per channel.
+        resize: how images become square.
+        format: version of this description; checkpoints before version 1 had no such field, and are the same.
+    """
+
+    backbone: Annotated[str, Meta(min_length=1, max_length=200)]
+    classes: Annotated[list[ClassName], Meta(min_length=1, max_length=MAX_CLASSES)]
+    hidden: Annotated[list[Width], Meta(max_length=64)]
+    image_size: Annotated[int, Meta(ge=1, le=MAX_IMAGE_SIZE)]
+    mean: Channels
+    std: Channels
+    resize: Literal["squash", "crop"] = "squash"
+    format: Annotated[int, Meta(ge=1)] = FORMAT
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean} and std {self.std} must be finite, and std above 0")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("two classes have the same name")
+
+
+def decode_spec(saved: Any, source: str) -> ClassifierSpec:
+    """Check what the checkpoint ``source`` says of its network.
+
+    Raises:
+        CheckpointError: a field is missing, unknown or out of range, or a newer version of this program wrote it.
+    """
+    version = saved.get("format", FORMAT) if isinstance(saved, Mapping) else FORMAT
+    if isinstance(version, int) and version > FORMAT:
+        raise CheckpointError(
+            f"{source} describes its network in format {version}, and this version of job reads formats up to "
+            f"{FORMAT}. Install the version that wrote it, or a newer one."
+        )
+    try:
+        return msgspec.convert(saved, ClassifierSpec)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise CheckpointError(f"{source} describes its network wrongly: {error}. Use another checkpoint.") from error
+
+
+def net_state(saved: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The classifier's part of a checkpoint's state dict, its names without the prefix.
+
+    Raises:
+        CheckpointError: there is no state dict of tensors.
+    """
+    state = saved.get("state_dict")
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"{source} holds no state dict of tensors. Use another checkpoint.")
+    return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+
+
+def require_state(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Compare names and shapes of a checkpoint's tensors with those of the network it describes.
+
+    Raises:
+        CheckpointError: they differ; the message names the first difference.
+    """
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{source} holds no state dict of tensors. Use another checkpoint.")
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is not part of the network" for name in state if name not in expected]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != tuple(shape)
+    ]
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise CheckpointError(f"{source} does not fit the network that it describes: {problems[0]}{more}.")

@@ -1,0 +1,48 @@
+"""Arithmetic of optimizer steps: batches per epoch, accumulation windows, steps of a whole run."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
+
+
+def accumulation(trainer: pl.Trainer, epoch: int) -> int:
+    """Batches per optimizer step in ``epoch``, by GradientAccumulationScheduler where there is one."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
+
+
+def batches_per_epoch(trainer: pl.Trainer, size: int, global_batch_size: int) -> int:
+    """Batches of an epoch over ``size`` samples, within ``limit_train_batches``."""
+    batches = -(-size // global_batch_size)
+    limit = trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def optimizer_steps(trainer: pl.Trainer, size: int, global_batch_size: int) -> int | None:
+    """Optimizer steps of the whole run, counted from step 0; None where ``max_epochs`` sets no end.
+
+    Like ``Trainer.estimated_stepping_batches``, but it works under GradientAccumulationScheduler and before the
+    data loaders exist.
+    """
+    if trainer.max_epochs is None or trainer.max_epochs < 0:
+        return None
+    batches = batches_per_epoch(trainer, size, global_batch_size)
+    return sum(-(-batches // accumulation(trainer, epoch)) for epoch in range(trainer.max_epochs))
+
+
+def window_samples(batch_idx: int, accumulate: int, batches: int, size: int, global_batch_size: int) -> int:
+    """Samples, over all ranks, of the accumulation window that holds batch ``batch_idx``.
+
+    Args:
+        batch_idx: number of the batch in its epoch.
+        accumulate: batches per optimizer step.
+        batches: batches per epoch; the last one ends a window.
+        size: samples in the data set.
+        global_batch_size: samples in each batch but the data set's last.
+    """
+    first = batch_idx - batch_idx % accumulate
+    last = min(first + accumulate, batches)
+    return min(last * global_batch_size, size) - first * global_batch_size

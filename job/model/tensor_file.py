@@ -1,0 +1,69 @@
+"""Reading .pth, .ckpt and .safetensors files as data: no code runs, and no more memory is taken than the file has."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from job.errors import JobError, WeightsError
+
+DATA_CLASSES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
+"""Plain records that common training scripts save beside the weights; torch sets their attributes and calls nothing."""
+
+
+def load_tensors(content: bytes, uri: str, *, error_type: type[JobError] = WeightsError) -> Any:
+    """Unpack the content of a file that ``torch.save`` or safetensors wrote, on the CPU.
+
+    Args:
+        content: the whole file.
+        uri: where it came from: the suffix .safetensors decides the format, and messages name it.
+        error_type: class of the error that is raised.
+
+    Raises:
+        JobError: of ``error_type``: damaged, or holds objects other than tensors and plain values.
+    """
+    try:
+        if uri.endswith(".safetensors"):
+            return safetensors.torch.load(content)
+        _require_bounded(content)
+        with torch.serialization.safe_globals(DATA_CLASSES):
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # both raise whatever the bytes led them to
+        raise error_type(f"{uri} cannot be loaded safely: {_reason(error)}") from error
+
+
+def _require_bounded(content: bytes) -> None:
+    """Refuse zip archives that expand: torch.save stores, and torch.load allocates the size that a record claims."""
+    if not content.startswith(b"PK"):
+        return
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        records = archive.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError("it is a compressed archive, which torch.save does not write")
+    if sum(record.file_size for record in records) > len(content):
+        raise ValueError("its records claim to be larger than the file")
+    reader = torch._C.PyTorchFileReader(io.BytesIO(content))
+    if sorted(reader.get_all_records()) != sorted(_below_root(record.filename) for record in records):
+        raise ValueError("its table of contents is ambiguous")
+
+
+def _below_root(name: str) -> str:
+    return name.split("/", 1)[-1]
+
+
+def _reason(error: Exception) -> str:
+    """One line without torch's advice on how to load unsafely, and without escape sequences."""
+    text = str(error)
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it holds an object of {found[1]}, and objects other than tensors and plain values are not loaded."
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    lines = [line for line in text.splitlines() if line.strip() and "weights_only" not in line]
+    line = "".join(character for character in (lines or [""])[0] if character.isprintable())[:200]
+    return f"{line.rstrip('.') or type(error).__name__}."

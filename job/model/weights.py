@@ -1,0 +1,198 @@
+"""State dicts from the checkpoints of this job, torchvision, timm and Lightning, fitted to a backbone."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from job import storage
+from job.errors import WeightsError
+from job.model.tensor_file import load_tensors
+from job.train import checkpoint
+
+log = logging.getLogger(__name__)
+
+FILE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".safetensors")
+EMA_SECTIONS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
+SECTIONS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "backbone", "weights")
+WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Parts that torch.compile, FSDP and activation checkpointing add anywhere in a name."""
+PREFIXES = re.compile(r"((module|model|net|network|backbone|encoder|student|ema|online)\.)*")
+"""What may stand before a backbone's own names: containers of DDP, Lightning modules and this job."""
+COUNTER = ".num_batches_tracked"
+MAX_DEPTH = 4
+
+
+def read_state_dict(uri: str) -> dict[str, Tensor]:
+    """Read tensors by name; pickled code is never run.
+
+    Args:
+        uri: a .pth, .ckpt or .safetensors file, or a run_dir of this job, which means its best checkpoint.
+
+    Raises:
+        WeightsError: the file holds no state dict of tensors.
+        CheckpointError: the run_dir holds no checkpoint, or a damaged one.
+        StorageError: it cannot be read.
+    """
+    uri = _file(uri)
+    if uri.endswith(checkpoint.SUFFIX) and storage.exists(checkpoint.manifest_uri(uri)):
+        loaded: Any = checkpoint.load(uri)
+    else:
+        loaded = load_tensors(storage.read_bytes(uri), uri)
+    return _state_dict(loaded, uri)
+
+
+def saved_classifier(uri: str) -> Any:
+    """The specification of the network in a checkpoint of this job, or None for other files.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or a damaged one.
+        StorageError: it cannot be read.
+    """
+    uri = _file(uri)
+    if uri.endswith(checkpoint.SUFFIX) and storage.exists(checkpoint.manifest_uri(uri)):
+        return checkpoint.load(uri)["classifier"]
+    return None
+
+
+def _file(uri: str) -> str:
+    """The file that a user's ``--model.weights`` means."""
+    if uri.lower().endswith(FILE_SUFFIXES):
+        return uri
+    if uri.rstrip("/").endswith((f"/{checkpoint.FOLDER}/best", f"/{checkpoint.FOLDER}/last")):
+        return checkpoint.resolve(uri)
+    return checkpoint.resolve(uri) if storage.info(uri.rstrip("/")).get("type") == "directory" else uri
+
+
+def _state_dict(loaded: Any, uri: str) -> dict[str, Tensor]:
+    """Descend into the sections of a training script's checkpoint, averaged weights first."""
+    path: list[str] = []
+    for _ in range(MAX_DEPTH):
+        if not isinstance(loaded, Mapping) or not all(isinstance(key, str) for key in loaded):
+            break
+        sections = [name for name in (*EMA_SECTIONS, *SECTIONS) if _has_tensors(loaded.get(name))]
+        if loaded and not sections and all(isinstance(value, Tensor) for value in loaded.values()):
+            if path:
+                log.info("weights %s: taken from its section %s", uri, ".".join(path))
+            return _plain_tensors(loaded, uri)
+        if not sections:
+            break
+        if len(sections) > 1:
+            chosen = "the averaged weights, " if sections[0] in EMA_SECTIONS else ""
+            log.info("weights %s: of the sections %s, %s%s is used", uri, ", ".join(sections), chosen, sections[0])
+        path.append(sections[0])
+        loaded = loaded[sections[0]]
+    where = f" in its section {'.'.join(path)}" if path else ""
+    raise WeightsError(
+        f"{uri} holds no state dict{where}: a mapping of names to tensors is expected. Save model.state_dict() with "
+        "torch.save, or as .safetensors."
+    )
+
+
+def _has_tensors(value: Any, depth: int = MAX_DEPTH) -> bool:
+    """Whether a section is a state dict, or holds one."""
+    if not isinstance(value, Mapping) or depth == 0:
+        return False
+    if any(isinstance(tensor, Tensor) for tensor in value.values()):
+        return True
+    return any(_has_tensors(value.get(name), depth - 1) for name in (*EMA_SECTIONS, *SECTIONS))
+
+
+def _plain_tensors(state: Mapping[str, Tensor], uri: str) -> dict[str, Tensor]:
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise WeightsError(f"{uri}: {name} is no ordinary dense tensor. Save the weights as dense tensors.")
+    return dict(state)
+
+
+def load_weights(
+    backbone: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    name: str,
+    head_prefixes: tuple[str, ...],
+    head_keys: Callable[[], Iterable[str]] = tuple,
+) -> None:
+    """Load ``state`` into the backbone, strictly; only what belongs to a head, or lies outside of it, may be left over.
+
+    Args:
+        backbone: an architecture without its head.
+        state: names may have the prefixes of DDP, torch.compile, Lightning modules and this job, in any order.
+        source: URI, for messages.
+        name: of the architecture, for messages.
+        head_prefixes: paths of its classification layers.
+        head_keys: computes the names of the whole architecture's state that the backbone has not.
+
+    Raises:
+        WeightsError: names, shapes or kinds of numbers differ; the message lists the first of them.
+    """
+    expected = backbone.state_dict()
+    state = {WRAPPERS.sub("", key): value for key, value in state.items()}
+    prefix = _prefix(state, expected)
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    heads = tuple(f"{path}." for path in head_prefixes)
+    inside = {key: value for key, value in inside.items() if not key.startswith(heads) and key != "n_averaged"}
+    if unexpected := inside.keys() - expected.keys():
+        unexpected &= set(head_keys())
+        inside = {key: value for key, value in inside.items() if key not in unexpected}
+    # Old and converted state dicts have no counters, which only matter with momentum=None.
+    counters = {key: value for key, value in expected.items() if key.endswith(COUNTER) and key not in inside}
+    inside |= counters
+    _require_fit(inside, expected, f"the weights {source} do not fit the backbone {name}")
+    for key, value in inside.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise WeightsError(f"the weights {source} hold values that are not finite, first in {key}.")
+    backbone.load_state_dict(inside)
+    unused = len(state) - sum(prefix + key in state for key in inside)
+    log.info(
+        "weights %s: %d tensors loaded%s; %d others, of a head or outside of the backbone, not used",
+        source,
+        len(inside) - len(counters),
+        f" without the prefix {prefix}" if prefix else "",
+        unused,
+    )
+
+
+def _prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The prefix under which ``state`` has the most of the expected names."""
+    counts = {"": 0}
+    for key in state:
+        found = PREFIXES.match(key)
+        parts = found[0].split(".")[:-1] if found else []
+        for end in range(len(parts) + 1):
+            prefix = "".join(f"{part}." for part in parts[:end])
+            counts[prefix] = counts.get(prefix, 0) + (key[len(prefix) :] in expected)
+    return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)))
+
+
+def _require_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], problem: str) -> None:
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    common = sorted(expected.keys() & state.keys())
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in common
+        if state[key].shape != expected[key].shape
+    ]
+    kinds = [
+        f"{key} is {state[key].dtype}, expected {expected[key].dtype}"
+        for key in common
+        if state[key].is_floating_point() != expected[key].is_floating_point() or state[key].is_complex()
+    ]
+    differences = {
+        "missing": missing,
+        "not of this architecture": unexpected,
+        "of another shape": shapes,
+        "of another type": kinds,
+    }
+    listed = [
+        f"{len(names)} {difference}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+        for difference, names in differences.items()
+        if names
+    ]
+    if listed:
+        raise WeightsError(f"{problem}; {'; '.join(listed)}.")

@@ -1,0 +1,134 @@
+"""A bound on starts that end without progress: ``<run_dir>/attempts.json``.
+
+Whatever restarts a job, a Kubernetes Job or torchrun, would otherwise restart it for ever where each start fails in the
+same way. Only rank 0 reads and writes the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator
+from typing import Annotated
+
+import msgspec
+
+from job import storage
+from job.errors import EXIT_USER_ERROR, ConfigError, JobError, Preempted, RankLost, StorageError
+from job.signals import Stopped
+
+log = logging.getLogger(__name__)
+
+FILE = "attempts.json"
+FORMAT = 1
+MAX_FAILED = 5
+"""Starts in a row that may end by an error of their own."""
+MAX_LOST = 20
+"""Starts in a row that may end unseen, killed or without their machine, or because another rank ended."""
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Attempts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Starts since the last new checkpoint, all with one configuration.
+
+    Attributes:
+        format: version of the file.
+        step: ``global_step`` of the newest checkpoint at the time; -1: none.
+        configuration: SHA-256 of the configuration.
+        failed: those that ended by an error, other than a user's mistake.
+        lost: those whose end is not known, or was the end of another rank.
+        last_error: of the last one that failed.
+    """
+
+    format: Annotated[int, msgspec.Meta(ge=1)]
+    step: Annotated[int, msgspec.Meta(ge=-1)]
+    configuration: str
+    failed: Count = 0
+    lost: Count = 0
+    last_error: str = ""
+
+
+def read(run_dir: str) -> Attempts | None:
+    """The record of a run; None where there is none, or it cannot be read, which is logged.
+
+    Raises:
+        ConfigError: a newer version of the job wrote it.
+    """
+    uri = storage.join(run_dir, FILE)
+    if not storage.exists(uri):
+        return None
+    content = storage.read_bytes(uri)
+    with contextlib.suppress(msgspec.MsgspecError, ValueError):
+        found = msgspec.json.decode(content, type=dict[str, msgspec.Raw]).get("format")
+        if found is not None and (version := msgspec.json.decode(found, type=int)) > FORMAT:
+            raise ConfigError(
+                f"{uri} is of format {version}, and this version of the job reads formats up to {FORMAT}. Use the version "
+                "that wrote it, or a newer one."
+            )
+    try:
+        return msgspec.json.decode(content, type=Attempts)
+    except (msgspec.MsgspecError, ValueError) as error:
+        log.warning("%s is damaged (%s): counting the starts without progress anew", uri, error)
+        return None
+
+
+def begin(run_dir: str, step: int, configuration: str) -> Attempts:
+    """Count a start that goes on from ``step``; called on rank 0, which holds the lease.
+
+    Raises:
+        ConfigError: too many starts before it have ended without a new checkpoint.
+    """
+    digest = hashlib.sha256(configuration.encode()).hexdigest()
+    before = read(run_dir)
+    if before is None or before.step != step or before.configuration != digest:
+        before = Attempts(FORMAT, step, digest)
+    if before.failed >= MAX_FAILED or before.lost >= MAX_LOST:
+        cause = f" The last error was: {before.last_error}" if before.last_error else ""
+        where = f"after step {step}" if step >= 0 else "at all"
+        raise ConfigError(
+            f"{before.failed + before.lost} starts in a row have ended without a checkpoint {where}, {before.failed} of "
+            f"them by an error: another restart would not help.{cause} Mend the cause, then delete "
+            f"{storage.join(run_dir, FILE)} or change an option, and start again."
+        )
+    _write(run_dir, msgspec.structs.replace(before, lost=before.lost + 1))  # until its end is known
+    return before
+
+
+@contextlib.contextmanager
+def counted(run_dir: str, before: Attempts | None) -> Iterator[None]:
+    """Record how this start ends. Preemptions, other requests to stop and a user's mistakes do not count.
+
+    Args:
+        before: what :func:`begin` returned; None: another rank keeps the record.
+    """
+    if before is None:
+        yield
+        return
+    try:
+        yield
+    except (Preempted, Stopped):
+        _write(run_dir, before)
+        raise
+    except RankLost:
+        raise  # counted as lost already
+    except Exception as error:
+        if isinstance(error, JobError) and error.exit_code == EXIT_USER_ERROR:
+            _write(run_dir, before)
+        else:
+            first_line = (str(error).strip().splitlines() or [""])[0][:500]
+            failed = msgspec.structs.replace(
+                before, failed=before.failed + 1, last_error=f"{type(error).__name__}: {first_line}"
+            )
+            _write(run_dir, failed)
+        raise
+    with contextlib.suppress(StorageError):
+        storage.remove(storage.join(run_dir, FILE))
+
+
+def _write(run_dir: str, attempts: Attempts) -> None:
+    try:
+        storage.write_bytes(storage.join(run_dir, FILE), msgspec.json.encode(attempts))
+    except StorageError as error:  # a bucket that is out of reach, or that forbids overwriting
+        log.info("the count of starts without progress could not be written: %s", error)

@@ -1,0 +1,82 @@
+"""Translate what torch and Lightning raise into errors that a user can act on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from job.cluster import ranks
+from job.errors import ConfigError, DeviceError, JobError
+
+log = logging.getLogger(__name__)
+
+_OPTION_CHECKS = ("pytorch_lightning", "lightning_fabric", "lightning_utilities", "torch.optim", "jsonargparse")
+"""Packages that raise an error of their own when an option's value does not suit them."""
+_REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError)
+
+
+@contextlib.contextmanager
+def translate_errors(global_batch_size: int | None = None) -> Iterator[None]:
+    """Raise :func:`translated` errors in the place of torch's and Lightning's.
+
+    Args:
+        global_batch_size: images in a batch, of which this rank holds its share.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (better := translated(error, global_batch_size)) is error:
+            raise
+        raise better from error
+
+
+def translated(error: Exception, global_batch_size: int | None = None) -> Exception:
+    """Return a :class:`~job.errors.JobError` for a known kind of error, by its type and origin; else the error itself."""
+    if isinstance(error, JobError):
+        return error
+    message = str(error).strip()
+    first_line = message.splitlines()[0] if message else type(error).__name__
+    images = "the images of a step" if global_batch_size is None else f"{global_batch_size // ranks.world_size()} images"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
+        return ConfigError(
+            f"{images} at once need more memory than this process has. Use more processes, a smaller "
+            "--data.global_batch_size (with --trainer.accumulate_grad_batches for the same step) or "
+            "--trainer.precision=bf16-mixed; python -m job tune measures how many fit. "
+            f"The cause: {first_line}"
+        )
+    if isinstance(error, ValueError) and "Expected more than 1 value per channel" in message:  # batch_norm
+        return ConfigError(
+            f"the backbone's batch normalisation cannot learn from {images} per process of this size. "
+            "Use a larger --data.global_batch_size or --data.image_size, or fewer processes."
+        )
+    if isinstance(error, torch.AcceleratorError):
+        if "invalid device ordinal" in message:
+            return ConfigError(
+                f"this process has no GPU of its own ({first_line}). Start one process per GPU: torchrun "
+                "--nproc-per-node, or LAUNCH_PROCESSES."
+            )
+        log.error("the accelerator failed:", exc_info=error)
+        return DeviceError(f"the accelerator failed: {first_line}. The traceback above shows at which operation.")
+    if isinstance(error, MisconfigurationException):
+        return ConfigError(_refusal("Lightning", message))
+    package = next((name for name in _OPTION_CHECKS if (_origin(error) + ".").startswith(name + ".")), None)
+    if package is not None and isinstance(error, _REFUSALS):
+        return ConfigError(_refusal("Lightning" if "lightning" in package else package, message or first_line))
+    return error
+
+
+def _origin(error: BaseException) -> str:
+    """Name of the module that raised ``error``."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
+
+
+def _refusal(whose: str, message: str) -> str:
+    text = " ".join(message.split())
+    return f"{whose} refuses these options: {text.removesuffix('.')}. Change or omit the option that this names."

@@ -1,0 +1,49 @@
+"""Small JSON files of a run_dir: strict JSON, read with a limit on their size."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+
+from job import storage
+from job.errors import CheckpointError, StorageError, StorageOutage
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 32 << 20
+
+
+def read_limited(uri: str, limit: int = MAX_BYTES) -> bytes:
+    """The object at ``uri``.
+
+    Raises:
+        CheckpointError: it is larger than ``limit`` bytes.
+        StorageError: it cannot be read.
+    """
+    size = storage.info(uri).get("size")
+    if isinstance(size, int) and size > limit:
+        raise CheckpointError(f"{uri} is damaged: {size:,} bytes, of at most {limit:,}.")
+    return storage.read_bytes(uri)
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Write strict JSON; NaN and infinity become null.
+
+    A bucket that lets nobody overwrite the object of an earlier start keeps that one, with a warning.
+
+    Raises:
+        StorageError: there is no earlier object, and this one cannot be written.
+    """
+    content = msgspec.json.format(msgspec.json.encode(value), indent=2)
+    try:
+        storage.write_bytes(uri, content)
+    except StorageOutage:
+        raise
+    except StorageError as error:
+        if not storage.exists(uri):
+            raise
+        log.warning(
+            "%s keeps the content of an earlier start, which the bucket does not let be replaced: %s", uri, error
+        )
