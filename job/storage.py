@@ -8,7 +8,6 @@ plain path, and raises :class:`~job.errors.StorageError` with that URI in it, or
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import errno
 import functools
@@ -18,6 +17,7 @@ import logging
 import os
 import random
 import shutil
+import stat
 import threading
 import time
 import uuid
@@ -37,6 +37,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from job import redact
 from job.errors import DataError, JobError, StorageError, StorageOutage
+from job.verified_reads import ChecksumMismatch, TooLarge, checksum_of, observe, read_whole
 
 log = logging.getLogger(__name__)
 
@@ -316,16 +317,28 @@ CONNECTIONS = 256
 class Reader:
     """Reads objects below one root, for as long as a process works with it; not to be sent to another one.
 
+    Whole objects are checked against the checksum that their store sends; a mismatch is a
+    :class:`~job.verified_reads.ChecksumMismatch`, a kind of outage, so that who retries reads again.
+
+    Args:
+        largest: bytes of the largest object that is read whole; None: any.
+
     Attributes:
         is_local: on this machine, so that reading costs no request.
         is_async: whether :meth:`fetch` is there to have many requests in flight.
+        mismatches: objects so far whose content did not match their checksum, each attempt counted.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, largest: int | None = None) -> None:
         self.root = root
+        self.largest = largest
+        self.mismatches = 0
+        self._refused: dict[str, bytes] = {}
+        self._checks_etags = True
         self._fs, path = filesystem(root)
         if "gs" in _protocols(self._fs):
             self._fs = type(self._fs)(session_kwargs={"connector": _connector(self._fs.loop)})
+            observe(self._fs)
         self._is_web = isinstance(self._fs, HTTPFileSystem)
         self._prefix = path.rstrip("/") + "/" if path else ""
         self._plain = isinstance(self._fs, LocalFileSystem)
@@ -344,25 +357,95 @@ class Reader:
         Raises:
             StorageError: it cannot be read.
         """
-        with _explained(join(self.root, key) if key else self.root, "read"):
+        with _explained(self._uri(key), "read"), _final():
             if self._plain:
-                # A tenth of the cost of fsspec's own, and a half of pathlib's.
-                with open(self._path(key), "rb", buffering=0) as file:  # noqa: PTH123
-                    file.seek(start)
-                    return file.read(-1 if length is None else length) or b""
+                return self._read_file(key, start, length)
+            if self.is_async:
+                content: bytes = sync(self._fs.loop, self._fetch_again, key, start, length)
+                return content
             data: bytes = self._fs.cat_file(self._path(key), **_limits(start, length))
             return data
 
-    async def fetch(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        """:meth:`read`, without waiting for it."""
-        with _explained(join(self.root, key) if key else self.root, "read"):
+    async def fetch(self, key: str, start: int = 0, length: int | None = None, size: int = -1) -> bytes:
+        """:meth:`read`, without waiting for it.
+
+        Args:
+            size: bytes of the object when it was listed; -1: unknown.
+        """
+        with _explained(self._uri(key), "read"), _final():
+            if length is None:
+                return await self._fetch_whole(key, size)
             data: bytes = await self._fs._cat_file(self._path(key), **_limits(start, length))
             return data
+
+    async def _fetch_again(self, key: str, start: int, length: int | None) -> bytes:
+        """:meth:`fetch`; content that does not match its checksum is requested again."""
+        for pause in (0.1, 1.0, 4.0):
+            try:
+                return await self.fetch(key, start, length)
+            except ChecksumMismatch:
+                await asyncio.sleep(pause)
+        return await self.fetch(key, start, length)
+
+    async def _fetch_whole(self, key: str, size: int) -> bytes:
+        uri = self._uri(key)
+        try:
+            content = await read_whole(self._fs, self._path(key), uri, size, self.largest)
+        except ChecksumMismatch as error:
+            if not error.certain and not self._checks_etags:
+                return error.content
+            self.mismatches += 1
+            if self._refused.get(key) != error.digest:
+                self._refused[key] = error.digest
+                log.warning("%s. It is requested again (mismatches so far: %d)", error, self.mismatches)
+                raise
+            # Two transfers do not fail alike.
+            if error.certain:
+                raise StorageError(f"{error}, twice alike: it is damaged in the store. Upload it again.") from error
+            self._checks_etags = False
+            log.warning("%s, twice alike: ETags below %s are no MD5 sums and are not checked", error, self.root)
+            return error.content
+        self._refused.pop(key, None)
+        return content
+
+    def _read_file(self, key: str, start: int, length: int | None) -> bytes:
+        """A tenth of the cost of fsspec's own, and a half of pathlib's."""
+        # O_NONBLOCK: to open a named pipe would wait for its writer.
+        descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, "it is no regular file")
+            size = max(status.st_size - start, 0) if length is None else length
+            if length is None and self.largest is not None and size > self.largest:
+                raise TooLarge(f"{self._uri(key)} is larger than {self.largest:,} bytes")
+            content = os.pread(descriptor, size, start)
+            while len(content) < size and (more := os.pread(descriptor, size - len(content), start + len(content))):
+                content += more
+            return content
+        finally:
+            os.close(descriptor)
+
+    def _uri(self, key: str) -> str:
+        return join(self.root, key) if key else self.root
 
     def _path(self, key: str) -> str:
         if self._is_web:  # credentials follow the path
             return redact.authorized(join(self.root, key) if key else self.root)
         return self._prefix + key if key else self._prefix.rstrip("/")
+
+
+@contextlib.contextmanager
+def _final() -> Iterator[None]:
+    """Let an exception of a kind that :func:`_explained` does not know end in a message, too."""
+    try:
+        yield
+    except (JobError, OSError, ImportError, ValueError):
+        raise
+    except Exception as error:
+        if _is_denied(error) or _looks_remote(error):
+            raise
+        raise ValueError(f"{type(error).__name__}: {_first_line(error)}") from error
 
 
 @functools.cache
@@ -440,19 +523,19 @@ def upload(source: Path, uri: str) -> None:
 
 
 def require_same(uri: str, details: dict[str, Any], file: Path) -> None:
-    """Hold a local copy of ``uri`` against what its store says of it: size and, where known, MD5.
+    """Hold a local copy of ``uri`` against what its store reports of it: size and, where known, checksum.
 
     Raises:
         StorageOutage: they differ: something was lost on the way.
     """
-    size, expected, md5 = file.stat().st_size, details.get("size"), details.get("md5Hash")
+    size, expected, checksum = file.stat().st_size, details.get("size"), checksum_of(details)
     if isinstance(expected, int) and size != expected:
         raise StorageOutage(f"{uri}: {expected} bytes in the store, {size} here. Try again.")
-    if isinstance(md5, str):
-        with file.open("rb") as content:
-            found = base64.b64encode(hashlib.file_digest(content, "md5").digest()).decode()
-        if found != md5:
-            raise StorageOutage(f"{uri}: the content here does not match its MD5 ({found}, stored {md5}). Try again.")
+    if checksum is not None and checksum.certain and not checksum.matches_file(file):
+        raise StorageOutage(
+            f"{uri}: the content here does not match its {checksum.kind.upper()} in the store ({checksum.value}). "
+            "Try again."
+        )
 
 
 def create(uri: str, data: bytes) -> bool:
@@ -490,6 +573,38 @@ def download(uri: str, target: Path) -> None:
     fs, path = filesystem(uri)
     with _explained(uri, "download"):
         fs.get_file(path, str(target))
+
+
+def download_verified(uri: str, target: Path) -> None:
+    """:func:`download`, and a check of size and checksum; a copy that differs is downloaded a second time.
+
+    Raises:
+        StorageOutage: both copies differ from what the store reports.
+    """
+    details = info(uri)
+    expected = details.get("size")
+    if isinstance(expected, int) and expected > shutil.disk_usage(target.parent).free:
+        raise OSError(errno.ENOSPC, f"{expected:,} bytes are needed")
+    checksum = checksum_of(details)
+    digests = []
+    for attempt in range(2):
+        download(uri, target)
+        try:
+            require_same(uri, details, target)
+        except StorageOutage as error:
+            if attempt:
+                raise
+            log.warning("%s It is downloaded again", error)
+            continue
+        if checksum is None or checksum.matches_file(target):
+            return
+        with target.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").digest())
+        if not attempt:
+            log.warning("%s: the content does not match its ETag in the store; it is downloaded again", uri)
+    if len(set(digests)) > 1:
+        raise StorageOutage(f"{uri}: two downloads differ from each other and from the ETag in the store. Try again.")
+    log.warning("%s: two downloads are alike: its ETag is no MD5 sum and is not checked", uri)
 
 
 def retry(action: Callable[[], None], seconds: float, waiting: str) -> None:

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from job import cli, storage
 from job.data.build import Layout, build
-from job.data.fetch import Fetcher
+from job.data.fetch import Fetched, Fetcher
 from job.data.index import Index
 from job.errors import DataError
 from job.train import checkpoint
@@ -105,7 +105,18 @@ def index_of(uri: object, layout: Layout = "parts") -> Index:
 
 def read(index: Index, samples: list[int], cache_dir: object = "") -> list[bytes | DataError]:
     """What samples consist of, or why they cannot be had."""
-    return Fetcher(index, str(cache_dir)).start(np.asarray(samples)).result()
+    fetcher = Fetcher(index, str(cache_dir))
+    return contents(fetcher, fetcher.start(np.asarray(samples)).result())
+
+
+def contents(fetcher: Fetcher, fetched: list[Fetched]) -> list[bytes | DataError]:
+    found: list[bytes | DataError] = []
+    for each in fetched:
+        try:
+            found.append(fetcher.content(each))
+        except DataError as error:
+            found.append(error)
+    return found
 
 
 def options(settings: dict[str, object], **more: object) -> list[str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
@@ -16,7 +19,7 @@ from torchvision.transforms import v2
 from job.data.augment import ResizeMode, own_generators, resize, seeded
 from job.data.cache import SampleCache
 from job.data.decode import decode
-from job.data.fetch import Fetcher
+from job.data.fetch import Fetched, Fetcher
 from job.data.index import Index
 from job.data.order import BatchOrder, BatchPlan, sample_seed
 from job.errors import ConfigError, DataError, JobError
@@ -24,6 +27,12 @@ from job.errors import ConfigError, DataError, JobError
 SAMPLES_AHEAD = 512
 BYTES_AHEAD = 64 << 20
 """What a loader process fetches beyond the batch it decodes: enough for 100 ms a request, and bounded."""
+BYTES_AT_ONCE = 256 << 20
+"""A larger batch is fetched in portions of this size, one while another is decoded."""
+ASSUMED_BYTES = 1 << 20
+"""Size of a sample whose size is not listed, until some have been read."""
+LARGEST_RESIZED = 1 << 26
+"""Pixels of the largest image between resizing the shorter side and cropping."""
 
 
 class Batch(TypedDict):
@@ -87,7 +96,14 @@ class View:
         """
         if self.augment is not None:
             return decode(content)
-        return resize(decode(content, self.image_size), self.image_size, self.resize)
+        image = decode(content, self.image_size)
+        shorter, longer = sorted(image.shape[1:])
+        if self.resize == "crop" and self.image_size**2 * longer > LARGEST_RESIZED * shorter:
+            raise DataError(f"is refused: {image.shape[2]} x {image.shape[1]} pixels are too narrow for resize=crop")
+        try:
+            return resize(image, self.image_size, self.resize)
+        except RuntimeError as error:  # torch's for memory that cannot be had
+            raise DataError(f"cannot be resized: {str(error).strip().splitlines()[0]}") from error
 
     def pixels(self, image: Tensor, number: int, seed: int) -> Tensor:
         """uint8 [3, image_size, image_size]: picture ``number`` of what :meth:`decoded` gave.
@@ -101,7 +117,13 @@ class View:
         if self.augment is None:
             return image.flip(-1) if self.flip and number else image
         # Some transforms may work in place, and another picture of this image may be wanted.
-        out = seeded(self.augment, image if self.count is None else image.clone(), seed)
+        try:
+            out = seeded(self.augment, image if self.count is None else image.clone(), seed)
+        except Exception as error:
+            raise ConfigError(
+                f"--data.augment raised {type(error).__name__} on an image of {image.shape[2]} x {image.shape[1]} "
+                f"pixels: {error}. Resize it first, or choose another transform."
+            ) from error
         expected = (3, self.image_size, self.image_size)
         if out.shape != expected or out.dtype != torch.uint8:
             raise ConfigError(
@@ -109,6 +131,25 @@ class View:
                 "with a resize or crop to --data.image_size, and leave normalisation to the model."
             )
         return out
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A portion that is fetched ahead.
+
+    Attributes:
+        future: what it gives.
+        expected: bytes, by the index.
+    """
+
+    future: Future[list[Fetched]]
+    expected: int
+
+    def size(self) -> int:
+        """Bytes in memory, now or soon."""
+        if self.future.done() and not self.future.cancelled() and self.future.exception() is None:
+            return sum(each.size for each in self.future.result())
+        return self.expected
 
 
 class ImageDataset(Dataset[Batch]):
@@ -144,7 +185,8 @@ class ImageDataset(Dataset[Batch]):
         self.cache = cache
         self._lock = threading.Lock()
         self._fetcher: Fetcher | None = None
-        self._ahead: dict[tuple[int, int], Future[list[bytes | DataError]]] = {}
+        self._mean_bytes = 0.0
+        self._ahead: dict[tuple[int, int], _Ahead] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Filesystems and threads belong to the process that made them.
@@ -178,14 +220,11 @@ class ImageDataset(Dataset[Batch]):
         return self.view.number(self.seed, plan.epoch, int(plan.samples[row]))
 
     def _read_into(self, batch: Batch, plan: BatchPlan) -> None:
-        contents = self._fetch(plan).result()
         known, image = -1, torch.empty(0)
-        for row, (sample, content) in enumerate(zip(plan.samples.tolist(), contents, strict=True)):
+        for row, (sample, fetched) in enumerate(zip(plan.samples.tolist(), self._fetched(plan), strict=True)):
             try:
-                if isinstance(content, DataError):
-                    raise content
                 if sample != known:  # the views of a sample are neighbours
-                    known, image = -1, self.view.decoded(content)
+                    known, image = -1, self.view.decoded(self._opened_fetcher().content(fetched))
                     known = sample
                 number = self.number(plan, row)
                 seed = sample_seed(self.seed, number, sample)
@@ -195,23 +234,56 @@ class ImageDataset(Dataset[Batch]):
                     batch["bad"].append(f"{self.index.uri(sample)} {error}")
                 batch["mask"][row] = False
 
-    def _fetch(self, plan: BatchPlan) -> Future[list[bytes | DataError]]:
-        """The contents of this plan's samples, those of following plans under way behind it."""
-        worker = get_worker_info()
-        stride = worker.num_workers if worker is not None else 1
-        share = max(len(plan.samples), 1)
-        depth = min(SAMPLES_AHEAD // share, int(BYTES_AHEAD / (share * max(self.index.info.mean_bytes, 1)))) + 1
-        following = range(plan.batch + stride, min(plan.batch + stride * depth + 1, len(self.order)), stride)
+    def _fetched(self, plan: BatchPlan) -> Iterator[Fetched]:
+        """This plan's samples in order, those of following plans under way behind them."""
+        first, *rest = self._portions(plan.samples)
+        under_way = self._start(plan, first)
+        for portion in [*rest, None]:
+            current = under_way
+            if portion is not None:
+                under_way = self._opened_fetcher().start(portion)
+            contents = current.result()
+            self._mean_bytes = sum(each.size for each in contents) / max(len(contents), 1)
+            yield from contents
+
+    def _portions(self, samples: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """``samples`` in portions of about :data:`BYTES_AT_ONCE`; most batches are one."""
+        numbers = np.cumsum(self._sizes(samples)) // BYTES_AT_ONCE
+        return np.split(samples, np.flatnonzero(np.diff(numbers)) + 1)
+
+    def _sizes(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Bytes to fetch for each sample; for those without a listed size, as many as samples had lately."""
+        sizes = self.index.sizes_of(samples)
+        return np.where(sizes < 0, int(self._mean_bytes) or ASSUMED_BYTES, sizes)
+
+    def _opened_fetcher(self) -> Fetcher:
         with self._lock:
             if self._fetcher is None:
                 self._fetcher = Fetcher(self.index, self.cache_dir, self.cache)
+            return self._fetcher
+
+    def _start(self, plan: BatchPlan, portion: npt.NDArray[np.int64]) -> Future[list[Fetched]]:
+        """Fetch the first portion of ``plan``, unless it is under way, and those of following plans."""
+        fetcher = self._opened_fetcher()
+        worker = get_worker_info()
+        stride = worker.num_workers if worker is not None else 1
+        depth = SAMPLES_AHEAD // max(len(plan.samples), 1) + 1
+        following = range(plan.batch + stride, min(plan.batch + stride * depth + 1, len(self.order)), stride)
+        with self._lock:
             if any(epoch != plan.epoch for epoch, _ in self._ahead):  # guesses for an epoch that was given up
-                for future in self._ahead.values():
-                    future.cancel()
+                for ahead in self._ahead.values():
+                    ahead.future.cancel()
                 self._ahead = {}
-            contents = self._ahead.pop((plan.epoch, plan.batch), None) or self._fetcher.start(plan.samples)
+            wanted = self._ahead.pop((plan.epoch, plan.batch), None)
+            contents = wanted.future if wanted is not None else fetcher.start(portion)
+            held = sum(ahead.size() for ahead in self._ahead.values())
             for number in following:
-                if (plan.epoch, number) not in self._ahead:
-                    samples = self.order.plan(plan.epoch, number).samples
-                    self._ahead[plan.epoch, number] = self._fetcher.start(samples)
+                if (plan.epoch, number) in self._ahead:
+                    continue
+                samples = self._portions(self.order.plan(plan.epoch, number).samples)[0]
+                size = int(self._sizes(samples).sum())
+                if held and held + size > BYTES_AHEAD:
+                    break
+                self._ahead[plan.epoch, number] = _Ahead(fetcher.start(samples), size)
+                held += size
         return contents

@@ -147,10 +147,7 @@ def _opened(content: bytes) -> Pixels:
         _refuse_bomb(image.width * image.height, image.format)
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             # libtiff allocates a whole tile, whatever the size of the image.
-            _refuse_bomb(
-                max((abs(x1 - x0) * abs(y1 - y0) for _, (x0, y0, x1, y1), *_ in image.tile), default=0), "TIFF"
-            )
-            _refuse_bomb(_number(image.tag_v2.get(322)) * _number(image.tag_v2.get(323)), "TIFF")
+            _refuse_bomb(_number(image.tag_v2.get(TILE_WIDTH)) * _number(image.tag_v2.get(TILE_HEIGHT)), "TIFF")
         image.load()
         return _turned(np.array(_to_rgb(image)), orientation(image))
 

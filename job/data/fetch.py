@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from job import storage
-from job.data.archive import zip_content
+from job.data.archive import LARGEST_MEMBER, zip_content
 from job.data.cache import SampleCache
 from job.data.index import Index, Sample
 from job.data.source import materialise
 from job.errors import DataError, StorageError, StorageOutage
+from job.verified_reads import TooLarge
 
 REQUESTS = storage.CONNECTIONS
 """Requests that a process has in flight."""
@@ -56,6 +57,27 @@ class Range(NamedTuple):
     samples: tuple[int, ...]
 
 
+class Fetched(NamedTuple):
+    """A sample as it was read; :meth:`Fetcher.content` unpacks it.
+
+    What is fetched ahead stays packed, so that it takes the memory that the index tells, whatever it expands to.
+
+    Attributes:
+        sample: where it lies.
+        raw: what lies there, or why it is not read.
+        is_stored: it need not be put into the cache.
+    """
+
+    sample: Sample
+    raw: bytes | DataError
+    is_stored: bool = True
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory."""
+        return len(self.raw) if isinstance(self.raw, bytes) else 0
+
+
 class Fetcher:
     """Reads samples of an index ahead of their use.
 
@@ -76,55 +98,87 @@ class Fetcher:
         self._asked = 0
         self._hedged = 0
 
-    def start(self, samples: npt.NDArray[np.int64]) -> Future[list[bytes | DataError]]:
-        """Begin to read; the future gives the content of each sample, or why it is none.
+    def start(self, samples: npt.NDArray[np.int64]) -> Future[list[Fetched]]:
+        """Begin to read; the future gives each sample as it lies in its source.
 
         The future raises :class:`~job.errors.StorageError` where a sample cannot be read at all.
         """
         return self._pool.submit(self._read, samples.tolist())
 
-    def _read(self, samples: list[int]) -> list[bytes | DataError]:
+    def content(self, fetched: Fetched) -> bytes:
+        """The content of a sample; one that comes from a bucket is put into the cache.
+
+        Raises:
+            DataError: the sample is too large, or damaged in its archive.
+        """
+        sample, raw = fetched.sample, fetched.raw
+        if isinstance(raw, DataError):
+            raise raw
+        if self.index.sources[sample.source].kind != "zip":
+            return raw
+        content = zip_content(raw, sample.version)
+        if self.cache and not fetched.is_stored:
+            self.cache.put(self._cache_key(sample), raw)
+        return content
+
+    def _read(self, samples: list[int]) -> list[Fetched]:
         wanted = dict(zip(samples, self.index.rows(samples), strict=True))
-        found: dict[int, bytes | DataError] = {}
+        found: dict[int, Fetched] = {}
         far: dict[int, Sample] = {}
         for number, sample in wanted.items():
             reader = self._reader(sample.source)
-            if reader.is_local:
-                raw = reader.read(sample.key) if sample.offset < 0 else reader.read("", sample.offset, sample.size)
-                found[number] = self._content(sample, raw)
+            if sample.size > LARGEST_MEMBER:
+                found[number] = Fetched(sample, _too_large(sample.size))
+            elif reader.is_local:
+                found[number] = Fetched(sample, self._read_here(reader, sample))
             elif (cached := self.cache.get(self._cache_key(sample)) if self.cache else None) is not None:
-                found[number] = cached
+                found[number] = Fetched(sample, cached)
             else:
                 far[number] = sample
         for number, raw in (self._fetch_all(far) if far else {}).items():
-            found[number] = content = self._content(wanted[number], raw)
-            if self.cache and isinstance(content, bytes):
-                self.cache.put(self._cache_key(wanted[number]), content)
+            sample = far[number]
+            raw = self._checked(sample, raw)
+            found[number] = Fetched(sample, raw, self._store(sample, raw))
         return [found[number] for number in samples]
 
-    def _fetch_all(self, wanted: dict[int, Sample]) -> dict[int, bytes]:
+    def _read_here(self, reader: storage.Reader, sample: Sample) -> bytes | DataError:
+        try:
+            raw = reader.read(sample.key) if sample.offset < 0 else reader.read("", sample.offset, sample.size)
+        except TooLarge:
+            return _too_large()
+        return self._checked(sample, raw)
+
+    def _fetch_all(self, wanted: dict[int, Sample]) -> dict[int, bytes | DataError]:
         """The bytes of samples in buckets, by number."""
         ranges = joined(wanted)
-        contents = {one: self._read_waiting(one) for one in ranges if not self._reader(one.source).is_async}
+        contents: dict[Range, bytes | DataError] = {
+            one: self._read_waiting(one) for one in ranges if not self._reader(one.source).is_async
+        }
         if asked := [one for one in ranges if one not in contents]:
 
-            async def gathered() -> list[bytes]:
+            async def gathered() -> list[bytes | DataError]:
                 return await asyncio.gather(*(self._fetch(one) for one in asked))
 
             answers = asyncio.run_coroutine_threadsafe(gathered(), self._reader(asked[0].source).loop)
             contents |= zip(asked, answers.result(), strict=True)
-        found = {}
+        found: dict[int, bytes | DataError] = {}
         for one, content in contents.items():
             for number in one.samples:
                 sample = wanted[number]
                 start = sample.offset - one.offset
-                found[number] = content if sample.offset < 0 else content[start : start + sample.size]
+                if sample.offset >= 0 and isinstance(content, bytes):
+                    found[number] = content[start : start + sample.size]
+                else:
+                    found[number] = content
         return found
 
-    def _read_waiting(self, one: Range) -> bytes:
-        return self._reader(one.source).read(one.key, max(one.offset, 0), None if one.offset < 0 else one.size)
+    def _read_waiting(self, one: Range) -> bytes | DataError:
+        try:
+            return self._reader(one.source).read(one.key, max(one.offset, 0), None if one.offset < 0 else one.size)
+        except TooLarge:
+            return _too_large()
 
-    async def _fetch(self, one: Range) -> bytes:
+    async def _fetch(self, one: Range) -> bytes | DataError:
         """One range, again and again while the bucket is in trouble, with jittered backoff."""
         if self._slots is None:
             self._slots = asyncio.Semaphore(REQUESTS)
@@ -138,6 +192,8 @@ class Fetcher:
                     lengths.append(len(content))
                     self._require_unchanged(one, lengths)
                     raise StorageOutage(f"cannot read {self._uri(one)}: {len(content)} of {one.size} bytes came")
+                except TooLarge:
+                    return _too_large()
                 except StorageOutage:
                     if time.monotonic() + pause > deadline:
                         raise
@@ -177,7 +233,7 @@ class Fetcher:
         self._asked += 1
         began = time.monotonic()
         start, length = max(one.offset, 0), None if one.offset < 0 else one.size
-        content = await self._reader(one.source).fetch(one.key, start, length)
+        content = await self._reader(one.source).fetch(one.key, start, length, one.size)
         self._seconds.append(time.monotonic() - began)
         if len(self._seconds) == LATENCIES:
             slowest = float(np.percentile(self._seconds, 95))
@@ -190,21 +246,25 @@ class Fetcher:
         if len(lengths) >= 3 and len(set(lengths[-3:])) == 1:
             raise _changed(self._uri(one), lengths[-1], one.size)
 
-    def _content(self, sample: Sample, raw: bytes) -> bytes | DataError:
-        if sample.size >= 0 and len(raw) != sample.size:
+    def _store(self, sample: Sample, raw: bytes | DataError) -> bool:
+        """Put what came from a bucket into the cache, unless it must be unpacked first to know that it is sound."""
+        if self.index.sources[sample.source].kind == "zip":
+            return False
+        if self.cache and isinstance(raw, bytes):
+            self.cache.put(self._cache_key(sample), raw)
+        return True
+
+    def _checked(self, sample: Sample, raw: bytes | DataError) -> bytes | DataError:
+        if isinstance(raw, bytes) and sample.size >= 0 and len(raw) != sample.size:
             raise _changed(self.index.sources[sample.source].uri + f" ({sample.key})", len(raw), sample.size)
-        if self.index.sources[sample.source].kind != "zip":
-            return raw
-        try:
-            return zip_content(raw, sample.version)
-        except DataError as error:
-            return error
+        return raw
 
     def _reader(self, source: int) -> storage.Reader:
         if source not in self._readers:
             access = self.index.access
             with access.guarded():  # the reader keeps the filesystem that it is made with
-                self._readers[source] = storage.Reader(materialise(self.index.sources[source], self.cache_dir, access))
+                root = materialise(self.index.sources[source], self.cache_dir, access)
+                self._readers[source] = storage.Reader(root, LARGEST_MEMBER)
         return self._readers[source]
 
     def _uri(self, one: Range) -> str:
@@ -213,7 +273,10 @@ class Fetcher:
 
     def _cache_key(self, sample: Sample) -> str:
         version = str(sample.version or self.index.created)
-        return "\0".join((self.index.sources[sample.source].uri, sample.key, f"{sample.offset} {sample.size}", version))
+        source = self.index.sources[sample.source]
+        # What lies in a zip is kept as it lies there; earlier versions kept it unpacked.
+        place = f"{sample.offset} {sample.size}" + (" packed" if source.kind == "zip" else "")
+        return "\0".join((source.uri, sample.key, place, version))
 
 
 def joined(samples: dict[int, Sample]) -> list[Range]:
@@ -235,6 +298,11 @@ def joined(samples: dict[int, Sample]) -> list[Range]:
         else:
             ranges.append(Range(sample.source, "", sample.offset, sample.size, (number,)))
     return ranges
+
+
+def _too_large(size: int | None = None) -> DataError:
+    described = "" if size is None else f" ({size:,} bytes)"
+    return DataError(f"is refused: larger than {LARGEST_MEMBER:,} bytes{described}")
 
 
 def _changed(uri: str, found: int, expected: int) -> StorageError:

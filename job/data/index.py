@@ -114,10 +114,17 @@ class Index:
 
     def labels_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64, same shape: the class numbers of some samples, without reading all."""
+        return self._values("label", samples)
+
+    def sizes_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64, same shape: the bytes of some samples as they lie in their sources; -1 where not known."""
+        return self._values("size", samples)
+
+    def _values(self, column: str, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         found = np.empty(len(samples), np.int64)
         for number in np.unique(samples // ROWS_PER_BATCH):
             chosen = samples // ROWS_PER_BATCH == number
-            found[chosen] = self._batches[number].column("label").to_numpy()[samples[chosen] % ROWS_PER_BATCH]
+            found[chosen] = self._batches[number].column(column).to_numpy()[samples[chosen] % ROWS_PER_BATCH]
         return found
 
     def fingerprint(self) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import logging
 import os
 import re
 import tempfile
-import zlib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,8 +15,9 @@ import msgspec
 
 from job import storage
 from job.data.access import Access
+from job.data.bounded import unpack_gzip
 from job.data.local_files import locked, private_folder, room_needed
-from job.errors import ConfigError, DataError, StorageError
+from job.errors import ConfigError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +36,6 @@ KINDS: dict[str, Kind] = {
     ".jsonl": "manifest",
     ".parquet": "manifest",
 }
-
-
-GZIP_RATIO = 100
-GZIP_ALWAYS = 1 << 30
-"""A gzip stream may expand to a GiB, and beyond that this many times: archives of images hardly shrink."""
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -161,26 +155,10 @@ def _fetch(uri: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         copy = Path(scratch) / "copy"
         log.info("fetching %s", uri)
-        storage.download(uri, copy)
-        storage.require_same(uri, storage.info(uri), copy)
+        storage.download_verified(uri, copy)
         if storage.basename(uri).lower().endswith(("gz", "tgz")):
             unpacked = Path(scratch) / "unpacked"
-            try:
-                _unpack(uri, copy, unpacked)
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise DataError(f"{uri} is not a readable archive: {error}. Upload it again.") from error
+            unpack_gzip(uri, copy, unpacked)
             copy = unpacked
         copy.chmod(0o600)
         copy.replace(target)
-
-
-def _unpack(uri: str, packed: Path, target: Path) -> None:
-    limit = GZIP_ALWAYS + GZIP_RATIO * packed.stat().st_size
-    with gzip.open(packed) as stream, target.open("wb") as file:
-        while chunk := stream.read(1 << 20):
-            if file.tell() + len(chunk) > limit:
-                raise DataError(
-                    f"{uri} is refused as a decompression bomb: {packed.stat().st_size:,} bytes expand to more than "
-                    f"{limit:,}. Upload the archive without gzip."
-                )
-            file.write(chunk)

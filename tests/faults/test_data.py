@@ -14,7 +14,7 @@ import torch
 from aiohttp import web
 from harness import fault_environment
 from proxy import FaultyProxy
-from support import REPOSITORY, index_of, picture_files, read, tar_of, zip_of
+from support import REPOSITORY, contents, index_of, picture_files, read, tar_of, zip_of
 
 from job import storage
 from job.data import fetch
@@ -118,8 +118,8 @@ def test_stragglers_are_asked_for_again(
     monkeypatch.setattr(fetch, "ATTEMPT_SECONDS", 3600.0)
     monkeypatch.setattr(fetch, "HEDGE_SHARE", 1.0)  # a busy machine is late with others, too
     proxy.damage = damaged  # type: ignore[assignment]
-    contents = fetcher.start(torch.arange(len(FILES)).numpy()).result()
-    assert contents == [FILES[key] for key in index.keys]
+    found = contents(fetcher, fetcher.start(torch.arange(len(FILES)).numpy()).result())
+    assert found == [FILES[key] for key in index.keys]
     assert len(stalled) == len(FILES) // 30
 
 
@@ -127,9 +127,9 @@ def test_stragglers_are_asked_for_again(
 def test_neighbours_are_read_at_once(kind: str, stored: dict[str, str], proxy: FaultyProxy) -> None:
     index = index_of(stored[kind])
     before = len(proxy.requests)
-    contents = read(index, list(range(len(index))))
+    found = read(index, list(range(len(index))))
     assert len(proxy.requests) - before <= len(index.sources)
-    assert sorted(c for c in contents if isinstance(c, bytes)) == sorted(FILES.values())
+    assert sorted(c for c in found if isinstance(c, bytes)) == sorted(FILES.values())
 
 
 def test_the_second_epoch_asks_the_bucket_for_nothing(
