@@ -21,7 +21,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from rich.console import Console
 from rich.table import Table
 
-from job import storage
+from job import storage, temporary
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule
 from job.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, JobError, Preempted
@@ -184,6 +184,8 @@ def fit(args: list[str]) -> None:
         lease.released_at_end(),
     ):
         ranks.from_rank_zero(lease.acquire)
+        if ranks.local_rank() == 0:
+            temporary.sweep()
         resumed = ranks.from_rank_zero(lambda: _resume_point(run_dir, options["resume"]))
         trainer = training_trainer(
             dict(options["trainer"]),
@@ -195,7 +197,11 @@ def fit(args: list[str]) -> None:
             watchdog=options["watchdog"],
             preemption=preemption,
             lease=lease,
-            logger=BucketTensorBoardLogger(events_uri(run_dir), purge_step=resumed.global_step if resumed else 0),
+            logger=BucketTensorBoardLogger(
+                events_uri(run_dir),
+                purge_step=resumed.global_step if resumed else 0,
+                before_write=lease.require_held,
+            ),
         )
         if resumed:
             log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
@@ -328,6 +334,7 @@ def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if ranks.world_size() > 1:
+        temporary.remove_all()
         os._exit(code)
     sys.exit(code)
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from job import storage
-from job.errors import StorageError, StorageOutage
+from job.errors import LeaseError, StorageError, StorageOutage
 from job.periodic import Periodic
 from job.train.checkpointer import Checkpointer
 from job.train.feature_cache import FeatureCache
@@ -27,6 +28,10 @@ log = logging.getLogger(__name__)
 
 FILE = "accounting.json"
 RENEW_SECONDS = 10.0
+"""Seconds between two writes of a small record."""
+
+BYTES_PER_SECOND = 50.0
+"""A larger record is written less often, so that a bucket that keeps superseded versions keeps 4.3 MB a day at most."""
 
 
 @dataclass
@@ -87,11 +92,21 @@ def totals(starts: list[Start]) -> dict[str, float]:
 
 
 class Accounting(Callback):
-    """Measures this start, and keeps ``accounting.json`` on rank 0."""
+    """Measures this start, and keeps ``accounting.json`` on rank 0.
 
-    def __init__(self, checkpointer: Checkpointer, features: FeatureCache) -> None:
+    Args:
+        checkpointer: knows how long training stood still for checkpoints.
+        features: knows how long the features took.
+        before_write: called immediately before each write; raises if this job may not write to run_dir.
+    """
+
+    def __init__(
+        self, checkpointer: Checkpointer, features: FeatureCache, before_write: Callable[[], None] = lambda: None
+    ) -> None:
         self.checkpointer = checkpointer
         self.features = features
+        self.before_write = before_write
+        self.interval = RENEW_SECONDS
         self.earlier: list[Start] = []
         self.start = Start(began=_process_began(), ended=time.time(), world_size=1)
         self._step_began: float | None = None
@@ -111,7 +126,7 @@ class Accounting(Callback):
                 last.lost = last.step * max(again, 0) / done if done > 0 else 0.0
             self._run_dir = trainer.default_root_dir
             self.write()
-            self._renewal = Periodic("accounting", RENEW_SECONDS, self.write)
+            self._renewal = Periodic("accounting", lambda: self.interval, self.write)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """A step begins."""
@@ -154,9 +169,11 @@ class Accounting(Callback):
     def write(self) -> None:
         """Renew the record; a bucket out of reach delays it."""
         self._refresh()
-        with contextlib.suppress(StorageError):
-            records = [asdict(start) for start in (*self.earlier, self.start)]
-            storage.write_text(storage.join(self._run_dir, FILE), json.dumps(records, indent=2))
+        text = json.dumps([asdict(start) for start in (*self.earlier, self.start)], indent=2)
+        self.interval = max(RENEW_SECONDS, len(text) / BYTES_PER_SECOND)
+        with contextlib.suppress(StorageError, LeaseError):
+            self.before_write()
+            storage.write_text(storage.join(self._run_dir, FILE), text)
 
     def _close(self, *, write: bool = True) -> None:
         if self._renewal is not None:

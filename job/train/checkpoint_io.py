@@ -7,7 +7,6 @@ import json
 import logging
 import tempfile
 import threading
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from lightning_fabric.plugins import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from job import storage
+from job import storage, temporary
 from job.errors import StorageError
 from job.train import checkpoint
 from job.train.checkpoint import Manifest
@@ -37,6 +36,7 @@ class BackgroundCheckpointIO(CheckpointIO):
 
     Args:
         upload_seconds: how long an unreachable bucket is waited for.
+        before_write: called immediately before each write to the bucket; raises if this job may not write there.
         before_commit: called in the thread when the state is uploaded, before its manifest is.
         after_commit: called in the thread once the checkpoint counts.
     """
@@ -46,10 +46,12 @@ class BackgroundCheckpointIO(CheckpointIO):
         upload_seconds: float,
         before_commit: Callable[[], None] = lambda: None,
         after_commit: Callable[[], None] = lambda: None,
+        before_write: Callable[[], None] = lambda: None,
     ) -> None:
         self.upload_seconds = upload_seconds
         self.before_commit = before_commit
         self.after_commit = after_commit
+        self.before_write = before_write
         self._buffers: list[Tensor] = []
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -125,30 +127,47 @@ class BackgroundCheckpointIO(CheckpointIO):
             with staged.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             manifest = Manifest(file=storage.basename(uri), bytes=staged.stat().st_size, sha256=sha256, **facts)
-            storage.retry(lambda: storage.upload(staged, uri), self.upload_seconds, f"the checkpoint {uri} waits")
+            storage.retry(
+                lambda: self._guarded(lambda: storage.upload(staged, uri)),
+                self.upload_seconds,
+                f"the checkpoint {uri} waits",
+            )
             storage.retry(self.before_commit, self.upload_seconds, f"the checkpoint {uri} waits")
             text = json.dumps(asdict(manifest), indent=2)
             storage.retry(
-                lambda: storage.write_text(checkpoint.manifest_uri(uri), text),
+                lambda: self._guarded(lambda: storage.write_text(checkpoint.manifest_uri(uri), text)),
                 self.upload_seconds,
                 f"the manifest of {uri} waits",
             )
-            staged.unlink()
+            temporary.remove(staged.parent)
             self.after_commit()
         except StorageError as error:
-            kept = f" The state is kept in {staged}." if staged is not None else ""
+            kept = ""
+            if staged is not None and staged.exists():
+                temporary.keep(staged.parent, f"the state of {uri}, which could not be uploaded.")
+                kept = f" The state is kept in {staged}."
             self._failure = type(error)(f"the checkpoint {uri} could not be saved: {error}{kept}")
         except Exception as error:  # a thread's exception would go to stderr, and training on without checkpoints
+            if staged is not None:
+                temporary.remove(staged.parent)
             self._failure = error
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        self.before_write()
+        write()
 
     def _stage(self, snapshot: dict[str, Any], name: str) -> Path:
         """Write the state to a local file, from which it is uploaded, and which stays if that fails."""
-        staged = Path(tempfile.gettempdir()) / f"job-checkpoint-{uuid.uuid4().hex[:8]}-{name}"
+        folder = None
         try:
+            folder = temporary.folder("checkpoint")
+            staged = temporary.create_file(folder / name)
             torch.save(snapshot, staged)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            staged.unlink(missing_ok=True)
+            if folder is not None:
+                temporary.remove(folder)
             raise StorageError(
-                f"it could not be written to {staged} first: {error}. Make room there, or set TMPDIR to a larger disk."
+                f"it could not be written to {tempfile.gettempdir()} first: {error}. Make room there, or set TMPDIR "
+                "to a larger disk."
             ) from error
         return staged

@@ -227,6 +227,7 @@ class Checkpointer(Checkpoint):
         try:
             committed = checkpoint.manifests(self.run_dir)
             for manifest in self._superseded(committed):
+                self.io.before_write()
                 checkpoint.remove(storage.join(self.run_dir, FOLDER, manifest.file))
         except StorageError as error:
             log.warning("checkpoints that are no longer needed could not be removed: %s", error)

@@ -10,6 +10,7 @@ import threading
 import time
 from types import FrameType, TracebackType
 
+from job import temporary
 from job.errors import EXIT_PREEMPTED, Preempted
 
 log = logging.getLogger(__name__)
@@ -81,4 +82,5 @@ class Preemption:
             file=sys.stderr,
             flush=True,
         )
+        temporary.remove_all()
         os._exit(EXIT_PREEMPTED)

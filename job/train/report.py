@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -26,8 +27,9 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "fsspec
 class Report(Callback):
     """Measures throughput and writes ``<run_dir>/report.json`` at the end of a fit, on rank 0."""
 
-    def __init__(self, accounting: Accounting) -> None:
+    def __init__(self, accounting: Accounting, before_write: Callable[[], None] = lambda: None) -> None:
         self.accounting = accounting
+        self.before_write = before_write
         self.train_seconds = 0.0
         self.train_images = 0
         self._epoch_start: float | None = None
@@ -50,6 +52,7 @@ class Report(Callback):
         """Write the report. Its figures come from the bucket, so that a run found finished has one, too."""
         if trainer.is_global_zero:
             report = json.dumps(self._report(trainer), indent=2, ensure_ascii=False)
+            self.before_write()
             storage.write_text(storage.join(trainer.default_root_dir, FILE), report)
 
     def _report(self, trainer: pl.Trainer) -> dict[str, Any]:
