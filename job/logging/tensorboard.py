@@ -37,7 +37,7 @@ PUBLISH_SECONDS = 10.0
 OBJECTS_PER_STEP = 50
 MOST_STEPS = 12
 """The interval grows by :data:`PUBLISH_SECONDS` with each 50 objects in the folder, to 12 times that: an hour has about
-140 objects, the first day 970, a further one 720. Each checkpoint and each start adds one."""
+145 objects, the first day 970, a further one 720. Each checkpoint and each start adds one."""
 
 ROTATE_BYTES = 4 << 20
 """Events of this size are published at once."""
@@ -242,9 +242,8 @@ class BucketTensorBoardLogger(Logger):
     def _publish(self, path: Path, name: str) -> None:
         """Upload one file, and delete it once the store has it."""
         uri = storage.join(self.uri, name)
-        self.before_write()
         try:
-            storage.write_bytes(uri, path.read_bytes())
+            storage.write_bytes(uri, path.read_bytes(), self.before_write)
         except StorageError:
             # An upload whose answer was lost is refused the second time by a retention policy.
             if not _is_stored(uri, path):

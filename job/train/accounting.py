@@ -172,8 +172,7 @@ class Accounting(Callback):
         text = json.dumps([asdict(start) for start in (*self.earlier, self.start)], indent=2)
         self.interval = max(RENEW_SECONDS, len(text) / BYTES_PER_SECOND)
         with contextlib.suppress(StorageError, LeaseError):
-            self.before_write()
-            storage.write_text(storage.join(self._run_dir, FILE), text)
+            storage.write_text(storage.join(self._run_dir, FILE), text, self.before_write)
 
     def _close(self, *, write: bool = True) -> None:
         if self._renewal is not None:

@@ -128,14 +128,14 @@ class BackgroundCheckpointIO(CheckpointIO):
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             manifest = Manifest(file=storage.basename(uri), bytes=staged.stat().st_size, sha256=sha256, **facts)
             storage.retry(
-                lambda: self._guarded(lambda: storage.upload(staged, uri)),
+                lambda: storage.upload(staged, uri, self.before_write),
                 self.upload_seconds,
                 f"the checkpoint {uri} waits",
             )
             storage.retry(self.before_commit, self.upload_seconds, f"the checkpoint {uri} waits")
             text = json.dumps(asdict(manifest), indent=2)
             storage.retry(
-                lambda: self._guarded(lambda: storage.write_text(checkpoint.manifest_uri(uri), text)),
+                lambda: storage.write_text(checkpoint.manifest_uri(uri), text, self.before_write),
                 self.upload_seconds,
                 f"the manifest of {uri} waits",
             )
@@ -151,10 +151,6 @@ class BackgroundCheckpointIO(CheckpointIO):
             if staged is not None:
                 temporary.remove(staged.parent)
             self._failure = error
-
-    def _guarded(self, write: Callable[[], None]) -> None:
-        self.before_write()
-        write()
 
     def _stage(self, snapshot: dict[str, Any], name: str) -> Path:
         """Write the state to a local file, from which it is uploaded, and which stays if that fails."""

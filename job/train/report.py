@@ -52,8 +52,7 @@ class Report(Callback):
         """Write the report. Its figures come from the bucket, so that a run found finished has one, too."""
         if trainer.is_global_zero:
             report = json.dumps(self._report(trainer), indent=2, ensure_ascii=False)
-            self.before_write()
-            storage.write_text(storage.join(trainer.default_root_dir, FILE), report)
+            storage.write_text(storage.join(trainer.default_root_dir, FILE), report, self.before_write)
 
     def _report(self, trainer: pl.Trainer) -> dict[str, Any]:
         run_dir, data = trainer.default_root_dir, trainer.datamodule  # type: ignore[attr-defined]
