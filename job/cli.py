@@ -23,7 +23,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
-from job import redact, storage
+from job import redact, storage, temporary
 from job.cluster import ranks
 from job.cluster.environment import require_ranks
 from job.data.datamodule import ImageDataModule
@@ -231,6 +231,8 @@ def fit(args: list[str]) -> None:
         lease.released_at_end(),
     ):
         ranks.from_rank_zero(lease.acquire)
+        if ranks.local_rank() == 0:
+            temporary.sweep()
         resumed = ranks.from_rank_zero(lambda: _resume_point(run_dir, options["resume"]))
         step, config = resumed.global_step if resumed else -1, cli.config_yaml()
         before = ranks.from_rank_zero(lambda: attempts.begin(run_dir, step, config))
@@ -249,7 +251,11 @@ def fit(args: list[str]) -> None:
                 watchdog=options["watchdog"],
                 preemption=preemption,
                 lease=lease,
-                logger=BucketTensorBoardLogger(events_uri(run_dir), purge_step=resumed.global_step if resumed else 0),
+                logger=BucketTensorBoardLogger(
+                    events_uri(run_dir),
+                    purge_step=resumed.global_step if resumed else 0,
+                    before_write=lease.require_held,
+                ),
             )
             if resumed:
                 log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
@@ -367,7 +373,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.argv = [sys.argv[0]]
     waits = args[0] in ("launch", "demo")  # for processes that have a grace of their own
     try:
-        with StopSignals(None, at_end=kill_descendants) if waits else StopSignals():
+        with StopSignals(None, at_end=kill_descendants) if waits else StopSignals(at_end=temporary.remove_all):
             code = _exit_code(args)
     except Stopped as stopped:
         code = _report(stopped)
@@ -420,6 +426,7 @@ def _exit(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):  # a pipe or terminal that is gone
             stream.flush()
     if ranks.world_size() > 1:
+        temporary.remove_all()
         os._exit(code)
     sys.exit(code)
 

@@ -77,6 +77,12 @@ class LeaseError(JobError):
     """A run_dir that another job is writing to."""
 
 
+class LeaseExpired(LeaseError):
+    """A run_dir whose lease could not be renewed."""
+
+    exit_code = EXIT_RETRY
+
+
 class RankLost(JobError):
     """Another rank of this job died or hangs."""
 

@@ -493,20 +493,30 @@ def glob(pattern: str) -> list[str]:
         return sorted(fs.unstrip_protocol(name) if "://" in pattern else name for name in fs.glob(path))
 
 
-def write_bytes(uri: str, data: bytes) -> None:
+def unconditionally() -> None:
+    """Allow a write: the default of ``before_commit``."""
+
+
+def write_bytes(uri: str, data: bytes, before_commit: Callable[[], None] = unconditionally) -> None:
     """Write the object whole or not at all: readers see the old content or the new.
 
     An object store's PUT is atomic by itself; a disk needs a temporary file and a rename.
+
+    Args:
+        uri: of the object.
+        data: its content.
+        before_commit: called immediately before the request or the rename; raises to prevent it.
     """
     fs, path = filesystem(uri)
     with _explained(uri, "write"):
         if isinstance(fs, LocalFileSystem):
-            _write_and_rename(Path(path), io.BytesIO(data))
+            _write_and_rename(Path(path), io.BytesIO(data), before_commit)
         else:
+            before_commit()
             fs.pipe_file(path, data)
 
 
-def upload(source: Path, uri: str) -> None:
+def upload(source: Path, uri: str, before_commit: Callable[[], None] = unconditionally) -> None:
     """:func:`write_bytes` of a local file's content, and a check that it arrived.
 
     Raises:
@@ -516,8 +526,9 @@ def upload(source: Path, uri: str) -> None:
     with _explained(uri, "write"):
         if isinstance(fs, LocalFileSystem):
             with source.open("rb") as file:
-                _write_and_rename(Path(path), file)
+                _write_and_rename(Path(path), file, before_commit)
         else:
+            before_commit()
             fs.put_file(str(source), path)
             require_same(uri, fs.info(path), source)
 
@@ -563,9 +574,9 @@ def write_many(root: str, contents: dict[str, bytes]) -> None:
         fs.pipe({f"{path.rstrip('/')}/{key}": content for key, content in contents.items()})
 
 
-def write_text(uri: str, text: str) -> None:
+def write_text(uri: str, text: str, before_commit: Callable[[], None] = unconditionally) -> None:
     """:func:`write_bytes` of UTF-8."""
-    write_bytes(uri, text.encode(errors="backslashreplace"))
+    write_bytes(uri, text.encode(errors="backslashreplace"), before_commit)
 
 
 def download(uri: str, target: Path) -> None:
@@ -646,7 +657,7 @@ def remove_tree(uri: str) -> None:
         fs.rm(path, recursive=True)
 
 
-def _write_and_rename(target: Path, content: IO[bytes]) -> None:
+def _write_and_rename(target: Path, content: IO[bytes], before_commit: Callable[[], None]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -654,6 +665,7 @@ def _write_and_rename(target: Path, content: IO[bytes]) -> None:
             shutil.copyfileobj(content, file, 1 << 20)
             file.flush()
             os.fsync(file.fileno())
+        before_commit()
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

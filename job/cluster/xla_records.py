@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from job import storage
+from job import storage, temporary
 from job.errors import StorageError, StorageOutage
 from job.periodic import Periodic
 
@@ -32,7 +31,7 @@ class CompilationCache(Callback):
     """
 
     def __init__(self, run_dir: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="job-xla-"))
+        self.folder = temporary.folder("xla")
         self.uri = storage.join(run_dir, "xla")
         self._published: set[str] = set()
         self._publisher: Periodic | None = None
@@ -103,7 +102,7 @@ class Trace(Callback):
 
         self._steps += 1
         if self._steps == TRACED[0] and trainer.is_global_zero:
-            self._folder = Path(tempfile.mkdtemp(prefix="job-trace-"))
+            self._folder = temporary.folder("trace")
             profiler.start_trace(str(self._folder))
         elif self._steps == TRACED[1] + 1:
             self._end()

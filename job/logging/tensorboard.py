@@ -2,18 +2,19 @@
 
 Objects cannot be appended to: TensorBoard's own writer and Lightning's stock logger rewrite the
 object at each flush and end up with the last one only
-(https://github.com/Lightning-AI/pytorch-lightning/issues/17037). Here events are appended to a local
-file, which a thread publishes whole.
+(https://github.com/Lightning-AI/pytorch-lightning/issues/17037). Here events are staged in local files, each of which
+is published once, as an object of its own, and never written again: superseded versions would cost storage in a bucket
+with versioning or soft delete, and a retention policy refuses them.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import threading
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,26 @@ from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers.logger import Logger
 from torch.utils.tensorboard import SummaryWriter
 
-from job import storage
-from job.errors import StorageError
-from job.periodic import Periodic
+from job import storage, temporary
+from job.errors import JobError, LeaseError, StorageError, StorageOutage
+from job.logging.events import PREFIX, EventFiles, EventWriter, number_of, renumbered
+from job.periodic import Periodic, call_within
 
 log = logging.getLogger(__name__)
 
 PUBLISH_SECONDS = 10.0
-"""How old an event may be before the bucket has it. TensorBoard itself reloads every 5 s."""
+"""How old an event may be before the bucket has it, in a young run. TensorBoard itself reloads every 5 s."""
+
+OBJECTS_PER_STEP = 50
+MOST_STEPS = 12
+"""The interval grows by :data:`PUBLISH_SECONDS` with each 50 objects in the folder, to 12 times that: an hour has about
+145 objects, the first day 970, a further one 720. Each checkpoint and each start adds one."""
 
 ROTATE_BYTES = 4 << 20
-"""Past this size a new event file begins, so that publishing does not cost more and more."""
+"""Events of this size are published at once."""
+
+FLUSH_SECONDS = 5.0
+"""How long an event stays in memory where the event file is written in place."""
 
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for a bucket that does not answer."""
@@ -47,30 +57,41 @@ def events_uri(run_dir: str) -> str:
 class BucketTensorBoardLogger(Logger):
     """Writes events below ``uri``; rank 0 alone writes.
 
-    On a disk the event file is written in place. Elsewhere it is staged locally and published as
-    one object every :data:`PUBLISH_SECONDS`. While the bucket is out of reach the events wait on
-    disk; :meth:`finalize` publishes the last of them before the process ends.
+    On a disk one event file is written in place. Elsewhere events are staged in a temporary folder and published as a
+    new object after :data:`PUBLISH_SECONDS`, and less often in a long run. While the bucket is out of reach the events
+    wait on disk; :meth:`finalize` publishes the last of them before the process ends.
 
     Args:
         uri: folder of the event files, on any fsspec filesystem.
         purge_step: ``global_step`` that this start continues from. TensorBoard drops what an
             earlier start logged at that step or later, so that curves never double back.
-        publish_seconds: seconds between two publications, at least 1 (an object may be written once
-            a second).
+        publish_seconds: seconds between two publications in a young run, at least 1.
+        before_write: called immediately before each write to ``uri``; raises if this job may not write there.
     """
 
-    def __init__(self, uri: str, *, purge_step: int = 0, publish_seconds: float = PUBLISH_SECONDS) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        purge_step: int = 0,
+        publish_seconds: float = PUBLISH_SECONDS,
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
         self.uri = uri
         self.purge_step = purge_step
         self.publish_seconds = max(publish_seconds, 1.0)
+        self.before_write = before_write
         self._writer: SummaryWriter | None = None
-        self._staging: Path | None = None
-        self._published: dict[Path, tuple[int, float]] = {}
+        self._files: EventFiles | None = None
+        self._names: dict[Path, str] = {}
+        self._last_number: int | None = None
+        self._objects = 0
+        self._published_at = time.monotonic()
         self._publisher: Periodic | None = None
         self._failing_since: float | None = None
-        self._writing = threading.RLock()  # held while events are added, and while the writer is made or exchanged
-        self._publishing = threading.RLock()  # held while events are uploaded: logging does not
+        self._opening = threading.RLock()
+        self._publishing = threading.RLock()
 
     @property
     def name(self) -> str:
@@ -91,26 +112,23 @@ class BucketTensorBoardLogger(Logger):
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
         """The ``SummaryWriter``, for images, histograms and text."""
-        with self._writing:
+        with self._opening:
             if self._writer is None:
-                self._open()
-            assert self._writer is not None
+                self._writer = self._open()
             return self._writer
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add one scalar for each metric."""
-        with self._writing:
-            for key, value in metrics.items():
-                self.experiment.add_scalar(key, value, step)
+        for key, value in metrics.items():
+            self.experiment.add_scalar(key, value, step)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Add the configuration as text."""
         plain = vars(params) if isinstance(params, Namespace) else params
         text = yaml.safe_dump(plain, sort_keys=False)
-        with self._writing:
-            self.experiment.add_text("config", "```yaml\n" + text + "```", self.purge_step)
+        self.experiment.add_text("config", "```yaml\n" + text + "```", self.purge_step)
 
     def save(self) -> None:
         """Nothing: Lightning calls this for every line it logs, and training must not wait for a bucket."""
@@ -121,12 +139,19 @@ class BucketTensorBoardLogger(Logger):
 
         Raises:
             StorageError: the bucket does not take them; they stay on disk and are tried again.
+            LeaseError: another job writes to the run_dir.
         """
+        files = self._files
+        if files is None:
+            return
         with self._publishing:
-            if self._writer is not None:
-                self._writer.flush()
-            for path in self._event_files():
-                self._publish(path)
+            if storage.is_local(self.uri):
+                files.flush()
+                return
+            files.cut()
+            for path in files.complete():
+                self._publish(path, self._object_name(path))
+            self._published_at = time.monotonic()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -139,35 +164,53 @@ class BucketTensorBoardLogger(Logger):
         if self._publisher is not None:
             self._publisher.stop()
             self._publisher = None
-        if self._writer is None:
+        if self._writer is None or self._files is None:
             return
         self._writer.close()
         self._writer = None
         try:
-            storage.retry(self.publish, CLOSE_SECONDS, "the last TensorBoard events wait")
-        except StorageError as error:
-            message = f"TensorBoard events could not be published and are kept in {self._staging}: {error}"
+            call_within(CLOSE_SECONDS + 10, self._publish_rest, "publishing the last TensorBoard events")
+        except LeaseError as error:
+            log.warning("the last TensorBoard events are not published: %s", error)
+        except (StorageError, TimeoutError) as error:
+            folder = self._files.folder
+            message = f"TensorBoard events could not be published and are kept in {folder}: {error}"
+            if not storage.is_local(self.uri):
+                temporary.keep(folder, f"TensorBoard events of {self.uri} that could not be published.")
             if status == "success":
-                raise type(error)(message) from error
+                kind = type(error) if isinstance(error, JobError) else StorageOutage
+                raise kind(message) from error
             log.error(message)
+            return
+        if not storage.is_local(self.uri):
+            temporary.remove(self._files.folder)
+            self._files = None
 
-    def _open(self) -> None:
+    def _open(self) -> SummaryWriter:
         local = storage.is_local(self.uri)
-        if self._staging is None:
-            self._staging = Path(
-                storage.filesystem(self.uri)[1] if local else tempfile.mkdtemp(prefix="job-tensorboard-")
-            )
-        self._writer = SummaryWriter(str(self._staging), purge_step=self.purge_step, flush_secs=5)
-        if not local and self._publisher is None:
-            self._publisher = Periodic("tensorboard-publisher", self.publish_seconds, self._publish_live)
+        if self._files is None:
+            folder = Path(storage.filesystem(self.uri)[1]) if local else temporary.folder("tensorboard")
+            folder.mkdir(parents=True, exist_ok=True)
+            self._files = EventFiles(folder)
+        if self._publisher is None:
+            seconds = FLUSH_SECONDS if local else min(self.publish_seconds, FLUSH_SECONDS)
+            self._publisher = Periodic("tensorboard-publisher", seconds, self._publish_when_due)
+        return EventWriter(self._files, self.purge_step)
 
-    def _publish_live(self) -> None:
+    def _publish_when_due(self) -> None:
+        files = self._files
+        if files is None:
+            return
+        due = time.monotonic() - self._published_at >= self._interval() or files.waiting_bytes >= ROTATE_BYTES
+        if not due and not storage.is_local(self.uri):
+            return
         try:
             self.publish()
-            self._rotate()
+        except LeaseError:
+            return  # ends the run
         except StorageError as error:
             if self._failing_since is None:
-                log.warning("TensorBoard events wait in %s until the bucket takes them: %s", self._staging, error)
+                log.warning("TensorBoard events wait in %s until the bucket takes them: %s", files.folder, error)
                 self._failing_since = time.monotonic()
         else:
             if self._failing_since is not None:
@@ -175,29 +218,46 @@ class BucketTensorBoardLogger(Logger):
                 log.info("TensorBoard events are published again, after %.0f s", seconds)
             self._failing_since = None
 
-    def _rotate(self) -> None:
-        """Begin a new file when the newest is large; the old one is published already and never changes again."""
-        with self._publishing:
-            files = self._event_files()
-            if self._writer is None or not files or files[-1].stat().st_size < ROTATE_BYTES:
-                return
-            with self._writing:
-                self._writer.close()
-                assert self._staging is not None
-                self._writer = SummaryWriter(str(self._staging), flush_secs=5)
-            self._publish(files[-1])
+    def _interval(self) -> float:
+        return self.publish_seconds * min(1 + self._objects / OBJECTS_PER_STEP, MOST_STEPS)
 
-    def _event_files(self) -> list[Path]:
-        if self._staging is None or storage.is_local(self.uri):
-            return []
-        return sorted(self._staging.glob("events.out.tfevents.*"))
+    def _publish_rest(self) -> None:
+        storage.retry(self.publish, CLOSE_SECONDS, "the last TensorBoard events wait")
+        assert self._files is not None
+        if not storage.is_local(self.uri):  # add_scalars and add_hparams write into folders of their own
+            for path in sorted(path for path in self._files.folder.glob("*/**/*") if path.is_file()):
+                self._publish(path, str(path.relative_to(self._files.folder)))
 
-    def _publish(self, path: Path) -> None:
-        size_before, published_at = self._published.get(path, (0, -1.0))
-        if path.stat().st_size == size_before:
-            return
-        # GCS takes one write a second of the same object, and answers 429 beyond.
-        time.sleep(max(published_at + 1.0 - time.monotonic(), 0.0))
-        content = path.read_bytes()
-        storage.write_bytes(storage.join(self.uri, path.name), content)
-        self._published[path] = (len(content), time.monotonic())
+    def _object_name(self, path: Path) -> str:
+        """A name that sorts after all event files in the bucket; the same one at each try."""
+        if path not in self._names:
+            if self._last_number is None:
+                entries = storage.list_files(self.uri) if storage.exists(self.uri) else []
+                self._objects = sum(entry.key.startswith(PREFIX) for entry in entries)
+                self._last_number = max((number_of(entry.key) for entry in entries), default=0)
+            self._last_number = max(number_of(path.name), self._last_number + 1)
+            self._names[path] = renumbered(path.name, self._last_number)
+        return self._names[path]
+
+    def _publish(self, path: Path, name: str) -> None:
+        """Upload one file, and delete it once the store has it."""
+        uri = storage.join(self.uri, name)
+        try:
+            storage.write_bytes(uri, path.read_bytes(), self.before_write)
+        except StorageError:
+            # An upload whose answer was lost is refused the second time by a retention policy.
+            if not _is_stored(uri, path):
+                raise
+        else:
+            storage.require_same(uri, storage.info(uri), path)
+        path.unlink()
+        self._names.pop(path, None)
+        self._objects += 1
+
+
+def _is_stored(uri: str, path: Path) -> bool:
+    try:
+        storage.require_same(uri, storage.info(uri), path)
+    except StorageError:
+        return False
+    return True

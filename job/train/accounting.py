@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from msgspec import Meta
 from pytorch_lightning.callbacks import Callback
 
 from job import storage
-from job.errors import CheckpointError, NewerFormatError, StorageError, StorageOutage
+from job.errors import CheckpointError, LeaseError, NewerFormatError, StorageError, StorageOutage
 from job.periodic import Periodic
 from job.train.checkpointer import Checkpointer
 from job.train.feature_cache import FeatureCache
@@ -30,8 +31,12 @@ log = logging.getLogger(__name__)
 FILE = "accounting.json"
 FORMAT = 2
 """Version of a record; 1 had no ``format`` field."""
-RENEW_SECONDS, RENEW_SHARE = 10.0, 0.01
-"""A record is renewed when it is both as old as this, and this share of its start's time."""
+
+RENEW_SECONDS = 10.0
+"""Seconds between two writes of a small record."""
+
+BYTES_PER_SECOND = 50.0
+"""A larger record is written less often, so that a bucket that keeps superseded versions keeps 4.3 MB a day at most."""
 
 Seconds = Annotated[float, Meta(ge=-1e11, le=1e11)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
@@ -129,11 +134,21 @@ def totals(starts: list[Start]) -> dict[str, float]:
 
 
 class Accounting(Callback):
-    """Measures this start, and keeps ``accounting.json`` on rank 0."""
+    """Measures this start, and keeps ``accounting.json`` on rank 0.
 
-    def __init__(self, checkpointer: Checkpointer, features: FeatureCache) -> None:
+    Args:
+        checkpointer: knows how long training stood still for checkpoints.
+        features: knows how long the features took.
+        before_write: called immediately before each write; raises if this job may not write to run_dir.
+    """
+
+    def __init__(
+        self, checkpointer: Checkpointer, features: FeatureCache, before_write: Callable[[], None] = lambda: None
+    ) -> None:
         self.checkpointer = checkpointer
         self.features = features
+        self.before_write = before_write
+        self.interval = RENEW_SECONDS
         self.earlier: list[Start] = []
         # The time before belongs to the first of several starts in one process.
         began = time.time() if next(_processes) else _process_began()
@@ -142,7 +157,6 @@ class Accounting(Callback):
         self._validation_began = 0.0
         self._waited_in_startup = 0.0
         self._renewal: Periodic | None = None
-        self._written_at = 0.0
         self._is_kept = True
 
     @property
@@ -162,7 +176,7 @@ class Accounting(Callback):
                 done, again = last.last_step - last.first_step, last.last_step - trainer.global_step
                 last.lost = last.step * max(again, 0) / done if done > 0 else 0.0
             self.write()
-            self._renewal = Periodic("accounting", RENEW_SECONDS, self._renew)
+            self._renewal = Periodic("accounting", lambda: self.interval, self.write)
 
     def _find_earlier(self) -> list[Start]:
         """Earlier records; a file that cannot be used is kept: of a newer version as it is, else beside a new one."""
@@ -175,7 +189,7 @@ class Accounting(Callback):
             uri = storage.join(self._run_dir, FILE)
             kept = storage.join(self._run_dir, f"accounting.damaged-{int(time.time())}.json")
             with contextlib.suppress(CheckpointError):  # one that is too large to be read is no record of anything
-                storage.write_bytes(kept, read_limited(uri))
+                storage.write_bytes(kept, read_limited(uri), self.before_write)
             log.warning("%s It is kept as %s, and the accounting starts anew.", error, kept)
         return []
 
@@ -223,20 +237,15 @@ class Accounting(Callback):
         if not self._is_kept:
             return
         uri = storage.join(self._run_dir, FILE)
+        content = msgspec.json.format(msgspec.json.encode(self.starts), indent=2)
+        self.interval = max(RENEW_SECONDS, len(content) / BYTES_PER_SECOND)
         try:
-            storage.write_bytes(uri, msgspec.json.format(msgspec.json.encode(self.starts), indent=2))
-            self._written_at = time.time()
-        except StorageOutage:
+            storage.write_bytes(uri, content, self.before_write)
+        except (StorageOutage, LeaseError):
             pass
         except StorageError as error:
             self._is_kept = False
             log.warning("%s is no longer renewed, the run goes on: %s", uri, error)
-
-    def _renew(self) -> None:
-        """Write where enough time has passed: versions of an object that a bucket keeps cost money."""
-        now = time.time()
-        if now - self._written_at >= RENEW_SHARE * (now - self.start.began):
-            self.write()
 
     def _close(self, *, write: bool = True) -> None:
         if self._renewal is not None:

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import tempfile
 import threading
-import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from lightning_fabric.plugins import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from job import storage
+from job import storage, temporary
 from job.errors import CheckpointError, StorageError, StorageOutage
 from job.train import checkpoint, confusion
 from job.train.checkpoint_manifest import encode_manifest, manifest_of, manifest_uri
@@ -39,6 +38,7 @@ class BackgroundCheckpointIO(CheckpointIO):
 
     Args:
         upload_seconds: how long an unreachable bucket is waited for.
+        before_write: called immediately before each write to the bucket; raises if this job may not write there.
         before_commit: called in the thread when the state is uploaded, before its manifest is.
         after_commit: called in the thread once the checkpoint counts.
     """
@@ -48,10 +48,12 @@ class BackgroundCheckpointIO(CheckpointIO):
         upload_seconds: float,
         before_commit: Callable[[], None] = lambda: None,
         after_commit: Callable[[], None] = lambda: None,
+        before_write: Callable[[], None] = lambda: None,
     ) -> None:
         self.upload_seconds = upload_seconds
         self.before_commit = before_commit
         self.after_commit = after_commit
+        self.before_write = before_write
         self.expected_loops: dict[str, Any] | None = None
         """The fit loop's ``state_dict()``; given, a checkpoint is loaded to resume from, and checked for that."""
         self._buffers: list[Tensor] = []
@@ -148,23 +150,29 @@ class BackgroundCheckpointIO(CheckpointIO):
             if matrix is not None and matrix.numel():
                 content = confusion.encode(matrix)
                 described = confusion.describe(content, len(matrix))
-                self._retry(lambda: storage.write_bytes(uri + confusion.SUFFIX, content), f"the metrics of {uri} wait")
+                self._write_bytes(uri + confusion.SUFFIX, content, f"the metrics of {uri} wait")
             self._retry(self.before_commit, f"the checkpoint {uri} waits")
             file_facts = {"file": storage.basename(uri), "bytes": size, "sha256": sha256, "confusion": described}
             manifest = encode_manifest(manifest_of(snapshot[FACTS], **file_facts))
-            self._retry(lambda: storage.write_bytes(manifest_uri(uri), manifest), f"the manifest of {uri} waits")
-            staged.unlink()
+            self._write_bytes(manifest_uri(uri), manifest, f"the manifest of {uri} waits")
+            temporary.remove(staged.parent)
             self.after_commit()
         except StorageError as error:
-            kept = f" The state is kept in {staged}." if staged is not None else ""
+            kept = ""
+            if staged is not None and staged.exists():
+                temporary.keep(staged.parent, f"the state of {uri}, which could not be uploaded.")
+                kept = f" The state is kept in {staged}."
             self._failure = type(error)(f"the checkpoint {uri} could not be saved: {error}{kept}")
         except Exception as error:  # a thread's exception would go to stderr, and training on without checkpoints
             if staged is not None:
-                staged.unlink(missing_ok=True)
+                temporary.remove(staged.parent)
             self._failure = error
 
     def _retry(self, action: Callable[[], None], waiting: str) -> None:
         storage.retry(action, self.upload_seconds, waiting)
+
+    def _write_bytes(self, uri: str, content: bytes, waiting: str) -> None:
+        self._retry(lambda: storage.write_bytes(uri, content, self.before_write), waiting)
 
     def _upload(self, staged: Path, uri: str) -> str:
         """Upload the state; returns its URI, which has another name where the bucket keeps the object that has it."""
@@ -173,7 +181,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         name = names[0]
         for number in range(2, NAMES_TRIED + 2):
             try:
-                self._retry(lambda name=name: storage.upload(staged, name), f"the checkpoint {uri} waits")  # type: ignore[misc]
+                self._upload_as(staged, name, f"the checkpoint {uri} waits")
             except StorageOutage:
                 raise
             except StorageError:
@@ -185,18 +193,25 @@ class BackgroundCheckpointIO(CheckpointIO):
                 break
         return name
 
+    def _upload_as(self, staged: Path, uri: str, waiting: str) -> None:
+        self._retry(lambda: storage.upload(staged, uri, self.before_write), waiting)
+
     def _stage(self, snapshot: dict[str, Any], name: str) -> Path:
         """Write the state to a local file, from which it is uploaded, and which stays if that fails."""
-        staged = Path(tempfile.gettempdir()) / f"job-checkpoint-{uuid.uuid4().hex[:8]}-{name}"
+        folder = None
         try:
+            folder = temporary.folder("checkpoint")
+            staged = temporary.create_file(folder / name)
             torch.save(snapshot, staged)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-            staged.unlink(missing_ok=True)
+            if folder is not None:
+                temporary.remove(folder)
             raise StorageError(
-                f"it could not be written to {staged} first: {error}. Make room there, or set TMPDIR to a larger disk."
+                f"it could not be written to {tempfile.gettempdir()} first: {error}. Make room there, or set TMPDIR "
+                "to a larger disk."
             ) from error
         except Exception as error:  # pickle raises whatever the objects in the state raise
-            staged.unlink(missing_ok=True)
+            temporary.remove(staged.parent)
             raise _not_loadable(snapshot, name, error) from error
         return staged
 

@@ -342,6 +342,7 @@ class Checkpointer(Checkpoint):
         try:
             committed = checkpoint.manifests(self.run_dir)
             for manifest in self._superseded(committed):
+                self.io.before_write()
                 checkpoint.remove(storage.join(self.run_dir, FOLDER, manifest.file))
         except JobError as error:
             if not isinstance(error, StorageOutage):  # rights or a retention policy: it would be refused each time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,14 +26,17 @@ class SavedConfig(Callback):
 
     Args:
         text: the configuration, as YAML.
+        before_write: called immediately before; raises if this job may not write to run_dir.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, before_write: Callable[[], None] = lambda: None) -> None:
         self.text = text
+        self.before_write = before_write
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write it, on rank 0."""
         if trainer.is_global_zero:
+            self.before_write()
             save_config(trainer.default_root_dir, self.text)
 
 

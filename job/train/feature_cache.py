@@ -29,6 +29,7 @@ from job.data.features import FeatureStore, content_hash, weights_hash
 from job.data.order import BatchOrder, ViewOrder
 from job.errors import ConfigError, Preempted, StorageError
 from job.model.module import TransferLearningModel
+from job.train.lease import Lease
 from job.train.preemption import Preemption
 from job.train.watchdog import Watchdog
 
@@ -65,6 +66,7 @@ class FeatureCache(Callback):
         self.seconds = 0.0
         self.preemption = Preemption(0.0)
         self.watchdog = Watchdog()
+        self.lease: Lease | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compute or find the features, on all ranks together, where the run is in its frozen epochs."""
@@ -212,6 +214,8 @@ class FeatureCache(Callback):
             for number in range(rounds):
                 next(work, None)
                 self.watchdog.beat("computing features", trainer.global_step)
+                if self.lease is not None:
+                    self.lease.raise_if_lost()
                 if any(votes.cast([self.preemption.requested])):
                     votes.drain()
                     raise Preempted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -28,17 +29,20 @@ def read_limited(uri: str, limit: int = MAX_BYTES) -> bytes:
     return storage.read_bytes(uri)
 
 
-def write_json(uri: str, value: Any) -> None:
+def write_json(uri: str, value: Any, before_write: Callable[[], None] = lambda: None) -> None:
     """Write strict JSON; NaN and infinity become null.
 
     A bucket that lets nobody overwrite the object of an earlier start keeps that one, with a warning.
+
+    Args:
+        before_write: called immediately before the write; raises if this job may not write there.
 
     Raises:
         StorageError: there is no earlier object, and this one cannot be written.
     """
     content = msgspec.json.format(msgspec.json.encode(value), indent=2)
     try:
-        storage.write_bytes(uri, content)
+        storage.write_bytes(uri, content, before_write)
     except StorageOutage:
         raise
     except StorageError as error:

@@ -6,6 +6,7 @@ import logging
 import signal
 from types import TracebackType
 
+from job import temporary
 from job.errors import Preempted
 from job.signals import Stopped, StopSignals, exit_code
 
@@ -25,7 +26,7 @@ class Preemption(StopSignals):
     """
 
     def __init__(self, grace: float) -> None:
-        super().__init__(grace)
+        super().__init__(grace, at_end=temporary.remove_all)
         self.training = False
 
     def __exit__(

@@ -106,7 +106,7 @@ class Profile(Callback):
             recorded.export_chrome_trace(f"{folder}/{name}")
             trace = gzip.compress((Path(folder) / name).read_bytes())
         try:
-            storage.write_bytes(uri, trace)
+            storage.write_bytes(uri, trace, self.checkpointer.io.before_write)
             log.info("the trace of %d steps lies in %s", steps, uri)
         except StorageError as error:
             log.warning("the trace is lost: %s", error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -33,8 +34,9 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "fsspec
 class Report(Callback):
     """Measures throughput and writes ``<run_dir>/report.json`` at the end of a fit, on rank 0."""
 
-    def __init__(self, accounting: Accounting) -> None:
+    def __init__(self, accounting: Accounting, before_write: Callable[[], None] = lambda: None) -> None:
         self.accounting = accounting
+        self.before_write = before_write
         self.train_seconds = 0.0
         self.train_images = 0
         self.content: dict[str, Any] = {}
@@ -80,7 +82,7 @@ class Report(Callback):
             self.content = self._report(trainer)
             if not self.train_seconds:
                 self.content |= _figures_of_training(uri)
-            write_json(uri, self.content)
+            write_json(uri, self.content, self.before_write)
 
     def _stop_clock(self) -> None:
         if self._clock is not None:

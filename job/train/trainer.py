@@ -24,6 +24,7 @@ from job.train.divergence import DivergenceGuard
 from job.train.feature_cache import FeatureCache
 from job.train.hardware import announce, automatic_precision, uses_cuda
 from job.train.lease import Lease
+from job.train.lease_check import LeaseCheck
 from job.train.loop import TrainingEpochLoop
 from job.train.lr_finder import LRFinder
 from job.train.options import cluster_environment, listed
@@ -48,17 +49,18 @@ def training_trainer(
     logger: BucketTensorBoardLogger,
 ) -> pl.Trainer:
     """A Trainer that fits, from the user's ``settings`` (Trainer's own arguments) and what keeps a run alive."""
-    checkpointer.preemption = preemption
-    features.preemption, features.watchdog = preemption, watchdog
-    accounting = Accounting(checkpointer, features)
+    checkpointer.preemption, checkpointer.io.before_write = preemption, lease.require_held
+    features.preemption, features.watchdog, features.lease = preemption, watchdog, lease
+    accounting = Accounting(checkpointer, features, lease.require_held)
     callbacks: list[Callback] = [
-        SavedConfig(config),
+        SavedConfig(config, lease.require_held),
         DivergenceGuard(),
         LearningRateMonitor(logging_interval="step"),
         accounting,
-        Report(accounting),
+        Report(accounting, lease.require_held),
         TuningMetric(checkpointer.monitor),
         watchdog,
+        LeaseCheck(lease),
         checkpointer,
     ]
     if not xla.is_wanted(str(settings.get("accelerator"))):  # its batches lie in shares on the chips

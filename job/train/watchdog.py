@@ -5,23 +5,23 @@ from __future__ import annotations
 import collections
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import pytorch_lightning as pl
 import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback
 
+from job import temporary
 from job.cluster import ranks
 from job.errors import EXIT_RETRY, ConfigError
 from job.model.freeze import Stage
-from job.periodic import Periodic
+from job.periodic import Periodic, call_within
 
 log = logging.getLogger(__name__)
 
@@ -32,21 +32,43 @@ REMEMBERED = 100
 """Beats the limit follows from."""
 
 
-@dataclass
-class Pulse:
-    """What a rank tells the others of itself.
+CHECK_SECONDS = 5.0
+"""Most seconds between two checks."""
+
+STORE_SECONDS = 10.0
+"""How long the states of the other ranks are waited for before the end of this one."""
+
+
+class Pulse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """State of a rank, published to the others.
 
     Attributes:
         phase: what it is doing.
         step: its ``global_step``.
         waiting: seconds since it made progress.
-        told: seconds since the epoch, by its own clock, when it said so.
+        told: seconds since the epoch, by its own clock, at the time of publication.
     """
 
-    phase: str = "starting"
-    step: int = 0
-    waiting: float = 0.0
-    told: float = 0.0
+    phase: Annotated[str, msgspec.Meta(max_length=100)]
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    waiting: Annotated[float, msgspec.Meta(ge=0)]
+    told: float
+
+
+class Progress(NamedTuple):
+    """The last progress of this rank, replaced as a whole: threads read a consistent state.
+
+    Attributes:
+        phase: what the rank is doing.
+        step: its ``global_step``.
+        at: time of the progress, by ``time.monotonic``.
+        limit: seconds after which the rank is ended without further progress.
+    """
+
+    phase: str
+    step: int
+    at: float
+    limit: float
 
 
 class Watchdog(Callback):
@@ -67,13 +89,13 @@ class Watchdog(Callback):
         self.min_seconds = min_seconds
         self.factor = factor
         self.startup_seconds = startup_seconds
-        self._pulse = Pulse()
-        self._last_beat = time.monotonic()
-        self._limit = startup_seconds
+        self._progress = Progress("starting", 0, time.monotonic(), startup_seconds)
         self._measured: dict[str, collections.deque[float]] = {}
         self._beats: collections.Counter[str] = collections.Counter()
         self._store: Any = None
-        self._thread: Periodic | None = None
+        self._threads: list[Periodic] = []
+        self._checked_at = time.monotonic()
+        self._paused: tuple[Progress, float] = (self._progress, 0.0)
         self._stage: Stage | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -81,7 +103,12 @@ class Watchdog(Callback):
         if dist.is_initialized():
             # A connection of its own: the main thread may hold the other one while it waits.
             self._store = dist.distributed_c10d._get_default_store().clone()
-        self._thread = Periodic("watchdog", min(self.min_seconds / 4, 5.0), self._watch)
+        self._interval = min(self.min_seconds / 4, CHECK_SECONDS)
+        self._checked_at = time.monotonic()
+        # Two threads: a store that does not answer must not keep the first one from its work.
+        self._threads = [Periodic("watchdog", self._interval, self._watch)]
+        if self._store is not None:
+            self._threads.append(Periodic("watchdog-pulse", self._interval, self._publish))
 
     @contextlib.contextmanager
     def stopped_at_end(self) -> Iterator[None]:
@@ -89,9 +116,9 @@ class Watchdog(Callback):
         try:
             yield
         finally:
-            if self._thread is not None:
-                self._thread.stop()
-                self._thread = None
+            for thread in self._threads:
+                thread.stop()
+            self._threads = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """A step begins: the wait for its data counts as part of it."""
@@ -139,52 +166,71 @@ class Watchdog(Callback):
         """A step of ``phase`` is over."""
         now = time.monotonic()
         measured = self._measured.setdefault(phase, collections.deque(maxlen=REMEMBERED))
-        if self._pulse.phase == phase and self._beats[phase] > 2 * WARM_UP:
-            measured.append(now - self._last_beat)
+        if self._progress.phase == phase and self._beats[phase] > 2 * WARM_UP:
+            measured.append(now - self._progress.at)
         self._beats[phase] += 1
         limit = max(self.min_seconds, self.factor * max(measured)) if measured else self.startup_seconds
-        self._pulse, self._last_beat, self._limit = Pulse(phase, step), now, limit
+        self._progress = Progress(phase, step, now, limit)
 
     def _expect_anything(self, phase: str, step: int) -> None:
-        self._pulse, self._last_beat, self._limit = Pulse(phase, step), time.monotonic(), self.startup_seconds
+        self._progress = Progress(phase, step, time.monotonic(), self.startup_seconds)
 
     def _watch(self) -> None:
-        waiting = time.monotonic() - self._last_beat
-        pulse = Pulse(self._pulse.phase, self._pulse.step, round(waiting, 1), time.time())
-        if self._store is not None:
-            try:
-                self._store.set(f"pulse/{ranks.rank()}", json.dumps(asdict(pulse)))
-            except (RuntimeError, OSError):  # the store ends with its host, which this rank will notice elsewhere
-                self._store = None
-        if waiting > self._limit:
-            self._end(pulse)
+        progress, waiting = self._waiting()
+        if waiting > progress.limit and self._progress is progress:
+            self._end(progress, waiting)
 
-    def _end(self, pulse: Pulse) -> None:
+    def _waiting(self) -> tuple[Progress, float]:
+        """The last progress, and the seconds since then in which this process ran.
+
+        A process that was stopped (SIGSTOP, a suspended machine) has this thread late, too: that time does not count.
+        """
+        progress, now = self._progress, time.monotonic()
+        late = max(now - self._checked_at - 2 * self._interval, 0.0)
+        self._checked_at = now
+        before, paused = self._paused
+        self._paused = (progress, late + (paused if before is progress else 0.0))
+        return progress, max(now - progress.at - self._paused[1], 0.0)
+
+    def _publish(self) -> None:
+        progress = self._progress
+        waiting = max(time.monotonic() - progress.at, 0.0)
+        pulse = Pulse(progress.phase, progress.step, round(waiting, 1), time.time())
+        with contextlib.suppress(RuntimeError, OSError):  # the store ends with its host, which shows elsewhere
+            self._store.set(f"pulse/{ranks.rank()}", msgspec.json.encode(pulse).decode())
+
+    def _end(self, progress: Progress, waiting: float) -> None:
         faulthandler.dump_traceback(all_threads=True)
         print(
-            f"job: rank {ranks.rank()} has made no progress for {pulse.waiting:.0f} s, {pulse.phase} at step "
-            f"{pulse.step} (limit {self._limit:.0f} s): ending it. Its stacks stand above.\n{self._others()}",
+            f"job: rank {ranks.rank()} has made no progress for {waiting:.0f} s, {progress.phase} at step "
+            f"{progress.step} (limit {progress.limit:.0f} s): ending it. Its stacks stand above.\n{self._others()}",
             file=sys.stderr,
             flush=True,
         )
+        temporary.remove_all()
         os._exit(EXIT_RETRY)
 
     def _others(self) -> str:
-        """What every rank last said, to tell the one that hangs from those that wait for it."""
+        """The last published state of every rank, which tells the one that hangs from those that wait for it."""
+        pulses: dict[int, Pulse] = {}
+        with contextlib.suppress(TimeoutError):
+            call_within(STORE_SECONDS, lambda: self._read_pulses(pulses), "reading the states of the other ranks")
         lines = []
         for rank in range(ranks.world_size()):
-            key = f"pulse/{rank}"
-            try:
-                known = self._store is not None and self._store.check([key])
-                pulse = Pulse(**json.loads(self._store.get(key))) if known else None
-            except (RuntimeError, OSError):
-                pulse = None
-            if pulse is None:
-                lines.append(f"job: rank {rank}: never heard of")
+            if (pulse := pulses.get(rank)) is None:
+                lines.append(f"job: rank {rank}: has published no state")
             else:
                 silent = time.time() - pulse.told
                 lines.append(
                     f"job: rank {rank}: {pulse.phase}, step {pulse.step}, no progress for {pulse.waiting:.0f} s, "
-                    f"last heard of {silent:.0f} s ago" + (": this rank is stopped or gone" if silent > 20 else "")
+                    f"last state published {silent:.0f} s ago"
+                    + (": this rank is stopped or gone" if silent > 20 else "")
                 )
         return "\n".join(lines)
+
+    def _read_pulses(self, pulses: dict[int, Pulse]) -> None:
+        for rank in range(ranks.world_size()):
+            key = f"pulse/{rank}"
+            with contextlib.suppress(RuntimeError, OSError, ValueError):
+                if self._store is not None and self._store.check([key]):
+                    pulses[rank] = msgspec.json.decode(self._store.get(key), type=Pulse)

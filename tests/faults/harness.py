@@ -52,6 +52,13 @@ class Job:
         job._start(log, torchrun, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
         return job
 
+    @classmethod
+    def with_lease(cls, log: Path, seconds: float, *arguments: object) -> Job:
+        """One process whose lease lives for ``seconds``."""
+        job = cls.__new__(cls)
+        job._start(log, [sys.executable, "-m", "short_lease", str(seconds), *map(str, arguments)])
+        return job
+
     def _start(self, log: Path, line: list[str], **variables: str) -> None:
         self.log = log
         with log.open("ab") as file:

@@ -1,21 +1,18 @@
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from job import storage
+from job import storage, temporary
 from job.errors import CheckpointError, LeaseError, StorageError
 from job.train import checkpoint
 from job.train.checkpoint import Manifest
 from job.train.checkpoint_io import FACTS, BackgroundCheckpointIO
 from job.train.checkpointer import Checkpointer
 from job.train.housekeeping import main as checkpoints
-from job.train.lease import Lease
 
 
 def state(step: int, value: float | None = None, epoch: int = 0, mode: str = "max") -> dict[str, Any]:
@@ -113,7 +110,39 @@ def test_a_failed_upload_is_raised_and_the_state_kept(tmp_path: Path) -> None:
         io.wait()
     kept = Path(str(caught.value).rpartition("kept in ")[2].rstrip("."))
     assert torch.load(kept, weights_only=True)["state_dict"]["w"][0] == 10
-    io.wait()  # told once
+    assert (kept.stat().st_mode & 0o777, kept.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    io.wait()  # raised once
+    temporary.remove_all()
+    temporary.sweep()
+    assert kept.exists()
+
+
+def test_nothing_is_written_without_the_right_to_write(run_dir: str) -> None:
+    """Neither the state nor, where the right is lost during the upload, its manifest."""
+    for allowed in (0, 1):
+        calls: list[int] = []
+
+        def check(allowed: int = allowed, calls: list[int] = calls) -> None:
+            calls.append(1)
+            if len(calls) > allowed:
+                raise LeaseError("lost")
+
+        io = BackgroundCheckpointIO(upload_seconds=5, before_write=check)
+        io.save_checkpoint(state(10), f"{run_dir}/checkpoints/epoch=000-step=00000010.ckpt")
+        with pytest.raises(LeaseError, match="lost"):
+            io.wait()
+        assert storage.exists(f"{run_dir}/checkpoints/epoch=000-step=00000010.ckpt") == bool(allowed)
+        assert checkpoint.manifests(run_dir) == []
+
+
+def test_nothing_is_deleted_without_the_right_to_write(run_dir: str) -> None:
+    save(run_dir, state(10), state(20), state(30))
+    keeper = Checkpointer(keep_last=1, keep_best=0)
+    keeper.run_dir = run_dir
+    keeper.io.before_write = lambda: (_ for _ in ()).throw(LeaseError("lost"))
+    with pytest.raises(LeaseError, match="lost"):
+        keeper._remove_superseded()
+    assert len(checkpoint.manifests(run_dir)) == 3
 
 
 def test_an_unexpected_failure_in_the_thread_is_raised_too(run_dir: str) -> None:
@@ -155,50 +184,3 @@ def test_housekeeping(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     storage.write_bytes(f"{run_dir}/checkpoints/epoch=000-step=00000010.ckpt", b"other")
     with pytest.raises(CheckpointError, match="1 of 2 checkpoints are damaged"):
         checkpoints("verify", run_dir)
-
-
-def test_a_lease_is_held_by_one_job(run_dir: str) -> None:
-    first = Lease(run_dir, seconds=2)
-    first.acquire()
-    second = Lease(run_dir, seconds=2)
-    second.mine.job = "another"
-    with pytest.raises(LeaseError, match="another job is writing"):
-        second.acquire()
-    first.raise_if_lost()
-    first.release()
-    second.acquire()
-    second.release()
-    assert not storage.exists(f"{run_dir}/lease.json")
-
-
-def test_the_lease_of_a_dead_job_runs_out_and_a_revived_one_notices(run_dir: str) -> None:
-    first = Lease(run_dir, seconds=2)
-    first.acquire()
-    assert first._renewal is not None
-    first._renewal.stop()  # as if the machine were gone
-    second = Lease(run_dir, seconds=2)
-    second.mine.job = "another"
-    second.acquire()
-    first._renew()
-    with pytest.raises(LeaseError, match="taken over"):
-        first.raise_if_lost()
-    first.release()
-    assert storage.exists(f"{run_dir}/lease.json")
-    second.release()
-
-
-def test_a_lease_that_was_never_written_runs_out(run_dir: str) -> None:
-    storage.write_bytes(f"{run_dir}/lease.json", b"")
-    lease = Lease(run_dir, seconds=1)
-    lease.acquire()
-    lease.raise_if_lost()
-    lease.release()
-
-
-def test_a_process_that_died_here_is_not_waited_for(run_dir: str) -> None:
-    dead = Lease(run_dir)
-    dead.mine.job, dead.mine.process = "dead", dead.mine.process.replace("/", "9/", 1)
-    storage.write_bytes(dead.uri, json.dumps(asdict(dead.mine)).encode())
-    lease = Lease(run_dir, seconds=600)  # the test's time limit is shorter
-    lease.acquire()
-    lease.release()

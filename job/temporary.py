@@ -1,0 +1,119 @@
+"""Temporary folders that are gone after every end of a process, and whose owner is known while it lives.
+
+A folder ``job-KIND-XXXXXXXX`` in ``TMPDIR`` holds a file that its process keeps locked. The kernel drops the lock of a
+killed process, so that :func:`sweep` of a later start deletes its folders, even from another container that shares
+``TMPDIR``. A folder that :func:`keep` has marked stays until a person deletes it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+OWNER = ".owner"
+"""File in each folder that its process has locked."""
+
+KEPT = ".kept"
+"""File in a folder that must not be deleted; its text says why."""
+
+_UNFINISHED = ".job-new-"
+_UNFINISHED_SECONDS = 3600.0
+"""Age of a folder that was never completed at which its process is taken for dead."""
+
+_owned: dict[Path, tuple[int, int]] = {}
+"""Process and descriptor of the lock by folder: a forked child has this dictionary, too, and owns nothing."""
+
+_lock = threading.Lock()
+
+
+def folder(kind: str) -> Path:
+    """Make a folder that this process alone may read (mode 0700), for as long as the process lives."""
+    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED))
+    descriptor = os.open(unfinished / OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with contextlib.suppress(OSError):  # a filesystem without locks: sweep() cannot lock it either, and leaves it
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    # Under its final name a folder is always locked by its owner or abandoned.
+    final = unfinished.with_name(f"job-{kind}-{uuid.uuid4().hex[:8]}")
+    unfinished.rename(final)
+    with _lock:
+        _owned[final] = (os.getpid(), descriptor)
+    return final
+
+
+def create_file(path: Path) -> Path:
+    """Create an empty file that this user alone may read (mode 0600)."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    return path
+
+
+def keep(path: Path, reason: str) -> None:
+    """Let a folder stay after the end of the process: a message has named it to the user."""
+    create_file(path / KEPT).write_text(reason + "\n")
+    _disown(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a folder, unless it is kept."""
+    if not (path / KEPT).exists():
+        shutil.rmtree(path, ignore_errors=True)
+    _disown(path)
+
+
+def remove_all() -> None:
+    """Delete all folders of this process; called before it ends, :func:`os._exit` included."""
+    with _lock:
+        paths = [path for path, (pid, _) in _owned.items() if pid == os.getpid()]
+    for path in paths:
+        remove(path)
+
+
+def sweep() -> None:
+    """Delete the folders of processes that were killed, and list those that are kept."""
+    with contextlib.suppress(OSError):
+        for path in sorted(Path(tempfile.gettempdir()).iterdir()):
+            with contextlib.suppress(OSError):
+                _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    if not path.name.startswith(("job-", _UNFINISHED)):
+        return
+    details = path.lstat()
+    if not stat.S_ISDIR(details.st_mode) or details.st_uid != os.getuid():
+        return
+    if path.name.startswith(_UNFINISHED):
+        if time.time() - details.st_mtime > _UNFINISHED_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+        return
+    if (path / KEPT).exists():
+        log.warning("%s is kept: %s Delete it when it is no longer needed.", path, (path / KEPT).read_text().strip())
+        return
+    descriptor = os.open(path / OWNER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its owner lives
+        shutil.rmtree(path, ignore_errors=True)
+        log.info("deleted %s, which a killed process had left", path)
+    finally:
+        os.close(descriptor)
+
+
+def _disown(path: Path) -> None:
+    with _lock:
+        _, descriptor = _owned.pop(path, (0, None))
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+atexit.register(remove_all)

@@ -1,0 +1,13 @@
+"""``python -m job`` with a lease of SECONDS: ``python -m short_lease SECONDS fit …``."""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+from job import cli
+from job.train.lease import Lease
+
+if __name__ == "__main__":
+    cli.Lease = functools.partial(Lease, seconds=float(sys.argv.pop(1)))  # type: ignore[assignment,misc]
+    cli.main()

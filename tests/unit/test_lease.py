@@ -1,0 +1,344 @@
+"""One job per run_dir: who may take a lease, when its holder must stop writing, and what becomes of a damaged one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import msgspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from job import conditional, storage
+from job.cluster.process import ProcessId, this_process
+from job.errors import EXIT_RETRY, JobError, LeaseError, LeaseExpired, StorageError, StorageOutage
+from job.train import lease as module
+from job.train.lease import Holder, Lease
+
+Clock = Callable[[float], None]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> str:
+    return str(tmp_path / "run")
+
+
+@pytest.fixture
+def advance(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Lets the clock of all leases jump, as it does over a pause of the process."""
+    offset = 0.0
+
+    def jump(seconds: float) -> None:
+        nonlocal offset
+        offset += seconds
+
+    monkeypatch.setattr(module, "_clock", lambda: time.monotonic() + offset)
+    return jump
+
+
+def stop_renewals(lease: Lease) -> None:
+    """As if the machine were gone, or the process stopped."""
+    assert lease._renewal is not None
+    lease._renewal.stop()
+
+
+def holder_of(uri: str) -> Holder:
+    return msgspec.json.decode(storage.read_bytes(uri), type=Holder)
+
+
+def test_a_lease_is_held_by_one_start(run_dir: str) -> None:
+    first, second = Lease(run_dir, seconds=1), Lease(run_dir, seconds=1)
+    first.acquire()
+    with pytest.raises(LeaseError, match=r"another job is writing to .*rank 0 is process"):
+        second.acquire()
+    first.raise_if_lost()
+    first.require_held()
+    first.release()
+    second.acquire()
+    second.release()
+    assert list(Path(run_dir).iterdir()) == []
+
+
+@pytest.mark.parametrize("run_id", ["job", "none"])
+def test_a_common_run_id_is_no_right_to_a_lease(run_dir: str, run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29400")
+    first, second = Lease(run_dir, seconds=1), Lease(run_dir, seconds=1)
+    first.acquire()
+    with pytest.raises(LeaseError, match="another job"):
+        second.acquire()
+    first.release()
+
+
+def test_of_several_that_wait_for_a_dead_lease_one_takes_it(run_dir: str) -> None:
+    dead = Lease(run_dir, seconds=1)
+    dead.acquire()
+    stop_renewals(dead)
+    winners: list[Lease] = []
+    refused: list[LeaseError] = []
+
+    def start() -> None:
+        lease = Lease(run_dir, seconds=1)
+        try:
+            lease.acquire()
+            winners.append(lease)
+        except LeaseError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(winners), len(refused)) == (1, 5)
+    assert holder_of(winners[0].uri).start == winners[0].start
+    with pytest.raises(LeaseError, match="taken over by another job"):
+        dead._renew()
+        dead.raise_if_lost()
+    winners[0].release()
+
+
+def test_a_paused_holder_writes_only_after_it_has_renewed(run_dir: str, advance: Clock) -> None:
+    lease = Lease(run_dir, seconds=30)
+    lease.acquire()
+    stop_renewals(lease)
+    beat = holder_of(lease.uri).beat
+    lease.require_held()
+    assert holder_of(lease.uri).beat == beat  # recently renewed: no request
+    advance(60)
+    lease.require_held()
+    assert holder_of(lease.uri).beat > beat
+    lease.release()
+
+
+@pytest.mark.parametrize("taken", ["held", "released"])
+def test_a_paused_holder_whose_lease_was_taken_writes_nothing(run_dir: str, advance: Clock, taken: str) -> None:
+    paused = Lease(run_dir, seconds=0.5)
+    paused.acquire()
+    stop_renewals(paused)
+    other = Lease(run_dir, seconds=0.5)
+    other.acquire()
+    if taken == "released":
+        other.release()
+    advance(60)
+    with pytest.raises(LeaseError, match="writes nothing more"):
+        paused.require_held()
+    with pytest.raises(LeaseError):
+        paused.raise_if_lost()
+    paused.release()
+    assert storage.exists(other.uri) == (taken == "held")
+    other.release()
+
+
+def test_a_lease_that_a_person_deleted_is_written_again(run_dir: str) -> None:
+    lease = Lease(run_dir, seconds=30)
+    lease.acquire()
+    storage.remove(lease.uri)
+    lease._renew()
+    lease.require_held()
+    assert storage.exists(lease.uri)
+    lease.release()
+
+
+def test_an_outage_holds_writes_back_and_ends_the_run_in_time(
+    run_dir: str, advance: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease(run_dir, seconds=30, outage_seconds=600)
+    lease.acquire()
+    stop_renewals(lease)
+    with monkeypatch.context() as outage:
+        outage.setattr(conditional, "write_if", lambda *_: (_ for _ in ()).throw(StorageOutage("503")))
+        advance(20)
+        lease.require_held()  # not renewed, but still valid
+        advance(20)
+        with pytest.raises(StorageOutage, match=r"nothing is written to .* 503"):
+            lease.require_held()
+        lease.raise_if_lost()  # training goes on
+        advance(600)
+        with pytest.raises(LeaseExpired, match=r"could not be renewed for 6.. s") as caught:
+            lease.raise_if_lost()
+        assert caught.value.exit_code == EXIT_RETRY
+    lease.require_held()
+    lease.raise_if_lost()
+    lease.release()
+
+
+def test_an_unexpected_error_in_the_thread_is_logged_and_ends_the_run(
+    run_dir: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lease = Lease(run_dir, seconds=0.4)
+    lease.acquire()
+    with monkeypatch.context() as fault:
+        fault.setattr(conditional, "write_if", lambda *_: 1 / 0)
+        deadline = time.monotonic() + 10
+        with pytest.raises(LeaseExpired, match="division by zero"):
+            while time.monotonic() < deadline:
+                lease.raise_if_lost()
+                time.sleep(0.02)
+    assert caplog.text.count("Traceback") == 1
+    lease._renew()  # works again
+    lease.raise_if_lost()
+    lease.release()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[" * 100_000,
+        b"null",
+        b'{"start": "x"}',
+        b"\xff\xfe",
+        b'{"job": "a", "token": "b", "host": "c", "process": "1/2/3", "beat": 4}',  # of earlier versions
+        b'{"start":"x","process":{"host":"h","pid":-1},"seconds":30,"beat":0,"format":1}',
+        b'{"start":"x","process":{"host":"h","pid":99999999999999},"seconds":30,"beat":0,"format":1}',
+        b'{"start":"x","process":{"host":"h","pid":1},"seconds":1e300,"beat":0,"format":1}',
+        b'{"start":"x","process":{"host":"h","pid":1},"seconds":NaN,"beat":0,"format":1}',
+        b'{"format": true}',
+        b"x" * 100_000,
+    ],
+)
+def test_a_damaged_lease_expires(content: bytes, run_dir: str, caplog: pytest.LogCaptureFixture) -> None:
+    storage.write_bytes(f"{run_dir}/lease.json", content)
+    lease = Lease(run_dir, seconds=0.2)
+    lease.acquire()
+    lease.require_held()
+    assert holder_of(lease.uri).start == lease.start
+    assert "is damaged, or of an older version" in caplog.text
+    lease.release()
+
+
+@pytest.mark.parametrize("version", [2, 10**30])
+def test_a_lease_of_a_newer_version_is_left_alone(run_dir: str, version: int) -> None:
+    content = json.dumps({"format": version, "other": 1}).encode()
+    storage.write_bytes(f"{run_dir}/lease.json", content)
+    with pytest.raises(
+        LeaseError, match=f"has format {version}, and this version of the program reads formats up to 1"
+    ):
+        Lease(run_dir, seconds=0.2).acquire()
+    assert storage.read_bytes(f"{run_dir}/lease.json") == content
+
+
+def test_a_process_that_died_here_is_not_waited_for(run_dir: str) -> None:
+    mine = this_process()
+    dead = msgspec.structs.replace(mine, start_time="1")
+    assert dead.is_dead()
+    assert not mine.is_dead()
+    elsewhere = (
+        msgspec.structs.replace(dead, boot="another kernel"),  # machines may share a host name
+        msgspec.structs.replace(dead, namespace="pid:[1]"),
+        msgspec.structs.replace(dead, boot=None),
+        ProcessId(host=mine.host, pid=mine.pid),
+    )
+    assert not any(process.is_dead() for process in elsewhere)
+    storage.write_bytes(f"{run_dir}/lease.json", msgspec.json.encode(Holder("x", dead, 30.0, 7, 1)))
+    lease = Lease(run_dir, seconds=600)  # the test's time limit is shorter
+    lease.acquire()
+    lease.release()
+
+
+def test_the_lifetime_of_the_holder_counts(run_dir: str) -> None:
+    elsewhere = ProcessId(host="elsewhere", pid=1)
+    storage.write_bytes(f"{run_dir}/lease.json", msgspec.json.encode(Holder("x", elsewhere, 1.0, 7, 1)))
+    began = time.monotonic()
+    lease = Lease(run_dir, seconds=0.1)
+    lease.acquire()
+    assert time.monotonic() - began >= 1.0
+    lease.release()
+
+
+def refuse_overwriting(uri: str, data: bytes, version: str | None) -> str | None:
+    if version is not None:
+        raise StorageError("Forbidden: subject to the bucket's retention policy")
+    storage.write_bytes(uri, data)
+    return "1"
+
+
+def test_a_bucket_that_forbids_overwriting_is_reported(
+    run_dir: str, advance: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(conditional, "write_if", refuse_overwriting)
+    for _ in range(2):  # the second finds the lease that the first could not delete
+        lease = Lease(run_dir, seconds=0.2)
+        lease.acquire()
+        assert "NO LEASE PROTECTS THIS RUN" in caplog.text
+        caplog.clear()
+        advance(60)
+        lease.require_held()
+        lease.raise_if_lost()
+        lease.release()
+
+
+def test_a_store_that_ignores_conditions_is_reported(
+    run_dir: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ignoring(uri: str, data: bytes, version: str | None) -> str:
+        storage.write_bytes(uri, data)
+        return str(hash(data))
+
+    monkeypatch.setattr(conditional, "write_if", ignoring)
+    lease = Lease(run_dir, seconds=30)
+    lease.acquire()
+    assert "ignores the conditions of conditional writes" in caplog.text
+    lease._renew()
+    lease.require_held()
+    lease.release()
+
+
+class OtherFileSystem(MemoryFileSystem):  # type: ignore[misc]
+    protocol = "other"
+
+
+def test_a_filesystem_without_conditional_writes_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    fsspec.register_implementation("other", OtherFileSystem, clobber=True)
+    lease = Lease("other://run", seconds=0.3)
+    lease.acquire()
+    assert "conditional writes are not supported on other://" in caplog.text
+    with pytest.raises(LeaseError, match="another job"):
+        Lease("other://run", seconds=0.3).acquire()
+    lease.release()
+    assert not storage.exists(lease.uri)
+
+
+def test_a_request_that_hangs_blocks_neither_a_write_nor_the_end(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease = Lease(run_dir, seconds=0.3)
+    lease.acquire()
+    answered = threading.Event()
+    monkeypatch.setattr(module, "RELEASE_SECONDS", 0.3)
+    monkeypatch.setattr(conditional, "write_if", lambda *_: answered.wait(20))
+    time.sleep(0.5)
+    began = time.monotonic()
+    with pytest.raises(JobError, match=r"not been answered|cannot be renewed"):
+        lease.require_held()
+    lease.release()
+    assert time.monotonic() - began < 3
+    answered.set()
+
+
+def test_a_rank_that_holds_no_lease_is_not_restricted(run_dir: str) -> None:
+    lease = Lease(run_dir)
+    lease.require_held()
+    lease.raise_if_lost()
+    lease.release()
+    assert not Path(run_dir).exists()
+
+
+def test_the_check_costs_less_than_a_microsecond(run_dir: str) -> None:
+    lease = Lease(run_dir)
+    lease.acquire()
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for _ in range(1000):
+            lease.raise_if_lost()
+        times.append(time.perf_counter() - began)
+    assert min(times) / 1000 < 5e-6
+    lease.release()
+    logging.getLogger(__name__).info("%.0f ns per check", min(times) * 1e6)

@@ -1,0 +1,91 @@
+"""Temporary folders are gone after every end, and never while somebody needs them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from job import temporary
+
+ENDS = {
+    "normal": "",
+    "exception": "raise ValueError",
+    "exit": "import sys; sys.exit(3)",
+    "os._exit": "import os; temporary.remove_all(); os._exit(75)",
+    "child": "import os; pid = os.fork(); pid or exit(); os.waitpid(pid, 0); assert folder.exists()",
+}
+
+
+@pytest.fixture
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def start(room: Path, code: str) -> subprocess.Popen[str]:
+    text = f"from job import temporary; folder = temporary.folder('x'); print(folder, flush=True); {code}"
+    environment = {**os.environ, "TMPDIR": str(room)}
+    return subprocess.Popen([sys.executable, "-c", text], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_folder_is_gone_after_every_end(end: str, room: Path) -> None:
+    process = start(room, ENDS[end])
+    assert "job-x-" in process.communicate(timeout=30)[0]
+    assert process.returncode == {"exception": 1, "exit": 3, "os._exit": 75}.get(end, 0)
+    assert list(room.iterdir()) == []
+
+
+def test_the_folder_of_a_killed_process_is_swept_and_that_of_a_living_one_is_not(room: Path) -> None:
+    process = start(room, "import time; time.sleep(60)")
+    assert process.stdout is not None
+    folder = Path(process.stdout.readline().strip())
+    os.kill(process.pid, signal.SIGSTOP)  # alive, however long it does nothing
+    mine = temporary.folder("y")
+    temporary.sweep()
+    assert folder.exists()
+    process.kill()
+    process.communicate()
+    temporary.sweep()
+    assert not folder.exists()
+    assert mine.exists()
+    temporary.remove(mine)
+    assert not mine.exists()
+
+
+def test_only_this_user_may_read_them(room: Path) -> None:
+    folder = temporary.folder("x")
+    file = temporary.create_file(folder / "state")
+    assert (folder.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o700, 0o600)
+    temporary.remove_all()
+
+
+def test_what_a_message_has_named_stays_and_is_listed(room: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = temporary.folder("checkpoint")
+    temporary.create_file(folder / "state.ckpt")
+    temporary.keep(folder, "the state of gs://b/x.ckpt, which could not be uploaded.")
+    temporary.remove(folder)
+    temporary.remove_all()
+    temporary.sweep()
+    assert (folder / "state.ckpt").exists()
+    assert f"{folder} is kept: the state of gs://b/x.ckpt, which could not be uploaded." in caplog.text
+
+
+def test_what_is_not_ours_is_left_alone(room: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A folder without an owner file, a file, a link to a folder elsewhere, a link for an owner file."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / temporary.OWNER).touch()
+    (room / "job-of-a-person").mkdir()
+    (room / "job-file").touch()
+    (room / "job-link").symlink_to(elsewhere)
+    (room / "job-trap").mkdir()
+    (room / "job-trap" / temporary.OWNER).symlink_to(elsewhere / temporary.OWNER)
+    temporary.sweep()
+    assert len(list(room.iterdir())) == 4
+    assert elsewhere.exists()
