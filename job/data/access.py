@@ -55,7 +55,7 @@ class Access:
         """
         if self._permits(uri):
             return None
-        if "::" in uri:
+        if is_chained(uri):
             return "chains filesystems"
         scheme, authority = split_scheme(uri)
         if scheme in ("", "file", "local"):
@@ -112,8 +112,6 @@ class Access:
         return any(split_scheme(uri)[0] in WEB and _host_and_port(uri) == (name, port) for uri in self.typed)
 
     def _permits(self, uri: str) -> bool:
-        if has_parent_part(uri):
-            return False
         path = uri.removeprefix("file://")
         prefixes = [entry for entry in self.allow if "://" in entry or entry.startswith("/")]
         prefixes += [_folder_of_pattern(typed) for typed in self.typed]
@@ -150,10 +148,10 @@ def from_options(allow: str | list[str] | None, typed: list[str], option: str = 
     entries = [allow] if isinstance(allow, str) else list(allow or [])
     for entry in entries:
         try:
-            valid = entry.startswith("/") or bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", entry) or _host_of(entry))
+            valid = entry.startswith("/") or bool(_ABSOLUTE.match(entry) or _host_of(entry))
         except ValueError:
             valid = False
-        if not valid or "::" in entry.split("[")[0] or entry != entry.strip():
+        if not valid or is_chained(entry) or re.search(r"\s", entry):
             raise ConfigError(f"{option} takes hosts (HOST or HOST:PORT) and URI prefixes, not {entry!r}.")
     return Access(tuple(entries), tuple(typed))
 
@@ -167,6 +165,16 @@ def split_scheme(uri: str) -> tuple[str, str]:
     """(scheme in lower case, what stands between ``//`` and the next slash); two empty strings for a path."""
     found = _ABSOLUTE.match(uri)
     return (found[1].lower(), found[2]) if found else ("", "")
+
+
+def is_local_uri(uri: str) -> bool:
+    """Whether ``uri`` is a path or a ``file://`` URI, by its spelling alone."""
+    return split_scheme(uri)[0] in ("", "file", "local") and not is_chained(uri)
+
+
+def is_chained(uri: str) -> bool:
+    """Whether fsspec takes ``uri`` for several filesystems, one on top of the other."""
+    return "::" in re.sub(r"\[[0-9A-Fa-f:.%]*\]", "", uri, count=1)
 
 
 def has_parent_part(path: str) -> bool:
@@ -268,4 +276,5 @@ def _folder_of_pattern(uri: str) -> str:
 
 
 def _is_below(uri: str, prefix: str) -> bool:
-    return bool(prefix) and (uri == prefix or uri.startswith(f"{prefix.rstrip('/')}/"))
+    folder = f"{prefix.rstrip('/')}/"
+    return uri == prefix or (uri.startswith(folder) and not has_parent_part(uri.removeprefix(folder)))

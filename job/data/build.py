@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from job import storage
 from job.data import layout
-from job.data.access import Access, from_options
+from job.data.access import Access, from_options, is_local_uri
 from job.data.index import Index, PartWriter
 from job.data.index_file import (
     LONGEST_CLASS,
@@ -27,7 +27,6 @@ from job.data.index_file import (
     IndexInfo,
     OldFormat,
     PartInfo,
-    PartName,
     load_index_info,
 )
 from job.data.layout import Part
@@ -92,7 +91,7 @@ def build(
             classes=classes,
             sources=sources,
             parts={
-                cast("PartName", part): _write_part(folder / f"{part}.arrow", contents, classes, sources)
+                part: _write_part(folder / f"{part}.arrow", contents, classes, sources)
                 for part, contents in found.items()
             },
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -115,15 +114,14 @@ def split(folder: Path, fraction: float, seed: int) -> None:
     held_out = _held_out(whole, fraction, seed)
     info = load_index_info(folder)
     shards = _all_in_shards(info.sources)
-    chosen_of: dict[PartName, npt.NDArray[np.bool_]] = {"val": held_out, "train": ~held_out}
-    for part, chosen in chosen_of.items():
+    for part, chosen in (("val", held_out), ("train", ~held_out)):
         with PartWriter(folder / f".{part}.arrow") as writer:
             start = 0
             for batch in whole.batches():
                 writer.write(pa.table(batch).filter(pa.array(chosen[start : start + len(batch)])))
                 start += len(batch)
             info.parts[part] = writer.finish(whole.root, shards=shards)
-    for part in chosen_of:
+    for part in ("val", "train"):
         (folder / f".{part}.arrow").replace(folder / f"{part}.arrow")
     (folder / INDEX_FILE).write_bytes(info.to_json())
 
@@ -223,7 +221,7 @@ def _from_saved(uri: str, sources: list[Source], folder: Path, access: Access) -
             raise
         log.warning("%s Until then the data is listed anew.", error)
         return None
-    access.require_sources([source.uri for source in info.sources], saved, local=storage.is_local(saved))
+    access.require_sources([source.uri for source in info.sources], saved, local=is_local_uri(saved))
     if not info.classes:
         raise DamagedIndex(f"{saved} names no class. Make it again by python -m job index.")
     indexes = {part: Index(folder, part, access) for part in info.parts}

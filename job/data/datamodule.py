@@ -25,12 +25,12 @@ from job.data.cache import SampleCache
 from job.data.dataset import Batch, ImageDataset, View
 from job.data.features import FeatureStore
 from job.data.index import Index
-from job.data.index_file import DamagedIndex, IndexInfo, load_index_info
+from job.data.index_file import load_index_info
 from job.data.loader import BatchLoader
 from job.data.local_files import room_needed, usable_cache_dir
 from job.data.order import BatchOrder, ViewOrder
-from job.data.saved import is_fresh, local_index, publish_index, saved_index
-from job.data.source import INDEX_FILE, default_cache_dir, is_saved_index, kind_of, materialise
+from job.data.saved import is_run_index_usable, local_index, publish_index
+from job.data.source import default_cache_dir, materialise
 from job.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -223,7 +223,8 @@ class ImageDataModule(pl.LightningDataModule):
         request = {"uris": self.uris, "val_fraction": self.val_fraction, "seed": self.seed}
         name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
         uri = storage.join(self._run_dir(), "index", name)
-        if self._is_fresh_in_run(uri, request):
+        roots = [root for roots in self.uris.values() for root in roots]
+        if is_run_index_usable(uri, self.cache_dir, request, roots, self.access):
             return uri
         with room_needed(self.cache_dir, "make the index"):
             scratch = tempfile.TemporaryDirectory(prefix=".index-", dir=self.cache_dir)
@@ -240,37 +241,6 @@ class ImageDataModule(pl.LightningDataModule):
             return self.trainer.default_root_dir
         self._own_folder = tempfile.TemporaryDirectory()  # for whoever uses the data alone
         return self._own_folder.name
-
-    def _is_fresh_in_run(self, uri: str, request: dict[str, Any]) -> bool:
-        """Whether an earlier start of this run left its index, whole, and the data is still what it was.
-
-        A damaged one is made again: it follows from the data, and a run that resumes compares what comes out of it
-        with what it was trained on.
-        """
-        if not storage.exists(storage.join(uri, INDEX_FILE)):
-            return False
-        try:
-            folder = local_index(uri, self.cache_dir)
-            info = load_index_info(folder)
-            if info.request != request or not {"train", "val"} <= info.parts.keys() or not info.classes:
-                raise DamagedIndex(f"{uri} was not made for this run's data.")
-        except DamagedIndex as error:
-            log.warning("the run's index is made again from the data: %s", error)
-            return False
-        self._require_own_sources(uri, info)
-        return all(is_fresh(uri, info, Index(folder, part, self.access)) for part in info.parts)
-
-    def _require_own_sources(self, uri: str, info: IndexInfo) -> None:
-        """Check that the run's index, which others may have written, reads nothing that the command line does not name.
-
-        Raises:
-            DataError: it does.
-        """
-        roots = [root for roots in self.uris.values() for root in roots if storage.is_local(root)]
-        local = any(kind_of(root) == "manifest" or is_saved_index(root) for root in roots) or any(
-            storage.exists(storage.join(saved_index(root), INDEX_FILE)) for root in roots
-        )
-        self.access.require_sources([source.uri for source in info.sources], uri, local=local)
 
     def _open_cache(self) -> None:
         sources = {source.uri for index in self.parts.values() for source in index.sources}

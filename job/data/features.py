@@ -10,79 +10,37 @@ from __future__ import annotations
 import hashlib
 import logging
 from pathlib import Path
-from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from job import storage
 from job.data.dataset import Batch, ImageDataset
+from job.data.feature_file import (
+    DTYPES,
+    LONGEST_LINE,
+    MANIFEST_BYTES,
+    ChunkInfo,
+    DamagedChunk,
+    NewerFormat,
+    read_tensors,
+)
 from job.data.index import Index
-from job.data.index_file import Sha256, hash_file
+from job.data.index_file import hash_file
 from job.data.local_files import private_folder, room_needed
 from job.data.order import BatchPlan
 from job.errors import DataError, StorageError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Version of the format of PART-NUMBER.json."""
-LARGEST_WIDTH = 1 << 20
-LONGEST_LINE = 8192
-"""Characters that are kept of the reason for which a sample cannot be read."""
-HEADER_BYTES = 4096
-"""Of a chunk, at most, besides its tensors."""
-MANIFEST_BYTES = 64 << 20
 CHUNK_SAMPLES = 256
 """What a process that is killed has to compute again, at most."""
 MOST_CHUNKS = 4096
 """Of a part: each is a file that stays mapped."""
-
-
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-
-
-class ChunkInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``PART-NUMBER.json``.
-
-    Attributes:
-        sha256: hash of the chunk's file.
-        bytes: its size.
-        samples: number of samples.
-        views: views per sample.
-        width: features per view.
-        dtype: type of a feature.
-        bad: reason per unreadable sample, by sample id.
-        format: version of this format.
-    """
-
-    sha256: Sha256
-    bytes: Annotated[int, msgspec.Meta(ge=0)]
-    samples: Annotated[int, msgspec.Meta(ge=1)]
-    views: Annotated[int, msgspec.Meta(ge=1)]
-    width: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_WIDTH)]
-    dtype: Literal["float64", "float32", "float16", "bfloat16"]
-    bad: dict[Annotated[int, msgspec.Meta(ge=0)], Annotated[str, msgspec.Meta(max_length=LONGEST_LINE)]]
-    format: int = FORMAT
-
-    def __post_init__(self) -> None:
-        content = self.samples * self.views * (self.width * _DTYPES[self.dtype].itemsize + 1)
-        if not content <= self.bytes <= content + HEADER_BYTES:
-            raise ValueError(f"{self.bytes:,} bytes do not hold {self.samples} x {self.views} x {self.width} features")
-
-
-class _Versioned(msgspec.Struct):
-    format: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class FeatureStore:
@@ -167,8 +125,7 @@ class FeatureStore:
         """
         uri, manifest = (storage.join(self.uri, name) for name in (self._name(chunk), self._manifest_name(chunk)))
         try:
-            text = storage.read_bounded(manifest, MANIFEST_BYTES)
-            info = self._parse(chunk, manifest, text)
+            info, text = self._read_manifest(chunk, manifest)
             content = storage.read_bounded(uri, info.bytes)
             if len(content) != info.bytes or hashlib.sha256(content).hexdigest() != info.sha256:
                 raise DamagedChunk("its SHA-256 differs from the one beside it")
@@ -196,9 +153,8 @@ class FeatureStore:
         self._raw, self._bad = [], {}
         valid = []
         for chunk in range(len(self)):
-            path = self._manifest_path(chunk)
-            info = self._parse(chunk, str(path), storage.read_bounded(str(path), MANIFEST_BYTES))
-            tensors = self._tensors(chunk, info)
+            info, _ = self._read_manifest(chunk, str(self._manifest_path(chunk)))
+            tensors = read_tensors(self._path(chunk), info)
             self._raw.append(tensors["features"].view(torch.uint8).numpy())
             valid.append(tensors["valid"])
             self._bad |= info.bad
@@ -250,10 +206,10 @@ class FeatureStore:
         if chunk in self._sound:
             return True
         try:
-            info = self._parse(chunk, str(manifest), storage.read_bounded(str(manifest), MANIFEST_BYTES))
+            info, _ = self._read_manifest(chunk, str(manifest))
             if path.stat().st_size != info.bytes or hash_file(path) != info.sha256:
                 raise DamagedChunk("its SHA-256 differs from the one beside it")
-            self._tensors(chunk, info)
+            read_tensors(path, info)
         except NewerFormat:
             raise
         except (DataError, StorageError, OSError) as error:
@@ -264,54 +220,18 @@ class FeatureStore:
         self._sound.add(chunk)
         return True
 
-    def _parse(self, chunk: int, where: str, text: bytes) -> ChunkInfo:
+    def _read_manifest(self, chunk: int, uri: str) -> tuple[ChunkInfo, bytes]:
         """The manifest of a chunk, which must be of the samples and of the width that this store expects."""
-        try:
-            version = msgspec.json.decode(text, type=_Versioned).format
-            if version > FORMAT:
-                raise NewerFormat(
-                    f"{where} has format {version}: a newer release of this package wrote it, this one reads format "
-                    f"{FORMAT}. Choose another folder by --features.uri, or --features.use=never."
-                )
-            info = msgspec.json.decode(text, type=ChunkInfo)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise DamagedChunk(f"{where} describes no features: {error}") from error
+        text = storage.read_bounded(uri, MANIFEST_BYTES)
+        info = ChunkInfo.from_json(uri, text)
         samples = self.samples(chunk)
-        found = (info.samples, info.views, info.width, _DTYPES[info.dtype])
+        found = (info.samples, info.views, info.width, DTYPES[info.dtype])
         expected = (len(samples), self.views, self.width, self._dtype)
         if found != expected:
             raise DamagedChunk(f"it holds {found}, {expected} is needed (samples, views, features, type)")
         if any(sample not in samples for sample in info.bad):
             raise DamagedChunk("it names samples that it does not hold")
-        return info
-
-    def _tensors(self, chunk: int, info: ChunkInfo) -> dict[str, Tensor]:
-        """The tensors of a chunk on this node, mapped into memory."""
-        path = self._path(chunk)
-        try:
-            if path.stat().st_size != info.bytes:
-                raise DamagedChunk(f"{path} has another size than {info.bytes:,} bytes")
-            with safetensors.safe_open(path, framework="pt") as file:
-                if sorted(file.keys()) != ["features", "valid"]:
-                    raise DamagedChunk(f"{path} holds other tensors than features and valid")
-                tensors = {name: file.get_tensor(name) for name in ("features", "valid")}
-        except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
-            raise DamagedChunk(f"{path} is no safetensors file: {error}") from error
-        features, valid = tensors["features"], tensors["valid"]
-        shape = (info.samples, info.views)
-        if features.shape != (*shape, info.width) or features.dtype != self._dtype:
-            raise DamagedChunk(f"{path} holds features {tuple(features.shape)} {features.dtype}")
-        if valid.shape != shape or valid.dtype != torch.bool:
-            raise DamagedChunk(f"{path} holds valid {tuple(valid.shape)} {valid.dtype}")
-        return tensors
-
-
-class DamagedChunk(DataError):
-    """A chunk that is not what was written, or not what is needed."""
-
-
-class NewerFormat(DataError):
-    """A chunk that a newer release wrote."""
+        return info, text
 
 
 def content_hash(index: Index) -> str:

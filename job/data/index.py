@@ -21,7 +21,7 @@ import pyarrow.ipc
 from job import storage
 from job.data.access import Access
 from job.data.index_file import (
-    ROWS_PER_BATCH,
+    ROWS_A_BATCH,
     SCHEMA,
     DamagedIndex,
     PartInfo,
@@ -68,13 +68,13 @@ class Index:
         self.classes = tuple(info.classes)
         self.sources = tuple(info.sources)
         self.created = info.created
-        self.info: PartInfo = info.parts[part]  # type: ignore[index]
+        self.info: PartInfo = info.parts[part]
         self.root = self.info.root
         path = Path(folder) / f"{part}.arrow"
         try:
             if path.stat().st_size != self.info.bytes:
                 raise ValueError(f"{path.stat().st_size:,} bytes, {self.info.bytes:,} in index.json")
-            self._batches = open_part(path, self.info.rows)
+            self._batches = open_part(path, self.info.rows, ROWS_A_BATCH)
         except (pa.ArrowException, ValueError, OSError) as error:
             raise DamagedIndex(f"{path} is damaged: {error}. Remove {folder}.") from error
 
@@ -90,15 +90,15 @@ class Index:
     def rows(self, samples: Sequence[int]) -> list[Sample]:
         """Where some samples lie, in the order asked for."""
         found: dict[int, Sample] = {}
-        for number in {sample // ROWS_PER_BATCH for sample in samples}:
-            chosen = [sample for sample in samples if sample // ROWS_PER_BATCH == number]
-            batch = self._batches[number].take(pa.array([sample % ROWS_PER_BATCH for sample in chosen]))
+        for number in {sample // ROWS_A_BATCH for sample in samples}:
+            chosen = [sample for sample in samples if sample // ROWS_A_BATCH == number]
+            batch = self._batches[number].take(pa.array([sample % ROWS_A_BATCH for sample in chosen]))
             columns = [batch.column(name).to_pylist() for name in Sample._fields]
             found.update(zip(chosen, map(Sample, *columns), strict=True))
         return [found[sample] for sample in samples]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """All rows, :data:`ROWS_PER_BATCH` at a time."""
+        """All rows, :data:`ROWS_A_BATCH` at a time."""
         return iter(self._batches)
 
     @property
@@ -122,9 +122,9 @@ class Index:
 
     def _values(self, column: str, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         found = np.empty(len(samples), np.int64)
-        for number in np.unique(samples // ROWS_PER_BATCH):
-            chosen = samples // ROWS_PER_BATCH == number
-            found[chosen] = self._batches[number].column(column).to_numpy()[samples[chosen] % ROWS_PER_BATCH]
+        for number in np.unique(samples // ROWS_A_BATCH):
+            chosen = samples // ROWS_A_BATCH == number
+            found[chosen] = self._batches[number].column(column).to_numpy()[samples[chosen] % ROWS_A_BATCH]
         return found
 
     def fingerprint(self) -> str:
@@ -141,7 +141,7 @@ class Index:
 class PartWriter:
     """Writes the samples of one part, with rows of :data:`SCHEMA` given in any portions.
 
-    Memory holds no more than :data:`ROWS_PER_BATCH` rows and one portion.
+    Memory holds no more than :data:`ROWS_A_BATCH` rows and one portion.
     """
 
     def __init__(self, path: Path) -> None:
@@ -166,11 +166,11 @@ class PartWriter:
     def write(self, rows: pa.Table) -> None:
         """Append ``rows``."""
         self._pending.append(rows.select(SCHEMA.names).cast(SCHEMA))
-        if sum(len(table) for table in self._pending) >= ROWS_PER_BATCH:
+        if sum(len(table) for table in self._pending) >= ROWS_A_BATCH:
             table = pa.concat_tables(self._pending)
-            full = len(table) - len(table) % ROWS_PER_BATCH
-            for start in range(0, full, ROWS_PER_BATCH):
-                self._write_batch(table.slice(start, ROWS_PER_BATCH))
+            full = len(table) - len(table) % ROWS_A_BATCH
+            for start in range(0, full, ROWS_A_BATCH):
+                self._write_batch(table.slice(start, ROWS_A_BATCH))
             self._pending = [table.slice(full)]
 
     def finish(self, root: str, *, shards: bool) -> PartInfo:

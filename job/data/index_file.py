@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 import pyarrow as pa
@@ -19,7 +19,7 @@ from job.errors import DataError, StorageError
 
 FORMAT = 2
 """Version of the format; 2 added the SHA-256 and size of each part."""
-ROWS_PER_BATCH = 1 << 16
+ROWS_A_BATCH = 1 << 16
 """Rows of every record batch but the last, so that a sample's place follows from its id."""
 MOST_BYTES = 128 << 20
 """Size of an index.json that is still read."""
@@ -40,7 +40,7 @@ SCHEMA = pa.schema(
     }
 )
 ClassName = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_CLASS)]
-PartName = Literal["train", "val", "test", "all"]
+PartName = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9_]{0,31}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 _LITERAL = OBJECT_STORES | {"memory"}
 """Stores in which ``..`` is a name like any other."""
@@ -179,8 +179,12 @@ def verify_parts(folder: Path, info: IndexInfo, uri: str) -> None:
             raise DamagedIndex(f"{where} is damaged: {told}. Make it again by python -m job index.") from error
 
 
-def open_part(path: Path, rows: int) -> list[pa.RecordBatch]:
+def open_part(path: Path, rows: int, rows_a_batch: int = ROWS_A_BATCH) -> list[pa.RecordBatch]:
     """Map an Arrow file of :data:`SCHEMA` into memory.
+
+    Args:
+        rows: all of its rows.
+        rows_a_batch: rows of each record batch but the last.
 
     Raises:
         ValueError: it is no such file (a :class:`pyarrow.ArrowInvalid`, too), or has another number of rows.
@@ -193,8 +197,8 @@ def open_part(path: Path, rows: int) -> list[pa.RecordBatch]:
         batch = reader.get_batch(number)
         batches.append(batch)
         found += len(batch)
-        if found < rows and len(batch) != ROWS_PER_BATCH:
-            raise ValueError(f"record batch {number} has {len(batch):,} rows, not {ROWS_PER_BATCH:,}")
+        if len(batch) != min(rows_a_batch, rows - found + len(batch)):
+            raise ValueError(f"record batch {number} has {len(batch):,} rows, not {rows_a_batch:,}")
     if found != rows:
         raise ValueError(f"{found:,} rows, {rows:,} in {INDEX_FILE}")
     return batches

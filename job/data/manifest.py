@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from job import storage
-from job.data.access import OBJECT_STORES, WEB, Access, refusal, split_scheme
+from job.data.access import OBJECT_STORES, WEB, Access, is_local_uri, refusal, split_scheme
 from job.data.index_file import LONGEST_CLASS, LONGEST_KEY, leaves_folder
 from job.errors import DataError
 
@@ -77,7 +77,7 @@ class Resolver:
     def __init__(self, uri: str, access: Access) -> None:
         self.uri = uri
         self.access = access
-        self.local = storage.is_local(uri)
+        self.local = is_local_uri(uri)
         path = uri.partition("?")[0] if split_scheme(uri)[0] in WEB else uri
         self.base = path.rpartition("/")[0] or "."
         self._permitted: set[str] = set()

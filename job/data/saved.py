@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from job import storage
-from job.data.access import Access
+from job.data.access import Access, is_local_uri
 from job.data.index import Index
 from job.data.index_file import DamagedIndex, IndexInfo, load_index_info, read_index_file, verify_parts
 from job.data.local_files import locked, private_folder, read_small, room_needed, write_small
@@ -55,6 +56,43 @@ def is_fresh(uri: str, info: IndexInfo, index: Index) -> bool:
     if changed:
         log.warning("%s was made %s and is out of date: %s changed since", uri, info.created, changed[0])
     return not changed
+
+
+def is_run_index_usable(uri: str, cache_dir: Path, request: dict[str, Any], roots: list[str], access: Access) -> bool:
+    """Whether an earlier start of a run left its index, whole, and the data is still what it was.
+
+    A damaged one is made again: it follows from the data, and a run that resumes compares what comes out of it with
+    what it was trained on.
+
+    Args:
+        uri: folder of the index in run_dir.
+        request: options that it must have been made from.
+        roots: URIs of the data on the command line: the index, which others may have written, must not read local
+            files that they do not name.
+        access: what it may name besides.
+
+    Raises:
+        DataError: it names something that must not be read, or a newer release wrote it.
+    """
+    if not storage.exists(storage.join(uri, INDEX_FILE)):
+        return False
+    try:
+        folder = local_index(uri, cache_dir)
+        info = load_index_info(folder)
+        if info.request != request or not {"train", "val"} <= info.parts.keys() or not info.classes:
+            raise DamagedIndex(f"{uri} was not made for this run's data.")
+    except DamagedIndex as error:
+        log.warning("the run's index is made again from the data: %s", error)
+        return False
+    local_roots = [root for root in roots if is_local_uri(root)]
+    local = any(
+        kind_of(root) == "manifest"
+        or is_saved_index(root)
+        or storage.exists(storage.join(saved_index(root), INDEX_FILE))
+        for root in local_roots
+    )
+    access.require_sources([source.uri for source in info.sources], uri, local=local)
+    return all(is_fresh(uri, info, Index(folder, part, access)) for part in info.parts)
 
 
 def local_index(uri: str, cache_dir: Path) -> Path:

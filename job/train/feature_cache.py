@@ -97,8 +97,8 @@ class FeatureCache(Callback):
     def _stores(self, trainer: pl.Trainer, module: TransferLearningModel, frozen: int) -> dict[str, FeatureStore]:
         """The parts whose features are worth keeping; the same on all ranks."""
         data, found = _data(trainer), {}
-        if not data.is_cache_usable:
-            log.warning("the backbone's features are not kept: --data.cache_dir cannot be used.")
+        if ranks.union(set() if data.is_cache_usable else {str(data.cache_dir)}):
+            log.warning("the backbone's features are not kept: --data.cache_dir cannot be used on some node.")
             return {}
         bytes_each = 0
         weights = ranks.from_rank_zero(lambda: weights_hash(module.net.backbone))
