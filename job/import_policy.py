@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jsonargparse
+import yaml
 
 from job import bounded_yaml
 from job.errors import ConfigError
@@ -141,7 +142,7 @@ def set_parsing_rules() -> None:
             return bounded_yaml.load(text, loader)
 
         bounded.is_bounded = True  # type: ignore[attr-defined]
-        jsonargparse.set_loader("yaml", bounded, (bounded_yaml.yaml.YAMLError,))
+        jsonargparse.set_loader("yaml", bounded, (yaml.YAMLError,))
 
 
 _DENIED = frozenset(DENIED)

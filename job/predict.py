@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,11 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from job import storage
+from job import redact, storage
 from job.cluster import ranks
 from job.data.access import from_options
 from job.data.augment import ResizeMode, resize
@@ -31,6 +30,7 @@ from job.data.source import default_cache_dir
 from job.errors import ConfigError, DataError
 from job.model.classifier import Classifier, from_spec, mean_over_mirrored, probabilities
 from job.model.spec import decode_spec, net_state
+from job.terminal import print_table, say
 from job.train import checkpoint
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def load(uri: str, device: str | None = None) -> Predictor:
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    uri = checkpoint.resolve(uri)
+    uri = checkpoint.resolve(redact.remember(uri))
     saved = checkpoint.load(uri)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     net = from_spec(saved["classifier"], net_state(saved, uri), source=uri, device_type=torch.device(device).type)
@@ -171,7 +171,7 @@ def main(
     if output is not None:
         part = output if world_size == 1 else f"{output}.part-{rank:05d}-of-{world_size:05d}"
         storage.write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        Console(soft_wrap=True, stderr=True).print(f"{len(lines)} predictions in {part}", highlight=False)
+        say(f"{len(lines)} predictions in {part}", file=sys.stderr)
     if len(bad) > max_bad_samples:
         shown = "\n  ".join(bad[:10])
         raise DataError(f"{len(bad)} image(s) could not be read, {max_bad_samples} allowed:\n  {shown}")
@@ -202,20 +202,16 @@ def _predict_index(
 
 
 def _print_table(lines: list[dict[str, object]], classes: Sequence[str]) -> None:
-    table = Table()
-    table.add_column("image", overflow="fold")
-    table.add_column("class")
-    table.add_column("probability", justify="right")
+    rows = []
     for line in lines[:ROWS_SHOWN]:
         chances = line["probabilities"]
         assert isinstance(chances, dict)
-        table.add_row(str(line["uri"]), str(line["label"]), f"{chances[line['label']]:.4f}")
-    console = Console()
-    console.print(table)
+        rows.append((line["uri"], line["label"], f"{chances[line['label']]:.4f}"))
+    print_table(["image", "class", "probability"], rows, right=["probability"], fold=True)
     if len(lines) > ROWS_SHOWN:
         counts = {name: sum(line["label"] == name for line in lines) for name in classes}
         told = ", ".join(f"{name} {count}" for name, count in counts.items())
-        console.print(f"… and {len(lines) - ROWS_SHOWN} more. In all: {told}", highlight=False)
+        say(f"… and {len(lines) - ROWS_SHOWN} more. In all: {told}")
 
 
 def _to_tensor(image: bytes | str | Image.Image | npt.NDArray[np.uint8] | Tensor, at_least: int) -> Tensor:

@@ -7,10 +7,12 @@ or in the process that started it.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
 import threading
+import zlib
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -18,6 +20,8 @@ HIDDEN = "***"
 """Stands where a credential was."""
 VARIABLE = "_JOB_CREDENTIALS"
 """Environment variable that hands the known credentials to child processes (loaders, ranks)."""
+MOST_EXPORTED = 100_000
+"""Characters of that variable; Linux allows 128 KiB."""
 HTTP = ("http://", "https://")
 
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.\-]*://"
@@ -98,7 +102,7 @@ def remember(uri: str) -> str:
             if plain != part and not is_redacted(part) and _known.get(plain) != part:
                 _known[plain] = part
                 _literals.update(_secrets(part))
-                os.environ[VARIABLE] = json.dumps(_known)
+                _export()
     return identity(uri)
 
 
@@ -242,6 +246,19 @@ def _folder(uri: str) -> str:
     return _path(uri).rpartition("/")[0] + "/"
 
 
+def _export() -> None:
+    """Hand over to child processes what is known."""
+    from job.errors import ConfigError
+
+    packed = base64.b64encode(zlib.compress(json.dumps(_known).encode())).decode()
+    if len(packed) > MOST_EXPORTED:
+        raise ConfigError(
+            "too many URIs with credentials of their own. Name the data by one folder, pattern or table, or give "
+            "credentials to the account the job runs as."
+        )
+    os.environ[VARIABLE] = packed
+
+
 def _load() -> None:
     """Take over what the parent process knew."""
     global _loaded
@@ -250,8 +267,9 @@ def _load() -> None:
     with _lock:
         _loaded = True
         try:
-            known = json.loads(os.environ.get(VARIABLE, "{}"))
-        except ValueError:
+            packed = base64.b64decode(os.environ.get(VARIABLE, ""))
+            known = json.loads(zlib.decompress(packed)) if packed else {}
+        except (ValueError, zlib.error):
             return
         if isinstance(known, dict):
             for plain, full in known.items():

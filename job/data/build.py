@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from job import storage
+from job import redact, storage
 from job.data import layout
 from job.data.access import Access, from_options, is_local_uri
 from job.data.index import Index, PartWriter
@@ -35,6 +35,7 @@ from job.data.local_files import room_needed, usable_cache_dir
 from job.data.saved import fetch_index, is_fresh, publish_index, saved_index
 from job.data.source import INDEX_FILE, Source, default_cache_dir, is_saved_index
 from job.errors import DataError, StorageError
+from job.terminal import say
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def build(
     """
     sources: list[Source] = []
     found: dict[str, list[Part]] = {}
+    roots = {name: [redact.remember(uri) for uri in uris] for name, uris in roots.items()}
     with room_needed(folder, "keep the index"), tempfile.TemporaryDirectory(prefix=".list-", dir=folder) as scratch:
         for number, (name, uri) in enumerate((name, uri) for name, uris in roots.items() for uri in uris):
             listing = Path(scratch) / str(number)
@@ -169,7 +171,7 @@ def main(
         info = build({"root": [uri]}, Path(scratch), cache, "parts", listed_anew=True, access=access)
         publish_index(Path(scratch), target)
     parts = ", ".join(f"{name} {part.rows:,}" for name, part in info.parts.items())
-    print(f"{len(info.classes)} classes; images: {parts}; {storage.join(target, INDEX_FILE)}")
+    say(f"{len(info.classes)} classes; images: {parts}; {storage.join(target, INDEX_FILE)}")
 
 
 def _require_same_classes(train: list[Part], others: list[Part]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from job import storage
+from job import redact, storage
 from job.cluster import ranks
 from job.data.access import from_options
 from job.data.augment import ResizeMode
@@ -107,7 +107,9 @@ class ImageDataModule(pl.LightningDataModule):
         if cache_gb < 0:
             raise ConfigError(f"--data.cache_gb must be at least 0, which keeps nothing: {cache_gb}.")
         given = {"root": root} if root is not None else {"train": train, "val": val, "test": test}
-        self.uris = {name: [uris] if isinstance(uris, str) else uris for name, uris in given.items() if uris}
+        listed = {name: [uris] if isinstance(uris, str) else uris for name, uris in given.items() if uris}
+        # Credentials are no part of what names the data: indexes and caches outlive them.
+        self.uris = {name: [redact.remember(uri) for uri in uris] for name, uris in listed.items()}
         self.val_fraction = val_fraction
         self.global_batch_size = global_batch_size
         self.image_size = image_size

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.ipc
 
-from job import storage
+from job import redact, storage
 from job.data.access import Access
 from job.data.index_file import (
     ROWS_A_BATCH,
@@ -135,7 +135,7 @@ class Index:
     def uri(self, sample: int) -> str:
         """Where a sample lies; a member of an archive as ARCHIVE/MEMBER."""
         found = self[sample]
-        return storage.join(self.sources[found.source].uri, found.key)
+        return redact.identity(storage.join(self.sources[found.source].uri, found.key))
 
 
 class PartWriter:

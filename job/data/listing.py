@@ -88,8 +88,8 @@ def _tables(uri: str, sources: list[Source], cache_dir: str, labelled: bool, acc
 
 
 def _one_image(uri: str, details: dict[str, Any], sources: list[Source]) -> Iterator[pa.Table]:
-    folder, _, key = uri.rpartition("/")
-    sources.append(Source(folder or ("/" if uri.startswith("/") else "."), "folder"))
+    folder, key = storage.split(uri)
+    sources.append(Source(folder, "folder"))
     yield _rows([key], len(sources) - 1, [-1], [-1], [storage.version(details)])
 
 

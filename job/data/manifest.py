@@ -78,8 +78,7 @@ class Resolver:
         self.uri = uri
         self.access = access
         self.local = is_local_uri(uri)
-        path = uri.partition("?")[0] if split_scheme(uri)[0] in WEB else uri
-        self.base = path.rpartition("/")[0] or "."
+        self.base = storage.split(uri)[0]
         self._permitted: set[str] = set()
 
     def resolve(self, entry: str, row: int) -> tuple[str, str]:

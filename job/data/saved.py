@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from job import storage
+from job import redact, storage
 from job.data.access import Access, is_local_uri
 from job.data.index import Index
 from job.data.index_file import DamagedIndex, IndexInfo, load_index_info, read_index_file, verify_parts
@@ -36,7 +36,8 @@ def saved_index(uri: str) -> str:
         return uri.removesuffix(f"/{INDEX_FILE}")
     if kind_of(uri) == "folder":
         return storage.join(uri, ".index")
-    return f"{re.sub(r'[{}*?]', '_', uri)}.index"
+    path, query = redact.split_query(uri)
+    return f"{re.sub(r'[{}*?]', '_', path)}.index{query}"
 
 
 def is_fresh(uri: str, info: IndexInfo, index: Index) -> bool:

@@ -15,6 +15,7 @@ from job.demo.weights import efficientnet_lite0
 from job.errors import EXIT_RETRY, JobError
 from job.processes import kill_descendants
 from job.signals import Stopped
+from job.terminal import say
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BUCKET = "gs://demo"
@@ -98,4 +99,5 @@ def _run(arguments: list[str], **variables: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"\n▶ {text}", flush=True)
+    say("")
+    say(f"▶ {text}")

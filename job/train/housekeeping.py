@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from job import storage
 from job.errors import CheckpointError
+from job.terminal import print_table, say
 from job.train import checkpoint
 from job.train.lease import Lease
 
@@ -28,7 +26,7 @@ def main(action: Literal["ls", "verify", "gc"], run_dir: str) -> None:
     if not found:
         raise CheckpointError(f"no checkpoint in {storage.join(run_dir, checkpoint.FOLDER)}.")
     columns = ["checkpoint", "epoch", "step", "bytes", found[-1].monitor, *(["state"] if action == "verify" else [])]
-    table, bad = Table(*columns), []
+    rows, bad = [], []
     for manifest in found:
         measured = manifest.measured(found[-1].monitor)
         value = "" if measured is None else f"{measured:.4f}"
@@ -37,8 +35,8 @@ def main(action: Literal["ls", "verify", "gc"], run_dir: str) -> None:
             problem = _problem(run_dir, manifest)
             bad += [problem] if problem else []
             row.append("damaged" if problem else "good")
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table)
+        rows.append(row)
+    print_table(columns, rows)
     if bad:
         raise CheckpointError(f"{len(bad)} of {len(found)} checkpoints are damaged:\n  " + "\n  ".join(bad))
 
@@ -59,5 +57,5 @@ def _collect_garbage(run_dir: str) -> None:
         leftovers = checkpoint.uncommitted(run_dir)
         for uri in leftovers:
             storage.remove(uri)
-            print(f"removed {uri}")
-        print(f"{len(leftovers)} leftover(s) in {storage.join(run_dir, checkpoint.FOLDER)}")
+            say(f"removed {uri}")
+        say(f"{len(leftovers)} leftover(s) in {storage.join(run_dir, checkpoint.FOLDER)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import shlex
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -13,13 +14,12 @@ from typing import Any
 import msgspec
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
-from rich.console import Console
-from rich.table import Table
 
 from job import storage
 from job.data.dataset import Batch
 from job.errors import JobError
 from job.logging.tensorboard import events_uri
+from job.terminal import print_table, say
 from job.train import accounting, checkpoint, confusion
 from job.train.accounting import Accounting
 from job.train.checkpoint_manifest import Manifest
@@ -173,7 +173,6 @@ def print_summary(run_dir: str, report: dict[str, Any]) -> None:
         run_dir: the run's folder.
         report: the content of ``report.json``.
     """
-    table = Table(title="Finished", show_header=False, title_justify="left")
     speed, checkpoints = report["train_images_per_second"], report["checkpoints"]
     rows = {}
     if checkpoints:
@@ -186,13 +185,10 @@ def print_summary(run_dir: str, report: dict[str, Any]) -> None:
         "time": _where_time_went(report["seconds"], report["starts"]),
         "run_dir": run_dir,
     }
-    for name, value in rows.items():
-        table.add_row(name, str(value))
-    console = Console(soft_wrap=True)
-    console.print(table)
-    console.print("Next:", highlight=False)
-    console.print(f"  tensorboard --logdir {events_uri(run_dir)}", highlight=False)
-    console.print(f"  python -m job predict --ckpt {run_dir} --input IMAGE_OR_FOLDER", highlight=False)
+    print_table(["", ""], list(rows.items()), title="Finished")
+    say("Next:")
+    say(f"  tensorboard --logdir {shlex.quote(events_uri(run_dir))}")
+    say(f"  python -m job predict --ckpt {shlex.quote(run_dir)} --input IMAGE_OR_FOLDER")
 
 
 def _metrics(entry: dict[str, Any]) -> str:
@@ -206,17 +202,13 @@ def _metrics(entry: dict[str, Any]) -> str:
 
 def print_findings(found: dict[str, Any]) -> None:
     """Print what ``tune`` found, as options to type next."""
-    console = Console(soft_wrap=True)
     optimizer = f"{{class_path: {found['optimizer']}, init_args: {{lr: {found['lr']:.2g}}}}}"
-    console.print(f"The loss falls fastest at a learning rate of {found['lr']:.2g}:", highlight=False)
-    console.print(f"  --model.optimizer '{optimizer}'", highlight=False, markup=False)
+    say(f"The loss falls fastest at a learning rate of {found['lr']:.2g}:")
+    say(f"  --model.optimizer '{optimizer}'")
     if most := found["global_batch_size_at_most"]:
         each, processes = found["bytes_an_image"] / 1e6, found["world_size"]
-        console.print(
-            f"Training all layers takes {each:.1f} MB an image. On {processes} process(es) like these, at most:",
-            highlight=False,
-        )
-        console.print(f"  --data.global_batch_size {most}", highlight=False)
+        say(f"Training all layers takes {each:.1f} MB an image. On {processes} process(es) like these, at most:")
+        say(f"  --data.global_batch_size {most}")
 
 
 def _where_time_went(seconds: dict[str, float], starts: int) -> str:
