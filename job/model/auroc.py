@@ -14,9 +14,9 @@ LOG_ODDS = 16.0
 class BinnedAUROC(Metric):
     """AUROC of each class against the others, from histograms of its log-odds.
 
-    Pairs of a positive and a negative sample in one bin count one half. The result differs from the exact one by at most
-    half the share of such pairs; for smooth distributions it is below 1e-3. Memory is 2 * BINS counts per class,
-    where the exact AUROC keeps a probability per sample and class. Log-odds resolve the small
+    Pairs of a positive and a negative sample in one bin count one half, so that the result differs from the exact one
+    by at most half the share of such pairs: below 1e-3 unless most scores of a class are alike. Memory is 2 * BINS
+    counts per class, where the exact AUROC keeps a probability per sample and class. Log-odds resolve the small
     probabilities of many classes, which equally spaced thresholds would put into one bin.
 
     Args:

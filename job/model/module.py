@@ -416,8 +416,8 @@ class TransferLearningModel(pl.LightningModule):
             return build_scheduler(self.lr_scheduler, optimizer, factors=factors, length=self._intervals())
         if self.lr_interval == "step" and self.milestones:
             raise ConfigError(
-                f"--model.lr_interval=step, but the default scheduler's milestones {self.milestones} are epochs. Choose "
-                "a --model.lr_scheduler, or --model.lr_interval=epoch."
+                f"--model.lr_interval=step, but the default scheduler's milestones {self.milestones} are epochs. "
+                "Choose a --model.lr_scheduler, or --model.lr_interval=epoch."
             )
         return MultiStepLR(optimizer, self.milestones, self.lr_gamma)
 
@@ -461,8 +461,10 @@ class TransferLearningModel(pl.LightningModule):
             if self.lr_scheduler is not None:
                 scheduler = self._scheduler(optimizer, [group.lr_factor for group in groups])
                 schedule = f"{type(scheduler).__name__} {_plain(scheduler.state_dict())}"
-                rates = [[group["max_lr"], group["min_lr"]] for group in optimizer.param_groups if "max_lr" in group]
-                schedule += f" {rates or getattr(scheduler, 'max_lrs', '')}".rstrip()
+                rates: Any = [
+                    [group["max_lr"], group["min_lr"]] for group in optimizer.param_groups if "max_lr" in group
+                ]
+                schedule += f" {rates or getattr(scheduler, 'max_lrs', '')}".rstrip()  # OneCycleLR, CyclicLR
             self._recipe["model.lr_scheduler"] = schedule
         return self._recipe
 

@@ -105,7 +105,7 @@ class DivergenceGuard(Callback):
             values = torch.stack([gradients.float(), loss.float()])
             self._gradients, event = None, None
             if values.is_cuda:
-                values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
+                values, event = values.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record()
             self._pending.append((f"at {_place(trainer)}", values, event))
             self._look(module, STEPS_BEHIND)

@@ -36,7 +36,7 @@ def test_metrics_that_the_samples_do_not_define_are_absent() -> None:
     metrics = EvaluationMetrics("abc")
     chances, mask = torch.rand(4, 3).softmax(dim=1), torch.ones(4, dtype=torch.bool)
     metrics.update(torch.rand(4), chances, torch.ones(4, dtype=torch.int64), mask)
-    values, confusion = metrics.compute()
+    values, _ = metrics.compute()
     assert set(values) == {"loss", "accuracy", "f1", "accuracy_of/b"}
     assert all(math.isfinite(value) for value in values.values())
     metrics.reset()
