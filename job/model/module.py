@@ -104,7 +104,7 @@ class TransferLearningModel(pl.LightningModule):
         ema: float = 0.0,
         compile_backbone: bool = False,
         optimizer: OptimizerCallable = torch.optim.Adam,
-        lr_scheduler: LRSchedulerCallable | AutoSchedule | None = None,
+        lr_scheduler: AutoSchedule | LRSchedulerCallable | None = None,
         lr_gamma: float = 0.3,
         lr_interval: Literal["epoch", "step"] = "epoch",
         nonfinite: Literal["stop", "skip"] = "stop",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
@@ -40,7 +39,7 @@ class Poison(Callback):
         due = trainer.fit_loop.epoch_loop.total_batch_idx in self.batches
         self.active = due and self.rank in (None, trainer.global_rank) and not self.statistic
         if due and self.statistic:
-            next(b for b in pl_module.net.backbone.buffers() if b.is_floating_point()).fill_(torch.inf)
+            next(b for b in pl_module.net.backbone.buffers() if b.is_floating_point()).fill_(self.value)
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.active = False

@@ -90,17 +90,24 @@ def test_many_skipped_steps_in_a_row_end_the_run(colours: Path, tmp_path: Path) 
     )
     assert ended.returncode == 2
     assert "in 4 consecutive steps, the last at step 8" in ended.output
-    assert steps(tmp_path / "run") == [4]
+    assert steps(tmp_path / "run") == [4, 8]
+    assert_finite(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
-    ("limit", "told"), [(0.0, "held values that are not finite at step 8"), (1.0, "val/loss is nan")]
+    ("limit", "value", "told"),
+    [(0.0, "inf", "held values that are not finite at step 8"), (1.0, "nan", "val/loss is nan at step 8")],
 )
-def test_statistics_that_are_not_finite_are_not_saved(limit: float, told: str, colours: Path, tmp_path: Path) -> None:
+def test_statistics_that_are_not_finite_are_not_saved(
+    limit: float, value: str, told: str, colours: Path, tmp_path: Path
+) -> None:
     """The loss in training does not depend on them."""
     ended = run_here(
         *("fit", *options(SETTINGS, data__root=colours, run_dir=tmp_path / "run")),
-        *(f"--trainer.limit_val_batches={limit}", f"--trainer.callbacks={poisoned(first=5, statistic=True)}"),
+        *(
+            f"--trainer.limit_val_batches={limit}",
+            f"--trainer.callbacks={poisoned(first=5, value=value, statistic=True)}",
+        ),
     )
     assert ended.returncode == 2, ended.output
     assert told in ended.output
@@ -111,7 +118,7 @@ def test_statistics_that_are_not_finite_are_not_saved(limit: float, told: str, c
 def test_a_sweep_of_learning_rates_diverges_on_purpose(colours: Path, tmp_path: Path) -> None:
     ended = run_here(
         *("tune", *options(SETTINGS, data__root=colours, run_dir=tmp_path / "run")),
-        *("--lr.highest=1e30", "--lr.steps=40", "--model.lr_interval=step"),
+        *("--lr.lowest=1e-4", "--lr.steps=40", "--model.lr_interval=step", f"--trainer.callbacks={poisoned(first=25)}"),
     )
     assert ended.returncode == 0, ended.output
     assert None in strict(tmp_path / "run" / "tune.json")["losses"]  # type: ignore[operator]
