@@ -34,7 +34,8 @@ from job.demo import CONFIGS, DIGITS
 from job.demo.digits import digit_images
 from job.demo.gcs_server import create_bucket, gcs_server
 from job.train import accounting
-from job.train.checkpoint_io import FACTS, BackgroundCheckpointIO
+from job.train.checkpoint_io import BackgroundCheckpointIO
+from job.train.checkpoint_state import FACTS
 
 MEGABYTES = (25, 100, 400, 1000)
 REPEATS = 3
@@ -55,11 +56,11 @@ def ours(state: dict[str, torch.Tensor], run_dir: str = f"{BUCKET}/ours") -> lis
     """A copy in memory; the rest in a thread."""
     io = BackgroundCheckpointIO(upload_seconds=600)
     facts = {"epoch": 1, "batch": 0, "global_step": 1, "monitor": "m", "mode": "max", "metrics": {}}
-    checkpoint = {"state_dict": state, FACTS: {**facts, "confusion_matrix": []}}
+    checkpoint = {"state_dict": state, "classifier": {}, FACTS: facts}
 
     def save(n: int) -> float:
         began = time.monotonic()
-        io.save_checkpoint(checkpoint, f"{run_dir}/checkpoints/{n % 2}.ckpt")
+        io.save_checkpoint(checkpoint, f"{run_dir}/checkpoints/epoch=001-step={n % 2:08d}.ckpt")
         stall = time.monotonic() - began
         io.wait()  # a run takes its next checkpoint when this one is long committed
         return stall

@@ -154,7 +154,10 @@ def decode_manifest(uri: str, content: bytes) -> Manifest:
 
 def _unknown_fields(content: bytes) -> list[str]:
     """Further fields of a manifest that has all those of this version; of one that has not, they are damage."""
-    fields = msgspec.json.decode(content)
+    try:
+        fields = msgspec.json.decode(content, type=dict)
+    except (ValueError, RecursionError):
+        return []
     known = Manifest if "format" in fields else _Format1
     required = set(known.__struct_fields__[: len(known.__struct_fields__) - len(known.__struct_defaults__)])
     return sorted(fields.keys() - set(known.__struct_fields__)) if required <= fields.keys() else []
@@ -166,7 +169,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def kept_metrics(metrics: dict[str, float], monitor: str) -> dict[str, float | None]:
-    """The metrics that a manifest holds: without those per class where there are many, and None for NaN and infinity."""
+    """The metrics for a manifest: without those per class where there are many, None for NaN and infinity."""
     per_class = [name for name in metrics if name.startswith(PER_CLASS_PREFIX)]
     dropped = set(per_class) - {monitor} if len(per_class) > PER_CLASS_METRICS else set()
     return {name: value if math.isfinite(value) else None for name, value in metrics.items() if name not in dropped}

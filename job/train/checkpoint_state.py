@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from job.errors import CheckpointError, NewerFormatError
@@ -30,7 +30,7 @@ CONFUSION = "confusion"
 _RESTORE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 _NO_FILE = {"file": "epoch=000-step=00000000.ckpt", "bytes": 0, "sha256": "0" * 64}
 _PER_PARAMETER = frozenset(
-    [
+    {
         "exp_avg",
         "exp_avg_sq",
         "exp_inf",
@@ -42,7 +42,7 @@ _PER_PARAMETER = frozenset(
         "prev",
         "step_size",
         "sum",
-    ]
+    }
 )
 """Entries of torch's optimizers that have the shape of their parameter."""
 
@@ -170,15 +170,17 @@ def _problem_of_optimizers(checkpoint: dict[str, Any]) -> str | None:
         if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
             return "an optimizer's state is no dict"
         groups = state.get("param_groups")
-        if not isinstance(groups, list) or not all(
-            isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups
-        ):
+        if not isinstance(groups, list) or not all(map(_is_group, groups)):
             return "an optimizer's parameter groups are no list of groups"
         if not all(isinstance(entry, dict) for entry in state["state"].values()):
             return "an optimizer's state of a parameter is no dict"
     if not all(isinstance(state, dict) for state in checkpoint["lr_schedulers"]):
         return "a learning rate scheduler's state is no dict"
     return None
+
+
+def _is_group(group: Any) -> bool:
+    return isinstance(group, dict) and isinstance(group.get("params"), list)
 
 
 def problem_of_restored(optimizer: torch.optim.Optimizer) -> str | None:

@@ -308,7 +308,7 @@ class Checkpointer(Checkpoint):
         self._restore_callbacks(trainer, checkpoint, facts.epoch)
 
     def _restore_callbacks(self, trainer: pl.Trainer, checkpoint: dict[str, Any], epoch: int) -> None:
-        """Let the configured settings of callbacks hold; keep a run ended that a callback had ended by the same ones."""
+        """Let the configured settings of callbacks hold; a run that a callback ended by the same ones stays ended."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         current = callback_settings.settings_of_all(callbacks)
         callback_settings.keep_configured(checkpoint["callbacks"], callbacks)

@@ -18,7 +18,7 @@ class TrainingEpochLoop(_TrainingEpochLoop):
     there misses an event or a step.
 
     Lightning's classes for loops are private; this one is held to pytorch-lightning 2.6 in setup.cfg
-    and overrides two methods.
+    and overrides three methods.
     """
 
     def __init__(self, trainer: pl.Trainer, between_steps: Sequence[Callable[[pl.Trainer], None]]) -> None:
@@ -33,6 +33,13 @@ class TrainingEpochLoop(_TrainingEpochLoop):
             for action in self._between_steps:
                 action(self.trainer)
         super().advance(data_fetcher)
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        """End a step, unless it is the one after whose end the loaded checkpoint was taken."""
+        if self._skip_next_val:
+            self._skip_next_val = False
+            return
+        super().on_advance_end(data_fetcher)
 
     def _broadcast_sigterm_tensor(self) -> None:
         """Nothing: Lightning waits for rank 0's word here; :mod:`job.cluster.votes` hears all ranks without a wait."""

@@ -9,7 +9,7 @@ from job.errors import ConfigError
 from job.train.checkpoint_manifest import Manifest, Mode
 
 LOWER_IS_BETTER = frozenset(
-    [
+    {
         "loss",
         "losses",
         "error",
@@ -32,10 +32,10 @@ LOWER_IS_BETTER = frozenset(
         "entropy",
         "latency",
         "crossentropy",
-    ]
+    }
 )
 HIGHER_IS_BETTER = frozenset(
-    [
+    {
         "accuracy",
         "acc",
         "top1",
@@ -63,7 +63,7 @@ HIGHER_IS_BETTER = frozenset(
         "ssim",
         "tpr",
         "tnr",
-    ]
+    }
 )
 
 

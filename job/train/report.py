@@ -177,7 +177,7 @@ def print_summary(run_dir: str, report: dict[str, Any]) -> None:
     rows = {}
     if checkpoints:
         best, last = checkpoints["best"], checkpoints["last"]
-        rows["best checkpoint"] = f"{_metrics(best)}, used by predict, validate and test\n{best['uri']}"
+        rows["best checkpoint, predicts"] = f"{_metrics(best)}\n{best['uri']}"
         rows["last checkpoint"] = "the same" if last["uri"] == best["uri"] else f"{_metrics(last)}\n{last['uri']}"
     rows |= {
         "epochs": f"{report['epochs']} ({report['global_step']} steps)",

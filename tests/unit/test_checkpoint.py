@@ -10,7 +10,9 @@ from job import storage, temporary
 from job.errors import CheckpointError, LeaseError, StorageError
 from job.train import checkpoint
 from job.train.checkpoint import Manifest
-from job.train.checkpoint_io import FACTS, BackgroundCheckpointIO
+from job.train.checkpoint_io import BackgroundCheckpointIO
+from job.train.checkpoint_manifest import kept_metrics
+from job.train.checkpoint_state import FACTS
 from job.train.checkpointer import Checkpointer
 from job.train.housekeeping import main as checkpoints
 
@@ -21,7 +23,7 @@ def state(step: int, value: float | None = None, epoch: int = 0, mode: str = "ma
     return {
         "state_dict": {"w": torch.full((1000,), float(step))},
         "classifier": {"backbone": "resnet18"},
-        FACTS: {**facts, "metrics": metrics, "confusion_matrix": []},
+        FACTS: {**facts, "metrics": kept_metrics(metrics, "val/accuracy")},
     }
 
 
@@ -45,7 +47,7 @@ def test_best_and_last_are_chosen_by_the_manifests(run_dir: str) -> None:
     assert checkpoint.resolve(run_dir).endswith("step=00000010.ckpt")
     assert checkpoint.resolve(f"{run_dir}/checkpoints/best").endswith("step=00000010.ckpt")
     assert checkpoint.resolve(f"{run_dir}/checkpoints/last").endswith("step=00000025.ckpt")
-    low = [Manifest("f", 1, "", 0, 0, s, "val/loss", "min", {"val/loss": v}, []) for s, v in ((1, 0.3), (2, 0.2))]
+    low = [Manifest("f", 1, "", 0, 0, s, "val/loss", "min", {"val/loss": v}) for s, v in ((1, 0.3), (2, 0.2))]
     assert [m.global_step for m in checkpoint.ranked(low)] == [2, 1]
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         checkpoint.resolve(run_dir + "/elsewhere")
