@@ -22,7 +22,7 @@ from job import storage, temporary
 from job.errors import CheckpointError, StorageError, StorageOutage
 from job.train import checkpoint, confusion
 from job.train.checkpoint_manifest import encode_manifest, manifest_of, manifest_uri
-from job.train.checkpoint_state import CONFUSION, FACTS, require_resumable
+from job.train.checkpoint_state import CONFUSION, FACTS, require_lightning_version, require_resumable
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class BackgroundCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Verify and load ``path``; ``weights_only`` is always on."""
         loaded = checkpoint.load(str(path))
+        require_lightning_version(str(path), loaded)
         if self.expected_loops is not None:
             require_resumable(str(path), loaded, self.expected_loops)
         return loaded

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from job.errors import CheckpointError, NewerFormatError
@@ -70,6 +71,23 @@ def require_checkpoint(uri: str, checkpoint: Any) -> dict[str, Any]:
     if not isinstance(checkpoint["classifier"], dict):
         raise CheckpointError(f"{uri} is damaged: its classifier is not settings by name.")
     return cast("dict[str, Any]", checkpoint)
+
+
+def require_lightning_version(uri: str, checkpoint: dict[str, Any]) -> None:
+    """Check the entry by which Lightning migrates checkpoints of its earlier versions.
+
+    Raises:
+        CheckpointError: it is no version from 2 on, which the first checkpoints of this package were written with.
+    """
+    saved = checkpoint.get("pytorch-lightning_version")
+    try:
+        usable = isinstance(saved, str) and len(saved) < 100 and Version(saved).major >= 2
+    except InvalidVersion:
+        usable = False
+    if not usable:
+        raise CheckpointError(
+            f"{uri} is damaged: its pytorch-lightning_version is {saved!r:.50}. Use an older checkpoint."
+        )
 
 
 def require_resumable(uri: str, checkpoint: dict[str, Any], expected_loops: dict[str, Any]) -> None:
@@ -160,7 +178,7 @@ def _out_of_range(tree: Any) -> str | None:
     """The first number of a tree of dictionaries that is negative or absurdly large."""
     if isinstance(tree, dict):
         return next((problem for value in tree.values() if (problem := _out_of_range(value))), None)
-    if type(tree) is int and not 0 <= tree < 2**48:
+    if isinstance(tree, (int, float)) and not (isinstance(tree, int) and 0 <= tree < 2**48):
         return f"{tree} is no count"
     return None
 
@@ -183,7 +201,7 @@ def _is_group(group: Any) -> bool:
     return isinstance(group, dict) and isinstance(group.get("params"), list)
 
 
-def problem_of_restored(optimizer: torch.optim.Optimizer) -> str | None:
+def _problem_of_restored(optimizer: torch.optim.Optimizer) -> str | None:
     """An entry of a restored optimizer that its next step would fail on."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
@@ -222,12 +240,16 @@ def difference(expected: Any, saved: Any, path: str = "", ignored: frozenset[str
 
 
 def _alike(expected: Any, saved: Any) -> bool:
-    if expected is None or saved is None:
-        return True
+    if expected is None:
+        return is_plain(saved) or isinstance(saved, Tensor)
+    if saved is None:
+        return isinstance(expected, bool)  # of an optimizer: not chosen
     if isinstance(expected, bool) or isinstance(saved, bool):
         return isinstance(expected, bool) and isinstance(saved, bool)
     if isinstance(expected, (int, float)):
-        return isinstance(saved, (int, float)) and math.isfinite(saved)
+        if isinstance(saved, int):
+            return abs(saved) < 2**53
+        return isinstance(saved, float) and not math.isnan(saved)
     return isinstance(saved, type(expected))
 
 
@@ -245,8 +267,30 @@ def is_plain(value: Any, depth: int = 8) -> bool:
 def explain_restore_errors(trainer: pl.Trainer) -> None:
     """Let what Lightning raises while it restores a checkpoint become messages: the entries may be anything."""
     connector = trainer._checkpoint_connector
+    restore_training = connector.restore_training_state
+
+    def restore_checked() -> None:
+        if trainer.state.fn == "fit" and connector._loaded_checkpoint:
+            _require_same_structure(trainer, connector._loaded_checkpoint)
+        restore_training()
+        for optimizer in trainer.optimizers:
+            if problem := _problem_of_restored(optimizer):
+                raise ValueError(problem)
+
+    connector.restore_training_state = restore_checked  # type: ignore[method-assign]
     for name in ("restore_datamodule", "restore_model", "restore_callbacks", "restore_training_state"):
         setattr(connector, name, _explained(connector, getattr(connector, name)))
+
+
+def _require_same_structure(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Hold the states of optimizers and schedulers, which are taken over whole, against those of this run."""
+    groups = [optimizer.state_dict()["param_groups"] for optimizer in trainer.optimizers]
+    saved = [state["param_groups"] for state in checkpoint["optimizer_states"]]
+    if different := difference(groups, saved):
+        raise ValueError(f"the optimizer's parameter groups: {different}")
+    schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    if different := difference(schedulers, checkpoint["lr_schedulers"]):
+        raise ValueError(f"the learning rate scheduler's state: {different}")
 
 
 def _explained(connector: Any, restore: Callable[[], None]) -> Callable[[], None]:

@@ -6,7 +6,6 @@ The one place where all ranks agree to save or to stop.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from typing import Any, Literal, cast
 
@@ -16,10 +15,10 @@ from pytorch_lightning.callbacks import Checkpoint
 from job import storage
 from job.cluster import ranks
 from job.cluster.votes import Votes
-from job.errors import CheckpointError, ConfigError, JobError, Preempted, StorageOutage
+from job.errors import CheckpointError, ConfigError, Preempted
 from job.logging.tensorboard import BucketTensorBoardLogger
 from job.model.module import TransferLearningModel
-from job.train import callback_settings, checkpoint
+from job.train import callback_settings
 from job.train.checkpoint import FOLDER, SUFFIX, Manifest
 from job.train.checkpoint_io import BackgroundCheckpointIO
 from job.train.checkpoint_manifest import FORMAT, kept_metrics
@@ -31,15 +30,12 @@ from job.train.checkpoint_state import (
     REQUIRED,
     STOPPED,
     facts_of,
-    problem_of_restored,
 )
 from job.train.preemption import Preemption
-from job.train.ranking import best_of_each_validation, implied_mode, mode_of
+from job.train.ranking import best_of_each_validation, mode_of
+from job.train.retention import Retention, compare_ranking, validation_identity
 
 log = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_REFUSED_REMOVALS = 3600.0
-"""How long retention rests after a bucket refused it: a retention policy may let an object go later."""
 
 
 class Checkpointer(Checkpoint):
@@ -99,8 +95,7 @@ class Checkpointer(Checkpoint):
         self._saved_metrics = False
         self._validated_at = -1
         self._warned_of_accumulation = False
-        self._removals_refused_at = -math.inf
-        self._warned_of_removals = False
+        self._retention = Retention()
         self._saved_at = time.monotonic()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -112,54 +107,16 @@ class Checkpointer(Checkpoint):
                 self.io.before_commit = logger.publish
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check what was restored, and by what earlier checkpoints were ranked.
+        """Compare the ranking with that of earlier checkpoints, and exchange flags with the other ranks from here on.
 
         Raises:
-            CheckpointError: the restored optimizer cannot do a step, or the metric was not measured before.
+            CheckpointError: no earlier checkpoint holds the metric.
         """
-        for optimizer in trainer.optimizers:
-            if problem := problem_of_restored(optimizer):
-                raise CheckpointError(
-                    f"the checkpoint in {self.run_dir} is damaged: {problem}. Use an older checkpoint."
-                )
-        ranks.from_rank_zero(lambda: self._compare_ranking(trainer))
+        ranks.from_rank_zero(lambda: compare_ranking(trainer, self.run_dir, self.monitor, self.mode))
         if schedule := callback_settings.scheduler(trainer):
             # Lightning sets it at the start of an epoch, which a run that resumes within one does not pass.
             trainer.accumulate_grad_batches = schedule.get_accumulate_grad_batches(trainer.current_epoch)
         self._votes = Votes(2)
-
-    def _compare_ranking(self, trainer: pl.Trainer) -> None:
-        """Say where earlier checkpoints were ranked by something else."""
-        implied = implied_mode(self.monitor)
-        if implied not in (None, self.mode):
-            log.warning("--checkpoint.mode is %s: the checkpoint with the worst %s is best", self.mode, self.monitor)
-        measured = [m for m in checkpoint.manifests(self.run_dir) if m.metrics]
-        if not measured:
-            return
-        if not any(self.monitor in m.metrics for m in measured):
-            known = ", ".join(sorted({name for m in measured for name in m.metrics})[:20])
-            raise CheckpointError(
-                f"the checkpoints in {self.run_dir} hold no {self.monitor!r} to be ranked by. They hold: {known}. "
-                "Choose one of these by --checkpoint.monitor, or another --run_dir."
-            )
-        before = measured[-1]
-        if (before.monitor, before.mode) != (self.monitor, self.mode):
-            log.warning(
-                "the best checkpoint was the one with the %s %s; from the next checkpoint on all are ranked anew, and "
-                "the best is the one with the %s %s",
-                "highest" if before.mode == "max" else "lowest",
-                before.monitor,
-                "highest" if self.mode == "max" else "lowest",
-                self.monitor,
-            )
-        current = _validation_identity(trainer)
-        if before.validation and before.validation != current:
-            log.warning(
-                "the validation samples changed: they were %s, are %s. The ranking starts anew: earlier checkpoints "
-                "do not compete for the best one; the best of them is kept",
-                before.validation,
-                current,
-            )
 
     def between_steps(self, trainer: pl.Trainer) -> None:
         """Save when it is time; stop when any rank was told to."""
@@ -279,7 +236,7 @@ class Checkpointer(Checkpoint):
             "monitor": self.monitor,
             "mode": self.mode,
             "metrics": kept_metrics(metrics, self.monitor),
-            "validation": _validation_identity(trainer) if metrics else "",
+            "validation": validation_identity(trainer) if metrics else "",
         }
         checkpoint[REQUIRED] = self._required(trainer)
         # Lightning forgets it, and would train one more epoch at every further start.
@@ -337,35 +294,10 @@ class Checkpointer(Checkpoint):
 
     def _remove_superseded(self) -> None:
         """Delete what is no longer kept. Runs after a commit, so that there is always a newer one."""
-        if time.monotonic() - self._removals_refused_at < SECONDS_BETWEEN_REFUSED_REMOVALS:
-            return
-        try:
-            committed = checkpoint.manifests(self.run_dir)
-            for manifest in self._superseded(committed):
-                self.io.before_write()
-                checkpoint.remove(storage.join(self.run_dir, FOLDER, manifest.file))
-        except JobError as error:
-            if not isinstance(error, StorageOutage):  # rights or a retention policy: it would be refused each time
-                self._removals_refused_at = time.monotonic()
-            if not self._warned_of_removals:
-                self._warned_of_removals = True
-                log.warning(
-                    "checkpoints that are no longer needed stay in %s, which takes room; the run goes on: %s",
-                    storage.join(self.run_dir, FOLDER),
-                    error,
-                )
+        self._retention.remove(self.run_dir, self._superseded, self.io.before_write)
 
     def _superseded(self, committed: list[Manifest]) -> list[Manifest]:
         kept = [*committed[-self.keep_last :], *best_of_each_validation(committed, self.keep_best)]
         if self.keep_every_n_epochs is not None:
             kept += [m for m in committed if m.batch == 0 and m.epoch % self.keep_every_n_epochs == 0]
         return [manifest for manifest in committed if manifest not in kept]
-
-
-def _validation_identity(trainer: pl.Trainer) -> str:
-    """Which samples are validated: their number, a hash of their keys and labels, and a limit where there is one."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    identity: str = data.parts["val"].fingerprint()
-    batches, limit = math.ceil(len(data.parts["val"]) / data.global_batch_size), trainer.limit_val_batches
-    used = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
-    return identity if used == batches else f"{identity}, the first {used} of {batches} batches"

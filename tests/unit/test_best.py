@@ -1,0 +1,207 @@
+"""Best: one finite number of one meaning, and runs that were ended stay ended."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pytorch_lightning.callbacks import Callback
+from support import TINY, Outcome, assert_same_weights, options, run_here, scalars
+
+from job.errors import ConfigError
+from job.train import checkpoint
+from job.train.checkpoint_manifest import Manifest
+from job.train.checkpointer import Checkpointer
+from job.train.ranking import implied_mode, ranked
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("val/loss", "min"),
+        ("val/accuracy", "max"),
+        ("val/f1", "max"),
+        ("val/auroc", "max"),
+        ("val/accuracy_of/loss", "max"),
+        ("val/mean_absolute_error", "min"),
+        ("val_loss", "min"),
+        ("val/colour", None),
+        ("val/accuracy_error", None),
+    ],
+)
+def test_the_mode_follows_from_the_name(metric: str, mode: str | None) -> None:
+    assert implied_mode(metric) == mode
+    if mode is None:
+        with pytest.raises(ConfigError, match=r"Give --checkpoint\.mode"):
+            Checkpointer(monitor=metric)
+        assert Checkpointer(monitor=metric, mode="min").mode == "min"
+    else:
+        assert Checkpointer(monitor=metric).mode == mode
+
+
+def manifest(step: int, loss: float, validation: str = "a", monitor: str = "val/loss") -> Manifest:
+    metrics = {"val/loss": loss, "val/accuracy": 1 - loss}
+    mode = "min" if monitor == "val/loss" else "max"
+    name = f"epoch=001-step={step:08d}.ckpt"
+    return Manifest(name, 1, "", 1, 0, step, monitor, mode, metrics, None, validation)  # type: ignore[arg-type]
+
+
+def test_the_newest_checkpoints_metric_ranks_all() -> None:
+    found = [manifest(1, 0.1, monitor="val/accuracy"), manifest(2, 0.3), manifest(3, 0.2)]
+    assert [m.global_step for m in ranked(found)] == [1, 3, 2]
+
+
+def test_other_validation_samples_start_the_ranking_anew_and_keep_the_best_of_before() -> None:
+    found = [manifest(1, 0.1), manifest(2, 0.2), manifest(3, 0.4, "b"), manifest(4, 0.3, "b"), manifest(5, 0.5, "b")]
+    assert [m.global_step for m in ranked(found)] == [4, 3, 5]
+    gone = Checkpointer(monitor="val/loss", keep_last=1, keep_best=1)._superseded(found)
+    assert [m.global_step for m in gone] == [2, 3]
+
+
+def fit(tmp_path: Path, colours: Path, *more: str, **changes: object) -> Outcome:
+    fixed = {"run_dir": tmp_path / "run", "data__cache_dir": tmp_path / "cache", "data__num_workers": 0}
+    settings = options(TINY, data__root=colours, features__use="never", model__milestones="[9]", **fixed, **changes)
+    return run_here("fit", *settings, *more)
+
+
+def steps(tmp_path: Path) -> list[tuple[int, int, int]]:
+    return [(m.epoch, m.batch, m.global_step) for m in checkpoint.manifests(str(tmp_path / "run"))]
+
+
+def stopping(**settings: object) -> str:
+    chosen = {"monitor": "val/loss", "patience": 1, "min_delta": 100.0, **settings}
+    return json.dumps([{"class_path": "pytorch_lightning.callbacks.EarlyStopping", "init_args": chosen}])
+
+
+def test_an_early_stopped_run_stays_ended_until_its_callback_changes(tmp_path: Path, colours: Path) -> None:
+    first = fit(tmp_path, colours, trainer__callbacks=stopping(), trainer__max_epochs=9)
+    assert first.returncode == 0, first.output
+    ended, report = steps(tmp_path), json.loads((tmp_path / "run/report.json").read_text())
+    assert ended[-1] == (2, 0, 8)
+    again = fit(tmp_path, colours, trainer__callbacks=stopping(), trainer__max_epochs=9)
+    assert steps(tmp_path) == ended
+    assert "stays ended" in again.output
+    assert "larger patience" in again.output
+    assert json.loads((tmp_path / "run/report.json").read_text()) == report  # with its images/s
+    more = fit(tmp_path, colours, trainer__callbacks=stopping(patience=3), trainer__max_epochs=9)
+    assert more.returncode == 0, more.output
+    assert "EarlyStopping's patience was 1, is 3" in more.output
+    assert steps(tmp_path)[-1] == (4, 0, 16)  # patience 3 held, not the 1 of the checkpoint
+
+
+@pytest.mark.parametrize("interval", [0.5, 0.25])
+def test_going_on_after_a_validation_within_an_epoch_is_exact(interval: float, tmp_path: Path, colours: Path) -> None:
+    more = {"trainer__val_check_interval": interval, "checkpoint__keep_last": 99, "trainer__max_epochs": 2}
+    assert fit(tmp_path / "whole", colours, **more).returncode == 0
+    whole, cut = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
+    assert fit(tmp_path / "cut", colours, **more).returncode == 0
+    assert len(steps(tmp_path / "whole")) == 2 / interval
+    for later in checkpoint.manifests(str(cut))[1:]:
+        checkpoint.remove(f"{cut}/checkpoints/{later.file}")
+    assert fit(tmp_path / "cut", colours, **more).returncode == 0
+    assert_same_weights(str(whole), str(cut))
+    assert steps(tmp_path / "cut") == steps(tmp_path / "whole")
+    one, other = scalars(str(whole)), scalars(str(cut))
+    for tag in ("train/loss", "val/loss", "lr-Adam/pg1"):
+        assert one[tag] == other[tag]
+
+
+def test_an_accumulation_schedule_holds_where_a_run_goes_on_within_an_epoch(tmp_path: Path, colours: Path) -> None:
+    schedule = {"class_path": "pytorch_lightning.callbacks.GradientAccumulationScheduler"}
+    callbacks = json.dumps([{**schedule, "init_args": {"scheduling": {"0": 1, "1": 2}}}])
+    more = {"trainer__callbacks": callbacks, "checkpoint__keep_last": 99, "trainer__max_epochs": 2}
+    for name in ("whole", "cut"):
+        assert fit(tmp_path / name, colours, "--checkpoint.every_n_steps=1", **more).returncode == 0
+    cut = tmp_path / "cut" / "run"
+    for later in checkpoint.manifests(str(cut))[-1:]:
+        checkpoint.remove(f"{cut}/checkpoints/{later.file}")
+    assert steps(tmp_path / "cut")[-1] == (1, 2, 5)
+    assert fit(tmp_path / "cut", colours, "--checkpoint.every_n_steps=1", **more).returncode == 0
+    assert steps(tmp_path / "cut")[-1] == (2, 0, 6)
+    assert_same_weights(str(tmp_path / "whole" / "run"), str(cut))
+    other = callbacks.replace('"1": 2', '"1": 4')
+    refused = fit(tmp_path / "cut", colours, trainer__callbacks=other, trainer__max_epochs=3)
+    assert refused.returncode == 2
+    assert "trainer.accumulate_grad_batches was {0: 1, 1: 2}, is {0: 1, 1: 4}" in refused.output
+
+
+def test_a_metric_or_samples_that_change_are_named(tmp_path: Path, colours: Path) -> None:
+    assert fit(tmp_path, colours, trainer__max_epochs=1).returncode == 0
+    other = fit(
+        tmp_path, colours, trainer__max_epochs=2, checkpoint__monitor="val/loss", trainer__limit_val_batches=0.5
+    )
+    assert other.returncode == 2 or "ranked anew" in other.output, other.output
+    refused = fit(tmp_path, colours, "--checkpoint.mode=max", trainer__max_epochs=9, checkpoint__monitor="val/colour")
+    assert refused.returncode == 2
+    assert "hold no 'val/colour'" in refused.output
+
+
+def test_the_report_leads_with_the_checkpoint_that_predicts(tmp_path: Path, colours: Path) -> None:
+    """With a learning rate so high that the loss rises, the best is not the last."""
+    optimizer = "{class_path: torch.optim.SGD, init_args: {lr: 3.0}}"
+    done = fit(tmp_path, colours, model__optimizer=optimizer, checkpoint__monitor="val/loss", checkpoint__keep_last=9)
+    assert done.returncode == 0, done.output
+    report = json.loads((tmp_path / "run/report.json").read_text(), parse_constant=pytest.fail)
+    found = checkpoint.manifests(str(tmp_path / "run"))
+    best = min(found, key=lambda m: m.metrics["val/loss"] or 0)
+    assert checkpoint.resolve(str(tmp_path / "run")).endswith(best.file)
+    assert report["metrics"] == report["checkpoints"]["best"]["metrics"] == best.metrics
+    assert report["checkpoints"]["last"]["metrics"] == found[-1].metrics
+    assert sum(map(sum, report["confusion_matrix"]["counts"])) == 8
+    assert re.search(r"best checkpoint.*last checkpoint", done.output, re.DOTALL)
+
+
+def test_images_per_second_counts_images_that_were_trained_on(tmp_path: Path, colours: Path) -> None:
+    assert fit(tmp_path, colours, trainer__limit_train_batches=1, trainer__max_epochs=2).returncode == 0
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    seconds, rate = report["seconds"], report["train_images_per_second"]
+    assert 16 / rate >= 0.9 * seconds["step"]  # two batches of 8: with all 64 images it would be a quarter of that
+
+
+class NumpyScore(Callback):
+    """Saves a scalar of numpy, as many callbacks do, and, if asked, an object of a class of its own."""
+
+    def __init__(self, hostile: bool = False) -> None:
+        self.hostile = hostile
+
+    def state_dict(self) -> dict[str, object]:
+        return {"score": np.float64(0.5), "count": np.int64(3), **({"object": Score()} if self.hostile else {})}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        assert type(state_dict["score"]) is float
+
+
+class Score:
+    """A class that a safe loader does not know."""
+
+
+def test_what_is_saved_can_be_loaded(tmp_path: Path, colours: Path) -> None:
+    callbacks = json.dumps([{"class_path": "test_best.NumpyScore"}])
+    for epochs in (1, 2):
+        done = fit(tmp_path, colours, trainer__callbacks=callbacks, trainer__max_epochs=epochs)
+        assert done.returncode == 0, done.output
+    hostile = callbacks.replace("}", ', "init_args": {"hostile": true}}')
+    refused = fit(tmp_path / "other", colours, trainer__callbacks=hostile)
+    assert refused.returncode == 2, refused.output
+    assert "callbacks → NumpyScore → object is a test_best.Score" in refused.output
+    assert not steps(tmp_path / "other")
+
+
+def test_metrics_of_other_steps_are_not_a_checkpoints(tmp_path: Path, colours: Path) -> None:
+    """A run stopped within a validation validates again, and its checkpoint of that step has the metrics."""
+    keeper = Checkpointer()
+    keeper._saved, keeper._saved_metrics, keeper._validated_at = (5, 0), False, 5
+    names: list[str] = []
+
+    class FakeTrainer:
+        global_step = 5
+
+        def save_checkpoint(self, path: str) -> None:
+            names.append(path)
+
+    keeper._save(FakeTrainer(), epoch=0, batch=5)  # type: ignore[arg-type]
+    keeper._save(FakeTrainer(), epoch=0, batch=5)  # type: ignore[arg-type]
+    assert [name.rpartition("/")[2] for name in names] == ["epoch=000-step=00000005-validated.ckpt"]

@@ -1,0 +1,121 @@
+"""A bucket that lets nobody delete or replace an object: a retention policy, or an account that may only create."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from test_checkpoint import save, state
+
+from job import storage
+from job.train import accounting, checkpoint
+from job.train.accounting import Start
+from job.train.checkpointer import Checkpointer
+from job.train.json_files import write_json
+
+
+class LockedFileSystem(MemoryFileSystem):
+    """Objects in memory that nobody may delete or replace."""
+
+    protocol = "locked"
+    store: dict[str, Any] = {}  # noqa: RUF012  (fsspec's own, per class)
+    pseudo_dirs: list[str] = [""]  # noqa: RUF012
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        self._require_new(path)
+        super().pipe_file(path, value, mode=mode, **kwargs)
+
+    def put_file(self, lpath: str, rpath: str, *args: Any, **kwargs: Any) -> None:
+        self._require_new(rpath)
+        super().put_file(lpath, rpath, *args, **kwargs)
+
+    def rm_file(self, path: str) -> None:
+        if self.exists(path):
+            raise PermissionError("retentionPolicyNotMet")
+
+    def _require_new(self, path: str) -> None:
+        if self.exists(path):
+            raise PermissionError("retentionPolicyNotMet")
+
+
+@pytest.fixture
+def run_dir() -> str:
+    fsspec.register_implementation("locked", LockedFileSystem, clobber=True)
+    LockedFileSystem.store.clear()
+    return "locked://bucket/run"
+
+
+def test_retention_that_is_refused_is_warned_of_once(run_dir: str, caplog: pytest.LogCaptureFixture) -> None:
+    keeper = Checkpointer(keep_last=1, keep_best=0)
+    keeper.run_dir = run_dir
+    for step in (10, 20, 30):
+        save(run_dir, state(step))
+        keeper._remove_superseded()
+    assert [m.global_step for m in checkpoint.manifests(run_dir)] == [10, 20, 30]
+    assert caplog.text.count("which takes room; the run goes on") == 1
+
+
+def test_what_a_killed_start_left_is_not_in_the_way(run_dir: str) -> None:
+    storage.write_bytes(f"{run_dir}/checkpoints/epoch=000-step=00000010.ckpt", b"half")
+    save(run_dir, state(10))
+    (manifest,) = checkpoint.manifests(run_dir)
+    assert manifest.file == "epoch=000-step=00000010-2.ckpt"
+    assert checkpoint.newest_trusted(run_dir) == manifest
+
+
+def test_a_report_that_cannot_be_replaced_is_kept(run_dir: str, caplog: pytest.LogCaptureFixture) -> None:
+    write_json(f"{run_dir}/report.json", {"a": float("nan")})
+    write_json(f"{run_dir}/report.json", {"a": 2})
+    assert json.loads(storage.read_bytes(f"{run_dir}/report.json")) == {"a": None}
+    assert "keeps its earlier content" in caplog.text
+
+
+def records(path: Path, *starts: dict[str, Any]) -> str:
+    (path / accounting.FILE).write_text(json.dumps(starts))
+    return str(path)
+
+
+def test_no_figure_of_the_accounting_is_negative() -> None:
+    first = Start(began=0, ended=100, world_size=1, startup=10, features=60, step=20)
+    overlapping = Start(began=5, ended=90, world_size=1, startup=80, step=30, lost=40)
+    for starts in ([first], [first, overlapping], [overlapping], [Start(began=9, ended=9, world_size=1)]):
+        found = accounting.totals(starts)
+        assert min(found.values()) >= 0
+        assert sum(v for k, v in found.items() if k not in ("goodput", "wall")) == pytest.approx(found["wall"])
+        assert found["goodput"] <= 1
+    assert accounting.totals([first])["goodput"] == pytest.approx(0.8)  # features are no waste
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[{", b"{}", b'[{"began": "x"}]', b"[" * 10**5, b'[{"began": 1e999, "ended": 1, "world_size": 1}]', b"\xff"],
+)
+def test_damaged_accounting_is_put_aside(content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / accounting.FILE).write_bytes(content)
+    assert accounting.read(str(tmp_path)) == []
+    keeper = accounting.Accounting(Checkpointer(), None)  # type: ignore[arg-type]
+    keeper._run_dir = str(tmp_path)
+    assert keeper._find_earlier() == []
+    keeper.write()
+    (kept,) = tmp_path.glob("accounting.damaged-*.json")
+    assert kept.read_bytes() == content
+    assert len(accounting.read(str(tmp_path))) == 1
+    assert "is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("newer", [{"format": 3}, {"format": 3, "new": 1}])
+def test_newer_accounting_is_left_as_it_is(
+    newer: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = records(tmp_path, {"began": 1, "ended": 2, "world_size": 1, **newer})
+    before = (tmp_path / accounting.FILE).read_bytes()
+    keeper = accounting.Accounting(Checkpointer(), None)  # type: ignore[arg-type]
+    keeper._run_dir = run_dir
+    assert keeper._find_earlier() == []
+    keeper.write()
+    assert (tmp_path / accounting.FILE).read_bytes() == before
+    assert "written by a newer version of job" in caplog.text
