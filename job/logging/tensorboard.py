@@ -126,7 +126,7 @@ class BucketTensorBoardLogger(Logger):
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Add the configuration as text."""
-        plain = vars(params) if isinstance(params, Namespace) else params
+        plain = dict(vars(params) if isinstance(params, Namespace) else params)  # Lightning's hparams are a subclass
         text = yaml.safe_dump(plain, sort_keys=False)
         self.experiment.add_text("config", "```yaml\n" + text + "```", self.purge_step)
 

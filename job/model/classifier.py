@@ -14,6 +14,7 @@ from job.model.backbone import build_backbone, build_skeleton, feature_width
 from job.model.memory_format import memory_format
 from job.model.spec import FORMAT, ClassifierSpec, decode_spec, require_state
 from job.model.sync_batchnorm import restore_norms, special_norms
+from job.model.weights import versioned
 
 
 class Classifier(nn.Module):
@@ -147,7 +148,7 @@ def from_spec(
     if state is not None:
         require_state(state, {name: tuple(value.shape) for name, value in net.state_dict().items()}, source)
         try:
-            net.load_state_dict(dict(state))
+            net.load_state_dict(versioned(state, net))
         except (RuntimeError, NotImplementedError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise CheckpointError(f"the tensors of {source} cannot be used: {reason}") from error

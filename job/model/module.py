@@ -43,6 +43,7 @@ from job.model.spec import decode_spec, net_state, require_state
 from job.model.steps import accumulation, optimizer_steps, window_samples
 from job.model.sync_batchnorm import require_synchronisable
 from job.model.threads import cpu_threads, is_short
+from job.model.weights import versioned
 
 log = logging.getLogger(__name__)
 
@@ -499,6 +500,7 @@ class TransferLearningModel(pl.LightningModule):
             {name: tuple(value.shape) for name, value in self.net.state_dict().items()},
             "the checkpoint",
         )
+        checkpoint["state_dict"] = versioned(checkpoint["state_dict"], self)
         if self.trainer.state.fn != "fit":
             return
         self.skipped_steps = checkpoint.get("skipped_steps", 0)

@@ -11,6 +11,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from job.errors import CheckpointError
+from job.model.tensor_file import printable
 
 FORMAT = 1
 PREFIX = "net."
@@ -69,7 +70,9 @@ def decode_spec(saved: Any, source: str) -> ClassifierSpec:
     try:
         return msgspec.convert(saved, ClassifierSpec)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise CheckpointError(f"{source} describes its network wrongly: {error}. Use another checkpoint.") from error
+        raise CheckpointError(
+            f"{source} describes its network wrongly: {printable(str(error))}. Use another checkpoint."
+        ) from error
 
 
 def net_state(saved: Mapping[str, Any], source: str) -> dict[str, Tensor]:
@@ -101,4 +104,4 @@ def require_state(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ..
     ]
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise CheckpointError(f"{source} does not fit the network that it describes: {problems[0]}{more}.")
+        raise CheckpointError(f"{source} does not fit the network that it describes: {printable(problems[0])}{more}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,7 @@ def load_tensors(content: bytes, uri: str, *, error_type: type[JobError] = Weigh
         if uri.endswith(".safetensors"):
             return safetensors.torch.load(content)
         _require_bounded(content)
-        with torch.serialization.safe_globals(DATA_CLASSES):
+        with torch.serialization.safe_globals(DATA_CLASSES), warnings.catch_warnings(action="ignore"):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # both raise whatever the bytes led them to
         raise error_type(f"{uri} cannot be loaded safely: {_reason(error)}") from error
@@ -62,8 +63,14 @@ def _reason(error: Exception) -> str:
     """One line without torch's advice on how to load unsafely, and without escape sequences."""
     text = str(error)
     if found := re.search(r"GLOBAL ([\w.]+)", text):
-        return f"it holds an object of {found[1]}, and objects other than tensors and plain values are not loaded."
+        return f"it holds an object made by {found[1]}, and only tensors and plain values are loaded."
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [line for line in text.splitlines() if line.strip() and "weights_only" not in line]
-    line = "".join(character for character in (lines or [""])[0] if character.isprintable())[:200]
+    line = printable((lines or [""])[0])
     return f"{line.rstrip('.') or type(error).__name__}."
+
+
+def printable(text: str, length: int = 200) -> str:
+    """Text from a file, without line breaks and control characters, for a message."""
+    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[:length])
+    return shown if len(text) <= length else f"{shown}…"

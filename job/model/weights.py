@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from job import storage
 from job.errors import WeightsError
-from job.model.tensor_file import load_tensors
+from job.model.tensor_file import load_tensors, printable
 from job.train import checkpoint
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,9 @@ def _has_tensors(value: Any, depth: int = MAX_DEPTH) -> bool:
 def _plain_tensors(state: Mapping[str, Tensor], uri: str) -> dict[str, Tensor]:
     for name, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise WeightsError(f"{uri}: {name} is no ordinary dense tensor. Save the weights as dense tensors.")
+            raise WeightsError(
+                f"{uri}: {printable(name)} is no ordinary dense tensor. Save the weights as dense tensors."
+            )
     return dict(state)
 
 
@@ -146,8 +149,8 @@ def load_weights(
     _require_fit(inside, expected, f"the weights {source} do not fit the backbone {name}")
     for key, value in inside.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise WeightsError(f"the weights {source} hold values that are not finite, first in {key}.")
-    backbone.load_state_dict(inside)
+            raise WeightsError(f"the weights {source} hold values that are not finite, first in {printable(key)}.")
+    backbone.load_state_dict(versioned(inside, backbone))
     unused = len(state) - sum(prefix + key in state for key in inside)
     log.info(
         "weights %s: %d tensors loaded%s; %d others, of a head or outside of the backbone, not used",
@@ -156,6 +159,13 @@ def load_weights(
         f" without the prefix {prefix}" if prefix else "",
         unused,
     )
+
+
+def versioned(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """``state`` with the version numbers that the layers of ``module`` look for, which files do not keep."""
+    result = OrderedDict(state)
+    result._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    return result
 
 
 def _prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
@@ -190,7 +200,7 @@ def _require_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], pr
         "of another type": kinds,
     }
     listed = [
-        f"{len(names)} {difference}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+        f"{len(names)} {difference}: {', '.join(map(printable, names[:4]))}{', …' if len(names) > 4 else ''}"
         for difference, names in differences.items()
         if names
     ]
