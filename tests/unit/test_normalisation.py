@@ -55,7 +55,7 @@ def test_pretrained_networks_expect_the_default_normalisation(name: str, monkeyp
         assert torch.allclose(ours((images - 0.5) / 0.5), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_b_32", "densenet121", "mnasnet0_5", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mnasnet0_5", "efficientnet_b0"])
 def test_builders_take_their_pretrained_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     state = torchvision.models.get_model(name, weights=None).state_dict()
