@@ -278,6 +278,7 @@ def tune(args: list[str]) -> None:
     rates, batches = options["lr"], BatchSizeFinder()
     # What trains in the first epoch trains in all steps, at rates that no schedule sets.
     cli.model.lr_scheduler, cli.model.lr_interval = None, "epoch"
+    cli.model.guard = None  # a sweep of learning rates diverges on purpose
     cli.model.milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.milestones]
     with ranks.process_group(EVALUATION_TIMEOUT):
         with translate_errors(cli.datamodule.global_batch_size):

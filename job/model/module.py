@@ -23,6 +23,7 @@ from job.model.average import WeightAverage
 from job.model.backbone import build_backbone
 from job.model.classifier import Classifier, mean_over_mirrored, probabilities
 from job.model.compile import compile_module, compile_seconds
+from job.model.divergence import DivergenceGuard
 from job.model.freeze import Stage, apply_stage, stage_at
 from job.model.hyperparameters import plain_hyperparameters, restore_module
 from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed
@@ -150,10 +151,7 @@ class TransferLearningModel(pl.LightningModule):
         self.lr_scheduler = lr_scheduler
         self.lr_gamma = lr_gamma
         self.lr_interval = lr_interval
-        self.nonfinite = nonfinite
-        self.max_skipped_steps = max_skipped_steps
-        self.skipped_steps = 0
-        self.step_skipped = False
+        self.guard: DivergenceGuard | None = DivergenceGuard(nonfinite, max_skipped_steps)
         self.seed = seed
         self.mirror = False
         self.stage = Stage.HEAD
@@ -178,6 +176,12 @@ class TransferLearningModel(pl.LightningModule):
         device_type = self.trainer.strategy.root_device.type
         if self.trainer._accelerator_connector._layer_sync is not None:
             require_synchronisable(device_type, self.trainer.world_size)
+        if (
+            self.guard is not None
+            and self.guard.nonfinite == "skip"
+            and self.trainer.strategy.root_device.type == "xla"
+        ):
+            raise ConfigError("--model.nonfinite=skip does not exist on XLA, where each step would wait. Use stop.")
         if self.trainer.state.fn == "fit" and self.trainer.max_epochs == 0:
             raise ConfigError("--trainer.max_epochs is at least 1, or -1 for no limit, not 0.")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -281,6 +285,8 @@ class TransferLearningModel(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """Let all ranks measure the same network, in a fit with --model.ema the average one."""
+        if self.guard is not None and self.trainer.state.fn == "fit":
+            self.guard.before_validation()
         if self._average is not None:
             self._average.swap(averaged=True)
         ranks.broadcast([b for b in self.net.buffers() if b.is_floating_point()])
@@ -311,6 +317,8 @@ class TransferLearningModel(pl.LightningModule):
         self._enter_epoch()
         # GradientAccumulationScheduler acts at the start of an epoch, which a run resumed within one does not pass.
         self.trainer.accumulate_grad_batches = accumulation(self.trainer, self.current_epoch)
+        if self.guard is not None:
+            self.guard.start(self.trainer, self)
         if self.ema:
             self._average = WeightAverage(self.net, self.ema)
             self._average.load(self._averages)
@@ -324,8 +332,8 @@ class TransferLearningModel(pl.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         data.share_bad_samples()
         self.log("data/bad_samples", float(len(data.bad_samples)))
-        if self.skipped_steps or self.nonfinite == "skip":
-            self.log("train/skipped_steps", float(self.skipped_steps))
+        if self.guard is not None and (self.guard.skipped_steps or self.guard.nonfinite == "skip"):
+            self.log("train/skipped_steps", float(self.guard.skipped_steps))
         if self.compile_backbone and (seconds := compile_seconds()) > self._compile_seconds:
             log.info("compiling the backbone took %.0f s in this epoch", seconds - self._compile_seconds)
             self._compile_seconds = seconds
@@ -341,6 +349,8 @@ class TransferLearningModel(pl.LightningModule):
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+        if self.guard is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.guard.before_forward(self.net)
         self._threads = torch.get_num_threads()
         if self._head_alone and self.device.type == "cpu" and is_short(self.net.head, len(batch["label"])):
             torch.set_num_threads(1)
@@ -348,6 +358,18 @@ class TransferLearningModel(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Give what lies between two steps its threads back."""
         torch.set_num_threads(self._threads)
+        if self.guard is not None and "loss" in outputs:
+            self.guard.after_batch(self.trainer, outputs["loss"])
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Look for gradients that are not finite."""
+        if self.guard is not None:
+            self.guard.before_update(self.trainer, optimizer)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that were skipped since their gradients were not finite."""
+        return self.guard.skipped_steps if self.guard is not None else 0
 
     def _enter_epoch(self) -> None:
         stage = stage_at(self.current_epoch, self.milestones) if self.milestones else Stage.ALL
@@ -379,7 +401,7 @@ class TransferLearningModel(pl.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take each step into the average (a Lightning hook)."""
         super().optimizer_step(*args, **kwargs)
-        if self._average is not None and not self.step_skipped:
+        if self._average is not None and not (self.guard is not None and self.guard.step_skipped):
             self._average.update(self.trainer.global_step)
 
     def configure_optimizers(self) -> Any:
@@ -471,6 +493,8 @@ class TransferLearningModel(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what prediction needs to build the network without this class, and what was computed in."""
+        if self.guard is not None:
+            self.guard.before_save(self.trainer, checkpoint["state_dict"])
         checkpoint["classifier"] = {**self.net.spec(), "resize": self.resize}
         checkpoint["precision"] = str(self.trainer.precision)
         checkpoint["skipped_steps"] = self.skipped_steps
@@ -503,7 +527,8 @@ class TransferLearningModel(pl.LightningModule):
         checkpoint["state_dict"] = versioned(checkpoint["state_dict"], self)
         if self.trainer.state.fn != "fit":
             return
-        self.skipped_steps = checkpoint.get("skipped_steps", 0)
+        if self.guard is not None:
+            self.guard.skipped_steps = checkpoint.get("skipped_steps", 0)
         was, precision = checkpoint["precision"], str(self.trainer.precision)
         if was != precision:
             log.warning("the run computed at precision %s until here, and goes on at %s", was, precision)

@@ -20,7 +20,6 @@ from job.train.batch_size_finder import BatchSizeFinder
 from job.train.checkpoint_state import explain_restore_errors
 from job.train.checkpointer import Checkpointer
 from job.train.config import SavedConfig
-from job.train.divergence import DivergenceGuard
 from job.train.feature_cache import FeatureCache
 from job.train.hardware import announce, automatic_precision, uses_cuda
 from job.train.lease import Lease
@@ -54,7 +53,6 @@ def training_trainer(
     accounting = Accounting(checkpointer, features, lease.require_held)
     callbacks: list[Callback] = [
         SavedConfig(config, lease.require_held),
-        DivergenceGuard(),
         LearningRateMonitor(logging_interval="step"),
         accounting,
         Report(accounting, lease.require_held),
