@@ -14,6 +14,7 @@ import pyarrow.ipc
 
 from job import storage
 from job.data.access import OBJECT_STORES, split_scheme
+from job.data.arrow_file import require_uncompressed
 from job.data.source import INDEX_FILE, Source
 from job.errors import DataError, StorageError
 
@@ -189,6 +190,7 @@ def open_part(path: Path, rows: int, rows_a_batch: int = ROWS_A_BATCH) -> list[p
     Raises:
         ValueError: it is no such file (a :class:`pyarrow.ArrowInvalid`, too), or has another number of rows.
     """
+    require_uncompressed(path)
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     if not reader.schema.equals(SCHEMA):
         raise ValueError(f"its columns are {', '.join(f'{field.name} {field.type}' for field in reader.schema)}"[:500])
