@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from support import index_parts, picture, picture_files, read, write_files
+from support import TINY, index_parts, options, picture, picture_files, read, run_here, write_files
 
 from job import storage
 from job.data.access import Access, from_options, internal, literal_address
@@ -199,7 +199,13 @@ def test_addresses() -> None:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def serve() -> dict[str, bytes]:
+    """Contents of the server below, by path; an image elsewhere."""
+    return {}
+
+
+@pytest.fixture
+def server(serve: dict[str, bytes]) -> Iterator[str]:
     """A web server that stands for a public one (127.0.0.2); below /away/ it redirects to an internal address."""
     image = picture((9, 9, 9), 1)
 
@@ -211,9 +217,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
                 self.end_headers()
                 return
             self.send_response(200)
-            self.send_header("Content-Length", str(len(image)))
+            content = serve.get(self.path, image)
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(image)
+            if self.command == "GET":
+                self.wfile.write(content)
 
         do_HEAD = do_GET
 
@@ -258,6 +266,21 @@ def test_redirects_and_names_lead_to_no_internal_address(
         assert "which is on this machine (127.0.0.1)" in str(refused)
         assert "--data.allow" in str(refused)
     assert contents(f"127.0.0.1:{port}", "named.example") == [first] * 3
+
+
+def test_the_command_line_refuses_and_allows(server: str, tmp_path: Path, serve: dict[str, bytes]) -> None:
+    serve["/t.csv"] = b"uri,label\na.jpg,x\nfile:///etc/hostname,y\n"
+    for allow, code in (([], 2), (["--allow", "file:///etc/"], 0)):
+        outcome = run_here("index", f"http://{server}/t.csv", "--output", tmp_path / "index", *allow)
+        assert outcome.returncode == code, outcome.output
+        assert code == 0 or (
+            "row 1 (from 0) names file:///etc/hostname, which is a local file" in outcome.output
+            and "--data.allow" in outcome.output
+        )
+    settings = {**TINY, "data.root": f"http://{server}/t.csv", "run_dir": tmp_path / "run"}
+    assert "row 1 (from 0) names file:///etc/hostname" in run_here("fit", *options(settings)).output
+    outcome = run_here("fit", *options(settings, data__allow="/etc", data__val_fraction=0.5))
+    assert "has 1 image" in outcome.output  # the rows were taken; there are too few to hold some out
 
 
 def test_the_guard_stays_within_its_context() -> None:

@@ -253,6 +253,48 @@ def test_manifests_that_cannot_be_meant(content: str, told: str, tmp_path: Path)
         index_parts(tmp_path / "m.csv")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.jsonl", b'{"uri": "a.jpg", "label": "x", "more": ' + b"[" * 100_000 + b"\n", r"row 0 \(from 0\)"),
+        ("b.jsonl", b'{"uri": "a.jpg", "label": "x"}\n{"uri": ["a"], "label": "x"}\n', r"row 1 \(from 0\)"),
+        ("c.jsonl", b'{"uri": "a.jpg", "label": NaN}\n', "cannot be read"),
+        ("d.jsonl", b'{"uri": "' + b"a" * 9_000_000, "longer than"),
+        ("e.jsonl", b'"x"\n', "cannot be read"),
+        ("f.jsonl", b"\xff\xfe\x00", "cannot be read"),
+        ("g.csv", b"uri,label\n\xff\xfe.jpg,x\n", "cannot be read"),
+        ("h.csv", b"uri,uri,label\na,b,x\n", "cannot be read"),
+        ("i.csv", b"uri,label\n" + b"a" * 9000 + b".jpg,x\n", "at most"),
+        ("j.csv", b"uri,label\na.jpg," + b"x" * 9000 + b"\n", "at most"),
+        ("k.csv", b"uri,label\na\0b.jpg,x\n", "names no file"),
+        ("l.csv", b"uri,label\ngs://bucket,x\n", "names no file"),
+        ("m.parquet", b"PAR1" + b"\xff" * 100 + b"PAR1", "cannot be read"),
+        ("n.parquet", b"", "cannot be read"),
+    ],
+)
+def test_malformed_manifests_give_one_message(name: str, content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=told):
+        index_parts(tmp_path / name)
+
+
+def test_columns_of_other_types_are_read_or_refused(tmp_path: Path) -> None:
+    """Numbers are labels, too; a date or a text that looks like one stays what it is in JSON."""
+    uris = ["a.jpg", "b.jpg"]
+    for number, labels in enumerate(
+        (pa.array([1, 2]), pa.array([b"a", b"b"]), pa.array(["a", "b"], pa.large_string()))
+    ):
+        pyarrow.parquet.write_table(pa.table({"uri": uris, "label": labels}), tmp_path / f"{number}.parquet")
+        assert len(index_of(tmp_path / f"{number}.parquet").classes) == 2
+    for number, labels in enumerate((pa.array([[1], [2]]), pa.array([{"x": 1}] * 2), pa.array([b"\xff", b"b"]))):
+        pyarrow.parquet.write_table(pa.table({"uri": uris, "label": labels}), tmp_path / f"w{number}.parquet")
+        with pytest.raises(DataError, match="cannot be read"):
+            index_of(tmp_path / f"w{number}.parquet")
+    lines = [{"uri": "a.jpg", "label": "2020-01-01", "split": None}, {"uri": "b.jpg", "label": True}]
+    (tmp_path / "d.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, lines)))
+    assert index_of(tmp_path / "d.jsonl").classes == ("2020-01-01", "true")
+
+
 def test_several_roots_are_one_data_set(tmp_path: Path) -> None:
     write_files(tmp_path / "one", picture_files(["blue", "red"], 3))
     (tmp_path / "two.zip").write_bytes(zip_of(picture_files(["blue", "green"], 2, seed=9)))
