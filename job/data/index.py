@@ -51,7 +51,7 @@ class Index:
     Args:
         folder: local folder of the index.
         part: train, val, test, …
-        access: what samples may be read besides object stores and public web servers.
+        access: what samples may be read besides object stores and public web servers; default: anything.
 
     The values in it are not checked here, in each process: see :func:`job.data.index_file.verify_parts`.
 
@@ -61,7 +61,7 @@ class Index:
 
     def __init__(self, folder: str | Path, part: str, access: Access | None = None) -> None:
         self.folder, self.part = str(folder), part
-        self.access = access or Access()
+        self.access = access or Access(unrestricted=True)
         info = load_index_info(folder)
         if part not in info.parts:
             raise DataError(f"the index in {folder} has no part {part}; it has {', '.join(info.parts)}.")
