@@ -71,7 +71,8 @@ class Checksum(NamedTuple):
             return self._of(iter(lambda: file.read(_CHUNK), b"")) == self.value
 
     def _of(self, chunks: Any) -> str:
-        digest: Any = google_crc32c.Checksum() if self.kind == "crc32c" else hashlib.md5(usedforsecurity=False)
+        is_crc = self.kind == "crc32c"
+        digest: Any = google_crc32c.Checksum() if is_crc else hashlib.md5(usedforsecurity=False)  # type: ignore[no-untyped-call]
         for chunk in chunks:
             digest.update(chunk)
         return base64.b64encode(digest.digest()).decode()

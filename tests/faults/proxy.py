@@ -12,7 +12,7 @@ from aiohttp import ClientSession, ClientTimeout, web
 from yarl import URL
 
 Fault = Callable[[web.Request], web.StreamResponse | None]
-Damage = Literal["reset", "cut", "stall"]
+Damage = Literal["reset", "cut", "stall", "flip"]
 
 
 class FaultyProxy:
@@ -21,7 +21,7 @@ class FaultyProxy:
     Attributes:
         fault: called with each request, in the proxy's thread; returns an answer, or None to pass the request on.
         damage: what is done to the answer: the connection is reset before it, or cut in the middle of
-            it, or nothing comes for a minute and a half.
+            it, or nothing comes for a minute and a half, or one bit in the middle of its body is flipped.
         delay: seconds that each request is held up first.
         requests: (method, path with query) of all requests so far.
     """
@@ -101,6 +101,9 @@ class FaultyProxy:
             }
             if damage == "cut":
                 return await self._cut(request, content)
+            if damage == "flip" and content:
+                middle = len(content) // 2
+                content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
             return web.Response(status=response.status, body=content, headers=kept)
 
     async def _cut(self, request: web.Request, content: bytes) -> web.StreamResponse:

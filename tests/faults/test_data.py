@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 import signal
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -121,6 +123,59 @@ def test_stragglers_are_asked_for_again(
     found = contents(fetcher, fetcher.start(torch.arange(len(FILES)).numpy()).result())
     assert found == [FILES[key] for key in index.keys]
     assert len(stalled) == len(FILES) // 30
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "manifest"])
+def test_a_flipped_bit_is_requested_again(
+    listed: bool, stored: dict[str, str], proxy: FaultyProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first answer for each of a third of the objects is damaged; no further request is needed to notice."""
+    storage.write_bytes("gs://faults/none.jpg", b"")
+    manifest = tmp_path / "manifest.csv"
+    rows = [f"{stored['folder']}/{key},{key.split('/')[0]}\n" for key in FILES] + ["gs://faults/none.jpg,red\n"]
+    manifest.write_text("uri,label\n" + "".join(rows))
+    index = index_of(stored["folder"]) if listed else index_of(manifest)
+    flipped: list[str] = []
+
+    def damaged(request: web.Request) -> str | None:
+        if request.path in flipped or "alt=media" not in request.path_qs or zlib.crc32(request.path.encode()) % 3:
+            return None
+        flipped.append(request.path)
+        return "flip"
+
+    before = len(proxy.requests)
+    proxy.damage = damaged  # type: ignore[assignment]
+    found = read(index, list(range(len(index))))
+    assert sorted(map(bytes, found)) == sorted([*FILES.values(), *([] if listed else [b""])])  # type: ignore[arg-type]
+    damaged_files = [path for path in flipped if not path.endswith("none.jpg")]
+    assert len(damaged_files) > 10
+    assert len(proxy.requests) - before == len(index) + len(damaged_files)
+    assert f"mismatches so far: {len(damaged_files)}" in caplog.text
+
+
+def test_damage_in_the_store_is_named(stored: dict[str, str], proxy: FaultyProxy) -> None:
+    """The same bytes twice are no accident of the transfer."""
+    index = index_of(stored["folder"])
+    proxy.damage = lambda request: "flip" if "alt=media" in request.path_qs else None
+    with pytest.raises(StorageError, match=r"gs://faults/many/.* does not match its CRC32C .* damaged in the store"):
+        read(index, [0])
+    with pytest.raises(StorageError, match="damaged in the store"):
+        storage.Reader(f"{stored['folder']}/{index.keys[0]}").read("")
+
+
+def test_a_copy_of_an_archive_is_downloaded_again(
+    proxy: FaultyProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage.write_bytes("gs://faults/packed.tar.gz", gzip.compress(tar_of(FILES)))
+    flips = iter(["flip"])
+    proxy.damage = lambda request: next(flips, None) if "alt=media" in request.path_qs else None  # type: ignore
+    copy = tmp_path / "copy"
+    storage.download_verified("gs://faults/packed.tar.gz", copy)
+    assert gzip.decompress(copy.read_bytes()) == tar_of(FILES)
+    assert "It is downloaded again" in caplog.text
+    proxy.damage = lambda request: "flip" if "alt=media" in request.path_qs else None
+    with pytest.raises(StorageOutage, match="does not match its CRC32C"):
+        storage.download_verified("gs://faults/packed.tar.gz", copy)
 
 
 @pytest.mark.parametrize("kind", ["zip", "shards"])

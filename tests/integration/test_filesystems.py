@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import TINY, options, picture_files, run_well, scalars, zip_of
@@ -39,6 +40,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
+    storage.filesystem("s3://runs")[0].clear_instance_cache()  # of an earlier test's server
     fs, _ = storage.filesystem("s3://runs")
     for _ in range(100):
         with contextlib.suppress(Exception):  # not up yet
@@ -90,3 +92,46 @@ def test_memory_to_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert "Finished" in capsys.readouterr().out
     assert len(checkpoint.manifests("memory://bucket/run")) >= 2
     assert scalars("memory://bucket/run")["train/loss"]
+
+
+class FlippedBody:
+    """The body of an S3 answer with one bit flipped."""
+
+    def __init__(self, body: Any) -> None:
+        self.close = body.close
+        self._body = body
+
+    async def read(self) -> bytes:
+        content = await self._body.read()
+        return bytes([content[0] ^ 1]) + content[1:]
+
+
+def test_an_s3_object_is_held_against_its_etag(s3: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A flipped bit is requested again; an ETag that is no MD5, as some stores have, is noticed by two equal answers."""
+    storage.write_many(f"{s3}/checked", {"a.jpg": b"content", "b.jpg": b"content"})
+    calls: list[str] = []
+
+    def reader(flips: int, etag: str | None) -> storage.Reader:
+        found = storage.Reader(f"{s3}/checked")
+        original = type(found._fs)._call_s3.__get__(found._fs)
+
+        async def call(method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            calls.append(method)
+            answer: dict[str, Any] = await original(method, *args, **kwargs)
+            if len(calls) <= flips:
+                answer["Body"] = FlippedBody(answer["Body"])
+            return {**answer, "ETag": etag or answer["ETag"]}
+
+        found._fs._call_s3 = call
+        return found
+
+    assert reader(1, None).read("a.jpg") == b"content"
+    assert calls == ["get_object"] * 2
+    assert "checked/a.jpg: the content does not match its MD5" in caplog.text
+    assert "ETags below" not in caplog.text
+    calls.clear()
+    other = reader(0, "0123456789abcdef0123456789abcdef")
+    assert [other.read(key) for key in ("a.jpg", "b.jpg")] == [b"content"] * 2
+    assert calls == ["get_object"] * 3
+    assert f"ETags below {s3}/checked are no MD5 sums" in caplog.text
+    del other._fs._call_s3
