@@ -41,7 +41,7 @@ from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
 from job.model.module import TransferLearningModel
 from job.processes import kill_descendants
 from job.signals import Stopped, StopSignals
-from job.terminal import print_table, protect_output, say
+from job.terminal import escape, print_table, protect_output, say
 from job.train import attempts, checkpoint, confusion
 from job.train.batch_size_finder import BatchSizeFinder
 from job.train.checkpointer import Checkpointer
@@ -109,6 +109,15 @@ class Parser(LightningArgumentParser):
 
 
 def _without_credentials(key: str, text: str) -> str:
+    """The value of an option as configurations and indexes may hold it.
+
+    Raises:
+        ConfigError: it is no text, or its credentials were removed when it was saved.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"--{key}: {escape(text)} is not UTF-8. Rename the file or folder.") from error
     if redact.is_redacted(text):
         raise ConfigError(
             f"{text} was saved without its credentials, which this command needs again: give the whole URI by --{key}."

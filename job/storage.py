@@ -248,8 +248,6 @@ def _page(root: str, folder: str, listing: list[dict[str, Any]]) -> tuple[list[E
     start, page, below = len(root) + 1 if root else 0, [], []
     for details in listing:
         name = details["name"]
-        if not name.isascii():
-            _require_text(name)
         stripped = name.rstrip("/")
         # Consoles make "folders" in buckets as empty objects whose name ends with a slash.
         if stripped == folder:
@@ -262,19 +260,6 @@ def _page(root: str, folder: str, listing: list[dict[str, Any]]) -> tuple[list[E
             size = details.get("size")
             page.append(Entry(name[start:], -1 if size is None else int(size), version(details)))
     return sorted(page), sorted(below)
-
-
-def _require_text(name: str) -> None:
-    """Refuse names that no text file, table or bucket can hold.
-
-    Raises:
-        StorageError: it is one.
-    """
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        shown = name.encode(errors="backslashreplace").decode()
-        raise StorageError(f"the name of {shown} is not UTF-8. Rename or remove it.") from error
 
 
 def version(details: dict[str, Any]) -> int:

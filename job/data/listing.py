@@ -17,6 +17,8 @@ from job.data.access import Access
 from job.data.archive import Member, list_tar, list_zip
 from job.data.manifest import Resolver, read_manifest
 from job.data.source import Source, find_sources, is_image, materialise
+from job.errors import DataError
+from job.terminal import escape
 
 ROWS = 1 << 16
 """Rows that are written together."""
@@ -150,10 +152,13 @@ def _rows(
     nothing = [None] * len(keys)
     columns = [keys, sources, offsets, sizes, versions, nothing if classes is None else classes]
     columns.append(nothing if parts is None else parts)
-    return pa.Table.from_arrays(
-        [
-            column if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, kind.type)
-            for column, kind in zip(columns, LISTING, strict=True)
-        ],
-        schema=LISTING,
-    )
+    try:
+        return pa.Table.from_arrays(
+            [
+                column if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, kind.type)
+                for column, kind in zip(columns, LISTING, strict=True)
+            ],
+            schema=LISTING,
+        )
+    except UnicodeEncodeError as error:  # no Arrow file, JSON or bucket holds such a name
+        raise DataError(f"the name of {escape(str(error.object))} is not UTF-8. Rename or remove it.") from error
