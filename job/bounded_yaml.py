@@ -28,6 +28,24 @@ _TRIVIAL = re.compile(r"[^&*!{}\[\]\n\r:#]{0,200}")
 """Text without anything that nests, repeats or names a type."""
 
 
+class LimitExceeded(yaml.YAMLError):
+    """A document that is too large to be read, whatever it says."""
+
+
+def check_limits(text: str) -> None:
+    """Refuse text that would be too large if it were read as YAML; text that is none passes.
+
+    Raises:
+        LimitExceeded: it is too large.
+    """
+    try:
+        check(text)
+    except LimitExceeded:
+        raise
+    except yaml.YAMLError:
+        pass
+
+
 def check(text: str) -> None:
     """Refuse a document that is too large, nests too deep, repeats a key, expands too far or names types.
 
@@ -37,7 +55,7 @@ def check(text: str) -> None:
     if _TRIVIAL.fullmatch(text) and not _NUMBER.match(text.strip()):
         return
     if len(text) > MAX_BYTES or len(text.encode(errors="surrogatepass")) > MAX_BYTES:
-        raise yaml.YAMLError(f"more than {MAX_BYTES:,} bytes")
+        raise LimitExceeded(f"more than {MAX_BYTES:,} bytes")
     counter = _Counter()
     try:
         for event in yaml.parse(text, Loader=_Loader):
@@ -86,13 +104,15 @@ class _Counter:
             self._require_no_key(event)
             self.open.append(_Collection(event.anchor, isinstance(event, MappingStartEvent)))
             if len(self.open) > MAX_DEPTH:
-                raise yaml.YAMLError(f"line {_line(event)}: more than {MAX_DEPTH} levels deep")
+                raise LimitExceeded(f"line {_line(event)}: more than {MAX_DEPTH} levels deep")
         elif isinstance(event, CollectionEndEvent):
             ended = self.open.pop()
             self._count(ended.nodes, event, ended.anchor)
         elif isinstance(event, ScalarEvent):
             self._require_no_tag(event)
             self._require_short_number(event)
+            if "&" in event.value and "*" in event.value:
+                check_limits(event.value)  # jsonargparse reads the strings of a document as YAML again
             self._require_new_key(event)
             self._count(1, event, event.anchor)
         elif isinstance(event, AliasEvent):
@@ -101,7 +121,7 @@ class _Counter:
             nodes = self.anchors[event.anchor]
             self.alias_nodes += nodes
             if self.alias_nodes > MAX_ALIAS_NODES:
-                raise yaml.YAMLError(f"line {_line(event)}: aliases stand for more than {MAX_ALIAS_NODES:,} values")
+                raise LimitExceeded(f"line {_line(event)}: aliases stand for more than {MAX_ALIAS_NODES:,} values")
             self._count(nodes, event, None)
 
     def _count(self, nodes: int, event: yaml.events.Event, anchor: str | None) -> None:
@@ -114,7 +134,7 @@ class _Counter:
             self.open[-1].children += 1
             self.nodes = max(self.nodes, sum(each.nodes for each in self.open))
         if self.nodes > MAX_NODES:
-            raise yaml.YAMLError(f"line {_line(event)}: more than {MAX_NODES:,} values")
+            raise LimitExceeded(f"line {_line(event)}: more than {MAX_NODES:,} values")
 
     def _is_key(self) -> bool:
         return bool(self.open) and self.open[-1].is_mapping and self.open[-1].children % 2 == 0
@@ -137,7 +157,7 @@ class _Counter:
     @staticmethod
     def _require_short_number(event: ScalarEvent) -> None:
         if event.implicit[0] and len(event.value) > MAX_NUMBER and _NUMBER.match(event.value):
-            raise yaml.YAMLError(
+            raise LimitExceeded(
                 f"line {_line(event)}: a number of {len(event.value):,} characters. Quote it if it is text"
             )
 

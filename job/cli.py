@@ -23,7 +23,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
-from job import redact, storage, temporary
+from job import bounded_yaml, redact, storage, temporary
 from job.cluster import ranks
 from job.cluster.environment import require_ranks
 from job.data.datamodule import ImageDataModule
@@ -85,11 +85,22 @@ class Parser(LightningArgumentParser):
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """The options, checked, with the credentials of their URIs kept aside."""
+        self._check_limits(sys.argv[1:] if not args or args[0] is None else args[0])
         config = super().parse_args(*args, **kwargs)
         require_permitted(config.as_dict())
         for key, value in list(config.items()):
             config[key] = redact.walk(value, _without_credentials, key)
         return config
+
+    def _check_limits(self, args: Any) -> None:
+        """Refuse values that would be too large as YAML: jsonargparse reads each of them by two loaders."""
+        values = [("a value on the command line", str(arg).partition("=")[2] or str(arg)) for arg in args]
+        values += [(name, value) for name, value in os.environ.items() if name.startswith(f"{ENV_PREFIX}_")]
+        for name, value in values:
+            try:
+                bounded_yaml.check_limits(value)
+            except bounded_yaml.LimitExceeded as error:
+                raise ConfigError(f"{name} is refused: {error}.") from error
 
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
         """The options as text, without credentials."""

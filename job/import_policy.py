@@ -7,6 +7,7 @@ configuration that lies in run_dir no class is imported; see :mod:`job.train.sav
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -94,15 +95,7 @@ def class_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def dotted_strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """(key, string) of every string that may be an import path."""
-    if isinstance(value, str):
-        if _DOTTED.fullmatch(value.strip()):
-            yield key, value
-    elif isinstance(value, Mapping):
-        for name, each in value.items():
-            yield from dotted_strings(each, f"{key}.{name}")
-    elif isinstance(value, (list, tuple)):
-        for number, each in enumerate(value):
-            yield from dotted_strings(each, f"{key}[{number}]")
+    return ((where, text) for where, text in _strings(value, key) if _DOTTED.fullmatch(text.strip()))
 
 
 def require_permitted(config: Mapping[str, Any]) -> None:
@@ -112,7 +105,14 @@ def require_permitted(config: Mapping[str, Any]) -> None:
         ConfigError: it does.
     """
     # A bare string may stand for a class, too; outside of the trainer's options it is text.
-    for key, path in [*class_paths(config), *dotted_strings(config.get("trainer"), "trainer")]:
+    texts = dict(_strings(config.get("trainer"), "trainer"))
+    named = [(key, text) for key, text in texts.items() if _DOTTED.fullmatch(text.strip())]
+    for key, text in texts.items():
+        # A class that does not fit stays the text that it was given as.
+        if CLASS_PATH in text:
+            with contextlib.suppress(yaml.YAMLError):
+                named += class_paths(bounded_yaml.load(text), key)
+    for key, path in [*class_paths(config), *named]:
         if denying_entry(path):
             raise ConfigError(denied_message(path, key))
 
@@ -143,6 +143,17 @@ def set_parsing_rules() -> None:
 
         bounded.is_bounded = True  # type: ignore[attr-defined]
         jsonargparse.set_loader("yaml", bounded, (yaml.YAMLError,))
+
+
+def _strings(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _strings(each, f"{key}.{name}")
+    elif isinstance(value, (list, tuple)):
+        for number, each in enumerate(value):
+            yield from _strings(each, f"{key}[{number}]")
 
 
 _DENIED = frozenset(DENIED)

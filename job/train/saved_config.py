@@ -109,20 +109,18 @@ def _section(
             yield option, _converted(uri, key, value, types[option])
         elif name != "trainer" and option not in types:
             raise _unknown(uri, key)
-        elif value is not None and _is_worth_a_word(key, value):
-            named = ", ".join(sorted({path for _, path in class_paths(value)})) or (
-                value if isinstance(value, str) else ""
-            )
-            left_out.append(f"{key} ({named})" if named else key)
+        elif value is not None and (names := _worth_a_word(key, value)):
+            left_out.append(f"{key} ({', '.join(names)})")
 
 
-def _is_worth_a_word(key: str, value: Any) -> bool:
-    """Whether leaving a setting out may surprise: one that names unknown classes, or a folder."""
+def _worth_a_word(key: str, value: Any) -> list[str]:
+    """What may surprise when a setting is left out: classes of the user's own, and folders."""
     if key in _NEVER_SAVED:
-        return True
-    if isinstance(value, str):
-        return "." in value and key != "model.weights" and not is_allowed(value)
-    return isinstance(value, (dict, list)) and not all(is_allowed(path) for _, path in class_paths(value))
+        return [str(value)]
+    if key == "model.weights":
+        return []  # the checkpoint brings them
+    named = {path for _, path in [*class_paths(value), *dotted_strings(value)]}
+    return sorted(path for path in named if not is_allowed(path))
 
 
 def _callables(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -223,11 +222,13 @@ def test_alias_bombs_on_the_command_line_end_at_once(tmp_path: Path) -> None:
         f"{chr(98 + n)}: &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(8)
     )
     (tmp_path / "bomb.yaml").write_text(bomb)
+    (tmp_path / "quoted.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": bomb}}))
     (tmp_path / "below.yaml").write_text("model:\n  hidden:\n" + "".join(f"    {line}\n" for line in bomb.split("\n")))
     flow = "{" + ", ".join(bomb.strip().split("\n")) + "}"
     for arguments in (
         ["--config", str(tmp_path / "bomb.yaml")],
         ["--config", str(tmp_path / "below.yaml")],
+        ["--config", str(tmp_path / "quoted.yaml")],
         ["--model.hidden", flow],
         ["--trainer.callbacks", f"[{flow}]"],
         ["--model.optimizer", flow],
@@ -268,7 +269,7 @@ def test_in_a_process_of_its_own(finished: Path, tmp_path: Path) -> None:
     ddp = "pytorch_lightning.strategies.DDPStrategy"
     tree["trainer"]["strategy"] = {"class_path": ddp, "init_args": {"ddp_comm_state": shell}}
     (tmp_path / "run").mkdir()
-    os.symlink(finished / "checkpoints", tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints").symlink_to(finished / "checkpoints")
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(tree))
     result = run("validate", "--run_dir", tmp_path / "run")
     assert result.returncode == 2
