@@ -49,7 +49,7 @@ _OPTION_NAMES = (
     r"[\w\-]*client[_\-]?secret|[\w\-]*private[_\-]?key|[\w\-]*connection[_\-]?string|[\w\-]*password|passwd|secret|"
     r"sharedaccess(?:key|signature)"
 )
-_OPTION = re.compile(rf"(?i)(?<![\w\-])((?:{_OPTION_NAMES})[\"']?\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|[^\s,;&)}}\]\"']+)")
+_OPTION = re.compile(rf"(?i)(?<![\w\-])((?:{_OPTION_NAMES})[\"']?\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|[^\s,;&#)}}\]\"']+)")
 _HEADER = re.compile(r"(?i)(\bauthorization[\"']?\s*[:=]\s*[\"']?)(?:(basic|bearer|aws4-hmac-sha256)\s+)?[^\s\"',]+")
 _SCHEMED = re.compile(r"\b(Bearer|Basic)\s+[A-Za-z0-9+/_.=\-]{16,}")
 _KNOWN_FORMS = re.compile(
@@ -122,7 +122,7 @@ def authorized(uri: str) -> str:
 
 def saved_form(uri: str) -> str:
     """``uri`` as configurations keep it: with ``***`` in place of credentials, those given for it included."""
-    return redact(_known.get(identity(uri), uri)) if "://" in uri else uri
+    return "::".join(redact(_known.get(identity(part), part)) if "://" in part else part for part in uri.split("::"))
 
 
 def is_redacted(uri: str) -> bool:
@@ -219,8 +219,9 @@ def _secrets(uri: str) -> set[str]:
     for match in _PARAMETER.finditer(uri):
         if _SECRET_PARAMETER.match(match[2]) or re.match(r"(?i)^x-(goog|amz)-(sig|cred|security)", match[2]):
             found.add(match[3])
-    found |= {unquote(secret) for secret in found} | {quote(secret, safe="") for secret in found}
-    found |= {quote(unquote(secret), safe="/~-._") for secret in found}
+    decoded = {unquote(secret) for secret in found}
+    # Libraries quote as they like; yarl, for one, leaves = and / alone.
+    found |= decoded | {quote(secret, safe=safe) for secret in decoded for safe in ("", "/", "=", "/=", "/=+:")}
     return {secret for secret in found if len(secret) >= 6}  # shorter ones occur by chance
 
 
