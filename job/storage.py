@@ -37,6 +37,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from job import redact
 from job.errors import DataError, JobError, StorageError, StorageOutage
+from job.storage_errors import Kind, classify
 from job.verified_reads import ChecksumMismatch, TooLarge, checksum_of, observe, read_whole
 
 log = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ def exists(uri: str) -> bool:
             if isinstance(error.__cause__, JobError):
                 raise error.__cause__ from None
             cause = _cause(error)
-            if cause is error or (isinstance(fs, HTTPFileSystem) and _is_denied(cause)):
+            if cause is error or (isinstance(fs, HTTPFileSystem) and classify(cause) is Kind.DENIED):
                 return False
             raise
         return True
@@ -694,19 +695,21 @@ def _explained(uri: str, action: str) -> Iterator[None]:
         raise StorageError(f"cannot {action} {uri}: {error.strerror or error}.") from error
     except ImportError as error:
         raise StorageError(f"cannot {action} {uri}: {error}.") from error
-    except ValueError as error:
-        raise StorageError(f"cannot {action} {uri}: {error}.") from error
     except Exception as error:
-        if _is_denied(error) or _looks_remote(error):
+        kind = classify(error)
+        if kind in (Kind.DENIED, Kind.OUTAGE):
             raise _remote_error(uri, action, error) from error
-        if isinstance(error, OSError):
-            raise StorageError(f"cannot {action} {uri}: {error.strerror or _first_line(error)}.") from error
+        if kind is not Kind.UNKNOWN:
+            cause = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+            raise StorageError(f"cannot {action} {uri}: {cause.removesuffix('.')}.") from error
         raise
 
 
 def _remote_error(uri: str, action: str, error: BaseException) -> StorageError:
-    if not _is_denied(error):
-        return StorageOutage(f"cannot {action} {uri}: {type(error).__name__}: {_first_line(error)}")
+    kind = classify(error)
+    if kind is not Kind.DENIED:
+        raised = StorageOutage if kind is Kind.OUTAGE else StorageError
+        return raised(f"cannot {action} {uri}: {type(error).__name__}: {_first_line(error)}")
     mend = (
         "If it needs credentials (a signature, user:password), give the whole URI by the option that names it: "
         "credentials are saved nowhere, and a signature expires."
@@ -723,19 +726,6 @@ def _cause(error: BaseException) -> BaseException:
     if isinstance(cause, aiohttp.ClientResponseError) and cause.status in (404, 410):
         return error
     return cause if isinstance(cause, (aiohttp.ClientError, TimeoutError)) else error
-
-
-def _is_denied(error: BaseException) -> bool:
-    code = getattr(error, "code", None) or getattr(error, "status", None)
-    told = isinstance(error, OSError) and str(error).startswith("Forbidden")  # gcsfs, without a code
-    return told or isinstance(error, PermissionError) or code in (401, 403, "401", "403")
-
-
-def _looks_remote(error: BaseException) -> bool:
-    """Cloud clients raise their own families of exceptions, most of them not OSError."""
-    roots = ("aiohttp", "gcsfs", "google", "botocore", "s3fs", "requests", "asyncio", "fsspec")
-    known = any(kind.__module__.split(".")[0] in roots for kind in type(error).__mro__)
-    return known or isinstance(error, (TimeoutError, ConnectionError))
 
 
 def _first_line(error: BaseException) -> str:
