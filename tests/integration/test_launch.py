@@ -66,9 +66,9 @@ def test_a_command_that_is_none() -> None:
     assert "launch takes another command" in done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, 75)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, 75)])
 def test_signals(number: int, code: int, colours: Path, tmp_path: Path) -> None:
-    """SIGTERM to the launcher, as kubelet sends it; SIGKILL of a rank, as the kernel does without memory."""
+    """SIGTERM to the launcher, as kubelet sends it, or a Ctrl-C; SIGKILL of a rank, as the kernel does without memory."""
     arguments = options({**TINY, "trainer.max_epochs": 2000}, data__root=colours, run_dir=tmp_path / "run")
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
@@ -84,9 +84,10 @@ def test_signals(number: int, code: int, colours: Path, tmp_path: Path) -> None:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     ranks = [pid for pid in children if b"fit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(ranks) == 2
-    os.kill(process.pid if number == signal.SIGTERM else int(ranks[1]), number)
+    os.kill(int(ranks[1]) if number == signal.SIGKILL else process.pid, number)
     assert process.wait(60) == code, (tmp_path / "log").read_text()
-    if number == signal.SIGTERM:
+    if number != signal.SIGKILL:
+        assert "The same command goes on from there" in (tmp_path / "log").read_text()
         assert run_well("checkpoints", "ls", tmp_path / "run").stdout.count(".ckpt") >= 2
 
 

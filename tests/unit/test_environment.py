@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from job.cluster.environment import Node, find_node
+from job.cluster.environment import Node, find_node, require_ranks
 from job.cluster.launch import cores, exit_code, torchrun_options, wait_for_address
 from job.errors import ConfigError, RankLost
 
@@ -143,11 +143,55 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
         ({**TPU, "MEGASCALE_NUM_SLICES": "2"}, "MEGASCALE_SLICE_ID, MEGASCALE_COORDINATOR_ADDRESS, which is not set"),
         ({**TPU, **vertex("workerpool0", 0)}, "Vertex AI and of TPU and of Indexed Job at once"),
         ({**TPU, "LAUNCH_PROCESSES": "4"}, "one process drives all chips"),
+        ({"PET_NPROC_PER_NODE": "2"}, "PET_NPROC_PER_NODE=2: torchrun would take these as its options"),
+        ({"PET_NNODES": "1", "PET_NPROC_PER_NODE": "0"}, "PET_NPROC_PER_NODE=0: at least one process"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(environment: dict[str, str], told: str) -> None:
     with pytest.raises(ConfigError) as caught:
         find_node(environment)
+    assert told in str(caught.value)
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        TORCHRUN,
+        {**TORCHRUN, **SLURM, "SLURM_NTASKS": "2"},
+        {**SLURM, "SLURM_NTASKS": "1"},
+        {"MASTER_ADDR": "left-over"},
+        {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"},  # a PyTorchJob of one node
+        {"JOB_COMPLETION_INDEX": "3"},  # independent runs, one per index
+        {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "auto"},
+    ],
+)
+def test_ranks_of_torchrun_or_one_process(environment: dict[str, str]) -> None:
+    require_ranks(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4: this is one of several processes, but RANK, LOCAL_RANK"),
+        ({"RANK": "1"}, "RANK=1: this is one of several processes, but WORLD_SIZE"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1: this is one of several"),
+        ({"WORLD_SIZE": "four"}, "WORLD_SIZE must be a number, not 'four'"),
+        ({"RANK": "x"}, "RANK must be a number"),
+        ({**TORCHRUN, "RANK": "4"}, "these contradict one another"),
+        ({**TORCHRUN, "LOCAL_RANK": "2"}, "these contradict one another"),
+        ({**SLURM, "SLURM_NTASKS": "2"}, "SLURM_NTASKS=2, but the ranks of this job are started by torchrun"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2"),
+        ({"PET_NNODES": "2"}, "PET_NNODES=2: Kubeflow has started several nodes"),
+        (PYTORCHJOB, "RANK=1, WORLD_SIZE=2: this is one of several"),
+    ],
+)
+def test_variables_of_other_launchers_are_refused(environment: dict[str, str], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        require_ranks(environment)
     assert told in str(caught.value)
 
 
@@ -161,7 +205,11 @@ def test_how_torchrun_is_called() -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "expected"), [([75, 2], 2), ([75, 143], 143), ([1, 75], 75), ([-9], 75), ([-9, 1], 75), ([1], 1)]
+    ("codes", "expected"),
+    [
+        *(([75, 2], 2), ([75, 143], 143), ([1, 75], 75), ([-9], 75), ([-9, 1], 75), ([1], 70)),
+        *(([75, 70], 70), ([143, 130], 130), ([70, 2], 2)),
+    ],
 )
 def test_one_exit_code_for_all_ranks(codes: list[int], expected: int) -> None:
     assert exit_code(codes) == expected

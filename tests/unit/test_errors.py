@@ -1,12 +1,16 @@
-"""What torch cannot compute is said in the words of the command line."""
+"""Errors of torch, Lightning and collectives are translated by their type and origin."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
 
-from job.errors import ConfigError
+from job.cluster.ranks import _translate_failures
+from job.errors import ConfigError, DeviceError, RankLost
 from job.train.errors import translate_errors
 
 
@@ -23,3 +27,50 @@ def test_batch_norm_of_one_value() -> None:
 def test_mistakes_of_the_code_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), translate_errors(1):
         nn.Linear(2, 2)(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Trainer(accelerator="gpu", logger=False), "No supported gpu backend"),
+        (lambda: Trainer(gradient_clip_val=1, gradient_clip_algorithm="bogus", logger=False), "bogus is invalid"),
+        (lambda: Trainer(max_time="soon", logger=False), "not a valid duration"),
+        (lambda: EarlyStopping("val/loss", mode="median"), "mode"),
+        (lambda: torch.optim.Adam(nn.Linear(1, 1).parameters(), lr=-1), "Invalid learning rate"),
+    ],
+)
+def test_options_that_lightning_or_torch_refuse(make, message: str) -> None:
+    with pytest.raises(ConfigError, match=message), translate_errors():
+        make()
+
+
+def test_a_gpu_that_fails_may_be_mended_by_a_restart() -> None:
+    with pytest.raises(DeviceError, match="uncorrectable ECC"), translate_errors():
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+    with pytest.raises(ConfigError, match="one process per GPU"), translate_errors():
+        raise torch.AcceleratorError("CUDA error: invalid device ordinal")
+
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4567"
+DUPLICATE = "NCCL error in: x.cpp:1, invalid usage, NCCL version 2.27\nncclInvalidUsage: …\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 10"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (RuntimeError(GLOO), RankLost, "Connection closed by peer"),
+        (RuntimeError(f"Gloo connectFullMesh failed with {GLOO}"), RankLost, "connectFullMesh"),
+        (dist.DistNetworkError("The client socket has timed out after 60000ms"), RankLost, "timed out"),
+        (dist.DistStoreError("wait timeout after 30000ms, keys: /x"), RankLost, "wait timeout"),
+        (dist.DistBackendError("NCCL error: ncclRemoteError: a call failed possibly"), RankLost, "ncclRemoteError"),
+        (dist.DistBackendError(DUPLICATE), ConfigError, "two ranks share one GPU"),
+        (RuntimeError("nccl is not built in"), RuntimeError, "nccl"),
+        (RuntimeError("the lock timed out"), RuntimeError, "lock"),
+        (RuntimeError("Broken pipe of gloomy weather"), RuntimeError, "pipe"),
+    ],
+)
+def test_collectives_that_fail(error: Exception, expected: type[Exception], message: str) -> None:
+    with pytest.raises(expected, match=message) as caught, _translate_failures():
+        raise error
+    assert caught.type is expected
+    assert caught.value is error or caught.value.__cause__ is error

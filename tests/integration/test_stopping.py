@@ -1,0 +1,116 @@
+"""Signals to runs: what is saved, what is said, and which processes are left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytorch_lightning.callbacks import Callback
+from support import REPOSITORY, TINY, environment, options, run_here
+
+from job.processes import descendants
+from job.train import attempts
+
+pytestmark = pytest.mark.integration
+
+
+class Interrupt(Callback):
+    """Sends a signal to its own process at a step, or in a validation that is no part of a fit."""
+
+    def __init__(self, name: str, step: int = 3) -> None:
+        self.signal = signal.Signals[name]
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.signal)
+
+    def on_validation_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.state.fn == "validate":
+            os.kill(os.getpid(), self.signal)
+
+
+def interrupting(name: str) -> str:
+    return json.dumps([{"class_path": "test_stopping.Interrupt", "init_args": {"name": name}}])
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGHUP", 129), ("SIGTERM", 143)])
+def test_a_fit_saves_and_the_same_command_goes_on(name: str, code: int, colours: Path, tmp_path: Path) -> None:
+    arguments = ["fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run")]
+    first = run_here(*arguments, f"--trainer.callbacks={interrupting(name)}")
+    assert first.returncode == code, first.output
+    assert f"{name}: saving the state" in first.output
+    assert "stopped on request after step 4, which is saved in" in first.output
+    assert "The same command goes on from there" in first.output
+    record = attempts.read(str(tmp_path / "run"))
+    assert record is not None
+    assert (record.failed, record.lost) == (0, 0)
+    second = run_here(*arguments)
+    assert second.returncode == 0, second.output
+    assert "going on after step 4" in second.output
+    assert attempts.read(str(tmp_path / "run")) is None
+
+
+def test_a_measurement_ends_with_one_line(colours: Path, tmp_path: Path) -> None:
+    arguments = options(TINY, data__root=colours, run_dir=tmp_path / "run", trainer__max_epochs=1)
+    assert run_here("fit", *arguments).returncode == 0
+    done = run_here("validate", *arguments, f"--trainer.callbacks={interrupting('SIGINT')}")
+    assert done.returncode == 130, done.output
+    assert done.output.endswith("\njob: stopped by SIGINT.\n")
+    assert "Traceback" not in done.output
+
+
+def test_an_unexpected_error_has_a_code_and_a_line_of_its_own(colours: Path, tmp_path: Path) -> None:
+    """And after five of them in a row the run ends with 2: no restart would help."""
+    broken = json.dumps([{"class_path": "test_stopping.Broken"}])
+    arguments = ["fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), f"--trainer.callbacks={broken}"]
+    for _ in range(attempts.MAX_FAILED):
+        done = run_here(*arguments)
+        assert done.returncode == 70, done.output
+        assert "Traceback" in done.output
+        assert done.output.splitlines()[-1].startswith("job: unexpected error: KeyError: 'lost'.")
+    done = run_here(*arguments)
+    assert done.returncode == 2
+    assert "5 starts in a row have ended without a checkpoint" in done.output
+    assert "KeyError: 'lost'" in done.output
+
+
+class Broken(Callback):
+    """Raises what nobody expects."""
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        raise KeyError("lost")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_the_demo_ends_with_all_its_processes(name: str, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "job", "demo", "--folder", str(tmp_path / "demo")],
+            stdout=log,
+            stderr=log,
+            env=environment(),
+            cwd=REPOSITORY,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + 120
+    while "Training on" not in (tmp_path / "log").read_text() or len(descendants(process.pid)) < 2:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    below = descendants(process.pid)
+    if name == "SIGTERM":
+        process.terminate()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 128 + signal.Signals[name], (tmp_path / "log").read_text()
+    assert [pid for pid in below if Path(f"/proc/{pid}").exists()] == []
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().endswith(f"job: stopped by {name}.\n")

@@ -1,0 +1,75 @@
+"""Starts that end without progress are counted; preemptions and a user's mistakes are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from job.errors import ConfigError, Preempted, RankLost, StorageOutage
+from job.signals import Stopped
+from job.train import attempts
+
+
+def start(run_dir: Path, error: BaseException | None, step: int = 7, configuration: str = "a") -> None:
+    before = attempts.begin(str(run_dir), step, configuration)
+    if error is None:
+        with attempts.counted(str(run_dir), before):
+            return
+    with pytest.raises(type(error)), attempts.counted(str(run_dir), before):
+        raise error
+
+
+def test_starts_that_fail_alike_end_with_the_cause(tmp_path: Path) -> None:
+    for _ in range(attempts.MAX_FAILED):
+        start(tmp_path, RuntimeError("no luck\nat all"))
+    with pytest.raises(
+        ConfigError, match=r"(?s)5 starts in a row .* after step 7.* RuntimeError: no luck.*attempts\.json"
+    ):
+        attempts.begin(str(tmp_path), 7, "a")
+    (tmp_path / attempts.FILE).unlink()
+    start(tmp_path, None)
+
+
+@pytest.mark.parametrize("change", [{"step": 8}, {"configuration": "b"}])
+def test_progress_or_another_configuration_begins_anew(change: dict[str, object], tmp_path: Path) -> None:
+    for _ in range(attempts.MAX_FAILED):
+        start(tmp_path, StorageOutage("gone"))
+    start(tmp_path, None, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [Preempted("x"), Stopped("x", 130), ConfigError("x")])
+def test_what_does_not_count(error: BaseException, tmp_path: Path) -> None:
+    start(tmp_path, RuntimeError("once"))
+    for _ in range(3 * attempts.MAX_LOST):
+        start(tmp_path, error)
+    found = attempts.read(str(tmp_path))
+    assert found is not None
+    assert (found.failed, found.lost) == (1, 0)
+
+
+def test_starts_that_vanish_are_bounded_too(tmp_path: Path) -> None:
+    for _ in range(attempts.MAX_LOST - 1):
+        attempts.begin(str(tmp_path), 7, "a")  # killed: its end is not recorded
+    start(tmp_path, RankLost("another rank"))
+    with pytest.raises(ConfigError, match="20 starts in a row"):
+        attempts.begin(str(tmp_path), 7, "a")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"format": 0, "step": 1, "configuration": ""}', b'{"format": 1, "step": 1}', b"\xff", b"null"],
+)
+def test_a_damaged_record_is_begun_anew(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / attempts.FILE).write_bytes(content)
+    assert attempts.read(str(tmp_path)) is None
+    start(tmp_path, None)
+
+
+def test_a_newer_record_is_refused_and_stays(tmp_path: Path) -> None:
+    content = msgspec.json.encode({"format": 2, "anything": 1})
+    (tmp_path / attempts.FILE).write_bytes(content)
+    with pytest.raises(ConfigError, match="format 2"):
+        attempts.begin(str(tmp_path), 7, "a")
+    assert (tmp_path / attempts.FILE).read_bytes() == content

@@ -1,0 +1,108 @@
+"""Signals to small processes: exit codes, one line, and who is not disturbed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from support import REPOSITORY
+
+WAITS = """
+import sys, time
+from job.signals import Stopped, StopSignals
+with StopSignals({grace}):
+    print("ready", flush=True)
+    try:
+        time.sleep(60)
+    except Stopped as stopped:
+        print(stopped, stopped.exit_code, flush=True)
+        {then}
+"""
+
+
+def start(code: str, *prefix: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129), ("SIGUSR1", 143)])
+def test_the_first_signal_raises(name: str, code: int) -> None:
+    process = start(WAITS.format(grace=10, then="sys.exit(stopped.exit_code)"))
+    process.send_signal(signal.Signals[name])
+    output, errors = process.communicate(timeout=20)
+    assert (process.returncode, output, errors) == (code, f"stopped by {name}. {code}\n", "")
+
+
+def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not() -> None:
+    process = start(WAITS.format(grace=30, then="time.sleep(60)"))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert errors == "job: stopped at once by a second SIGINT: what was not saved is lost.\n"
+
+
+def test_the_grace_holds_whatever_the_main_thread_does() -> None:
+    process = start(WAITS.format(grace=0.5, then="time.sleep(60)"))
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert "could not stop cleanly" in errors
+
+
+def test_a_terminal_that_ends_does_not_stop_what_nohup_started() -> None:
+    process = start(WAITS.format(grace=10, then="sys.exit(stopped.exit_code)"), "nohup")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 143
+
+
+def test_an_inner_context_hands_its_signal_to_the_outer_one() -> None:
+    """Else a SIGTERM on the way out would raise a second time."""
+    code = """
+import os, signal, sys
+from job.signals import Stopped, StopSignals
+print("ready", flush=True)
+with StopSignals(20):
+    try:
+        with StopSignals(20):
+            os.kill(os.getpid(), signal.SIGINT)
+    except Stopped as stopped:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sys.exit(stopped.exit_code)
+"""
+    assert start(code).wait(10) == 130
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.5])
+def test_a_ctrl_c_during_the_imports(seconds: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "job", "index", "--help"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        preexec_fn=os.setsid,
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130, errors
+    assert errors == "job: stopped by SIGINT while starting: nothing was begun.\n"
