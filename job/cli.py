@@ -189,8 +189,8 @@ class TrainingCLI(LightningCLI):
                 "--grace",
                 type=PositiveFloat,
                 default=25.0,
-                help="Seconds from a signal (SIGTERM, SIGUSR1, Ctrl-C, SIGHUP) to the end of the process, its state saved. GKE Spot gives about "
-                "30 in all, and torchrun kills its workers 30 s after a SIGTERM.",
+                help="Seconds from a signal (SIGTERM, SIGUSR1, Ctrl-C, SIGHUP) to the end of the process, its state "
+                "saved. GKE Spot gives about 30 in all, and torchrun kills its workers 30 s after a SIGTERM.",
             )
             parser.add_argument(
                 "--profile",

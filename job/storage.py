@@ -700,8 +700,8 @@ def _explained(uri: str, action: str) -> Iterator[None]:
         if kind in (Kind.DENIED, Kind.OUTAGE):
             raise _remote_error(uri, action, error) from error
         if kind is not Kind.UNKNOWN:
-            cause = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
-            raise StorageError(f"cannot {action} {uri}: {cause.removesuffix('.')}.") from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+            raise StorageError(f"cannot {action} {uri}: {reason.removesuffix('.')}.") from error
         raise
 
 

@@ -117,13 +117,14 @@ def require_ranks(environment: Mapping[str, str]) -> None:
     for name in _OTHER_LAUNCHERS:
         if name in environment and _number(environment, name) > 1:
             raise ConfigError(
-                f"{name}={environment[name]}, but the ranks of this job are started by torchrun. Let {_OTHER_LAUNCHERS[name]} "
-                f"start one task per node, which runs python -m job launch …; or unset {name} for one process alone."
+                f"{name}={environment[name]}, but the ranks of this job are started by torchrun. Let "
+                f"{_OTHER_LAUNCHERS[name]} start one task per node, which runs python -m job launch …; or unset {name} "
+                "for one process alone."
             )
     if "PET_NNODES" in environment and environment["PET_NNODES"] != "1":
         raise ConfigError(
-            f"PET_NNODES={environment['PET_NNODES']}: Kubeflow has started several nodes, which only python -m job launch "
-            "… lets meet. Or unset PET_NNODES for one process alone."
+            f"PET_NNODES={environment['PET_NNODES']}: Kubeflow has started several nodes, which meet under "
+            "python -m job launch … alone. Or unset PET_NNODES for one process alone."
         )
 
 
@@ -135,8 +136,8 @@ def _plain(environment: Mapping[str, str]) -> Node:
         )
     if left := sorted(name for name in environment if name.startswith("PET_")):
         raise ConfigError(
-            f"{_told(environment, *left)}: torchrun would take these as its options, but PET_NNODES, which Kubeflow sets "
-            f"with them, is missing. Unset {', '.join(left)}, or set PET_NNODES."
+            f"{_told(environment, *left)}: torchrun would take these as its options, but PET_NNODES, which Kubeflow "
+            f"sets with them, is missing. Unset {', '.join(left)}, or set PET_NNODES."
         )
     return Node("plain", processes=_processes(environment), evidence=_present(environment, "LAUNCH_PROCESSES"))
 

@@ -166,7 +166,8 @@ def _translate_failures() -> Iterator[None]:
                 if sign in message:
                     last = message.strip().splitlines()[-1][:300]
                     raise ConfigError(
-                        f"{mistake} ({last}). Start one process per GPU: torchrun --nproc-per-node, or LAUNCH_PROCESSES."
+                        f"{mistake} ({last}). Start one process per GPU: torchrun --nproc-per-node, or "
+                        "LAUNCH_PROCESSES."
                     ) from error
         if not from_gloo:  # its cause may lie in this process; gloo reports other processes alone
             log.error("a collective operation failed:", exc_info=error)

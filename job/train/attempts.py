@@ -64,8 +64,8 @@ def read(run_dir: str) -> Attempts | None:
         found = msgspec.json.decode(content, type=dict[str, msgspec.Raw]).get("format")
         if found is not None and (version := msgspec.json.decode(found, type=int)) > FORMAT:
             raise ConfigError(
-                f"{uri} is of format {version}, and this version of the job reads formats up to {FORMAT}. Use the version "
-                "that wrote it, or a newer one."
+                f"{uri} is of format {version}, and this version of the job reads formats up to {FORMAT}. Use the "
+                "version that wrote it, or a newer one."
             )
     try:
         return msgspec.json.decode(content, type=Attempts)
@@ -88,8 +88,8 @@ def begin(run_dir: str, step: int, configuration: str) -> Attempts:
         cause = f" The last error was: {before.last_error}" if before.last_error else ""
         where = f"after step {step}" if step >= 0 else "at all"
         raise ConfigError(
-            f"{before.failed + before.lost} starts in a row have ended without a checkpoint {where}, {before.failed} of "
-            f"them by an error: another restart would not help.{cause} Mend the cause, then delete "
+            f"{before.failed + before.lost} starts in a row have ended without a checkpoint {where}, "
+            f"{before.failed} of them by an error: another restart would not help.{cause} Mend the cause, then delete "
             f"{storage.join(run_dir, FILE)} or change an option, and start again."
         )
     _write(run_dir, msgspec.structs.replace(before, lost=before.lost + 1))  # until its end is known

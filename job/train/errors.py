@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 
 import torch
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from yaml.representer import RepresenterError
 
 from job.cluster import ranks
@@ -36,7 +36,7 @@ def translate_errors(global_batch_size: int | None = None) -> Iterator[None]:
 
 
 def translated(error: Exception, global_batch_size: int | None = None) -> Exception:
-    """Return a :class:`~job.errors.JobError` for a known kind of error, by its type and origin; else the error itself."""
+    """A :class:`~job.errors.JobError` for a known kind of error, by its type and origin; else the error itself."""
     if isinstance(error, JobError):
         return error
     message = str(error).strip()
@@ -68,8 +68,8 @@ def translated(error: Exception, global_batch_size: int | None = None) -> Except
         return ConfigError(_refusal("Lightning", message))
     if isinstance(error, RepresenterError):
         return ConfigError(
-            f"the configuration holds a value that cannot be saved as YAML ({' '.join(message.split())}). Give numbers, "
-            "text, lists and mappings alone."
+            f"the configuration holds a value that cannot be saved as YAML ({' '.join(message.split())}). Give "
+            "numbers, text, lists and mappings alone."
         )
     package = next((name for name in _OPTION_CHECKS if (_origin(error) + ".").startswith(name + ".")), None)
     if package is not None and isinstance(error, _REFUSALS):

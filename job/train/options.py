@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning import callbacks as library
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
-from pytorch_lightning.plugins.environments import ClusterEnvironment, LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 
 from job.cluster import ranks, xla
@@ -88,8 +88,8 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
         "strategy": (
             DDPStrategy | str,
             "auto",
-            'How processes share the work: "auto" or "ddp" (DistributedDataParallel), or a DDPStrategy with settings of '
-            "its own. Strategies that shard the network are not supported.",
+            'How processes share the work: "auto" or "ddp" (DistributedDataParallel), or a DDPStrategy with settings '
+            "of its own. Strategies that shard the network are not supported.",
         ),
         "precision": (
             Precision | None,
@@ -100,8 +100,9 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
     parser.add_class_arguments(
         pl.Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip={*RESERVED, *restricted}
     )
+    group = (parser.groups or {})["trainer"]
     for name, (kind, default, description) in restricted.items():
-        parser.groups["trainer"].add_argument(f"--trainer.{name}", type=kind, default=default, help=description)
+        group.add_argument(f"--trainer.{name}", type=kind, default=default, help=description)
 
 
 def list_supported_classes(parser: LightningArgumentParser) -> None:

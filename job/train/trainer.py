@@ -154,8 +154,9 @@ def _processes(settings: dict[str, Any]) -> dict[str, Any]:
         )
     if uses_cuda(str(settings.get("accelerator"))) and torch.cuda.device_count() < local_world_size:
         raise ConfigError(
-            f"{local_world_size} processes on this machine share {torch.cuda.device_count()} GPU(s), and each needs one of "
-            "its own. Start fewer: torchrun --nproc-per-node=gpu, or LAUNCH_PROCESSES; or take --trainer.accelerator=cpu."
+            f"{local_world_size} processes on this machine share {torch.cuda.device_count()} GPU(s), and each needs "
+            "one of its own. Start fewer: torchrun --nproc-per-node=gpu, or LAUNCH_PROCESSES; or take "
+            "--trainer.accelerator=cpu."
         )
     if world_size % local_world_size:
         raise ConfigError(f"{world_size} processes do not divide into nodes of {local_world_size}, as this one has.")

@@ -68,7 +68,7 @@ def test_a_command_that_is_none() -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, 75)])
 def test_signals(number: int, code: int, colours: Path, tmp_path: Path) -> None:
-    """SIGTERM to the launcher, as kubelet sends it, or a Ctrl-C; SIGKILL of a rank, as the kernel does without memory."""
+    """SIGTERM to the launcher, as kubelet sends it, or a Ctrl-C; SIGKILL of a rank, as without memory."""
     arguments = options({**TINY, "trainer.max_epochs": 2000}, data__root=colours, run_dir=tmp_path / "run")
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(

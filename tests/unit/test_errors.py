@@ -52,7 +52,10 @@ def test_a_gpu_that_fails_may_be_mended_by_a_restart() -> None:
 
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4567"
-DUPLICATE = "NCCL error in: x.cpp:1, invalid usage, NCCL version 2.27\nncclInvalidUsage: …\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 10"
+DUPLICATE = (
+    "NCCL error in: x.cpp:1, invalid usage, NCCL version 2.27\nncclInvalidUsage: …\nLast error:\n"
+    "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 10"
+)
 
 
 @pytest.mark.parametrize(

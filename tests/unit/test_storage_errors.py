@@ -9,8 +9,8 @@ import ssl
 
 import aiohttp
 import botocore.exceptions
-import google.auth.exceptions
 import gcsfs.retry
+import google.auth.exceptions
 import pytest
 import requests
 import s3fs.errors
