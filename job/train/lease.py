@@ -19,26 +19,24 @@ the lifetime.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Annotated
 
 import msgspec
 
 from job import conditional, storage
-from job.cluster.process import ProcessId, this_process
+from job.cluster.process import this_process
 from job.conditional import Versioned
 from job.errors import JobError, LeaseError, LeaseExpired, StorageError, StorageOutage
 from job.periodic import Periodic, call_within
+from job.train.lease_file import FORMAT, Holder, parse
 
 log = logging.getLogger(__name__)
 
 FILE = "lease.json"
-FORMAT = 1
 
 VALID = 0.8
 """Share of a lease's lifetime, from its last renewal on, during which its holder may write."""
@@ -48,28 +46,6 @@ RENEWALS = 4
 
 RELEASE_SECONDS = 15.0
 """How long the end of a run waits for the bucket to delete its lease, which otherwise expires."""
-
-MAX_BYTES = 1 << 16
-
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
-
-
-class Holder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Content of a lease.
-
-    Attributes:
-        start: random identifier of one start of a job.
-        process: its rank 0.
-        seconds: lifetime of the lease without a renewal.
-        beat: number of renewals.
-        format: version of this file format.
-    """
-
-    start: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
-    process: ProcessId
-    seconds: Seconds
-    beat: Annotated[int, msgspec.Meta(ge=0)]
-    format: Annotated[int, msgspec.Meta(ge=1, le=FORMAT)]
 
 
 class Lease:
@@ -211,7 +187,7 @@ class Lease:
         Raises:
             LeaseError: it was renewed, or is of a newer version of this program.
         """
-        holder = _parse(self.uri, first.data)
+        holder = parse(self.uri, first.data)
         if holder is not None and holder.process.is_dead():
             return
         if holder is None:
@@ -226,7 +202,7 @@ class Lease:
             if now is None:
                 return
             if now.version != first.version:
-                renewed = _parse(self.uri, now.data)
+                renewed = parse(self.uri, now.data)
                 owner = f"rank 0 is {renewed.process}" if renewed else "its rank 0 is not known"
                 raise LeaseError(
                     f"another job is writing to {self.run_dir}: {owner}. Stop it, or choose another --run_dir."
@@ -304,7 +280,7 @@ class Lease:
         if version is None:
             current = conditional.read_versioned(self.uri)
             try:
-                holder = None if current is None else _parse(self.uri, current.data)
+                holder = None if current is None else parse(self.uri, current.data)
             except LeaseError:  # of a newer version of this program
                 holder = None
             if current is None and began < self._valid_until:  # a person has deleted it
@@ -343,27 +319,6 @@ class Lease:
     def _content(self) -> bytes:
         holder = Holder(self.start, self._process, self.seconds, self._beat, FORMAT)
         return msgspec.json.encode(holder)
-
-
-def _parse(uri: str, content: bytes) -> Holder | None:
-    """The holder; None for a lease that is damaged, half written, or of a version without a format number.
-
-    Raises:
-        LeaseError: it is of a newer version.
-    """
-    if len(content) > MAX_BYTES:
-        return None
-    with contextlib.suppress(ValueError, RecursionError):
-        return msgspec.json.decode(content, type=Holder)
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(content)
-        version = found.get("format") if isinstance(found, dict) else None
-        if isinstance(version, int) and version > FORMAT:
-            raise LeaseError(
-                f"{uri} has format {version}, and this version of the program reads formats up to {FORMAT}. Use the "
-                "version that wrote it, or choose another --run_dir."
-            )
-    return None
 
 
 def _clock() -> float:

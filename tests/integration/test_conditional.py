@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from job import conditional, storage
+from job.conditional import disk
 from job.demo.gcs_server import free_port
 from job.errors import StorageError, StorageOutage
 
@@ -139,7 +140,7 @@ def test_a_lock_that_a_stopped_process_holds_is_an_outage(tmp_path: Path, monkey
     )
     assert process.stdout is not None
     process.stdout.readline()
-    monkeypatch.setattr(conditional, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(disk, "LOCK_SECONDS", 0.1)
     with pytest.raises(StorageOutage, match=r"another process has held the lock .*lease\.json\.lock"):
         conditional.write_if(str(tmp_path / "lease.json"), b"x", None)
     process.kill()
