@@ -56,6 +56,7 @@ def _collect_garbage(run_dir: str) -> None:
         lease.acquire()
         leftovers = checkpoint.uncommitted(run_dir)
         for uri in leftovers:
+            lease.require_held()
             storage.remove(uri)
             say(f"removed {uri}")
         say(f"{len(leftovers)} leftover(s) in {storage.join(run_dir, checkpoint.FOLDER)}")

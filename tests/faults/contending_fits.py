@@ -174,7 +174,9 @@ def _in_child(function: Callable[[], None], log: Path) -> int:
 
 
 def _in_child_float(function: Callable[[], float], path: Path) -> float:
-    _in_child(lambda: print(function()), path)
+    """What the function returns; 0 if it fails, as for an object that the second fit has deleted since."""
+    if _in_child(lambda: print(function()), path):
+        return 0.0
     return float(path.read_text().splitlines()[-1])
 
 
