@@ -444,7 +444,7 @@ def _final() -> Iterator[None]:
     except (JobError, OSError, ImportError, ValueError):
         raise
     except Exception as error:
-        if _is_denied(error) or _looks_remote(error):
+        if classify(error) in (Kind.DENIED, Kind.OUTAGE):
             raise
         raise ValueError(f"{type(error).__name__}: {_first_line(error)}") from error
 

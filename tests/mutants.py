@@ -1,4 +1,4 @@
-"""Damages files of one format and reads them by the product's own entry points: ``mutants.py READER COUNT FOLDER [SEED]``.
+"""Damage files of a format and read them by the product's entry points: ``mutants.py READER COUNT FOLDER [SEED]``.
 
 Prints how many mutants ended in anything else than success or a :class:`~job.errors.JobError`.
 """

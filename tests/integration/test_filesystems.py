@@ -107,7 +107,7 @@ class FlippedBody:
 
 
 def test_an_s3_object_is_held_against_its_etag(s3: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A flipped bit is requested again; an ETag that is no MD5, as some stores have, is noticed by two equal answers."""
+    """A flipped bit is requested again; an ETag that is no MD5, as some stores have, shows in two equal answers."""
     storage.write_many(f"{s3}/checked", {"a.jpg": b"content", "b.jpg": b"content"})
     calls: list[str] = []
 
