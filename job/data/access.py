@@ -176,7 +176,7 @@ def is_local_uri(uri: str) -> bool:
 
 def is_chained(uri: str) -> bool:
     """Whether fsspec takes ``uri`` for several filesystems, one on top of the other."""
-    return "::" in re.sub(r"\[[0-9A-Fa-f:.%]*\]", "", uri, count=1)
+    return "::" in re.sub(r"\[[0-9A-Za-z:.%_-]*\]", "", uri, count=1)
 
 
 def has_parent_part(path: str) -> bool:
