@@ -212,6 +212,9 @@ def server(serve: dict[str, bytes]) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path.endswith(".json"):
+                self.send_error(404)
+                return
             if self.path.startswith("/away/"):
                 self.send_response(302)
                 self.send_header("Location", f"http://127.0.0.1:{served.server_port}/secret.jpg")
