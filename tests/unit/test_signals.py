@@ -15,8 +15,8 @@ WAITS = """
 import sys, time
 from job.signals import Stopped, StopSignals
 with StopSignals({grace}):
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         time.sleep(60)
     except Stopped as stopped:
         print(stopped, stopped.exit_code, flush=True)
