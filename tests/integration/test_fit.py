@@ -87,7 +87,10 @@ def test_the_report_and_the_resolved_configuration(fitted: str) -> None:
     assert report["classes"] == ["blue", "red"]
     assert report["images"] == {"train": 32, "val": 8}
     assert sum(map(sum, report["confusion_matrix"]["counts"])) == 8
-    assert report["metrics"]["val/accuracy"] == scalars(fitted)["val/accuracy"][-1][1]
+    last, best = (report["checkpoints"][which]["metrics"] for which in ("last", "best"))
+    assert last["val/accuracy"] == scalars(fitted)["val/accuracy"][-1][1]
+    assert report["metrics"] == best
+    assert best["val/accuracy"] == max(value for _, value in scalars(fitted)["val/accuracy"])
     assert 0 < report["seconds"]["goodput"] < 1
     assert min(report["seconds"].values()) > -0.1  # nothing is counted twice
     assert sum(v for k, v in report["seconds"].items() if k not in ("goodput", "wall")) == pytest.approx(
@@ -167,7 +170,7 @@ def test_the_checkpoints_of_a_run(fitted: str) -> None:
 def test_validating_again_finds_the_same(fitted: str) -> None:
     run_well("validate", "--run_dir", fitted, "--ckpt", f"{fitted}/checkpoints/last", processes=2)
     again = json.loads(storage.read_bytes(f"{fitted}/validate.json"))["metrics"]
-    metrics = json.loads(storage.read_bytes(f"{fitted}/report.json"))["metrics"]
+    metrics = json.loads(storage.read_bytes(f"{fitted}/report.json"))["checkpoints"]["last"]["metrics"]
     assert again == pytest.approx(metrics, rel=1e-5)
     run_well("validate", "--run_dir", fitted, "--mirror", "true")
     mirrored = json.loads(storage.read_bytes(f"{fitted}/validate.json"))["metrics"]

@@ -71,7 +71,7 @@ def test_a_report_that_cannot_be_replaced_is_kept(run_dir: str, caplog: pytest.L
     write_json(f"{run_dir}/report.json", {"a": float("nan")})
     write_json(f"{run_dir}/report.json", {"a": 2})
     assert json.loads(storage.read_bytes(f"{run_dir}/report.json")) == {"a": None}
-    assert "keeps its earlier content" in caplog.text
+    assert "keeps the content of an earlier start" in caplog.text
 
 
 def records(path: Path, *starts: dict[str, Any]) -> str:
@@ -92,7 +92,7 @@ def test_no_figure_of_the_accounting_is_negative() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"[{", b"{}", b'[{"began": "x"}]', b"[" * 10**5, b'[{"began": 1e999, "ended": 1, "world_size": 1}]', b"\xff"],
+    [b"[{", b"{}", b'[{"began": "x"}]', b"[" * 10**5, b'[{"began": 1e999}]', b"\xff"],
 )
 def test_damaged_accounting_is_put_aside(content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / accounting.FILE).write_bytes(content)
