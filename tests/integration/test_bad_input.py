@@ -176,7 +176,7 @@ def test_misspelt_command(fails) -> None:
         ({"checkpoint__keep_last": 0}, "--checkpoint.keep_last must be at least 1"),
         ({"checkpoint__monitor": "val/acuracy"}, "'val/acuracy' is not logged. There are: val/accuracy"),
         ({"data__image_size": "large"}, "data.image_size"),
-        ({"data__global_batch_size": 1, "model__milestones": "[]"}, "cannot learn from 1 image(s) a process"),
+        ({"data__global_batch_size": 1, "model__milestones": "[]"}, "cannot learn from 1 images per process"),
         ({"trainer__devices": 2}, "trainer.devices"),
         ({"resume": "must"}, "holds no checkpoint"),
         ({"data__val": "/tmp"}, "--data.root already says where validation"),
