@@ -135,15 +135,17 @@ class View:
 
 @dataclass(frozen=True)
 class _Ahead:
-    """A portion that is fetched ahead.
+    """The first portion of a batch, which is fetched ahead.
 
     Attributes:
         future: what it gives.
         expected: bytes, by the index.
+        rest: the batch's other portions.
     """
 
     future: Future[list[Fetched]]
     expected: int
+    rest: list[npt.NDArray[np.int64]]
 
     def size(self) -> int:
         """Bytes in memory, now or soon."""
@@ -236,8 +238,7 @@ class ImageDataset(Dataset[Batch]):
 
     def _fetched(self, plan: BatchPlan) -> Iterator[Fetched]:
         """This plan's samples in order, those of following plans under way behind them."""
-        first, *rest = self._portions(plan.samples)
-        under_way = self._start(plan, first)
+        under_way, rest = self._start(plan)
         for portion in [*rest, None]:
             current = under_way
             if portion is not None:
@@ -262,8 +263,12 @@ class ImageDataset(Dataset[Batch]):
                 self._fetcher = Fetcher(self.index, self.cache_dir, self.cache)
             return self._fetcher
 
-    def _start(self, plan: BatchPlan, portion: npt.NDArray[np.int64]) -> Future[list[Fetched]]:
-        """Fetch the first portion of ``plan``, unless it is under way, and those of following plans."""
+    def _start(self, plan: BatchPlan) -> tuple[Future[list[Fetched]], list[npt.NDArray[np.int64]]]:
+        """Fetch the first portion of ``plan``, unless it is under way, and those of following plans.
+
+        Returns:
+            what gives the first portion, and the other portions.
+        """
         fetcher = self._opened_fetcher()
         worker = get_worker_info()
         stride = worker.num_workers if worker is not None else 1
@@ -275,15 +280,17 @@ class ImageDataset(Dataset[Batch]):
                     ahead.future.cancel()
                 self._ahead = {}
             wanted = self._ahead.pop((plan.epoch, plan.batch), None)
-            contents = wanted.future if wanted is not None else fetcher.start(portion)
+            if wanted is None:
+                first, *rest = self._portions(plan.samples)
+                wanted = _Ahead(fetcher.start(first), 0, rest)
             held = sum(ahead.size() for ahead in self._ahead.values())
             for number in following:
                 if (plan.epoch, number) in self._ahead:
                     continue
-                samples = self._portions(self.order.plan(plan.epoch, number).samples)[0]
-                size = int(self._sizes(samples).sum())
+                first, *rest = self._portions(self.order.plan(plan.epoch, number).samples)
+                size = int(self._sizes(first).sum())
                 if held and held + size > BYTES_AHEAD:
                     break
-                self._ahead[plan.epoch, number] = _Ahead(fetcher.start(samples), size)
+                self._ahead[plan.epoch, number] = _Ahead(fetcher.start(first), size, rest)
                 held += size
-        return contents
+        return wanted.future, wanted.rest

@@ -174,18 +174,21 @@ def print_summary(run_dir: str, report: dict[str, Any]) -> None:
         report: the content of ``report.json``.
     """
     speed, checkpoints = report["train_images_per_second"], report["checkpoints"]
-    rows = {}
+    rows: list[tuple[str, object]] = []
     if checkpoints:
         best, last = checkpoints["best"], checkpoints["last"]
-        rows["best checkpoint, predicts"] = f"{_metrics(best)}\n{best['uri']}"
-        rows["last checkpoint"] = "the same" if last["uri"] == best["uri"] else f"{_metrics(last)}\n{last['uri']}"
-    rows |= {
-        "epochs": f"{report['epochs']} ({report['global_step']} steps)",
-        "speed": f"{speed:.1f} images/s training, {report['world_size']} process(es)" if speed else "-",
-        "time": _where_time_went(report["seconds"], report["starts"]),
-        "run_dir": run_dir,
-    }
-    print_table(["", ""], list(rows.items()), title="Finished")
+        rows += [("best checkpoint, predicts", _metrics(best)), ("", best["uri"])]
+        if last["uri"] == best["uri"]:
+            rows.append(("last checkpoint", "the same"))
+        else:
+            rows += [("last checkpoint", _metrics(last)), ("", last["uri"])]
+    rows += [
+        ("epochs", f"{report['epochs']} ({report['global_step']} steps)"),
+        ("speed", f"{speed:.1f} images/s training, {report['world_size']} process(es)" if speed else "-"),
+        ("time", _where_time_went(report["seconds"], report["starts"])),
+        ("run_dir", run_dir),
+    ]
+    print_table(["", ""], rows, title="Finished", fold=True)
     say("Next:")
     say(f"  tensorboard --logdir {shlex.quote(events_uri(run_dir))}")
     say(f"  python -m job predict --ckpt {shlex.quote(run_dir)} --input IMAGE_OR_FOLDER")
