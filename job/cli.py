@@ -255,9 +255,9 @@ def fit(args: list[str]) -> None:
             temporary.sweep()
         resumed = ranks.from_rank_zero(lambda: _resume_point(run_dir, options["resume"]))
         step, config = resumed.global_step if resumed else -1, cli.config_yaml()
-        before = ranks.from_rank_zero(lambda: attempts.begin(run_dir, step, config))
+        before = ranks.from_rank_zero(lambda: attempts.begin(run_dir, step, config, lease.require_held))
         with (
-            attempts.counted(run_dir, before if ranks.rank() == 0 else None),
+            attempts.counted(run_dir, before if ranks.rank() == 0 else None, lease.require_held),
             translate_errors(cli.datamodule.global_batch_size),
             last_checkpoint_named(run_dir, options["checkpoint"].io),
         ):

@@ -35,7 +35,7 @@ _UNFINISHED_SECONDS = 3600.0
 _owned: dict[Path, tuple[int, int]] = {}
 """Process and descriptor of the lock by folder: a forked child has this dictionary, too, and owns nothing."""
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal handler may end the process while it is held
 
 
 def folder(kind: str) -> Path:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import msgspec
 
 from job import storage
-from job.errors import EXIT_USER_ERROR, ConfigError, JobError, Preempted, RankLost, StorageError
+from job.errors import EXIT_USER_ERROR, ConfigError, JobError, LeaseError, Preempted, RankLost, StorageError
 from job.signals import Stopped
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,16 @@ def read(run_dir: str) -> Attempts | None:
         return None
 
 
-def begin(run_dir: str, step: int, configuration: str) -> Attempts:
+def begin(
+    run_dir: str, step: int, configuration: str, before_write: Callable[[], None] = storage.unconditionally
+) -> Attempts:
     """Count a start that goes on from ``step``; called on rank 0, which holds the lease.
+
+    Args:
+        run_dir: of the run.
+        step: ``global_step`` of its newest checkpoint; -1: none.
+        configuration: of this start.
+        before_write: called immediately before the write; raises if this job may not write to run_dir.
 
     Raises:
         ConfigError: too many starts before it have ended without a new checkpoint.
@@ -92,16 +100,20 @@ def begin(run_dir: str, step: int, configuration: str) -> Attempts:
             f"{before.failed} of them by an error: another restart would not help.{cause} Mend the cause, then delete "
             f"{storage.join(run_dir, FILE)} or change an option, and start again."
         )
-    _write(run_dir, msgspec.structs.replace(before, lost=before.lost + 1))  # until its end is known
+    _write(run_dir, msgspec.structs.replace(before, lost=before.lost + 1), before_write)  # until its end is known
     return before
 
 
 @contextlib.contextmanager
-def counted(run_dir: str, before: Attempts | None) -> Iterator[None]:
+def counted(
+    run_dir: str, before: Attempts | None, before_write: Callable[[], None] = storage.unconditionally
+) -> Iterator[None]:
     """Record how this start ends. Preemptions, other requests to stop and a user's mistakes do not count.
 
     Args:
+        run_dir: of the run.
         before: what :func:`begin` returned; None: another rank keeps the record.
+        before_write: called immediately before each write; raises if this job may not write to run_dir.
     """
     if before is None:
         yield
@@ -109,26 +121,27 @@ def counted(run_dir: str, before: Attempts | None) -> Iterator[None]:
     try:
         yield
     except (Preempted, Stopped):
-        _write(run_dir, before)
+        _write(run_dir, before, before_write)
         raise
     except RankLost:
         raise  # counted as lost already
     except Exception as error:
         if isinstance(error, JobError) and error.exit_code == EXIT_USER_ERROR:
-            _write(run_dir, before)
+            _write(run_dir, before, before_write)
         else:
             first_line = (str(error).strip().splitlines() or [""])[0][:500]
             failed = msgspec.structs.replace(
                 before, failed=before.failed + 1, last_error=f"{type(error).__name__}: {first_line}"
             )
-            _write(run_dir, failed)
+            _write(run_dir, failed, before_write)
         raise
-    with contextlib.suppress(StorageError):
+    with contextlib.suppress(StorageError, LeaseError):
+        before_write()
         storage.remove(storage.join(run_dir, FILE))
 
 
-def _write(run_dir: str, attempts: Attempts) -> None:
+def _write(run_dir: str, attempts: Attempts, before_write: Callable[[], None]) -> None:
     try:
-        storage.write_bytes(storage.join(run_dir, FILE), msgspec.json.encode(attempts))
-    except StorageError as error:  # a bucket that is out of reach, or that forbids overwriting
+        storage.write_bytes(storage.join(run_dir, FILE), msgspec.json.encode(attempts), before_write)
+    except (StorageError, LeaseError) as error:  # out of reach, overwriting is forbidden, or another job writes here
         log.info("the count of starts without progress could not be written: %s", error)

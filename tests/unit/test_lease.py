@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -17,6 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from job import conditional, storage
 from job.cluster.process import ProcessId, this_process
 from job.errors import EXIT_RETRY, JobError, LeaseError, LeaseExpired, StorageError, StorageOutage
+from job.train import attempts
 from job.train import lease as module
 from job.train.lease import Holder, Lease
 
@@ -342,3 +344,20 @@ def test_the_check_costs_less_than_a_microsecond(run_dir: str) -> None:
     assert min(times) / 1000 < 5e-6
     lease.release()
     logging.getLogger(__name__).info("%.0f ns per check", min(times) * 1e6)
+
+
+def test_the_loser_leaves_the_count_of_starts_alone(run_dir: str, advance: Clock) -> None:
+    paused = Lease(run_dir, seconds=0.5)
+    paused.acquire()
+    stop_renewals(paused)
+    before = attempts.begin(run_dir, 7, "configuration", paused.require_held)
+    other = Lease(run_dir, seconds=0.5)
+    other.acquire()
+    advance(60)
+    for error in (LeaseError("lost"), RuntimeError("unexpected"), None):
+        storage.write_bytes(f"{run_dir}/attempts.json", b"of the other job")
+        with contextlib.suppress(LeaseError, RuntimeError), attempts.counted(run_dir, before, paused.require_held):
+            if error is not None:
+                raise error
+        assert storage.read_bytes(f"{run_dir}/attempts.json") == b"of the other job"
+    other.release()
