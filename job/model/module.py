@@ -182,8 +182,6 @@ class TransferLearningModel(pl.LightningModule):
             and self.trainer.strategy.root_device.type == "xla"
         ):
             raise ConfigError("--model.nonfinite=skip does not exist on XLA, where each step would wait. Use stop.")
-        if self.trainer.state.fn == "fit" and self.trainer.max_epochs == 0:
-            raise ConfigError("--trainer.max_epochs is at least 1, or -1 for no limit, not 0.")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         mean, std = completed(self.normalisation, self.backbone_name, self.weights)
         # In host memory, from the host's generator: the head begins alike on every accelerator.

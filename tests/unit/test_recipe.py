@@ -70,7 +70,8 @@ def model(**settings: object) -> TransferLearningModel:
     made = TransferLearningModel(backbone="timm/test_resnet", **settings)  # type: ignore[arg-type]
     backbone = build_backbone("timm/test_resnet")
     made.net = Classifier(backbone, name="x", classes="ab", hidden=[4], image_size=32, mean=MEAN, std=STD)
-    made.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))  # type: ignore[assignment]
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    made.trainer = SimpleNamespace(strategy=strategy, max_epochs=15)  # type: ignore[assignment]
     return made
 
 

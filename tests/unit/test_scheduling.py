@@ -138,7 +138,7 @@ PLATEAU = "pytorch_lightning.cli.ReduceLROnPlateau"
             },
             "end of epochs",
         ),
-        ({"trainer.max_epochs": 0}, "--trainer.max_epochs is at least 1"),
+        ({"trainer.max_epochs": 0}, "--trainer.max_epochs must be at least 1"),
         ({"model.optimizer": "torch.optim.LBFGS"}, "LBFGS cannot train this network"),
         ({"model.optimizer": "torch.optim.Muon"}, "Muon cannot train this network"),
         ({"model.optimizer": "torch.optim.SparseAdam"}, "SparseAdam cannot train this network"),
