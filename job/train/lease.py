@@ -14,6 +14,9 @@ an upload that takes longer than the rest of the lifetime, which is (1 - VALID) 
 checkpoint has the SHA-256 of its state file, so that a file overwritten in this way is noticed and an older checkpoint
 used. A virtual machine whose clocks stand still while it is paused finds out at its next renewal, after a quarter of
 the lifetime.
+
+On a disk a holder that is stopped in the middle of a renewal keeps the lock of the lease's file: until it is resumed or
+killed, another start ends with exit code 75 and a message that names the lock.
 """
 
 from __future__ import annotations
