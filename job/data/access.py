@@ -68,6 +68,19 @@ class Access:
             return f"is neither in an object store nor on a web server ({scheme}://)"
         return None if scheme == "memory" else self._host_problem(uri, scheme)
 
+    def problem_of_host(self, uri: str, *, local: bool, filesystem_of: str = "") -> str | None:
+        """:meth:`problem`, and reason for which a web server's present addresses must not be connected to."""
+        if (reason := self.problem(uri, local=local, filesystem_of=filesystem_of)) or split_scheme(uri)[0] not in WEB:
+            return reason
+        host, port = _host_and_port(uri)
+        if self.permits_host(host, port):
+            return None
+        with contextlib.suppress(OSError):  # a name that has no address is said by whoever reads from it
+            for _, _, _, _, where in socket.getaddrinfo(host, port):
+                if reason := internal(ipaddress.ip_address(str(where[0]).split("%")[0])):
+                    return reason
+        return None
+
     def require_sources(self, uris: list[str], origin: str, *, local: bool) -> None:
         """Check the sources of an index.
 

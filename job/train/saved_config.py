@@ -16,6 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from job import storage
+from job.data.access import Access, is_local_uri
 from job.data.datamodule import ImageDataModule
 from job.errors import ConfigError
 from job.import_policy import class_paths, denying_entry, dotted_strings, is_allowed
@@ -45,8 +46,10 @@ _TRAINING_ONLY = frozenset(
     }
 )
 """What a measurement does not use."""
-_NEVER_SAVED = frozenset(["data.cache_dir"])
-"""Paths that this machine writes to."""
+_NEVER_SAVED = frozenset(["data.cache_dir", "data.allow"])
+"""Paths that this machine writes to, and what the user alone may allow."""
+_SOURCES = frozenset(["data.root", "data.train", "data.val", "data.test"])
+"""URIs that are read; see :class:`~job.data.access.Access`."""
 _MEND = "Restore it, or give the settings by --config FILE."
 _OTHER_COMMANDS = frozenset(["run_dir", "resume", "grace", "profile", "watchdog", "features", "lr"])
 
@@ -90,8 +93,8 @@ def _plain_values(uri: str, tree: dict[str, Any]) -> dict[str, Any]:
             raise _unknown(uri, name)
     if left_out:
         log.warning(
-            "%s: %d setting(s) that name classes or folders of another machine are not used: %s. To use them, give "
-            "--config %s",
+            "%s: %d setting(s) that name classes, folders of another machine or what the user alone may allow are not "
+            "used: %s. To use them, give these options again, or --config %s",
             uri,
             len(left_out),
             ", ".join(left_out),
@@ -106,17 +109,29 @@ def _section(
     for option, value in section.items():
         key = f"{name}.{option}"
         if option in types and key not in _TRAINING_ONLY and key not in _NEVER_SAVED:
-            yield option, _converted(uri, key, value, types[option])
+            converted = _converted(uri, key, value, types[option])
+            if key in _SOURCES and (refused := _refused_sources(uri, converted)):
+                left_out.append(f"{key} ({refused})")
+            else:
+                yield option, converted
         elif name != "trainer" and option not in types:
             raise _unknown(uri, key)
         elif value is not None and (names := _worth_a_word(key, value)):
             left_out.append(f"{key} ({', '.join(names)})")
 
 
+def _refused_sources(uri: str, value: str | list[str] | None) -> str | None:
+    """The first URI that a configuration in run_dir must not choose for this machine to read, and why."""
+    for source in [value] if isinstance(value, str) else value or []:
+        if reason := Access().problem_of_host(source, local=is_local_uri(uri), filesystem_of=uri):
+            return f"{source} {reason}"
+    return None
+
+
 def _worth_a_word(key: str, value: Any) -> list[str]:
     """What may surprise when a setting is left out: classes of the user's own, and folders."""
     if key in _NEVER_SAVED:
-        return [str(value)]
+        return [str(value)[:200]]
     if key == "model.weights":
         return []  # the checkpoint brings them
     named = {path for _, path in [*class_paths(value), *dotted_strings(value)]}

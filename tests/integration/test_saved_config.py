@@ -275,3 +275,23 @@ def test_in_a_process_of_its_own(finished: Path, tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "trainer.strategy.init_args.ddp_comm_state names subprocess.Popen" in result.stderr
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("data.root", "http://169.254.169.254/computeMetadata", "link-local"),
+        ("data.root", ["http://127.0.0.1:1/a", "/tmp"], "this machine"),
+        ("data.root", "http://localhost:1/a", "on this machine"),
+        ("data.allow", ["127.0.0.1"], "data.allow"),
+    ],
+)
+def test_it_does_not_choose_internal_addresses(
+    validated: Callable[..., Outcome], finished: Path, key: str, value: object, why: str
+) -> None:
+    result = validated(put(key, value))
+    assert key in result.output
+    assert why in result.output
+    assert result.returncode == (0 if key == "data.allow" else 2), result.output
+    again = validated(put(key, value), None, "--data.root", finished.parent / "colours")
+    assert again.returncode == 0, again.output
