@@ -67,6 +67,8 @@ def _torchvision(name: str) -> tuple[Channels, Channels] | None:
         # Their weights expect this. torchvision's transforms say ImageNet's values, and its networks convert images
         # ("transform_input"), which build_backbone switches off.
         return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        return None  # build_backbone says so
     transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
     return _channels(transforms.mean), _channels(transforms.std)
 

@@ -174,7 +174,11 @@ def test_misspelt_command(fails) -> None:
         ({"data__val_fraction": 1.5}, "--data.val_fraction must be above 0.0 and below 1.0"),
         ({"model__milestones": "[5,2]"}, "--model.milestones must be at most two epochs in rising order"),
         ({"checkpoint__keep_last": 0}, "--checkpoint.keep_last must be at least 1"),
-        ({"checkpoint__monitor": "val/acuracy"}, "'val/acuracy' is not logged. There are: val/accuracy"),
+        ({"checkpoint__monitor": "val/acuracy"}, "Give --checkpoint.mode max or --checkpoint.mode min"),
+        (
+            {"checkpoint__monitor": "val/acuracy", "checkpoint__mode": "max"},
+            "'val/acuracy' is not logged. There are: val/accuracy",
+        ),
         ({"data__image_size": "large"}, "data.image_size"),
         ({"data__global_batch_size": 1, "model__milestones": "[]"}, "cannot learn from 1 images per process"),
         ({"trainer__devices": 2}, "trainer.devices"),
@@ -189,7 +193,7 @@ def test_values_that_cannot_work(fails, changes: dict[str, object], told: str, c
 def test_nothing_to_predict_with(fails, colours: Path, tmp_path: Path) -> None:
     assert "Is this the run_dir of a fit?" in fails("predict", "--ckpt", tmp_path, "--input", colours)
     (tmp_path / "x.ckpt").write_bytes(b"not a checkpoint")
-    assert "x.ckpt is no checkpoint" in fails("predict", "--ckpt", tmp_path / "x.ckpt", "--input", colours)
+    assert "x.ckpt cannot be loaded safely" in fails("predict", "--ckpt", tmp_path / "x.ckpt", "--input", colours)
 
 
 def test_help_and_the_resolved_configuration(capsys: pytest.CaptureFixture[str]) -> None:
