@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from job.errors import CheckpointError, ConfigError
 from job.model.classifier import from_spec
 from job.model.metrics import EvaluationMetrics
 from job.model.spec import decode_spec, net_state
+from job.model.tensor_file import printable
 from job.train import checkpoint
 
 if TYPE_CHECKING:
@@ -46,7 +48,10 @@ def restore_module(cls: type[Module], uri: str, device: torch.device, overrides:
     hyperparameters = saved.get("hyper_parameters")
     arguments = {**(hyperparameters if isinstance(hyperparameters, Mapping) else {}), **overrides}
     described = {"backbone": spec.backbone, "hidden": spec.hidden, "mean": spec.mean, "std": spec.std}
-    module = cls(**{**{name: value for name, value in arguments.items() if name in known}, **described})
+    try:
+        module = cls(**{**{name: value for name, value in arguments.items() if name in known}, **described})
+    except (TypeError, ValueError, ConfigError) as error:
+        raise CheckpointError(f"the hyperparameters of {uri} cannot be used: {printable(str(error))}") from error
     module.net = net
     module.resize = spec.resize
     module.metrics = EvaluationMetrics(spec.classes)

@@ -1,4 +1,4 @@
-"""Memory layout of a backbone: channels_last only where it is known to be correct, and not slower.
+"""Memory layout of a backbone: channels_last only where it is known to be correct.
 
 On a CPU, torch 2.14 writes outside of its memory in the backward pass of strided 1x1 convolutions with fewer than 16
 input channels in channels_last, for large images: a crash, or worse. So a CPU uses this layout only for architectures
@@ -33,7 +33,9 @@ def memory_format(name: str, backbone: nn.Module, device_type: str) -> torch.mem
 def log_layout(name: str, layout: torch.memory_format, device_type: str) -> None:
     """Say where a CPU does not use channels_last."""
     if device_type == "cpu" and layout != torch.channels_last:
-        log.info("%s runs in the default memory layout: it is not on the list of those better in channels_last", name)
+        log.info(
+            "%s runs in the default memory layout: it is not on the list of those known to work in channels_last", name
+        )
 
 
 def _is_unsafe(module: nn.Module) -> bool:

@@ -75,6 +75,18 @@ def test_no_checkpoint_is_one_message(trained: dict[str, str], tmp_path: Path) -
             TransferLearningModel.load_from_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    "damage", [{"milestones": "abc"}, {"ema": "x"}, {"self": 1}, {"hidden": 3, "label_smoothing": []}]
+)
+def test_damaged_hyperparameters_are_one_message(
+    damage: dict[str, object], trained: dict[str, str], tmp_path: Path
+) -> None:
+    content = checkpoint.load(checkpoint.resolve(trained["run_dir"]))
+    torch.save({**content, "hyper_parameters": damage}, tmp_path / "w.ckpt")
+    with pytest.raises(CheckpointError, match="hyperparameters of"):
+        TransferLearningModel.load_from_checkpoint(tmp_path / "w.ckpt")
+
+
 @pytest.mark.parametrize("which", ["", "/checkpoints/last"])
 def test_a_run_starts_from_another_ones_backbone(which: str, trained: dict[str, str], tmp_path: Path) -> None:
     root = write_files(tmp_path / "three", picture_files(["blue", "green", "red"], 8))
