@@ -93,7 +93,8 @@ def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
 def index_parts(*uris: object, layout: Layout = "parts") -> dict[str, Index]:
     """The parts of a data set, their index in a temporary folder."""
     folder = Path(tempfile.mkdtemp(prefix="job-test-index-"))
-    info = build({"root": [str(uri) for uri in uris]}, folder, tempfile.gettempdir() + "/job-test-cache", layout)
+    name = "root" if layout == "parts" else "all"
+    info = build({name: [str(uri) for uri in uris]}, folder, tempfile.gettempdir() + "/job-test-cache", layout)
     return {part: Index(folder, part) for part in info.parts}
 
 
