@@ -17,7 +17,6 @@ from job.logging.progress import PlainProgress, TerminalProgress, log
 from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
 from job.train.accounting import Accounting
 from job.train.batch_size_finder import BatchSizeFinder
-from job.train.checkpoint_state import explain_restore_errors
 from job.train.checkpointer import Checkpointer
 from job.train.config import SavedConfig
 from job.train.feature_cache import FeatureCache
@@ -30,6 +29,7 @@ from job.train.options import cluster_environment, listed
 from job.train.preemption import Preemption
 from job.train.profile import Profile
 from job.train.report import Report
+from job.train.restore import explain_restore_errors
 from job.train.tuning import TuningMetric
 from job.train.watchdog import Watchdog
 
