@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from job import redact
 from job.errors import CheckpointError, ConfigError
 from job.model.classifier import from_spec
 from job.model.metrics import EvaluationMetrics
@@ -30,7 +30,7 @@ def plain_hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
         if value is None or isinstance(value, bool | int | float | str | list | tuple)
     }
     if isinstance(weights := plain.get("weights"), str):
-        plain["weights"] = re.sub(r"://[^/@]*@", "://", weights.split("?", 1)[0])
+        plain["weights"] = redact.identity(weights)
     return plain
 
 

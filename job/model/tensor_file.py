@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from job.errors import JobError, WeightsError
+from job.terminal import escape
 
 DATA_CLASSES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
 """Plain records that common training scripts save beside the weights; torch sets their attributes and calls nothing."""
@@ -72,5 +73,5 @@ def _reason(error: Exception) -> str:
 
 def printable(text: str, length: int = 200) -> str:
     """Text from a file, without line breaks and control characters, for a message."""
-    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text[:length])
+    shown = escape(text[:length])
     return shown if len(text) <= length else f"{shown}…"
