@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from support import TINY, final_weights, options, picture_files, run_here, write_files
 
 from job.model.steps import accumulation, batches_per_epoch, optimizer_steps, window_samples
+from job.train import checkpoint
 
 
 def trainer(**settings: Any) -> Any:
@@ -72,3 +73,28 @@ def test_batches_that_are_accumulated_equal_larger_batches(scheduled: bool, tmp_
         assert ended.returncode == 0, ended.output
     large, small = final_weights(f"{tmp_path}/large"), final_weights(f"{tmp_path}/small")
     assert all(torch.allclose(large[name], small[name], atol=1e-6) for name in large)
+
+
+def test_a_run_resumed_within_an_epoch_accumulates_as_its_schedule_says(colours: Path, tmp_path: Path) -> None:
+    """Lightning applies the schedule at the start of an epoch only. Epoch 1 has 4 batches and steps after 2 and 4."""
+    schedule = {"class_path": "pytorch_lightning.callbacks.GradientAccumulationScheduler"}
+    callbacks = json.dumps([{**schedule, "init_args": {"scheduling": {"1": 2}}}])
+    settings = {
+        **TINY,
+        "trainer.max_epochs": 2,
+        "trainer.callbacks": callbacks,
+        "checkpoint.every_n_steps": 1,
+        "checkpoint.keep_last": 20,
+        "data.root": colours,
+    }
+    run_dir = tmp_path / "run"
+    ended = run_here("fit", *options(settings, run_dir=run_dir))
+    assert ended.returncode == 0, ended.output
+    committed = checkpoint.manifests(str(run_dir))
+    assert [(m.epoch, m.batch, m.global_step) for m in committed[-3:]] == [(1, 0, 4), (1, 2, 5), (2, 0, 6)]
+    expected = final_weights(str(run_dir))
+    checkpoint.remove(f"{run_dir}/checkpoints/{committed[-1].file}")
+    resumed = run_here("fit", *options(settings, run_dir=run_dir))
+    assert resumed.returncode == 0, resumed.output
+    assert checkpoint.manifests(str(run_dir))[-1].global_step == 6
+    assert all(torch.equal(expected[name], value) for name, value in final_weights(str(run_dir)).items())
