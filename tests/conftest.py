@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,14 @@ from support import picture_files, write_files
 
 from job import storage
 from job.demo.gcs_server import create_bucket, gcs_server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stop_signals_as_in_a_terminal() -> None:
+    """A shell starts its background jobs with SIGINT ignored, nohup with SIGHUP: processes would inherit that."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture

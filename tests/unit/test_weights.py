@@ -120,7 +120,7 @@ def test_heads_that_timm_removes_are_left_over(tmp_path: Path) -> None:
         (lambda s: list(s.values()), "holds no state dict"),
         (lambda s: {}, "holds no state dict"),
         (lambda s: {"other.weight": torch.ones(2)}, "missing"),
-        (lambda s: s | {"\x1b[31m\nred": torch.ones(2)}, r"of this architecture: \\x1b\[31m\\nred"),
+        (lambda s: s | {"\x1b[31m\nred": torch.ones(2)}, r"of this architecture: \\x1b\[31m\\x0ared"),
     ],
 )
 def test_unusable_weights_are_named(change: object, message: str, tmp_path: Path) -> None:
