@@ -254,6 +254,7 @@ def fit(args: list[str]) -> None:
         if ranks.local_rank() == 0:
             temporary.sweep()
         resumed = ranks.from_rank_zero(lambda: _resume_point(run_dir, options["resume"]))
+        cli.datamodule.before_write = lease.require_held
         step, config = resumed.global_step if resumed else -1, cli.config_yaml()
         before = ranks.from_rank_zero(lambda: attempts.begin(run_dir, step, config, lease.require_held))
         with (

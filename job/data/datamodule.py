@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.seed = seed
         self.parts: dict[str, Index] = {}
         self.is_cache_usable = True
+        self.before_write: Callable[[], None] = storage.unconditionally  # raises if this job may not write to run_dir
         self.cache: SampleCache | None = None
         self.features: dict[str, FeatureStore] = {}
         self.bad_samples: set[str] = set()
@@ -235,7 +236,7 @@ class ImageDataModule(pl.LightningDataModule):
             info = build(self.uris, Path(folder), str(self.cache_dir), layout, request=request, access=self.access)
             if "val" not in info.parts:
                 split(Path(folder), self.val_fraction, self.seed)
-            publish_index(Path(folder), uri)
+            publish_index(Path(folder), uri, self.before_write)
         return uri
 
     def _run_dir(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -112,10 +113,15 @@ class FeatureStore:
         )
         self._write(chunk, content, msgspec.json.encode(info))
 
-    def publish(self, chunk: int) -> None:
-        """Upload a chunk."""
-        storage.upload(self._path(chunk), storage.join(self.uri, self._name(chunk)))
-        storage.upload(self._manifest_path(chunk), storage.join(self.uri, self._manifest_name(chunk)))
+    def publish(self, chunk: int, before_write: Callable[[], None] = storage.unconditionally) -> None:
+        """Upload a chunk.
+
+        Args:
+            chunk: its number.
+            before_write: called immediately before each write; raises if this job may not write there.
+        """
+        storage.upload(self._path(chunk), storage.join(self.uri, self._name(chunk)), before_write)
+        storage.upload(self._manifest_path(chunk), storage.join(self.uri, self._manifest_name(chunk)), before_write)
 
     def fetch(self, chunk: int) -> bool:
         """Download a chunk; False if it turned out to be damaged, and was removed from the bucket.

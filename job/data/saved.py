@@ -145,10 +145,16 @@ def fetch_index(uri: str, folder: Path) -> IndexInfo:
     return info
 
 
-def publish_index(folder: Path, uri: str) -> None:
-    """Copy the local index to ``uri``; ``index.json`` comes last and makes it valid."""
+def publish_index(folder: Path, uri: str, before_write: Callable[[], None] = storage.unconditionally) -> None:
+    """Copy the local index to ``uri``; ``index.json`` comes last and makes it valid.
+
+    Args:
+        folder: of the local index.
+        uri: of its copy.
+        before_write: called immediately before each write; raises if this job may not write there.
+    """
     for name in (*(f"{part}.arrow" for part in load_index_info(folder).parts), INDEX_FILE):
-        storage.upload(folder / name, storage.join(uri, name))
+        storage.upload(folder / name, storage.join(uri, name), before_write)
 
 
 def _download(uri: str, content: bytes, info: IndexInfo, folder: Path) -> None:

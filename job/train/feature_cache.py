@@ -176,7 +176,7 @@ class FeatureCache(Callback):
             published = ranks.from_rank_zero(store.published)
             here = store.on_disk() if ranks.local_rank() == 0 else set()
             for chunk in sorted(here - published):
-                store.publish(chunk)
+                self._publish(store, chunk)
             wanted = sorted(published - here) if ranks.local_rank() == 0 else []
             damaged = {chunk for chunk in wanted if not store.fetch(chunk)}
             known = published | {int(chunk) for chunk in ranks.union({str(chunk) for chunk in here})}
@@ -229,6 +229,9 @@ class FeatureCache(Callback):
             votes.drain()
         ranks.union(set())  # all chunks are there before anybody looks for them
 
+    def _publish(self, store: FeatureStore, chunk: int) -> None:
+        store.publish(chunk, storage.unconditionally if self.lease is None else self.lease.require_held)
+
     def _batches(
         self,
         trainer: pl.Trainer,
@@ -260,7 +263,7 @@ class FeatureCache(Callback):
                         bad |= zip(batch["sample"][:rows][~mask].tolist(), batch["bad"], strict=True)
                         yield
                     store.save(chunk, torch.cat(features), torch.cat(valid), bad)
-                    pending.append(uploads.submit(store.publish, chunk))
+                    pending.append(uploads.submit(self._publish, store, chunk))
             for upload in pending:
                 upload.result()
 

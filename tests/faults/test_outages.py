@@ -31,7 +31,7 @@ def test_a_bucket_that_answers_503_for_a_while(
 def test_a_bucket_that_is_gone_for_good(run_dir: str, tmp_path: Path, proxy: FaultyProxy) -> None:
     """The end is not a good one, and says where the state is."""
     arguments = fit_options(run_dir, checkpoint__upload_seconds=2, checkpoint__every_n_steps=1)
-    job = Job(tmp_path / "log", *arguments)
+    job = Job(tmp_path / "log", *arguments, TMPDIR=str(tmp_path))
     job.wait_for("epoch 0")
     proxy.answer_503_for(3600, match="uploadType")
     assert job.wait(300) == 75, job.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 
@@ -54,7 +55,10 @@ def test_an_outage_delays_and_does_not_lose(gcs: str, monkeypatch: pytest.Monkey
     assert [step for step, _ in scalars(f"{gcs}/outage")["a"]] == list(range(300))
 
 
-def test_a_bucket_that_stays_away_is_told_with_the_place_of_the_events(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_that_stays_away_is_told_with_the_place_of_the_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(tensorboard, "CLOSE_SECONDS", 1.0)
     logger = BucketTensorBoardLogger("memory://away/tensorboard")
     monkeypatch.setattr(storage, "write_bytes", lambda *_: (_ for _ in ()).throw(StorageOutage("503")))

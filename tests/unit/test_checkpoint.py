@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def test_no_good_checkpoint_at_all_is_an_error(run_dir: str) -> None:
         checkpoint.newest_trusted(run_dir)
 
 
-def test_a_failed_upload_is_raised_and_the_state_kept(tmp_path: Path) -> None:
+def test_a_failed_upload_is_raised_and_the_state_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "file").write_text("in the way")
     io = BackgroundCheckpointIO(upload_seconds=1)
     io.save_checkpoint(state(10), f"{tmp_path}/file/checkpoints/epoch=000-step=00000010.ckpt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 import time
@@ -243,3 +244,14 @@ def test_names_and_numbers() -> None:
     assert renumbered(name, 13) == f"{events.PREFIX}0000000013.host.name.7"
     for other in ("x", events.PREFIX, f"{events.PREFIX}x.y", f"{events.PREFIX}²", f"{events.PREFIX}{'9' * 5000}.x"):
         assert number_of(other) == 0
+
+
+def test_events_go_on_when_a_program_has_cleaned_up_the_folder(bucket: str, tmp_path: Path) -> None:
+    logger = BucketTensorBoardLogger(bucket)
+    logger.log_metrics({"a": 1.0}, 0)
+    logger.publish()
+    assert logger._files is not None
+    shutil.rmtree(logger._files.folder)
+    logger.log_metrics({"a": 1.0}, 1)
+    logger.finalize("success")
+    assert scalars(copy(bucket, tmp_path / "copy")) == [(0, 1.0), (1, 1.0)]

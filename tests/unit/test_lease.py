@@ -14,9 +14,12 @@ import fsspec
 import msgspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from support import picture_files, write_files
 
 from job import conditional, storage
 from job.cluster.process import ProcessId, this_process
+from job.data.build import build
+from job.data.saved import publish_index
 from job.errors import EXIT_RETRY, JobError, LeaseError, LeaseExpired, StorageError, StorageOutage
 from job.train import attempts
 from job.train import lease as module
@@ -361,3 +364,13 @@ def test_the_loser_leaves_the_count_of_starts_alone(run_dir: str, advance: Clock
                 raise error
         assert storage.read_bytes(f"{run_dir}/attempts.json") == b"of the other job"
     other.release()
+
+
+def test_the_loser_publishes_no_index(run_dir: str, tmp_path: Path) -> None:
+    def lost() -> None:
+        raise LeaseError("lost")
+
+    build({"root": [str(write_files(tmp_path / "data", picture_files(["blue", "red"], 2)))]}, tmp_path, str(tmp_path))
+    with pytest.raises(LeaseError, match="lost"):
+        publish_index(tmp_path, f"{run_dir}/index/x", lost)
+    assert not [path for path in Path(run_dir).rglob("*") if path.is_file()]
