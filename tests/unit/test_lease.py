@@ -370,7 +370,9 @@ def test_the_loser_publishes_no_index(run_dir: str, tmp_path: Path) -> None:
     def lost() -> None:
         raise LeaseError("lost")
 
-    build({"root": [str(write_files(tmp_path / "data", picture_files(["blue", "red"], 2)))]}, tmp_path, str(tmp_path))
+    data, folder = write_files(tmp_path / "data", picture_files(["blue", "red"], 2)), tmp_path / "index"
+    folder.mkdir()
+    build({"root": [str(data)]}, folder, str(tmp_path / "cache"), "parts")
     with pytest.raises(LeaseError, match="lost"):
-        publish_index(tmp_path, f"{run_dir}/index/x", lost)
+        publish_index(folder, f"{run_dir}/index/x", lost)
     assert not [path for path in Path(run_dir).rglob("*") if path.is_file()]
