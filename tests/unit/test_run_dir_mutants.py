@@ -1,0 +1,109 @@
+"""Damaged files of a run_dir end in a message or are healed; ``JOB_TEST_MUTANTS`` says how many are tried of each."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from mutants import mutant
+from support import TINY, options, picture_files, run_here, write_files
+
+import job
+from job.errors import JobError
+from job.train import accounting, attempts, checkpoint, config, report, saved_config
+from job.train.lease_file import parse
+
+MUTANTS = int(os.environ.get("JOB_TEST_MUTANTS", "150"))
+NEW_RUN = '{"format":1,"step":4,"configuration":"0","failed":1,"lost":0,"last_error":"no memory"}'
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mutants")
+    colours = write_files(folder / "colours", picture_files(["blue", "red"], 10))
+    result = run_here("fit", *options(TINY, data__root=colours, run_dir=folder / "run", trainer__max_epochs=2))
+    assert result.returncode == 0, result.output
+    (folder / "run" / "attempts.json").write_text(NEW_RUN)
+    return folder / "run"
+
+
+def look_at_checkpoints(run_dir: str) -> None:
+    for each in (checkpoint.newest_trusted, checkpoint.resolve, checkpoint.manifests, checkpoint.uncommitted):
+        with contextlib.suppress(JobError):
+            each(run_dir)
+    for found in checkpoint.manifests(run_dir):
+        assert "/" not in found.file
+        checkpoint.confusion_cells(run_dir, found)
+
+
+def look_at_state(run_dir: str) -> None:
+    """With a manifest that fits: whoever changes the one can change the other."""
+    newest = max(Path(run_dir, "checkpoints").glob("*.ckpt"))
+    manifest = newest.with_name(f"{newest.name}.json")
+    content, described = newest.read_bytes(), msgspec.json.decode(manifest.read_bytes())
+    described |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.write_bytes(msgspec.json.encode(described))
+    job.load(str(newest), "cpu")
+
+
+def look_at_confusion(run_dir: str) -> None:
+    for found in checkpoint.manifests(run_dir):
+        assert found.confusion is not None
+        checkpoint.confusion_cells(run_dir, found)
+
+
+def look_at_lease(run_dir: str) -> None:
+    parse(run_dir, Path(run_dir, "lease.json").read_bytes())
+
+
+READERS: dict[str, tuple[str, Callable[[str], object]]] = {
+    "manifest": ("checkpoints/*.ckpt.json", look_at_checkpoints),
+    "state": ("checkpoints/*.ckpt", look_at_state),
+    "confusion": ("checkpoints/*.safetensors", look_at_confusion),
+    "accounting": ("accounting.json", accounting.read),
+    "attempts": ("attempts.json", attempts.read),
+    "report": ("report.json", lambda run_dir: report._figures_of_training(f"{run_dir}/report.json")),
+    "config, validate": ("config.yaml", saved_config.read_saved_config),
+    "config, fit": ("config.yaml", lambda run_dir: config.save_config(run_dir, "data: {}\n")),
+    "lease": ("lease.json", look_at_lease),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_one_message(name: str, run_dir: Path) -> None:
+    pattern, read = READERS[name]
+    if name == "lease":
+        (run_dir / "lease.json").write_text(
+            '{"start":"a","process":{"host":"h","boot":"b","namespace":"n","pid":1,"began":"2"},"seconds":30.0,'
+            '"beat":1,"format":1}'
+        )
+    path = max(run_dir.glob(pattern))
+    before = {each: each.read_bytes() for each in run_dir.rglob("*") if each.is_file()}
+    dice, outcomes = random.Random(0), {"taken": 0, "refused": 0}
+    logging.disable()
+    try:
+        for _ in range(MUTANTS):
+            path.write_bytes(mutant(before[path], dice))
+            try:
+                read(str(run_dir))
+                outcomes["taken"] += 1
+            except JobError as error:
+                outcomes["refused"] += 1
+                assert len(str(error)) < 20_000
+            finally:
+                for each in [*run_dir.glob("*"), *run_dir.glob("checkpoints/*")]:
+                    if each.is_file() and each not in before:
+                        each.unlink()
+                for each in {*(run_dir.glob("checkpoints/*")), path, run_dir / "config.yaml"}:
+                    if each.is_file():
+                        each.write_bytes(before[each])
+    finally:
+        logging.disable(logging.NOTSET)
+    print(name, MUTANTS, outcomes)
