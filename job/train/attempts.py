@@ -15,12 +15,13 @@ from typing import Annotated
 import msgspec
 
 from job import storage
-from job.errors import EXIT_USER_ERROR, ConfigError, JobError, LeaseError, Preempted, RankLost, StorageError
+from job.errors import EXIT_USER_ERROR, ConfigError, DataError, JobError, LeaseError, Preempted, RankLost, StorageError
 from job.signals import Stopped
 
 log = logging.getLogger(__name__)
 
 FILE = "attempts.json"
+MAX_BYTES = 1 << 16
 FORMAT = 1
 MAX_FAILED = 5
 """Starts in a row that may end by an error of their own."""
@@ -59,8 +60,12 @@ def read(run_dir: str) -> Attempts | None:
     uri = storage.join(run_dir, FILE)
     if not storage.exists(uri):
         return None
-    content = storage.read_bytes(uri)
-    with contextlib.suppress(msgspec.MsgspecError, ValueError):
+    try:
+        content = storage.read_bounded(uri, MAX_BYTES)
+    except DataError as error:
+        log.warning("%s Counting the starts without progress anew", error)
+        return None
+    with contextlib.suppress(msgspec.MsgspecError, ValueError, RecursionError):
         found = msgspec.json.decode(content, type=dict[str, msgspec.Raw]).get("format")
         if found is not None and (version := msgspec.json.decode(found, type=int)) > FORMAT:
             raise ConfigError(
@@ -69,7 +74,7 @@ def read(run_dir: str) -> Attempts | None:
             )
     try:
         return msgspec.json.decode(content, type=Attempts)
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         log.warning("%s is damaged (%s): counting the starts without progress anew", uri, error)
         return None
 
