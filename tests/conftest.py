@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ from support import picture_files, write_files
 
 from job import storage
 from job.demo.gcs_server import create_bucket, gcs_server
+
+
+# gcsfs reads it when it is imported, by whichever test module comes first: see job.storage.use_gcs_emulator.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -75,4 +75,4 @@ def test_its_bill_of_materials_is_what_was_pinned(podman: Podman, image: str) ->
     assert held.keys() >= {"torch", "torchvision", "pytorch-lightning", "gcsfs", "tensorboard", "dumb-init"}
     assert {n: v.partition("+")[0] for n, v in held.items()} == {n: pinned.get(n) for n in held}
     sizes = inside(podman, image, "du -sm /opt/venv /opt/app | sort -n").split()
-    assert int(sizes[0]) <= 2, "the layer of the code alone is small"
+    assert int(sizes[0]) <= 4, "the layer of the code alone is small"
