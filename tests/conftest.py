@@ -13,7 +13,6 @@ from support import picture_files, write_files
 from job import storage
 from job.demo.gcs_server import create_bucket, gcs_server
 
-
 # gcsfs reads it when it is imported, by whichever test module comes first: see job.storage.use_gcs_emulator.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
