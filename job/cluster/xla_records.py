@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ class CompilationCache(Callback):
         self._publisher: Periodic | None = None
         try:
             if storage.exists(self.uri):
-                self._published = {file.key for file in storage.list_files(self.uri)}
+                keys = {file.key for file in storage.list_files(self.uri)}
+                self._published = {key for key in keys if re.fullmatch(r"\w+", key)}  # torch-xla's names are hashes
             for key in self._published:
                 storage.download(storage.join(self.uri, key), self.folder / key)
         except StorageError as error:
@@ -66,7 +68,7 @@ class CompilationCache(Callback):
     def publish(self) -> None:
         """Upload what was compiled since; a bucket out of reach delays it."""
         try:
-            for file in sorted(self.folder.iterdir()):
+            for file in sorted(path for path in self.folder.iterdir() if path.name != temporary.OWNER):
                 if file.is_file() and file.name not in self._published:
                     storage.upload(file, storage.join(self.uri, file.name))
                     self._published.add(file.name)
@@ -119,7 +121,7 @@ class Trace(Callback):
         folder, self._folder = self._folder, None
         profiler.stop_trace()
         try:
-            for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != temporary.OWNER):
                 storage.upload(file, storage.join(self.uri, str(file.relative_to(folder))))
             log.info("a trace of steps %d to %d lies in %s", *TRACED, self.uri)
         except StorageError as error:
