@@ -57,7 +57,7 @@ def test_no_room_in_the_cache(full_disk: Path, tmp_path: Path) -> None:
     arguments = options(TINY, data__root=tmp_path / "c.tar.gz", data__cache_dir=full_disk, run_dir=tmp_path / "run")
     result = run("fit", *arguments)
     assert result.returncode == 2
-    assert "No space left on device" in result.stderr
+    assert "would be left on the disk" in result.stderr
     assert "--data.cache_dir" in result.stderr
     assert "Traceback" not in result.stderr
     assert not [entry for entry in full_disk.iterdir() if entry.is_dir()]
