@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import pytest
 from support import picture_files, write_files
 
 from job import storage
-from job.demo.gcs_server import create_bucket, gcs_server
+from job.demo.gcs_server import create_bucket, free_port, gcs_server
 
 # gcsfs reads it when it is imported, by whichever test module comes first: see job.storage.use_gcs_emulator.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -44,3 +48,32 @@ def gcs_colours(gcs: str) -> str:
     """Two classes of 20 pictures each in the bucket."""
     storage.write_many(f"{gcs}/colours", picture_files(["blue", "red"], 20))
     return f"{gcs}/colours"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """An S3 server (moto) with an empty bucket; yields ``s3://tests``."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            environment.setenv(name, value)
+        storage.filesystem("s3://tests")[0].clear_instance_cache()  # of an earlier server
+        fs, _ = storage.filesystem("s3://tests")
+        for _ in range(100):
+            with contextlib.suppress(Exception):  # not up yet
+                fs.mkdir("tests")
+                break
+            time.sleep(0.2)
+        yield "s3://tests"
+    server.terminate()
+    server.wait()

@@ -185,6 +185,14 @@ def run_here(*args: object, threads: int = 1) -> Outcome:
     return Outcome(code, output.getvalue())
 
 
+def fit_here(folder: Path, **more: object) -> Path:
+    """run_dir of a fit, in this process, on two classes of 10 pictures."""
+    colours = write_files(folder / "colours", picture_files(["blue", "red"], 10))
+    result = run_here("fit", *options(TINY, data__root=colours, run_dir=folder / "run", **more))
+    assert result.returncode == 0, result.output
+    return folder / "run"
+
+
 def run_well(*args: object, processes: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run it to its end, which must be a good one."""
     result = run(*args, processes=processes, **variables)

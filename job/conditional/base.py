@@ -74,8 +74,12 @@ class Compared(Store):
             current = self.read()
             if current is None or current.version != version:
                 return False
-            self.fs.rm_file(self.path)
+            self.delete()
             return True
+
+    def delete(self) -> None:
+        """Delete it, whatever version it has; called within :meth:`locked`."""
+        self.fs.rm_file(self.path)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

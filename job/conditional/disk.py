@@ -60,15 +60,10 @@ class Disk(Compared):
                 return None
         return hashlib.sha256(data).hexdigest()
 
-    def remove(self, version: str) -> bool:
-        """Delete it if it has this version; returns whether it did."""
-        with self.locked():
-            current = self.read()
-            if current is None or current.version != version:
-                return False
-            Path(self.path).unlink()
-            self.lock.unlink(missing_ok=True)
-            return True
+    def delete(self) -> None:
+        """Delete it and the file that was locked for it; called within :meth:`locked`."""
+        Path(self.path).unlink()
+        self.lock.unlink(missing_ok=True)
 
     def weakness(self) -> str | None:
         """What conditional writes do not protect from here; None: nothing."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from job.data.index_file import Sha256
 from job.errors import DataError
+from job.format_version import MALFORMED, format_version
 
 FORMAT = 1
 """Version of the format of PART-NUMBER.json."""
@@ -67,14 +68,13 @@ class ChunkInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             NewerFormat: a newer release wrote it.
         """
         try:
-            version = msgspec.json.decode(text, type=_Versioned).format
-            if version > FORMAT:
+            if (version := format_version(text)) > FORMAT:
                 raise NewerFormat(
                     f"{uri} has format {version}: a newer release of this package wrote it, this one reads format "
                     f"{FORMAT}. Choose another folder by --features.uri, or --features.use=never."
                 )
             return msgspec.json.decode(text, type=cls)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        except MALFORMED as error:
             raise DamagedChunk(f"{uri} describes no features: {error}") from error
 
 
@@ -108,7 +108,3 @@ class DamagedChunk(DataError):
 
 class NewerFormat(DataError):
     """A chunk that a newer release wrote."""
-
-
-class _Versioned(msgspec.Struct):
-    format: Annotated[int, msgspec.Meta(ge=1)]

@@ -17,6 +17,7 @@ from job.data.access import OBJECT_STORES, split_scheme
 from job.data.arrow_file import require_uncompressed
 from job.data.source import INDEX_FILE, Source
 from job.errors import DataError, StorageError
+from job.format_version import MALFORMED, format_version
 
 FORMAT = 2
 """Version of the format; 2 added the SHA-256 and size of each part."""
@@ -104,7 +105,7 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             DataError: it is damaged, or of another version of the format.
         """
         try:
-            version = msgspec.json.decode(text, type=_Versioned).format
+            version = format_version(text)
             if version > FORMAT:
                 raise DataError(
                     f"{uri} has format {version}: a newer release of this package wrote it, this one reads format "
@@ -116,7 +117,7 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     "it again by python -m job index."
                 )
             return msgspec.json.decode(text, type=cls)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        except MALFORMED as error:
             raise DamagedIndex(f"{uri} is no index: {error}. Make it again by python -m job index.") from error
 
 
@@ -126,10 +127,6 @@ class DamagedIndex(DataError):
 
 class OldFormat(DamagedIndex):
     """An index that an older release wrote."""
-
-
-class _Versioned(msgspec.Struct):
-    format: Annotated[int, msgspec.Meta(ge=1)]
 
 
 def read_index_file(uri: str) -> bytes:

@@ -21,6 +21,7 @@ from pytorch_lightning.callbacks import Callback
 
 from job import storage
 from job.errors import CheckpointError, LeaseError, NewerFormatError, StorageError, StorageOutage
+from job.format_version import MALFORMED, Unversioned
 from job.periodic import Periodic
 from job.train.checkpointer import Checkpointer
 from job.train.feature_cache import FeatureCache
@@ -79,10 +80,6 @@ class Start(msgspec.Struct, forbid_unknown_fields=True):
     format: Annotated[int, Meta(ge=1)] = 1
 
 
-class _Version(msgspec.Struct):
-    format: Annotated[int, Meta(ge=1)] = 1
-
-
 def read(run_dir: str) -> list[Start]:
     """The records of a run, in order; none, with a warning, where they cannot be read."""
     try:
@@ -104,14 +101,14 @@ def _read(run_dir: str) -> list[Start]:
         return []
     try:
         content = read_limited(uri)
-        newest = max((record.format for record in msgspec.json.decode(content, type=list[_Version])), default=1)
+        newest = max((record.format for record in msgspec.json.decode(content, type=list[Unversioned])), default=1)
         if newest > FORMAT:
             raise NewerFormatError(
                 f"{uri} was written by a newer version of job: it has format {newest}, this version reads formats up "
                 f"to {FORMAT}."
             )
         return msgspec.json.decode(content, type=list[Start])
-    except (ValueError, RecursionError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{uri} is damaged: {error}") from error
 
 

@@ -16,6 +16,7 @@ import msgspec
 
 from job import storage
 from job.errors import EXIT_USER_ERROR, ConfigError, DataError, JobError, LeaseError, Preempted, RankLost, StorageError
+from job.format_version import MALFORMED, format_version
 from job.signals import Stopped
 
 log = logging.getLogger(__name__)
@@ -65,16 +66,14 @@ def read(run_dir: str) -> Attempts | None:
     except DataError as error:
         log.warning("%s Counting the starts without progress anew", error)
         return None
-    with contextlib.suppress(msgspec.MsgspecError, ValueError, RecursionError):
-        found = msgspec.json.decode(content, type=dict[str, msgspec.Raw]).get("format")
-        if found is not None and (version := msgspec.json.decode(found, type=int)) > FORMAT:
+    try:
+        if (version := format_version(content)) > FORMAT:
             raise ConfigError(
                 f"{uri} is of format {version}, and this version of the job reads formats up to {FORMAT}. Use the "
                 "version that wrote it, or a newer one."
             )
-    try:
         return msgspec.json.decode(content, type=Attempts)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+    except MALFORMED as error:
         log.warning("%s is damaged (%s): counting the starts without progress anew", uri, error)
         return None
 

@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from job import storage
 from job.errors import CheckpointError, NewerFormatError
+from job.format_version import MALFORMED, Unversioned, format_version
 
 FORMAT = 2
 """Version of the manifest and of the checkpoint's own entries; 1 had no ``format`` field."""
@@ -90,10 +91,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {name: value for name, value in self.metrics.items() if value is not None and math.isfinite(value)}
 
 
-class _Version(msgspec.Struct, frozen=True):
-    format: Annotated[int, Meta(ge=1)] = 1
-
-
 class _Format1(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     file: Name
     bytes: Count
@@ -130,7 +127,7 @@ def decode_manifest(uri: str, content: bytes) -> Manifest:
             f"the checkpoint manifest {uri} is damaged: {len(content):,} bytes, at most {MAX_BYTES:,}."
         )
     try:
-        version = msgspec.json.decode(content, type=_Version).format
+        version = format_version(content, Unversioned)
         if version > FORMAT:
             raise NewerFormatError(
                 f"the checkpoint manifest {uri} was written by a newer version of job: it has format {version}, this "
@@ -148,7 +145,7 @@ def decode_manifest(uri: str, content: bytes) -> Manifest:
                 f"field {unknown[0]!r}. Upgrade job, or use another --run_dir."
             ) from error
         raise CheckpointError(f"the checkpoint manifest {uri} is damaged: {error}") from error
-    except (ValueError, RecursionError) as error:  # malformed JSON, bytes that are no UTF-8, JSON nested too deep
+    except MALFORMED as error:
         raise CheckpointError(f"the checkpoint manifest {uri} is damaged: {error}") from error
 
 
@@ -156,7 +153,7 @@ def _unknown_fields(content: bytes) -> list[str]:
     """Further fields of a manifest that has all those of this version; of one that has not, they are damage."""
     try:
         fields = msgspec.json.decode(content, type=dict)
-    except (ValueError, RecursionError):
+    except MALFORMED:
         return []
     known = Manifest if "format" in fields else _Format1
     required = set(known.__struct_fields__[: len(known.__struct_fields__) - len(known.__struct_defaults__)])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from typing import Annotated
 
 import msgspec
 
 from job.cluster.process import ProcessId
 from job.errors import LeaseError
+from job.format_version import MALFORMED, format_version
 
 FORMAT = 1
 
@@ -44,14 +44,11 @@ def parse(uri: str, content: bytes) -> Holder | None:
     """
     if len(content) > MAX_BYTES:
         return None
-    with contextlib.suppress(ValueError, RecursionError):
-        return msgspec.json.decode(content, type=Holder)
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(content)
-        version = found.get("format") if isinstance(found, dict) else None
-        if isinstance(version, int) and version > FORMAT:
+    with contextlib.suppress(*MALFORMED):
+        if (version := format_version(content)) > FORMAT:
             raise LeaseError(
                 f"{uri} has format {version}, and this version of the program reads formats up to {FORMAT}. Use the "
                 "version that wrote it, or choose another --run_dir."
             )
+        return msgspec.json.decode(content, type=Holder)
     return None

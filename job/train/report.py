@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import Callback
 from job import storage
 from job.data.dataset import Batch
 from job.errors import JobError
+from job.format_version import MALFORMED
 from job.logging.tensorboard import events_uri
 from job.terminal import print_table, say
 from job.train import accounting, checkpoint, confusion
@@ -148,7 +149,7 @@ def _figures_of_training(uri: str) -> dict[str, Any]:
         return {}
     try:
         earlier = msgspec.json.decode(read_limited(uri), type=_Figures)
-    except (ValueError, RecursionError, JobError) as error:
+    except (*MALFORMED, JobError) as error:
         log.warning("the figures of the earlier report %s cannot be read: %s", uri, error)
         return {}
     return {name: value for name, value in msgspec.structs.asdict(earlier).items() if value is not msgspec.UNSET}

@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 import threading
-import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from job import conditional, storage
 from job.conditional import disk
-from job.demo.gcs_server import free_port
 from job.errors import StorageError, StorageOutage
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A bucket on moto's server."""
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            environment.setenv(name, value)
-        fs, _ = storage.filesystem("s3://leases")
-        fs.clear_instance_cache()
-        fs, _ = storage.filesystem("s3://leases")
-        for _ in range(100):
-            with contextlib.suppress(Exception):  # not up yet
-                fs.mkdir("leases")
-                break
-            time.sleep(0.2)
-        yield "s3://leases"
-    server.terminate()
-    server.wait()
 
 
 @pytest.fixture(params=["gcs", "s3", "disk", "memory"])

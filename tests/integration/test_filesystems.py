@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,38 +13,9 @@ from support import TINY, options, picture_files, run_well, scalars, zip_of
 
 from job import storage
 from job.cli import main
-from job.demo.gcs_server import free_port
 from job.train import checkpoint
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket on moto's server."""
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    storage.filesystem("s3://runs")[0].clear_instance_cache()  # of an earlier test's server
-    fs, _ = storage.filesystem("s3://runs")
-    for _ in range(100):
-        with contextlib.suppress(Exception):  # not up yet
-            fs.mkdir("runs")
-            break
-        time.sleep(0.2)
-    yield "s3://runs"
-    server.terminate()
-    server.wait()
 
 
 def test_s3_to_s3(s3: str) -> None:

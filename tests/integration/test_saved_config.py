@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import TINY, Outcome, options, picture_files, run, run_here, write_files
+from support import TINY, Outcome, fit_here, options, picture_files, run, run_here, write_files
 
 from job import storage
 from job.errors import StorageError
@@ -18,11 +18,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    colours = write_files(folder / "colours", picture_files(["blue", "red"], 10))
-    result = run_here("fit", *options(TINY, data__root=colours, run_dir=folder / "run", trainer__max_epochs=1))
-    assert result.returncode == 0, result.output
-    return folder / "run"
+    return fit_here(tmp_path_factory.mktemp("finished"), trainer__max_epochs=1)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from mutants import mutant
-from support import TINY, options, picture_files, run_here, write_files
+from support import fit_here
 
 import job
 from job.errors import JobError
@@ -26,12 +26,9 @@ NEW_RUN = '{"format":1,"step":4,"configuration":"0","failed":1,"lost":0,"last_er
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mutants")
-    colours = write_files(folder / "colours", picture_files(["blue", "red"], 10))
-    result = run_here("fit", *options(TINY, data__root=colours, run_dir=folder / "run", trainer__max_epochs=2))
-    assert result.returncode == 0, result.output
-    (folder / "run" / "attempts.json").write_text(NEW_RUN)
-    return folder / "run"
+    made = fit_here(tmp_path_factory.mktemp("mutants"), trainer__max_epochs=2)
+    (made / "attempts.json").write_text(NEW_RUN)
+    return made
 
 
 def look_at_checkpoints(run_dir: str) -> None:
