@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import json
 import logging
-import math
 import os
 import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
@@ -63,7 +60,6 @@ log = logging.getLogger("job")
 ENV_PREFIX = "JOB"
 EVALUATION_TIMEOUT = 1200.0
 """Seconds that ranks wait for one another in validate and test."""
-CONFIGS = Path(__file__).parent / "configs"
 
 
 class Parser(LightningArgumentParser):
@@ -240,8 +236,7 @@ class TrainingCLI(LightningCLI):
 
 def fit(args: list[str]) -> None:
     """Train, or continue training, a model into run_dir."""
-    with translate_errors():
-        cli = TrainingCLI("fit", args)
+    cli = TrainingCLI("fit", args)
     options = cli.config_init
     run_dir, lease = options["run_dir"], Lease(options["run_dir"])
     with (
@@ -279,6 +274,7 @@ def fit(args: list[str]) -> None:
                 ),
             )
             if resumed:
+                cli.model.weights = "none"  # the checkpoint brings them
                 log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
             preemption.training = True
             trainer.fit(
@@ -293,8 +289,7 @@ def fit(args: list[str]) -> None:
 
 def tune(args: list[str]) -> None:
     """Find a learning rate to begin with, and the largest batch that fits."""
-    with translate_errors():
-        cli = TrainingCLI("tune", args)
+    cli = TrainingCLI("tune", args)
     options = cli.config_init
     rates, batches = options["lr"], BatchSizeFinder()
     # What trains in the first epoch trains in all steps, at rates that no schedule sets.
@@ -314,11 +309,9 @@ def tune(args: list[str]) -> None:
                 "world_size": world_size,
                 "optimizer": rates.optimizer,
                 "rates": rates.rates,
-                # The sweep ends where the loss diverges, which JSON has no number for.
-                "losses": [loss if math.isfinite(loss) else None for loss in rates.losses],
+                "losses": rates.losses,
             }
-            text = json.dumps(found, indent=2, allow_nan=False)
-            storage.write_text(storage.join(options["run_dir"], "tune.json"), text)
+            write_json(storage.join(options["run_dir"], "tune.json"), found)
             print_findings(found)
 
 
@@ -486,7 +479,7 @@ def _resume_point(run_dir: str, resume: str) -> checkpoint.Manifest | None:
 
 
 def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
-    with translate_errors(), _with_saved_config(args) as configured:
+    with _with_saved_config(args) as configured:
         cli = TrainingCLI(verb, configured)
     options = cli.config_init
     # The checkpoint brings the weights: pretrained ones would be fetched in vain.
@@ -531,7 +524,7 @@ def _with_saved_config(args: list[str]) -> Iterator[list[str]]:
 def _set_up_logging() -> None:
     # Python's own accountant of semaphores complains about processes that were killed; it is another process.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    rank = int(text) if (text := os.environ.get("RANK", "0")).isdecimal() else 0
+    rank = ranks.rank()
     logging.basicConfig(
         format=f"%(asctime)s {'' if rank == 0 else f'[rank {rank}] '}%(message)s",
         datefmt="%H:%M:%S",

@@ -90,7 +90,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     (https://github.com/fsspec/gcsfs/issues/379).
     """
     client = _http_client.get()
-    with _explained(uri, "open"):
+    with translate_errors(uri, "open"):
         authorized = redact.authorized(uri)
         fs, path = url_to_fs(authorized, **({"get_client": client} if client and _is_web(uri) else {}))
         return fs, str(path)
@@ -123,7 +123,7 @@ def is_local(uri: str) -> bool:
 
 def is_process_local(uri: str) -> bool:
     """True where other processes cannot see the data (``memory://``)."""
-    return "memory" in _protocols(filesystem(uri)[0])
+    return "memory" in protocols_of(filesystem(uri)[0])
 
 
 def join(uri: str, *parts: str) -> str:
@@ -158,7 +158,7 @@ def exists(uri: str) -> bool:
             public buckets do not tell the two apart.
     """
     fs, path = filesystem(uri)
-    with _explained(uri, "look up"):
+    with translate_errors(uri, "look up"):
         try:
             fs.info(path)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -174,7 +174,7 @@ def exists(uri: str) -> bool:
 def info(uri: str) -> dict[str, Any]:
     """What the filesystem knows of one object: ``size`` in bytes, ``type``, checksums."""
     fs, path = filesystem(uri)
-    with _explained(uri, "look up"):
+    with translate_errors(uri, "look up"):
         found: dict[str, Any] = fs.info(path)
         return found
 
@@ -198,7 +198,7 @@ def list_pages(uri: str) -> Iterator[list[Entry]]:
     """
     fs, path = filesystem(uri)
     path = (redact.identity(path) if isinstance(fs, HTTPFileSystem) else path).rstrip("/")
-    with _explained(uri, "list"):
+    with translate_errors(uri, "list"):
         fs.invalidate_cache()  # a listing from before somebody's upload would be silently stale
     found = 0
     with ThreadPoolExecutor(LISTINGS_IN_FLIGHT) as pool:
@@ -210,7 +210,7 @@ def list_pages(uri: str) -> Iterator[list[Entry]]:
                     waiting[place] = (folder, listing or pool.submit(_list_folder, fs, folder))
                 folder, listing = waiting.popleft()
                 assert listing is not None
-                with _explained(uri, "list"):
+                with translate_errors(uri, "list"):
                     page, below = _page(path, folder, listing.result())
                 waiting.extendleft((name, None) for name in reversed(below))
                 found += len(page)
@@ -218,7 +218,7 @@ def list_pages(uri: str) -> Iterator[list[Entry]]:
         finally:
             pool.shutdown(cancel_futures=True)
     if not found and not (isinstance(fs, LocalFileSystem) and fs.isdir(path)):
-        with _explained(uri, "list"):
+        with translate_errors(uri, "list"):
             raise FileNotFoundError(path)
 
 
@@ -275,7 +275,7 @@ def version(details: dict[str, Any]) -> int:
 def read_bytes(uri: str) -> bytes:
     """The whole object."""
     fs, path = filesystem(uri)
-    with _explained(uri, "read"):
+    with translate_errors(uri, "read"):
         data: bytes = fs.cat_file(path)
         return data
 
@@ -287,7 +287,7 @@ def read_bounded(uri: str, limit: int) -> bytes:
         DataError: it is larger.
     """
     fs, path = filesystem(uri)
-    with _explained(uri, "read"):
+    with translate_errors(uri, "read"):
         details = fs.info(path)
         if details.get("type") == "other":
             raise DataError(f"{uri} is not a regular file.")
@@ -306,7 +306,7 @@ def read_bounded(uri: str, limit: int) -> bytes:
 def info_below(root: str, key: str) -> dict[str, Any]:
     """:func:`info` of the object ``key`` below ``root``, whatever characters the key has."""
     fs, path = filesystem(root)
-    with _explained(join(root, key), "look up"):
+    with translate_errors(join(root, key), "look up"):
         found: dict[str, Any] = fs.info(f"{path.rstrip('/')}/{key}" if path else key)
         return found
 
@@ -337,13 +337,13 @@ class Reader:
         self._refused: dict[str, bytes] = {}
         self._checks_etags = True
         self._fs, path = filesystem(root)
-        if "gs" in _protocols(self._fs):
+        if "gs" in protocols_of(self._fs):
             self._fs = type(self._fs)(session_kwargs={"connector": _connector(self._fs.loop)})
             observe(self._fs)
         self._is_web = isinstance(self._fs, HTTPFileSystem)
         self._prefix = path.rstrip("/") + "/" if path else ""
         self._plain = isinstance(self._fs, LocalFileSystem)
-        self.is_local = self._plain or "memory" in _protocols(self._fs)
+        self.is_local = self._plain or "memory" in protocols_of(self._fs)
         self.is_async = isinstance(self._fs, AsyncFileSystem)
 
     @property
@@ -358,7 +358,7 @@ class Reader:
         Raises:
             StorageError: it cannot be read.
         """
-        with _explained(self._uri(key), "read"), _final():
+        with translate_errors(self._uri(key), "read"), _final():
             if self._plain:
                 return self._read_file(key, start, length)
             if self.is_async:
@@ -373,7 +373,7 @@ class Reader:
         Args:
             size: bytes of the object when it was listed; -1: unknown.
         """
-        with _explained(self._uri(key), "read"), _final():
+        with translate_errors(self._uri(key), "read"), _final():
             if length is None:
                 return await self._fetch_whole(key, size)
             data: bytes = await self._fs._cat_file(self._path(key), **_limits(start, length))
@@ -438,7 +438,7 @@ class Reader:
 
 @contextlib.contextmanager
 def _final() -> Iterator[None]:
-    """Let an exception of a kind that :func:`_explained` does not know end in a message, too."""
+    """Let an exception of a kind that :func:`translate_errors` does not know end in a message, too."""
     try:
         yield
     except (JobError, OSError, ImportError, ValueError):
@@ -474,7 +474,7 @@ def serves_ranges(uri: str) -> bool:
             told: str | None = response.headers.get("Accept-Ranges")
             return told
 
-    with _explained(uri, "look up"):
+    with translate_errors(uri, "look up"):
         return bool(sync(fs.loop, accepted) == "bytes")
 
 
@@ -482,14 +482,14 @@ def serves_ranges(uri: str) -> bool:
 def open_for_reading(uri: str) -> Iterator[IO[bytes]]:
     """The object as a file whose parts are fetched when they are read, some MB at a time."""
     fs, path = filesystem(uri)
-    with _explained(uri, "read"), fs.open(path, "rb", block_size=4 << 20, cache_type="readahead") as file:
+    with translate_errors(uri, "read"), fs.open(path, "rb", block_size=4 << 20, cache_type="readahead") as file:
         yield file
 
 
 def glob(pattern: str) -> list[str]:
     """URIs that match a pattern with ``*`` or ``?``, sorted."""
     fs, path = filesystem(pattern)
-    with _explained(pattern, "list"):
+    with translate_errors(pattern, "list"):
         fs.invalidate_cache()
         return sorted(fs.unstrip_protocol(name) if "://" in pattern else name for name in fs.glob(path))
 
@@ -509,7 +509,7 @@ def write_bytes(uri: str, data: bytes, before_commit: Callable[[], None] = uncon
         before_commit: called immediately before the request or the rename; raises to prevent it.
     """
     fs, path = filesystem(uri)
-    with _explained(uri, "write"):
+    with translate_errors(uri, "write"):
         if isinstance(fs, LocalFileSystem):
             _write_and_rename(Path(path), io.BytesIO(data), before_commit)
         else:
@@ -524,7 +524,7 @@ def upload(source: Path, uri: str, before_commit: Callable[[], None] = unconditi
         StorageOutage: what the store says it has is not what was sent.
     """
     fs, path = filesystem(uri)
-    with _explained(uri, "write"):
+    with translate_errors(uri, "write"):
         if isinstance(fs, LocalFileSystem):
             with source.open("rb") as file:
                 _write_and_rename(Path(path), file, before_commit)
@@ -553,7 +553,7 @@ def require_same(uri: str, details: dict[str, Any], file: Path) -> None:
 def create(uri: str, data: bytes) -> bool:
     """Write the object if there is none; returns whether this call made it. Of several callers one wins."""
     fs, path = filesystem(uri)
-    with _explained(uri, "create"):
+    with translate_errors(uri, "create"):
         try:
             if isinstance(fs, LocalFileSystem):
                 # fsspec looks first and then writes; the kernel does both at once.
@@ -571,7 +571,7 @@ def create(uri: str, data: bytes) -> bool:
 def write_many(root: str, contents: dict[str, bytes]) -> None:
     """Write objects ``root/key``, concurrently where the filesystem can."""
     fs, path = filesystem(root)
-    with _explained(root, "write"):
+    with translate_errors(root, "write"):
         fs.pipe({f"{path.rstrip('/')}/{key}": content for key, content in contents.items()})
 
 
@@ -583,7 +583,7 @@ def write_text(uri: str, text: str, before_commit: Callable[[], None] = uncondit
 def download(uri: str, target: Path) -> None:
     """Copy one object to the local file ``target``, streaming."""
     fs, path = filesystem(uri)
-    with _explained(uri, "download"):
+    with translate_errors(uri, "download"):
         fs.get_file(path, str(target))
 
 
@@ -647,14 +647,14 @@ def retry(action: Callable[[], None], seconds: float, waiting: str) -> None:
 def remove(uri: str) -> None:
     """Delete one object; it is no error when it is already gone."""
     fs, path = filesystem(uri)
-    with _explained(uri, "delete"), contextlib.suppress(FileNotFoundError):
+    with translate_errors(uri, "delete"), contextlib.suppress(FileNotFoundError):
         fs.rm_file(path)
 
 
 def remove_tree(uri: str) -> None:
     """Delete everything below a prefix; it is no error when nothing is there."""
     fs, path = filesystem(uri)
-    with _explained(uri, "delete"), contextlib.suppress(FileNotFoundError):
+    with translate_errors(uri, "delete"), contextlib.suppress(FileNotFoundError):
         fs.rm(path, recursive=True)
 
 
@@ -672,12 +672,18 @@ def _write_and_rename(target: Path, content: IO[bytes], before_commit: Callable[
         temporary.unlink(missing_ok=True)
 
 
-def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+def protocols_of(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    """Names of the protocols that a filesystem serves."""
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 @contextlib.contextmanager
-def _explained(uri: str, action: str) -> Iterator[None]:
+def translate_errors(uri: str, action: str) -> Iterator[None]:
+    """Translate what a filesystem raises to a :class:`~job.errors.StorageError` that names the URI.
+
+    Args:
+        action: what was tried, such as "read", for the message.
+    """
     try:
         yield
     except JobError:

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import msgspec
 
+from job.processes import START, stat_fields
+
 Name = Annotated[str, msgspec.Meta(max_length=300)]
 
 
@@ -46,29 +48,20 @@ class ProcessId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return True
         except OSError:  # of another user, whom hidepid= may hide in /proc
             pass
-        stat = _stat(self.pid)
-        return stat is not None and (stat[0] in "ZX" or stat[1] != self.start_time)
+        stat = stat_fields(self.pid)
+        return stat is not None and (stat[0] in "ZX" or stat[START] != self.start_time)
 
 
 def this_process() -> ProcessId:
     """The identity of this process."""
-    stat = _stat(os.getpid())
+    stat = stat_fields(os.getpid())
     return ProcessId(
         host=socket.gethostname(),
         pid=os.getpid(),
         boot=_read("/proc/sys/kernel/random/boot_id"),
         namespace=_link("/proc/self/ns/pid"),
-        start_time=None if stat is None else stat[1],
+        start_time=None if stat is None else stat[START],
     )
-
-
-def _stat(pid: int) -> tuple[str, str] | None:
-    """State and start time of a process, by proc(5)."""
-    text = _read(f"/proc/{pid}/stat")
-    if text is None:
-        return None
-    fields = text.rpartition(")")[2].split()
-    return fields[0], fields[19]
 
 
 def _read(path: str) -> str | None:

@@ -29,7 +29,7 @@ def read_versioned(uri: str) -> Versioned | None:
         StorageError: it cannot be read.
     """
     store = _store(uri)
-    with storage._explained(uri, "read"):
+    with storage.translate_errors(uri, "read"):
         return store.read()
 
 
@@ -46,7 +46,7 @@ def write_if(uri: str, data: bytes, version: str | None) -> str | None:
         StorageError: it cannot be written.
     """
     store = _store(uri)
-    with storage._explained(uri, "write"):
+    with storage.translate_errors(uri, "write"):
         written = store.write(data, version)
         if written is None:
             current = store.read()
@@ -62,14 +62,14 @@ def remove_if(uri: str, version: str) -> bool:
         StorageError: it cannot be deleted.
     """
     store = _store(uri)
-    with storage._explained(uri, "delete"):
+    with storage.translate_errors(uri, "delete"):
         return store.remove(version)
 
 
 def weakness(uri: str) -> str | None:
     """What conditional writes at ``uri`` do not protect from, as a clause for a message; None: they are complete."""
     store = _store(uri)
-    with storage._explained(uri, "write"):
+    with storage.translate_errors(uri, "write"):
         return store.weakness()
 
 
@@ -84,5 +84,5 @@ def _store(uri: str) -> Store:
     fs, path = storage.filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         return Disk(fs, path)
-    kind = next((_STORES[name] for name in storage._protocols(fs) if name in _STORES), Other)
+    kind = next((_STORES[name] for name in storage.protocols_of(fs) if name in _STORES), Other)
     return kind(fs, path)

@@ -97,5 +97,5 @@ class Other(Compared):
 
     def weakness(self) -> str | None:
         """What conditional writes do not protect from here; None: nothing."""
-        name = storage._protocols(self.fs)[0]
+        name = storage.protocols_of(self.fs)[0]
         return f"conditional writes are not supported on {name}://, so that two jobs that start at once may both get it"

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ class Disk(Compared):
 
     def weakness(self) -> str | None:
         """What conditional writes do not protect from here; None: nothing."""
-        kind = _mount_type(Path(self.path).absolute())
+        kind = _mount_type(Path(self.path).resolve())
         if kind.startswith("fuse"):
             return f"locks on a {kind} mount are seen by processes of this machine only"
         with self.locked():
@@ -120,7 +121,7 @@ def _mount_type(path: Path) -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             fields, _, rest = line.partition(" - ")
-            point = fields.split()[4].encode().decode("unicode_escape")
+            point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields.split()[4])
             if path.is_relative_to(point) and len(point) >= len(best):
                 best, kind = point, rest.split()[0]
     return kind

@@ -75,10 +75,11 @@ class BucketTensorBoardLogger(Logger):
         *,
         purge_step: int = 0,
         publish_seconds: float = PUBLISH_SECONDS,
-        before_write: Callable[[], None] = lambda: None,
+        before_write: Callable[[], None] = storage.unconditionally,
     ) -> None:
         super().__init__()
         self.uri = uri
+        self._is_local = storage.is_local(uri)
         self.purge_step = purge_step
         self.publish_seconds = max(publish_seconds, 1.0)
         self.before_write = before_write
@@ -145,7 +146,7 @@ class BucketTensorBoardLogger(Logger):
         if files is None:
             return
         with self._publishing:
-            if storage.is_local(self.uri):
+            if self._is_local:
                 files.flush()
                 return
             files.cut()
@@ -175,19 +176,19 @@ class BucketTensorBoardLogger(Logger):
         except (StorageError, TimeoutError) as error:
             folder = self._files.folder
             message = f"TensorBoard events could not be published and are kept in {folder}: {error}"
-            if not storage.is_local(self.uri):
+            if not self._is_local:
                 temporary.keep(folder, f"TensorBoard events of {self.uri} that could not be published.")
             if status == "success":
                 kind = type(error) if isinstance(error, JobError) else StorageOutage
                 raise kind(message) from error
             log.error(message)
             return
-        if not storage.is_local(self.uri):
+        if not self._is_local:
             temporary.remove(self._files.folder)
             self._files = None
 
     def _open(self) -> SummaryWriter:
-        local = storage.is_local(self.uri)
+        local = self._is_local
         if self._files is None:
             folder = Path(storage.filesystem(self.uri)[1]) if local else temporary.folder("tensorboard")
             folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +203,7 @@ class BucketTensorBoardLogger(Logger):
         if files is None:
             return
         due = time.monotonic() - self._published_at >= self._interval() or files.waiting_bytes >= ROTATE_BYTES
-        if not due and not storage.is_local(self.uri):
+        if not due and not self._is_local:
             return
         try:
             self.publish()
@@ -224,7 +225,7 @@ class BucketTensorBoardLogger(Logger):
     def _publish_rest(self) -> None:
         storage.retry(self.publish, CLOSE_SECONDS, "the last TensorBoard events wait")
         assert self._files is not None
-        if not storage.is_local(self.uri):  # add_scalars and add_hparams write into folders of their own
+        if not self._is_local:  # add_scalars and add_hparams write into folders of their own
             for path in sorted(path for path in self._files.folder.glob("*/**/*") if path.is_file()):
                 self._publish(path, str(path.relative_to(self._files.folder)))
 

@@ -171,24 +171,19 @@ class TransferLearningModel(pl.LightningModule):
         """Build the network, once the data has said which classes there are (a Lightning hook)."""
         if hasattr(self, "net"):
             return
-        if self.ema and self.trainer.strategy.root_device.type == "xla":
-            raise ConfigError("--model.ema does not exist on XLA: each step's decay would be compiled anew.")
         device_type = self.trainer.strategy.root_device.type
+        if device_type == "xla" and self.trainer.state.fn == "fit":
+            self._require_possible_on_xla()
         if self.trainer._accelerator_connector._layer_sync is not None:
             require_synchronisable(device_type, self.trainer.world_size)
-        if (
-            self.guard is not None
-            and self.guard.nonfinite == "skip"
-            and self.trainer.strategy.root_device.type == "xla"
-        ):
-            raise ConfigError("--model.nonfinite=skip does not exist on XLA, where each step would wait. Use stop.")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        mean, std = completed(self.normalisation, self.backbone_name, self.weights)
         # In host memory, from the host's generator: the head begins alike on every accelerator.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
+            backbone = build_backbone(self.backbone_name, self.weights, data.image_size)
+            mean, std = completed(self.normalisation, self.backbone_name, self.weights)
             self.net = Classifier(
-                build_backbone(self.backbone_name, self.weights, data.image_size),
+                backbone,
                 name=self.backbone_name,
                 classes=data.classes,
                 hidden=self.hidden,
@@ -205,6 +200,12 @@ class TransferLearningModel(pl.LightningModule):
         samples = max((len(index) for part, index in data.parts.items() if part != "train"), default=0)
         self.metrics = EvaluationMetrics(data.classes, samples=samples, synchronise=self.trainer.world_size > 1)
         self.enter_stage(Stage.HEAD if self.milestones else Stage.ALL)
+
+    def _require_possible_on_xla(self) -> None:
+        if self.ema:
+            raise ConfigError("--model.ema does not exist on XLA: each step's decay would be compiled anew.")
+        if self.guard is not None and self.guard.nonfinite == "skip":
+            raise ConfigError("--model.nonfinite=skip does not exist on XLA, where each step would wait. Use stop.")
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -320,6 +321,7 @@ class TransferLearningModel(pl.LightningModule):
         if self.ema:
             self._average = WeightAverage(self.net, self.ema)
             self._average.load(self._averages)
+            self._averages = {}
 
     def on_train_epoch_start(self) -> None:
         """Freeze and unfreeze by the epoch."""

@@ -8,13 +8,11 @@ from typing import NamedTuple
 
 import torchvision
 
-from job.model.backbone import TIMM
-from job.model.spec import decode_spec
+from job.model.backbone import CONVERTS_IMAGES, TIMM
+from job.model.spec import Channels, decode_spec
 from job.model.weights import saved_classifier
 
 log = logging.getLogger(__name__)
-
-Channels = tuple[float, float, float]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -63,7 +61,7 @@ def completed(chosen: Mapping[str, Channels | None], backbone: str, weights: str
 
 
 def _torchvision(name: str) -> tuple[Channels, Channels] | None:
-    if name in ("googlenet", "inception_v3"):
+    if name in CONVERTS_IMAGES:
         # Their weights expect this. torchvision's transforms say ImageNet's values, and its networks convert images
         # ("transform_input"), which build_backbone switches off.
         return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -23,6 +23,7 @@ from job import storage
 from job.errors import CheckpointError, LeaseError, NewerFormatError, StorageError, StorageOutage
 from job.format_version import MALFORMED, Unversioned
 from job.periodic import Periodic
+from job.processes import START, stat_fields
 from job.train.checkpointer import Checkpointer
 from job.train.feature_cache import FeatureCache
 from job.train.json_files import read_limited
@@ -140,7 +141,10 @@ class Accounting(Callback):
     """
 
     def __init__(
-        self, checkpointer: Checkpointer, features: FeatureCache, before_write: Callable[[], None] = lambda: None
+        self,
+        checkpointer: Checkpointer,
+        features: FeatureCache,
+        before_write: Callable[[], None] = storage.unconditionally,
     ) -> None:
         self.checkpointer = checkpointer
         self.features = features
@@ -270,7 +274,7 @@ class Accounting(Callback):
 
 def _process_began() -> float:
     """When this process began, in seconds since the epoch (proc(5)); where that is not known, now."""
-    with contextlib.suppress(OSError):
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / 100
-    return time.time()
+    if (fields := stat_fields(os.getpid())) is None:
+        return time.time()
+    ticks = int(fields[START])
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")

@@ -214,7 +214,7 @@ def free_name(uri: str) -> str:
     number, found = 1, uri
     while True:
         try:
-            content = storage.read_bytes(manifest_uri(found)) if storage.exists(manifest_uri(found)) else None
+            content = read_limited(manifest_uri(found), MAX_BYTES) if storage.exists(manifest_uri(found)) else None
             if content is None or decode_manifest(manifest_uri(found), content).file == storage.basename(found):
                 return found
         except CheckpointError:

@@ -46,9 +46,9 @@ class BackgroundCheckpointIO(CheckpointIO):
     def __init__(
         self,
         upload_seconds: float,
-        before_commit: Callable[[], None] = lambda: None,
-        after_commit: Callable[[], None] = lambda: None,
-        before_write: Callable[[], None] = lambda: None,
+        before_commit: Callable[[], None] = storage.unconditionally,
+        after_commit: Callable[[], None] = storage.unconditionally,
+        before_write: Callable[[], None] = storage.unconditionally,
     ) -> None:
         self.upload_seconds = upload_seconds
         self.before_commit = before_commit
@@ -159,11 +159,11 @@ class BackgroundCheckpointIO(CheckpointIO):
             temporary.remove(staged.parent)
             self.after_commit()
         except StorageError as error:
-            kept = ""
-            if staged is not None and staged.exists():
-                temporary.keep(staged.parent, f"the state of {uri}, which could not be uploaded.")
-                kept = f" The state is kept in {staged}."
+            is_staged = staged is not None and staged.exists()
+            kept = f" The state is kept in {staged}." if is_staged else ""
             self._failure = type(error)(f"the checkpoint {uri} could not be saved: {error}{kept}")
+            if staged is not None and is_staged:
+                temporary.keep(staged.parent, f"the state of {uri}, which could not be uploaded.")
         except Exception as error:  # a thread's exception would go to stderr, and training on without checkpoints
             if staged is not None:
                 temporary.remove(staged.parent)

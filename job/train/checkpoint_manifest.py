@@ -85,11 +85,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         value = self.metrics.get(metric)
         return value if value is not None and math.isfinite(value) else None
 
-    @property
-    def finite_metrics(self) -> dict[str, float]:
-        """All metrics that are finite."""
-        return {name: value for name, value in self.metrics.items() if value is not None and math.isfinite(value)}
-
 
 class _Format1(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     file: Name

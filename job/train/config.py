@@ -12,13 +12,14 @@ from pytorch_lightning.callbacks import Callback
 
 from job import bounded_yaml, storage
 from job.errors import ConfigError
+from job.train.json_files import replace
 
 log = logging.getLogger(__name__)
 
 FILE = "config.yaml"
 CHANGES_SHOWN = 50
 VALUE_CHARACTERS = 200
-_MEND = "Restore it, or give the settings by --config FILE."
+MEND = "Restore it, or give the settings by --config FILE."
 
 
 class SavedConfig(Callback):
@@ -26,28 +27,27 @@ class SavedConfig(Callback):
 
     Args:
         text: the configuration, as YAML.
-        before_write: called immediately before; raises if this job may not write to run_dir.
+        before_write: called immediately before each write; raises if this job may not write to run_dir.
     """
 
-    def __init__(self, text: str, before_write: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, text: str, before_write: Callable[[], None] = storage.unconditionally) -> None:
         self.text = text
         self.before_write = before_write
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write it, on rank 0."""
         if trainer.is_global_zero:
-            self.before_write()
-            save_config(trainer.default_root_dir, self.text)
+            save_config(trainer.default_root_dir, self.text, self.before_write)
 
 
-def save_config(run_dir: str, text: str) -> None:
+def save_config(run_dir: str, text: str, before_write: Callable[[], None] = storage.unconditionally) -> None:
     """Write config.yaml; an earlier one that differs, or is damaged, is kept beside it and the difference is logged."""
     uri = storage.join(run_dir, FILE)
     if storage.exists(uri):
         try:
             old, new = _flatten(read_mapping(uri)), _flatten(yaml.safe_load(text))
         except ConfigError as error:
-            kept = _keep(run_dir)
+            kept = _keep(run_dir, before_write)
             log.warning("%s This start writes its own settings; the damaged file is kept as %s", error, kept)
         else:
             changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
@@ -59,8 +59,8 @@ def save_config(run_dir: str, text: str) -> None:
                 log.warning(
                     "settings changed since the last start: %s%s", "; ".join(shown), f" and {more} more" if more else ""
                 )
-                _keep(run_dir)
-    storage.write_text(uri, text)
+                _keep(run_dir, before_write)
+    replace(uri, text.encode(errors="backslashreplace"), before_write)
 
 
 def read_mapping(uri: str) -> dict[str, Any]:
@@ -72,17 +72,17 @@ def read_mapping(uri: str) -> dict[str, Any]:
     """
     size = storage.info(uri).get("size")
     if isinstance(size, int) and size > bounded_yaml.MAX_BYTES:
-        raise ConfigError(f"{uri} has {size:,} bytes; a configuration has at most {bounded_yaml.MAX_BYTES:,}. {_MEND}")
+        raise ConfigError(f"{uri} has {size:,} bytes; a configuration has at most {bounded_yaml.MAX_BYTES:,}. {MEND}")
     try:
         tree = bounded_yaml.load(storage.read_bytes(uri).decode())
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{uri} is damaged: {' '.join(str(error).split())}. {_MEND}") from error
+        raise ConfigError(f"{uri} is damaged: {' '.join(str(error).split())}. {MEND}") from error
     if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
-        raise ConfigError(f"{uri} is damaged: it holds no options. {_MEND}")
+        raise ConfigError(f"{uri} is damaged: it holds no options. {MEND}")
     return tree
 
 
-def _keep(run_dir: str) -> str:
+def _keep(run_dir: str, before_write: Callable[[], None]) -> str:
     """Copy config.yaml, as it is, to a name that is free; returns its URI.
 
     Names are numbered. The search doubles its steps, so that many of them cost few requests.
@@ -97,7 +97,7 @@ def _keep(run_dir: str) -> str:
         else:
             number = middle
     kept = _numbered(run_dir, number)
-    storage.write_bytes(kept, storage.read_bytes(storage.join(run_dir, FILE)))
+    storage.write_bytes(kept, storage.read_bytes(storage.join(run_dir, FILE)), before_write)
     return kept
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from job import storage
 from job.cluster import ranks
-from job.errors import DivergedError, StorageError
+from job.errors import DivergedError
 from job.train import checkpoint
 from job.train.checkpoint_io import BackgroundCheckpointIO
 
@@ -29,7 +29,7 @@ def _advice(run_dir: str, io: BackgroundCheckpointIO) -> str:
     try:
         io.wait()
         committed = checkpoint.manifests(run_dir)
-    except StorageError as error:
+    except Exception as error:  # whatever it is, the run ends by its divergence, on all ranks alike
         return f"Its checkpoints cannot be listed: {error}"
     change = "--trainer.gradient_clip_val=1, --trainer.precision=32-true or --model.nonfinite=skip"
     if not committed:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from job import storage
-from job.errors import CheckpointError, StorageError, StorageOutage
+from job.errors import CheckpointError, DataError, StorageError, StorageOutage
 
 log = logging.getLogger(__name__)
 
@@ -23,13 +23,13 @@ def read_limited(uri: str, limit: int = MAX_BYTES) -> bytes:
         CheckpointError: it is larger than ``limit`` bytes.
         StorageError: it cannot be read.
     """
-    size = storage.info(uri).get("size")
-    if isinstance(size, int) and size > limit:
-        raise CheckpointError(f"{uri} is damaged: {size:,} bytes, of at most {limit:,}.")
-    return storage.read_bytes(uri)
+    try:
+        return storage.read_bounded(uri, limit)
+    except DataError as error:
+        raise CheckpointError(f"{uri} is damaged: {error}") from error
 
 
-def write_json(uri: str, value: Any, before_write: Callable[[], None] = lambda: None) -> None:
+def write_json(uri: str, value: Any, before_write: Callable[[], None] = storage.unconditionally) -> None:
     """Write strict JSON; NaN and infinity become null.
 
     A bucket that lets nobody overwrite the object of an earlier start keeps that one, with a warning.
@@ -40,7 +40,18 @@ def write_json(uri: str, value: Any, before_write: Callable[[], None] = lambda: 
     Raises:
         StorageError: there is no earlier object, and this one cannot be written.
     """
-    content = msgspec.json.format(msgspec.json.encode(value), indent=2)
+    replace(uri, msgspec.json.format(msgspec.json.encode(value), indent=2), before_write)
+
+
+def replace(uri: str, content: bytes, before_write: Callable[[], None] = storage.unconditionally) -> None:
+    """Write an object, or keep that of an earlier start, with a warning, where the bucket lets nobody overwrite it.
+
+    Args:
+        before_write: called immediately before the write; raises if this job may not write there.
+
+    Raises:
+        StorageError: there is no earlier object, and this one cannot be written.
+    """
     try:
         storage.write_bytes(uri, content, before_write)
     except StorageOutage:

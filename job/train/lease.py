@@ -143,7 +143,7 @@ class Lease:
             raise self._lost
         try:
             self._renew()
-        except Exception as error:
+        except StorageError as error:
             if _clock() >= self._valid_until:
                 raise StorageOutage(
                     f"nothing is written to {self.run_dir} while its lease cannot be renewed: {error}"

@@ -35,7 +35,7 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "fsspec
 class Report(Callback):
     """Measures throughput and writes ``<run_dir>/report.json`` at the end of a fit, on rank 0."""
 
-    def __init__(self, accounting: Accounting, before_write: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, accounting: Accounting, before_write: Callable[[], None] = storage.unconditionally) -> None:
         self.accounting = accounting
         self.before_write = before_write
         self.train_seconds = 0.0

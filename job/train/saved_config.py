@@ -22,7 +22,7 @@ from job.errors import ConfigError
 from job.import_policy import class_paths, denying_entry, dotted_strings, is_allowed
 from job.model.module import TransferLearningModel
 from job.train.checkpointer import Checkpointer
-from job.train.config import FILE, read_mapping
+from job.train.config import FILE, MEND, read_mapping
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,6 @@ _NEVER_SAVED = frozenset(["data.cache_dir", "data.allow"])
 """Paths that this machine writes to, and what the user alone may allow."""
 _SOURCES = frozenset(["data.root", "data.train", "data.val", "data.test"])
 """URIs that are read; see :class:`~job.data.access.Access`."""
-_MEND = "Restore it, or give the settings by --config FILE."
 _OTHER_COMMANDS = frozenset(["run_dir", "resume", "grace", "profile", "watchdog", "features", "lr"])
 
 
@@ -86,7 +85,7 @@ def _plain_values(uri: str, tree: dict[str, Any]) -> dict[str, Any]:
             taken[name] = _converted(uri, name, section, bool | int | None)
         elif name == "trainer" or name in _SECTIONS:
             if not isinstance(section, dict):
-                raise ConfigError(f"{uri} is damaged: {name} holds no options. {_MEND}")
+                raise ConfigError(f"{uri} is damaged: {name} holds no options. {MEND}")
             types = _TRAINER if name == "trainer" else _types(_SECTIONS[name])
             taken[name] = dict(_section(uri, name, section, types, left_out))
         elif name not in _OTHER_COMMANDS:
@@ -161,7 +160,7 @@ def _converted(uri: str, key: str, value: Any, kind: Any) -> Any:
     try:
         msgspec.convert(value, kind)
     except (msgspec.ValidationError, TypeError) as error:
-        raise ConfigError(f"{uri} is damaged: {key}: {_one_line(error)}. {_MEND}") from error
+        raise ConfigError(f"{uri} is damaged: {key}: {_one_line(error)}. {MEND}") from error
     return value
 
 
