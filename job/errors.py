@@ -26,6 +26,11 @@ EXIT_PREEMPTED = 143
 """Stopped by SIGTERM or SIGUSR1, after saving: 128 + SIGTERM."""
 
 
+def first_line(error: BaseException, length: int | None = None) -> str:
+    """First line of an exception's message, or its representation where it has none."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:length]
+
+
 class JobError(Exception):
     """A problem with a message for the user: what is wrong, where, and what to do.
 

@@ -36,9 +36,9 @@ from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from job import redact
-from job.errors import DataError, JobError, StorageError, StorageOutage
+from job.errors import DataError, JobError, StorageError, StorageOutage, first_line
 from job.storage_errors import Kind, classify
-from job.verified_reads import ChecksumMismatch, TooLarge, checksum_of, observe, read_whole
+from job.verified_reads import ChecksumMismatch, TooLarge, bounds, checksum_of, observe, read_whole, require_within
 
 log = logging.getLogger(__name__)
 
@@ -364,7 +364,11 @@ class Reader:
             if self.is_async:
                 content: bytes = sync(self._fs.loop, self._fetch_again, key, start, length)
                 return content
-            data: bytes = self._fs.cat_file(self._path(key), **_limits(start, length))
+            if length is not None:
+                data: bytes = self._fs.cat_file(self._path(key), **_limits(start, length))
+                return data
+            data = self._fs.cat_file(self._path(key), **bounds(-1, self.largest))
+            require_within(data, self._uri(key), self.largest)
             return data
 
     async def fetch(self, key: str, start: int = 0, length: int | None = None, size: int = -1) -> bytes:
@@ -446,7 +450,7 @@ def _final() -> Iterator[None]:
     except Exception as error:
         if classify(error) in (Kind.DENIED, Kind.OUTAGE):
             raise
-        raise ValueError(f"{type(error).__name__}: {_first_line(error)}") from error
+        raise ValueError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 @functools.cache
@@ -608,7 +612,7 @@ def download_verified(uri: str, target: Path) -> None:
                 raise
             log.warning("%s It is downloaded again", error)
             continue
-        if checksum is None or checksum.matches_file(target):
+        if checksum is None or checksum.certain or checksum.matches_file(target):
             return
         with target.open("rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").digest())
@@ -706,7 +710,7 @@ def translate_errors(uri: str, action: str) -> Iterator[None]:
         if kind in (Kind.DENIED, Kind.OUTAGE):
             raise _remote_error(uri, action, error) from error
         if kind is not Kind.UNKNOWN:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
             raise StorageError(f"cannot {action} {uri}: {reason.removesuffix('.')}.") from error
         raise
 
@@ -715,7 +719,7 @@ def _remote_error(uri: str, action: str, error: BaseException) -> StorageError:
     kind = classify(error)
     if kind is not Kind.DENIED:
         raised = StorageOutage if kind is Kind.OUTAGE else StorageError
-        return raised(f"cannot {action} {uri}: {type(error).__name__}: {_first_line(error)}")
+        return raised(f"cannot {action} {uri}: {type(error).__name__}: {first_line(error)}")
     mend = (
         "If it needs credentials (a signature, user:password), give the whole URI by the option that names it: "
         "credentials are saved nowhere, and a signature expires."
@@ -723,7 +727,7 @@ def _remote_error(uri: str, action: str, error: BaseException) -> StorageError:
         else "Give the account the job runs as the right to do this (on Google Cloud: roles/storage.objectUser on the "
         "bucket)."
     )
-    return StorageError(f"cannot {action} {uri}: permission denied ({_first_line(error)}). {mend}")
+    return StorageError(f"cannot {action} {uri}: permission denied ({first_line(error)}). {mend}")
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -732,7 +736,3 @@ def _cause(error: BaseException) -> BaseException:
     if isinstance(cause, aiohttp.ClientResponseError) and cause.status in (404, 410):
         return error
     return cause if isinstance(cause, (aiohttp.ClientError, TimeoutError)) else error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -138,7 +138,8 @@ async def read_whole(fs: AsyncFileSystem, path: str, uri: str, size: int, larges
     elif hasattr(fs._call if hasattr(fs, "_call") else None, "is_observed"):
         content, checksum = await _read_gcs(fs, path, uri, size, largest)
     else:
-        content, checksum = await fs._cat_file(path), None
+        content, checksum = await fs._cat_file(path, **bounds(size, largest)), None
+        require_within(content, uri, largest)
     if checksum is not None and not checksum.matches(content):
         raise ChecksumMismatch(
             f"{uri}: the content does not match its {checksum.kind.upper()} in the store ({checksum.value})",
@@ -148,21 +149,29 @@ async def read_whole(fs: AsyncFileSystem, path: str, uri: str, size: int, larges
     return content
 
 
+def bounds(size: int, largest: int | None) -> dict[str, int]:
+    """A range that bounds what is read of an object of unknown size; its end may lie behind the object's."""
+    return {} if size >= 0 or largest is None else {"start": 0, "end": largest + 1}
+
+
+def require_within(content: bytes, uri: str, largest: int | None) -> None:
+    """Raise :class:`TooLarge` for more than ``largest`` bytes."""
+    if largest is not None and len(content) > largest:
+        raise TooLarge(f"{uri} is larger than {largest:,} bytes")
+
+
 async def _read_gcs(fs: Any, path: str, uri: str, size: int, largest: int | None) -> tuple[bytes, Checksum | None]:
     answers: list[Mapping[str, str]] = []
     token = _answers.set(answers)
     try:
-        # A range bounds what is read of an object of unknown size; its end may lie behind the object's.
-        limits = {} if size >= 0 or largest is None else {"start": 0, "end": largest + 1}
-        content: bytes = await fs._cat_file(path, **limits)
+        content: bytes = await fs._cat_file(path, **bounds(size, largest))
     except Exception as error:
         if getattr(error, "code", None) == _RANGE_NOT_SATISFIABLE:  # no byte of an empty object can be asked for
             return b"", None
         raise
     finally:
         _answers.reset(token)
-    if largest is not None and len(content) > largest:
-        raise TooLarge(f"{uri} is larger than {largest:,} bytes")
+    require_within(content, uri, largest)
     # A zonal bucket answers over gRPC, which checks by itself; several answers are parts.
     return content, _header_checksum(answers[0]) if len(answers) == 1 else None
 

@@ -29,6 +29,14 @@ def stop_signals_as_in_a_terminal() -> None:
             signal.signal(number, handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A node's cache that neither the user nor other sessions have."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def colours(tmp_path: Path) -> Path:
     """Two classes, 20 pictures each."""

@@ -15,7 +15,7 @@ import yarl
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import DefaultResolver
 
-from job import storage
+from job import redact, storage
 from job.errors import ConfigError, DataError
 
 OBJECT_STORES = frozenset({"gs", "gcs", "s3", "s3a", "az", "abfs", "abfss", "adl", "hf", "oss"})
@@ -55,7 +55,7 @@ class Access:
             local: the table or index that names it is a local file, which may name local files.
             filesystem_of: URI of that table or index, whose own filesystem it may name.
         """
-        if self.unrestricted or self._permits(uri):
+        if self.unrestricted or self.permitted_prefix(uri) is not None:
             return None
         if is_chained(uri):
             return "chains filesystems"
@@ -114,23 +114,28 @@ class Access:
         return aiohttp.ClientSession(connector=connector, **{k: v for k, v in settings.items() if k != "connector"})
 
     def permits_host(self, host: str, port: int | None) -> bool:
+        """Whether connections to a host are allowed: as a whole, or for what lies below a URI prefix."""
+        prefixes = (entry for entry in self.allow if "://" in entry)
+        return self._permits_whole_host(host, port) or any(
+            _host_and_port(prefix) == (_normal(host), port) for prefix in prefixes
+        )
+
+    def _permits_whole_host(self, host: str, port: int | None) -> bool:
         """Whether a host is allowed by name, or named on the command line."""
         name = _normal(host)
         for entry in self.allow:
-            if "://" in entry:
-                if (name, port) == _host_and_port(entry):
-                    return True
-            elif not entry.startswith("/"):
+            if "://" not in entry and not entry.startswith("/"):
                 allowed, allowed_port = _host_and_port(f"http://{entry}", default=None)
                 if allowed == name and allowed_port in (None, port):
                     return True
         return any(split_scheme(uri)[0] in WEB and _host_and_port(uri) == (name, port) for uri in self.typed)
 
-    def _permits(self, uri: str) -> bool:
+    def permitted_prefix(self, uri: str) -> str | None:
+        """The prefix of ``uri`` that the user allows, or has named on the command line; None where there is none."""
         path = uri.removeprefix("file://")
         prefixes = [entry for entry in self.allow if "://" in entry or entry.startswith("/")]
         prefixes += [_folder_of_pattern(typed) for typed in self.typed]
-        return any(_is_below(path, prefix.removeprefix("file://")) for prefix in prefixes)
+        return next((p for p in (prefix.removeprefix("file://") for prefix in prefixes) if _is_below(path, p)), None)
 
     def _host_problem(self, uri: str, scheme: str) -> str | None:
         try:
@@ -139,7 +144,7 @@ class Access:
             return "names no host that can be parsed"
         if not host:
             return "names no host" if scheme in WEB else None
-        if self.permits_host(host, port):
+        if self._permits_whole_host(host, port):
             return None
         if host in METADATA_HOSTS:
             return "is the metadata server of a cloud's machines"
@@ -168,7 +173,7 @@ def from_options(allow: str | list[str] | None, typed: list[str], option: str = 
             valid = False
         if not valid or is_chained(entry) or re.search(r"\s", entry):
             raise ConfigError(f"{option} takes hosts (HOST or HOST:PORT) and URI prefixes, not {entry!r}.")
-    return Access(tuple(entries), tuple(typed))
+    return Access(tuple(entries), tuple(map(redact.identity, typed)))
 
 
 def refusal(what: str) -> str:

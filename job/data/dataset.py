@@ -22,7 +22,7 @@ from job.data.decode import decode
 from job.data.fetch import Fetched, Fetcher
 from job.data.index import Index
 from job.data.order import BatchOrder, BatchPlan, sample_seed
-from job.errors import ConfigError, DataError, JobError
+from job.errors import ConfigError, DataError, JobError, first_line
 
 SAMPLES_AHEAD = 512
 BYTES_AHEAD = 64 << 20
@@ -103,7 +103,7 @@ class View:
         try:
             return resize(image, self.image_size, self.resize)
         except RuntimeError as error:  # torch's for memory that cannot be had
-            raise DataError(f"cannot be resized: {str(error).strip().splitlines()[0]}") from error
+            raise DataError(f"cannot be resized: {first_line(error)}") from error
 
     def pixels(self, image: Tensor, number: int, seed: int) -> Tensor:
         """uint8 [3, image_size, image_size]: picture ``number`` of what :meth:`decoded` gave.

@@ -123,8 +123,11 @@ class FeatureStore:
         storage.upload(self._path(chunk), storage.join(self.uri, self._name(chunk)), before_write)
         storage.upload(self._manifest_path(chunk), storage.join(self.uri, self._manifest_name(chunk)), before_write)
 
-    def fetch(self, chunk: int) -> bool:
+    def fetch(self, chunk: int, before_write: Callable[[], None] = storage.unconditionally) -> bool:
         """Download a chunk; False if it turned out to be damaged, and was removed from the bucket.
+
+        Args:
+            before_write: called immediately before it is removed; raises if this job may not write there.
 
         Raises:
             DataError: a newer release wrote it.
@@ -138,16 +141,17 @@ class FeatureStore:
             self._write(chunk, content, text)
             if self._is_sound(chunk):
                 return True
+        except NewerFormat:
+            raise
         except DataError as error:
-            if isinstance(error, NewerFormat):
-                raise
             log.warning("%s is damaged and is computed or fetched again: %s", uri, error)
         except StorageError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             log.warning("%s is not there and is computed again", uri)
-        storage.remove(manifest)
-        storage.remove(uri)
+        for damaged in (manifest, uri):
+            before_write()
+            storage.remove(damaged)
         return False
 
     def open(self) -> list[str]:

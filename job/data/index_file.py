@@ -16,7 +16,7 @@ from job import storage
 from job.data.access import OBJECT_STORES, split_scheme
 from job.data.arrow_file import require_uncompressed
 from job.data.source import INDEX_FILE, Source
-from job.errors import DataError, StorageError
+from job.errors import DataError, StorageError, first_line
 from job.format_version import MALFORMED, format_version
 
 FORMAT = 2
@@ -173,8 +173,9 @@ def verify_parts(folder: Path, info: IndexInfo, uri: str) -> None:
         except (pa.ArrowException, ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
                 raise StorageError(f"cannot read {path}: {error.strerror}.") from error
-            told = str(error).splitlines()[0] if str(error) else repr(error)
-            raise DamagedIndex(f"{where} is damaged: {told}. Make it again by python -m job index.") from error
+            raise DamagedIndex(
+                f"{where} is damaged: {first_line(error)}. Make it again by python -m job index."
+            ) from error
 
 
 def open_part(path: Path, rows: int, rows_a_batch: int = ROWS_A_BATCH) -> list[pa.RecordBatch]:

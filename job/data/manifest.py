@@ -15,7 +15,7 @@ import pyarrow.parquet
 from job import storage
 from job.data.access import OBJECT_STORES, WEB, Access, is_local_uri, refusal, split_scheme
 from job.data.index_file import LONGEST_CLASS, LONGEST_KEY, leaves_folder
-from job.errors import DataError
+from job.errors import DataError, first_line
 
 COLUMNS = ("uri", "label")
 LINES_BYTES = 4 << 20
@@ -50,20 +50,12 @@ def read_manifest(uri: str, *, labelled: bool = True) -> Iterator[pa.Table]:
                 checked = _checked(uri, table, row, labelled)
                 row += len(checked)
                 yield checked
-        except (
-            pa.ArrowException,
-            ValueError,
-            KeyError,
-            TypeError,
-            MemoryError,
-            OverflowError,
-            RecursionError,
-        ) as error:
-            raise DataError(f"{uri} cannot be read: {_first_line(error)}") from error
+        except _MALFORMED as error:
+            raise DataError(f"{uri} cannot be read: {first_line(error, 500)}") from error
         except OSError as error:
             if type(error) is not OSError or error.errno is not None:  # Arrow's own have no number
                 raise
-            raise DataError(f"{uri} cannot be read: {_first_line(error)}") from error
+            raise DataError(f"{uri} cannot be read: {first_line(error, 500)}") from error
 
 
 class Resolver:
@@ -100,6 +92,10 @@ class Resolver:
             if reason := self.access.problem(root, local=self.local, filesystem_of=self.uri):
                 if self.access.problem(entry, local=self.local, filesystem_of=self.uri):
                     raise self._refused(entry, row, reason)
+                # Of a refused root the index names only what is allowed, so that its next reader allows it, too.
+                prefix, path = self.access.permitted_prefix(entry), entry.removeprefix("file://")
+                if prefix is not None and path != prefix:
+                    return prefix.rstrip("/"), path[len(prefix) :].lstrip("/")
             else:
                 self._permitted.add(root)
         return self._normal(root, key) if ".." in key else (root, key)
@@ -242,10 +238,6 @@ def _strings(table: pa.Table, name: str) -> pa.ChunkedArray:
         return pa.chunked_array([pa.nulls(len(table), pa.string())])
     column = table[name].cast(pa.string())
     return pc.if_else(pc.equal(column, ""), None, column)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0][:500]
 
 
 _PROTOCOLS = frozenset(storage.protocols())

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from job.cluster import ranks
-from job.errors import ConfigError
+from job.errors import ConfigError, first_line
 from job.model.freeze import Stage
 from job.model.module import TransferLearningModel
 
@@ -117,5 +117,5 @@ def _failure(trainer: pl.Trainer, module: TransferLearningModel, size: int) -> s
     except torch.OutOfMemoryError as error:
         module.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-        return {str(error).splitlines()[0]}
+        return {first_line(error)}
     return set()

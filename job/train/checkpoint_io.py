@@ -19,7 +19,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from job import storage, temporary
-from job.errors import CheckpointError, StorageError, StorageOutage
+from job.errors import CheckpointError, StorageError, StorageOutage, first_line
 from job.train import checkpoint, confusion
 from job.train.checkpoint_manifest import encode_manifest, manifest_of, manifest_uri
 from job.train.checkpoint_state import CONFUSION, FACTS, require_lightning_version, require_resumable
@@ -232,7 +232,7 @@ def _require_loadable(staged: Path, snapshot: dict[str, Any], uri: str) -> None:
 def _not_loadable(snapshot: dict[str, Any], uri: str, error: Exception) -> CheckpointError:
     where, value = next(_unsafe(snapshot, ()), (("unknown",), None))
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
+    reason = first_line(error, 200)
     return CheckpointError(
         f"the checkpoint {uri} could not be loaded again without running code: its entry {' → '.join(where)} is a "
         f"{kind} ({reason}). Let the state_dict() of that callback return numbers, text, tensors and "

@@ -178,7 +178,7 @@ class FeatureCache(Callback):
             for chunk in sorted(here - published):
                 self._publish(store, chunk)
             wanted = sorted(published - here) if ranks.local_rank() == 0 else []
-            damaged = {chunk for chunk in wanted if not store.fetch(chunk)}
+            damaged = {chunk for chunk in wanted if not store.fetch(chunk, self._before_write)}
             known = published | {int(chunk) for chunk in ranks.union({str(chunk) for chunk in here})}
             lost = known & {int(chunk) for chunk in ranks.union({str(chunk) for chunk in damaged})}
             if absent := sorted(set(range(len(store))) - known | lost):
@@ -230,7 +230,11 @@ class FeatureCache(Callback):
         ranks.union(set())  # all chunks are there before anybody looks for them
 
     def _publish(self, store: FeatureStore, chunk: int) -> None:
-        store.publish(chunk, storage.unconditionally if self.lease is None else self.lease.require_held)
+        store.publish(chunk, self._before_write)
+
+    def _before_write(self) -> None:
+        if self.lease is not None:
+            self.lease.require_held()
 
     def _batches(
         self,

@@ -11,7 +11,7 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from job.errors import CheckpointError
+from job.errors import CheckpointError, first_line
 from job.train.checkpoint_state import difference
 
 _RESTORE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
@@ -69,7 +69,7 @@ def _explained(connector: Any, restore: Callable[[], None]) -> Callable[[], None
         except torch.OutOfMemoryError:
             raise
         except (*_RESTORE_ERRORS, MisconfigurationException) as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = first_line(error)
             raise CheckpointError(
                 f"{connector._ckpt_path} cannot be restored into this run ({type(error).__name__}: {reason[:300]}). "
                 "Use an older checkpoint, or the settings that it was written with."

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from job import storage
+from job import redact, storage
 from job.data.access import Access, is_local_uri
 from job.data.datamodule import ImageDataModule
 from job.errors import ConfigError
@@ -122,6 +122,8 @@ def _section(
 def _refused_sources(uri: str, value: str | list[str] | None) -> str | None:
     """The first URI that a configuration in run_dir must not choose for this machine to read, and why."""
     for source in [value] if isinstance(value, str) else value or []:
+        if redact.is_redacted(source):
+            continue  # refused by the parser, which names the option to give again
         if reason := Access().problem_of_host(source, local=is_local_uri(uri), filesystem_of=uri):
             return f"{source} {reason}"
     return None

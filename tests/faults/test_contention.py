@@ -24,7 +24,7 @@ def test_a_process_that_was_stopped_writes_nothing_after_another_has_the_lease(
     """tests/faults/contention.py has the long version."""
     found = contend(run_dir if place == "bucket" else str(tmp_path / "run"), tmp_path / "logs", rounds=3)
     assert found.takeovers >= 3 - found.blocked
-    assert found.blocked <= 1
+    assert found.blocked <= (place == "disk")
     assert found.writes > 20
     assert found.late == 0
 

@@ -127,7 +127,12 @@ def test_stragglers_are_asked_for_again(
 
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "manifest"])
 def test_a_flipped_bit_is_requested_again(
-    listed: bool, stored: dict[str, str], proxy: FaultyProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    listed: bool,
+    stored: dict[str, str],
+    proxy: FaultyProxy,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first answer for each of a third of the objects is damaged; no further request is needed to notice."""
     storage.write_bytes("gs://faults/none.jpg", b"")
@@ -143,6 +148,7 @@ def test_a_flipped_bit_is_requested_again(
         flipped.append(request.path)
         return "flip"
 
+    monkeypatch.setattr(fetch, "HEDGE_SHARE", -1.0)  # a busy machine's second requests are not counted
     before = len(proxy.requests)
     proxy.damage = damaged  # type: ignore[assignment]
     found = read(index, list(range(len(index))))

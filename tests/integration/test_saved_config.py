@@ -236,10 +236,13 @@ def test_alias_bombs_on_the_command_line_end_at_once(tmp_path: Path) -> None:
 
 
 def test_options_cannot_be_abbreviated(finished: Path) -> None:
-    for option, whole in (("--trainer.max_epoch=2", "--trainer.max_epochs"), ("--checkpoint.keep_las=3", "keep_last")):
+    for option, whole in (
+        ("--trainer.max_epoch=2", "--trainer.max_epochs"),
+        ("--checkpoint.keep_las=3", "--checkpoint.keep_last"),
+    ):
         result = run_here("fit", "--run_dir", finished, *options(TINY, data__root=finished), option)
         assert result.returncode == 2
-        assert f"Did you mean {whole}" in result.output or whole in result.output
+        assert f"Did you mean {whole}" in result.output
 
 
 def test_a_damaged_configuration_does_not_stop_a_fit_and_is_kept(finished: Path, tmp_path: Path) -> None:

@@ -177,11 +177,19 @@ def test_a_local_table_names_local_files() -> None:
         ("127.0.0.1:8000", "http://127.0.0.1:8001/a.jpg", False),
         ("127.0.0.1", "http://127.0.0.1:8001/a.jpg", True),
         ("http://127.0.0.1:8000/data", "http://127.0.0.1:8000/data/a.jpg", True),
+        ("http://127.0.0.1:8000/data", "http://127.0.0.1:8000/other/a.jpg", False),
         ("[::1]", "http://[::1]/a.jpg", True),
     ],
 )
 def test_the_user_may_allow_more(allow: str, entry: str, allowed: bool) -> None:
     assert (problem(REMOTE, entry, from_options([allow, "x.example"], [REMOTE])) == "") == allowed
+
+
+def test_an_index_names_no_more_than_what_is_allowed() -> None:
+    """A later start checks the sources of the run's index again."""
+    access = from_options("/mnt/images", [])
+    assert Resolver("gs://b/t.csv", access).resolve("/mnt/images/cats/a.jpg", 0) == ("/mnt/images", "cats/a.jpg")
+    access.require_sources(["/mnt/images"], "gs://b/run/index", local=False)
 
 
 @pytest.mark.parametrize("wrong", ["", " 127.0.0.1", "simplecache::file:///", "a b", "[::1"])

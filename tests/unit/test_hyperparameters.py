@@ -58,12 +58,13 @@ def test_hyperparameters_have_no_credentials() -> None:
     assert module.hparams["weights"] == "s3://bucket/w.pth"
 
 
-def test_a_restored_module_is_measured_by_any_trainer(trained: dict[str, str]) -> None:
+def test_a_restored_module_is_measured_by_any_trainer(trained: dict[str, str], tmp_path: Path) -> None:
     module = TransferLearningModel.load_from_checkpoint(trained["run_dir"])
     data = ImageDataModule(
         root=trained["root"], image_size=32, global_batch_size=8, num_workers=0, cache_dir=trained["cache"]
     )
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet)  # type: ignore[arg-type]
     (results,) = trainer.validate(module, datamodule=data, verbose=False)
     assert 0 <= results["val/accuracy"] <= 1
 

@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from support import Explosive
 from torch import nn
 
 from job.errors import ConfigError, WeightsError
@@ -86,16 +87,11 @@ def test_weights_of_another_architecture_are_named(tmp_path: Path) -> None:
         build_backbone("resnet18", uri)
 
 
-class Explosive:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return Path.touch, (Path("/tmp/job-test-exploded"),)  # type: ignore[return-value]
-
-
 def test_pickled_code_is_never_run(tmp_path: Path) -> None:
-    torch.save({"a": Explosive()}, tmp_path / "w.pth")
+    torch.save({"a": Explosive(tmp_path / "exploded")}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="cannot be loaded safely: it holds an object made by"):
         build_backbone("resnet18", str(tmp_path / "w.pth"))
-    assert not Path("/tmp/job-test-exploded").exists()
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_stages_follow_the_epoch() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from support import Explosive
 from torchvision.models._api import WeightsEnum
 
 from job.errors import WeightsError
@@ -74,17 +75,12 @@ def test_a_damaged_download_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         build_backbone("squeezenet1_1", "DEFAULT")
 
 
-class Explosive:
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (Path("/tmp/job-test-exploded-download"),)
-
-
 def test_pickled_code_in_a_download_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     url = torchvision.models.get_model_weights("squeezenet1_1").DEFAULT.url
-    torch.save({"a": Explosive()}, folder / url.rsplit("/", 1)[-1])
+    torch.save({"a": Explosive(tmp_path / "exploded")}, folder / url.rsplit("/", 1)[-1])
     with pytest.raises(WeightsError, match="cannot be loaded"):
         build_backbone("squeezenet1_1", "DEFAULT")
-    assert not Path("/tmp/job-test-exploded-download").exists()
+    assert not (tmp_path / "exploded").exists()
