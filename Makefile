@@ -4,7 +4,7 @@
 # make processes  the tests but for those two      make golden     the manifests' renderings, for comparison
 # make benchmark-checkpoint, benchmark-data, benchmark-train   what each costs, against others
 # make benchmark-gpu   whether everything works on a GPU, and how fast
-# make benchmark-recipes   the accuracy that each recipe in job/configs reaches
+# make benchmark-recipes   the accuracy that each recipe in job/recipes reaches
 # make reference  docs/configuration.txt, from --help
 PYTHON ?= python3
 VENV ?= .venv

@@ -30,12 +30,12 @@ from rich.table import Table
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from job import storage
+from job.checkpoint.io import BackgroundCheckpointIO
+from job.checkpoint.state import FACTS
 from job.demo import CONFIGS, DIGITS
 from job.demo.digits import digit_images
 from job.demo.gcs_server import create_bucket, gcs_server
-from job.train import accounting
-from job.train.checkpoint_io import BackgroundCheckpointIO
-from job.train.checkpoint_state import FACTS
+from job.monitoring import accounting
 
 MEGABYTES = (25, 100, 400, 1000)
 REPEATS = 3

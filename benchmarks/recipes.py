@@ -1,4 +1,4 @@
-"""The accuracy that each recipe in job/configs reaches: several seeds each, mean ± standard deviation.
+"""The accuracy that each recipe in job/recipes reaches: several seeds each, mean ± standard deviation.
 
 Run it by ``make benchmark-recipes``. EfficientNet-Lite0 with ImageNet's weights, on two data sets: a few of the
 tutorial's photographs, and scikit-learn's digits.

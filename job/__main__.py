@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import traceback
 
-from job import signals
 from job.errors import EXIT_INTERNAL_ERROR
+from job.process import signals
 
 
 def main() -> None:

@@ -15,23 +15,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from job import redact, storage
+from job import checkpoint, redact, storage
 from job.cluster import ranks
-from job.data.access import from_options
 from job.data.augment import ResizeMode, resize
-from job.data.build import build
 from job.data.dataset import ImageDataset, View
 from job.data.decode import decode
-from job.data.index import Index
+from job.data.index.access import from_options
+from job.data.index.build import build
+from job.data.index.index import Index
+from job.data.index.source import default_cache_dir
 from job.data.loader import BatchLoader
 from job.data.local_files import usable_cache_dir
-from job.data.order import BatchOrder
-from job.data.source import default_cache_dir
+from job.data.sampler import BatchOrder
 from job.errors import ConfigError, DataError
 from job.model.classifier import Classifier, from_spec, mean_over_mirrored, probabilities
 from job.model.spec import decode_spec, net_state
-from job.terminal import print_table, say
-from job.train import checkpoint
+from job.process.terminal import print_table, say
 
 if TYPE_CHECKING:
     import numpy as np

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet
 from PIL import Image
 
-from job.data.build import build, split
-from job.data.index import Index
-from job.data.index_file import load_index_info
-from job.data.saved import is_fresh, local_index
+from job.data.index.build import build, split
+from job.data.index.file import load_index_info
+from job.data.index.index import Index
+from job.data.index.store import is_fresh, local_index
 from job.errors import JobError
 
 ROWS = 300
@@ -146,7 +146,7 @@ def table_reader(folder: Path, form: str) -> tuple[bytes, Callable[[bytes], None
 def feature_reader(folder: Path, name: str) -> tuple[bytes, Callable[[bytes], None]]:
     import torch
 
-    from job.data.features import FeatureStore
+    from job.features.store import FeatureStore
 
     images(folder / "data")
     (folder / "index").mkdir()

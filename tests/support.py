@@ -19,12 +19,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from job import cli, storage
-from job.data.build import Layout, build
+from job import checkpoint, cli, storage
 from job.data.fetch import Fetched, Fetcher
-from job.data.index import Index
+from job.data.index.build import Layout, build
+from job.data.index.index import Index
 from job.errors import DataError
-from job.train import checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 

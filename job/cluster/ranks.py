@@ -19,7 +19,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from job.errors import ConfigError, JobError, RankLost
-from job.signals import Stopped
+from job.process.signals import Stopped
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from job import storage, temporary
+from job import storage
 from job.errors import StorageError, StorageOutage
-from job.periodic import Periodic
+from job.process import temporary
+from job.process.periodic import Periodic
 
 log = logging.getLogger(__name__)
 

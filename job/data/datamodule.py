@@ -18,20 +18,20 @@ from torchvision.transforms import v2
 
 from job import redact, storage
 from job.cluster import ranks
-from job.data.access import from_options
 from job.data.augment import ResizeMode
-from job.data.build import Layout, build, split
 from job.data.cache import SampleCache
 from job.data.dataset import Batch, ImageDataset, View
-from job.data.features import FeatureStore
-from job.data.index import Index
-from job.data.index_file import load_index_info
+from job.data.index.access import from_options
+from job.data.index.build import Layout, build, split
+from job.data.index.file import load_index_info
+from job.data.index.index import Index
+from job.data.index.source import default_cache_dir, materialise
+from job.data.index.store import is_run_index_usable, local_index, publish_index
 from job.data.loader import BatchLoader
 from job.data.local_files import room_needed, usable_cache_dir
-from job.data.order import BatchOrder, ViewOrder
-from job.data.saved import is_run_index_usable, local_index, publish_index
-from job.data.source import default_cache_dir, materialise
+from job.data.sampler import BatchOrder, ViewOrder
 from job.errors import ConfigError, DataError
+from job.features.store import FeatureStore
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self._loader("test", shuffle=False)
 
     def view_loader(self, part: str, chunks: Sequence[range], batch_size: int) -> BatchLoader:
-        """Every view of the samples in ``chunks``, in batches as :class:`~job.data.order.ViewOrder` makes them."""
+        """Every view of the samples in ``chunks``, in batches as :class:`~job.data.sampler.ViewOrder` makes them."""
         count = self.view(part).count
         assert count is not None, "a sample has pictures without end"
         dataset = self.dataset(part, ViewOrder(chunks, count, batch_size))

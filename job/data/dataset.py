@@ -20,8 +20,8 @@ from job.data.augment import ResizeMode, own_generators, resize, seeded
 from job.data.cache import SampleCache
 from job.data.decode import decode
 from job.data.fetch import Fetched, Fetcher
-from job.data.index import Index
-from job.data.order import BatchOrder, BatchPlan, sample_seed
+from job.data.index.index import Index
+from job.data.sampler import BatchOrder, BatchPlan, sample_seed
 from job.errors import ConfigError, DataError, JobError, first_line
 
 SAMPLES_AHEAD = 512
@@ -155,7 +155,7 @@ class _Ahead:
 
 
 class ImageDataset(Dataset[Batch]):
-    """Reads what a :class:`~job.data.order.BatchPlan` names.
+    """Reads what a :class:`~job.data.sampler.BatchPlan` names.
 
     The augmentation of a sample depends on (seed, epoch, sample id) alone. While a batch is decoded,
     those that the same process will be asked for next are already being fetched: which these are

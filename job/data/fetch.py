@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from job import storage
-from job.data.archive import LARGEST_MEMBER, zip_content
 from job.data.cache import SampleCache
-from job.data.index import Index, Sample
-from job.data.source import materialise
+from job.data.index.archive import LARGEST_MEMBER, zip_content
+from job.data.index.index import Index, Sample
+from job.data.index.source import materialise
 from job.errors import DataError, StorageError, StorageOutage
-from job.verified_reads import TooLarge
+from job.storage.verified_reads import TooLarge
 
 REQUESTS = storage.CONNECTIONS
 """Requests that a process has in flight."""

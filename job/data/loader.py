@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from job.data.dataset import Batch, ImageDataset
-from job.data.features import FeatureStore
+from job.features.store import FeatureStore
 
 BATCHES_A_WORKER = 2
 """Batches that are decoded ahead, for each thread."""
 
 
 class BatchLoader(DataLoader[Batch]):
-    """Batches of one rank, in the order of a :class:`~job.data.order.BatchOrder`.
+    """Batches of one rank, in the order of a :class:`~job.data.sampler.BatchOrder`.
 
     Its state is the number of batches taken in this epoch, which is the same for every rank: a run
     resumes at the very next sample, at any world size and with any number of workers.

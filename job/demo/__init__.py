@@ -13,11 +13,11 @@ from job.demo.digits import digit_images
 from job.demo.gcs_server import create_bucket, gcs_server
 from job.demo.weights import efficientnet_lite0
 from job.errors import EXIT_RETRY, JobError
-from job.processes import kill_descendants
-from job.signals import Stopped
-from job.terminal import say
+from job.process.descendants import kill_descendants
+from job.process.signals import Stopped
+from job.process.terminal import say
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[1] / "recipes"
 BUCKET = "gs://demo"
 STOP_SECONDS = 40.0
 """How long a command may take to end after a signal: torchrun gives its ranks 30 s to save."""

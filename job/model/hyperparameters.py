@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from job import redact
+from job import checkpoint, redact
 from job.errors import CheckpointError, ConfigError
 from job.model.classifier import from_spec
 from job.model.metrics import EvaluationMetrics
 from job.model.spec import decode_spec, net_state
 from job.model.tensor_file import printable
-from job.train import checkpoint
 
 if TYPE_CHECKING:
     from job.model.module import TransferLearningModel

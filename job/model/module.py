@@ -17,13 +17,13 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 from job.cluster import ranks
 from job.data.dataset import Batch
-from job.data.order import sample_seed
+from job.data.sampler import sample_seed
 from job.errors import CheckpointError, ConfigError, DivergedError
-from job.model.average import WeightAverage
 from job.model.backbone import build_backbone
 from job.model.classifier import Classifier, mean_over_mirrored, probabilities
 from job.model.compile import compile_module, compile_seconds
 from job.model.divergence import DivergenceGuard
+from job.model.ema import WeightAverage
 from job.model.freeze import Stage, apply_stage, stage_at
 from job.model.hyperparameters import plain_hyperparameters, restore_module
 from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from job.errors import JobError, WeightsError
-from job.terminal import escape
+from job.process.terminal import escape
 
 DATA_CLASSES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
 """Plain records that common training scripts save beside the weights; torch sets their attributes and calls nothing."""

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from job import storage
+from job import checkpoint, storage
 from job.errors import WeightsError
 from job.model.tensor_file import load_tensors, printable
-from job.train import checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -42,4 +42,4 @@ class TrainingEpochLoop(_TrainingEpochLoop):
         super().on_advance_end(data_fetcher)
 
     def _broadcast_sigterm_tensor(self) -> None:
-        """Nothing: Lightning waits for rank 0's word here; :mod:`job.cluster.votes` hears all ranks without a wait."""
+        """Do nothing: Lightning blocks on a broadcast here, :mod:`job.resilience.flags` does not block."""

@@ -10,28 +10,28 @@ import torch
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ProgressBar
 from pytorch_lightning.strategies import DDPStrategy
 
+from job.checkpoint.callback import Checkpointer
+from job.checkpoint.restore import explain_restore_errors
 from job.cluster import ranks, xla
 from job.cluster.xla_records import CompilationCache, Counts, Trace
+from job.config.run_config import SavedConfig
+from job.config.trainer_options import cluster_environment, listed
 from job.errors import ConfigError
-from job.logging.progress import PlainProgress, TerminalProgress, log
-from job.logging.tensorboard import BucketTensorBoardLogger, events_uri
-from job.train.accounting import Accounting
+from job.features.callback import FeatureCache
+from job.monitoring.accounting import Accounting
+from job.monitoring.profile import Profile
+from job.monitoring.progress import PlainProgress, TerminalProgress, log
+from job.monitoring.report import Report
+from job.monitoring.tensorboard import BucketTensorBoardLogger, events_uri
+from job.monitoring.vertex import TuningMetric
+from job.resilience.lease import Lease
+from job.resilience.lease_check import LeaseCheck
+from job.resilience.preemption import Preemption
+from job.resilience.watchdog import Watchdog
 from job.train.batch_size_finder import BatchSizeFinder
-from job.train.checkpointer import Checkpointer
-from job.train.config import SavedConfig
-from job.train.feature_cache import FeatureCache
-from job.train.hardware import announce, automatic_precision, uses_cuda
-from job.train.lease import Lease
-from job.train.lease_check import LeaseCheck
 from job.train.loop import TrainingEpochLoop
 from job.train.lr_finder import LRFinder
-from job.train.options import cluster_environment, listed
-from job.train.preemption import Preemption
-from job.train.profile import Profile
-from job.train.report import Report
-from job.train.restore import explain_restore_errors
-from job.train.tuning import TuningMetric
-from job.train.watchdog import Watchdog
+from job.train.precision import announce, automatic_precision, uses_cuda
 
 
 def training_trainer(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from job import storage
 from job.errors import LeaseError, StorageOutage
-from job.train.lease import Lease
+from job.resilience.lease import Lease
 
 
 def main(run_dir: str, name: str, log: Path, seconds: float) -> None:

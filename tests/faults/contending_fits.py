@@ -22,10 +22,9 @@ from typing import Any
 from harness import SETTINGS
 from support import options, picture_files
 
-from job import cli, storage
+from job import checkpoint, cli, storage
 from job.demo.gcs_server import create_bucket, gcs_server
-from job.train import checkpoint
-from job.train.lease import Lease
+from job.resilience.lease import Lease
 
 SECONDS = 1.5
 """Lifetime of a lease."""

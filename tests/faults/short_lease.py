@@ -6,7 +6,7 @@ import functools
 import sys
 
 from job import cli
-from job.train.lease import Lease
+from job.resilience.lease import Lease
 
 if __name__ == "__main__":
     cli.Lease = functools.partial(Lease, seconds=float(sys.argv.pop(1)))  # type: ignore[assignment,misc]

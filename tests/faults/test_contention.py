@@ -11,8 +11,8 @@ from contention import contend
 from harness import Job, descendants, fit_options
 from support import scalars
 
-from job import storage
-from job.train import accounting, checkpoint
+from job import checkpoint, storage
+from job.monitoring import accounting
 
 pytestmark = pytest.mark.integration
 

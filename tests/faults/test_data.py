@@ -23,9 +23,9 @@ from job.data import fetch
 from job.data.cache import SampleCache
 from job.data.dataset import ImageDataset, View
 from job.data.fetch import Fetcher
-from job.data.index import Index
+from job.data.index.index import Index
 from job.data.loader import BatchLoader
-from job.data.order import BatchOrder
+from job.data.sampler import BatchOrder
 from job.errors import StorageError, StorageOutage
 
 pytestmark = pytest.mark.integration
@@ -213,9 +213,9 @@ def test_a_run_killed_in_mid_epoch_goes_on_elsewhere(
     code = (
         "import sys, time\n"
         "from job.data.dataset import ImageDataset, View\n"
-        "from job.data.index import Index\n"
+        "from job.data.index.index import Index\n"
         "from job.data.loader import BatchLoader\n"
-        "from job.data.order import BatchOrder\n"
+        "from job.data.sampler import BatchOrder\n"
         "if __name__ == '__main__':\n"
         f"    index = Index({index.folder!r}, {index.part!r})\n"
         "    order = BatchOrder(len(index), 24, rank=0, world_size=1, seed=0, shuffle=True)\n"

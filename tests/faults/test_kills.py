@@ -11,9 +11,9 @@ from harness import STEPS, Job, fit_options, sabotage, wait_until_served
 from proxy import FaultyProxy
 from support import assert_same_weights, run_well, scalars
 
-from job import storage
+from job import checkpoint, storage
 from job.demo.gcs_server import free_port
-from job.train import accounting, checkpoint
+from job.monitoring import accounting
 
 pytestmark = pytest.mark.integration
 

@@ -13,7 +13,7 @@ from harness import SETTINGS, STEPS, Job, fit_options
 from proxy import FaultyProxy
 from support import TINY, assert_same_weights, options, picture_files, run, scalars, tar_of
 
-from job.train import checkpoint
+from job import checkpoint
 
 pytestmark = pytest.mark.integration
 

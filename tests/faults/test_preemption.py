@@ -11,7 +11,8 @@ from harness import STEPS, Job, fault_environment, fit_options, sabotage
 from proxy import FaultyProxy
 from support import assert_same_weights, run_well, scalars
 
-from job.train import accounting, checkpoint
+from job import checkpoint
+from job.monitoring import accounting
 
 pytestmark = pytest.mark.integration
 

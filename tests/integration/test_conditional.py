@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from job import conditional, storage
-from job.conditional import disk
+from job import storage
 from job.errors import StorageError, StorageOutage
+from job.storage import conditional
+from job.storage.conditional import disk
 
 pytestmark = pytest.mark.integration
 

@@ -29,7 +29,7 @@ def test_the_demo_learns_by_transfer(tmp_path: Path) -> None:
     assert transfer >= 0.95
 
     settings = {"data.root": bucket / "digits", "run_dir": tmp_path / "scratch", "model.weights": "none"}
-    run_well("fit", "--config", REPOSITORY / "job/configs/demo.yaml", *options(settings), processes=2)
+    run_well("fit", "--config", REPOSITORY / "job/recipes/demo.yaml", *options(settings), processes=2)
     scratch = json.loads((tmp_path / "scratch" / "report.json").read_text())["metrics"]["val/accuracy"]
     print(f"validation accuracy: transfer {transfer:.4f}, from scratch {scratch:.4f}")
     assert scratch < transfer - 0.05
@@ -58,7 +58,7 @@ def test_the_tutorials_experiment(gcs: str, tmp_path: Path) -> None:
         "model.weights": f"{root}/weights.safetensors",
         "run_dir": f"{root}/run",
     }
-    run_well("fit", "--config", REPOSITORY / "job/configs/demo_photos.yaml", *options(settings), processes=2)
+    run_well("fit", "--config", REPOSITORY / "job/recipes/demo_photos.yaml", *options(settings), processes=2)
     report = json.loads(storage.read_bytes(f"{root}/run/report.json"))
     print(report["metrics"], report["seconds"])
     assert report["images"] == {"train": 2000, "val": 1000}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import TINY, environment, final_weights, options, run, run_here, scalars
 
-from job.train import checkpoint
+from job import checkpoint
 
 SETTINGS = {**TINY, "model.milestones": "[]", "trainer.max_epochs": 3}  # 4 steps per epoch
 

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 from support import TINY, options, picture_files, run_well, scalars, zip_of
 
-from job import storage
+from job import checkpoint, storage
 from job.cli import main
-from job.train import checkpoint
 
 pytestmark = pytest.mark.integration
 

@@ -23,9 +23,8 @@ from PIL import Image
 from support import COLOURS, TINY, environment, final_weights, options, picture, run, run_well, scalars
 
 import job
-from job import storage
+from job import checkpoint, storage
 from job.demo.gcs_server import free_port
-from job.train import checkpoint
 
 pytestmark = pytest.mark.integration
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import TINY, assert_same_weights, options, run_well, scalars
 
-from job.train import checkpoint
+from job import checkpoint
 
 pytestmark = pytest.mark.integration
 

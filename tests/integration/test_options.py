@@ -12,7 +12,7 @@ import pytest
 from pytorch_lightning import callbacks
 from support import TINY, options, run_here
 
-from job.train.options import _SUPPORTED_CALLBACKS, RESERVED
+from job.config.trainer_options import _SUPPORTED_CALLBACKS, RESERVED
 
 pytestmark = pytest.mark.integration
 
@@ -113,7 +113,7 @@ def callback(name: str, **arguments: object) -> str:
         ({"trainer__callbacks": callback("StochasticWeightAveraging", swa_lrs=0.1)}, "--model.ema"),
         ({"trainer__callbacks": callback("Timer", duration="00:01:00:00")}, "--trainer.max_time"),
         ({"trainer__callbacks": callback("EarlyStopping", monitor="val/loss", mode="median")}, "mode"),
-        ({"trainer__callbacks": '[{"class_path": "job.train.report.Report"}]'}, "Report"),
+        ({"trainer__callbacks": '[{"class_path": "job.monitoring.report.Report"}]'}, "Report"),
         *(({f"trainer__{name}": "null"}, name) for name in ("plugins", "max_steps", "fast_dev_run")),
     ],
     ids=lambda value: " ".join(map(str, value.items()))[:60] if isinstance(value, dict) else None,

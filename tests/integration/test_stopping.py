@@ -15,8 +15,8 @@ import pytest
 from pytorch_lightning.callbacks import Callback
 from support import REPOSITORY, TINY, environment, options, run_here
 
-from job.processes import descendants
-from job.train import attempts
+from job.process.descendants import descendants
+from job.resilience import attempts
 
 pytestmark = pytest.mark.integration
 

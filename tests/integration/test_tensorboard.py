@@ -11,8 +11,8 @@ from support import scalars
 
 from job import storage
 from job.errors import StorageOutage
-from job.logging import tensorboard
-from job.logging.tensorboard import BucketTensorBoardLogger
+from job.monitoring import tensorboard
+from job.monitoring.tensorboard import BucketTensorBoardLogger
 
 pytestmark = pytest.mark.integration
 

@@ -12,11 +12,11 @@ import pytest
 from support import TINY, index_parts, options, picture, picture_files, read, run_here, write_files
 
 from job import storage
-from job.data.access import Access, from_options, internal, literal_address
-from job.data.build import build, main
 from job.data.datamodule import ImageDataModule
-from job.data.index import Index
-from job.data.manifest import Resolver
+from job.data.index.access import Access, from_options, internal, literal_address
+from job.data.index.build import build, main
+from job.data.index.index import Index
+from job.data.index.table import Resolver
 from job.errors import ConfigError, DataError
 from job.redact import redact
 

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from job.errors import ConfigError, Preempted, RankLost, StorageOutage
-from job.signals import Stopped
-from job.train import attempts
+from job.process.signals import Stopped
+from job.resilience import attempts
 
 
 def start(run_dir: Path, error: BaseException | None, step: int = 7, configuration: str = "a") -> None:

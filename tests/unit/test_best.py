@@ -12,12 +12,12 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from support import TINY, Outcome, assert_same_weights, options, picture_files, run_here, scalars, write_files
 
+from job import checkpoint
+from job.checkpoint.callback import Checkpointer
+from job.checkpoint.manifest import Manifest
+from job.checkpoint.ranking import implied_mode, ranked
 from job.errors import ConfigError
-from job.train import checkpoint
-from job.train.checkpoint_manifest import Manifest
-from job.train.checkpointer import Checkpointer
-from job.train.ranking import implied_mode, ranked
-from job.train.report import Report
+from job.monitoring.report import Report
 
 
 @pytest.mark.parametrize(

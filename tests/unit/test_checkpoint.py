@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from job import storage, temporary
+from job import checkpoint, storage
+from job.checkpoint.callback import Checkpointer
+from job.checkpoint.io import BackgroundCheckpointIO
+from job.checkpoint.manifest import kept_metrics
+from job.checkpoint.state import FACTS
+from job.checkpoint.store import Manifest
+from job.cli.checkpoints import main as checkpoints
 from job.errors import CheckpointError, LeaseError, StorageError
-from job.train import checkpoint
-from job.train.checkpoint import Manifest
-from job.train.checkpoint_io import BackgroundCheckpointIO
-from job.train.checkpoint_manifest import kept_metrics
-from job.train.checkpoint_state import FACTS
-from job.train.checkpointer import Checkpointer
-from job.train.housekeeping import main as checkpoints
+from job.process import temporary
 
 
 def state(step: int, value: float | None = None, epoch: int = 0, mode: str = "max") -> dict[str, Any]:

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from support import TINY, options, picture_files, run_here, write_files
 from test_checkpoint import save, state
 
+from job import checkpoint
+from job.checkpoint import confusion
+from job.checkpoint.callback import Checkpointer
+from job.checkpoint.manifest import Manifest, decode_manifest, encode_manifest
 from job.errors import CheckpointError, NewerFormatError
-from job.train import checkpoint, confusion
-from job.train.checkpoint_manifest import Manifest, decode_manifest, encode_manifest
-from job.train.checkpointer import Checkpointer
 
 
 @pytest.fixture

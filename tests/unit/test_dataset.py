@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 from job.data.augment import resize
 from job.data.dataset import ImageDataset, View
-from job.data.order import BatchOrder
+from job.data.sampler import BatchOrder
 from job.errors import ConfigError
 
 

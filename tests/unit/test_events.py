@@ -14,11 +14,12 @@ import pytest
 from tensorboard.backend.event_processing import directory_watcher, event_file_loader, io_wrapper
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from job import storage, temporary
+from job import storage
 from job.errors import LeaseError, StorageError, StorageOutage
-from job.logging import events, tensorboard
-from job.logging.events import EventFiles, EventWriter, number_of, renumbered
-from job.logging.tensorboard import BucketTensorBoardLogger
+from job.monitoring import events, tensorboard
+from job.monitoring.events import EventFiles, EventWriter, number_of, renumbered
+from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.process import temporary
 
 
 @pytest.fixture

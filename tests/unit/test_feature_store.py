@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from support import index_of, picture_files, write_files
 
-from job.data.feature_file import NewerFormat
-from job.data.features import FeatureStore
+from job.features.file import NewerFormat
+from job.features.store import FeatureStore
 
 Change = Callable[[bytes, dict[str, Any]], bytes]
 

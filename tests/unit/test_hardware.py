@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.train.hardware import announce, automatic_precision
+from job.train.precision import announce, automatic_precision
 
 
 def test_a_cpu_computes_in_bf16_where_it_has_units_for_it() -> None:

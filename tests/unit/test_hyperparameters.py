@@ -7,12 +7,11 @@ import pytorch_lightning as pl
 import torch
 from support import TINY, options, picture_files, run_here, scalars, write_files
 
-from job import predict
+from job import checkpoint, predict
 from job.data.datamodule import ImageDataModule
 from job.errors import CheckpointError
-from job.logging.tensorboard import BucketTensorBoardLogger
 from job.model.module import TransferLearningModel
-from job.train import checkpoint
+from job.monitoring.tensorboard import BucketTensorBoardLogger
 
 ONE_EPOCH = {"trainer.max_epochs": 1, "data.num_workers": 0}
 

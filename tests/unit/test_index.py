@@ -9,8 +9,8 @@ import pytest
 from support import index_of, index_parts, picture, picture_files, read, write_files
 
 from job import storage
-from job.data.build import build, split
-from job.data.index import Index
+from job.data.index.build import build, split
+from job.data.index.index import Index
 from job.errors import DataError, StorageError
 
 IMAGE = picture((1, 2, 3), 0)
@@ -103,7 +103,7 @@ def test_unlabelled_images(colours: Path) -> None:
 
 def test_a_part_of_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are found at their place whatever portions they were written in."""
-    monkeypatch.setattr("job.data.index.ROWS_A_BATCH", 7)
+    monkeypatch.setattr("job.data.index.index.ROWS_A_BATCH", 7)
     write_files(tmp_path, picture_files(["blue", "green", "red"], 10))
     index = index_of(tmp_path)
     assert [len(batch) for batch in index.batches()] == [7, 7, 7, 7, 2]

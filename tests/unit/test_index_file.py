@@ -17,11 +17,11 @@ import pytest
 from support import REPOSITORY, environment, index_parts, picture_files, tar_of, write_files
 
 from job import storage
-from job.data.build import build, main
 from job.data.datamodule import ImageDataModule
-from job.data.index_file import SCHEMA, IndexInfo, verify_parts
+from job.data.index.build import build, main
+from job.data.index.file import SCHEMA, IndexInfo, verify_parts
+from job.data.index.store import local_index
 from job.data.local_files import read_small
-from job.data.saved import local_index
 from job.errors import DataError, JobError
 
 FILES = picture_files(["blue", "red"], 4)
@@ -209,7 +209,7 @@ def test_a_copy_is_verified_once_and_again_when_it_changed(
         verified.append(uri)
         verify_parts(folder, info, uri)
 
-    monkeypatch.setattr("job.data.saved.verify_parts", counted)
+    monkeypatch.setattr("job.data.index.store.verify_parts", counted)
     copies = {local_index("memory://once", tmp_path / "cache") for _ in range(3)}
     assert len(verified) == len(copies) == 1
     (copy,) = copies
@@ -224,7 +224,7 @@ def test_a_copy_is_verified_once_and_again_when_it_changed(
     assert (copy / "train.arrow").read_bytes() == whole
     assert len(verified) == 2
     assert "is downloaded again" in caplog.text
-    monkeypatch.setattr("job.data.saved.VERIFIED_EACH_TIME", 0)
+    monkeypatch.setattr("job.data.index.store.VERIFIED_EACH_TIME", 0)
     write_files(tmp_path / "here", {name: (copy / name).read_bytes() for name in ("index.json", "train.arrow")})
     for _ in range(3):
         local_index(str(tmp_path / "here"), tmp_path / "cache")

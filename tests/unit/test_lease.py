@@ -16,14 +16,15 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from support import picture_files, write_files
 
-from job import conditional, storage
-from job.cluster.process import ProcessId, this_process
-from job.data.build import build
-from job.data.saved import publish_index
+from job import storage
+from job.data.index.build import build
+from job.data.index.store import publish_index
 from job.errors import EXIT_RETRY, JobError, LeaseError, LeaseExpired, StorageError, StorageOutage
-from job.train import attempts
-from job.train import lease as module
-from job.train.lease import Holder, Lease
+from job.process.identity import ProcessId, this_process
+from job.resilience import attempts
+from job.resilience import lease as module
+from job.resilience.lease import Holder, Lease
+from job.storage import conditional
 
 Clock = Callable[[float], None]
 

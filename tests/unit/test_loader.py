@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from job.data.dataset import Batch, ImageDataset, View
 from job.data.loader import BatchLoader
-from job.data.order import BatchOrder, BatchPlan
+from job.data.sampler import BatchOrder, BatchPlan
 
 
 def loader(

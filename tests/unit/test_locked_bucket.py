@@ -11,11 +11,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from test_checkpoint import save, state
 
-from job import storage
-from job.train import accounting, checkpoint
-from job.train.accounting import Start
-from job.train.checkpointer import Checkpointer
-from job.train.json_files import write_json
+from job import checkpoint, storage
+from job.checkpoint.callback import Checkpointer
+from job.monitoring import accounting
+from job.monitoring.accounting import Start
+from job.storage.json_files import write_json
 
 
 class LockedFileSystem(MemoryFileSystem):

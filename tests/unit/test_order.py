@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from job.data.order import BatchOrder, ViewOrder, permute, permute_runs, sample_seed
+from job.data.sampler import BatchOrder, ViewOrder, permute, permute_runs, sample_seed
 
 
 def seen(size: int, batch: int, world_size: int, epoch: int = 0, shuffle: bool = True) -> list[list[int]]:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from job.periodic import Periodic, call_within
+from job.process.periodic import Periodic, call_within
 
 
 def wait_until(condition: object, seconds: float = 5.0) -> None:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from job.errors import ConfigError
-from job.model.average import WeightAverage
 from job.model.backbone import build_backbone
 from job.model.classifier import Classifier
 from job.model.compile import compile_module, compile_seconds
+from job.model.ema import WeightAverage
 from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed
 from job.model.module import TransferLearningModel
 from job.model.optimizer import fuse

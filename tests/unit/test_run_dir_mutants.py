@@ -16,9 +16,13 @@ from mutants import mutant
 from support import fit_here
 
 import job
+from job import checkpoint
+from job.config import run_config as config
+from job.config import saved_config
 from job.errors import JobError
-from job.train import accounting, attempts, checkpoint, config, report, saved_config
-from job.train.lease_file import parse
+from job.monitoring import accounting, report
+from job.resilience import attempts
+from job.resilience.lease_file import parse
 
 MUTANTS = int(os.environ.get("JOB_TEST_MUTANTS", "150"))
 NEW_RUN = '{"format":1,"step":4,"configuration":"0","failed":1,"lost":0,"last_error":"no memory"}'

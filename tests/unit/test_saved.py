@@ -7,9 +7,9 @@ import pytest
 from support import index_parts, picture, picture_files, read, tar_of, write_files
 
 from job import storage
-from job.data.build import main
 from job.data.datamodule import ImageDataModule
-from job.data.saved import saved_index
+from job.data.index.build import main
+from job.data.index.store import saved_index
 from job.errors import DataError, StorageError
 
 FILES = picture_files(["blue", "red"], 6)

@@ -15,7 +15,7 @@ import pytest
 from support import index_of, index_parts, picture_files, read, tar_of, write_files, zip_of
 
 from job import storage
-from job.data.source import Source, expand_braces, find_sources, materialise
+from job.data.index.source import Source, expand_braces, find_sources, materialise
 from job.errors import ConfigError, DataError, StorageError
 
 FILES = {f"photos/{part}/{key}": c for part in ("train", "val") for key, c in picture_files(["blue", "red"], 2).items()}
@@ -131,7 +131,7 @@ def test_a_damaged_member_is_a_bad_sample(tmp_path: Path) -> None:
 
 
 def test_a_member_that_expands_without_end_is_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("job.data.archive.LARGEST_MEMBER", 1 << 16)
+    monkeypatch.setattr("job.data.index.archive.LARGEST_MEMBER", 1 << 16)
     (tmp_path / "a.zip").write_bytes(deflated({**FILES, "photos/train/red/000.jpg": bytes(1 << 20)}))
     content = read(index_parts(tmp_path / "a.zip")["train"], [2])[0]
     assert isinstance(content, DataError)

@@ -12,8 +12,8 @@ import torch
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from support import TINY, final_weights, options, picture_files, run_here, write_files
 
+from job import checkpoint
 from job.model.steps import accumulation, batches_per_epoch, optimizer_steps, window_samples
-from job.train import checkpoint
 
 
 def trainer(**settings: Any) -> Any:

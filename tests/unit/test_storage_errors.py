@@ -17,7 +17,7 @@ import s3fs.errors
 
 from job import storage
 from job.errors import StorageError, StorageOutage
-from job.storage_errors import Kind, classify
+from job.storage.errors import Kind, classify
 
 
 def client_error(code: str, status: int) -> botocore.exceptions.ClientError:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from job import temporary
+from job.process import temporary
 
 ENDS = {
     "normal": "",

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 
-from job import terminal
+from job.process import terminal
 
 HOSTILE = "[/b] [red]x[/red] :smile: \x1b[31m \x9b \u202e \udcff \x07 é 猫"
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from job.train import watchdog as module
-from job.train.watchdog import Progress, Watchdog
+from job.resilience import watchdog as module
+from job.resilience.watchdog import Progress, Watchdog
 
 
 class Ended(BaseException):

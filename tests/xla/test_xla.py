@@ -14,7 +14,7 @@ from harness import sabotage
 from support import TINY, assert_same_weights, options, picture_files, run, run_well, scalars
 
 from job import storage
-from job.train.accounting import read
+from job.monitoring.accounting import read
 
 pytestmark = [
     pytest.mark.xla,

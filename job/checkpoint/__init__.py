@@ -1,0 +1,43 @@
+"""Checkpoints of a run: manifest, state file, writing, ranking, retention and resume."""
+
+from job.checkpoint.store import (
+    FOLDER,
+    SUFFIX,
+    Manifest,
+    Scan,
+    confusion_cells,
+    confusion_uri,
+    free_name,
+    load,
+    manifest_uri,
+    manifests,
+    newest_trusted,
+    numbered,
+    ranked,
+    remove,
+    resolve,
+    scan,
+    uncommitted,
+    verify,
+)
+
+__all__ = [
+    "FOLDER",
+    "SUFFIX",
+    "Manifest",
+    "Scan",
+    "confusion_cells",
+    "confusion_uri",
+    "free_name",
+    "load",
+    "manifest_uri",
+    "manifests",
+    "newest_trusted",
+    "numbered",
+    "ranked",
+    "remove",
+    "resolve",
+    "scan",
+    "uncommitted",
+    "verify",
+]

@@ -1,0 +1,86 @@
+"""Confusion matrices: the sparse file beside a checkpoint, and the JSON of reports."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from safetensors import SafetensorError
+from torch import Tensor
+
+from job import storage
+from job.checkpoint.manifest import ConfusionFile
+from job.errors import CheckpointError
+
+SUFFIX = ".confusion.safetensors"
+TENSOR = "true_predicted_count"
+DENSE_CLASSES = 100
+"""Classes up to which a report holds the whole matrix."""
+LISTED_CELLS = 10_000
+"""Cells that are not zero, up to which a report lists them where there are more classes."""
+
+Cells = npt.NDArray[np.int64]
+
+
+def cells(matrix: Tensor) -> Cells:
+    """Cells of an int64 [C, C] matrix that are not zero: rows of (true class, predicted class, count), sorted."""
+    places = matrix.nonzero()
+    counts = matrix[places[:, 0], places[:, 1]]
+    # safetensors writes memory as it lies.
+    return np.ascontiguousarray(np.column_stack([places.numpy(), counts.numpy()]), np.int64)
+
+
+def encode(matrix: Tensor) -> bytes:
+    """The file's content: one int64 [N, 3] tensor of :func:`cells` in the safetensors format."""
+    return safetensors.numpy.save({TENSOR: cells(matrix)})
+
+
+def describe(content: bytes, classes: int) -> ConfusionFile:
+    """The manifest's entry of a file with this content."""
+    return ConfusionFile(bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), classes=classes)
+
+
+def read(uri: str, expected: ConfusionFile) -> Cells:
+    """The cells in the file at ``uri``, verified against the manifest's entry.
+
+    Raises:
+        CheckpointError: it is damaged.
+        StorageError: it cannot be read.
+    """
+    content = storage.read_bytes(uri)
+    if describe(content, expected.classes) != expected:
+        raise CheckpointError(f"the confusion matrix {uri} is damaged: its size or SHA-256 is not the manifest's.")
+    try:
+        tensors = safetensors.numpy.load(content)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(f"the confusion matrix {uri} is damaged: {error}") from error
+    found = tensors.get(TENSOR)
+    if found is None or found.dtype != np.int64 or found.ndim != 2 or found.shape[1] != 3:
+        raise CheckpointError(f"the confusion matrix {uri} is damaged: it holds no int64 [N, 3] {TENSOR!r}.")
+    if found.size and (found.min() < 0 or found[:, :2].max() >= expected.classes):
+        raise CheckpointError(f"the confusion matrix {uri} is damaged: a class or a count is out of range.")
+    return found
+
+
+def as_json(found: Cells, classes: int, uri: str | None = None) -> dict[str, Any]:
+    """The entry of a report: the whole matrix for few classes, else its cells that are not zero.
+
+    Args:
+        found: rows of (true class, predicted class, count).
+        classes: number of classes.
+        uri: file that holds the matrix.
+    """
+    entry: dict[str, Any] = {"rows": "true class", "columns": "predicted class"}
+    if uri is not None:
+        entry["file"] = uri
+    if classes <= DENSE_CLASSES:
+        matrix = np.zeros((classes, classes), np.int64)
+        matrix[found[:, 0], found[:, 1]] = found[:, 2]
+        return {**entry, "counts": matrix.tolist()}
+    entry |= {"classes": classes, "nonzero_cells": len(found)}
+    if len(found) <= LISTED_CELLS:
+        entry["true_predicted_count"] = found.tolist()
+    return entry

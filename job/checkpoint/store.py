@@ -1,0 +1,274 @@
+"""Checkpoints on any filesystem: committed by a manifest, verified before they are used.
+
+``<run_dir>/checkpoints/epoch=E-step=S.ckpt`` holds the state; ``….ckpt.json`` beside it, written
+last, holds its size and SHA-256 and makes it a checkpoint. A file without its manifest was never
+finished and is not looked at. ``….ckpt.confusion.safetensors`` holds the confusion matrix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from job import storage
+from job.checkpoint import confusion
+from job.checkpoint.manifest import (
+    MAX_BYTES,
+    NAME_PATTERN,
+    SUFFIX,
+    ConfusionFile,
+    Manifest,
+    decode_manifest,
+    manifest_uri,
+    read_manifest,
+)
+from job.checkpoint.ranking import order, ranked
+from job.checkpoint.state import require_checkpoint
+from job.errors import CheckpointError, NewerFormatError, StorageError, StorageOutage
+from job.model.tensor_file import load_tensors
+from job.storage.json_files import read_limited
+
+__all__ = [
+    "FOLDER",
+    "SUFFIX",
+    "ConfusionFile",
+    "Manifest",
+    "Scan",
+    "load",
+    "manifest_uri",
+    "manifests",
+    "newest_trusted",
+    "ranked",
+    "read_manifest",
+    "remove",
+    "resolve",
+    "scan",
+    "uncommitted",
+    "verify",
+]
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+
+_warned: set[str] = set()
+
+
+@dataclass
+class Scan:
+    """The checkpoints of a run.
+
+    Attributes:
+        good: manifests that can be read and stand beside their state file, oldest first.
+        damaged: one message per manifest that cannot be used.
+        newer: one message per manifest that a newer version of job wrote.
+    """
+
+    good: list[Manifest] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    newer: list[str] = field(default_factory=list)
+
+
+def scan(run_dir: str) -> Scan:
+    """Read all manifests of a run."""
+    folder, found = storage.join(run_dir, FOLDER), Scan()
+    entries = {entry.key: entry for entry in _top_level(folder)}
+    for key, entry in entries.items():
+        if not key.endswith(manifest_uri(SUFFIX)):
+            continue
+        uri = storage.join(folder, key)
+        try:
+            if entry.size > MAX_BYTES:
+                raise CheckpointError(f"the checkpoint manifest {uri} is damaged: {entry.size:,} bytes.")
+            manifest = read_manifest(uri)
+            if manifest_uri(manifest.file) != key:
+                raise CheckpointError(
+                    f"the checkpoint manifest {uri} is not used: it names the file {manifest.file!r}, not the one "
+                    "beside it. A copy of a checkpoint belongs outside this folder."
+                )
+            if manifest.file not in entries:
+                raise CheckpointError(f"the checkpoint manifest {uri} is not used: its file {manifest.file!r} is gone.")
+        except NewerFormatError as error:
+            found.newer.append(str(error))
+        except CheckpointError as error:
+            found.damaged.append(str(error))
+        except StorageError:
+            if storage.exists(uri):
+                raise
+            # Retention of a running job removed it after it was listed.
+        else:
+            found.good.append(manifest)
+    found.good.sort(key=order)
+    return found
+
+
+def manifests(run_dir: str) -> list[Manifest]:
+    """Committed checkpoints of a run, oldest first; a damaged manifest is warned of and left out.
+
+    Raises:
+        NewerFormatError: a newer version of job wrote one of them.
+    """
+    found = scan(run_dir)
+    _warn(found.damaged)
+    if found.newer:
+        raise NewerFormatError(found.newer[0])
+    return found.good
+
+
+def uncommitted(run_dir: str) -> list[str]:
+    """URIs of files of checkpoints that have no manifest: a killed process was uploading them."""
+    folder = storage.join(run_dir, FOLDER)
+    keys = {entry.key for entry in _top_level(folder)}
+    states = {key: key.removesuffix(confusion.SUFFIX) for key in sorted(keys)}
+    return [
+        storage.join(folder, key)
+        for key, state in states.items()
+        if re.match(NAME_PATTERN, state) and manifest_uri(state) not in keys
+    ]
+
+
+def resolve(uri: str) -> str:
+    """The state file that a user's ``--ckpt`` means.
+
+    A ``….ckpt`` file is itself; ``RUN_DIR/checkpoints/best`` and ``…/last`` are chosen by the
+    manifests; a run_dir means its best.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if uri.endswith(SUFFIX):
+        return uri
+    which, run_dir = "best", uri.rstrip("/")
+    for name in ("best", "last"):
+        if run_dir.endswith(f"/{FOLDER}/{name}"):
+            which, run_dir = name, run_dir.removesuffix(f"/{FOLDER}/{name}")
+    candidates = manifests(run_dir)
+    if not candidates:
+        raise CheckpointError(f"no checkpoint in {storage.join(run_dir, FOLDER)}. Is this the run_dir of a fit?")
+    best_first = ranked(candidates) if which == "best" else []
+    return storage.join(run_dir, FOLDER, (best_first[0] if best_first else candidates[-1]).file)
+
+
+def load(uri: str) -> dict[str, Any]:
+    """The checkpoint at ``uri``, on the CPU, verified against its manifest where it has one; no code is unpickled.
+
+    Raises:
+        CheckpointError: damaged, not a checkpoint, or written by a newer version of job.
+        StorageError: it cannot be read.
+    """
+    content = storage.read_bytes(uri)
+    if storage.exists(manifest_uri(uri)):
+        described = read_limited(manifest_uri(uri), MAX_BYTES)
+        _require_intact(uri, content, decode_manifest(manifest_uri(uri), described))
+    return require_checkpoint(uri, load_tensors(content, uri, error_type=CheckpointError))
+
+
+def verify(run_dir: str, manifest: Manifest) -> None:
+    """Read a checkpoint's bytes and hold them against its manifest.
+
+    Raises:
+        CheckpointError: they differ.
+        StorageError: they cannot be read.
+    """
+    uri = storage.join(run_dir, FOLDER, manifest.file)
+    _require_intact(uri, storage.read_bytes(uri), manifest)
+
+
+def newest_trusted(run_dir: str) -> Manifest | None:
+    """The newest checkpoint that verifies; warns and falls back to an older one.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none of them is good, or one is of a newer format.
+        StorageOutage: the bucket does not answer: no reason to fall back to an older one.
+    """
+    found = scan(run_dir)
+    if found.newer:
+        raise NewerFormatError(found.newer[0])
+    _warn(found.damaged)
+    for manifest in reversed(found.good):
+        try:
+            verify(run_dir, manifest)
+        except StorageOutage:
+            raise
+        except (CheckpointError, StorageError) as error:
+            log.warning("cannot resume from the newest checkpoint, trying the one before: %s", error)
+        else:
+            return manifest
+    if found.good or found.damaged:
+        reasons = "".join(f"\n  {reason}" for reason in found.damaged[:5])
+        raise CheckpointError(
+            f"none of the {len(found.good) + len(found.damaged)} checkpoints in {run_dir} can be read. Restore one, "
+            f"or start in another --run_dir.{reasons}"
+        )
+    return None
+
+
+def free_name(uri: str) -> str:
+    """``uri``, or its next free variant (``….ckpt`` becomes ``…-2.ckpt``) where a manifest that is no good has it.
+
+    A damaged manifest is kept for whoever wants to repair it.
+    """
+    number, found = 1, uri
+    while True:
+        try:
+            content = read_limited(manifest_uri(found), MAX_BYTES) if storage.exists(manifest_uri(found)) else None
+            if content is None or decode_manifest(manifest_uri(found), content).file == storage.basename(found):
+                return found
+        except CheckpointError:
+            pass
+        number += 1
+        found = numbered(uri, number)
+
+
+def numbered(uri: str, number: int) -> str:
+    """The name of a further file for the same step."""
+    return f"{uri.removesuffix(SUFFIX)}-{number}{SUFFIX}"
+
+
+def confusion_cells(run_dir: str, manifest: Manifest) -> confusion.Cells | None:
+    """The confusion matrix of a checkpoint as (true class, predicted class, count), None where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+        StorageError: it cannot be read.
+    """
+    if manifest.confusion is None:
+        return None
+    return confusion.read(confusion_uri(run_dir, manifest), manifest.confusion)
+
+
+def confusion_uri(run_dir: str, manifest: Manifest) -> str:
+    """URI of the file with a checkpoint's confusion matrix."""
+    return storage.join(run_dir, FOLDER, manifest.file + confusion.SUFFIX)
+
+
+def remove(uri: str) -> None:
+    """Delete the checkpoint at ``uri``, its manifest first: a state file alone is none."""
+    storage.remove(manifest_uri(uri))
+    storage.remove(uri + confusion.SUFFIX)
+    storage.remove(uri)
+
+
+def _top_level(folder: str) -> list[storage.Entry]:
+    if not storage.exists(folder):
+        return []
+    return [entry for entry in storage.list_files(folder) if "/" not in entry.key]
+
+
+def _warn(problems: list[str]) -> None:
+    """Log each message once per process: retention reads the manifests after every checkpoint."""
+    for problem in problems:
+        if problem not in _warned:
+            _warned.add(problem)
+            log.warning("%s", problem)
+
+
+def _require_intact(uri: str, content: bytes, manifest: Manifest) -> None:
+    if len(content) != manifest.bytes or hashlib.sha256(content).hexdigest() != manifest.sha256:
+        raise CheckpointError(
+            f"{uri} is damaged: {len(content)} bytes, not what its manifest says ({manifest.bytes} bytes, "
+            f"SHA-256 {manifest.sha256[:12]}…). Use an older checkpoint."
+        )

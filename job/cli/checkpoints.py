@@ -1,0 +1,61 @@
+"""``python -m job checkpoints``: look at a run's checkpoints, verify them, clean up."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from job import checkpoint, storage
+from job.errors import CheckpointError
+from job.process.terminal import print_table, say
+from job.resilience.lease import Lease
+
+
+def main(action: Literal["ls", "verify", "gc"], run_dir: str) -> None:
+    """List, verify or clean up the checkpoints of a run.
+
+    Args:
+        action: "ls" lists them; "verify" reads each and holds it against its manifest; "gc" removes what killed
+            processes left half uploaded.
+        run_dir: the run's folder.
+    """
+    if action == "gc":
+        _collect_garbage(run_dir)
+        return
+    found = checkpoint.manifests(run_dir)
+    if not found:
+        raise CheckpointError(f"no checkpoint in {storage.join(run_dir, checkpoint.FOLDER)}.")
+    columns = ["checkpoint", "epoch", "step", "bytes", found[-1].monitor, *(["state"] if action == "verify" else [])]
+    rows, bad = [], []
+    for manifest in found:
+        measured = manifest.measured(found[-1].monitor)
+        value = "" if measured is None else f"{measured:.4f}"
+        row = [manifest.file, str(manifest.epoch), str(manifest.global_step), f"{manifest.bytes:,}", value]
+        if action == "verify":
+            problem = _problem(run_dir, manifest)
+            bad += [problem] if problem else []
+            row.append("damaged" if problem else "good")
+        rows.append(row)
+    print_table(columns, rows)
+    if bad:
+        raise CheckpointError(f"{len(bad)} of {len(found)} checkpoints are damaged:\n  " + "\n  ".join(bad))
+
+
+def _problem(run_dir: str, manifest: checkpoint.Manifest) -> str | None:
+    try:
+        checkpoint.verify(run_dir, manifest)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _collect_garbage(run_dir: str) -> None:
+    # A job that is running would be uploading just such a file.
+    lease = Lease(run_dir)
+    with lease.released_at_end():
+        lease.acquire()
+        leftovers = checkpoint.uncommitted(run_dir)
+        for uri in leftovers:
+            lease.require_held()
+            storage.remove(uri)
+            say(f"removed {uri}")
+        say(f"{len(leftovers)} leftover(s) in {storage.join(run_dir, checkpoint.FOLDER)}")

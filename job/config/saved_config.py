@@ -1,0 +1,177 @@
+"""The configuration that lies in run_dir, as ``validate`` and ``test`` use it.
+
+Whoever may write to run_dir may write this file: it is data, never code. Plain values are taken from it, of the types
+that the model, the data module and the checkpointer declare. No class that it names is imported: a measurement needs
+none of them, the checkpoint brings the network. What is left out is logged.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import msgspec
+
+from job import redact, storage
+from job.checkpoint.callback import Checkpointer
+from job.config.import_policy import class_paths, denying_entry, dotted_strings, is_allowed
+from job.config.run_config import FILE, MEND, read_mapping
+from job.data.datamodule import ImageDataModule
+from job.data.index.access import Access, is_local_uri
+from job.errors import ConfigError
+from job.model.module import TransferLearningModel
+
+log = logging.getLogger(__name__)
+
+_Word = typing.Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.\-]{1,32}\Z")]
+_TRAINER: dict[str, Any] = {
+    "accelerator": _Word,
+    "precision": _Word | int | None,
+    "limit_val_batches": float | int | None,
+    "limit_test_batches": float | int | None,
+    "deterministic": bool | Literal["warn"] | None,
+    "benchmark": bool | None,
+    "inference_mode": bool,
+    "enable_progress_bar": bool | None,
+}
+"""What a measurement takes of the Trainer's arguments; the others concern training."""
+_SECTIONS: dict[str, Any] = {"model": TransferLearningModel, "data": ImageDataModule, "checkpoint": Checkpointer}
+_TRAINING_ONLY = frozenset(
+    {
+        *("model.optimizer", "model.lr_scheduler", "model.lr_gamma", "model.lr_interval", "model.weights"),
+        *("data.augment", "data.augment_views"),
+    }
+)
+"""What a measurement does not use."""
+_NEVER_SAVED = frozenset(["data.cache_dir", "data.allow"])
+"""Paths that this machine writes to, and what the user alone may allow."""
+_SOURCES = frozenset(["data.root", "data.train", "data.val", "data.test"])
+"""URIs that are read; see :class:`~job.data.index.access.Access`."""
+_OTHER_COMMANDS = frozenset(["run_dir", "resume", "grace", "profile", "watchdog", "features", "lr"])
+
+
+def read_saved_config(run_dir: str) -> dict[str, Any] | None:
+    """The plain values of ``run_dir/config.yaml`` that a measurement needs, or None where there is no such file.
+
+    Raises:
+        ConfigError: it is damaged, too large, of another version, or names a class that can run commands.
+        StorageError: it cannot be read, which does not mean that it is not there.
+    """
+    uri = storage.join(run_dir, FILE)
+    if not storage.exists(uri):
+        return None
+    return _plain_values(uri, read_mapping(uri))
+
+
+def _plain_values(uri: str, tree: dict[str, Any]) -> dict[str, Any]:
+    """What is taken of the file; logs what is left out.
+
+    Raises:
+        ConfigError: a key or value is unknown, or a class is denied.
+    """
+    for key, path in [*class_paths(tree), *dotted_strings(tree.get("trainer"), "trainer"), *_callables(tree)]:
+        if entry := denying_entry(path):
+            raise ConfigError(
+                f"{uri}: {key} names {path} ({entry} can run commands or read files): somebody may have changed this "
+                f"file. Look at it, and give your own settings by --config FILE."
+            )
+    taken: dict[str, Any] = {}
+    left_out: list[str] = []
+    for name, section in tree.items():
+        if name == "seed_everything":
+            taken[name] = _converted(uri, name, section, bool | int | None)
+        elif name == "trainer" or name in _SECTIONS:
+            if not isinstance(section, dict):
+                raise ConfigError(f"{uri} is damaged: {name} holds no options. {MEND}")
+            types = _TRAINER if name == "trainer" else _types(_SECTIONS[name])
+            taken[name] = dict(_section(uri, name, section, types, left_out))
+        elif name not in _OTHER_COMMANDS:
+            raise _unknown(uri, name)
+    if left_out:
+        log.warning(
+            "%s: %d setting(s) that name classes, folders of another machine or what the user alone may allow are not "
+            "used: %s. To use them, give these options again, or --config %s",
+            uri,
+            len(left_out),
+            ", ".join(left_out),
+            uri,
+        )
+    return taken
+
+
+def _section(
+    uri: str, name: str, section: dict[Any, Any], types: dict[str, Any], left_out: list[str]
+) -> Iterator[tuple[str, Any]]:
+    for option, value in section.items():
+        key = f"{name}.{option}"
+        if option in types and key not in _TRAINING_ONLY and key not in _NEVER_SAVED:
+            converted = _converted(uri, key, value, types[option])
+            if key in _SOURCES and (refused := _refused_sources(uri, converted)):
+                left_out.append(f"{key} ({refused})")
+            else:
+                yield option, converted
+        elif name != "trainer" and option not in types:
+            raise _unknown(uri, key)
+        elif value is not None and (names := _worth_a_word(key, value)):
+            left_out.append(f"{key} ({', '.join(names)})")
+
+
+def _refused_sources(uri: str, value: str | list[str] | None) -> str | None:
+    """The first URI that a configuration in run_dir must not choose for this machine to read, and why."""
+    for source in [value] if isinstance(value, str) else value or []:
+        if redact.is_redacted(source):
+            continue  # refused by the parser, which names the option to give again
+        if reason := Access().problem_of_host(source, local=is_local_uri(uri), filesystem_of=uri):
+            return f"{source} {reason}"
+    return None
+
+
+def _worth_a_word(key: str, value: Any) -> list[str]:
+    """What may surprise when a setting is left out: classes of the user's own, and folders."""
+    if key in _NEVER_SAVED:
+        return [str(value)[:200]]
+    if key == "model.weights":
+        return []  # the checkpoint brings them
+    named = {path for _, path in [*class_paths(value), *dotted_strings(value)]}
+    return sorted(path for path in named if not is_allowed(path))
+
+
+def _callables(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Strings within a class's arguments, and in its place, that may stand for something to import."""
+    for key in sorted(_TRAINING_ONLY - {"model.weights"}):
+        section, _, option = key.partition(".")
+        if isinstance(tree.get(section), dict):
+            yield from dotted_strings(tree[section].get(option), key)
+
+
+def _types(owner: Any) -> dict[str, Any]:
+    """The declared types of a class's options."""
+    hints = typing.get_type_hints(owner.__init__)
+    return {name: hints[name] for name in inspect.signature(owner.__init__).parameters if name in hints}
+
+
+def _converted(uri: str, key: str, value: Any, kind: Any) -> Any:
+    """``value``, if it is of this type.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    try:
+        msgspec.convert(value, kind)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise ConfigError(f"{uri} is damaged: {key}: {_one_line(error)}. {MEND}") from error
+    return value
+
+
+def _unknown(uri: str, key: str) -> ConfigError:
+    return ConfigError(
+        f"{uri} has the key {key!r}, which this version of the job does not know. Use the version that trained the "
+        "run, or give the settings by --config FILE."
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

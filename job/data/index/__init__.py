@@ -1,0 +1,1 @@
+"""From a URI to an index of samples."""

@@ -1,0 +1,255 @@
+"""The format of ``index.json``, and the check of the Arrow files beside it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+
+from job import storage
+from job.data.index.access import OBJECT_STORES, split_scheme
+from job.data.index.arrow_file import require_uncompressed
+from job.data.index.source import INDEX_FILE, Source
+from job.errors import DataError, StorageError, first_line
+from job.storage.format_version import MALFORMED, format_version
+
+FORMAT = 2
+"""Version of the format; 2 added the SHA-256 and size of each part."""
+ROWS_A_BATCH = 1 << 16
+"""Rows of every record batch but the last, so that a sample's place follows from its id."""
+MOST_BYTES = 128 << 20
+"""Size of an index.json that is still read."""
+MOST_CLASSES = 1 << 20
+LONGEST_CLASS = 1024
+LONGEST_KEY = 8192
+"""Characters of a class name, and bytes of a key: buckets allow 1,024, disks 4,096, and signed URLs are longer."""
+LARGEST = 1 << 42
+"""Bytes of a sample, of an archive, and of a part."""
+SCHEMA = pa.schema(
+    {
+        "key": pa.string(),  # path below its source
+        "source": pa.int32(),  # number of its source
+        "offset": pa.int64(),  # first byte in the source; -1: key is an object of its own
+        "size": pa.int64(),  # bytes to read; -1: not known
+        "version": pa.uint64(),  # changes with the content; 0: not known
+        "label": pa.int32(),  # class number; -1: none
+    }
+)
+ClassName = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_CLASS)]
+PartName = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9_]{0,31}\Z")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_LITERAL = OBJECT_STORES | {"memory"}
+"""Stores in which ``..`` is a name like any other."""
+
+
+class PartInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One part's entry in index.json.
+
+    Attributes:
+        root: URI to name in messages.
+        rows: samples.
+        fingerprint: hash of keys and labels.
+        run_length: neighbours in a tar shard that are trained on together, since one read fetches them.
+        mean_bytes: mean size of a sample.
+        bytes: size of PART.arrow.
+        sha256: hash of PART.arrow.
+    """
+
+    root: Annotated[str, msgspec.Meta(max_length=1 << 20)]
+    rows: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+    fingerprint: Sha256
+    run_length: Annotated[int, msgspec.Meta(ge=1, le=256)]
+    mean_bytes: Annotated[float, msgspec.Meta(ge=0, le=LARGEST)]
+    bytes: Annotated[int, msgspec.Meta(ge=0, le=LARGEST)]
+    sha256: Sha256
+
+
+class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``index.json``.
+
+    Attributes:
+        classes: class names; a label is a place in this list.
+        sources: archives and folders that samples are read from.
+        parts: by name (train, val, test; all).
+        created: ISO time.
+        request: options that this index was made from; any JSON.
+        format: version of this format.
+    """
+
+    classes: Annotated[list[ClassName], msgspec.Meta(max_length=MOST_CLASSES)]
+    sources: Annotated[list[Source], msgspec.Meta(max_length=1 << 24)]
+    parts: Annotated[dict[PartName, PartInfo], msgspec.Meta(min_length=1)]
+    created: Annotated[str, msgspec.Meta(max_length=64)]
+    request: dict[str, Any] = {}
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("a class is named twice")
+
+    def to_json(self) -> bytes:
+        """The content of index.json."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1)
+
+    @classmethod
+    def from_json(cls, uri: str, text: bytes) -> IndexInfo:
+        """Parse an index.json.
+
+        Raises:
+            DataError: it is damaged, or of another version of the format.
+        """
+        try:
+            version = format_version(text)
+            if version > FORMAT:
+                raise DataError(
+                    f"{uri} has format {version}: a newer release of this package wrote it, this one reads format "
+                    f"{FORMAT}. Use that release, or another --run_dir or --output."
+                )
+            if version < FORMAT:
+                raise OldFormat(
+                    f"{uri} has format {version}, written by an older release, this one reads format {FORMAT}. Make "
+                    "it again by python -m job index."
+                )
+            return msgspec.json.decode(text, type=cls)
+        except MALFORMED as error:
+            raise DamagedIndex(f"{uri} is no index: {error}. Make it again by python -m job index.") from error
+
+
+class DamagedIndex(DataError):
+    """An index that is not what was written."""
+
+
+class OldFormat(DamagedIndex):
+    """An index that an older release wrote."""
+
+
+def read_index_file(uri: str) -> bytes:
+    """The content of index.json in the folder ``uri``.
+
+    Raises:
+        DataError: it is too large to be one.
+        StorageError: it cannot be read.
+    """
+    return storage.read_bounded(storage.join(uri, INDEX_FILE), MOST_BYTES)
+
+
+def load_index_info(folder: str | Path) -> IndexInfo:
+    """index.json of a local folder."""
+    return IndexInfo.from_json(storage.join(str(folder), INDEX_FILE), read_index_file(str(folder)))
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a local file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_parts(folder: Path, info: IndexInfo, uri: str) -> None:
+    """Check all of an index's Arrow files: hashes, columns, and the ranges of all values.
+
+    Args:
+        folder: where the files lie.
+        uri: where they come from, for messages.
+
+    Raises:
+        DataError: one of them is damaged, or holds values that lead elsewhere.
+    """
+    for name, part in info.parts.items():
+        path, where = folder / f"{name}.arrow", storage.join(uri, f"{name}.arrow")
+        try:
+            size = path.stat().st_size
+            if size != part.bytes:
+                raise ValueError(f"{size:,} bytes, {part.bytes:,} in {INDEX_FILE}")
+            if hash_file(path) != part.sha256:
+                raise ValueError(f"its SHA-256 differs from the one in {INDEX_FILE}")
+            for batch in open_part(path, part.rows):
+                _verify_rows(batch, info)
+        except (pa.ArrowException, ValueError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise StorageError(f"cannot read {path}: {error.strerror}.") from error
+            raise DamagedIndex(
+                f"{where} is damaged: {first_line(error)}. Make it again by python -m job index."
+            ) from error
+
+
+def open_part(path: Path, rows: int, rows_a_batch: int = ROWS_A_BATCH) -> list[pa.RecordBatch]:
+    """Map an Arrow file of :data:`SCHEMA` into memory.
+
+    Args:
+        rows: all of its rows.
+        rows_a_batch: rows of each record batch but the last.
+
+    Raises:
+        ValueError: it is no such file (a :class:`pyarrow.ArrowInvalid`, too), or has another number of rows.
+    """
+    require_uncompressed(path)
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    if not reader.schema.equals(SCHEMA):
+        raise ValueError(f"its columns are {', '.join(f'{field.name} {field.type}' for field in reader.schema)}"[:500])
+    batches, found = [], 0
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number)
+        batches.append(batch)
+        found += len(batch)
+        if len(batch) != min(rows_a_batch, rows - found + len(batch)):
+            raise ValueError(f"record batch {number} has {len(batch):,} rows, not {rows_a_batch:,}")
+    if found != rows:
+        raise ValueError(f"{found:,} rows, {rows:,} in {INDEX_FILE}")
+    return batches
+
+
+def _verify_rows(batch: pa.RecordBatch, info: IndexInfo) -> None:
+    """Check the values of some rows, column by column."""
+    batch.validate(full=True)
+    if any(column.null_count for column in batch.columns):
+        raise ValueError("a value is missing")
+    if not len(batch):
+        return
+    key, source, offset, size = (batch.column(name) for name in ("key", "source", "offset", "size"))
+    _require_range("source", source, 0, len(info.sources) - 1)
+    _require_range("label", batch.column("label"), *((0, len(info.classes) - 1) if info.classes else (-1, -1)))
+    _require_range("offset", offset, -1, LARGEST)
+    _require_range("size", size, -1, LARGEST)
+    _require_range("length of a key", pc.binary_length(key), 1, LONGEST_KEY)
+    if pc.any(pc.match_substring(key, "\0")).as_py():
+        raise ValueError("a key holds a zero byte")
+    own = pc.less(offset, 0)
+    kinds = pa.array([each.kind for each in info.sources], pa.string())
+    folder = pc.equal(pc.take(kinds, source), "folder")
+    if not pc.all(pc.equal(folder, own)).as_py():
+        raise ValueError("an archive's member has no offset, or an object of its own has one")
+    if pc.any(pc.and_(pc.invert(own), pc.less(size, 0))).as_py():
+        raise ValueError("an archive's member has no size")
+    if pc.any(pc.equal(pc.take(kinds, source), "manifest")).as_py():
+        raise ValueError("a sample lies in a table")
+    suspicious = pc.or_(pc.starts_with(key, "/"), pc.match_substring(key, ".."))
+    suspicious = pc.or_(suspicious, pc.match_substring_regex(key, r"(?i)%2e"))
+    if pc.any(pc.and_(own, suspicious)).as_py():
+        _require_below(batch.filter(pc.and_(own, suspicious)), info)
+
+
+def _require_range(what: str, column: pa.Array, least: int, most: int) -> None:
+    found = pc.min_max(column)
+    if found["min"].as_py() < least or found["max"].as_py() > most:
+        raise ValueError(f"{what}: {found['min']} to {found['max']}, where {least} to {most} is possible")
+
+
+def _require_below(batch: pa.RecordBatch, info: IndexInfo) -> None:
+    for key, number in zip(batch.column("key").to_pylist(), batch.column("source").to_pylist(), strict=True):
+        scheme = split_scheme(info.sources[number].uri)[0]
+        if scheme not in _LITERAL and leaves_folder(key, scheme):
+            raise ValueError(f"key {key[:200]!r} leads out of its source")
+
+
+def leaves_folder(key: str, scheme: str) -> bool:
+    """Whether a key, joined to a folder of that protocol, names something outside the folder."""
+    path = key
+    if scheme in ("http", "https"):
+        path = key.split("?", 1)[0].split("#", 1)[0].lower().replace("%2e", ".")
+    return path.startswith("/") or ".." in path.split("/")

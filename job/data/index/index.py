@@ -1,0 +1,212 @@
+"""Which samples there are: an Arrow file a part, memory-mapped by all processes of a node.
+
+An index is a folder: ``index.json``, and for each part ``PART.arrow`` with one row a sample, in the
+order of sample ids. A row costs 36 bytes and its key.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.ipc
+
+from job import redact, storage
+from job.data.index.access import Access
+from job.data.index.file import ROWS_A_BATCH, SCHEMA, DamagedIndex, PartInfo, hash_file, load_index_info, open_part
+from job.errors import DataError
+
+RUN_BYTES = 1 << 20
+"""What a read from tar shards should fetch at once: below some MB a bucket's latency costs more than its bandwidth."""
+
+
+class Sample(NamedTuple):
+    """Where a sample lies; the columns of :data:`SCHEMA`."""
+
+    key: str
+    source: int
+    offset: int
+    size: int
+    version: int
+
+
+class Index:
+    """The samples of one part; a sample's id is its row. Sent to another process it costs a path.
+
+    Args:
+        folder: local folder of the index.
+        part: train, val, test, …
+        access: what samples may be read besides object stores and public web servers; default: anything.
+
+    The values in it are not checked here, in each process: see :func:`job.data.index.file.verify_parts`.
+
+    Raises:
+        DataError: the index is damaged, or has no such part.
+    """
+
+    def __init__(self, folder: str | Path, part: str, access: Access | None = None) -> None:
+        self.folder, self.part = str(folder), part
+        self.access = access or Access(unrestricted=True)
+        info = load_index_info(folder)
+        if part not in info.parts:
+            raise DataError(f"the index in {folder} has no part {part}; it has {', '.join(info.parts)}.")
+        self.classes = tuple(info.classes)
+        self.sources = tuple(info.sources)
+        self.created = info.created
+        self.info: PartInfo = info.parts[part]
+        self.root = self.info.root
+        path = Path(folder) / f"{part}.arrow"
+        try:
+            if path.stat().st_size != self.info.bytes:
+                raise ValueError(f"{path.stat().st_size:,} bytes, {self.info.bytes:,} in index.json")
+            self._batches = open_part(path, self.info.rows, ROWS_A_BATCH)
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise DamagedIndex(f"{path} is damaged: {error}. Remove {folder}.") from error
+
+    def __reduce__(self) -> tuple[type[Index], tuple[str, str, Access]]:
+        return Index, (self.folder, self.part, self.access)
+
+    def __len__(self) -> int:
+        return self.info.rows
+
+    def __getitem__(self, sample: int) -> Sample:
+        return self.rows([sample])[0]
+
+    def rows(self, samples: Sequence[int]) -> list[Sample]:
+        """Where some samples lie, in the order asked for."""
+        found: dict[int, Sample] = {}
+        for number in {sample // ROWS_A_BATCH for sample in samples}:
+            chosen = [sample for sample in samples if sample // ROWS_A_BATCH == number]
+            batch = self._batches[number].take(pa.array([sample % ROWS_A_BATCH for sample in chosen]))
+            columns = [batch.column(name).to_pylist() for name in Sample._fields]
+            found.update(zip(chosen, map(Sample, *columns), strict=True))
+        return [found[sample] for sample in samples]
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows, :data:`ROWS_A_BATCH` at a time."""
+        return iter(self._batches)
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """All keys, in memory."""
+        return [key for batch in self._batches for key in batch.column("key").to_pylist()]
+
+    @functools.cached_property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """int32 [len(self)], the class number of every sample; -1 where there is none."""
+        columns = [batch.column("label").to_numpy() for batch in self._batches]
+        return columns[0] if len(columns) == 1 else np.concatenate([np.empty(0, np.int32), *columns])
+
+    def labels_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64, same shape: the class numbers of some samples, without reading all."""
+        return self._values("label", samples)
+
+    def sizes_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64, same shape: the bytes of some samples as they lie in their sources; -1 where not known."""
+        return self._values("size", samples)
+
+    def _values(self, column: str, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        found = np.empty(len(samples), np.int64)
+        for number in np.unique(samples // ROWS_A_BATCH):
+            chosen = samples // ROWS_A_BATCH == number
+            found[chosen] = self._batches[number].column(column).to_numpy()[samples[chosen] % ROWS_A_BATCH]
+        return found
+
+    def fingerprint(self) -> str:
+        """What tells this part from another: its size and a hash of keys and labels, but not where it lies."""
+        digest = hashlib.sha256(repr((self.classes, self.info.fingerprint, self.info.run_length)).encode())
+        return f"{len(self):,} images, {digest.hexdigest()[:16]}"
+
+    def uri(self, sample: int) -> str:
+        """Where a sample lies; a member of an archive as ARCHIVE/MEMBER."""
+        found = self[sample]
+        return redact.identity(storage.join(self.sources[found.source].uri, found.key))
+
+
+class PartWriter:
+    """Writes the samples of one part, with rows of :data:`SCHEMA` given in any portions.
+
+    Memory holds no more than :data:`ROWS_A_BATCH` rows and one portion.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._file, SCHEMA)
+        self._pending: list[pa.Table] = []
+        self._digest = hashlib.sha256()
+        self.rows = 0
+        self._bytes = 0
+        self._same_neighbours = 0
+        self._label_counts = np.zeros(0, np.int64)
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._close()
+
+    def write(self, rows: pa.Table) -> None:
+        """Append ``rows``."""
+        self._pending.append(rows.select(SCHEMA.names).cast(SCHEMA))
+        if sum(len(table) for table in self._pending) >= ROWS_A_BATCH:
+            table = pa.concat_tables(self._pending)
+            full = len(table) - len(table) % ROWS_A_BATCH
+            for start in range(0, full, ROWS_A_BATCH):
+                self._write_batch(table.slice(start, ROWS_A_BATCH))
+            self._pending = [table.slice(full)]
+
+    def finish(self, root: str, *, shards: bool) -> PartInfo:
+        """Write what is left, and close the file.
+
+        Args:
+            root: URI to name in messages.
+            shards: all samples lie in tar files.
+        """
+        rest = pa.concat_tables(self._pending) if self._pending else SCHEMA.empty_table()
+        if len(rest):
+            self._write_batch(rest)
+        mean = self._bytes / max(self.rows, 1)
+        run_length = int(np.clip(RUN_BYTES / max(mean, 1), 1, 256)) if shards and self._is_shuffled() else 1
+        self._close()
+        return PartInfo(
+            root=root,
+            rows=self.rows,
+            fingerprint=self._digest.hexdigest(),
+            run_length=run_length,
+            mean_bytes=mean,
+            bytes=self._path.stat().st_size,
+            sha256=hash_file(self._path),
+        )
+
+    def _close(self) -> None:
+        if not self._file.closed:
+            self._writer.close()
+            self._file.close()
+
+    def _write_batch(self, table: pa.Table) -> None:
+        batch = table.combine_chunks().to_batches()[0]
+        self._writer.write_batch(batch)
+        keys, labels = batch.column("key"), batch.column("label").to_numpy()
+        self._digest.update("\0".join(keys.to_pylist()).encode())
+        self._digest.update(labels.tobytes())
+        self.rows += len(batch)
+        self._bytes += int(batch.column("size").to_numpy().clip(0).sum())
+        self._same_neighbours += int((labels[1:] == labels[:-1]).sum())
+        counts = np.bincount(labels[labels >= 0], minlength=len(self._label_counts))
+        counts[: len(self._label_counts)] += self._label_counts
+        self._label_counts = counts
+
+    def _is_shuffled(self) -> bool:
+        """Whether neighbours share a class hardly more often than any two samples do."""
+        chance = float(((self._label_counts / max(self.rows, 1)) ** 2).sum())
+        return self._same_neighbours / max(self.rows, 1) <= chance + 0.1 * (1 - chance)

@@ -1,0 +1,222 @@
+"""What keys mean: parts (train, val, test) and classes, from folders or from labels that came along.
+
+Everything is computed column-wise on the listing as it lies on disk, some ten thousand rows at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from job import storage
+from job.data.index.listing import LISTING, Listing
+from job.data.index.source import IMAGE_PATTERN
+from job.errors import DataError
+
+log = logging.getLogger(__name__)
+
+PART_FOLDERS = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a data set.
+
+    Attributes:
+        root: URI to name in messages.
+        classes: class names in order.
+        tables: gives its samples, as often as asked: tables of :data:`LISTING` whose ``class`` is filled.
+    """
+
+    root: str
+    classes: list[str]
+    tables: Callable[[], Iterator[pa.Table]]
+
+
+def find_parts(listing: Listing) -> dict[str, Part]:
+    """The parts under one root.
+
+    Labels that came along (WebDataset, a manifest) are taken as they are, and its ``split`` column as
+    parts. Otherwise: ``train/``, ``validation/`` or ``val/``, ``test/``, each of class folders; or class
+    folders alone, which are the train part. A single folder that wraps everything, as archives have it,
+    is stepped into.
+
+    Raises:
+        DataError: the layout is none of these, or some images have no label.
+    """
+    if _has_labels(listing):
+        labelled = _labelled_parts(listing)
+        if "train" not in labelled:
+            raise DataError(f"{listing.uri} names no training image.")
+        return labelled
+    prefix, found = _unwrapped(listing, "")
+    parts = {}
+    for part, folders in PART_FOLDERS.items():
+        present = [folder for folder in folders if folder in found.folders]
+        if len(present) > 1:
+            raise DataError(
+                f"{listing.uri} holds both {present[0]}/ and {present[1]}/: which one is meant? Remove one."
+            )
+        for folder in present:
+            parts[part] = _class_folders(listing, f"{prefix}{folder}/")
+    if parts and "train" not in parts:
+        raise DataError(f"{listing.uri} holds {', '.join(parts)} but no train/ folder.")
+    return parts or {"train": _class_folders(listing, prefix)}
+
+
+def class_folders(listing: Listing) -> Part:
+    """One part alone: class folders (torchvision's ImageFolder layout), or images with labels of their own.
+
+    Raises:
+        DataError: no class folder, an empty one, or images beside the class folders.
+    """
+    if _has_labels(listing):
+        parts = _labelled_parts(listing)
+        if len(parts) > 1:
+            raise DataError(f"{listing.uri} has a split column with {', '.join(parts)}: give it by --data.root.")
+        return next(iter(parts.values()))
+    return _class_folders(listing, "")
+
+
+def all_images(listing: Listing) -> Part:
+    """Every image, without labels.
+
+    Raises:
+        DataError: there is none.
+    """
+
+    def tables() -> Iterator[pa.Table]:
+        for batch in listing.batches():
+            table = pa.table(batch)
+            yield table.filter(pc.match_substring_regex(table["key"], IMAGE_PATTERN))
+
+    if not any(len(table) for table in tables()):
+        raise DataError(f"no image under {listing.uri}.")
+    return Part(listing.uri, [], tables)
+
+
+def class_order(names: set[str]) -> list[str]:
+    """Class names in order: of their numbers if all are numbers, else of the alphabet."""
+    return sorted(sorted(names), key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
+
+def _has_labels(listing: Listing) -> bool:
+    return any(batch.column("class").null_count < len(batch) for batch in listing.batches())
+
+
+def _labelled_parts(listing: Listing) -> dict[str, Part]:
+    def tables(part: str) -> Iterator[pa.Table]:
+        for batch in listing.batches():
+            table = pa.table(batch)
+            # A manifest means what it names; an archive also holds other files than images.
+            meant = pc.or_(pc.less(table["offset"], 0), pc.match_substring_regex(table["key"], IMAGE_PATTERN))
+            yield table.filter(pc.and_(meant, pc.equal(pc.fill_null(table["part"], "train"), part)))
+
+    parts = {}
+    for part in PART_FOLDERS:
+        names: set[str | None] = set()
+        for table in tables(part):
+            names |= set(pc.unique(table["class"]).to_pylist())
+            if None in names:
+                key = table.filter(pc.is_null(table["class"]))["key"][0].as_py()
+                raise DataError(f"{listing.uri}: {key} has no label, others have. Add its .cls or .json file.")
+        if names:
+            classes = class_order({name for name in names if name is not None})
+            _require_two(listing.uri, classes)
+            parts[part] = Part(listing.uri, classes, lambda part=part: tables(part))  # type: ignore[misc]
+    return parts
+
+
+@dataclass
+class _Survey:
+    """What lies below one prefix."""
+
+    folders: set[str] = field(default_factory=set)
+    image_folders: set[str] = field(default_factory=set)
+    images: int = 0
+    least_depth: int = 1 << 30
+    stray: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    strays: int = 0
+    other_count: int = 0
+
+
+def _below(listing: Listing, prefix: str) -> Iterator[pa.Table]:
+    """The rows below a prefix, less hidden ones, with the columns rest (of the key), first (folder), image."""
+    for batch in listing.batches():
+        table = pa.table(batch)
+        table = table.filter(pc.starts_with(table["key"], prefix)) if prefix else table
+        rest = pc.utf8_slice_codeunits(table["key"], start=len(prefix))
+        table = table.append_column("rest", rest)
+        hidden = pc.or_(pc.starts_with(rest, "."), pc.match_substring(table["key"], "__MACOSX/"))
+        table = table.filter(pc.and_(pc.invert(hidden), pc.not_equal(rest, "")))
+        table = table.append_column("first", pc.replace_substring_regex(table["rest"], "(?s)/.*", ""))
+        yield table.append_column("image", pc.match_substring_regex(table["rest"], IMAGE_PATTERN))
+
+
+def _survey(listing: Listing, prefix: str) -> _Survey:
+    found = _Survey()
+    for table in _below(listing, prefix):
+        slashes = pc.count_substring(table["rest"], "/")
+        nested, image = pc.greater(slashes, 0), table["image"]
+        found.folders |= set(pc.unique(table.filter(nested)["first"]).to_pylist())
+        found.image_folders |= set(pc.unique(table.filter(pc.and_(image, nested))["first"]).to_pylist())
+        found.images += pc.sum(image).as_py() or 0
+        depth = pc.min(slashes.filter(image)).as_py()
+        found.least_depth = found.least_depth if depth is None else min(found.least_depth, depth)
+        stray = table.filter(pc.and_(image, pc.invert(nested)))["key"]
+        other = table.filter(pc.and_(pc.invert(image), pc.invert(pc.ends_with(table["rest"], "/"))))["key"]
+        found.strays, found.other_count = found.strays + len(stray), found.other_count + len(other)
+        found.stray += stray[:1].to_pylist()
+        found.others += other[:1].to_pylist()
+    return found
+
+
+def _unwrapped(listing: Listing, prefix: str) -> tuple[str, _Survey]:
+    """Step into a folder that is alone at its level (but for files), unless it is a part or a class folder.
+
+    Returns the prefix where that ends, and what lies there.
+    """
+    known = {folder for folders in PART_FOLDERS.values() for folder in folders}
+    while True:
+        found = _survey(listing, prefix)
+        if len(found.folders) != 1 or found.folders & known or not found.images or found.least_depth < 2:
+            return prefix, found
+        prefix += f"{next(iter(found.folders))}/"
+
+
+def _class_folders(listing: Listing, prefix: str) -> Part:
+    """Labels from the first folder of each key."""
+    prefix, found = _unwrapped(listing, prefix)
+    root = storage.join(listing.uri, prefix) if prefix else listing.uri
+    if not found.images:
+        raise DataError(f"no image under {root}. Expected CLASS/*.jpg (or .png, .webp, …).")
+    if found.strays:
+        raise DataError(
+            f"{root} holds {found.strays} image(s) outside any class folder, for example {found.stray[0]}. "
+            "Expected CLASS/*.jpg: one folder a class."
+        )
+    if empty := sorted(found.folders - found.image_folders):
+        raise DataError(f"no image in class folder(s) {', '.join(empty)} of {root}. Fill or remove them.")
+    classes = sorted(found.folders)
+    _require_two(root, classes)
+    if found.other_count:
+        log.warning(
+            "%s: %d file(s) are no images and are ignored, for example %s", root, found.other_count, found.others[0]
+        )
+
+    def tables() -> Iterator[pa.Table]:
+        for table in _below(listing, prefix):
+            table = table.filter(table["image"])
+            yield table.set_column(table.column_names.index("class"), "class", table["first"]).select(LISTING.names)
+
+    return Part(root, classes, tables)
+
+
+def _require_two(root: str, classes: list[str]) -> None:
+    if len(classes) < 2:
+        raise DataError(f"{root} has a single class folder ({classes[0]}): at least two classes are needed.")

@@ -1,0 +1,220 @@
+"""Indexes that were made before: beside the data, in run_dir, and copies of them on this node."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from job import redact, storage
+from job.data.index.access import Access, is_local_uri
+from job.data.index.file import DamagedIndex, IndexInfo, load_index_info, read_index_file, verify_parts
+from job.data.index.index import Index
+from job.data.index.source import INDEX_FILE, is_saved_index, kind_of
+from job.data.local_files import locked, private_folder, read_small, room_needed, write_small
+from job.errors import StorageError, StorageOutage
+
+log = logging.getLogger(__name__)
+
+VERIFIED_EACH_TIME = 16 << 20
+"""Bytes of a local index below which to verify it costs less than to keep a record of it."""
+SAMPLES_CHECKED = 32
+"""Samples whose version is looked up to see whether a saved index still tells the truth."""
+
+
+def saved_index(uri: str) -> str:
+    """Where ``job index`` keeps the index of ``uri``: within a folder, or beside an archive, shards or a manifest."""
+    if is_saved_index(uri):
+        return uri.removesuffix(f"/{INDEX_FILE}")
+    if kind_of(uri) == "folder":
+        return storage.join(uri, ".index")
+    path, query = redact.split_query(uri)
+    return f"{re.sub(r'[{}*?]', '_', path)}.index{query}"
+
+
+def is_fresh(uri: str, info: IndexInfo, index: Index) -> bool:
+    """Whether the sources still are what they were, as far as some requests can tell.
+
+    Archives and manifests are compared by version; of folders :data:`SAMPLES_CHECKED` samples are.
+    Files that came in since are not seen.
+    """
+    spread = np.linspace(0, len(index) - 1, min(SAMPLES_CHECKED, len(index)), dtype=np.int64)
+    wanted = [(source.uri, "", source.version) for source in info.sources if source.version]
+    for sample in (index[int(n)] for n in spread):
+        if sample.offset < 0 and sample.version:
+            wanted.append((info.sources[sample.source].uri, sample.key, sample.version))
+    same_version = _version_check(index.access)
+    with ThreadPoolExecutor(storage.LISTINGS_IN_FLIGHT) as pool:
+        changed = [uri for uri, same in pool.map(same_version, wanted) if not same]
+    if changed:
+        log.warning("%s was made %s and is out of date: %s changed since", uri, info.created, changed[0])
+    return not changed
+
+
+def is_run_index_usable(uri: str, cache_dir: Path, request: dict[str, Any], roots: list[str], access: Access) -> bool:
+    """Whether an earlier start of a run left its index, whole, and the data is still what it was.
+
+    A damaged one is made again: it follows from the data, and a run that resumes compares what comes out of it with
+    what it was trained on.
+
+    Args:
+        uri: folder of the index in run_dir.
+        request: options that it must have been made from.
+        roots: URIs of the data on the command line: the index, which others may have written, must not read local
+            files that they do not name.
+        access: what it may name besides.
+
+    Raises:
+        DataError: it names something that must not be read, or a newer release wrote it.
+    """
+    if not storage.exists(storage.join(uri, INDEX_FILE)):
+        return False
+    try:
+        folder = local_index(uri, cache_dir)
+        info = load_index_info(folder)
+        if info.request != request or not {"train", "val"} <= info.parts.keys() or not info.classes:
+            raise DamagedIndex(f"{uri} was not made for this run's data.")
+    except DamagedIndex as error:
+        log.warning("the run's index is made again from the data: %s", error)
+        return False
+    local_roots = [root for root in roots if is_local_uri(root)]
+    local = any(
+        kind_of(root) == "manifest"
+        or is_saved_index(root)
+        or storage.exists(storage.join(saved_index(root), INDEX_FILE))
+        for root in local_roots
+    )
+    access.require_sources([source.uri for source in info.sources], uri, local=local)
+    return all(is_fresh(uri, info, Index(folder, part, access)) for part in info.parts)
+
+
+def local_index(uri: str, cache_dir: Path) -> Path:
+    """The folder on this node that holds the index at ``uri``: where it lies, or a copy in the node's cache.
+
+    Its files are verified once per node, not by each process.
+
+    Raises:
+        DataError: the index is damaged.
+        StorageError: it is not there, or there is no room.
+    """
+    content = read_index_file(uri)
+    info = IndexInfo.from_json(storage.join(uri, INDEX_FILE), content)
+    local = storage.is_local(uri)
+    if local and sum(part.bytes for part in info.parts.values()) < VERIFIED_EACH_TIME:
+        verify_parts(_local_path(uri), info, uri)
+        return _local_path(uri)
+    digest = hashlib.sha256(content).hexdigest()[:32]
+    copy = cache_dir / "index" / digest
+    folder = _local_path(uri) if local else copy
+    verified = copy.with_name(f"{digest}.verified")
+    with room_needed(copy.parent, "keep the index"):
+        private_folder(copy.parent)
+        with locked(copy):
+            if local or folder.exists():
+                if read_small(verified) == (state := _state(folder, info)):
+                    return folder
+                if local:
+                    verify_parts(folder, info, uri)
+                    write_small(verified, state)
+                    return folder
+                log.warning("%s is not as it was downloaded, and is downloaded again", folder)
+            _download(uri, content, info, folder)
+            write_small(verified, _state(folder, info))
+    return folder
+
+
+def fetch_index(uri: str, folder: Path) -> IndexInfo:
+    """Copy the index at ``uri`` into the new local ``folder``, and verify it.
+
+    Raises:
+        DataError: the index is damaged.
+        StorageError: it is not there, or there is no room.
+    """
+    content = read_index_file(uri)
+    info = IndexInfo.from_json(storage.join(uri, INDEX_FILE), content)
+    with room_needed(folder.parent, "keep the index"):
+        _download(uri, content, info, folder)
+    return info
+
+
+def publish_index(folder: Path, uri: str, before_write: Callable[[], None] = storage.unconditionally) -> None:
+    """Copy the local index to ``uri``; ``index.json`` comes last and makes it valid.
+
+    Args:
+        folder: of the local index.
+        uri: of its copy.
+        before_write: called immediately before each write; raises if this job may not write there.
+    """
+    for name in (*(f"{part}.arrow" for part in load_index_info(folder).parts), INDEX_FILE):
+        storage.upload(folder / name, storage.join(uri, name), before_write)
+
+
+def _download(uri: str, content: bytes, info: IndexInfo, folder: Path) -> None:
+    """Copy an index and verify it; ``folder`` appears whole or not at all."""
+    with tempfile.TemporaryDirectory(prefix=".index-", dir=folder.parent) as scratch:
+        copy = private_folder(Path(scratch) / "copy")
+        for name, part in info.parts.items():
+            source, target = storage.join(uri, f"{name}.arrow"), copy / f"{name}.arrow"
+            size = _size(uri, source)
+            if size is not None and size != part.bytes:
+                raise DamagedIndex(
+                    f"{source} is damaged: {size:,} bytes, {part.bytes:,} in {INDEX_FILE}. Make it again by python -m "
+                    "job index."
+                )
+            target.touch(mode=0o600)
+            storage.download(source, target)
+        verify_parts(copy, info, uri)
+        (copy / INDEX_FILE).touch(mode=0o600)
+        (copy / INDEX_FILE).write_bytes(content)
+        shutil.rmtree(folder, ignore_errors=True)
+        copy.replace(folder)
+
+
+def _size(uri: str, part: str) -> int | None:
+    try:
+        size = storage.info(part).get("size")
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise DamagedIndex(f"{uri} lacks {part}. Make the index again by python -m job index.") from error
+        raise
+    return size if isinstance(size, int) else None
+
+
+def _local_path(uri: str) -> Path:
+    return Path(storage.filesystem(uri)[1])
+
+
+def _state(folder: Path, info: IndexInfo) -> bytes:
+    """What changes when a file of a local index is replaced or written to."""
+    found = [str(folder)]
+    for name in info.parts:
+        try:
+            details = (folder / f"{name}.arrow").stat()
+        except FileNotFoundError:
+            return b""
+        found.append(f"{name} {details.st_size} {details.st_mtime_ns} {details.st_ctime_ns} {details.st_ino}")
+    return "\n".join(found).encode()
+
+
+def _version_check(access: Access) -> Callable[[tuple[str, str, int]], tuple[str, bool]]:
+    def same_version(wanted: tuple[str, str, int]) -> tuple[str, bool]:
+        root, key, version = wanted
+        uri = storage.join(root, key) if key else root
+        with access.guarded():
+            try:
+                details = storage.info_below(root, key) if key else storage.info(root)
+                return uri, storage.version(details) == version
+            except StorageOutage:
+                raise
+            except StorageError:
+                return uri, False
+
+    return same_version

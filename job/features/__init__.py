@@ -1,0 +1,1 @@
+"""Cached backbone features: computed once while the backbone is frozen."""

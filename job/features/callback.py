@@ -1,0 +1,312 @@
+"""While the backbone is frozen, what it gives for an image is a constant: computed once, the head trains from that.
+
+The result is the same as without, bit for bit on a CPU: the same numbers come from a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, cast
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from job import storage
+from job.cluster import ranks
+from job.data.datamodule import ImageDataModule
+from job.data.sampler import BatchOrder, ViewOrder
+from job.errors import ConfigError, Preempted, StorageError
+from job.features.store import FeatureStore, content_hash, weights_hash
+from job.model.module import TransferLearningModel
+from job.resilience.flags import Votes
+from job.resilience.lease import Lease
+from job.resilience.preemption import Preemption
+from job.resilience.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+FOLDER = "features"
+PROGRESS_SECONDS = 10.0
+WORTH_A_HINT = 3
+"""Frozen epochs from which on it is said why nothing is kept."""
+
+
+class FeatureCache(Callback):
+    """Computes the features of a frozen backbone once, and has the head trained and validated from them.
+
+    Every rank computes its share of the chunks, and uploads them; each node fetches what others computed. A
+    start finds what an earlier one, or another run with the same ``uri``, backbone, data, transform and precision
+    has left. From the first milestone on images are read as ever.
+
+    Args:
+        use: "auto": where it is less work than computing them anew each epoch; "always"; "never".
+        max_gb: features that are kept in --data.cache_dir, in 10^9 bytes; those of other data or another backbone
+            are removed first, and with more needed none are kept.
+        uri: folder for them, which runs may share. Default: features/ in run_dir.
+    """
+
+    def __init__(
+        self, use: Literal["auto", "always", "never"] = "auto", max_gb: float = 10.0, uri: str | None = None
+    ) -> None:
+        if max_gb <= 0:
+            raise ConfigError(f"--features.max_gb must be above 0: {max_gb}. --features.use=never keeps none.")
+        self.use = use
+        self.max_bytes = int(max_gb * 1e9)
+        self.uri = uri
+        self.seconds = 0.0
+        self.preemption = Preemption(0.0)
+        self.watchdog = Watchdog()
+        self.lease: Lease | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compute or find the features, on all ranks together, where the run is in its frozen epochs."""
+        began = time.monotonic()
+        module = cast("TransferLearningModel", pl_module)
+        frozen = _frozen_epochs(trainer, module)
+        if self.use == "never" or frozen < 1:
+            return
+        stores = self._stores(trainer, module, frozen)
+        if stores:
+            missing = self._missing(stores)
+            while missing:
+                self._compute(trainer, module, stores, missing)
+                before, missing = missing, self._missing(stores)  # less, where a copy in the bucket was damaged
+                if missing == before:
+                    raise StorageError(f"the features written to {stores[next(iter(missing))].uri} are not there.")
+            data = _data(trainer)
+            for store in stores.values():
+                data.report_bad(store.open())
+            data.features = stores
+        self.seconds = time.monotonic() - began
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read images again from the epoch on that unfreezes."""
+        if trainer.current_epoch >= cast("TransferLearningModel", pl_module).constant_epochs:
+            _data(trainer).features = {}
+
+    def _stores(self, trainer: pl.Trainer, module: TransferLearningModel, frozen: int) -> dict[str, FeatureStore]:
+        """The parts whose features are worth keeping; the same on all ranks."""
+        data, found = _data(trainer), {}
+        if ranks.union(set() if data.is_cache_usable else {str(data.cache_dir)}):
+            log.warning("the backbone's features are not kept: --data.cache_dir cannot be used on some node.")
+            return {}
+        bytes_each = 0
+        weights = ranks.from_rank_zero(lambda: weights_hash(module.net.backbone))
+        for part, batches in (("train", trainer.num_training_batches), ("val", _validation_batches(trainer))):
+            view = data.view(part)
+            if view.count is None:
+                if frozen >= WORTH_A_HINT and trainer.is_global_zero:
+                    log.info(
+                        "the backbone's features are not kept: --data.augment makes a new picture each epoch. "
+                        "--data.augment_views=%d would make the frozen epochs faster.",
+                        max(frozen // 2, 1),
+                    )
+                continue
+            if not bytes_each:
+                image = torch.zeros(1, 3, data.image_size, data.image_size, dtype=torch.uint8, device=module.device)
+                example = _features(trainer, module, image)
+                bytes_each = example.nbytes
+            key = self._key(trainer, module, part, weights)
+            folder = data.cache_dir / FOLDER / key
+            dataset = data.dataset(part, BatchOrder(1, 1, rank=0, world_size=1, seed=0, shuffle=False))
+            root = self.uri or storage.join(trainer.default_root_dir, FOLDER)
+            store = FeatureStore(dataset, folder, storage.join(root, key), example.shape[1], example.dtype)
+            known = ranks.from_rank_zero(lambda store=store: len(store.published() | store.on_disk()))  # type: ignore[misc]
+            work = len(store.index) * store.views * (1 - known / max(len(store), 1))
+            if self.use == "auto" and work >= frozen * batches * data.global_batch_size and known < len(store):
+                continue
+            found[part] = store
+        if not found:
+            return {}
+        needed = bytes_each * sum(len(store.index) * store.views for store in found.values())
+        if problem := self._no_room(data.cache_dir, {store.folder for store in found.values()}, needed):
+            log.warning("the backbone's features are not kept: %s", problem)
+            return {}
+        return found
+
+    def _key(self, trainer: pl.Trainer, module: TransferLearningModel, part: str, weights: str) -> str:
+        """Everything that a feature follows from, as a hash."""
+        data = _data(trainer)
+        view = data.view(part)
+        what = (
+            weights,
+            ranks.from_rank_zero(lambda: content_hash(data.parts[part])),
+            module.net.spec()["mean"],
+            module.net.spec()["std"],
+            repr(view),
+            data.seed if view.augment is not None else None,
+            str(trainer.precision),
+            module.compile_backbone,
+            module.device.type,
+            str(module.net.memory_format),
+            torch.__version__,
+        )
+        return hashlib.sha256(repr(what).encode()).hexdigest()[:20]
+
+    def _no_room(self, cache_dir: Path, folders: set[Path], needed: int) -> str:
+        """Make room on this node, or say why there is none; what any rank says all say."""
+        problem = set()
+        if ranks.local_rank() == 0:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            allowed = self.max_bytes - needed
+            ours = sum(_size(folder) for folder in folders)
+            free = shutil.disk_usage(cache_dir).free + ours
+            if allowed < 0:
+                problem = {f"they need {needed / 1e9:.3g} GB, --features.max_gb allows {self.max_bytes / 1e9:.3g}."}
+            elif free < needed * 1.05:
+                problem = {f"they need {needed / 1e9:.3g} GB, and {cache_dir} has {free / 1e9:.3g} GB left."}
+            else:
+                _remove_oldest(cache_dir / FOLDER, folders, allowed)
+        return " ".join(sorted(ranks.union(problem)))
+
+    def _missing(self, stores: dict[str, FeatureStore]) -> dict[str, list[int]]:
+        """Chunks that no node has, by part; what is only in the bucket or only on a disk is copied to the other."""
+        missing = {}
+        for part, store in stores.items():
+            published = ranks.from_rank_zero(store.published)
+            here = store.on_disk() if ranks.local_rank() == 0 else set()
+            for chunk in sorted(here - published):
+                self._publish(store, chunk)
+            wanted = sorted(published - here) if ranks.local_rank() == 0 else []
+            damaged = {chunk for chunk in wanted if not store.fetch(chunk, self._before_write)}
+            known = published | {int(chunk) for chunk in ranks.union({str(chunk) for chunk in here})}
+            lost = known & {int(chunk) for chunk in ranks.union({str(chunk) for chunk in damaged})}
+            if absent := sorted(set(range(len(store))) - known | lost):
+                missing[part] = absent
+        return missing
+
+    def _compute(
+        self,
+        trainer: pl.Trainer,
+        module: TransferLearningModel,
+        stores: dict[str, FeatureStore],
+        missing: dict[str, list[int]],
+    ) -> None:
+        """Compute the missing chunks, each rank its share, in step with one another so that all stop together."""
+        world_size = ranks.world_size()
+        batch_size = _data(trainer).global_batch_size // world_size
+        shares = [{part: chunks[rank::world_size] for part, chunks in missing.items()} for rank in range(world_size)]
+
+        def batches(share: dict[str, list[int]]) -> int:
+            return sum(
+                len(ViewOrder([stores[part].samples(chunk) for chunk in chunks], stores[part].views, batch_size))
+                for part, chunks in share.items()
+            )
+
+        rounds = max(map(batches, shares))
+        log.info(
+            "computing the features of the frozen backbone once: %s",
+            ", ".join(f"{part} {len(c)} of {len(stores[part])} chunks" for part, c in missing.items()),
+        )
+        votes, said = Votes(1), time.monotonic()
+        work = self._batches(trainer, module, stores, shares[ranks.rank()])
+        with contextlib.closing(work):
+            for number in range(rounds):
+                next(work, None)
+                self.watchdog.beat("computing features", trainer.global_step)
+                if self.lease is not None:
+                    self.lease.raise_if_lost()
+                if any(votes.cast([self.preemption.requested])):
+                    votes.drain()
+                    raise Preempted(
+                        "stopped on request while the backbone's features were computed. The same command goes on "
+                        "from there."
+                    )
+                if time.monotonic() - said >= PROGRESS_SECONDS:
+                    said = time.monotonic()
+                    log.info("features: batch %d of %d", number + 1, rounds)
+            next(work, None)  # the last chunk is saved when its last batch is over
+            votes.drain()
+        ranks.union(set())  # all chunks are there before anybody looks for them
+
+    def _publish(self, store: FeatureStore, chunk: int) -> None:
+        store.publish(chunk, self._before_write)
+
+    def _before_write(self) -> None:
+        if self.lease is not None:
+            self.lease.require_held()
+
+    def _batches(
+        self,
+        trainer: pl.Trainer,
+        module: TransferLearningModel,
+        stores: dict[str, FeatureStore],
+        share: dict[str, list[int]],
+    ) -> Generator[None, None, None]:
+        """Compute and upload this rank's chunks, and yield after each batch; however it ends, uploads do, too."""
+        data = _data(trainer)
+        batch_size = data.global_batch_size // ranks.world_size()
+        with ThreadPoolExecutor(1, thread_name_prefix="features") as uploads:
+            pending: list[Future[None]] = []
+            for part, chunks in share.items():
+                store = stores[part]
+                loader = data.view_loader(part, [store.samples(chunk) for chunk in chunks], batch_size)
+                order = cast("ViewOrder", loader.order)
+                iterator = iter(loader)
+                for chunk in chunks:
+                    features: list[Tensor] = []
+                    valid: list[Tensor] = []
+                    bad: dict[int, str] = {}
+                    for _ in range(order.batches(store.samples(chunk))):
+                        batch = data.on_before_batch_transfer(next(iterator), 0)
+                        rows = batch["global_size"]
+                        mask = batch["mask"][:rows]
+                        images = batch["image"].to(module.device, non_blocking=True)
+                        features.append(_features(trainer, module, images)[:rows].cpu())
+                        valid.append(mask)
+                        bad |= zip(batch["sample"][:rows][~mask].tolist(), batch["bad"], strict=True)
+                        yield
+                    store.save(chunk, torch.cat(features), torch.cat(valid), bad)
+                    pending.append(uploads.submit(self._publish, store, chunk))
+            for upload in pending:
+                upload.result()
+
+
+def _features(trainer: pl.Trainer, module: TransferLearningModel, images: Tensor) -> Tensor:
+    """What the backbone gives in a training step, at its precision: float [B, F]."""
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        return module.net.features(images)
+
+
+def _data(trainer: pl.Trainer) -> ImageDataModule:
+    return cast("ImageDataModule", trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def _frozen_epochs(trainer: pl.Trainer, module: TransferLearningModel) -> int:
+    """Epochs left, the current one included, in which the backbone is frozen."""
+    last = module.constant_epochs
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        last = min(last, trainer.max_epochs)
+    return last - trainer.current_epoch
+
+
+def _validation_batches(trainer: pl.Trainer) -> float:
+    return sum(trainer.num_val_batches) if isinstance(trainer.num_val_batches, list) else trainer.num_val_batches
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
+
+
+def _remove_oldest(root: Path, kept: set[Path], allowed: int) -> None:
+    """Remove folders in ``root``, the least recently used first, until the others hold ``allowed`` bytes."""
+    for folder in kept:
+        if folder.is_dir():
+            os.utime(folder)
+    others = sorted((f for f in root.glob("*") if f not in kept), key=lambda folder: folder.stat().st_mtime)
+    total = sum(_size(folder) for folder in others)
+    for folder in others:
+        if total <= allowed:
+            break
+        total -= _size(folder)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""This operating system process: signals, threads, temporary folders, output."""

@@ -1,0 +1,1 @@
+"""Surviving preemption, hanging ranks, divergence and a second job on the same run_dir."""

@@ -1,0 +1,151 @@
+"""A bound on starts that end without progress: ``<run_dir>/attempts.json``.
+
+Whatever restarts a job, a Kubernetes Job or torchrun, would otherwise restart it for ever where each start fails in the
+same way. Only rank 0 reads and writes the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Annotated
+
+import msgspec
+
+from job import storage
+from job.errors import EXIT_USER_ERROR, ConfigError, DataError, JobError, LeaseError, Preempted, RankLost, StorageError
+from job.process.signals import Stopped
+from job.storage.format_version import MALFORMED, format_version
+
+log = logging.getLogger(__name__)
+
+FILE = "attempts.json"
+MAX_BYTES = 1 << 16
+FORMAT = 1
+MAX_FAILED = 5
+"""Starts in a row that may end by an error of their own."""
+MAX_LOST = 20
+"""Starts in a row that may end unseen, killed or without their machine, or because another rank ended."""
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Attempts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Starts since the last new checkpoint, all with one configuration.
+
+    Attributes:
+        format: version of the file.
+        step: ``global_step`` of the newest checkpoint at the time; -1: none.
+        configuration: SHA-256 of the configuration.
+        failed: those that ended by an error, other than a user's mistake.
+        lost: those whose end is not known, or was the end of another rank.
+        last_error: of the last one that failed.
+    """
+
+    format: Annotated[int, msgspec.Meta(ge=1)]
+    step: Annotated[int, msgspec.Meta(ge=-1)]
+    configuration: str
+    failed: Count = 0
+    lost: Count = 0
+    last_error: str = ""
+
+
+def read(run_dir: str) -> Attempts | None:
+    """The record of a run; None where there is none, or it cannot be read, which is logged.
+
+    Raises:
+        ConfigError: a newer version of the job wrote it.
+    """
+    uri = storage.join(run_dir, FILE)
+    if not storage.exists(uri):
+        return None
+    try:
+        content = storage.read_bounded(uri, MAX_BYTES)
+    except DataError as error:
+        log.warning("%s Counting the starts without progress anew", error)
+        return None
+    try:
+        if (version := format_version(content)) > FORMAT:
+            raise ConfigError(
+                f"{uri} is of format {version}, and this version of the job reads formats up to {FORMAT}. Use the "
+                "version that wrote it, or a newer one."
+            )
+        return msgspec.json.decode(content, type=Attempts)
+    except MALFORMED as error:
+        log.warning("%s is damaged (%s): counting the starts without progress anew", uri, error)
+        return None
+
+
+def begin(
+    run_dir: str, step: int, configuration: str, before_write: Callable[[], None] = storage.unconditionally
+) -> Attempts:
+    """Count a start that goes on from ``step``; called on rank 0, which holds the lease.
+
+    Args:
+        run_dir: of the run.
+        step: ``global_step`` of its newest checkpoint; -1: none.
+        configuration: of this start.
+        before_write: called immediately before the write; raises if this job may not write to run_dir.
+
+    Raises:
+        ConfigError: too many starts before it have ended without a new checkpoint.
+    """
+    digest = hashlib.sha256(configuration.encode()).hexdigest()
+    before = read(run_dir)
+    if before is None or before.step != step or before.configuration != digest:
+        before = Attempts(FORMAT, step, digest)
+    if before.failed >= MAX_FAILED or before.lost >= MAX_LOST:
+        cause = f" The last error was: {before.last_error}" if before.last_error else ""
+        where = f"after step {step}" if step >= 0 else "at all"
+        raise ConfigError(
+            f"{before.failed + before.lost} starts in a row have ended without a checkpoint {where}, "
+            f"{before.failed} of them by an error: another restart would not help.{cause} Mend the cause, then delete "
+            f"{storage.join(run_dir, FILE)} or change an option, and start again."
+        )
+    _write(run_dir, msgspec.structs.replace(before, lost=before.lost + 1), before_write)  # until its end is known
+    return before
+
+
+@contextlib.contextmanager
+def counted(
+    run_dir: str, before: Attempts | None, before_write: Callable[[], None] = storage.unconditionally
+) -> Iterator[None]:
+    """Record how this start ends. Preemptions, other requests to stop and a user's mistakes do not count.
+
+    Args:
+        run_dir: of the run.
+        before: what :func:`begin` returned; None: another rank keeps the record.
+        before_write: called immediately before each write; raises if this job may not write to run_dir.
+    """
+    if before is None:
+        yield
+        return
+    try:
+        yield
+    except (Preempted, Stopped):
+        _write(run_dir, before, before_write)
+        raise
+    except RankLost:
+        raise  # counted as lost already
+    except Exception as error:
+        if isinstance(error, JobError) and error.exit_code == EXIT_USER_ERROR:
+            _write(run_dir, before, before_write)
+        else:
+            first_line = (str(error).strip().splitlines() or [""])[0][:500]
+            failed = msgspec.structs.replace(
+                before, failed=before.failed + 1, last_error=f"{type(error).__name__}: {first_line}"
+            )
+            _write(run_dir, failed, before_write)
+        raise
+    with contextlib.suppress(StorageError, LeaseError):
+        before_write()
+        storage.remove(storage.join(run_dir, FILE))
+
+
+def _write(run_dir: str, attempts: Attempts, before_write: Callable[[], None]) -> None:
+    try:
+        storage.write_bytes(storage.join(run_dir, FILE), msgspec.json.encode(attempts), before_write)
+    except (StorageError, LeaseError) as error:  # out of reach, overwriting is forbidden, or another job writes here
+        log.info("the count of starts without progress could not be written: %s", error)

@@ -1,0 +1,54 @@
+"""Notice that this process is to stop, and stop in time with the state saved."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import TracebackType
+
+from job.errors import Preempted
+from job.process import temporary
+from job.process.signals import Stopped, StopSignals, exit_code
+
+log = logging.getLogger(__name__)
+
+
+class Preemption(StopSignals):
+    """While the context lasts, a signal to stop raises a flag instead of ending the process.
+
+    The flag is acted upon at a step boundary, where all ranks agree; nothing collective happens in
+    a signal handler (https://github.com/Lightning-AI/pytorch-lightning/issues/20806). Outside of
+    the training loop there is nothing to save, and the handler raises :class:`~job.process.signals.Stopped`
+    at once.
+
+    Args:
+        grace: seconds from the signal to the end of the process.
+    """
+
+    def __init__(self, grace: float) -> None:
+        super().__init__(grace, at_end=temporary.remove_all)
+        self.training = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, Preempted):
+            error.exit_code = self.exit_code
+        super().__exit__(kind, error, traceback)
+
+    def on_first(self, number: signal.Signals) -> None:
+        """Raise outside of training alone."""
+        if not self.training:
+            raise Stopped(
+                f"stopped by {number.name} outside of training: nothing was lost. The same command starts it again.",
+                exit_code(number),
+            )
+
+    def announce(self, number: signal.Signals) -> None:
+        """Say that the state is being saved, and how not to wait for it."""
+        if self.training:
+            log.warning(
+                "%s: saving the state, then stopping, within %.0f s. A second Ctrl-C ends it at once, without saving.",
+                number.name,
+                self.grace,
+            )
