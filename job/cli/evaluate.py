@@ -1,0 +1,83 @@
+"""``python -m job validate`` and ``python -m job test``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from typing import Literal
+
+import yaml
+
+from job import checkpoint, redact, storage
+from job.checkpoint import confusion
+from job.cli.parser import ENV_PREFIX
+from job.cli.training import TrainingCLI
+from job.cluster import ranks
+from job.config.saved_config import read_saved_config
+from job.process.terminal import print_table
+from job.storage.json_files import write_json
+from job.train.errors import translate_errors
+from job.train.trainer import evaluating_trainer
+
+log = logging.getLogger("job")
+
+EVALUATION_TIMEOUT = 1200.0
+"""Seconds that ranks wait for one another in validate and test."""
+
+
+def validate(args: list[str]) -> None:
+    """Measure a checkpoint on the validation part."""
+    _evaluate(args, "validate")
+
+
+def test(args: list[str]) -> None:
+    """Measure a checkpoint on the test part."""
+    _evaluate(args, "test")
+
+
+def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
+    with _with_saved_config(args) as configured:
+        cli = TrainingCLI(verb, configured)
+    options = cli.config_init
+    # The checkpoint brings the weights: pretrained ones would be fetched in vain.
+    cli.model.weights = "none"
+    cli.model.mirror = options["mirror"]
+    with ranks.process_group(EVALUATION_TIMEOUT):
+        uri = ranks.from_rank_zero(lambda: checkpoint.resolve(options["ckpt"] or options["run_dir"]))
+        with translate_errors(cli.datamodule.global_batch_size):
+            trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"], options["checkpoint"])
+            results = getattr(trainer, verb)(cli.model, datamodule=cli.datamodule, ckpt_path=uri, verbose=False)
+        if trainer.is_global_zero:
+            rows = [(name, f"{value:.4f}") for name, value in results[0].items()]
+            print_table(["metric", "value"], rows, title=f"{verb} {uri}", right=["value"])
+            matrix = cli.model.confusion
+            counts = confusion.as_json(confusion.cells(matrix), len(matrix))
+            write_json(
+                storage.join(options["run_dir"], f"{verb}.json"),
+                {"ckpt": redact.redact(uri), "metrics": results[0], "confusion_matrix": counts},
+            )
+
+
+@contextlib.contextmanager
+def _with_saved_config(args: list[str]) -> Iterator[list[str]]:
+    """Put what is taken of run_dir's own config.yaml before the arguments, unless the user names a configuration."""
+    named = any(arg.split("=")[0] in ("--config", "--help") or re.match(r"-[ch]", arg) for arg in args)
+    if named or f"{ENV_PREFIX}_CONFIG" in os.environ:
+        yield args
+        return
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--run_dir", default=os.environ.get(f"{ENV_PREFIX}_RUN_DIR"))
+    run_dir = finder.parse_known_args(args)[0].run_dir
+    saved = None if run_dir is None else read_saved_config(run_dir)
+    if saved is None:
+        yield args
+        return
+    with tempfile.NamedTemporaryFile("w", prefix="job-config-", suffix=".yaml") as file:
+        yaml.safe_dump(saved, file)
+        file.flush()
+        yield ["--config", file.name, *args]

@@ -1,0 +1,120 @@
+"""The options of the verbs that build a Trainer: fit, tune, validate and test."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from jsonargparse.typing import PositiveFloat
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+from job.checkpoint.callback import Checkpointer
+from job.cli.parser import ENV_PREFIX, Parser
+from job.config.trainer_options import add_trainer_arguments, list_supported_classes, require_seed, require_supported
+from job.data.datamodule import ImageDataModule
+from job.features.callback import FeatureCache
+from job.model.module import TransferLearningModel
+from job.resilience.watchdog import Watchdog
+from job.train.lr_finder import LRFinder
+
+
+class TrainingCLI(LightningCLI):
+    """The options of fit, tune, validate and test; see ``--help``."""
+
+    def __init__(self, verb: str, args: list[str]) -> None:
+        self.verb = verb
+        super().__init__(
+            TransferLearningModel,
+            ImageDataModule,
+            args=args,
+            run=False,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_class=Parser,
+            parser_kwargs={"default_env": True, "env_prefix": ENV_PREFIX, "prog": f"python -m job {verb}"},
+            trainer_defaults={"max_epochs": 15, "log_every_n_steps": 10},
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The seed, a number: a random one would be another at each start, and on each rank."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=self.seed_everything_default,
+            help="Seed of the order of samples, of augmentation and of the head's initial weights.",
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The Trainer's options, less the reserved ones, the model's and the data's."""
+        add_trainer_arguments(parser)
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+        parser.add_lightning_class_args(TransferLearningModel, "model")
+        parser.add_lightning_class_args(ImageDataModule, "data")
+        list_supported_classes(parser)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Options beside the Trainer's, the model's and the data's."""
+        parser.add_argument(
+            "--run_dir", type=str, required=True, help="Folder of all results: any fsspec URI, or a plain path."
+        )
+        if self.verb == "fit":
+            parser.add_argument(
+                "--resume",
+                type=Literal["auto", "never", "must"],
+                default="auto",
+                help="Continue from the newest checkpoint in run_dir: if there is one (auto), else fail (must), or "
+                "refuse a run_dir that has one (never).",
+            )
+            parser.add_argument(
+                "--grace",
+                type=PositiveFloat,
+                default=25.0,
+                help="Seconds from a signal (SIGTERM, SIGUSR1, Ctrl-C, SIGHUP) to the end of the process, its state "
+                "saved. GKE Spot gives about 30 in all, and torchrun kills its workers 30 s after a SIGTERM.",
+            )
+            parser.add_argument(
+                "--profile",
+                action="store_true",
+                help="Record ten steps by torch's profiler into run_dir/profile, and say where their time went.",
+            )
+            parser.add_class_arguments(Watchdog, "watchdog")
+            parser.add_lightning_class_args(FeatureCache, "features")
+        elif self.verb == "tune":
+            parser.add_lightning_class_args(LRFinder, "lr")
+        else:
+            parser.add_argument(
+                "--ckpt",
+                type=str | None,
+                default=None,
+                help="A checkpoint file, RUN_DIR/checkpoints/last, or a run_dir, which means its best. Default: the "
+                "best in run_dir.",
+            )
+            parser.add_argument(
+                "--mirror",
+                type=bool,
+                default=False,
+                help="Average what is said of each image and of its mirror image.",
+            )
+        parser.add_lightning_class_args(Checkpointer, "checkpoint")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "model.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """The options, with a seed that NumPy takes."""
+        super().parse_arguments(parser, args)
+        require_seed(self.config["seed_everything"])
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Check its arguments alone: the trainer needs to know where the run resumes."""
+        require_supported(self.config_init["trainer"])
+        return None  # type: ignore[return-value]
+
+    def config_yaml(self) -> str:
+        """The resolved configuration, as ``--config`` of any verb takes it: what is of one start is no part of it."""
+        config = self.config.clone()
+        for name in ("resume", "grace", "profile", "watchdog", "features"):
+            config.pop(name, None)
+        text: str = self.parser.dump(config, skip_none=False, skip_validation=True)
+        return text

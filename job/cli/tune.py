@@ -1,0 +1,43 @@
+"""``python -m job tune``."""
+
+from __future__ import annotations
+
+import sys
+
+from job import storage
+from job.cli.evaluate import EVALUATION_TIMEOUT
+from job.cli.training import TrainingCLI
+from job.cluster import ranks
+from job.monitoring.report import print_findings
+from job.storage.json_files import write_json
+from job.train.batch_size_finder import BatchSizeFinder
+from job.train.errors import translate_errors
+from job.train.trainer import tuning_trainer
+
+
+def tune(args: list[str]) -> None:
+    """Find a learning rate to begin with, and the largest batch that fits."""
+    cli = TrainingCLI("tune", args)
+    options = cli.config_init
+    rates, batches = options["lr"], BatchSizeFinder()
+    # What trains in the first epoch trains in all steps, at rates that no schedule sets.
+    cli.model.lr_scheduler, cli.model.lr_interval = None, "epoch"
+    cli.model.guard = None  # a sweep of learning rates diverges on purpose
+    cli.model.milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.milestones]
+    with ranks.process_group(EVALUATION_TIMEOUT):
+        with translate_errors(cli.datamodule.global_batch_size):
+            trainer = tuning_trainer(dict(options["trainer"]), options["run_dir"], rates, batches)
+            trainer.fit(cli.model, datamodule=cli.datamodule)
+        suggestion, world_size = rates.suggestion(), ranks.world_size()
+        if trainer.is_global_zero:
+            found = {
+                "lr": suggestion,
+                "global_batch_size_at_most": batches.per_rank * world_size,
+                "bytes_an_image": batches.bytes_each,
+                "world_size": world_size,
+                "optimizer": rates.optimizer,
+                "rates": rates.rates,
+                "losses": rates.losses,
+            }
+            write_json(storage.join(options["run_dir"], "tune.json"), found)
+            print_findings(found)
