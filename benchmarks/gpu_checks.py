@@ -89,7 +89,7 @@ def tune(machine: Machine) -> str:
     """The batch that ``tune`` suggests trains, and on CUDA twice that batch is refused with a message."""
     run_dir = machine.scratch / "tune"
     settings = machine.speed_settings(run_dir, "resnet50", trainer__limit_val_batches=0)
-    machine.well("tune", *settings, "--lr.steps=20")
+    machine.well("tune", *settings, "--lr_finder.steps=20")
     batch = read_json(run_dir / "tune.json")["global_batch_size_at_most"]
     assert isinstance(batch, int)
     assert batch >= 1, batch
@@ -131,7 +131,9 @@ def predict(machine: Machine) -> str:
         abs(one.probabilities[name] - other.probabilities[name]) for one, other in pairs for name in ("blue", "red")
     )
     assert worst <= 1e-2, worst
-    machine.well("predict", f"--ckpt={run_dir}", f"--input={machine.colours}", f"--output={machine.scratch}/rows.jsonl")
+    machine.well(
+        "predict", f"--run_dir={run_dir}", f"--input={machine.colours}", f"--output={machine.scratch}/rows.jsonl"
+    )
     rows = len((machine.scratch / "rows.jsonl").read_text().splitlines())
     assert rows == len(images), rows
     return f"probabilities of {rows} images differ by at most {worst:.1g}"

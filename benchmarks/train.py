@@ -29,7 +29,7 @@ from job.demo.weights import BACKBONE, efficientnet_lite0
 from job.model.backbone import build_backbone
 
 HERE = Path(__file__).parent
-CONFIGS = HERE.parent / "job" / "configs"
+CONFIGS = HERE.parent / "job" / "recipes"
 ARCHIVE = Path(
     os.environ.get("JOB_TEST_CATS_AND_DOGS", HERE.parents[1] / "shared" / "data" / "cats_and_dogs_filtered.zip")
 )

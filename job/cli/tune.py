@@ -19,7 +19,7 @@ def tune(args: list[str]) -> None:
     """Find a learning rate to begin with, and the largest batch that fits."""
     cli = TrainingCLI("tune", args)
     options = cli.config_init
-    rates, batches = options["lr"], BatchSizeFinder()
+    rates, batches = options["lr_finder"], BatchSizeFinder()
     # What trains in the first epoch trains in all steps, at rates that no schedule sets.
     cli.model.lr_scheduler, cli.model.lr_interval = None, "epoch"
     cli.model.guard = None  # a sweep of learning rates diverges on purpose

@@ -13,11 +13,6 @@ import threading
 import time
 from pathlib import Path
 
-import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
-
 from job.cluster.environment import Node, find_node
 from job.errors import (
     EXIT_HANGUP,
@@ -54,6 +49,12 @@ def launch(args: list[str]) -> int:
         sys.argv = ["job", *args]
         runpy.run_module("job", run_name="__main__", alter_sys=True)
         return 0
+    # Not before the environment is understood: torch takes seconds to import.
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
     processes = node.processes or max(torch.cuda.device_count(), 1)
     if node.nodes > 1:
         wait_for_address(node.host, DNS_SECONDS)

@@ -153,7 +153,7 @@ class TransferLearningModel(pl.LightningModule):
         self.lr_interval = lr_interval
         self.guard: DivergenceGuard | None = DivergenceGuard(nonfinite, max_skipped_steps)
         self.seed = seed
-        self.mirror = False
+        self.tta: Literal["none", "hflip"] = "none"
         self.stage = Stage.HEAD
         self._mix = mixing(mixup, cutmix)
         self._head_alone = False
@@ -539,7 +539,7 @@ class TransferLearningModel(pl.LightningModule):
             state |= {f"net.{name}": value for name, value in checkpoint["training_weights"].items()}
 
     def _logits(self, batch: Batch) -> Tensor:
-        if self.mirror:
+        if self.tta == "hflip":
             return mean_over_mirrored(self, batch["image"])
         if "features" in batch:
             features = batch["features"]

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from job import redact, storage
 from job.data.index import layout
-from job.data.index.access import Access, from_options, is_local_uri
+from job.data.index.access import Access, is_local_uri
 from job.data.index.file import (
     LONGEST_CLASS,
     MOST_CLASSES,
@@ -31,11 +31,10 @@ from job.data.index.file import (
 from job.data.index.index import Index, PartWriter
 from job.data.index.layout import Part
 from job.data.index.listing import list_everything
-from job.data.index.source import INDEX_FILE, Source, default_cache_dir, is_saved_index
-from job.data.index.store import fetch_index, is_fresh, publish_index, saved_index
-from job.data.local_files import room_needed, usable_cache_dir
+from job.data.index.source import INDEX_FILE, Source, is_saved_index
+from job.data.index.store import fetch_index, is_fresh, saved_index
+from job.data.local_files import room_needed
 from job.errors import DataError, StorageError
-from job.process.terminal import say
 
 log = logging.getLogger(__name__)
 
@@ -149,29 +148,6 @@ def _held_out(index: Index, fraction: float, seed: int) -> npt.NDArray[np.bool_]
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         chosen[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
     return chosen
-
-
-def main(
-    uri: str, output: str | None = None, cache_dir: str | None = None, allow: str | list[str] | None = None
-) -> None:
-    """List a data set ahead of training and keep what was found.
-
-    Args:
-        uri: a folder or prefix, an archive, shards (NAME-{000..146}.tar) or a manifest.
-        output: folder for the index, where the data itself may not be written to; give its index.json as
-            --data.root then. Default: beside the data, where a fit of the same URI finds it.
-        cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
-        allow: hosts and URI prefixes that a table may name although they are local or internal; a host or prefix, or
-            a list of them.
-    """
-    access = from_options(allow, [uri], "--allow")
-    target = output or saved_index(uri)
-    cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
-    with tempfile.TemporaryDirectory() as scratch:
-        info = build({"root": [uri]}, Path(scratch), cache, "parts", listed_anew=True, access=access)
-        publish_index(Path(scratch), target)
-    parts = ", ".join(f"{name} {part.rows:,}" for name, part in info.parts.items())
-    say(f"{len(info.classes)} classes; images: {parts}; {storage.join(target, INDEX_FILE)}")
 
 
 def _require_same_classes(train: list[Part], others: list[Part]) -> None:
