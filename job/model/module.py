@@ -23,7 +23,7 @@ from job.errors import CheckpointError, ConfigError, DivergedError
 from job.lightning_internals import logs_are_due
 from job.model.backbone import build_backbone
 from job.model.classifier import Classifier, mean_over_mirrored, probabilities
-from job.model.compile import compile_module, compile_seconds
+from job.model.compile import compile_module
 from job.model.divergence import DivergenceGuard
 from job.model.ema import WeightAverage
 from job.model.freeze import Stage, apply_stage, stage_at
@@ -46,6 +46,7 @@ from job.model.spec import decode_spec, net_state, require_state
 from job.model.steps import accumulation, optimizer_steps, window_samples
 from job.model.threads import cpu_threads, is_short
 from job.model.weights import versioned
+from job.torch_internals import compile_seconds
 
 log = logging.getLogger(__name__)
 

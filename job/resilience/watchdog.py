@@ -23,6 +23,7 @@ from job.errors import EXIT_RETRY, ConfigError
 from job.model.freeze import Stage
 from job.process import temporary
 from job.process.periodic import Periodic, call_within
+from job.torch_internals import connect_default_store
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +117,7 @@ class Watchdog(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start watching."""
         if dist.is_initialized():
-            # A connection of its own: the main thread may hold the other one while it waits.
-            self._store = dist.distributed_c10d._get_default_store().clone()
+            self._store = connect_default_store()
         self._checked_at = time.monotonic()
         # Two threads: a store that does not answer must not keep the first one from its work.
         self._threads = [Periodic("watchdog", self._interval, self._watch)]
