@@ -31,7 +31,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from job import storage
 from job.checkpoint.io import BackgroundCheckpointIO
-from job.checkpoint.state import FACTS
+from job.checkpoint.state import MANIFEST_KEY
 from job.demo import CONFIGS, DIGITS
 from job.demo.digits import digit_images
 from job.demo.gcs_server import create_bucket, gcs_server
@@ -56,7 +56,7 @@ def ours(state: dict[str, torch.Tensor], run_dir: str = f"{BUCKET}/ours") -> lis
     """A copy in memory; the rest in a thread."""
     io = BackgroundCheckpointIO(upload_seconds=600)
     facts = {"epoch": 1, "batch": 0, "global_step": 1, "monitor": "m", "mode": "max", "metrics": {}}
-    checkpoint = {"state_dict": state, "classifier": {}, FACTS: facts}
+    checkpoint = {"state_dict": state, "classifier": {}, MANIFEST_KEY: facts}
 
     def save(n: int) -> float:
         began = time.monotonic()

@@ -50,7 +50,7 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
     with ranks.process_group(EVALUATION_TIMEOUT):
         uri = ranks.from_rank_zero(lambda: checkpoint.resolve(options["ckpt"] or options["run_dir"]))
         with translate_errors(cli.datamodule.global_batch_size):
-            trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"], options["checkpoint"])
+            trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"])
             results = getattr(trainer, verb)(cli.model, datamodule=cli.datamodule, ckpt_path=uri, verbose=False)
         if trainer.is_global_zero:
             rows = [(name, f"{value:.4f}") for name, value in results[0].items()]

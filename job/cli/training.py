@@ -8,13 +8,14 @@ import pytorch_lightning as pl
 from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
-from job.checkpoint.callback import Checkpointer
+from job.checkpoint.settings import CheckpointSettings
 from job.cli.parser import ENV_PREFIX, Parser
 from job.config.trainer_options import add_trainer_arguments, list_supported_classes, require_seed, require_supported
 from job.data.datamodule import ImageDataModule
-from job.features.callback import FeatureCache
+from job.features.callback import FeatureSettings
 from job.model.module import TransferLearningModel
-from job.resilience.watchdog import Watchdog
+from job.resilience.watchdog import WatchdogSettings
+from job.train.fit import FitSettings
 from job.train.lr_finder import LRFinder
 
 
@@ -79,8 +80,8 @@ class TrainingCLI(LightningCLI):
                 action="store_true",
                 help="Record ten steps by torch's profiler into run_dir/profile, and say where their time went.",
             )
-            parser.add_class_arguments(Watchdog, "watchdog")
-            parser.add_lightning_class_args(FeatureCache, "features")
+            parser.add_class_arguments(WatchdogSettings, "watchdog")
+            parser.add_class_arguments(FeatureSettings, "features", sub_configs=True)
         elif self.verb == "tune":
             parser.add_lightning_class_args(LRFinder, "lr")
         else:
@@ -97,7 +98,7 @@ class TrainingCLI(LightningCLI):
                 default=False,
                 help="Average what is said of each image and of its mirror image.",
             )
-        parser.add_lightning_class_args(Checkpointer, "checkpoint")
+        parser.add_class_arguments(CheckpointSettings, "checkpoint", sub_configs=True)
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
 
@@ -110,6 +111,14 @@ class TrainingCLI(LightningCLI):
         """Check its arguments alone: the trainer needs to know where the run resumes."""
         require_supported(self.config_init["trainer"])
         return None  # type: ignore[return-value]
+
+    def fit_settings(self) -> FitSettings:
+        """The options of fit beside the model's and the data's."""
+        options = self.config_init
+        names = ("run_dir", "resume", "grace", "profile", "checkpoint", "features", "watchdog")
+        return FitSettings(
+            trainer=dict(options["trainer"]), config=self.config_yaml(), **{name: options[name] for name in names}
+        )
 
     def config_yaml(self) -> str:
         """The resolved configuration, as ``--config`` of any verb takes it: what is of one start is no part of it."""

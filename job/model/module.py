@@ -16,12 +16,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 from job.cluster import ranks
+from job.data.datamodule import image_data
 from job.data.dataset import Batch
 from job.data.sampler import sample_seed
 from job.errors import CheckpointError, ConfigError, DivergedError
+from job.lightning_internals import logs_are_due
 from job.model.backbone import build_backbone
 from job.model.classifier import Classifier, mean_over_mirrored, probabilities
-from job.model.compile import compile_module, compile_seconds
+from job.model.compile import compile_module
 from job.model.divergence import DivergenceGuard
 from job.model.ema import WeightAverage
 from job.model.freeze import Stage, apply_stage, stage_at
@@ -42,9 +44,9 @@ from job.model.optimizer import (
 from job.model.scheduling import AutoSchedule, build_scheduler, plateau_settings, require_length
 from job.model.spec import decode_spec, net_state, require_state
 from job.model.steps import accumulation, optimizer_steps, window_samples
-from job.model.sync_batchnorm import require_synchronisable
 from job.model.threads import cpu_threads, is_short
 from job.model.weights import versioned
+from job.torch_internals import compile_seconds
 
 log = logging.getLogger(__name__)
 
@@ -174,9 +176,7 @@ class TransferLearningModel(pl.LightningModule):
         device_type = self.trainer.strategy.root_device.type
         if device_type == "xla" and self.trainer.state.fn == "fit":
             self._require_possible_on_xla()
-        if self.trainer._accelerator_connector._layer_sync is not None:
-            require_synchronisable(device_type, self.trainer.world_size)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = image_data(self.trainer)
         # In host memory, from the host's generator: the head begins alike on every accelerator.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -242,12 +242,12 @@ class TransferLearningModel(pl.LightningModule):
         total = torch.where(batch["mask"], losses, 0.0).sum()
         mean: Tensor = total * (self.trainer.world_size / batch["global_size"])
         # A step from kept features takes little longer than Lightning's log, in which ranks wait for one another.
-        if "features" not in batch or self.trainer.is_last_batch or self.trainer._logger_connector.should_update_logs:
+        if "features" not in batch or self.trainer.is_last_batch or logs_are_due(self.trainer):
             self.log("train/loss", mean, sync_dist=True, batch_size=batch["global_size"])
         accumulate = self.trainer.accumulate_grad_batches
         if accumulate == 1:
             return mean
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = image_data(self.trainer)
         batches, size = int(self.trainer.num_training_batches), len(data.parts["train"])
         samples = window_samples(batch_idx, accumulate, batches, size, data.global_batch_size)
         return total * (self.trainer.world_size * accumulate / samples)
@@ -263,7 +263,7 @@ class TransferLearningModel(pl.LightningModule):
         losses = per_sample_loss(self._logits(batch), targets)
         if self.class_weights == "balanced":
             if self._weights is None:
-                labels = self.trainer.datamodule.parts["train"].labels  # type: ignore[attr-defined]
+                labels = image_data(self.trainer).parts["train"].labels
                 self._weights = balanced_weights(labels, len(self.net.classes)).to(targets.device)
             losses = losses * (targets @ self._weights)
         return losses
@@ -329,7 +329,7 @@ class TransferLearningModel(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Count unreadable samples over all ranks, also where no validation follows; say what compiling took."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = image_data(self.trainer)
         data.share_bad_samples()
         self.log("data/bad_samples", float(len(data.bad_samples)))
         if self.guard is not None and (self.guard.skipped_steps or self.guard.nonfinite == "skip"):
@@ -383,7 +383,8 @@ class TransferLearningModel(pl.LightningModule):
         if isinstance(strategy, DDPStrategy):
             # DDP synchronises the parameters that required gradients when it was made, and no others:
             # without a new one the unfrozen layers would drift apart on the ranks, silently.
-            strategy.model = strategy._setup_model(self)
+            strategy.model = self
+            strategy.configure_ddp()
 
     @property
     def constant_epochs(self) -> int:
@@ -449,7 +450,7 @@ class TransferLearningModel(pl.LightningModule):
         if self.lr_interval == "epoch":
             epochs = self.trainer.max_epochs
             return None if epochs is None or epochs < 0 else epochs
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = image_data(self.trainer)
         return optimizer_steps(self.trainer, len(data.parts["train"]), data.global_batch_size)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -556,7 +557,7 @@ class TransferLearningModel(pl.LightningModule):
         self._head_alone = not self.net.backbone_trains
 
     def _log_metrics(self, part: str) -> None:
-        self.trainer.datamodule.share_bad_samples()  # type: ignore[attr-defined]
+        image_data(self.trainer).share_bad_samples()
         values, self.confusion = self.metrics.compute()
         self.metrics.reset()
         loss = values.get("loss", 0.0)  # absent: no sample counted

@@ -15,12 +15,13 @@ from torch import nn
 from job.errors import ConfigError
 from job.model.backbone import build_backbone
 from job.model.classifier import Classifier
-from job.model.compile import compile_module, compile_seconds
+from job.model.compile import compile_module
 from job.model.ema import WeightAverage
 from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed
 from job.model.module import TransferLearningModel
 from job.model.optimizer import fuse
 from job.model.schedule import WarmupCosine
+from job.torch_internals import compile_seconds
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
