@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
@@ -22,12 +22,18 @@ from job.checkpoint.state import CALLBACKS, CONFUSION, FACTS, FORMAT_KEY, REQUIR
 from job.checkpoint.store import FOLDER, SUFFIX, Manifest
 from job.cluster import ranks
 from job.errors import CheckpointError, ConfigError, Preempted
-from job.model.module import TransferLearningModel
 from job.monitoring.tensorboard import BucketTensorBoardLogger
 from job.resilience.flags import Votes
 from job.resilience.preemption import Preemption
 
 log = logging.getLogger(__name__)
+
+
+class Fingerprinted(Protocol):
+    """A module whose runs resume from checkpoints."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Settings, by option, that a run which resumes must share."""
 
 
 class Checkpointer(Checkpoint):
@@ -280,7 +286,7 @@ class Checkpointer(Checkpoint):
                 )
 
     def _required(self, trainer: pl.Trainer) -> dict[str, Any]:
-        data, module = trainer.datamodule, cast("TransferLearningModel", trainer.lightning_module)  # type: ignore[attr-defined]
+        data, module = trainer.datamodule, cast("Fingerprinted", trainer.lightning_module)  # type: ignore[attr-defined]
         own = {"trainer.accumulate_grad_batches": callback_settings.accumulation(trainer)}
         return {**data.fingerprint(), **module.fingerprint(), **own}
 

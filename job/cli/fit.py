@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from job import checkpoint, storage
 from job.cli.training import TrainingCLI
@@ -64,7 +65,7 @@ def fit(args: list[str]) -> None:
                 ),
             )
             if resumed:
-                cli.model.weights = "none"  # the checkpoint brings them
+                cli.model.config = replace(cli.model.config, weights="none")  # the checkpoint has them
                 log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
             preemption.training = True
             trainer.fit(
