@@ -28,8 +28,9 @@ from job.data.loader import BatchLoader
 from job.data.local_files import usable_cache_dir
 from job.data.sampler import BatchOrder
 from job.errors import ConfigError, DataError
-from job.model.classifier import Classifier, from_spec, mean_over_mirrored, probabilities
+from job.model.classifier import Classifier, from_spec, mean_over_mirrored
 from job.model.spec import decode_spec, net_state
+from job.model.task import probabilities
 from job.process.terminal import print_table, say
 
 if TYPE_CHECKING:
