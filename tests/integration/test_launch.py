@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from support import REPOSITORY, TINY, command, environment, options, run, run_well, scalars
 
+from job.process.descendants import descendants
+
 pytestmark = pytest.mark.integration
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
@@ -66,6 +68,12 @@ def test_a_command_that_is_none() -> None:
     assert "launch takes another command" in done.stderr
 
 
+def rank_processes(launcher: int) -> list[int]:
+    """The processes that a launcher's ranks are, by their name in ps."""
+    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in descendants(launcher)}
+    return [pid for pid, name in names.items() if name.startswith("job rank ")]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, 75)])
 def test_signals(number: int, code: int, colours: Path, tmp_path: Path) -> None:
     """SIGTERM to the launcher, as kubelet sends it, or a Ctrl-C; SIGKILL of a rank, as without memory."""
@@ -81,10 +89,9 @@ def test_signals(number: int, code: int, colours: Path, tmp_path: Path) -> None:
     while "epoch 1 " not in (tmp_path / "log").read_text():
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.2)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = [pid for pid in children if b"fit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    ranks = rank_processes(process.pid)
     assert len(ranks) == 2
-    os.kill(int(ranks[1]) if number == signal.SIGKILL else process.pid, number)
+    os.kill(ranks[1] if number == signal.SIGKILL else process.pid, number)
     assert process.wait(60) == code, (tmp_path / "log").read_text()
     if number != signal.SIGKILL:
         assert "The same command goes on from there" in (tmp_path / "log").read_text()
