@@ -16,7 +16,6 @@ from job.process import signals
 from job.process.ending import end_process
 
 FORK_SERVER = "job.cluster.fork_server"
-_MISTAKES = {str(EXIT_USER_ERROR), str(EXIT_INTERNAL_ERROR)}
 
 
 def start_fork_server(modules: list[str]) -> None:
@@ -48,7 +47,9 @@ def run_rank(run: Callable[[list[str]], int], args: list[str], codes: str) -> No
     with contextlib.suppress(OSError):
         file.touch()
     sys.argv = ["job", *args]
-    code = run(args)
+    # torch elastic restarts after any failure, but a user's mistake has been reported and is not mended by a restart.
+    is_futile = any(code == EXIT_USER_ERROR for _, code in _exit_codes(codes))
+    code = EXIT_USER_ERROR if is_futile else run(args)
     signals.end_at_once(code)
     if code:
         with contextlib.suppress(OSError):  # a full disk
@@ -61,6 +62,11 @@ def mistakes(codes: str) -> list[int]:
 
     torch elastic reports the first rank that it finds to have ended, which may be one that missed another.
     """
-    files = [(int(file.name.partition("-")[0]), file.read_text()) for file in Path(codes).iterdir()]
-    last = max((restart for restart, _ in files), default=0)
-    return [int(code) for restart, code in files if restart == last and code in _MISTAKES]
+    ended = _exit_codes(codes)
+    last = max((restart for restart, _ in ended), default=0)
+    return [code for restart, code in ended if restart == last and code in (EXIT_USER_ERROR, EXIT_INTERNAL_ERROR)]
+
+
+def _exit_codes(codes: str) -> list[tuple[int, int]]:
+    """Restart and exit code of each rank that has started on this node; 0 for those that run or were killed."""
+    return [(int(file.name.partition("-")[0]), int(file.read_text() or 0)) for file in Path(codes).iterdir()]

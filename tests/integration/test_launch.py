@@ -62,6 +62,15 @@ def test_the_exit_code_is_the_ranks_own(
     assert told in done.stderr
 
 
+def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
+    """torch elastic restarts the ranks, which would make the same mistake again."""
+    arguments = options({**TINY, "data.root": "/no/such/folder", "run_dir": tmp_path / "run"})
+    done = run("launch", "fit", *arguments, LAUNCH_PROCESSES="2", LAUNCH_RESTARTS="2")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("job: error (rank 0)") == 1
+    assert "Traceback" not in done.stderr
+
+
 def test_a_command_that_is_none() -> None:
     done = run("launch", "--data.root", "x")
     assert done.returncode == 2
