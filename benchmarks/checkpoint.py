@@ -31,11 +31,12 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from job import storage
 from job.checkpoint.io import BackgroundCheckpointIO
-from job.checkpoint.state import FACTS
+from job.checkpoint.state import MANIFEST_KEY
 from job.demo import DIGITS
 from job.demo.digits import digit_images
 from job.demo.gcs_server import create_bucket, gcs_server
 from job.monitoring import accounting
+from job.process.descendants import descendants
 
 MEGABYTES = (25, 100, 400, 1000)
 REPEATS = 3
@@ -56,7 +57,7 @@ def ours(state: dict[str, torch.Tensor], run_dir: str = f"{BUCKET}/ours") -> lis
     """A copy in memory; the rest in a thread."""
     io = BackgroundCheckpointIO(upload_seconds=600)
     facts = {"epoch": 1, "batch": 0, "global_step": 1, "monitor": "m", "mode": "max", "metrics": {}}
-    checkpoint = {"state_dict": state, "classifier": {}, FACTS: facts}
+    checkpoint = {"state_dict": state, "classifier": {}, MANIFEST_KEY: facts}
 
     def save(n: int) -> float:
         began = time.monotonic()
@@ -108,28 +109,22 @@ def stall_table() -> Table:
 
 
 def recovery_table(folder: Path) -> Table:
-    """SIGKILL of rank 1 of 2 in the middle of the demo's training; torchrun restarts it."""
+    """SIGKILL of rank 1 of 2 in the middle of the demo's training; the launcher restarts the ranks."""
     run_dir, log = f"{BUCKET}/recovery", folder / "log"
     storage.write_many(DIGITS, digit_images())
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    options = [
-        "--config=demo",
-        f"--data.root={DIGITS}",
-        f"--run_dir={run_dir}",
-        "--model.weights=none",
-    ]
+    options = ["--config=demo", f"--data.root={DIGITS}", f"--run_dir={run_dir}", "--model.weights=none"]
     options += ["--checkpoint.every_n_steps=20", "--trainer.max_epochs=4"]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [*torchrun, "-m", "job", "fit", *options],
+            [sys.executable, "-m", "job", "launch", "fit", *options],
             stdout=file,
             stderr=file,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "LAUNCH_PROCESSES": "2", "LAUNCH_RESTARTS": "1"},
         )
     while "epoch 1  val" not in log.read_text():
         time.sleep(0.05)
-    ranks = subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "job fit"], text=True).split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
+    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in descendants(process.pid)}
+    os.kill(next(pid for pid, name in names.items() if name == "job rank 1\n"), signal.SIGKILL)
     killed = time.time()
     if process.wait():
         raise RuntimeError(log.read_text())
@@ -137,10 +132,8 @@ def recovery_table(folder: Path) -> Table:
     resumed = re.search(r"(\S+) going on after step (\d+)", log.read_text())
     assert resumed is not None
     table = Table("part", "seconds", title="From the kill of a rank to the next productive step")
-    table.add_row("death noticed, torchrun stops the others and starts all again", f"{second.began - killed:.1f}")
-    table.add_row(
-        "imports, process group, checkpoint, data listing, loaders, until the first step", f"{second.startup:.1f}"
-    )
+    table.add_row("death noticed, the others stopped, all started again", f"{second.began - killed:.1f}")
+    table.add_row("process group, checkpoint, data listing, loaders, until the first step", f"{second.startup:.1f}")
     table.add_row("steps done again (every_n_steps=20)", f"{first.lost:.1f}")
     return table
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from job.demo.weights import BACKBONE, efficientnet_lite0
 from job.model.backbone import build_backbone, feature_width
-from job.model.classifier import build_head
+from job.model.head import build_head
 
 HERE = Path(__file__).parent
 FEATURES_OF = ("resnet50", "efficientnet_b0", "vit_b_16")

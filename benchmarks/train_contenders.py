@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
 from job.model.backbone import build_backbone, feature_width
-from job.model.classifier import build_head
+from job.model.head import build_head
 
 BATCH = 32
 SIZE = 224

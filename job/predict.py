@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -20,16 +20,13 @@ from job.data.index.index import Index
 from job.data.loader import BatchLoader
 from job.data.sampler import BatchOrder
 from job.errors import DataError
-from job.model.classifier import Classifier, from_spec, mean_over_mirrored, probabilities
+from job.model.classifier import TTA, Classifier, from_spec, mean_over_mirrored
 from job.model.spec import decode_spec, net_state
+from job.model.task import probabilities
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-
-TTA = Literal["none", "hflip"]
-"""Test-time augmentation: none, or the mean over an image and its horizontal flip."""
 
 
 @dataclass(frozen=True)

@@ -140,12 +140,12 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
 
 
-def command(*args: object, processes: int = 0) -> list[str]:
-    """``python -m job …``, by torchrun when ``processes`` is given."""
-    launcher = [sys.executable, "-m"]
+def command(*args: object, processes: int = 0, restarts: int = 0) -> list[str]:
+    """``python -m job …``, by its launcher when ``processes`` is given."""
+    job = [sys.executable, "-m", "job"]
     if processes:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    return [*launcher, "job", *map(str, args)]
+        job = ["env", f"LAUNCH_PROCESSES={processes}", f"LAUNCH_RESTARTS={restarts}", *job, "launch"]
+    return [*job, *map(str, args)]
 
 
 def run(*args: object, processes: int = 0, timeout: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:

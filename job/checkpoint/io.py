@@ -21,7 +21,7 @@ from torch import Tensor
 from job import checkpoint, storage
 from job.checkpoint import confusion
 from job.checkpoint.manifest import encode_manifest, manifest_of, manifest_uri
-from job.checkpoint.state import CONFUSION, FACTS, require_lightning_version, require_resumable
+from job.checkpoint.state import CONFUSION_KEY, MANIFEST_KEY, require_lightning_version
 from job.errors import CheckpointError, StorageError, StorageOutage, first_line
 from job.process import temporary
 
@@ -46,7 +46,7 @@ class BackgroundCheckpointIO(CheckpointIO):
 
     def __init__(
         self,
-        upload_seconds: float,
+        upload_seconds: float = 600.0,
         before_commit: Callable[[], None] = storage.unconditionally,
         after_commit: Callable[[], None] = storage.unconditionally,
         before_write: Callable[[], None] = storage.unconditionally,
@@ -55,8 +55,6 @@ class BackgroundCheckpointIO(CheckpointIO):
         self.before_commit = before_commit
         self.after_commit = after_commit
         self.before_write = before_write
-        self.expected_loops: dict[str, Any] | None = None
-        """The fit loop's ``state_dict()``; given, a checkpoint is loaded to resume from, and checked for that."""
         self._buffers: list[Tensor] = []
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -70,7 +68,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         """
         self.wait()
         # Every validation has a matrix of its own: no copy is needed.
-        matrix = checkpoint.pop(CONFUSION, None)
+        matrix = checkpoint.pop(CONFUSION_KEY, None)
         snapshot = self._snapshot(checkpoint)
         self._thread = threading.Thread(
             target=self._write, args=(snapshot, matrix, str(path)), name="checkpoint-upload", daemon=True
@@ -86,8 +84,6 @@ class BackgroundCheckpointIO(CheckpointIO):
         """Verify and load ``path``; ``weights_only`` is always on."""
         loaded = checkpoint.load(str(path))
         require_lightning_version(str(path), loaded)
-        if self.expected_loops is not None:
-            require_resumable(str(path), loaded, self.expected_loops)
         return loaded
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -155,7 +151,7 @@ class BackgroundCheckpointIO(CheckpointIO):
                 self._write_bytes(uri + confusion.SUFFIX, content, f"the metrics of {uri} wait")
             self._retry(self.before_commit, f"the checkpoint {uri} waits")
             file_facts = {"file": storage.basename(uri), "bytes": size, "sha256": sha256, "confusion": described}
-            manifest = encode_manifest(manifest_of(snapshot[FACTS], **file_facts))
+            manifest = encode_manifest(manifest_of(snapshot[MANIFEST_KEY], **file_facts))
             self._write_bytes(manifest_uri(uri), manifest, f"the manifest of {uri} waits")
             temporary.remove(staged.parent)
             self.after_commit()

@@ -1,4 +1,4 @@
-"""What is kept of a run's checkpoints, and whether those of earlier starts compare with this one's."""
+"""Retention of checkpoints, and comparison of their ranking with that of earlier starts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from collections.abc import Callable
 import pytorch_lightning as pl
 
 from job import checkpoint, storage
-from job.checkpoint.manifest import Manifest, Mode
-from job.checkpoint.ranking import implied_mode
+from job.checkpoint.manifest import Manifest
+from job.checkpoint.ranking import best_of_each_validation, implied_mode
+from job.checkpoint.settings import CheckpointSettings
+from job.data.datamodule import image_data
 from job.errors import CheckpointError, JobError, LeaseError, StorageOutage
 
 log = logging.getLogger(__name__)
@@ -21,29 +23,42 @@ SECONDS_BETWEEN_REFUSED_REMOVALS = 3600.0
 
 
 class Retention:
-    """Deletes checkpoints that are no longer kept; a bucket that refuses it costs room, not the run."""
+    """Deletes superseded checkpoints; a bucket that refuses it costs room, not the run.
 
-    def __init__(self) -> None:
+    Args:
+        settings: say which are kept.
+        run_dir: folder of the run.
+        before_write: called before each deletion; raises LeaseError if this job may not write to run_dir.
+    """
+
+    def __init__(
+        self,
+        settings: CheckpointSettings,
+        run_dir: str,
+        before_write: Callable[[], None] = storage.unconditionally,
+    ) -> None:
+        self.settings = settings
+        self.run_dir = run_dir
+        self.before_write = before_write
         self._refused_at = -math.inf
         self._warned = False
 
-    def remove(
-        self,
-        run_dir: str,
-        superseded: Callable[[list[Manifest]], list[Manifest]],
-        before_write: Callable[[], None],
-    ) -> None:
-        """Delete those of a run's checkpoints that ``superseded`` selects.
+    def superseded(self, committed: list[Manifest]) -> list[Manifest]:
+        """Those of a run's checkpoints that are not kept."""
+        settings = self.settings
+        kept = [*committed[-settings.keep_last :], *best_of_each_validation(committed, settings.keep_best)]
+        if settings.keep_every_n_epochs is not None:
+            kept += [m for m in committed if m.batch == 0 and m.epoch % settings.keep_every_n_epochs == 0]
+        return [manifest for manifest in committed if manifest not in kept]
 
-        Args:
-            before_write: called before each deletion; raises LeaseError if this job may not write to run_dir.
-        """
+    def remove_superseded(self) -> None:
+        """Delete what is not kept; called after a commit, so that there is always a newer checkpoint."""
         if time.monotonic() - self._refused_at < SECONDS_BETWEEN_REFUSED_REMOVALS:
             return
         try:
-            for manifest in superseded(checkpoint.manifests(run_dir)):
-                before_write()
-                checkpoint.remove(storage.join(run_dir, checkpoint.FOLDER, manifest.file))
+            for manifest in self.superseded(checkpoint.manifests(self.run_dir)):
+                self.before_write()
+                checkpoint.remove(storage.join(self.run_dir, checkpoint.FOLDER, manifest.file))
         except LeaseError:
             raise
         except JobError as error:
@@ -53,17 +68,18 @@ class Retention:
                 self._warned = True
                 log.warning(
                     "checkpoints that are no longer needed stay in %s, which takes room; the run goes on: %s",
-                    storage.join(run_dir, checkpoint.FOLDER),
+                    storage.join(self.run_dir, checkpoint.FOLDER),
                     error,
                 )
 
 
-def compare_ranking(trainer: pl.Trainer, run_dir: str, monitor: str, mode: Mode) -> None:
+def compare_ranking(trainer: pl.Trainer, run_dir: str, settings: CheckpointSettings) -> None:
     """Warn where earlier checkpoints of a run were ranked by something else.
 
     Raises:
         CheckpointError: none of them holds the metric.
     """
+    monitor, mode = settings.monitor, settings.ranking_mode
     implied = implied_mode(monitor)
     if implied not in (None, mode):
         log.warning("--checkpoint.mode is %s: the checkpoint with the worst %s is best", mode, monitor)
@@ -98,8 +114,8 @@ def compare_ranking(trainer: pl.Trainer, run_dir: str, monitor: str, mode: Mode)
 
 def validation_identity(trainer: pl.Trainer) -> str:
     """Which samples are validated: their number, a hash of their keys and labels, and a limit where there is one."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    identity: str = data.parts["val"].fingerprint()
+    data = image_data(trainer)
+    identity = data.parts["val"].fingerprint()
     batches, limit = math.ceil(len(data.parts["val"]) / data.global_batch_size), trainer.limit_val_batches
     used = min(limit, batches) if isinstance(limit, int) else int(batches * limit)
     return identity if used == batches else f"{identity}, the first {used} of {batches} batches"

@@ -1,4 +1,4 @@
-"""The entries of a checkpoint's state file, checked before any of them is used."""
+"""Keys of a checkpoint's state file, and checks of the entries that prediction and manifests use."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ from job.checkpoint.manifest import FORMAT, Manifest, manifest_of
 from job.errors import CheckpointError, NewerFormatError
 
 FORMAT_KEY = "format"
-"""Key of the version of the entries that this package adds."""
-FACTS = "manifest"
-"""Key of the :class:`~job.checkpoint.manifest.Manifest` fields, but for those of the files."""
-REQUIRED = "resume_requires"
-"""Key of the settings, by name, that a run which resumes must share."""
-STOPPED = "stopped"
-"""Key of whether a callback had ended the training, as EarlyStopping does."""
-CALLBACKS = "callback_settings"
-"""Key of the settings of the user's callbacks, by callback."""
-CONFUSION = "confusion"
-"""Key of the confusion matrix on its way to its own file; the state file does not hold it."""
+"""Version of the entries that this package adds to Lightning's."""
+MANIFEST_KEY = "manifest"
+"""Fields of the :class:`~job.checkpoint.manifest.Manifest`, but for those of the files."""
+COMPATIBILITY_KEY = "resume_requires"
+"""Settings, by name, that a run which resumes must share."""
+STOPPED_KEY = "stopped"
+"""Whether a callback had ended the training, as EarlyStopping does."""
+CALLBACKS_KEY = "callback_settings"
+"""Settings of the user's callbacks, by callback."""
+CLASSIFIER_KEY = "classifier"
+"""What prediction needs to build the network: :class:`~job.model.spec.Spec`."""
+PRECISION_KEY = "precision"
+"""Precision of the Trainer."""
+SKIPPED_STEPS_KEY = "skipped_steps"
+"""Optimizer steps that were skipped since their gradients were not finite."""
+TRAINING_WEIGHTS_KEY = "training_weights"
+"""With an EMA: the weights in training that differ from the averaged ones in ``state_dict``."""
+CONFUSION_KEY = "confusion"
+"""The confusion matrix on its way to its own file; the state file does not hold it."""
 
 _NO_FILE = {"file": "epoch=000-step=00000000.ckpt", "bytes": 0, "sha256": "0" * 64}
 
@@ -34,7 +42,7 @@ def require_checkpoint(uri: str, checkpoint: Any) -> dict[str, Any]:
         CheckpointError: an entry is missing or of the wrong kind.
         NewerFormatError: a newer version of job wrote it.
     """
-    if not isinstance(checkpoint, dict) or "classifier" not in checkpoint:
+    if not isinstance(checkpoint, dict) or CLASSIFIER_KEY not in checkpoint:
         raise CheckpointError(f"{uri} is no checkpoint of this job (it says nothing of its classifier).")
     version = checkpoint.get(FORMAT_KEY, 1)
     if type(version) is not int or version < 1:
@@ -47,7 +55,7 @@ def require_checkpoint(uri: str, checkpoint: Any) -> dict[str, Any]:
     state = checkpoint.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(f"{uri} is damaged: its state_dict is not tensors by name.")
-    if not isinstance(checkpoint["classifier"], dict):
+    if not isinstance(checkpoint[CLASSIFIER_KEY], dict):
         raise CheckpointError(f"{uri} is damaged: its classifier is not settings by name.")
     return cast("dict[str, Any]", checkpoint)
 
@@ -69,115 +77,16 @@ def require_lightning_version(uri: str, checkpoint: dict[str, Any]) -> None:
         )
 
 
-def require_resumable(uri: str, checkpoint: dict[str, Any], expected_loops: dict[str, Any]) -> None:
-    """Check all that a run goes on from, before Lightning restores it.
-
-    Args:
-        uri: the checkpoint, for the message.
-        checkpoint: its content.
-        expected_loops: ``state_dict()`` of this trainer's fit loop, whose structure the saved one must have.
-
-    Raises:
-        CheckpointError: an entry is missing, of the wrong kind, out of its range, or contradicts another one.
-    """
-    problem = _problem(checkpoint, expected_loops)
-    if problem:
-        raise CheckpointError(f"{uri} is damaged, no run can resume from it: {problem}. Use an older checkpoint.")
-
-
-def _problem(checkpoint: dict[str, Any], expected_loops: dict[str, Any]) -> str | None:
-    kinds: dict[str, type] = {
-        "loops": dict,
-        "callbacks": dict,
-        "optimizer_states": list,
-        "lr_schedulers": list,
-        "precision": str,
-        "global_step": int,
-        FACTS: dict,
-        REQUIRED: dict,
-    }
-    for key, kind in kinds.items():
-        if not isinstance(checkpoint.get(key), kind):
-            return f"its entry {key!r} is missing or no {kind.__name__}"
-    optional: dict[str, type] = {STOPPED: bool, CALLBACKS: dict, "training_weights": dict}
-    for key, kind in optional.items():
-        if key in checkpoint and not isinstance(checkpoint[key], kind):
-            return f"its entry {key!r} is no {kind.__name__}"
-    if not is_plain(checkpoint[REQUIRED]) or not is_plain(checkpoint.get(CALLBACKS, {})):
-        return f"{REQUIRED!r} or {CALLBACKS!r} holds more than numbers and text"
-    for name, tensor in checkpoint.get("training_weights", {}).items():
-        averaged = checkpoint["state_dict"].get(f"net.{name}")
-        if not isinstance(tensor, Tensor) or averaged is None or tensor.shape != averaged.shape:
-            return f"the training weights of {name!r:.100} do not fit their average"
-    try:
-        facts = facts_of(checkpoint)
-    except CheckpointError as error:
-        return str(error)
-    return _problem_of_loops(checkpoint, facts, expected_loops) or _problem_of_optimizers(checkpoint)
-
-
-def facts_of(checkpoint: dict[str, Any]) -> Manifest:
-    """The manifest fields that a checkpoint holds; those of its file are made up.
+def manifest_entry(checkpoint: dict[str, Any]) -> Manifest:
+    """The manifest fields that a checkpoint holds, with placeholders for those of its files.
 
     Raises:
         CheckpointError: one is missing or out of its range.
     """
-    facts = {name: value for name, value in checkpoint[FACTS].items() if name != "confusion_matrix"}
-    if set(facts) - {"validation"} != {"epoch", "batch", "global_step", "monitor", "mode", "metrics"}:
-        raise CheckpointError(f"{FACTS!r} has the entries {sorted(map(str, checkpoint[FACTS]))}")
-    return manifest_of(facts, **_NO_FILE)
-
-
-def _problem_of_loops(checkpoint: dict[str, Any], facts: Manifest, expected: dict[str, Any]) -> str | None:
-    saved = checkpoint["loops"].get("fit_loop")
-    if different := difference(expected, saved, ignored=frozenset({"combined_loader"})):
-        return f"the progress of its loops: {different}"
-    if problem := _out_of_range(saved):
-        return f"the progress of its loops: {problem}"
-    loaders = saved["state_dict"].get("combined_loader", [])
-    if not isinstance(loaders, list) or len(loaders) > 1 or not is_plain(loaders):
-        return "the state of its data loader is no list of one entry"
-    epochs = saved["epoch_progress"]["current"]["processed"]
-    batches = saved["epoch_loop.batch_progress"]["current"]["ready"]
-    steps = saved["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
-    if (facts.epoch, facts.global_step, checkpoint["global_step"]) != (epochs, steps, steps):
-        return (
-            f"its manifest entry says epoch {facts.epoch} and step {facts.global_step}, its loops epoch {epochs} and "
-            f"step {steps}"
-        )
-    if facts.batch not in (0, batches):
-        return f"its manifest entry says batch {facts.batch}, its loops batch {batches}"
-    for loader in loaders:
-        if loader != {} and loader != {"batch": batches}:
-            return f"the state of its data loader is {loader!r:.60}, its loops say batch {batches}"
-    return None
-
-
-def _out_of_range(tree: Any) -> str | None:
-    """The first number of a tree of dictionaries that is negative or absurdly large."""
-    if isinstance(tree, dict):
-        return next((problem for value in tree.values() if (problem := _out_of_range(value))), None)
-    if isinstance(tree, (int, float)) and not (isinstance(tree, int) and 0 <= tree < 2**48):
-        return f"{tree} is no count"
-    return None
-
-
-def _problem_of_optimizers(checkpoint: dict[str, Any]) -> str | None:
-    for state in checkpoint["optimizer_states"]:
-        if not isinstance(state, dict) or not isinstance(state.get("state"), dict):
-            return "an optimizer's state is no dict"
-        groups = state.get("param_groups")
-        if not isinstance(groups, list) or not all(map(_is_group, groups)):
-            return "an optimizer's parameter groups are no list of groups"
-        if not all(isinstance(entry, dict) for entry in state["state"].values()):
-            return "an optimizer's state of a parameter is no dict"
-    if not all(isinstance(state, dict) for state in checkpoint["lr_schedulers"]):
-        return "a learning rate scheduler's state is no dict"
-    return None
-
-
-def _is_group(group: Any) -> bool:
-    return isinstance(group, dict) and isinstance(group.get("params"), list)
+    fields = {name: value for name, value in checkpoint[MANIFEST_KEY].items() if name != "confusion_matrix"}
+    if set(fields) - {"validation"} != {"epoch", "batch", "global_step", "monitor", "mode", "metrics"}:
+        raise CheckpointError(f"{MANIFEST_KEY!r} has the entries {sorted(map(str, checkpoint[MANIFEST_KEY]))}")
+    return manifest_of(fields, **_NO_FILE)
 
 
 def difference(expected: Any, saved: Any, path: str = "", ignored: frozenset[str] = frozenset()) -> str | None:

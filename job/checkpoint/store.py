@@ -159,7 +159,7 @@ def load(uri: str) -> dict[str, Any]:
     """
     # torch is imported here: other functions of this module work on manifests and bytes.
     from job.checkpoint.state import require_checkpoint
-    from job.model.tensor_file import load_tensors
+    from job.storage.tensor_file import load_tensors
 
     content = storage.read_bytes(uri)
     if storage.exists(manifest_uri(uri)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import logging
@@ -10,7 +9,6 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
-from typing import NoReturn
 
 from job.cli import help
 from job.cli.versions import library_versions
@@ -19,11 +17,14 @@ from job.cluster.environment import require_ranks
 from job.errors import EXIT_INTERNAL_ERROR, EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, JobError, Preempted
 from job.process import temporary
 from job.process.descendants import kill_descendants
+from job.process.ending import end_process, flush_output
 from job.process.signals import Stopped, StopSignals
 from job.process.terminal import protect_output, say
 from job.train.errors import translated
 
 log = logging.getLogger("job")
+
+HELP_OPTIONS = frozenset(["-h", "--help", "--help-all"])
 
 
 @dataclass(frozen=True)
@@ -51,31 +52,44 @@ COMMANDS = {
     "predict": Command("job.cli.predict", "Classify images with a checkpoint."),
     "index": Command("job.cli.index", "List a data set ahead of training."),
     "checkpoints": Command("job.cli.checkpoints", "List, verify or clean up the checkpoints of a run."),
-    "launch": Command("job.cli.launch", "Run a command in all processes of this node, by torchrun.", has_grace=True),
+    "launch": Command("job.cli.launch", "Run a command in all processes of this node.", has_grace=True),
     "demo": Command("job.cli.demo", "Run everything on this machine, with a local bucket.", has_grace=True),
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command, and exit by the table in README: 2 with one message for a user's mistake."""
-    args = sys.argv[1:] if argv is None else argv
+    """Run one command, and exit by the table of exit codes: 2 with one message for a user's mistake."""
+    if code := run(sys.argv[1:] if argv is None else argv):
+        if ranks.world_size() > 1:
+            end_process(code)
+        flush_output()
+        sys.exit(code)
+
+
+def run(args: list[str]) -> int:
+    """Run one command; returns the exit code."""
     _set_up_logging()
-    if not args or args[0] in ("-h", "--help", "--help-all"):
+    if not args or args[0] in HELP_OPTIONS:
         print(_usage())
-        sys.exit(0 if args else EXIT_USER_ERROR)
+        return 0 if args else EXIT_USER_ERROR
     if args[0] == "--version":
         print(library_versions())
-        sys.exit(0)
+        return 0
+    if args[0] in COMMANDS and COMMANDS[args[0]].on_ranks and not _wants_help(args):
+        log.info("%s: starting %s", library_versions(), args[0])
+        # Before signals raise an exception, which C code that imports a module might turn into another one.
+        try:
+            importlib.import_module(COMMANDS[args[0]].module)
+        except Exception as error:
+            return _report(error)
     # LightningCLI looks at sys.argv, and would warn of arguments given to it besides.
     sys.argv = [sys.argv[0]]
     has_grace = args[0] in COMMANDS and COMMANDS[args[0]].has_grace
     try:
         with StopSignals(None, at_end=kill_descendants) if has_grace else StopSignals(at_end=temporary.remove_all):
-            code = _exit_code(args)
+            return _exit_code(args)
     except Stopped as stopped:
-        code = _report(stopped)
-    if code:
-        _exit(code)
+        return _report(stopped)
 
 
 def _exit_code(args: list[str]) -> int:
@@ -99,14 +113,17 @@ def run_command(name: str, args: list[str]) -> None:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(f"unknown command {name!r}.{hint}\n{_usage()}")
-    if name in help.COMMON and not {"-h", "--help"}.isdisjoint(args):
+    if name in help.COMMON and _wants_help(args):
         print(help.common_help(name))
         return
     command = COMMANDS[name]
     if command.on_ranks:
         require_ranks(os.environ)
-        log.info("%s: importing libraries for %s", library_versions(), name)
     getattr(importlib.import_module(command.module), name)(args)
+
+
+def _wants_help(args: list[str]) -> bool:
+    return "-h" in args or "--help" in args
 
 
 def _report(error: BaseException) -> int:
@@ -129,17 +146,6 @@ def _report(error: BaseException) -> int:
         file=sys.stderr,
     )
     return EXIT_INTERNAL_ERROR
-
-
-def _exit(code: int) -> NoReturn:
-    """End the process now: threads and process groups of a run that failed may wait for what never comes."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a pipe or terminal that is gone
-            stream.flush()
-    if ranks.world_size() > 1:
-        temporary.remove_all()
-        os._exit(code)
-    sys.exit(code)
 
 
 def _usage() -> str:

@@ -6,9 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from job.config.recipes import resolve_config
 
-LEARNING_RATE = "model.optimizer.lr"
 TRAINING_ALIASES = {
-    "lr": LEARNING_RATE,
+    "lr": "model.lr",
     "epochs": "trainer.max_epochs",
     "max_epochs": "trainer.max_epochs",
     "batch_size": "data.global_batch_size",
@@ -40,7 +39,6 @@ def canonical_arguments(
     """
     aliases = aliases or {}
     canonical: list[str] = []
-    deferred: list[str] = []
     bare: list[str] = []
     given: set[str] = set()
     remaining = list(args)
@@ -57,12 +55,10 @@ def canonical_arguments(
             equals, value = "=", remaining.pop(0)
         if name == "config" and equals:
             value = resolve_config(value)
-        # An optimizer that is named later would reset its learning rate.
-        target = deferred if name == LEARNING_RATE else canonical
-        target.append(f"--{name}{equals}{value}")
+        canonical.append(f"--{name}{equals}{value}")
     names = [name for name in positional if name not in given]
     canonical += [f"--{name}={value}" for name, value in zip(names, bare, strict=False)]
-    return canonical + deferred + bare[len(names) :]
+    return canonical + bare[len(names) :]
 
 
 def option_value(args: Sequence[str], name: str) -> str | None:

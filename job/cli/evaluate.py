@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import yaml
@@ -44,12 +45,12 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
         cli = TrainingCLI(verb, configured)
     options = cli.config_init
     # The checkpoint brings the weights: pretrained ones would be fetched in vain.
-    cli.model.weights = "none"
+    cli.model.config = replace(cli.model.config, weights="none")
     cli.model.tta = options["tta"]
     with ranks.process_group(EVALUATION_TIMEOUT):
         uri = ranks.from_rank_zero(lambda: checkpoint.resolve(options["ckpt"] or options["run_dir"]))
         with translate_errors(cli.datamodule.global_batch_size):
-            trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"], options["checkpoint"])
+            trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"])
             results = getattr(trainer, verb)(cli.model, datamodule=cli.datamodule, ckpt_path=uri, verbose=False)
         if trainer.is_global_zero:
             rows = [(name, f"{value:.4f}") for name, value in results[0].items()]

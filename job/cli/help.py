@@ -62,7 +62,7 @@ _FIT = {
         Option("model.ema", "DECAY", "EMA decay; EMA weights are used for evaluation. 0 disables.", "0.0"),
     ],
     "training": [
-        Option("lr", "RATE", "Learning rate. Default: that of the optimizer.", alias_of="model.optimizer.lr"),
+        Option("lr", "RATE", "Learning rate. Default: that of the optimizer.", alias_of="model.lr"),
         Option("model.optimizer", "CLASS", "A torch optimizer. Default: Adam."),
         Option("model.lr_scheduler", "CLASS", "A torch scheduler. Default: MultiStepLR at milestones."),
         Option("epochs", "N", "Number of epochs.", "15", alias_of="trainer.max_epochs"),

@@ -61,7 +61,14 @@ class ParserMixin(ArgumentParser):
         self._arguments = canonical_arguments(
             args, options=self._option_names(), aliases=self.aliases, positional=self.positional
         )
-        config = super().parse_args(self._arguments, *more, **kwargs)
+        return self._checked(super().parse_args(self._arguments, *more, **kwargs))
+
+    def parse_object(self, *args: Any, **kwargs: Any) -> Namespace:
+        """The options of a mapping, checked, with the credentials of their URIs kept aside."""
+        self._check_limits([])
+        return self._checked(super().parse_object(*args, **kwargs))
+
+    def _checked(self, config: Namespace) -> Namespace:
         require_permitted(config.as_dict())
         for key, value in list(config.items()):
             config[key] = redact.walk(value, _without_credentials, key)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
-from job.checkpoint.callback import Checkpointer
+from job.checkpoint.settings import CheckpointSettings
 from job.cli.arguments import DATA_ALIASES, TRAINING_ALIASES
 from job.cli.parser import ENV_PREFIX, ParserMixin
 from job.config.trainer_options import add_trainer_arguments, list_supported_classes, require_seed, require_supported
 from job.data.datamodule import ImageDataModule
-from job.features.callback import FeatureCache
+from job.features.callback import FeatureSettings
 from job.model.module import TransferLearningModel
-from job.resilience.watchdog import Watchdog
+from job.resilience.watchdog import WatchdogSettings
+from job.train.fit import FitSettings
 from job.train.lr_finder import LRFinder
 
 
@@ -30,7 +32,7 @@ class TrainingParser(ParserMixin, LightningArgumentParser):
 class TrainingCLI(LightningCLI):
     """The options of fit, tune, validate and test; see ``--help-all``."""
 
-    def __init__(self, verb: str, args: list[str]) -> None:
+    def __init__(self, verb: str, args: list[str] | dict[str, Any]) -> None:
         self.verb = verb
         super().__init__(
             TransferLearningModel,
@@ -96,8 +98,8 @@ class TrainingCLI(LightningCLI):
                 action="store_true",
                 help="Record ten steps by torch's profiler into run_dir/profile, and say where their time went.",
             )
-            parser.add_class_arguments(Watchdog, "watchdog")
-            parser.add_lightning_class_args(FeatureCache, "features")
+            parser.add_class_arguments(WatchdogSettings, "watchdog")
+            parser.add_class_arguments(FeatureSettings, "features", sub_configs=True)
         elif self.verb == "tune":
             parser.add_lightning_class_args(LRFinder, "lr_finder")
         else:
@@ -114,19 +116,27 @@ class TrainingCLI(LightningCLI):
                 default="none",
                 help="Test-time augmentation: hflip averages predictions over horizontal flips.",
             )
-        parser.add_lightning_class_args(Checkpointer, "checkpoint")
+        parser.add_class_arguments(CheckpointSettings, "checkpoint", sub_configs=True)
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """The options, with a seed that NumPy takes."""
-        super().parse_arguments(parser, args)
+        self.config = parser.parse_object(args) if isinstance(args, Mapping) else parser.parse_args(args)
         require_seed(self.config["seed_everything"])
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Check its arguments alone: the trainer needs to know where the run resumes."""
         require_supported(self.config_init["trainer"])
         return None  # type: ignore[return-value]
+
+    def fit_settings(self) -> FitSettings:
+        """The options of fit beside the model's and the data's."""
+        options = self.config_init
+        names = ("run_dir", "resume", "grace", "profile", "checkpoint", "features", "watchdog")
+        return FitSettings(
+            trainer=dict(options["trainer"]), config=self.config_yaml(), **{name: options[name] for name in names}
+        )
 
     def config_yaml(self) -> str:
         """The resolved configuration, as ``--config`` of any verb takes it: what is of one start is no part of it."""

@@ -16,13 +16,13 @@ from typing import Any, Literal
 import msgspec
 
 from job import redact, storage
-from job.checkpoint.callback import Checkpointer
+from job.checkpoint.settings import CheckpointSettings
 from job.config.import_policy import class_paths, denying_entry, dotted_strings, is_allowed
 from job.config.run_config import FILE, MEND, read_mapping
 from job.data.datamodule import ImageDataModule
 from job.data.index.access import Access, is_local_uri
 from job.errors import ConfigError
-from job.model.module import TransferLearningModel
+from job.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ _TRAINER: dict[str, Any] = {
     "enable_progress_bar": bool | None,
 }
 """What a measurement takes of the Trainer's arguments; the others concern training."""
-_SECTIONS: dict[str, Any] = {"model": TransferLearningModel, "data": ImageDataModule, "checkpoint": Checkpointer}
+_SECTIONS: dict[str, Any] = {"model": ModelConfig, "data": ImageDataModule, "checkpoint": CheckpointSettings}
 _TRAINING_ONLY = frozenset(
     {
-        *("model.optimizer", "model.lr_scheduler", "model.lr_gamma", "model.lr_interval", "model.weights"),
+        *("model.lr", "model.optimizer", "model.lr_scheduler", "model.lr_gamma", "model.lr_interval", "model.weights"),
         *("data.augment", "data.augment_views"),
     }
 )

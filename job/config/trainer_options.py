@@ -16,6 +16,7 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 
 from job.cluster import ranks, xla
 from job.errors import ConfigError
+from job.lightning_internals import starts_processes
 
 RESERVED = {
     "logger",
@@ -172,7 +173,7 @@ def _require_strategy(strategy: Any, *, on_xla: bool) -> None:
     if isinstance(strategy, str):
         supported = strategy == "auto" or strategy in _DDP
     else:
-        supported = not isinstance(strategy, DeepSpeedStrategy) and strategy._start_method == "popen"
+        supported = not isinstance(strategy, DeepSpeedStrategy) and not starts_processes(strategy)
     if not supported:
         raise ConfigError(
             f"--trainer.strategy {name} is not supported: checkpoints, resuming and unfreezing work with "

@@ -7,9 +7,9 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -32,6 +32,8 @@ from job.data.local_files import room_needed, usable_cache_dir
 from job.data.sampler import BatchOrder, ViewOrder
 from job.errors import ConfigError, DataError
 from job.features.store import FeatureStore
+from job.lightning_internals import epochs_processed
+from job.resilience.lease_check import write_check
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +126,6 @@ class ImageDataModule(pl.LightningDataModule):
         self.seed = seed
         self.parts: dict[str, Index] = {}
         self.is_cache_usable = True
-        self.before_write: Callable[[], None] = storage.unconditionally  # raises if this job may not write to run_dir
         self.cache: SampleCache | None = None
         self.features: dict[str, FeatureStore] = {}
         self.bad_samples: set[str] = set()
@@ -236,7 +237,7 @@ class ImageDataModule(pl.LightningDataModule):
             info = build(self.uris, Path(folder), str(self.cache_dir), layout, request=request, access=self.access)
             if "val" not in info.parts:
                 split(Path(folder), self.val_fraction, self.seed)
-            publish_index(Path(folder), uri, self.before_write)
+            publish_index(Path(folder), uri, write_check(self.trainer))
         return uri
 
     def _run_dir(self) -> str:
@@ -275,7 +276,7 @@ class ImageDataModule(pl.LightningDataModule):
         )
         if self.trainer is not None:
             # Lightning names the epoch only after loader processes have begun to fetch.
-            order.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+            order.set_epoch(epochs_processed(self.trainer))
         return BatchLoader(self.dataset(part, order), self._workers(index), lambda: self.features.get(part))
 
     def _workers(self, index: Index) -> int:
@@ -294,6 +295,11 @@ class ImageDataModule(pl.LightningDataModule):
                 f"--data.global_batch_size {self.global_batch_size} does not divide over {world_size} processes. "
                 f"Choose {nearest}."
             )
+
+
+def image_data(trainer: pl.Trainer) -> ImageDataModule:
+    """The data module of a trainer, typed."""
+    return cast("ImageDataModule", trainer.datamodule)  # type: ignore[attr-defined]
 
 
 def require_few_bad(bad: set[str], limit: int) -> None:

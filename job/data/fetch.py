@@ -17,7 +17,7 @@ from job.data.index.archive import LARGEST_MEMBER, zip_content
 from job.data.index.index import Index, Sample
 from job.data.index.source import materialise
 from job.errors import DataError, StorageError, StorageOutage
-from job.storage.verified_reads import TooLarge
+from job.storage.checksums import TooLarge
 
 REQUESTS = storage.CONNECTIONS
 """Requests that a process has in flight."""

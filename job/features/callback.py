@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
@@ -23,12 +24,12 @@ from torch import Tensor
 
 from job import storage
 from job.cluster import ranks
-from job.data.datamodule import ImageDataModule
+from job.data.datamodule import image_data
 from job.data.sampler import BatchOrder, ViewOrder
 from job.errors import ConfigError, Preempted, StorageError
 from job.features.store import FeatureStore, content_hash, weights_hash
 from job.model.module import TransferLearningModel
-from job.resilience.flags import Votes
+from job.resilience.flags import AsyncFlags
 from job.resilience.lease import Lease
 from job.resilience.preemption import Preemption
 from job.resilience.watchdog import Watchdog
@@ -41,7 +42,8 @@ WORTH_A_HINT = 3
 """Frozen epochs from which on it is said why nothing is kept."""
 
 
-class FeatureCache(Callback):
+@dataclass(frozen=True)
+class FeatureSettings:
     """Computes the features of a frozen backbone once, and has the head trained and validated from them.
 
     Every rank computes its share of the chunks, and uploads them; each node fetches what others computed. A
@@ -55,25 +57,42 @@ class FeatureCache(Callback):
         uri: folder for them, which runs may share. Default: features/ in run_dir.
     """
 
-    def __init__(
-        self, use: Literal["auto", "always", "never"] = "auto", max_gb: float = 10.0, uri: str | None = None
-    ) -> None:
-        if max_gb <= 0:
-            raise ConfigError(f"--features.max_gb must be above 0: {max_gb}. --features.use=never keeps none.")
-        self.use = use
-        self.max_bytes = int(max_gb * 1e9)
-        self.uri = uri
+    use: Literal["auto", "always", "never"] = "auto"
+    max_gb: float = 10.0
+    uri: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_gb <= 0:
+            raise ConfigError(f"--features.max_gb must be above 0: {self.max_gb}. --features.use=never keeps none.")
+
+
+class FeatureCache(Callback):
+    """Computes the features of a frozen backbone once, and has the head trained and validated from them.
+
+    Args:
+        settings: whether, and where they are kept.
+        preemption: says whether this process is to stop.
+        watchdog: learns of each batch.
+        lease: of this run.
+
+    Attributes:
+        seconds: time that it took to compute or fetch them.
+    """
+
+    def __init__(self, settings: FeatureSettings, preemption: Preemption, watchdog: Watchdog, lease: Lease) -> None:
+        self.settings = settings
+        self.max_bytes = int(settings.max_gb * 1e9)
+        self.preemption = preemption
+        self.watchdog = watchdog
+        self.lease = lease
         self.seconds = 0.0
-        self.preemption = Preemption(0.0)
-        self.watchdog = Watchdog()
-        self.lease: Lease | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compute or find the features, on all ranks together, where the run is in its frozen epochs."""
         began = time.monotonic()
         module = cast("TransferLearningModel", pl_module)
         frozen = _frozen_epochs(trainer, module)
-        if self.use == "never" or frozen < 1:
+        if self.settings.use == "never" or frozen < 1:
             return
         stores = self._stores(trainer, module, frozen)
         if stores:
@@ -83,7 +102,7 @@ class FeatureCache(Callback):
                 before, missing = missing, self._missing(stores)  # less, where a copy in the bucket was damaged
                 if missing == before:
                     raise StorageError(f"the features written to {stores[next(iter(missing))].uri} are not there.")
-            data = _data(trainer)
+            data = image_data(trainer)
             for store in stores.values():
                 data.report_bad(store.open())
             data.features = stores
@@ -92,11 +111,11 @@ class FeatureCache(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read images again from the epoch on that unfreezes."""
         if trainer.current_epoch >= cast("TransferLearningModel", pl_module).constant_epochs:
-            _data(trainer).features = {}
+            image_data(trainer).features = {}
 
     def _stores(self, trainer: pl.Trainer, module: TransferLearningModel, frozen: int) -> dict[str, FeatureStore]:
         """The parts whose features are worth keeping; the same on all ranks."""
-        data, found = _data(trainer), {}
+        data, found = image_data(trainer), {}
         if ranks.union(set() if data.is_cache_usable else {str(data.cache_dir)}):
             log.warning("the backbone's features are not kept: --data.cache_dir cannot be used on some node.")
             return {}
@@ -119,11 +138,11 @@ class FeatureCache(Callback):
             key = self._key(trainer, module, part, weights)
             folder = data.cache_dir / FOLDER / key
             dataset = data.dataset(part, BatchOrder(1, 1, rank=0, world_size=1, seed=0, shuffle=False))
-            root = self.uri or storage.join(trainer.default_root_dir, FOLDER)
+            root = self.settings.uri or storage.join(trainer.default_root_dir, FOLDER)
             store = FeatureStore(dataset, folder, storage.join(root, key), example.shape[1], example.dtype)
             known = ranks.from_rank_zero(lambda store=store: len(store.published() | store.on_disk()))  # type: ignore[misc]
             work = len(store.index) * store.views * (1 - known / max(len(store), 1))
-            if self.use == "auto" and work >= frozen * batches * data.global_batch_size and known < len(store):
+            if self.settings.use == "auto" and work >= frozen * batches * data.global_batch_size and known < len(store):
                 continue
             found[part] = store
         if not found:
@@ -136,7 +155,7 @@ class FeatureCache(Callback):
 
     def _key(self, trainer: pl.Trainer, module: TransferLearningModel, part: str, weights: str) -> str:
         """Everything that a feature follows from, as a hash."""
-        data = _data(trainer)
+        data = image_data(trainer)
         view = data.view(part)
         what = (
             weights,
@@ -146,7 +165,7 @@ class FeatureCache(Callback):
             repr(view),
             data.seed if view.augment is not None else None,
             str(trainer.precision),
-            module.compile_backbone,
+            module.config.compile_backbone,
             module.device.type,
             str(module.net.memory_format),
             torch.__version__,
@@ -176,9 +195,9 @@ class FeatureCache(Callback):
             published = ranks.from_rank_zero(store.published)
             here = store.on_disk() if ranks.local_rank() == 0 else set()
             for chunk in sorted(here - published):
-                self._publish(store, chunk)
+                store.publish(chunk, self.lease.require_held)
             wanted = sorted(published - here) if ranks.local_rank() == 0 else []
-            damaged = {chunk for chunk in wanted if not store.fetch(chunk, self._before_write)}
+            damaged = {chunk for chunk in wanted if not store.fetch(chunk, self.lease.require_held)}
             known = published | {int(chunk) for chunk in ranks.union({str(chunk) for chunk in here})}
             lost = known & {int(chunk) for chunk in ranks.union({str(chunk) for chunk in damaged})}
             if absent := sorted(set(range(len(store))) - known | lost):
@@ -194,7 +213,7 @@ class FeatureCache(Callback):
     ) -> None:
         """Compute the missing chunks, each rank its share, in step with one another so that all stop together."""
         world_size = ranks.world_size()
-        batch_size = _data(trainer).global_batch_size // world_size
+        batch_size = image_data(trainer).global_batch_size // world_size
         shares = [{part: chunks[rank::world_size] for part, chunks in missing.items()} for rank in range(world_size)]
 
         def batches(share: dict[str, list[int]]) -> int:
@@ -208,16 +227,15 @@ class FeatureCache(Callback):
             "computing the features of the frozen backbone once: %s",
             ", ".join(f"{part} {len(c)} of {len(stores[part])} chunks" for part, c in missing.items()),
         )
-        votes, said = Votes(1), time.monotonic()
+        flags, said = AsyncFlags(1), time.monotonic()
         work = self._batches(trainer, module, stores, shares[ranks.rank()])
         with contextlib.closing(work):
             for number in range(rounds):
                 next(work, None)
                 self.watchdog.beat("computing features", trainer.global_step)
-                if self.lease is not None:
-                    self.lease.raise_if_lost()
-                if any(votes.cast([self.preemption.requested])):
-                    votes.drain()
+                self.lease.raise_if_lost()
+                if any(flags.exchange([self.preemption.requested])):
+                    flags.drain()
                     raise Preempted(
                         "stopped on request while the backbone's features were computed. The same command goes on "
                         "from there."
@@ -226,15 +244,8 @@ class FeatureCache(Callback):
                     said = time.monotonic()
                     log.info("features: batch %d of %d", number + 1, rounds)
             next(work, None)  # the last chunk is saved when its last batch is over
-            votes.drain()
+            flags.drain()
         ranks.union(set())  # all chunks are there before anybody looks for them
-
-    def _publish(self, store: FeatureStore, chunk: int) -> None:
-        store.publish(chunk, self._before_write)
-
-    def _before_write(self) -> None:
-        if self.lease is not None:
-            self.lease.require_held()
 
     def _batches(
         self,
@@ -244,7 +255,7 @@ class FeatureCache(Callback):
         share: dict[str, list[int]],
     ) -> Generator[None, None, None]:
         """Compute and upload this rank's chunks, and yield after each batch; however it ends, uploads do, too."""
-        data = _data(trainer)
+        data = image_data(trainer)
         batch_size = data.global_batch_size // ranks.world_size()
         with ThreadPoolExecutor(1, thread_name_prefix="features") as uploads:
             pending: list[Future[None]] = []
@@ -267,7 +278,7 @@ class FeatureCache(Callback):
                         bad |= zip(batch["sample"][:rows][~mask].tolist(), batch["bad"], strict=True)
                         yield
                     store.save(chunk, torch.cat(features), torch.cat(valid), bad)
-                    pending.append(uploads.submit(self._publish, store, chunk))
+                    pending.append(uploads.submit(store.publish, chunk, self.lease.require_held))
             for upload in pending:
                 upload.result()
 
@@ -276,10 +287,6 @@ def _features(trainer: pl.Trainer, module: TransferLearningModel, images: Tensor
     """What the backbone gives in a training step, at its precision: float [B, F]."""
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         return module.net.features(images)
-
-
-def _data(trainer: pl.Trainer) -> ImageDataModule:
-    return cast("ImageDataModule", trainer.datamodule)  # type: ignore[attr-defined]
 
 
 def _frozen_epochs(trainer: pl.Trainer, module: TransferLearningModel) -> int:

@@ -14,22 +14,22 @@ from torch import nn
 
 from job.errors import ConfigError, JobError, WeightsError
 from job.model.skeleton import WithoutMemory
-from job.model.weights import load_weights, read_state_dict
+from job.model.weights import PretrainedWeights, load_weights, read_weights
 
 TIMM = "timm/"
 CONVERTS_IMAGES = ("googlenet", "inception_v3")
 """torchvision's networks that, with pretrained weights, convert ImageNet's normalisation to their own in forward."""
 
 
-def build_backbone(name: str, weights: str = "none", image_size: int | None = None) -> nn.Module:
+def build_backbone(name: str, weights: str | PretrainedWeights = "none", image_size: int | None = None) -> nn.Module:
     """Build the architecture ``name`` with its classification layer replaced by identity.
 
-    The same network, but for its weights, comes from all values of ``weights``, so that a checkpoint fits it.
+    All values of ``weights`` build the same network, so that a checkpoint fits it.
 
     Args:
         name: one of ``torchvision.models.list_models()``, or ``timm/NAME``.
-        weights: ``DEFAULT`` (the library's own pretrained weights, downloaded), ``none`` (random), or the URI of a
-            state dict or checkpoint: see :func:`~job.model.weights.read_state_dict`.
+        weights: ``DEFAULT`` (the library's own pretrained weights, downloaded), ``none`` (random), the URI of a state
+            dict or checkpoint, or what :func:`~job.model.weights.read_weights` has read from there.
         image_size: height and width of images, for torchvision's vision transformers, whose weights depend on it.
 
     Returns:
@@ -37,14 +37,14 @@ def build_backbone(name: str, weights: str = "none", image_size: int | None = No
 
     Raises:
         ConfigError: no such architecture, or timm is not installed.
-        WeightsError: the weights cannot be had, or belong to another architecture.
+        WeightsError: the weights cannot be read, or belong to another architecture.
     """
     pretrained = weights == "DEFAULT"
     backbone, head_prefixes = _build(name, pretrained, image_size)
     if weights not in ("DEFAULT", "none"):
-        load_weights(
-            backbone, read_state_dict(weights), weights, name, head_prefixes, lambda: _whole_state(name, image_size)
-        )
+        if isinstance(weights, str):
+            weights = read_weights(weights)
+        load_weights(backbone, weights.state, weights.uri, name, head_prefixes, lambda: _whole_state(name, image_size))
     return backbone
 
 

@@ -28,10 +28,3 @@ def compile_module(module: nn.Module, device: torch.device) -> None:
             "(nor in the job's images). Install one, or leave the option out."
         )
     module.compile(dynamic=False)
-
-
-def compile_seconds() -> float:
-    """What this process has spent in compiling."""
-    from torch._dynamo.utils import calculate_time_spent
-
-    return float(calculate_time_spent().get("total_wall_time", 0.0))

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from job.cluster import ranks
 from job.errors import DivergedError
+from job.lightning_internals import batches_done
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class DivergenceGuard:
 
 def _place(trainer: pl.Trainer) -> str:
     rank = f", rank {trainer.global_rank}" if trainer.world_size > 1 else ""
-    batch = trainer.fit_loop.epoch_loop.batch_idx
+    batch = batches_done(trainer) - 1
     return f"step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch}{rank})"
 
 

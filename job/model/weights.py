@@ -6,14 +6,15 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from job import checkpoint, storage
 from job.errors import WeightsError
-from job.model.tensor_file import load_tensors, printable
+from job.model.spec import ClassifierSpec, decode_spec
+from job.storage.tensor_file import load_tensors, printable
 
 log = logging.getLogger(__name__)
 
@@ -28,40 +29,42 @@ COUNTER = ".num_batches_tracked"
 MAX_DEPTH = 4
 
 
-def read_state_dict(uri: str) -> dict[str, Tensor]:
-    """Read tensors by name; pickled code is never run.
+class PretrainedWeights(NamedTuple):
+    """Tensors of a file, and the network that they belong to.
+
+    Attributes:
+        uri: the user's ``--model.weights``.
+        state: tensors by name.
+        classifier: description of the network, where the file is a checkpoint of this job.
+    """
+
+    uri: str
+    state: dict[str, Tensor]
+    classifier: ClassifierSpec | None
+
+
+def read_weights(uri: str) -> PretrainedWeights:
+    """Read a file of tensors; pickled code is never run.
 
     Args:
-        uri: a .pth, .ckpt or .safetensors file, or a run_dir of this job, which means its best checkpoint.
+        uri: a .pth, .ckpt or .safetensors file, or a run_dir of this job (its best checkpoint).
 
     Raises:
         WeightsError: the file holds no state dict of tensors.
         CheckpointError: the run_dir holds no checkpoint, or a damaged one.
         StorageError: it cannot be read.
     """
-    uri = _file(uri)
-    if uri.endswith(checkpoint.SUFFIX) and storage.exists(checkpoint.manifest_uri(uri)):
-        loaded: Any = checkpoint.load(uri)
+    file = _file(uri)
+    if file.endswith(checkpoint.SUFFIX) and storage.exists(checkpoint.manifest_uri(file)):
+        loaded: Any = checkpoint.load(file)
+        classifier = decode_spec(loaded["classifier"], uri)
     else:
-        loaded = load_tensors(storage.read_bytes(uri), uri)
-    return _state_dict(loaded, uri)
-
-
-def saved_classifier(uri: str) -> Any:
-    """The specification of the network in a checkpoint of this job, or None for other files.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or a damaged one.
-        StorageError: it cannot be read.
-    """
-    uri = _file(uri)
-    if uri.endswith(checkpoint.SUFFIX) and storage.exists(checkpoint.manifest_uri(uri)):
-        return checkpoint.load(uri)["classifier"]
-    return None
+        loaded, classifier = load_tensors(storage.read_bytes(file), file), None
+    return PretrainedWeights(uri, _state_dict(loaded, file), classifier)
 
 
 def _file(uri: str) -> str:
-    """The file that a user's ``--model.weights`` means."""
+    """The file that ``--model.weights`` refers to."""
     if uri.lower().endswith(FILE_SUFFIXES):
         return uri
     if uri.rstrip("/").endswith((f"/{checkpoint.FOLDER}/best", f"/{checkpoint.FOLDER}/last")):

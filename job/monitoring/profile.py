@@ -6,6 +6,7 @@ import gzip
 import logging
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ class Profile(Callback):
     An accelerator is waited for at the borders of what is told apart, which costs a recorded step some time.
 
     Args:
-        checkpointer: tells how long training stood still for checkpoints.
+        checkpointer: measures how long training stood still for checkpoints.
+        before_write: called immediately before the trace is written; raises if this job may not write to run_dir.
     """
 
-    def __init__(self, checkpointer: Checkpointer) -> None:
+    def __init__(self, checkpointer: Checkpointer, before_write: Callable[[], None] = storage.unconditionally) -> None:
         self.checkpointer = checkpointer
+        self.before_write = before_write
         self._steps = 0
         self._profiler: profile | None = None
         self._began = 0.0
@@ -106,7 +109,7 @@ class Profile(Callback):
             recorded.export_chrome_trace(f"{folder}/{name}")
             trace = gzip.compress((Path(folder) / name).read_bytes())
         try:
-            storage.write_bytes(uri, trace, self.checkpointer.io.before_write)
+            storage.write_bytes(uri, trace, self.before_write)
             log.info("the trace of %d steps lies in %s", steps, uri)
         except StorageError as error:
             log.warning("the trace is lost: %s", error)

@@ -7,6 +7,7 @@ import platform
 import shlex
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -18,6 +19,8 @@ from pytorch_lightning.callbacks import Callback
 from job import checkpoint, storage
 from job.checkpoint import confusion
 from job.checkpoint.manifest import Manifest
+from job.cluster import ranks
+from job.data.datamodule import image_data
 from job.data.dataset import Batch
 from job.errors import JobError
 from job.monitoring import accounting
@@ -33,7 +36,65 @@ FILE = "report.json"
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "fsspec", "gcsfs")
 
 
-class Report(Callback):
+@dataclass(frozen=True)
+class Report:
+    """Result of a fit.
+
+    Attributes:
+        run_dir: folder of the run.
+        metrics: validation metrics of the best checkpoint, by name; None for a value that is not finite.
+        best: URI of the best checkpoint; None where there is none.
+        last: URI of the newest checkpoint.
+        epochs: epochs completed.
+        global_step: optimizer steps done.
+        classes: class names, in the order of the network's outputs.
+        images: number of images by part.
+        bad_samples: images that could not be read.
+        images_per_second: throughput of training; None where this start trained less than an epoch.
+        seconds: where the time went, over all attempts; see :func:`job.monitoring.accounting.totals`.
+        content: all of ``report.json``.
+    """
+
+    run_dir: str
+    metrics: dict[str, float | None]
+    best: str | None
+    last: str | None
+    epochs: int
+    global_step: int
+    classes: tuple[str, ...]
+    images: dict[str, int]
+    bad_samples: tuple[str, ...]
+    images_per_second: float | None
+    seconds: dict[str, float]
+    content: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Report:
+        """The report with this content of ``report.json``."""
+        checkpoints = content["checkpoints"]
+        return cls(
+            run_dir=content["run_dir"],
+            metrics=content["metrics"],
+            best=checkpoints["best"]["uri"] if checkpoints else None,
+            last=checkpoints["last"]["uri"] if checkpoints else None,
+            epochs=content["epochs"],
+            global_step=content["global_step"],
+            classes=tuple(content["classes"]),
+            images=content["images"],
+            bad_samples=tuple(content["bad_samples"]),
+            images_per_second=content["train_images_per_second"],
+            seconds=content["seconds"],
+            content=content,
+        )
+
+
+def report_of(trainer: pl.Trainer) -> Report:
+    """The report of a fit that has ended, on every rank; called by all ranks together."""
+    (writer,) = (c for c in trainer.callbacks if isinstance(c, ReportWriter))  # type: ignore[attr-defined]
+    return Report.of(ranks.from_rank_zero(lambda: writer.content))
+
+
+class ReportWriter(Callback):
     """Measures throughput and writes ``<run_dir>/report.json`` at the end of a fit, on rank 0."""
 
     def __init__(self, accounting: Accounting, before_write: Callable[[], None] = storage.unconditionally) -> None:
@@ -60,7 +121,7 @@ class Report(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the clock after it."""
-        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if not trainer.is_last_batch:
             self._clock = time.monotonic()
 
     def on_train_batch_end(
@@ -68,7 +129,7 @@ class Report(Callback):
     ) -> None:
         """Count the images of the batch, and stop the clock at the epoch's last one."""
         self._epoch_images += int(batch["global_size"])
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if trainer.is_last_batch:
             self._stop_clock()
             self.train_seconds += self._epoch_seconds
             self.train_images += self._epoch_images
@@ -92,7 +153,7 @@ class Report(Callback):
             self._clock = None
 
     def _report(self, trainer: pl.Trainer) -> dict[str, Any]:
-        run_dir, data = trainer.default_root_dir, trainer.datamodule  # type: ignore[attr-defined]
+        run_dir, data = trainer.default_root_dir, image_data(trainer)
         committed = checkpoint.manifests(run_dir)
         starts = self.accounting.starts if self.train_seconds else accounting.read(run_dir) or self.accounting.starts
         report = {
@@ -168,13 +229,9 @@ def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def print_summary(run_dir: str, report: dict[str, Any]) -> None:
-    """Print metrics, where everything is, and the commands to type next.
-
-    Args:
-        run_dir: the run's folder.
-        report: the content of ``report.json``.
-    """
+def print_summary(result: Report) -> None:
+    """Print metrics, where everything is, and the commands to type next."""
+    run_dir, report = result.run_dir, result.content
     speed, checkpoints = report["train_images_per_second"], report["checkpoints"]
     rows: list[tuple[str, object]] = []
     if checkpoints:

@@ -1,4 +1,4 @@
-"""A trial's metric, where Vertex AI's hyperparameter tuner looks for it."""
+"""Vertex AI metric reporter: hands a trial's metric to the hyperparameter tuner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 
-class TuningMetric(Callback):
+class VertexMetricReporter(Callback):
     """Appends the monitored metric to the tuner's file after each validation, on rank 0 of a trial.
 
     The file's place and its JSON lines are those of Google's ``cloudml-hypertune`` 0.1.0.dev6.

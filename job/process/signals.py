@@ -68,11 +68,19 @@ class StopSignals:
     Args:
         grace: seconds; None: no limit, for a process whose children have one.
         at_end: called before the process is ended from outside of the main thread.
+        owns_process: end the process at a second Ctrl-C; else, in a notebook say, raise KeyboardInterrupt there.
     """
 
-    def __init__(self, grace: float | None = 10.0, at_end: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        grace: float | None = 10.0,
+        at_end: Callable[[], None] = lambda: None,
+        *,
+        owns_process: bool = True,
+    ) -> None:
         self.grace = grace
         self.at_end = at_end
+        self.owns_process = owns_process
         self.first: signal.Signals | None = None
         self._received: list[int] = []
         self._deadline: float | None = None
@@ -135,9 +143,11 @@ class StopSignals:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.first is None:
             self.first = signal.Signals(number)
-            if number == signal.SIGHUP:
+            if number == signal.SIGHUP and self.owns_process:
                 self._leave_terminal()
             self.on_first(self.first)
+        elif number == signal.SIGINT and not self.owns_process:
+            raise KeyboardInterrupt
 
     def _leave_terminal(self) -> None:
         """Write to nowhere what would go to a terminal that is gone: each write would raise an error."""
@@ -168,7 +178,7 @@ class StopSignals:
                 if len(self._received) == 1:
                     self._deadline = None if self.grace is None else time.monotonic() + self.grace
                     self.announce(signal.Signals(number))
-                elif self._received.count(signal.SIGINT) > 1:
+                elif self._received.count(signal.SIGINT) > 1 and self.owns_process:
                     self._end("stopped at once by a second SIGINT: what was not saved is lost.", signal.SIGINT)
 
     def _end(self, message: str, number: int) -> NoReturn:

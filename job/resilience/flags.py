@@ -1,4 +1,4 @@
-"""Flags that any rank may raise, and that all ranks see raised at the same step."""
+"""Asynchronous all-reduced flags: any rank raises one, all ranks see it at the same step."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 import torch.distributed as dist
 
 
-class Votes:
-    """An all-reduce of a few flags that runs beside a training step.
+class AsyncFlags:
+    """All-reduces a few flags beside a training step.
 
-    A call sends this rank's flags and returns what all ranks sent at the *previous* call, so that
-    nobody waits: a flag is seen one step late, by all ranks alike. The reduction is gloo's on CPU
-    memory, whatever the device: it does not make the GPU's queue wait.
+    :meth:`exchange` sends this rank's flags and returns what all ranks sent at the *previous* call, so that nobody
+    waits: a flag is seen one step late, by all ranks alike. The reduction is gloo's on CPU memory, whatever the device:
+    it does not make the GPU's queue wait.
+
+    Create it, and call its methods, on all ranks together.
 
     Args:
-        count: flags in a vote.
-
-    Create it, and call :meth:`cast`, on all ranks together.
+        count: number of flags.
     """
 
     def __init__(self, count: int) -> None:
@@ -27,8 +27,8 @@ class Votes:
         self._group = cast("dist.ProcessGroup", dist.new_group(backend="gloo")) if dist.is_initialized() else None
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def cast(self, flags: Sequence[bool]) -> list[bool]:
-        """Whether any rank raised each flag at the call before this one."""
+    def exchange(self, flags: Sequence[bool]) -> list[bool]:
+        """Send ``flags``; returns whether any rank raised each of them at the call before this one."""
         if self._group is None:
             return list(flags)
         earlier = self.drain()
@@ -39,7 +39,7 @@ class Votes:
         return earlier
 
     def drain(self) -> list[bool]:
-        """The result of the last call, with nothing left under way."""
+        """Wait for the last exchange; returns its result."""
         if self._pending is None:
             return [False] * self._count
         work, tensor = self._pending

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+from collections.abc import Iterator
 from types import TracebackType
 
 from job.errors import Preempted
@@ -22,12 +24,20 @@ class Preemption(StopSignals):
     at once.
 
     Args:
-        grace: seconds from the signal to the end of the process.
+        grace: seconds from the signal to the end of the process; None: no limit.
+        owns_process: end the process at a second Ctrl-C; else raise KeyboardInterrupt.
     """
 
-    def __init__(self, grace: float) -> None:
-        super().__init__(grace, at_end=temporary.remove_all)
-        self.training = False
+    def __init__(self, grace: float | None, *, owns_process: bool = True) -> None:
+        super().__init__(grace, at_end=temporary.remove_all, owns_process=owns_process)
+        self._deferred = False
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Training, which saves at the next step boundary and stops; elsewhere a signal ends the process at once."""
+        self._deferred = True
+        yield
+        self._deferred = False  # not after an error: a signal must not interrupt its handling
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -38,7 +48,7 @@ class Preemption(StopSignals):
 
     def on_first(self, number: signal.Signals) -> None:
         """Raise outside of training alone."""
-        if not self.training:
+        if not self._deferred:
             raise Stopped(
                 f"stopped by {number.name} outside of training: nothing was lost. The same command starts it again.",
                 exit_code(number),
@@ -46,9 +56,10 @@ class Preemption(StopSignals):
 
     def announce(self, number: signal.Signals) -> None:
         """Say that the state is being saved, and how not to wait for it."""
-        if self.training:
+        if self._deferred:
+            within = "" if self.grace is None else f", within {self.grace:.0f} s"
             log.warning(
-                "%s: saving the state, then stopping, within %.0f s. A second Ctrl-C ends it at once, without saving.",
+                "%s: saving the state, then stopping%s. A second Ctrl-C ends it at once, without saving.",
                 number.name,
-                self.grace,
+                within,
             )

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -22,6 +23,7 @@ from job.errors import EXIT_RETRY, ConfigError
 from job.model.freeze import Stage
 from job.process import temporary
 from job.process.periodic import Periodic, call_within
+from job.torch_internals import connect_default_store
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,8 @@ class Progress(NamedTuple):
     limit: float
 
 
-class Watchdog(Callback):
+@dataclass(frozen=True)
+class WatchdogSettings:
     """Ends this process when a step takes far longer than those before; torchrun then ends the others.
 
     Args:
@@ -81,15 +84,28 @@ class Watchdog(Callback):
             steps (saving, the start of a validation), and of a collective between ranks.
     """
 
-    def __init__(self, min_seconds: float = 60.0, factor: float = 10.0, startup_seconds: float = 1200.0) -> None:
-        if min_seconds <= 0 or factor < 1 or startup_seconds < min_seconds:
+    min_seconds: float = 60.0
+    factor: float = 10.0
+    startup_seconds: float = 1200.0
+
+    def __post_init__(self) -> None:
+        if self.min_seconds <= 0 or self.factor < 1 or self.startup_seconds < self.min_seconds:
             raise ConfigError(
                 "--watchdog.min_seconds must be above 0 and at most startup_seconds, --watchdog.factor at least 1."
             )
-        self.min_seconds = min_seconds
-        self.factor = factor
-        self.startup_seconds = startup_seconds
-        self._progress = Progress("starting", 0, time.monotonic(), startup_seconds)
+
+
+class Watchdog(Callback):
+    """Ends this process when a step takes far longer than those before; torchrun then ends the others.
+
+    Args:
+        settings: its limits.
+    """
+
+    def __init__(self, settings: WatchdogSettings) -> None:
+        self.settings = settings
+        self._interval = min(settings.min_seconds / 4, CHECK_SECONDS)
+        self._progress = Progress("starting", 0, time.monotonic(), settings.startup_seconds)
         self._measured: dict[str, collections.deque[float]] = {}
         self._beats: collections.Counter[str] = collections.Counter()
         self._store: Any = None
@@ -101,9 +117,7 @@ class Watchdog(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start watching."""
         if dist.is_initialized():
-            # A connection of its own: the main thread may hold the other one while it waits.
-            self._store = dist.distributed_c10d._get_default_store().clone()
-        self._interval = min(self.min_seconds / 4, CHECK_SECONDS)
+            self._store = connect_default_store()
         self._checked_at = time.monotonic()
         # Two threads: a store that does not answer must not keep the first one from its work.
         self._threads = [Periodic("watchdog", self._interval, self._watch)]
@@ -169,11 +183,13 @@ class Watchdog(Callback):
         if self._progress.phase == phase and self._beats[phase] > 2 * WARM_UP:
             measured.append(now - self._progress.at)
         self._beats[phase] += 1
-        limit = max(self.min_seconds, self.factor * max(measured)) if measured else self.startup_seconds
+        limit = self.settings.startup_seconds
+        if measured:
+            limit = max(self.settings.min_seconds, self.settings.factor * max(measured))
         self._progress = Progress(phase, step, now, limit)
 
     def _expect_anything(self, phase: str, step: int) -> None:
-        self._progress = Progress(phase, step, time.monotonic(), self.startup_seconds)
+        self._progress = Progress(phase, step, time.monotonic(), self.settings.startup_seconds)
 
     def _watch(self) -> None:
         progress, waiting = self._waiting()

@@ -11,25 +11,28 @@ from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ProgressB
 from pytorch_lightning.strategies import DDPStrategy
 
 from job.checkpoint.callback import Checkpointer
-from job.checkpoint.restore import explain_restore_errors
+from job.checkpoint.io import BackgroundCheckpointIO
+from job.checkpoint.restore import check_restored
+from job.checkpoint.settings import CheckpointSettings
 from job.cluster import ranks, xla
 from job.cluster.xla_records import CompilationCache, Counts, Trace
 from job.config.run_config import SavedConfig
 from job.config.trainer_options import cluster_environment, listed
 from job.errors import ConfigError
-from job.features.callback import FeatureCache
+from job.features.callback import FeatureCache, FeatureSettings
+from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers
+from job.model.sync_batchnorm import require_synchronisable
 from job.monitoring.accounting import Accounting
 from job.monitoring.profile import Profile
 from job.monitoring.progress import PlainProgress, TerminalProgress, log
-from job.monitoring.report import Report
+from job.monitoring.report import ReportWriter
 from job.monitoring.tensorboard import BucketTensorBoardLogger, events_uri
-from job.monitoring.vertex import TuningMetric
+from job.monitoring.vertex import VertexMetricReporter
 from job.resilience.lease import Lease
 from job.resilience.lease_check import LeaseCheck
 from job.resilience.preemption import Preemption
 from job.resilience.watchdog import Watchdog
 from job.train.batch_size_finder import BatchSizeFinder
-from job.train.loop import TrainingEpochLoop
 from job.train.lr_finder import LRFinder
 from job.train.precision import announce, automatic_precision, uses_cuda
 
@@ -39,47 +42,61 @@ def training_trainer(
     run_dir: str,
     *,
     config: str,
-    checkpointer: Checkpointer,
-    features: FeatureCache,
+    checkpoint: CheckpointSettings,
+    features: FeatureSettings,
     profile: bool,
+    io: BackgroundCheckpointIO,
     watchdog: Watchdog,
     preemption: Preemption,
     lease: Lease,
     logger: BucketTensorBoardLogger,
 ) -> pl.Trainer:
-    """A Trainer that fits, from the user's ``settings`` (Trainer's own arguments) and what keeps a run alive."""
-    checkpointer.preemption, checkpointer.io.before_write = preemption, lease.require_held
-    features.preemption, features.watchdog, features.lease = preemption, watchdog, lease
-    accounting = Accounting(checkpointer, features, lease.require_held)
+    """A Trainer that fits.
+
+    Args:
+        settings: the user's arguments of Trainer.
+        run_dir: folder of the run.
+        config: the resolved configuration, as YAML.
+        checkpoint: when checkpoints are taken.
+        features: whether the features of a frozen backbone are cached.
+        profile: record a few steps by torch's profiler.
+        io: writes checkpoints.
+        watchdog: ends this process if it hangs.
+        preemption: says whether this process is to stop.
+        lease: the right to write to run_dir.
+        logger: of the metrics.
+    """
+    checkpointer = Checkpointer(checkpoint, run_dir, io, preemption)
+    cache = FeatureCache(features, preemption, watchdog, lease)
+    accounting = Accounting(checkpointer, cache, lease.require_held)
     callbacks: list[Callback] = [
         SavedConfig(config, lease.require_held),
         LearningRateMonitor(logging_interval="step"),
         accounting,
-        Report(accounting, lease.require_held),
-        TuningMetric(checkpointer.monitor),
+        ReportWriter(accounting, lease.require_held),
+        VertexMetricReporter(checkpoint.monitor),
         watchdog,
         LeaseCheck(lease),
         checkpointer,
     ]
     if not xla.is_wanted(str(settings.get("accelerator"))):  # its batches lie in shares on the chips
-        callbacks.append(features)
-    between_steps = [accounting.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps]
+        callbacks.append(cache)
+    step_hooks: list[StepHook] = [accounting.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps]
     if profile:
-        recorder = Profile(checkpointer)
+        recorder = Profile(checkpointer, lease.require_held)
         callbacks.append(recorder)
-        between_steps.insert(0, recorder.between_steps)
-    trainer = _trainer(settings, callbacks, [checkpointer.io], logger, run_dir)
-    # Lightning's SIGTERM handler runs a collective, on the rank that was signalled alone (its issue 20806).
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    trainer.fit_loop.epoch_loop = TrainingEpochLoop(trainer, between_steps)
-    explain_restore_errors(trainer)
+        step_hooks.insert(0, recorder.between_steps)
+    trainer = _trainer(settings, callbacks, [io], logger, run_dir)
+    disable_signal_handlers(trainer)
+    add_step_hooks(trainer, step_hooks)
+    check_restored(trainer)
     return trainer
 
 
-def evaluating_trainer(settings: dict[str, Any], run_dir: str, checkpointer: Checkpointer) -> pl.Trainer:
+def evaluating_trainer(settings: dict[str, Any], run_dir: str) -> pl.Trainer:
     """A Trainer that validates or tests a checkpoint, and writes nothing."""
-    trainer = _trainer(settings, [], [checkpointer.io], None, run_dir)
-    explain_restore_errors(trainer)
+    trainer = _trainer(settings, [], [BackgroundCheckpointIO()], None, run_dir)
+    check_restored(trainer)
     return trainer
 
 
@@ -91,8 +108,8 @@ def tuning_trainer(settings: dict[str, Any], run_dir: str, rates: LRFinder, batc
     """
     if xla.is_wanted(str(settings.get("accelerator"))):
         raise ConfigError("tune does not work on XLA, which would compile every step: use a CPU or a GPU.")
-    ours = {"max_epochs": -1, "max_steps": rates.steps, "limit_val_batches": 0, "enable_checkpointing": False}
-    return _trainer({**settings, **ours}, [batches, rates], [], None, run_dir)
+    fixed = {"max_epochs": -1, "max_steps": rates.steps, "limit_val_batches": 0, "enable_checkpointing": False}
+    return _trainer({**settings, **fixed}, [batches, rates], [], None, run_dir)
 
 
 def _trainer(
@@ -112,7 +129,7 @@ def _trainer(
     has_progress_bar = any(isinstance(callback, ProgressBar) for callback in settings["callbacks"])
     if settings.pop("enable_progress_bar", None) is not False and not has_progress_bar:
         settings["callbacks"].append(TerminalProgress() if sys.stderr.isatty() else PlainProgress())
-    return pl.Trainer(
+    trainer = pl.Trainer(
         **{
             **settings,
             "logger": logger or False,
@@ -124,6 +141,9 @@ def _trainer(
             "enable_model_summary": False,
         }
     )
+    if settings.get("sync_batchnorm") and not on_xla:
+        require_synchronisable(trainer.strategy.root_device.type, ranks.world_size())
+    return trainer
 
 
 def _on_xla(settings: dict[str, Any], run_dir: str) -> dict[str, Any]:

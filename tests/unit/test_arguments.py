@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support import TINY, options, run_here
 
-from job.cli.arguments import DATA_ALIASES, FLAGS, LEARNING_RATE, TRAINING_ALIASES, canonical_arguments
+from job.cli.arguments import DATA_ALIASES, FLAGS, TRAINING_ALIASES, canonical_arguments
 from job.cli.help import COMMON, common_help
 from job.cli.messages import closest_option, without_unions
 from job.cli.parser import Parser
@@ -47,10 +47,6 @@ def test_canonical_arguments(args: list[str], expected: list[str]) -> None:
     assert canonical(*args) == expected
 
 
-def test_the_learning_rate_comes_after_the_optimizer_that_it_belongs_to() -> None:
-    assert canonical("--lr", "0.1", "--epochs", "2") == ["--trainer.max_epochs=2", f"--{LEARNING_RATE}=0.1"]
-
-
 def test_an_option_of_the_command_is_not_an_alias() -> None:
     args = ["--batch_size", "8"]
     assert canonical_arguments(args, options={"batch_size"}, aliases=DATA_ALIASES) == ["--batch_size=8"]
@@ -87,8 +83,6 @@ def test_common_options_exist_and_have_the_defaults_that_help_says(cli: Training
         name = option.alias_of or option.name
         if option.alias_of:
             assert cli.parser.aliases.get(option.name) == name
-        if name == LEARNING_RATE:
-            continue  # an argument of the optimizer
         assert name in known, name
         if option.default:
             assert str(known[name].default) == option.default, name
@@ -104,13 +98,10 @@ def test_aliases_reach_the_configuration() -> None:
     args = ["--lr", "0.25", "--model.optimizer", "SGD", "--epochs=4", "--batch-size", "6", "--data.root=y", "runs/1"]
     config = TrainingCLI("fit", args).config
     assert config["model.optimizer.class_path"] == "torch.optim.SGD"
-    assert config["model.optimizer.init_args.lr"] == 0.25
+    assert config["model.lr"] == 0.25
     assert config["trainer.max_epochs"] == 4
     assert config["data.global_batch_size"] == 6
     assert config["run_dir"] == "runs/1"
-    config = TrainingCLI("fit", ["--lr", "0.25", "--data.root=y", "runs/1"]).config
-    assert config["model.optimizer.class_path"] == "torch.optim.Adam"
-    assert config["model.optimizer.init_args.lr"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -120,7 +111,8 @@ def test_aliases_reach_the_configuration() -> None:
         ("--trainer.max_epochs many", "--trainer.max_epochs many: expected a whole number or null."),
         ("--trainer.limit_val_batches x", "--trainer.limit_val_batches x: expected a number or null."),
         ("--data.image_size large", "--data.image_size large: expected a whole number."),
-        ("--lr x", "lr x: expected a number."),
+        ("--lr x", "--model.lr x: expected a number or null."),
+        ("--model.optimizer.weight_decay x", "weight_decay x: expected a number."),
         ("--resume yes", "--resume yes: expected one of auto, never, must."),
         ("--grace 0", "--grace 0: it must be above 0."),
         ("--model.mean 1", "--model.mean 1: expected a list, such as [1, 2] or null."),

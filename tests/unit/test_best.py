@@ -14,10 +14,14 @@ from support import TINY, Outcome, assert_same_weights, options, picture_files, 
 
 from job import checkpoint
 from job.checkpoint.callback import Checkpointer
+from job.checkpoint.io import BackgroundCheckpointIO
 from job.checkpoint.manifest import Manifest
 from job.checkpoint.ranking import implied_mode, ranked
+from job.checkpoint.retention import Retention
+from job.checkpoint.settings import CheckpointSettings
 from job.errors import ConfigError
-from job.monitoring.report import Report
+from job.monitoring.report import ReportWriter
+from job.resilience.preemption import Preemption
 
 
 @pytest.mark.parametrize(
@@ -38,10 +42,10 @@ def test_the_mode_follows_from_the_name(metric: str, mode: str | None) -> None:
     assert implied_mode(metric) == mode
     if mode is None:
         with pytest.raises(ConfigError, match=r"Give --checkpoint\.mode"):
-            Checkpointer(monitor=metric)
-        assert Checkpointer(monitor=metric, mode="min").mode == "min"
+            CheckpointSettings(monitor=metric)
+        assert CheckpointSettings(monitor=metric, mode="min").ranking_mode == "min"
     else:
-        assert Checkpointer(monitor=metric).mode == mode
+        assert CheckpointSettings(monitor=metric).ranking_mode == mode
 
 
 def manifest(step: int, loss: float, validation: str = "a", monitor: str = "val/loss") -> Manifest:
@@ -59,7 +63,7 @@ def test_the_newest_checkpoints_metric_ranks_all() -> None:
 def test_other_validation_samples_start_the_ranking_anew_and_keep_the_best_of_before() -> None:
     found = [manifest(1, 0.1), manifest(2, 0.2), manifest(3, 0.4, "b"), manifest(4, 0.3, "b"), manifest(5, 0.5, "b")]
     assert [m.global_step for m in ranked(found)] == [4, 3, 5]
-    gone = Checkpointer(monitor="val/loss", keep_last=1, keep_best=1)._superseded(found)
+    gone = Retention(CheckpointSettings(monitor="val/loss", keep_last=1, keep_best=1), "").superseded(found)
     assert [m.global_step for m in gone] == [2, 3]
 
 
@@ -177,13 +181,13 @@ def test_images_per_second_counts_images_that_were_trained_on(
 ) -> None:
     """Of 32 images a limit leaves one batch per epoch, and a resume within an epoch its second half."""
     counted: list[int] = []
-    write = Report.on_fit_end
+    write = ReportWriter.on_fit_end
 
-    def count(self: Report, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def count(self: ReportWriter, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         counted.append(self.train_images)
         write(self, trainer, module)
 
-    monkeypatch.setattr(Report, "on_fit_end", count)
+    monkeypatch.setattr(ReportWriter, "on_fit_end", count)
     assert fit(tmp_path / "limit", colours, trainer__limit_train_batches=1, trainer__max_epochs=2).returncode == 0
     assert counted == [16]
     for _ in range(2):
@@ -225,7 +229,7 @@ def test_what_is_saved_can_be_loaded(tmp_path: Path, colours: Path) -> None:
 
 def test_metrics_of_other_steps_are_not_a_checkpoints(tmp_path: Path, colours: Path) -> None:
     """A run stopped within a validation validates again, and its checkpoint of that step has the metrics."""
-    keeper = Checkpointer()
+    keeper = Checkpointer(CheckpointSettings(), str(tmp_path), BackgroundCheckpointIO(), Preemption(1.0))
     keeper._saved, keeper._saved_metrics, keeper._validated_at = (5, 0), False, 5
     names: list[str] = []
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from job import checkpoint, storage
-from job.checkpoint.callback import Checkpointer
 from job.checkpoint.io import BackgroundCheckpointIO
 from job.checkpoint.manifest import kept_metrics
-from job.checkpoint.state import FACTS
+from job.checkpoint.retention import Retention
+from job.checkpoint.settings import CheckpointSettings
+from job.checkpoint.state import MANIFEST_KEY
 from job.checkpoint.store import Manifest
 from job.cli.checkpoints import main as checkpoints
 from job.errors import CheckpointError, LeaseError, StorageError
@@ -24,14 +25,14 @@ def state(step: int, value: float | None = None, epoch: int = 0, mode: str = "ma
     return {
         "state_dict": {"w": torch.full((1000,), float(step))},
         "classifier": {"backbone": "resnet18"},
-        FACTS: {**facts, "metrics": kept_metrics(metrics, "val/accuracy")},
+        MANIFEST_KEY: {**facts, "metrics": kept_metrics(metrics, "val/accuracy")},
     }
 
 
 def save(run_dir: str, *states: dict[str, Any]) -> BackgroundCheckpointIO:
     io = BackgroundCheckpointIO(upload_seconds=5)
     for one in states:
-        facts = one[FACTS]
+        facts = one[MANIFEST_KEY]
         name = f"epoch={facts['epoch']:03d}-step={facts['global_step']:08d}.ckpt"
         io.save_checkpoint(one, storage.join(run_dir, "checkpoints", name))
     io.wait()
@@ -60,7 +61,7 @@ def test_a_snapshot_is_of_its_moment(run_dir: str) -> None:
     io = BackgroundCheckpointIO(upload_seconds=5)
     for step in (10, 20):
         one["state_dict"]["w"].fill_(step)
-        one[FACTS]["global_step"] = step
+        one[MANIFEST_KEY]["global_step"] = step
         io.save_checkpoint(one, f"{run_dir}/checkpoints/epoch=000-step={step:08d}.ckpt")
         one["state_dict"]["w"].fill_(-1)
     io.wait()
@@ -141,11 +142,9 @@ def test_nothing_is_written_without_the_right_to_write(run_dir: str) -> None:
 
 def test_nothing_is_deleted_without_the_right_to_write(run_dir: str) -> None:
     save(run_dir, state(10), state(20), state(30))
-    keeper = Checkpointer(keep_last=1, keep_best=0)
-    keeper.run_dir = run_dir
-    keeper.io.before_write = lambda: (_ for _ in ()).throw(LeaseError("lost"))
+    lost = lambda: (_ for _ in ()).throw(LeaseError("lost"))  # noqa: E731
     with pytest.raises(LeaseError, match="lost"):
-        keeper._remove_superseded()
+        Retention(CheckpointSettings(keep_last=1, keep_best=0), run_dir, before_write=lost).remove_superseded()
     assert len(checkpoint.manifests(run_dir)) == 3
 
 
@@ -167,11 +166,9 @@ def test_an_unexpected_failure_in_the_thread_is_raised_too(run_dir: str) -> None
 def test_retention(options: dict[str, int], kept: list[int], run_dir: str) -> None:
     states = [state(10 * e, v, epoch=e) for e, v in enumerate((0.9, 0.2, 0.8, 0.3, 0.4, 0.5), start=1)]
     for one in states:
-        one[FACTS]["batch"] = 0
+        one[MANIFEST_KEY]["batch"] = 0
     save(run_dir, *states)
-    keeper = Checkpointer(**options)  # type: ignore[arg-type]
-    keeper.run_dir = run_dir
-    keeper._remove_superseded()
+    Retention(CheckpointSettings(**options), run_dir).remove_superseded()  # type: ignore[arg-type]
     assert [m.epoch for m in checkpoint.manifests(run_dir)] == kept
     assert checkpoint.uncommitted(run_dir) == []
 

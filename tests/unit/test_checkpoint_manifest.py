@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from support import TINY, options, picture_files, run_here, write_files
 from test_checkpoint import save, state
 
-from job import checkpoint
+from job import checkpoint, storage
 from job.checkpoint import confusion
-from job.checkpoint.callback import Checkpointer
 from job.checkpoint.manifest import Manifest, decode_manifest, encode_manifest
+from job.checkpoint.retention import Retention
+from job.checkpoint.settings import CheckpointSettings
 from job.errors import CheckpointError, NewerFormatError
 
 
@@ -59,9 +60,7 @@ def test_a_manifest_with_a_bad_field_is_named_and_left_alone(
     outside = Path(run_dir).parent / "x.ckpt"
     outside.write_bytes(b"precious")
     path = edit(run_dir, 10, **changes)
-    keeper = Checkpointer(keep_last=1, keep_best=0)
-    keeper.run_dir = run_dir
-    keeper._remove_superseded()
+    Retention(CheckpointSettings(keep_last=1, keep_best=0), run_dir).remove_superseded()
     assert path.exists()
     assert outside.read_bytes() == b"precious"
     assert path.name in caplog.text
@@ -176,7 +175,7 @@ def test_confusion_files_that_agree_with_their_manifest_may_hold_anything(data: 
     for place in data.draw(st.lists(st.integers(0, len(good) - 1), max_size=8)):
         content[place] = data.draw(st.integers(0, 255))
     uri = "memory://confusion/file"
-    checkpoint.storage.write_bytes(uri, bytes(content))
+    storage.write_bytes(uri, bytes(content))
     try:
         cells = confusion.read(uri, confusion.describe(bytes(content), 2))
     except CheckpointError:

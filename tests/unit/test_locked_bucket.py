@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -12,7 +13,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from test_checkpoint import save, state
 
 from job import checkpoint, storage
-from job.checkpoint.callback import Checkpointer
+from job.checkpoint.retention import Retention
+from job.checkpoint.settings import CheckpointSettings
 from job.monitoring import accounting
 from job.monitoring.accounting import Start
 from job.storage.json_files import write_json
@@ -50,11 +52,10 @@ def run_dir() -> str:
 
 
 def test_retention_that_is_refused_is_warned_of_once(run_dir: str, caplog: pytest.LogCaptureFixture) -> None:
-    keeper = Checkpointer(keep_last=1, keep_best=0)
-    keeper.run_dir = run_dir
+    retention = Retention(CheckpointSettings(keep_last=1, keep_best=0), run_dir)
     for step in (10, 20, 30):
         save(run_dir, state(step))
-        keeper._remove_superseded()
+        retention.remove_superseded()
     assert [m.global_step for m in checkpoint.manifests(run_dir)] == [10, 20, 30]
     assert caplog.text.count("which takes room; the run goes on") == 1
 
@@ -97,7 +98,7 @@ def test_no_figure_of_the_accounting_is_negative() -> None:
 def test_damaged_accounting_is_put_aside(content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / accounting.FILE).write_bytes(content)
     assert accounting.read(str(tmp_path)) == []
-    keeper = accounting.Accounting(Checkpointer(), None)  # type: ignore[arg-type]
+    keeper = accounting.Accounting(SimpleNamespace(stall_seconds=0.0), None)  # type: ignore[arg-type]
     keeper._run_dir = str(tmp_path)
     assert keeper._find_earlier() == []
     keeper.write()
@@ -113,7 +114,7 @@ def test_newer_accounting_is_left_as_it_is(
 ) -> None:
     run_dir = records(tmp_path, {"began": 1, "ended": 2, "world_size": 1, **newer})
     before = (tmp_path / accounting.FILE).read_bytes()
-    keeper = accounting.Accounting(Checkpointer(), None)  # type: ignore[arg-type]
+    keeper = accounting.Accounting(SimpleNamespace(stall_seconds=0.0), None)  # type: ignore[arg-type]
     keeper._run_dir = run_dir
     assert keeper._find_earlier() == []
     keeper.write()

@@ -17,6 +17,7 @@ from support import index_of, index_parts, picture_files, read, tar_of, write_fi
 from job import storage
 from job.data.index.source import Source, expand_braces, find_sources, materialise
 from job.errors import ConfigError, DataError, StorageError
+from job.storage import objects
 
 FILES = {f"photos/{part}/{key}": c for part in ("train", "val") for key, c in picture_files(["blue", "red"], 2).items()}
 
@@ -73,7 +74,7 @@ def test_only_what_cannot_be_read_in_parts_is_copied_once(tmp_path: Path, monkey
         fetched.append(uri)
         download(uri, target)
 
-    monkeypatch.setattr(storage, "download", counted)
+    monkeypatch.setattr(objects, "download", counted)
     (source,) = find_sources(str(archive))
     threads = [threading.Thread(target=materialise, args=(source, str(cache))) for _ in range(4)]
     for thread in threads:
@@ -149,7 +150,7 @@ def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
 def test_a_wrong_checksum_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.tgz").write_bytes(tar_of(FILES, "w:gz"))
     details = {**storage.info(str(tmp_path / "a.tgz")), "md5Hash": "AAAA"}
-    monkeypatch.setattr(storage, "info", lambda uri: details)
+    monkeypatch.setattr(objects, "info", lambda uri: details)
     with pytest.raises(StorageError, match="does not match its MD5"):
         materialise(find_sources(str(tmp_path / "a.tgz"))[0], str(tmp_path / "cache"))
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from job.resilience import watchdog as module
-from job.resilience.watchdog import Progress, Watchdog
+from job.resilience.watchdog import Progress, Watchdog, WatchdogSettings
 
 
 class Ended(BaseException):
@@ -31,8 +31,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def idle(seconds: float, limit: float = 60.0) -> Watchdog:
     """A watchdog whose rank made progress so long ago, and whose thread has run since."""
-    dog = Watchdog()
-    dog._interval = 5.0
+    dog = Watchdog(WatchdogSettings())
     dog._progress = Progress("training", 7, time.monotonic() - seconds, limit)
     return dog
 

@@ -1,19 +1,21 @@
-"""Hyperparameters as plain values, and a LightningModule restored from a checkpoint that holds them."""
+"""Restore a LightningModule, with its hyperparameters, from a checkpoint."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from job import checkpoint, redact
+from job import checkpoint
 from job.errors import CheckpointError, ConfigError
 from job.model.classifier import from_spec
+from job.model.config import ModelConfig
 from job.model.metrics import EvaluationMetrics
 from job.model.spec import decode_spec, net_state
-from job.model.tensor_file import printable
+from job.storage.tensor_file import printable
 
 if TYPE_CHECKING:
     from job.model.module import TransferLearningModel
@@ -21,20 +23,8 @@ if TYPE_CHECKING:
 Module = TypeVar("Module", bound="TransferLearningModel")
 
 
-def plain_hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of a module that are numbers, text or lists of them; URIs without credentials."""
-    plain = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in arguments.items()
-        if value is None or isinstance(value, bool | int | float | str | list | tuple)
-    }
-    if isinstance(weights := plain.get("weights"), str):
-        plain["weights"] = redact.identity(weights)
-    return plain
-
-
 def restore_module(cls: type[Module], uri: str, device: torch.device, overrides: Mapping[str, Any]) -> Module:
-    """Build a module and its network from a checkpoint, as :meth:`TransferLearningModel.load_from_checkpoint` says.
+    """Implement :meth:`TransferLearningModel.load_from_checkpoint`.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -43,7 +33,7 @@ def restore_module(cls: type[Module], uri: str, device: torch.device, overrides:
     saved = checkpoint.load(uri)
     spec = decode_spec(saved["classifier"], uri)
     net = from_spec(saved["classifier"], net_state(saved, uri), source=uri, device_type=device.type)
-    known = inspect.signature(cls.__init__).parameters
+    known = {each.name for each in fields(ModelConfig)} | set(inspect.signature(cls.__init__).parameters)
     hyperparameters = saved.get("hyper_parameters")
     arguments = {**(hyperparameters if isinstance(hyperparameters, Mapping) else {}), **overrides}
     described = {"backbone": spec.backbone, "hidden": spec.hidden, "mean": spec.mean, "std": spec.std}

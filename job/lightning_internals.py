@@ -1,0 +1,130 @@
+"""Every use of Lightning's private API, held to pytorch-lightning 2.6 in setup.cfg.
+
+Each function says why no public hook does. ``tests/unit/test_lightning_internals.py`` fails where a release changes
+what they rely on. Paths are those of the package's source at 2.6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+from pytorch_lightning.strategies import Strategy
+
+StepHook = Callable[[pl.Trainer], None]
+RESTORE_STEPS = ("restore_datamodule", "restore_model", "restore_callbacks", "restore_training_state")
+
+
+def add_step_hooks(trainer: pl.Trainer, hooks: Sequence[StepHook]) -> None:
+    """Call ``hooks`` after each step's bookkeeping and before the next batch is fetched.
+
+    ``on_train_batch_end`` comes before the step is counted and logged, ``on_train_batch_start`` after the next batch is
+    counted: a checkpoint taken in either misses an event or a step (loops/training_epoch_loop.py, ``advance``).
+    """
+    trainer.fit_loop.epoch_loop = TrainingEpochLoop(trainer, hooks)
+
+
+class TrainingEpochLoop(_TrainingEpochLoop):
+    """Lightning's training loop with the hooks of :func:`add_step_hooks`."""
+
+    def __init__(self, trainer: pl.Trainer, hooks: Sequence[StepHook]) -> None:
+        super().__init__(trainer)
+        self._hooks = tuple(hooks)
+
+    def advance(self, data_fetcher: Any) -> None:
+        """One step; or, on the first call after a resume, what the loaded checkpoint left to do."""
+        # Lightning holds "restarting" until the epoch ends, and would leave out ReduceLROnPlateau's step there
+        # (loops/fit_loop.py, ``on_advance_end``).
+        self.trainer.fit_loop._restarting = False
+        if not self.restarting:
+            for hook in self._hooks:
+                hook(self.trainer)
+        super().advance(data_fetcher)
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        """End a step, unless the loaded checkpoint was taken after its end: Lightning would count it twice."""
+        if self._skip_next_val:
+            self._skip_next_val = False
+            return
+        super().on_advance_end(data_fetcher)
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Do nothing: Lightning blocks on a broadcast before each step, :mod:`job.resilience.flags` does not."""
+
+
+def disable_signal_handlers(trainer: pl.Trainer) -> None:
+    """Keep Lightning's SIGTERM handler from running a collective on the rank that was signalled alone.
+
+    https://github.com/Lightning-AI/pytorch-lightning/issues/20806
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def around_restore(
+    trainer: pl.Trainer, context: Callable[[str, str, dict[str, Any]], AbstractContextManager[None]]
+) -> None:
+    """Run each step of restoring a checkpoint within ``context(step, path, checkpoint)``.
+
+    Its errors have any type, and nothing public tells them from those of training
+    (trainer/connectors/checkpoint_connector.py).
+    """
+    connector = trainer._checkpoint_connector
+
+    def wrapped(step: str, restore: Callable[[], None]) -> Callable[[], None]:
+        def call() -> None:
+            with context(step, str(connector._ckpt_path), connector._loaded_checkpoint):
+                restore()
+
+        return call
+
+    for step in RESTORE_STEPS:
+        setattr(connector, step, wrapped(step, getattr(connector, step)))
+
+
+def batches_done(trainer: pl.Trainer) -> int:
+    """Batches of this epoch that were fetched; the public ``batch_idx`` of hooks is not known between them."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def epochs_processed(trainer: pl.Trainer) -> int:
+    """Epochs trained; ``current_epoch`` counts one later, after loader processes of the next have begun to fetch."""
+    progress: Any = trainer.fit_loop.epoch_progress
+    return int(progress.current.processed)
+
+
+def logs_are_due(trainer: pl.Trainer) -> bool:
+    """Whether Lightning will write this step's values: a value that it would drop need not be reduced over ranks."""
+    return trainer._logger_connector.should_update_logs
+
+
+def starts_processes(strategy: Strategy) -> bool:
+    """Whether a DDP strategy forks or spawns its ranks, which torchrun has started already."""
+    return getattr(strategy, "_start_method", "popen") != "popen"
+
+
+class LoopCounters(NamedTuple):
+    """Counters in a checkpoint's ``loops`` entry: epochs trained, batches of the next one, optimizer steps."""
+
+    epochs: int
+    batches: int
+    steps: int
+
+
+def loop_counters(fit_loop: dict[str, Any]) -> LoopCounters:
+    """The counters in the ``state_dict()`` of a fit loop, whose structure was checked (loops/progress.py)."""
+    return LoopCounters(
+        fit_loop["epoch_progress"]["current"]["processed"],
+        fit_loop["epoch_loop.batch_progress"]["current"]["ready"],
+        fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"],
+    )
+
+
+def mark_validation_unfinished(checkpoint: dict[str, Any]) -> None:
+    """Let a run that resumes from ``checkpoint`` validate from the first batch (loops/evaluation_loop.py)."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    for count in ("total", "current"):
+        progress[count].update(ready=1, started=1, processed=0, completed=0)
+    progress["is_last_batch"] = False

@@ -1,0 +1,29 @@
+"""Uses of torch's private API; ``tests/unit/test_lightning_internals.py`` fails where a release changes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def connect_default_store() -> Any:
+    """Another connection to the store of the default process group: a collective may hold the group's own.
+
+    Nothing public returns the store that ``init_process_group`` was given or made.
+    """
+    return dist.distributed_c10d._get_default_store().clone()
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has AMX or AVX512-BF16; torch 2.9, the oldest supported, has no public ``get_capabilities``."""
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)  # absent in builds for other processors
+
+
+def compile_seconds() -> float:
+    """Time that this process has spent in torch.compile; the public ``torch.compiler`` counts none."""
+    from torch._dynamo.utils import calculate_time_spent
+
+    return float(calculate_time_spent().get("total_wall_time", 0.0))

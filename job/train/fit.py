@@ -1,0 +1,132 @@
+"""A fit from beginning to end: lease, resume point, trainer, report."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from job import checkpoint, storage
+from job.checkpoint.io import BackgroundCheckpointIO
+from job.checkpoint.retention import Retention
+from job.checkpoint.settings import CheckpointSettings
+from job.cluster import ranks
+from job.data.datamodule import ImageDataModule
+from job.errors import CheckpointError, ConfigError
+from job.features.callback import FeatureSettings
+from job.model.module import TransferLearningModel
+from job.monitoring.report import Report, report_of
+from job.monitoring.tensorboard import BucketTensorBoardLogger, events_uri
+from job.process import temporary
+from job.resilience import attempts
+from job.resilience.divergence import last_checkpoint_named
+from job.resilience.lease import Lease
+from job.resilience.preemption import Preemption
+from job.resilience.watchdog import Watchdog, WatchdogSettings
+from job.train.errors import translate_errors
+from job.train.trainer import training_trainer
+
+log = logging.getLogger("job")
+
+Resume = Literal["auto", "never", "must"]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Settings of a fit, beside those of the model and the data.
+
+    Attributes:
+        run_dir: folder of all results.
+        trainer: the user's arguments of Trainer.
+        config: the resolved configuration, as YAML, which is saved in run_dir.
+        resume: continue from the newest checkpoint in run_dir: if there is one (auto), else fail (must), or refuse a
+            run_dir that has one (never).
+        grace: seconds from a signal to stop to the end of the process; None: no limit.
+        profile: record a few steps by torch's profiler.
+        checkpoint: when checkpoints are taken.
+        features: whether the features of a frozen backbone are cached.
+        watchdog: limits of a step.
+        owns_process: end the process where it hangs, or at a second Ctrl-C; a notebook's kernel is not ours to end.
+    """
+
+    run_dir: str
+    trainer: dict[str, Any]
+    config: str
+    resume: Resume = "auto"
+    grace: float | None = 25.0
+    profile: bool = False
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    features: FeatureSettings = field(default_factory=FeatureSettings)
+    watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
+    owns_process: bool = True
+
+
+def fit(model: TransferLearningModel, data: ImageDataModule, settings: FitSettings) -> Report:
+    """Train ``model``, from the newest checkpoint in run_dir on; called on all ranks, and returns the report on each.
+
+    Raises:
+        JobError: a subclass says what is wrong.
+        Stopped: a signal came outside of training.
+    """
+    run_dir, lease = settings.run_dir, Lease(settings.run_dir)
+    watchdog = Watchdog(settings.watchdog)
+    with (
+        watchdog.stopped_at_end(),
+        Preemption(settings.grace, owns_process=settings.owns_process) as preemption,
+        ranks.process_group(settings.watchdog.startup_seconds),
+        lease.released_at_end(),
+    ):
+        ranks.from_rank_zero(lease.acquire)
+        if ranks.local_rank() == 0:
+            temporary.sweep()
+        resumed = ranks.from_rank_zero(lambda: _resume_point(run_dir, settings.resume))
+        step = resumed.global_step if resumed else -1
+        before = ranks.from_rank_zero(lambda: attempts.begin(run_dir, step, settings.config, lease.require_held))
+        logger = BucketTensorBoardLogger(events_uri(run_dir), purge_step=max(step, 0), before_write=lease.require_held)
+        retention = Retention(settings.checkpoint, run_dir, lease.require_held)
+        io = BackgroundCheckpointIO(
+            settings.checkpoint.upload_seconds,
+            before_commit=logger.publish,
+            after_commit=retention.remove_superseded,
+            before_write=lease.require_held,
+        )
+        with (
+            attempts.counted(run_dir, before if ranks.rank() == 0 else None, lease.require_held),
+            translate_errors(data.global_batch_size),
+            last_checkpoint_named(run_dir, io),
+        ):
+            trainer = training_trainer(
+                settings.trainer,
+                run_dir,
+                config=settings.config,
+                checkpoint=settings.checkpoint,
+                features=settings.features,
+                profile=settings.profile,
+                io=io,
+                watchdog=watchdog,
+                preemption=preemption,
+                lease=lease,
+                logger=logger,
+            )
+            if resumed:
+                model.config = replace(model.config, weights="none")  # the checkpoint has them
+                log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
+            uri = storage.join(run_dir, checkpoint.FOLDER, resumed.file) if resumed else None
+            with preemption.deferred():
+                trainer.fit(model, datamodule=data, ckpt_path=uri)
+            return report_of(trainer)
+
+
+def _resume_point(run_dir: str, resume: Resume) -> checkpoint.Manifest | None:
+    if resume == "never":
+        scan = checkpoint.scan(run_dir)
+        if count := len(scan.good) + len(scan.damaged) + len(scan.newer):
+            raise ConfigError(
+                f"{run_dir} holds {count} checkpoint(s) of an earlier run, and --resume is never. "
+                "Choose another --run_dir, or --resume=auto."
+            )
+        return None
+    newest = checkpoint.newest_trusted(run_dir)
+    if newest is None and resume == "must":
+        raise CheckpointError(f"--resume is must, but {run_dir} holds no checkpoint.")
+    return newest

@@ -1,0 +1,178 @@
+"""What job relies on of the private API of Lightning and torch: fails where a release changes it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.demos.boring_classes import BoringModel
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+from pytorch_lightning.strategies import DDPStrategy
+
+from job import lightning_internals as internals
+from job import torch_internals
+
+
+def trainer_of(folder: Path, *callbacks: Callback, **settings: Any) -> pl.Trainer:
+    fixed = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    counts = {"max_epochs": 2, "limit_train_batches": 4, "limit_val_batches": 2, "num_sanity_val_steps": 0}
+    return pl.Trainer(
+        **{**fixed, **counts, "enable_checkpointing": False, "default_root_dir": folder, **settings},
+        callbacks=list(callbacks),
+    )
+
+
+class Recorder(Callback):
+    """Notes the order of hooks."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.events.append(("batch end", internals.batches_done(trainer)))
+
+    def on_validation_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.events.append(("validated",))
+
+    def between(self, trainer: pl.Trainer) -> None:
+        done, completed = internals.batches_done(trainer), trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        self.events.append(("between", internals.epochs_processed(trainer), done, completed, trainer.global_step))
+
+
+def test_step_hooks_run_after_a_steps_bookkeeping_and_before_the_next_batch(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = trainer_of(tmp_path, recorder, max_epochs=1, val_check_interval=2)
+    internals.add_step_hooks(trainer, [recorder.between])
+    trainer.fit(BoringModel())
+    assert recorder.events == [
+        ("between", 0, 0, 0, 0),
+        ("batch end", 1),
+        ("between", 0, 1, 1, 1),
+        ("batch end", 2),
+        ("validated",),
+        ("between", 0, 2, 2, 2),
+        ("batch end", 3),
+        ("between", 0, 3, 3, 3),
+        ("batch end", 4),
+        ("validated",),
+    ]
+
+
+def test_the_loop_has_what_the_subclass_overrides(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    for method in ("advance", "on_advance_end", "_broadcast_sigterm_tensor"):
+        assert callable(getattr(_TrainingEpochLoop, method))
+    assert trainer.fit_loop.epoch_loop._skip_next_val is False
+    assert trainer.fit_loop._restarting is False
+
+
+def test_lightnings_signal_handlers_are_off(tmp_path: Path) -> None:
+    class Handler(Callback):
+        found: Any = None
+
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.found = signal.getsignal(signal.SIGTERM)
+
+    before, with_handlers, without = signal.getsignal(signal.SIGTERM), Handler(), Handler()
+    trainer_of(tmp_path, with_handlers).fit(BoringModel())
+    assert with_handlers.found is not before, "the work-around is no longer needed"
+    trainer = trainer_of(tmp_path, without)
+    internals.disable_signal_handlers(trainer)
+    trainer.fit(BoringModel())
+    assert without.found is before
+
+
+def test_each_step_of_a_restore_runs_within_the_context(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.ckpt")
+    saved = trainer_of(tmp_path, max_epochs=1)
+    saved.fit(BoringModel())
+    saved.save_checkpoint(path)
+    steps: list[tuple[str, str, bool]] = []
+
+    @contextlib.contextmanager
+    def context(step: str, uri: str, checkpoint: dict[str, Any]) -> Iterator[None]:
+        steps.append((step, uri, "state_dict" in checkpoint))
+        yield
+
+    trainer = trainer_of(tmp_path)
+    internals.around_restore(trainer, context)
+    trainer.fit(BoringModel(), ckpt_path=path, weights_only=True)
+    assert {name for name, _, _ in steps} == set(internals.RESTORE_STEPS)
+    assert steps[-1][0] == "restore_training_state"
+    assert all(uri == path and loaded for _, uri, loaded in steps)
+    assert trainer.current_epoch == 2
+
+
+def test_the_counters_of_a_checkpoint(tmp_path: Path) -> None:
+    counters: list[internals.LoopCounters] = []
+
+    def note(trainer: pl.Trainer) -> None:
+        counters.append(internals.loop_counters(trainer.fit_loop.state_dict()))
+
+    trainer = trainer_of(tmp_path, accumulate_grad_batches=2)
+    internals.add_step_hooks(trainer, [note])
+    trainer.fit(BoringModel())
+    assert counters == [(0, 0, 0), (0, 1, 0), (0, 2, 1), (0, 3, 1), (1, 0, 2), (1, 1, 2), (1, 2, 3), (1, 3, 3)]
+
+
+def test_a_validation_marked_unfinished_is_run_again_and_the_steps_before_it_are_not(tmp_path: Path) -> None:
+    class Save(Callback):
+        def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(str(tmp_path / "x.ckpt"))
+
+        def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+            internals.mark_validation_unfinished(checkpoint)
+
+    trainer_of(tmp_path, Save(), max_epochs=1, val_check_interval=2).fit(BoringModel())
+    recorder = Recorder()
+    trainer = trainer_of(tmp_path, recorder, max_epochs=1, val_check_interval=2)
+    internals.add_step_hooks(trainer, [recorder.between])
+    trainer.fit(BoringModel(), ckpt_path=str(tmp_path / "x.ckpt"), weights_only=True)
+    assert recorder.events[:3] == [("validated",), ("between", 0, 2, 2, 2), ("batch end", 3)]
+
+
+def test_whether_a_steps_values_are_written(tmp_path: Path) -> None:
+    due: list[bool] = []
+
+    class Note(Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            due.append(internals.logs_are_due(trainer))
+
+    trainer_of(tmp_path, Note(), max_epochs=1, log_every_n_steps=2).fit(BoringModel())
+    assert due == [False, True, False, True]
+
+
+def test_strategies_that_start_processes() -> None:
+    assert not internals.starts_processes(DDPStrategy())
+    assert internals.starts_processes(DDPStrategy(start_method="spawn"))
+    assert hasattr(DDPStrategy(), "_start_method")
+
+
+def test_a_second_connection_to_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch_internals.connect_default_store().set("pulse", "1")
+        assert dist.distributed_c10d._get_default_store().get("pulse") == b"1"
+    finally:
+        dist.destroy_process_group()
+
+
+def test_bf16_of_this_cpu() -> None:
+    if os.uname().machine == "x86_64":
+        assert callable(torch.cpu._is_amx_tile_supported)
+        assert callable(torch.cpu._is_avx512_bf16_supported)
+    assert isinstance(torch_internals.cpu_multiplies_bf16(), bool)
+
+
+def test_seconds_of_compiling() -> None:
+    assert torch_internals.compile_seconds() >= 0
