@@ -12,6 +12,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -373,6 +374,23 @@ def test_the_example_of_a_loss_is_one() -> None:
     losses = namespace["focal_loss"](logits, labels, gamma=0.0)
     torch.testing.assert_close(losses, per_sample_loss(logits, labels))
     assert (namespace["focal_loss"](logits, labels, gamma=2.0) < losses).all()
+
+
+def test_imports_have_no_cycles() -> None:
+    modules = {}
+    for file in (REPOSITORY / "job").rglob("*.py"):
+        parts = file.relative_to(REPOSITORY).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, file in modules.items():
+        for node in ast.parse(file.read_text()).body:  # those within functions come later
+            if isinstance(node, ast.ImportFrom) and node.module in modules:
+                members = [f"{node.module}.{alias.name}" for alias in node.names]
+                graph[name] |= {member if member in modules else node.module for member in members} - {name}
+            elif isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names if alias.name in modules}
+    assert any(graph.values())
+    TopologicalSorter(graph).prepare()  # CycleError names the modules
 
 
 def test_every_recipe_is_in_the_table_of_recipes() -> None:
