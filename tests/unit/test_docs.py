@@ -376,6 +376,21 @@ def test_the_example_of_a_loss_is_one() -> None:
     assert (namespace["focal_loss"](logits, labels, gamma=2.0) < losses).all()
 
 
+@pytest.mark.parametrize("name", ["walks.md", "extending.md"])
+def test_names_beside_a_file_are_in_it(name: str) -> None:
+    """Of functions and classes in the rows of a table whose file is given."""
+    checked = 0
+    for row in re.findall(r"^\|.*`job/.*\|$", (REPOSITORY / "docs" / name).read_text(), re.MULTILINE):
+        code = re.findall(r"`([^`]*)`", row)
+        files = [REPOSITORY / word for word in code if word.startswith("job/") and word.endswith(".py")]
+        text = "\n".join(file.read_text() for file in files)
+        for word in code:
+            if files and re.fullmatch(r"[A-Za-z_][\w.]*", word) and not word.endswith(".py"):
+                assert re.search(rf"\b{word.rpartition('.')[2]}\b", text), (word, row)
+                checked += 1
+    assert checked > 10
+
+
 def test_imports_have_no_cycles() -> None:
     modules = {}
     for file in (REPOSITORY / "job").rglob("*.py"):
