@@ -264,9 +264,8 @@ def _metrics(entry: dict[str, Any]) -> str:
 
 def print_findings(found: dict[str, Any]) -> None:
     """Print what ``tune`` found, as options to type next."""
-    optimizer = f"{{class_path: {found['optimizer']}, init_args: {{lr: {found['lr']:.2g}}}}}"
     say(f"The loss falls fastest at a learning rate of {found['lr']:.2g}:")
-    say(f"  --model.optimizer '{optimizer}'")
+    say(f"  --model.lr {found['lr']:.2g}")
     if most := found["global_batch_size_at_most"]:
         each, processes = found["bytes_an_image"] / 1e6, found["world_size"]
         say(f"Training all layers takes {each:.1f} MB an image. On {processes} process(es) like these, at most:")
