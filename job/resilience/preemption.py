@@ -25,7 +25,7 @@ class Preemption(StopSignals):
 
     Args:
         grace: seconds from the signal to the end of the process; None: no limit.
-        owns_process: end the process at a second Ctrl-C; else raise KeyboardInterrupt.
+        owns_process: end the process at a second Ctrl-C; else raise Stopped.
     """
 
     def __init__(self, grace: float | None, *, owns_process: bool = True) -> None:

@@ -100,10 +100,12 @@ class Watchdog(Callback):
 
     Args:
         settings: its limits.
+        ends_process: end the process that hangs; else only print its stacks.
     """
 
-    def __init__(self, settings: WatchdogSettings) -> None:
+    def __init__(self, settings: WatchdogSettings, *, ends_process: bool = True) -> None:
         self.settings = settings
+        self.ends_process = ends_process
         self._interval = min(settings.min_seconds / 4, CHECK_SECONDS)
         self._progress = Progress("starting", 0, time.monotonic(), settings.startup_seconds)
         self._measured: dict[str, collections.deque[float]] = {}
@@ -216,13 +218,17 @@ class Watchdog(Callback):
             self._store.set(f"pulse/{ranks.rank()}", msgspec.json.encode(pulse).decode())
 
     def _end(self, progress: Progress, waiting: float) -> None:
-        faulthandler.dump_traceback(all_threads=True)
+        faulthandler.dump_traceback(all_threads=True, file=2)  # sys.stderr of a notebook is no file
+        action = ": ending it" if self.ends_process else ""
         print(
             f"job: rank {ranks.rank()} has made no progress for {waiting:.0f} s, {progress.phase} at step "
-            f"{progress.step} (limit {progress.limit:.0f} s): ending it. Its stacks stand above.\n{self._others()}",
+            f"{progress.step} (limit {progress.limit:.0f} s){action}. Its stacks stand above.\n{self._others()}",
             file=sys.stderr,
             flush=True,
         )
+        if not self.ends_process:
+            self._progress = progress._replace(at=time.monotonic())
+            return
         temporary.remove_all()
         os._exit(EXIT_RETRY)
 
