@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import REPOSITORY, TINY, assert_same_weights, environment, picture, picture_files, run_here, write_files
 
 import job
@@ -63,7 +64,7 @@ def test_a_saved_configuration_is_one_that_fit_takes(colours: Path, tmp_path: Pa
     again = tmp_path / "again.yaml"
     again.write_text(saved.read_text().replace(str(tmp_path / "run"), str(tmp_path / "again")))
     job.fit(again)
-    ended = run_here("fit", "--config", saved, "--run_dir", tmp_path / "verb")
+    ended = run_here("fit", "--config", saved, "--run_dir", tmp_path / "verb", threads=torch.get_num_threads())
     assert ended.returncode == 0, ended.output
     assert "Finished" in ended.output
     assert_same_weights(str(tmp_path / "run"), str(tmp_path / "again"))
@@ -109,7 +110,8 @@ def script(folder: Path, settings: dict[str, Any], body: str) -> subprocess.Pope
     """A script without the guard of ``__main__``, as a notebook has none."""
     path = folder / "script.py"
     (folder / "config.json").write_text(json.dumps(settings, default=str))
-    start = "import json, job\nfrom job import checkpoint\nprint('began', flush=True)\nconfig = json.load(open('config.json'))\n"
+    start = "import json, job\nfrom job import checkpoint\nprint('began', flush=True)\n"
+    start += "config = json.load(open('config.json'))\n"
     path.write_text(start + textwrap.dedent(body))
     return subprocess.Popen(
         [sys.executable, path],
