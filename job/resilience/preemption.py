@@ -1,4 +1,4 @@
-"""Notice that this process is to stop, and stop in time with the state saved."""
+"""Preemption: a signal to stop becomes a flag, which the training loop acts upon after saving."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Preemption(StopSignals):
             )
 
     def announce(self, number: signal.Signals) -> None:
-        """Say that the state is being saved, and how not to wait for it."""
+        """Log that the state is being saved."""
         if self._deferred:
             within = "" if self.grace is None else f", within {self.grace:.0f} s"
             log.warning(

@@ -1,4 +1,4 @@
-"""No rank waits for ever: a thread ends a process that makes no progress."""
+"""Watchdog: a thread ends a process that makes no progress."""
 
 from __future__ import annotations
 
@@ -171,11 +171,11 @@ class Watchdog(Callback):
         self._expect_anything("saving", trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What is left is uploaded."""
+        """Uploads may follow."""
         self._expect_anything("finishing", trainer.global_step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """What is left is uploaded."""
+        """Uploads may follow."""
         self._expect_anything("stopping", trainer.global_step)
 
     def beat(self, phase: str, step: int) -> None:
@@ -233,7 +233,7 @@ class Watchdog(Callback):
         os._exit(EXIT_RETRY)
 
     def _others(self) -> str:
-        """The last published state of every rank, which tells the one that hangs from those that wait for it."""
+        """The last published state of every rank, which shows the one that hangs and those that wait for it."""
         pulses: dict[int, Pulse] = {}
         with contextlib.suppress(TimeoutError):
             call_within(STORE_SECONDS, lambda: self._read_pulses(pulses), "reading the states of the other ranks")

@@ -128,7 +128,7 @@ def _resume_point(run_dir: str, resume: Resume) -> checkpoint.Manifest | None:
                 "Choose another --run_dir, or --resume=auto."
             )
         return None
-    newest = checkpoint.newest_trusted(run_dir)
+    newest = checkpoint.newest_verified(run_dir)
     if newest is None and resume == "must":
         raise CheckpointError(f"--resume is must, but {run_dir} holds no checkpoint.")
     return newest
