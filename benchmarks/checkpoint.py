@@ -133,7 +133,7 @@ def recovery_table(folder: Path) -> Table:
     table = Table("part", "seconds", title="From the kill of a rank to the next productive step")
     table.add_row("death noticed, the others stopped, all started again", f"{second.began - killed:.1f}")
     table.add_row("process group, checkpoint, data listing, loaders, until the first step", f"{second.startup:.1f}")
-    table.add_row("recomputed steps (every_n_steps=20)", f"{first.lost:.1f}")
+    table.add_row("recomputed steps (every_n_steps=20)", f"{first.recomputed:.1f}")
     return table
 
 

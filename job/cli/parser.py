@@ -43,7 +43,14 @@ class Parser(LightningArgumentParser):
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """The options, checked, with the credentials of their URIs kept aside."""
         self._check_limits(sys.argv[1:] if not args or args[0] is None else args[0])
-        config = super().parse_args(*args, **kwargs)
+        return self._checked(super().parse_args(*args, **kwargs))
+
+    def parse_object(self, *args: Any, **kwargs: Any) -> Namespace:
+        """The options of a mapping, checked, with the credentials of their URIs kept aside."""
+        self._check_limits([])
+        return self._checked(super().parse_object(*args, **kwargs))
+
+    def _checked(self, config: Namespace) -> Namespace:
         require_permitted(config.as_dict())
         for key, value in list(config.items()):
             config[key] = redact.walk(value, _without_credentials, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import pytorch_lightning as pl
@@ -22,7 +23,7 @@ from job.train.lr_finder import LRFinder
 class TrainingCLI(LightningCLI):
     """The options of fit, tune, validate and test; see ``--help``."""
 
-    def __init__(self, verb: str, args: list[str]) -> None:
+    def __init__(self, verb: str, args: list[str] | dict[str, Any]) -> None:
         self.verb = verb
         super().__init__(
             TransferLearningModel,
@@ -104,7 +105,7 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """The options, with a seed that NumPy takes."""
-        super().parse_arguments(parser, args)
+        self.config = parser.parse_object(args) if isinstance(args, Mapping) else parser.parse_args(args)
         require_seed(self.config["seed_everything"])
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from job.data.sampler import BatchOrder, ViewOrder
 from job.errors import ConfigError, DataError
 from job.features.store import FeatureStore
 from job.lightning_internals import epochs_processed
+from job.process.cpus import available_cpus
 from job.resilience.lease_check import write_check
 from job.storage.local_cache import default_cache_dir, report_disk_full, usable_cache_dir
 
@@ -285,7 +285,7 @@ class ImageDataModule(pl.LightningDataModule):
             return 0  # another process would find an empty filesystem
         if self.num_workers is not None:
             return self.num_workers
-        return max(len(os.sched_getaffinity(0)) // ranks.local_world_size(), 1)
+        return max(available_cpus() // ranks.local_world_size(), 1)
 
     def _check_batch_size(self) -> None:
         world_size = ranks.world_size()

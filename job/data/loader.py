@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import pickle
+import sys
 import threading
 import time
 from collections import deque
@@ -85,7 +88,10 @@ class BatchLoader(DataLoader[Batch]):
         features = self.features()
         if features is not None:
             return (self._pinned(features.batch(plan)) for plan in self.order)
-        return self._by_threads() if self.threads else super().__iter__()
+        if self.threads:
+            return self._by_threads()
+        with _without_main(self.dataset):
+            return super().__iter__()
 
     def _by_threads(self) -> Iterator[Batch]:
         """Batches in order, as many ahead as keep all threads at work while one is trained on."""
@@ -150,6 +156,26 @@ def _one_core_threads(count: int) -> ThreadPoolExecutor:
     list(pool.map(lambda _: together.wait(), range(count)))
     torch.set_num_threads(everyones)
     return pool
+
+
+@contextlib.contextmanager
+def _without_main(dataset: ImageDataset) -> Iterator[None]:
+    """Keep worker processes that start here from importing the main script, which would run again without its guard.
+
+    They need it only for a transform that is defined in it.
+    """
+    main = sys.modules["__main__"]
+    if b"__main__" in pickle.dumps(dataset.view):
+        yield
+        return
+    spec, file = main.__spec__, main.__dict__.pop("__file__", None)
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
 
 
 def _die_with_rank(worker: int) -> None:

@@ -1,4 +1,4 @@
-"""What a user needs to know of a run that diverged: its last good checkpoint, and how to go on."""
+"""Advice in the error of a run that diverged: the last good checkpoint and options to change."""
 
 from __future__ import annotations
 
