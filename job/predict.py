@@ -18,13 +18,13 @@ from torch import Tensor
 from job import checkpoint, redact, storage
 from job.cluster import ranks
 from job.data.augment import ResizeMode, resize
-from job.data.dataset import ImageDataset, View
+from job.data.dataset import ImageDataset, Preprocessing
 from job.data.decode import decode
 from job.data.index.access import from_options
 from job.data.index.build import build
 from job.data.index.index import Index
 from job.data.loader import BatchLoader
-from job.data.sampler import BatchOrder
+from job.data.sampler import ResumableBatchSampler
 from job.errors import ConfigError, DataError
 from job.model.classifier import Classifier, from_spec, mean_over_mirrored, probabilities
 from job.model.spec import decode_spec, net_state
@@ -179,7 +179,7 @@ def _predict_index(
     predictor: Predictor, index: Index, batch_size: int, num_workers: int, cache_dir: str, bad: list[str]
 ) -> Iterator[tuple[int, Prediction]]:
     """(sample, prediction) of this rank's share; what cannot be read is added to ``bad``."""
-    order = BatchOrder(
+    sampler = ResumableBatchSampler(
         len(index),
         batch_size * ranks.world_size(),
         rank=ranks.rank(),
@@ -187,9 +187,10 @@ def _predict_index(
         seed=0,
         shuffle=False,
     )
-    view = View(predictor.net.image_size, predictor.resize)
-    at_hand = any(storage.is_process_local(source.uri) for source in index.sources)
-    for batch in BatchLoader(ImageDataset(index, order, view, cache_dir=cache_dir), 0 if at_hand else num_workers):
+    preprocessing = Preprocessing(predictor.net.image_size, predictor.resize)
+    dataset = ImageDataset(index, sampler, preprocessing, cache_dir=cache_dir)
+    at_hand = any(map(storage.is_process_local, index.stores))
+    for batch in BatchLoader(dataset, 0 if at_hand else num_workers):
         if batch["error"] is not None:
             raise batch["error"]
         bad += batch["bad"]
