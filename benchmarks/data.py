@@ -1,8 +1,8 @@
 """Benchmark of data loading: images per second from disk and from a bucket.
 
-Run it by ``make benchmark-data``. It compares the job, ImageFolder, WebDataset, LitData and MosaicML Streaming on the same
-photographs, in batches of 64 at 224 px. The upper bound is decoding and resizing from memory. Peers run in their own
-environment, which also contains the packages of this one.
+Run it by ``make benchmark-data``. It compares the job, ImageFolder, WebDataset, LitData and MosaicML Streaming on the
+same photographs, in batches of 64 at 224 px. The upper bound is decoding and resizing from memory. Peers run in their
+own environment, which also contains the packages of this one.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/gpu.py --photos FOLDER --out FOLDER      on a machine with one GPU
     python benchmarks/gpu.py --device cpu --quick              test of the script itself; its speeds mean nothing
 
-``--photos`` is a folder of train/ and validation/ with class folders of photographs. Checks run first, then measurements,
-each with its upper bound or a peer in the same run. Several GPUs are not tested.
+``--photos`` is a folder of train/ and validation/ with class folders of photographs. Checks run first, then
+measurements, each with its upper bound or a peer in the same run. Several GPUs are not tested.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from support import final_weights, scalars
 import job
 
 BOUNDS = {"32-true": 1e-3, "bf16-mixed": 5e-2}
-"""Largest difference of a validation loss between cached and recomputed features on CUDA, by precision. Kernels, and their
-rounding, depend on the batch; on a CPU there is no difference."""
+"""Largest difference of a validation loss between cached and recomputed features on CUDA, by precision. Kernels, and
+their rounding, depend on the batch; on a CPU there is no difference."""
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """Makes cuBLAS deterministic (https://docs.nvidia.com/cuda/cublas, results reproducibility)."""
 
@@ -140,7 +140,7 @@ def predict(machine: Machine) -> str:
 
 
 def no_visible_device(machine: Machine) -> str:
-    """A container without a GPU: asking for one is an error of the user's, and leaving it to the job uses the CPU."""
+    """Without a GPU, exit with 2 if one is requested, and use the CPU by default."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     settings = machine.settings(machine.scratch / "hidden", trainer__accelerator="gpu", trainer__max_epochs=1)
     outcome = (

@@ -3,8 +3,8 @@
 ``python benchmarks/memory_formats.py --csv FILE`` tries each architecture with random weights in a child process: a
 forward and backward pass in training mode and one in evaluation mode, in both formats. A child that is killed by a
 signal counts as a failure of its format. Where glibc's heap checker is installed, children run under it, because writes
-out of bounds seldom crash by themselves. ``--module job/model/channels_last.py`` writes the list that the package reads:
-the architectures whose results agree. The table also contains the CPU seconds of one pass.
+out of bounds seldom crash by themselves. ``--module job/model/channels_last.py`` writes the list that the package
+reads: the architectures whose results agree. The table also contains the CPU seconds of one pass.
 
 The architectures are all of torchvision's, and timm's in ``POPULAR`` and the two smallest of each family.
 Architectures with more than ``--max_parameters`` are not run, and use the default format.
