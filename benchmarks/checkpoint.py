@@ -1,7 +1,8 @@
 """Benchmark of checkpoints to a bucket: training stall per checkpoint, and recovery time of a killed rank.
 
-Run it by ``make benchmark-checkpoint``. Compared with Lightning's TorchCheckpointIO, which ModelCheckpoint uses, and
-with ``torch.distributed.checkpoint.async_save`` through fsspec: the same state, to the same GCS server on loopback.
+Run it by ``make benchmark-checkpoint``. It compares the job with Lightning's TorchCheckpointIO, which ModelCheckpoint
+uses, and with ``torch.distributed.checkpoint.async_save`` through fsspec: the same state, to the same GCS server on
+loopback.
 """
 
 from __future__ import annotations

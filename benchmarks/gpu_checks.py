@@ -140,7 +140,7 @@ def predict(machine: Machine) -> str:
 
 
 def no_visible_device(machine: Machine) -> str:
-    """A container without a GPU: asking for one is an error of the user's, and leaving it to the job uses the CPU."""
+    """Without a GPU, exit with 2 if one is requested, and use the CPU by default."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     settings = machine.settings(machine.scratch / "hidden", trainer__accelerator="gpu", trainer__max_epochs=1)
     outcome = (

@@ -14,7 +14,7 @@ from torch import Tensor
 from job import checkpoint, redact, storage
 from job.cluster import ranks
 from job.data.augment import ResizeMode, resize
-from job.data.dataset import ImageDataset
+from job.data.dataset import ImageDataset, Preprocessing
 from job.data.decode import decode
 from job.data.index.index import Index
 from job.data.loader import BatchLoader
