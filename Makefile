@@ -5,13 +5,15 @@
 # make benchmark-checkpoint, benchmark-data, benchmark-train   what each costs, against others
 # make benchmark-gpu   whether everything works on a GPU, and how fast
 # make benchmark-recipes   the accuracy that each recipe in job/recipes reaches
+# make docs       the documentation as a website in site/; warnings and broken links are errors
+# make docs-serve the same on http://localhost:8000, rebuilt at each change
 # make reference  docs/configuration.txt, from --help
 PYTHON ?= python3
 VENV ?= .venv
 VENV_TPU ?= .venv-tpu
 DATA ?=
 
-.PHONY: demo test processes unit xla container golden lint reference
+.PHONY: demo test processes unit xla container golden lint docs docs-serve reference
 .PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu
 .DELETE_ON_ERROR:
 
@@ -46,6 +48,15 @@ lint: $(VENV)/installed
 
 benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu: benchmark-%: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/$*.py
+
+# Material announces its end of life in 2027 at each build.
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+
+docs: $(VENV)/installed
+	$(VENV)/bin/python -m mkdocs build --strict
+
+docs-serve: $(VENV)/installed
+	$(VENV)/bin/python -m mkdocs serve --strict
 
 reference: $(VENV)/installed
 	COLUMNS=120 $(VENV)/bin/python -m job fit --help > docs/configuration.txt

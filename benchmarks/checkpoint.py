@@ -1,8 +1,7 @@
-"""How long training stands still for a checkpoint to a bucket, and how long a killed rank costs.
+"""Benchmark of checkpoints to a bucket: training stall per checkpoint, and recovery time of a killed rank.
 
-Run it by ``make benchmark-checkpoint``. Peers: Lightning's stock checkpoint (TorchCheckpointIO, which ModelCheckpoint
-uses) and ``torch.distributed.checkpoint.async_save`` through fsspec, all of the same state to the same GCS server on
-loopback.
+Run it by ``make benchmark-checkpoint``. Compared with Lightning's TorchCheckpointIO, which ModelCheckpoint uses, and
+with ``torch.distributed.checkpoint.async_save`` through fsspec: the same state, to the same GCS server on loopback.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from job.demo import CONFIGS, DIGITS
 from job.demo.digits import digit_images
 from job.demo.gcs_server import create_bucket, gcs_server
 from job.monitoring import accounting
+from job.process.descendants import descendants
 
 MEGABYTES = (25, 100, 400, 1000)
 REPEATS = 3
@@ -43,17 +43,17 @@ BUCKET = "gs://demo"
 
 
 def state_of(megabytes: int) -> dict[str, torch.Tensor]:
-    """As many float32 values, in tensors of 4 MB as networks have them."""
+    """Return a state dict of this size, in float32 tensors of 4 MB."""
     return {f"layer{n}": torch.randn(1_000_000) for n in range(max(megabytes // 4, 1))}
 
 
 def stalls(save: Callable[[int], float]) -> list[float]:
-    """Seconds that each of a few saves took from the training process."""
+    """Seconds per save for which the training process is blocked."""
     return [save(n) for n in range(REPEATS)]
 
 
-def ours(state: dict[str, torch.Tensor], run_dir: str = f"{BUCKET}/ours") -> list[float]:
-    """A copy in memory; the rest in a thread."""
+def background_save(state: dict[str, torch.Tensor], run_dir: str = f"{BUCKET}/background") -> list[float]:
+    """Save by the job: copy in memory, upload in a thread."""
     io = BackgroundCheckpointIO(upload_seconds=600)
     facts = {"epoch": 1, "batch": 0, "global_step": 1, "monitor": "m", "mode": "max", "metrics": {}}
     checkpoint = {"state_dict": state, "classifier": {}, MANIFEST_KEY: facts}
@@ -62,14 +62,14 @@ def ours(state: dict[str, torch.Tensor], run_dir: str = f"{BUCKET}/ours") -> lis
         began = time.monotonic()
         io.save_checkpoint(checkpoint, f"{run_dir}/checkpoints/epoch=001-step={n % 2:08d}.ckpt")
         stall = time.monotonic() - began
-        io.wait()  # a run takes its next checkpoint when this one is long committed
+        io.wait()  # in a run a checkpoint is committed long before the next one
         return stall
 
     return stalls(save)
 
 
-def stock(state: dict[str, torch.Tensor]) -> list[float]:
-    """What ModelCheckpoint does on any fsspec URI."""
+def lightning_save(state: dict[str, torch.Tensor]) -> list[float]:
+    """Save by Lightning's TorchCheckpointIO, as ModelCheckpoint does."""
 
     def save(n: int) -> float:
         began = time.monotonic()
@@ -80,7 +80,7 @@ def stock(state: dict[str, torch.Tensor]) -> list[float]:
 
 
 def async_save(state: dict[str, torch.Tensor]) -> list[float]:
-    """torch's own asynchronous checkpoint."""
+    """Save by torch's asynchronous distributed checkpoint."""
 
     def save(n: int) -> float:
         began = time.monotonic()
@@ -93,38 +93,37 @@ def async_save(state: dict[str, torch.Tensor]) -> list[float]:
 
 
 def stall_table() -> Table:
-    """Medians after the first save, which makes buffers; ours also with it."""
+    """Median stall after the first save, which allocates buffers; for the job also that of the first."""
     table = Table(
-        "state", "stock Lightning", "async_save", "ours, first", "ours, then", "of stock", title="Stall in ms"
+        "state", "Lightning", "async_save", "job, first", "job, later", "job / Lightning", title="Stall in ms"
     )
     for megabytes in MEGABYTES:
         state = state_of(megabytes)
-        measured = [f(state) for f in (stock, async_save, ours)]
+        measured = [f(state) for f in (lightning_save, async_save, background_save)]
         first = measured[-1][0]
-        peer, other, own = (statistics.median(seconds[1:]) for seconds in measured)
-        cells = (f"{1000 * seconds:,.0f}" for seconds in (peer, other, first, own))
-        table.add_row(f"{megabytes} MB", *cells, f"{own / peer:.1%}")
+        lightning, asynchronous, later = (statistics.median(seconds[1:]) for seconds in measured)
+        cells = (f"{1000 * seconds:,.0f}" for seconds in (lightning, asynchronous, first, later))
+        table.add_row(f"{megabytes} MB", *cells, f"{later / lightning:.1%}")
     return table
 
 
 def recovery_table(folder: Path) -> Table:
-    """SIGKILL of rank 1 of 2 in the middle of the demo's training; torchrun restarts it."""
+    """SIGKILL of rank 1 of 2 in the middle of the demo's training; the launcher restarts the ranks."""
     run_dir, log = f"{BUCKET}/recovery", folder / "log"
     storage.write_many(DIGITS, digit_images())
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     options = [f"--config={CONFIGS}/demo.yaml", f"--data.root={DIGITS}", f"--run_dir={run_dir}", "--model.weights=none"]
     options += ["--checkpoint.every_n_steps=20", "--trainer.max_epochs=4"]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [*torchrun, "-m", "job", "fit", *options],
+            [sys.executable, "-m", "job", "launch", "fit", *options],
             stdout=file,
             stderr=file,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "LAUNCH_PROCESSES": "2", "LAUNCH_RESTARTS": "1"},
         )
     while "epoch 1  val" not in log.read_text():
         time.sleep(0.05)
-    ranks = subprocess.check_output(["pgrep", "-P", str(process.pid), "-f", "job fit"], text=True).split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
+    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in descendants(process.pid)}
+    os.kill(next(pid for pid, name in names.items() if name == "job rank 1\n"), signal.SIGKILL)
     killed = time.time()
     if process.wait():
         raise RuntimeError(log.read_text())
@@ -132,16 +131,14 @@ def recovery_table(folder: Path) -> Table:
     resumed = re.search(r"(\S+) going on after step (\d+)", log.read_text())
     assert resumed is not None
     table = Table("part", "seconds", title="From the kill of a rank to the next productive step")
-    table.add_row("death noticed, torchrun stops the others and starts all again", f"{second.began - killed:.1f}")
-    table.add_row(
-        "imports, process group, checkpoint, data listing, loaders, until the first step", f"{second.startup:.1f}"
-    )
-    table.add_row("steps done again (every_n_steps=20)", f"{first.recomputed:.1f}")
+    table.add_row("death noticed, the others stopped, all started again", f"{second.began - killed:.1f}")
+    table.add_row("process group, checkpoint, data listing, loaders, until the first step", f"{second.startup:.1f}")
+    table.add_row("recomputed steps (every_n_steps=20)", f"{first.recomputed:.1f}")
     return table
 
 
 def main() -> None:
-    """Print both tables, and the versions they are of."""
+    """Print both tables, and the versions of the libraries."""
     console = Console(width=120)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # async_save renames, which the emulator does by copying
     with tempfile.TemporaryDirectory() as folder, gcs_server(Path(folder) / "buckets"):

@@ -23,14 +23,14 @@ from job.data.decode import decode
 from job.data.index.access import from_options
 from job.data.index.build import build
 from job.data.index.index import Index
-from job.data.index.source import default_cache_dir
 from job.data.loader import BatchLoader
-from job.data.local_files import usable_cache_dir
 from job.data.sampler import BatchOrder
 from job.errors import ConfigError, DataError
-from job.model.classifier import Classifier, from_spec, mean_over_mirrored, probabilities
+from job.model.classifier import Classifier, from_spec, mean_over_mirrored
 from job.model.spec import decode_spec, net_state
+from job.model.task import probabilities
 from job.process.terminal import print_table, say
+from job.storage.local_cache import default_cache_dir, usable_cache_dir
 
 if TYPE_CHECKING:
     import numpy as np

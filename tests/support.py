@@ -21,8 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from job import checkpoint, cli, storage
 from job.data.fetch import Fetched, Fetcher
-from job.data.index.build import Layout, build
+from job.data.index.build import build
 from job.data.index.index import Index
+from job.data.index.parts import Layout
 from job.errors import DataError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -140,12 +141,12 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
 
 
-def command(*args: object, processes: int = 0) -> list[str]:
-    """``python -m job …``, by torchrun when ``processes`` is given."""
-    launcher = [sys.executable, "-m"]
+def command(*args: object, processes: int = 0, restarts: int = 0) -> list[str]:
+    """``python -m job …``, by its launcher when ``processes`` is given."""
+    job = [sys.executable, "-m", "job"]
     if processes:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    return [*launcher, "job", *map(str, args)]
+        job = ["env", f"LAUNCH_PROCESSES={processes}", f"LAUNCH_RESTARTS={restarts}", *job, "launch"]
+    return [*job, *map(str, args)]
 
 
 def run(*args: object, processes: int = 0, timeout: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Checkpoint
@@ -29,11 +29,17 @@ from job.cluster import ranks
 from job.data.datamodule import image_data
 from job.errors import CheckpointError, ConfigError, Preempted
 from job.lightning_internals import batches_done, mark_validation_unfinished
-from job.model.module import TransferLearningModel
 from job.resilience.flags import AsyncFlags
 from job.resilience.preemption import Preemption
 
 log = logging.getLogger(__name__)
+
+
+class Fingerprinted(Protocol):
+    """A module whose runs resume from checkpoints."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Settings, by option, that a run which resumes must share."""
 
 
 class Checkpointer(Checkpoint):
@@ -243,6 +249,6 @@ class Checkpointer(Checkpoint):
 
     def _compatibility(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Settings that a run which resumes must share, by name."""
-        data, module = image_data(trainer), cast("TransferLearningModel", trainer.lightning_module)
+        data, module = image_data(trainer), cast("Fingerprinted", trainer.lightning_module)
         own = {"trainer.accumulate_grad_batches": callback_settings.accumulation(trainer)}
         return {**data.fingerprint(), **module.fingerprint(), **own}

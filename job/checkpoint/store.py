@@ -28,8 +28,8 @@ from job.checkpoint.manifest import (
 from job.checkpoint.ranking import order, ranked
 from job.checkpoint.state import require_checkpoint
 from job.errors import CheckpointError, NewerFormatError, StorageError, StorageOutage
-from job.model.tensor_file import load_tensors
 from job.storage.json_files import read_limited
+from job.storage.tensor_file import load_tensors
 
 __all__ = [
     "FOLDER",

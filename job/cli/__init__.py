@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
 
 from job.cli.evaluate import test, validate
 from job.cli.fit import fit
@@ -21,6 +19,7 @@ from job.config.import_policy import set_parsing_rules
 from job.errors import EXIT_INTERNAL_ERROR, EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, JobError, Preempted
 from job.process import temporary
 from job.process.descendants import kill_descendants
+from job.process.ending import end_process, flush_output
 from job.process.signals import Stopped, StopSignals
 from job.process.terminal import protect_output, say
 from job.train.errors import translated
@@ -55,7 +54,7 @@ def launch(args: list[str]) -> None:
 
     if not args or args[0] not in VERBS or args[0] in ("launch", "demo"):
         raise ConfigError("launch takes another command and its options: python -m job launch fit --data.root …")
-    sys.exit(start(args))
+    sys.exit(start(args, run, MODULES.get(args[0], [])))
 
 
 def demo(args: list[str]) -> None:
@@ -78,25 +77,38 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
 }
 RANKED_VERBS = ("fit", "tune", "validate", "test")
 """Those that run on many processes."""
+MODULES = {
+    "fit": ["job.cli.fit"],
+    "tune": ["job.cli.tune"],
+    "validate": ["job.cli.evaluate"],
+    "test": ["job.cli.evaluate"],
+}
+"""Modules of the verbs in RANKED_VERBS: launch imports them once for all ranks of a node."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one verb, and exit by the table in README: 2 with one message for a user's mistake."""
-    args = sys.argv[1:] if argv is None else argv
+    if code := run(sys.argv[1:] if argv is None else argv):
+        if ranks.world_size() > 1:
+            end_process(code)
+        flush_output()
+        sys.exit(code)
+
+
+def run(args: list[str]) -> int:
+    """Run one verb; returns the exit code."""
     _set_up_logging()
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
-        sys.exit(0 if args else EXIT_USER_ERROR)
+        return 0 if args else EXIT_USER_ERROR
     # LightningCLI looks at sys.argv, and would warn of arguments given to it besides.
     sys.argv = [sys.argv[0]]
     waits = args[0] in ("launch", "demo")  # for processes that have a grace of their own
     try:
         with StopSignals(None, at_end=kill_descendants) if waits else StopSignals(at_end=temporary.remove_all):
-            code = _exit_code(args)
+            return _exit_code(args)
     except Stopped as stopped:
-        code = _report(stopped)
-    if code:
-        _exit(code)
+        return _report(stopped)
 
 
 def _exit_code(args: list[str]) -> int:
@@ -136,17 +148,6 @@ def _report(error: BaseException) -> int:
         file=sys.stderr,
     )
     return EXIT_INTERNAL_ERROR
-
-
-def _exit(code: int) -> NoReturn:
-    """End the process now: threads and process groups of a run that failed may wait for what never comes."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a pipe or terminal that is gone
-            stream.flush()
-    if ranks.world_size() > 1:
-        temporary.remove_all()
-        os._exit(code)
-    sys.exit(code)
 
 
 def _usage() -> str:

@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import yaml
@@ -45,7 +46,7 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
         cli = TrainingCLI(verb, configured)
     options = cli.config_init
     # The checkpoint brings the weights: pretrained ones would be fetched in vain.
-    cli.model.weights = "none"
+    cli.model.config = replace(cli.model.config, weights="none")
     cli.model.mirror = options["mirror"]
     with ranks.process_group(EVALUATION_TIMEOUT):
         uri = ranks.from_rank_zero(lambda: checkpoint.resolve(options["ckpt"] or options["run_dir"]))

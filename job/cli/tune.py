@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from job import storage
 from job.cli.evaluate import EVALUATION_TIMEOUT
@@ -21,9 +22,9 @@ def tune(args: list[str]) -> None:
     options = cli.config_init
     rates, batches = options["lr"], BatchSizeFinder()
     # What trains in the first epoch trains in all steps, at rates that no schedule sets.
-    cli.model.lr_scheduler, cli.model.lr_interval = None, "epoch"
+    milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.config.milestones]
+    cli.model.config = replace(cli.model.config, lr_scheduler=None, lr_interval="epoch", milestones=milestones)
     cli.model.guard = None  # a sweep of learning rates diverges on purpose
-    cli.model.milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.milestones]
     with ranks.process_group(EVALUATION_TIMEOUT):
         with translate_errors(cli.datamodule.global_batch_size):
             trainer = tuning_trainer(dict(options["trainer"]), options["run_dir"], rates, batches)

@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from job.errors import ConfigError
 
 Platform = Literal["plain", "torchrun worker", "Kubeflow", "Vertex AI", "TPU", "Indexed Job"]
 DEFAULT_PORT = 29400
-_SIGNS: dict[str, Platform] = {
+_MARKER_VARIABLES: dict[str, Platform] = {
     "PET_NNODES": "Kubeflow",
     "CLUSTER_SPEC": "Vertex AI",
     "TPU_WORKER_HOSTNAMES": "TPU",
     "JOB_COMPLETION_INDEX": "Indexed Job",
 }
 """The variable that tells a platform from the others."""
-_CARRIED = {"TPU", "Indexed Job"}
+_MAY_COEXIST = {"TPU", "Indexed Job"}
 """TPU hosts are pods of an Indexed Job or a JobSet, whose index is within their slice: what the TPU says counts."""
 
 _OTHER_LAUNCHERS = {
@@ -50,6 +50,7 @@ class Node:
         processes: training processes on each; 0: one a GPU, or one.
         run_id: what tells this job from another at the same place; empty: nothing does.
         evidence: the variables that say so.
+        restarts: how often torch elastic restarts the ranks before the launcher ends.
     """
 
     platform: Platform
@@ -60,6 +61,7 @@ class Node:
     processes: int = 0
     run_id: str = ""
     evidence: dict[str, str] = field(default_factory=dict)
+    restarts: int = 0
 
     def __str__(self) -> str:
         told = ", ".join(f"{name}={value}" for name, value in self.evidence.items()) or "no variable says otherwise"
@@ -72,15 +74,16 @@ class Node:
 def find_node(environment: Mapping[str, str]) -> Node:
     """Where this process stands.
 
-    ``LAUNCH_PROCESSES`` sets the processes a node on any platform.
+    On any platform ``LAUNCH_PROCESSES`` sets the processes per node, and ``LAUNCH_RESTARTS`` how often its ranks are
+    restarted in place.
 
     Raises:
         ConfigError: variables are missing, contradict one another, or make no sense; the message names them.
     """
     if "LOCAL_RANK" in environment:
         return _torchrun_worker(environment)
-    signs = {name: platform for name, platform in _SIGNS.items() if name in environment}
-    if len(signs) > 1 and set(signs.values()) != _CARRIED:
+    signs = {name: platform for name, platform in _MARKER_VARIABLES.items() if name in environment}
+    if len(signs) > 1 and set(signs.values()) != _MAY_COEXIST:
         raise ConfigError(
             f"the environment is that of {' and of '.join(signs.values())} at once: {', '.join(signs)} are set. "
             "Unset those that do not belong here."
@@ -89,7 +92,7 @@ def find_node(environment: Mapping[str, str]) -> Node:
     node = readers[next(iter(signs.values()))](environment) if signs else _plain(environment)
     if not 0 <= node.node_rank < node.nodes:
         raise ConfigError(f"there is no node {node.node_rank} of {node.nodes} ({_told(environment, *node.evidence)}).")
-    return node
+    return replace(node, restarts=_restarts(environment))
 
 
 def require_ranks(environment: Mapping[str, str]) -> None:
@@ -126,6 +129,15 @@ def require_ranks(environment: Mapping[str, str]) -> None:
             f"PET_NNODES={environment['PET_NNODES']}: Kubeflow has started several nodes, which meet under "
             "python -m job launch … alone. Or unset PET_NNODES for one process alone."
         )
+
+
+def _restarts(environment: Mapping[str, str]) -> int:
+    """``LAUNCH_RESTARTS``, else Kubeflow's ``PET_MAX_RESTARTS``, else 0: the platform restarts the container."""
+    name = "LAUNCH_RESTARTS" if "LAUNCH_RESTARTS" in environment else "PET_MAX_RESTARTS"
+    restarts = _number(environment, name, 0)
+    if restarts < 0:
+        raise ConfigError(f"{name}={restarts}: restarts cannot be fewer than 0.")
+    return restarts
 
 
 def _plain(environment: Mapping[str, str]) -> Node:

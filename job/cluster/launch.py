@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import runpy
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
+import uuid
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from typing import Any
 
 from job.cluster.environment import Node, find_node
+from job.cluster.rank_process import mistakes, run_rank, start_fork_server
 from job.errors import (
     EXIT_HANGUP,
     EXIT_INTERNAL_ERROR,
@@ -37,12 +37,21 @@ DNS_SECONDS = 600.0
 SIGNAL_EXIT_BASE = 128
 
 
-def launch(args: list[str]) -> int:
-    """Run ``python -m job ARGS`` in as many processes as this node should have; returns the exit code.
+def launch(args: list[str], run: Callable[[list[str]], int], modules: list[str]) -> int:
+    """Run ``run(args)`` in as many processes as this node should have; returns the exit code.
 
-    Under torchrun this is the ranks' own code, where torchrun's would be 1: that of a user's mistake (2) before that
-    of a stop on request (130, 129, 143), of an unexpected exception (70) and of what a restart may mend (75). After a
-    signal torchrun gives the ranks 30 s to save.
+    The ranks are forked from one process that has imported ``modules`` and touched no device: eight ranks import once,
+    and ranks that torch elastic restarts (``LAUNCH_RESTARTS``) do not import at all. Where torch-xla is installed,
+    which starts threads when it is imported, a rank is a new process, ``python -m job``.
+
+    The exit code is the ranks' own, where torchrun's would be 1: that of a user's mistake (2) before that of a stop on
+    request (130, 129, 143), of an unexpected exception (70) and of what a restart may mend (75). After a signal torch
+    elastic gives the ranks 30 s to save.
+
+    Args:
+        args: a command of ``python -m job`` with its options.
+        run: the command line as a function, by a name that can be imported.
+        modules: modules that the command needs.
 
     Raises:
         ConfigError: the environment is not understood.
@@ -52,30 +61,45 @@ def launch(args: list[str]) -> int:
     log.setLevel(logging.INFO)  # where RANK counts nodes, all but the first would be silent
     log.info("%s", node)
     if node.platform == "torchrun worker":
-        sys.argv = ["job", *args]
-        runpy.run_module("job", run_name="__main__", alter_sys=True)
-        return 0
-    processes = node.processes or max(torch.cuda.device_count(), 1)
-    if node.nodes > 1:
-        wait_for_address(node.host, DNS_SECONDS)
-    # torchrun would give each rank one thread; the cores are there to be used.
+        return run(args)
+    processes = node.processes or _gpus() or 1
+    # torch elastic would leave all cores to each rank.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores() // processes, 1)))
     # One store for all rounds would keep the addresses of dead nodes (torch 2.14).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    options = torchrun_options(node, processes)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
-        options.append("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")
-    log.info("torchrun %s", " ".join(options))
+    forks = find_spec("torch_xla") is None
+    if forks:
+        start_fork_server(modules)
+    if node.nodes > 1:
+        wait_for_address(node.host, DNS_SECONDS)
+    # Imported while the server imports.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # It logs the traceback of its own exception for each rank that ends; the rank has said why.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_without_traceback)
+    config = LaunchConfig(**launch_options(node, processes))
+    log.info(
+        "torch elastic starts %s, restarts: %d",
+        "1 process" if processes == 1 else f"{processes} processes",
+        node.restarts,
+    )
     try:
-        run(parse_args([*options, "-m", "job", *args]))  # type: ignore[no-untyped-call]
-    except ChildFailedError as error:
-        return exit_code([failure.exitcode for failure in error.failures.values()])
-    except SignalException as error:
-        return SIGNAL_EXIT_BASE + int(error.sigval)
+        with tempfile.TemporaryDirectory(prefix="job-launch-") as codes:
+            try:
+                if forks:
+                    elastic_launch(config, run_rank)(run, args, codes)
+                else:
+                    elastic_launch(config, sys.executable)("-u", "-m", "job", *args)
+            except ChildFailedError as error:
+                return exit_code([*(failure.exitcode for failure in error.failures.values()), *mistakes(codes)])
+            except SignalException as error:
+                return SIGNAL_EXIT_BASE + int(error.sigval)
     finally:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)  # torchrun's handlers would raise an exception outside of it
+                signal.signal(number, signal.SIG_IGN)  # torch's handlers would raise an exception outside of it
     return 0
 
 
@@ -93,19 +117,39 @@ def cores(root: Path = Path("/sys/fs/cgroup")) -> int:
     return max(count, 1)
 
 
-def torchrun_options(node: Node, processes: int) -> list[str]:
-    """How torchrun is told what ``node`` is."""
+def launch_options(node: Node, processes: int) -> dict[str, Any]:
+    """The arguments of torch's ``LaunchConfig`` for ``node``."""
+    options: dict[str, Any] = {
+        "min_nodes": node.nodes,
+        "max_nodes": node.nodes,
+        "nproc_per_node": processes,
+        "max_restarts": node.restarts,
+        "start_method": "forkserver",
+        "rdzv_backend": "c10d",
+    }
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+        options["signals_to_handle"] = "SIGTERM,SIGINT,SIGQUIT"
     if node.nodes == 1:
-        return ["--standalone", f"--nproc-per-node={processes}"]
-    return [
-        f"--nnodes={node.nodes}",
-        f"--nproc-per-node={processes}",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={node.host}:{node.port}",
-        f"--rdzv-id={node.run_id or 'job'}",
-        # Left to itself torchrun compares host names, which a pod's need not be.
-        f"--rdzv-conf=is_host={'true' if node.node_rank == 0 else 'false'},join_timeout={DNS_SECONDS:.0f}",
-    ]
+        return {**options, "rdzv_endpoint": "localhost:0", "run_id": str(uuid.uuid4())}
+    # Left to itself torch compares host names, which a pod's need not be.
+    rendezvous = {"is_host": "true" if node.node_rank == 0 else "false", "join_timeout": str(int(DNS_SECONDS))}
+    return {
+        **options,
+        "rdzv_endpoint": f"{node.host}:{node.port}",
+        "run_id": node.run_id or "job",
+        "rdzv_configs": rendezvous,
+    }
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = None
+    return True
 
 
 def wait_for_address(host: str, seconds: float) -> None:

@@ -22,7 +22,7 @@ from job.config.run_config import FILE, MEND, read_mapping
 from job.data.datamodule import ImageDataModule
 from job.data.index.access import Access, is_local_uri
 from job.errors import ConfigError
-from job.model.module import TransferLearningModel
+from job.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ _TRAINER: dict[str, Any] = {
     "enable_progress_bar": bool | None,
 }
 """What a measurement takes of the Trainer's arguments; the others concern training."""
-_SECTIONS: dict[str, Any] = {"model": TransferLearningModel, "data": ImageDataModule, "checkpoint": CheckpointSettings}
+_SECTIONS: dict[str, Any] = {"model": ModelConfig, "data": ImageDataModule, "checkpoint": CheckpointSettings}
 _TRAINING_ONLY = frozenset(
     {
-        *("model.optimizer", "model.lr_scheduler", "model.lr_gamma", "model.lr_interval", "model.weights"),
+        *("model.lr", "model.optimizer", "model.lr_scheduler", "model.lr_gamma", "model.lr_interval", "model.weights"),
         *("data.augment", "data.augment_views"),
     }
 )

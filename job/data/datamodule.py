@@ -21,19 +21,20 @@ from job.data.augment import ResizeMode
 from job.data.cache import SampleCache
 from job.data.dataset import Batch, ImageDataset, View
 from job.data.index.access import from_options
-from job.data.index.build import Layout, build, split
+from job.data.index.build import build, split
 from job.data.index.file import load_index_info
 from job.data.index.index import Index
-from job.data.index.source import default_cache_dir, materialise
+from job.data.index.local_copy import materialise
+from job.data.index.parts import Layout
 from job.data.index.store import is_run_index_usable, local_index, publish_index
 from job.data.loader import BatchLoader
-from job.data.local_files import room_needed, usable_cache_dir
 from job.data.sampler import BatchOrder, ViewOrder
 from job.errors import ConfigError, DataError
 from job.features.store import FeatureStore
 from job.lightning_internals import epochs_processed
 from job.process.cpus import available_cpus
 from job.resilience.lease_check import write_check
+from job.storage.local_cache import default_cache_dir, report_disk_full, usable_cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +231,7 @@ class ImageDataModule(pl.LightningDataModule):
         roots = [root for roots in self.uris.values() for root in roots]
         if is_run_index_usable(uri, self.cache_dir, request, roots, self.access):
             return uri
-        with room_needed(self.cache_dir, "make the index"):
+        with report_disk_full(self.cache_dir, "make the index"):
             scratch = tempfile.TemporaryDirectory(prefix=".index-", dir=self.cache_dir)
         with scratch as folder:
             layout: Layout = "parts" if "root" in self.uris else "classes"
@@ -247,9 +248,9 @@ class ImageDataModule(pl.LightningDataModule):
         return self._own_folder.name
 
     def _open_cache(self) -> None:
-        sources = {source.uri for index in self.parts.values() for source in index.sources}
+        stores = {uri for index in self.parts.values() for uri in index.stores}
         self.cache = None
-        if self.cache_bytes and self.is_cache_usable and not all(storage.Reader(uri).is_local for uri in sources):
+        if self.cache_bytes and self.is_cache_usable and not all(map(_is_on_this_machine, stores)):
             self.cache = SampleCache(self.cache_dir / "samples", self.cache_bytes)
             if ranks.local_rank() == 0:
                 try:
@@ -280,7 +281,7 @@ class ImageDataModule(pl.LightningDataModule):
         return BatchLoader(self.dataset(part, order), self._workers(index), lambda: self.features.get(part))
 
     def _workers(self, index: Index) -> int:
-        if any(storage.is_process_local(source.uri) for source in index.sources):
+        if any(map(storage.is_process_local, index.stores)):
             return 0  # another process would find an empty filesystem
         if self.num_workers is not None:
             return self.num_workers
@@ -300,6 +301,10 @@ class ImageDataModule(pl.LightningDataModule):
 def image_data(trainer: pl.Trainer) -> ImageDataModule:
     """The data module of a trainer, typed."""
     return cast("ImageDataModule", trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def _is_on_this_machine(uri: str) -> bool:
+    return storage.is_local(uri) or storage.is_process_local(uri)
 
 
 def require_few_bad(bad: set[str], limit: int) -> None:

@@ -1,4 +1,4 @@
-"""The whole job on one machine: a bucket, real images, two processes, a model that predicts."""
+"""Demo: the whole job on one machine, with a bucket, real images and two training processes."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from job.process.terminal import say
 CONFIGS = Path(__file__).parents[1] / "recipes"
 BUCKET = "gs://demo"
 STOP_SECONDS = 40.0
-"""How long a command may take to end after a signal: torchrun gives its ranks 30 s to save."""
+"""Seconds that a command may take to end after a signal; torchrun gives its ranks 30 s to save."""
 DIGITS, WEIGHTS = f"{BUCKET}/digits", f"{BUCKET}/weights/tf_efficientnet_lite0.safetensors"
 
 
 def main(folder: str = ".demo", data: str | None = None, processes: int = 2, fresh: bool = True) -> None:
-    """Run the whole job on this machine, with a bucket of its own.
+    """Run the whole job on this machine, with a local bucket.
 
-    Starts a GCS server on loopback, fills a bucket with real images and pretrained weights, trains from gs:// to
-    gs:// by torchrun, and predicts.
+    Starts a GCS server on loopback, uploads real images and pretrained weights, trains by torchrun from gs:// to gs://,
+    and predicts.
 
     Args:
-        folder: where the server keeps its buckets, and the log files.
-        data: URI of your own images, instead of the handwritten digits.
-        processes: training processes.
-        fresh: start anew; otherwise a run that was interrupted continues.
+        folder: folder of the server's buckets and log files.
+        data: URI of your own images. Default: handwritten digits.
+        processes: number of training processes.
+        fresh: delete an earlier run; otherwise an interrupted run is resumed.
     """
     with gcs_server(Path(folder).absolute() / "buckets") as url:
-        _say(f"A GCS server answers at {url}; bucket {BUCKET}")
+        _say(f"GCS server at {url}, bucket {BUCKET}")
         fill_bucket(with_digits=data is None)
         run_dir = f"{BUCKET}/runs/{'digits' if data is None else 'own-data'}"
         if fresh:
@@ -52,13 +52,13 @@ def main(folder: str = ".demo", data: str | None = None, processes: int = 2, fre
             for uri in examples[:2]:
                 _run(["predict", "--ckpt", run_dir, "--input", uri])
         _say(
-            f"The bucket stays in {folder}/buckets, where its objects are plain files:\n"
+            f"The bucket remains in {folder}/buckets; its objects are plain files:\n"
             f"  tensorboard --logdir {folder}/buckets/{run_dir.removeprefix('gs://')}/tensorboard"
         )
 
 
 def fill_bucket(with_digits: bool) -> None:
-    """Put the digits, if wanted, and then the pretrained weights into the bucket, where they are missing."""
+    """Upload the pretrained weights, and optionally the digits, unless they are in the bucket."""
     create_bucket(BUCKET)
     if with_digits and not storage.exists(DIGITS):
         files = digit_images()
@@ -69,7 +69,7 @@ def fill_bucket(with_digits: bool) -> None:
 
 
 class CommandFailed(JobError):
-    """A command of the demo failed; the demo ends with its exit code."""
+    """A command of the demo has failed; the demo exits with its exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -77,9 +77,9 @@ class CommandFailed(JobError):
 
 
 def _run(arguments: list[str], **variables: str) -> None:
-    """Run ``python -m job ARGUMENTS``, and hand a signal that stops the demo on to it."""
+    """Run ``python -m job ARGUMENTS``, and forward a signal that stops the demo."""
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **variables}
-    # In a session of its own: a Ctrl-C comes from here alone, as a SIGTERM does.
+    # In its own session, so that it receives Ctrl-C from this process only, as SIGTERM.
     process = subprocess.Popen([sys.executable, "-m", "job", *arguments], env=environment, start_new_session=True)
     try:
         code = process.wait()
@@ -94,7 +94,7 @@ def _run(arguments: list[str], **variables: str) -> None:
             process.wait()
     if code:
         raise CommandFailed(
-            f"this ended with exit code {code}: job {' '.join(arguments)}", code if code > 0 else EXIT_RETRY
+            f"the command failed with exit code {code}: job {' '.join(arguments)}", code if code > 0 else EXIT_RETRY
         )
 
 

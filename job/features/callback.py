@@ -165,7 +165,7 @@ class FeatureCache(Callback):
             repr(view),
             data.seed if view.augment is not None else None,
             str(trainer.precision),
-            module.compile_backbone,
+            module.config.compile_backbone,
             module.device.type,
             str(module.net.memory_format),
             torch.__version__,

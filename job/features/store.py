@@ -23,10 +23,10 @@ from job import storage
 from job.data.dataset import Batch, ImageDataset
 from job.data.index.file import hash_file
 from job.data.index.index import Index
-from job.data.local_files import private_folder, room_needed
 from job.data.sampler import BatchPlan
 from job.errors import DataError, StorageError
 from job.features.file import DTYPES, LONGEST_LINE, MANIFEST_BYTES, ChunkInfo, DamagedChunk, NewerFormat, read_tensors
+from job.storage.local_cache import private_folder, report_disk_full
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class FeatureStore:
         )
 
     def _write(self, chunk: int, content: bytes, manifest: bytes) -> None:
-        with room_needed(self.folder, "keep the backbone's features"):
+        with report_disk_full(self.folder, "keep the backbone's features"):
             private_folder(self.folder.parent)
             private_folder(self.folder)
             # Without its manifest the chunk does not exist, however this process ends.

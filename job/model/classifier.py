@@ -1,8 +1,7 @@
-"""The network: normalise → backbone → head, images in and logits out."""
+"""The network: normalisation, backbone and head; from images to logits."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,23 +10,30 @@ from torch import Tensor, nn
 
 from job.errors import CheckpointError, ConfigError
 from job.model.backbone import build_backbone, build_skeleton, feature_width
+from job.model.config import ModelConfig
+from job.model.head import build_head
 from job.model.memory_format import memory_format
+from job.model.normalisation import complete_normalisation
 from job.model.spec import FORMAT, ClassifierSpec, decode_spec, require_state
 from job.model.sync_batchnorm import restore_norms, special_norms
-from job.model.weights import versioned
+from job.model.weights import read_weights, versioned
 
 
 class Classifier(nn.Module):
     """A backbone with a new head for ``classes``.
 
-    Two classes get one logit (binary cross-entropy, the probability of the second class), more get
-    one logit each.
+    Two classes share one logit (binary cross-entropy; the probability of the second class), more have one logit each.
 
     Args:
+        backbone: from normalised images to features.
+        name: the backbone's architecture.
+        classes: class names, in the order of labels.
         hidden: widths of the head's hidden layers, each followed by ReLU.
-        mean, std: of the normalisation the backbone was trained with, a channel, for images in [0, 1].
-        features: width of the backbone's output, where it is known; otherwise it is found by running the backbone.
-        device_type: kind of device that will compute: the memory layout depends on it.
+        image_size: height and width of images, in pixels.
+        mean: per-channel mean of the pretraining images, in [0, 1].
+        std: per-channel standard deviation of the pretraining images.
+        features: width of the backbone's output. Default: measured by running the backbone.
+        device_type: type of the device that computes, which the memory layout depends on.
 
     Raises:
         ConfigError: the backbone does not take images of this size.
@@ -56,7 +62,7 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(list(mean)).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(list(std)).view(3, 1, 1))
         try:
-            decode_spec(self.spec(), "this run")  # what is saved must be loadable
+            decode_spec(self.spec(), "this run")  # a checkpoint of this network must be loadable
         except CheckpointError as error:
             raise ConfigError(str(error)) from error
         self.memory_format = memory_format(name, backbone, device_type)
@@ -67,7 +73,7 @@ class Classifier(nn.Module):
         self.head = build_head(features, hidden, logits=self.num_logits)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Set a child; torch's conversion to SyncBatchNorm does so, and its result is corrected here."""
+        """Set a child module; torch's conversion to SyncBatchNorm calls this, and its result is corrected."""
         super().add_module(
             name, restore_norms(module, self._special_norms) if name == "backbone" and module else module
         )
@@ -79,7 +85,7 @@ class Classifier(nn.Module):
 
     @property
     def backbone_trains(self) -> bool:
-        """Whether any of the backbone's parameters is to have a gradient."""
+        """Whether any parameter of the backbone requires a gradient."""
         return any(parameter.requires_grad for parameter in self.backbone.parameters())
 
     def forward(self, images: Tensor) -> Tensor:
@@ -88,14 +94,14 @@ class Classifier(nn.Module):
         return logits
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] to the backbone's output [B, F], kept for a backward pass only where a part trains."""
+        """uint8 [B, 3, S, S] to features [B, F], with a graph only if a part of the backbone trains."""
         normalised = (images.float() / 255 - self.mean) / self.std
         with torch.set_grad_enabled(self.backbone_trains and torch.is_grad_enabled()):
             features: Tensor = self.backbone(normalised.contiguous(memory_format=self.memory_format))
         return features
 
     def spec(self) -> dict[str, Any]:
-        """What :func:`from_spec` needs to build this network again: plain values only."""
+        """Describe this network by plain values, from which :func:`from_spec` builds it again."""
         return {
             "format": FORMAT,
             "backbone": self.name,
@@ -105,6 +111,32 @@ class Classifier(nn.Module):
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
         }
+
+
+def build_classifier(config: ModelConfig, *, classes: Sequence[str], image_size: int, device_type: str) -> Classifier:
+    """Build the network of a run, with its pretrained weights.
+
+    Raises:
+        ConfigError: there is no such backbone, or it does not take images of this size.
+        WeightsError: the weights cannot be read, or belong to another architecture.
+        CheckpointError: the weights are a run_dir without a good checkpoint.
+    """
+    # In host memory, by the host's generator: initial weights do not depend on the accelerator.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        weights = config.weights if config.weights in ("DEFAULT", "none") else read_weights(config.weights)
+        backbone = build_backbone(config.backbone, weights, image_size)
+        mean, std = complete_normalisation(config.mean, config.std, config.backbone, weights)
+        return Classifier(
+            backbone,
+            name=config.backbone,
+            classes=classes,
+            hidden=config.hidden,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            device_type=device_type,
+        )
 
 
 def from_spec(
@@ -117,10 +149,10 @@ def from_spec(
     """Build the network that :meth:`Classifier.spec` describes.
 
     Args:
-        saved: the description, which may come from anybody.
-        state: its state dict, compared with the description before memory is allocated; by default random weights.
+        saved: the description, untrusted.
+        state: state dict, compared with the description before memory is allocated. Default: random weights.
         source: URI of the checkpoint, for messages.
-        device_type: kind of device that will compute.
+        device_type: type of the device that computes.
 
     Raises:
         CheckpointError: the description is damaged, or ``state`` belongs to another network.
@@ -156,7 +188,7 @@ def from_spec(
 
 
 def _width_without_memory(skeleton: nn.Module, image_size: int) -> int | None:
-    """Features per image, or None where the architecture does not run on the meta device or not with this size."""
+    """Features per image; None if the architecture does not run on the meta device, or not with this size."""
     try:
         return feature_width(skeleton, image_size)
     except ConfigError:
@@ -164,7 +196,7 @@ def _width_without_memory(skeleton: nn.Module, image_size: int) -> int | None:
 
 
 def _head_input(state: Mapping[str, Tensor]) -> int:
-    """Features per image that the head of a state dict takes."""
+    """Features per image that the head in a state dict expects."""
     first = state.get("head.0.weight")
     return int(first.shape[1]) if isinstance(first, Tensor) and first.ndim == 2 else 1
 
@@ -183,24 +215,7 @@ def _num_logits(classes: int) -> int:
     return 1 if classes == 2 else classes
 
 
-def build_head(features: int, hidden: Sequence[int], logits: int) -> nn.Sequential:
-    """Linear layers ``features → hidden… → logits`` with ReLU between them."""
-    widths = [features, *hidden]
-    layers: list[nn.Module] = []
-    for width, following in itertools.pairwise(widths):
-        layers += [nn.Linear(width, following), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], logits))
-
-
 def mean_over_mirrored(net: nn.Module, images: Tensor) -> Tensor:
     """Logits [B, num_logits] of images [B, 3, S, S], averaged with those of the mirrored images."""
     logits: Tensor = (net(images) + net(images.flip(-1))) / 2
     return logits
-
-
-def probabilities(logits: Tensor) -> Tensor:
-    """float [B, num_classes], rows summing to 1, from logits of either kind."""
-    if logits.shape[1] == 1:
-        second = logits[:, 0].float().sigmoid()
-        return torch.stack([1 - second, second], dim=1)
-    return logits.float().softmax(dim=1)

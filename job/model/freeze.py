@@ -1,8 +1,8 @@
-"""Which part of the backbone trains: a pure function of the epoch.
+"""Freezing of the backbone: a pure function of the epoch.
 
-Lightning's BaseFinetuning keeps this in callback state and freezes anew on resume
-(https://github.com/Lightning-AI/pytorch-lightning/issues/21901); here :func:`apply_stage` says it
-all, at every epoch and every start.
+Lightning's BaseFinetuning keeps this in callback state, and freezes again on resume
+(https://github.com/Lightning-AI/pytorch-lightning/issues/21901). Here :func:`apply_stage` sets all of it, at each epoch
+and each start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class Stage(IntEnum):
 
 
 def stage_at(epoch: int, milestones: Sequence[int]) -> Stage:
-    """Stage of ``epoch`` (from 0): one further at each milestone reached."""
+    """Stage of ``epoch`` (from 0): one further at each milestone; without milestones all layers train."""
+    if not milestones:
+        return Stage.ALL
     return Stage(min(sum(epoch >= milestone for milestone in milestones), Stage.ALL))
 
 
@@ -41,10 +43,10 @@ def split_layers(backbone: nn.Module, last_share: float) -> tuple[list[nn.Module
 def apply_stage(backbone: nn.Module, stage: Stage, *, last_share: float, train_bn: bool) -> None:
     """Set ``requires_grad`` and train/eval mode of every layer of the backbone for ``stage``.
 
-    A frozen layer is in eval mode and keeps its running statistics: batch normalisation neither
-    uses nor updates those of the batch (setting ``track_running_stats=False``, as Lightning does,
-    would make it use them; https://github.com/Lightning-AI/pytorch-lightning/pull/15063). With
-    ``train_bn`` the batch normalisations of the frozen part train all the same.
+    A frozen layer is in eval mode and keeps its running statistics: batch normalisation neither uses nor updates those
+    of the batch. (Lightning sets ``track_running_stats=False``, with which it uses them;
+    https://github.com/Lightning-AI/pytorch-lightning/pull/15063). With ``train_bn`` batch normalisation layers also
+    train in the frozen part.
     """
     first, last = split_layers(backbone, last_share)
     backbone.train(stage == Stage.ALL)

@@ -1,16 +1,15 @@
-"""Mean and standard deviation of the images that an architecture's pretrained weights were trained with."""
+"""Per-channel mean and standard deviation that pretrained weights expect."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torchvision
 
 from job.model.backbone import CONVERTS_IMAGES, TIMM
-from job.model.spec import Channels, decode_spec
-from job.model.weights import saved_classifier
+from job.model.spec import Channels
+from job.model.weights import PretrainedWeights
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +22,7 @@ class Normalisation(NamedTuple):
     Attributes:
         mean: per channel.
         std: per channel.
-        source: where the values come from, for the log.
+        source: origin of the values, for the log.
     """
 
     mean: Channels
@@ -31,30 +30,27 @@ class Normalisation(NamedTuple):
     source: str
 
 
-def normalisation(backbone: str, weights: str) -> Normalisation:
-    """The values that fit ``--model.weights``.
+def default_normalisation(backbone: str, weights: str | PretrainedWeights) -> Normalisation:
+    """The normalisation that the pretrained weights expect.
 
-    A checkpoint of this job holds its own; otherwise those of the architecture's default pretrained weights are used,
-    and ImageNet's where it has none.
-
-    Raises:
-        JobError: the weights are a run_dir without checkpoints, or cannot be read.
+    A checkpoint of this job describes its own. Otherwise it is that of the architecture's default pretrained weights,
+    or ImageNet's if the architecture has none.
     """
-    if weights not in ("DEFAULT", "none") and (saved := saved_classifier(weights)) is not None:
-        spec = decode_spec(saved, weights)
-        return Normalisation(spec.mean, spec.std, f"the run of {weights}")
-    found = _timm(backbone.removeprefix(TIMM)) if backbone.startswith(TIMM) else _torchvision(backbone)
-    if found is not None:
-        return Normalisation(*found, f"the pretrained weights of {backbone}")
+    if isinstance(weights, PretrainedWeights) and weights.classifier is not None:
+        return Normalisation(weights.classifier.mean, weights.classifier.std, f"the run of {weights.uri}")
+    known = _timm(backbone.removeprefix(TIMM)) if backbone.startswith(TIMM) else _torchvision(backbone)
+    if known is not None:
+        return Normalisation(*known, f"the pretrained weights of {backbone}")
     return Normalisation(IMAGENET_MEAN, IMAGENET_STD, "ImageNet")
 
 
-def completed(chosen: Mapping[str, Channels | None], backbone: str, weights: str) -> tuple[Channels, Channels]:
-    """The user's ``mean`` and ``std``, or the weights' own where they are None; the log says which are used."""
-    mean, std = chosen["mean"], chosen["std"]
+def complete_normalisation(
+    mean: Channels | None, std: Channels | None, backbone: str, weights: str | PretrainedWeights
+) -> tuple[Channels, Channels]:
+    """Replace a ``mean`` or ``std`` of None by the default of the weights, and log the result."""
     if mean is not None and std is not None:
         return mean, std
-    default = normalisation(backbone, weights)
+    default = default_normalisation(backbone, weights)
     mean, std = mean or default.mean, std or default.std
     log.info("images are normalised by mean %s and std %s; the default is that of %s", mean, std, default.source)
     return mean, std

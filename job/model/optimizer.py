@@ -1,46 +1,47 @@
-"""Which parameter is updated how: groups with learning rates and decay of their own, in one pass where torch can."""
+"""The optimizer: parameter groups with learning rates and weight decay of their own, trial runs, fused updates."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from pytorch_lightning.cli import OptimizerCallable
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, ReduceLROnPlateau
 
 from job.errors import ConfigError, JobError
 from job.model.classifier import Classifier
+from job.model.config import ModelConfig
 from job.model.freeze import split_layers
+from job.model.scheduling import build_scheduler, require_length
 
 BANDS = 8
-"""Parts of the backbone, from its input to its output, that differ in learning rate where layers do."""
+"""Bands of backbone layers, from input to output, that differ in learning rate if first_lr_factor is not 1."""
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters, their learning rate relative to the head's, and whether weight decay acts on them."""
+    """Parameters, their learning rate relative to the head's, and whether weight decay applies to them."""
 
     parameters: list[nn.Parameter]
     lr_factor: float
     decays: bool
 
 
-def parameter_groups(
-    net: Classifier, *, unfreeze_last: float, lr_factor: float, first_lr_factor: float, decay_norm_and_bias: bool
-) -> list[ParameterGroup]:
-    """All parameters, each in one group; none is empty, the head's is the first.
+def parameter_groups(net: Classifier, config: ModelConfig) -> list[ParameterGroup]:
+    """Put each parameter into one group, the head's first, then the backbone's last layers; no group is empty.
 
-    Args:
-        unfreeze_last: share of the backbone's layers that is a group of its own.
-        lr_factor: learning rate of the backbone's last layers, relative to the head's.
-        first_lr_factor: that of its first ones, relative to its last; in between it falls geometrically
-            (discriminative fine-tuning, arXiv:1801.06146).
-        decay_norm_and_bias: False: vectors are groups of their own, without decay.
+    With ``first_lr_factor`` the learning rate falls geometrically from the backbone's last layers to its first
+    (discriminative fine-tuning, arXiv:1801.06146). Without ``decay_norm_and_bias`` vectors are in groups of their own,
+    without weight decay.
     """
+    lr_factor, first_lr_factor = config.backbone_lr_factor, config.first_lr_factor
     if first_lr_factor == 1:
-        factors_and_layers = [(lr_factor, layers) for layers in reversed(split_layers(net.backbone, unfreeze_last))]
+        first_and_last = split_layers(net.backbone, config.unfreeze_last)
+        factors_and_layers = [(lr_factor, layers) for layers in reversed(first_and_last)]
     else:
         layers, _ = split_layers(net.backbone, 0)
         bands = min(BANDS, len(layers))
@@ -52,7 +53,7 @@ def parameter_groups(
     groups = [ParameterGroup(list(net.head.parameters()), 1.0, True)]
     for factor, members in factors_and_layers:
         groups.append(ParameterGroup([p for layer in members for p in layer.parameters(recurse=False)], factor, True))
-    if not decay_norm_and_bias:
+    if not config.decay_norm_and_bias:
         groups = [
             ParameterGroup([p for p in group.parameters if (p.ndim > 1) == decays], group.lr_factor, decays)
             for decays in (True, False)
@@ -61,20 +62,29 @@ def parameter_groups(
     return [group for group in groups if group.parameters]
 
 
-def make_optimizer(factory: Callable[[Iterable[nn.Parameter]], Optimizer], groups: list[ParameterGroup]) -> Optimizer:
-    """An optimizer of all groups.
+def make_optimizer(factory: OptimizerCallable, groups: list[ParameterGroup], lr: float | None = None) -> Optimizer:
+    """Create an optimizer of all groups.
+
+    Args:
+        factory: takes the first group's parameters, as ``--model.optimizer`` does.
+        groups: the head's first.
+        lr: the head's learning rate; None: the optimizer's own.
 
     Raises:
         ConfigError: it does not take them.
     """
     with _optimizer_errors(factory):
-        optimizer = factory(groups[0].parameters)
+        if lr is None:
+            optimizer = factory(groups[0].parameters)
+        else:
+            optimizer = factory([{"params": groups[0].parameters, "lr": lr}])
+            optimizer.defaults["lr"] = lr
         add_groups(optimizer, groups[1:])
     return optimizer
 
 
 def stand_ins(groups: list[ParameterGroup], device: torch.device | str = "cpu") -> list[ParameterGroup]:
-    """Groups of the same number, rates and dimensions, with parameters of a few numbers."""
+    """Groups of the same number, rates and dimensions, whose parameters have a few numbers each."""
     return [
         group._replace(
             parameters=[
@@ -86,25 +96,82 @@ def stand_ins(groups: list[ParameterGroup], device: torch.device | str = "cpu") 
     ]
 
 
-def require_step(factory: Callable[[Iterable[nn.Parameter]], Optimizer], groups: list[ParameterGroup]) -> None:
-    """Take a step on stand-ins of ``groups``.
+class OptimizerTrial:
+    """An optimizer and scheduler of stand-ins, to check and describe those that will train.
+
+    Args:
+        config: chooses optimizer and scheduler.
+        groups: parameter groups of the network.
+        device: device of the stand-ins.
+        length: intervals of the scheduler in the run; None: unlimited.
+
+    Attributes:
+        settings: optimizer and scheduler, as text by option; a run that resumes must have the same.
 
     Raises:
-        ConfigError: the optimizer cannot, as SparseAdam with dense gradients.
+        ConfigError: optimizer or scheduler cannot be created, or the optimizer cannot step, as SparseAdam with dense
+            gradients.
     """
-    device = groups[0].parameters[0].device
-    substitutes = stand_ins(groups, device)
-    optimizer = make_optimizer(factory, substitutes)
-    for group in substitutes:
-        for parameter in group.parameters:
-            parameter.grad = torch.full_like(parameter, 0.1)
-    with _optimizer_errors(factory):
-        optimizer.step(lambda: 1.0)
+
+    def __init__(
+        self, config: ModelConfig, groups: list[ParameterGroup], device: torch.device, length: int | None
+    ) -> None:
+        on_xla = device.type == "xla"
+        substitutes = stand_ins(groups, "cpu" if on_xla else device)
+        self._optimizer = make_optimizer(config.optimizer, substitutes, config.lr)
+        self.settings = {
+            "model.optimizer": f"{type(self._optimizer).__name__} {_plain_settings(self._optimizer.defaults)}"
+        }
+        if not on_xla:
+            for group in substitutes:
+                for parameter in group.parameters:
+                    parameter.grad = torch.full_like(parameter, 0.1)
+            with _optimizer_errors(config.optimizer):
+                self._optimizer.step(lambda: 1.0)
+        self._scheduler = make_scheduler(config, self._optimizer, groups, length)
+        self.settings["model.lr_scheduler"] = f"MultiStepLR, lr_gamma {config.lr_gamma}"
+        if config.lr_scheduler is not None:
+            self.settings["model.lr_scheduler"] = self._scheduler_settings()
+
+    def _scheduler_settings(self) -> str:
+        scheduler = self._scheduler
+        rates: Any = [[group["max_lr"], group["min_lr"]] for group in self._optimizer.param_groups if "max_lr" in group]
+        rates = rates or getattr(scheduler, "max_lrs", "")  # OneCycleLR, or CyclicLR
+        return f"{type(scheduler).__name__} {_plain_settings(scheduler.state_dict())} {rates}".rstrip()
+
+    def require_length(self, length: int | None, interval: str) -> None:
+        """Check that the scheduler lasts for the whole run: see :func:`~job.model.scheduling.require_length`."""
+        require_length(self._scheduler, length, interval)
+
+
+def _plain_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those settings that are numbers, text or pairs of numbers, by name."""
+    kinds = (bool, int, float, str, tuple)
+    return {name: settings[name] for name in sorted(settings) if isinstance(settings[name], kinds)}
+
+
+def make_scheduler(
+    config: ModelConfig, optimizer: Optimizer, groups: list[ParameterGroup], length: int | None
+) -> LRScheduler | ReduceLROnPlateau:
+    """Create the scheduler of a run that steps it ``length`` times; None: unlimited.
+
+    Raises:
+        ConfigError: it cannot be created.
+    """
+    if config.lr_scheduler is not None:
+        factors = [group.lr_factor for group in groups]
+        return build_scheduler(config.lr_scheduler, optimizer, factors=factors, length=length)
+    if config.lr_interval == "step" and config.milestones:
+        raise ConfigError(
+            f"--model.lr_interval=step, but the default scheduler's milestones {config.milestones} are epochs. "
+            "Choose a --model.lr_scheduler, or --model.lr_interval=epoch."
+        )
+    return MultiStepLR(optimizer, config.milestones, config.lr_gamma)
 
 
 @contextlib.contextmanager
 def _optimizer_errors(factory: Any) -> Iterator[None]:
-    """Turn what an optimizer raises about its parameters or settings into a :class:`~job.errors.ConfigError`."""
+    """Translate an optimizer's errors about its parameters or settings into :class:`~job.errors.ConfigError`."""
     try:
         yield
     except JobError:
@@ -121,40 +188,40 @@ def _optimizer_errors(factory: Any) -> Iterator[None]:
 
 
 def add_groups(optimizer: Optimizer, groups: list[ParameterGroup]) -> None:
-    """Let ``optimizer`` update these, too."""
+    """Add parameter groups, with learning rates relative to the optimizer's."""
     for parameters, factor, decays in groups:
         more = {} if decays else {"weight_decay": 0.0}
         optimizer.add_param_group({"params": parameters, "lr": optimizer.defaults["lr"] * factor, **more})
 
 
 def fuse(optimizer: Optimizer, device: torch.device) -> None:
-    """Update all parameters of a group in one pass, where torch can on this device and the user has not said how.
+    """Use torch's fused update where it exists on this device, unless the user has chosen another.
 
-    On a CPU a step of resnet50's Adam takes half the time (``benchmarks/train.py``).
+    On a CPU it halves the time of a step of resnet50's Adam (``benchmarks/train.py``). A state of another device is
+    loaded without its choice.
     """
-    if device.type not in ("cpu", "cuda"):
-        return
-    for group in (optimizer.defaults, *optimizer.param_groups):
-        if group.get("fused", False) is None and not group.get("foreach"):
-            group["fused"] = True
-    optimizer.register_load_state_dict_post_hook(_lay_out_as_parameters)
+    if device.type in ("cpu", "cuda"):
+        for group in (optimizer.defaults, *optimizer.param_groups):
+            if group.get("fused", False) is None and not group.get("foreach"):
+                group["fused"] = True
+        optimizer.register_load_state_dict_post_hook(_lay_out_as_parameters)
+    optimizer.register_load_state_dict_pre_hook(_keep_fused)
+
+
+def _keep_fused(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The state, with ``fused`` as this optimizer has it."""
+    fused = optimizer.defaults.get("fused")
+    groups = [{**group, "fused": fused} if "fused" in group else group for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def _lay_out_as_parameters(optimizer: Optimizer) -> None:
     """Give loaded moments the memory layout of their parameters.
 
-    A fused update takes both by their place in memory (torch 2.14), and a checkpoint's may lie in another order:
-    each weight would be updated by the moments of another one.
+    A fused update walks both in memory order (torch 2.14), and moments in a checkpoint may have another layout: each
+    weight would be updated by the moments of another one.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def with_fusion_of(states: list[dict[str, Any]], optimizer: Optimizer) -> None:
-    """Let saved optimizer states, maybe of another device, be updated as ``optimizer`` does."""
-    for state in states:
-        for group in state["param_groups"]:
-            if "fused" in group:
-                group["fused"] = optimizer.defaults.get("fused")

@@ -1,9 +1,9 @@
-"""The description of a network in a checkpoint, checked before anything of the size that it names is allocated."""
+"""The description of a network in a checkpoint, validated before memory of the size that it names is allocated."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -11,11 +11,11 @@ from msgspec import Meta
 from torch import Tensor
 
 from job.errors import CheckpointError
-from job.model.tensor_file import printable
+from job.storage.tensor_file import printable
 
 FORMAT = 1
 PREFIX = "net."
-"""Of the classifier's tensors in a checkpoint's state dict."""
+"""Prefix of the classifier's tensors in a checkpoint's state dict."""
 MAX_IMAGE_SIZE = 4096
 MAX_CLASSES = 1_000_000
 MAX_HIDDEN = 65_536
@@ -26,17 +26,17 @@ Channels = tuple[float, float, float]
 
 
 class ClassifierSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything but the weights of a :class:`~job.model.classifier.Classifier`.
+    """Architecture and preprocessing of a :class:`~job.model.classifier.Classifier`.
 
     Attributes:
-        backbone: an architecture of torchvision, or timm/NAME.
-        classes: names in the order of the outputs.
+        backbone: architecture: a name of torchvision.models, or timm/NAME.
+        classes: class names, in the order of labels.
         hidden: widths of the head's hidden layers.
         image_size: height and width of images, in pixels.
-        mean: per channel, of images in [0, 1].
-        std: per channel.
-        resize: how images become square.
-        format: version of this description; checkpoints before version 1 had no such field, and are the same.
+        mean: per-channel mean for images in [0, 1].
+        std: per-channel standard deviation.
+        resize: how images are made square.
+        format: version of this description; the first checkpoints lack the field, and have version 1.
     """
 
     backbone: Annotated[str, Meta(min_length=1, max_length=200)]
@@ -56,7 +56,7 @@ class ClassifierSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def decode_spec(saved: Any, source: str) -> ClassifierSpec:
-    """Check what the checkpoint ``source`` says of its network.
+    """Validate the description of a network in the checkpoint ``source``.
 
     Raises:
         CheckpointError: a field is missing, unknown or out of range, or a newer version of this program wrote it.
@@ -76,7 +76,7 @@ def decode_spec(saved: Any, source: str) -> ClassifierSpec:
 
 
 def net_state(saved: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """The classifier's part of a checkpoint's state dict, its names without the prefix.
+    """The classifier's tensors in a checkpoint's state dict, by name without the prefix.
 
     Raises:
         CheckpointError: there is no state dict of tensors.
@@ -85,6 +85,30 @@ def net_state(saved: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise CheckpointError(f"{source} holds no state dict of tensors. Use another checkpoint.")
     return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+
+
+def require_same_network(saved: Any, current: Mapping[str, Any], optional: Iterable[str]) -> None:
+    """Compare the network that a checkpoint describes with that of this run.
+
+    Args:
+        saved: the checkpoint's description.
+        current: this run's.
+        optional: fields that may differ.
+
+    Raises:
+        CheckpointError: other fields differ; the message names them.
+    """
+    before, now = decode_spec(saved, "the checkpoint"), decode_spec(current, "this run")
+    different = [
+        f"{name} was {getattr(before, name)!r}, is {getattr(now, name)!r}"
+        for name in now.__struct_fields__
+        if getattr(before, name) != getattr(now, name) and name not in optional
+    ]
+    if different:
+        raise CheckpointError(
+            f"the checkpoint does not fit this run: {'; '.join(different)}. Use the settings it was trained with, "
+            "or another --run_dir."
+        )
 
 
 def require_state(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], source: str) -> None:

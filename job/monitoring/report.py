@@ -266,9 +266,8 @@ def _metrics(entry: dict[str, Any]) -> str:
 
 def print_suggestions(result: dict[str, Any]) -> None:
     """Print the result of ``tune`` as options to type next."""
-    optimizer = f"{{class_path: {result['optimizer']}, init_args: {{lr: {result['lr']:.2g}}}}}"
     say(f"The loss falls fastest at a learning rate of {result['lr']:.2g}:")
-    say(f"  --model.optimizer '{optimizer}'")
+    say(f"  --model.lr {result['lr']:.2g}")
     if most := result["global_batch_size_at_most"]:
         each, processes = result["bytes_an_image"] / 1e6, result["world_size"]
         say(f"Training all layers takes {each:.1f} MB an image. On {processes} process(es) like these, at most:")

@@ -1,7 +1,8 @@
-"""Classify what filesystems raise: by type, by the library that raised it and by HTTP status, not by message."""
+"""Classify and translate what filesystems raise: by type, by library and by HTTP status, not by message."""
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import http.client
@@ -10,17 +11,19 @@ import socket
 import ssl
 from collections.abc import Iterator
 
-_REMOTE = (
-    *("aiohttp", "gcsfs", "google", "botocore", "aiobotocore", "s3fs", "requests", "urllib3", "asyncio", "fsspec"),
-    *("azure", "adlfs", "http"),
-)
-"""Packages whose own exceptions report a remote store."""
-_MISTAKES = {
-    *("DefaultCredentialsError", "MalformedError", "InvalidURL", "MissingSchema", "InvalidSchema"),
-    *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoRegionError", "ParamValidationError"),
-    *("UnknownServiceError", "InvalidRegionError", "ClientConnectorCertificateError", "SSLCertVerificationError"),
+from job import redact
+from job.errors import JobError, StorageError, StorageOutage, first_line
+from job.storage.http_status import DENIED, MISSING, RETRYABLE, causes, http_status
+from job.storage.stores import STORES
+from job.storage.stores.web import cause_of_not_found
+
+_LIBRARIES = {
+    *("asyncio", "fsspec", "http", "azure", "adlfs"),
+    *(library for store in STORES for library in store.libraries),
 }
-"""Exceptions of those packages that no retry mends: credentials or a URL are wrong."""
+"""Packages whose own exceptions report a remote store."""
+_MISTAKES = {mistake for store in STORES for mistake in store.mistakes}
+"""Exceptions of those packages that a retry does not help against: credentials or a URL are wrong."""
 _TRANSIENT = {
     *(errno.EAGAIN, errno.EBUSY, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EPIPE, errno.ECONNRESET),
     *(errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
@@ -41,14 +44,14 @@ class Kind(enum.Enum):
 def classify(error: BaseException) -> Kind:
     """The kind of ``error``, as a filesystem raised it."""
     if (status := http_status(error)) is not None:
-        if status in (401, 403, 407):
+        if status in DENIED:
             return Kind.DENIED
-        if status in (404, 410):
+        if status in MISSING:
             return Kind.MISSING
-        return Kind.OUTAGE if status in (408, 425, 429) or status >= 500 else Kind.MISTAKE
+        return Kind.OUTAGE if status in RETRYABLE or status >= 500 else Kind.MISTAKE
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and str(error).startswith("Forbidden")):
         return Kind.DENIED  # "Forbidden": gcsfs, without a code
-    if any(type(each).__name__ in _MISTAKES for each in _causes(error)):
+    if any(type(cause).__name__ in _MISTAKES for cause in causes(error)):
         return Kind.MISTAKE
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, http.client.HTTPException)):
         return Kind.OUTAGE  # the answer is not the store's: a proxy's page, or cut short
@@ -56,32 +59,68 @@ def classify(error: BaseException) -> Kind:
         return Kind.OUTAGE
     if isinstance(error, OSError) and error.errno in _TRANSIENT:
         return Kind.OUTAGE
-    if any(kind.__module__.split(".")[0] in _REMOTE for kind in type(error).__mro__):
+    if any(kind.__module__.split(".")[0] in _LIBRARIES for kind in type(error).__mro__):
         return Kind.OUTAGE
     return Kind.MISTAKE if isinstance(error, (ValueError, OSError)) else Kind.UNKNOWN
 
 
-def http_status(error: BaseException) -> int | None:
-    """HTTP status of a failed request, from the exceptions of gcsfs, aiohttp, botocore, google and requests."""
-    for each in _causes(error):
-        response = getattr(each, "response", None)
-        candidates = [getattr(each, name, None) for name in ("status", "code", "status_code")]
-        if isinstance(response, dict):  # botocore
-            metadata = response.get("ResponseMetadata")
-            candidates.append(metadata.get("HTTPStatusCode") if isinstance(metadata, dict) else None)
-        else:
-            candidates.append(getattr(response, "status_code", None))
-        for candidate in candidates:
-            if str(candidate).isdecimal() and 400 <= int(str(candidate)) < 600:
-                return int(str(candidate))
-    return None
+@contextlib.contextmanager
+def translate_errors(uri: str, action: str) -> Iterator[None]:
+    """Translate what a filesystem raises to a :class:`~job.errors.StorageError` that names the URI.
+
+    Args:
+        action: what was tried, such as "read", for the message.
+    """
+    try:
+        yield
+    except JobError:
+        raise
+    except FileNotFoundError as error:
+        if isinstance(error.__cause__, JobError):  # fsspec's http filesystem hides what its client raises
+            raise error.__cause__ from None
+        if (cause := cause_of_not_found(error)) is not error:
+            raise _remote_error(uri, action, cause) from cause
+        raise StorageError(
+            f"cannot {action} {uri}: no such bucket, object or folder. Check the spelling; for a "
+            "bucket, also that it exists in the project of your credentials."
+        ) from error
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise StorageError(f"cannot {action} {uri}: {error.strerror or error}.") from error
+    except ImportError as error:
+        raise StorageError(f"cannot {action} {uri}: {error}.") from error
+    except Exception as error:
+        kind = classify(error)
+        if kind in (Kind.DENIED, Kind.OUTAGE):
+            raise _remote_error(uri, action, error) from error
+        if kind is not Kind.UNKNOWN:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+            raise StorageError(f"cannot {action} {uri}: {reason.removesuffix('.')}.") from error
+        raise
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """``error`` and what it was raised from, at most five."""
-    current: BaseException | None = error
-    for _ in range(5):
-        if current is None:
-            return
-        yield current
-        current = current.__cause__
+def _remote_error(uri: str, action: str, error: BaseException) -> StorageError:
+    kind = classify(error)
+    if kind is not Kind.DENIED:
+        raised = StorageOutage if kind is Kind.OUTAGE else StorageError
+        return raised(f"cannot {action} {uri}: {type(error).__name__}: {first_line(error)}")
+    advice = (
+        "If it needs credentials (a signature, user:password), give the whole URI by the option that names it: "
+        "credentials are saved nowhere, and a signature expires."
+        if uri.startswith(redact.HTTP)
+        else "Give the account the job runs as the right to do this (on Google Cloud: roles/storage.objectUser on the "
+        "bucket)."
+    )
+    return StorageError(f"cannot {action} {uri}: permission denied ({first_line(error)}). {advice}")
+
+
+@contextlib.contextmanager
+def translate_unknown() -> Iterator[None]:
+    """Let an exception of a kind that :func:`translate_errors` does not know end in a message, too."""
+    try:
+        yield
+    except (JobError, OSError, ImportError, ValueError):
+        raise
+    except Exception as error:
+        if classify(error) in (Kind.DENIED, Kind.OUTAGE):
+            raise
+        raise ValueError(f"{type(error).__name__}: {first_line(error)}") from error

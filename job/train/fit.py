@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from job import checkpoint, storage
@@ -111,7 +111,7 @@ def fit(model: TransferLearningModel, data: ImageDataModule, settings: FitSettin
                 logger=logger,
             )
             if resumed:
-                model.weights = "none"  # the checkpoint brings them
+                model.config = replace(model.config, weights="none")  # the checkpoint has them
                 log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
             uri = storage.join(run_dir, checkpoint.FOLDER, resumed.file) if resumed else None
             with preemption.deferred():

@@ -35,10 +35,7 @@ class Job:
     """A job that runs beside the test, in a process group of its own, its output in a file."""
 
     def __init__(self, log: Path, *arguments: object, processes: int = 0, restarts: int = 0, **variables: str) -> None:
-        line = command(*arguments, processes=processes)
-        if restarts:
-            line.insert(3, f"--max-restarts={restarts}")
-        self._start(log, line, **variables)
+        self._start(log, command(*arguments, processes=processes, restarts=restarts), **variables)
 
     @classmethod
     def node(cls, log: Path, *arguments: object, port: int) -> Job:

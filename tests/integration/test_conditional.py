@@ -13,7 +13,7 @@ import pytest
 from job import storage
 from job.errors import StorageError, StorageOutage
 from job.storage import conditional
-from job.storage.conditional import disk
+from job.storage.stores import local
 
 pytestmark = pytest.mark.integration
 
@@ -80,7 +80,7 @@ def test_processes_count_together_on_a_disk(tmp_path: Path) -> None:
     """Each adds one by compare and swap; also while the lock's file is deleted now and then."""
     code = """
 import sys
-from job import conditional
+from job.storage import conditional
 uri, name = sys.argv[1:]
 done = 0
 while done < 40:
@@ -107,7 +107,7 @@ def test_a_lock_that_a_stopped_process_holds_is_an_outage(tmp_path: Path, monkey
     )
     assert process.stdout is not None
     process.stdout.readline()
-    monkeypatch.setattr(disk, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(local, "LOCK_SECONDS", 0.1)
     with pytest.raises(StorageOutage, match=r"another process has held the lock .*lease\.json\.lock"):
         conditional.write_if(str(tmp_path / "lease.json"), b"x", None)
     process.kill()

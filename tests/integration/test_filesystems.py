@@ -78,7 +78,7 @@ def test_an_s3_object_is_held_against_its_etag(s3: str, caplog: pytest.LogCaptur
 
     def reader(flips: int, etag: str | None) -> storage.Reader:
         found = storage.Reader(f"{s3}/checked")
-        original = type(found._fs)._call_s3.__get__(found._fs)
+        original = type(found.store.fs)._call_s3.__get__(found.store.fs)
 
         async def call(method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
             calls.append(method)
@@ -87,7 +87,7 @@ def test_an_s3_object_is_held_against_its_etag(s3: str, caplog: pytest.LogCaptur
                 answer["Body"] = FlippedBody(answer["Body"])
             return {**answer, "ETag": etag or answer["ETag"]}
 
-        found._fs._call_s3 = call
+        found.store.fs._call_s3 = call
         return found
 
     assert reader(1, None).read("a.jpg") == b"content"
@@ -99,4 +99,4 @@ def test_an_s3_object_is_held_against_its_etag(s3: str, caplog: pytest.LogCaptur
     assert [other.read(key) for key in ("a.jpg", "b.jpg")] == [b"content"] * 2
     assert calls == ["get_object"] * 3
     assert f"ETags below {s3}/checked are no MD5 sums" in caplog.text
-    del other._fs._call_s3
+    del other.store.fs._call_s3

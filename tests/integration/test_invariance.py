@@ -53,9 +53,9 @@ def test_a_run_that_goes_on_at_another_precision_says_so(colours: Path, tmp_path
     settings = options(TINY, data__root=colours, run_dir=tmp_path / "run", model__milestones="[]")
     first = run_well("fit", *settings, "--trainer.precision=bf16-mixed", "--trainer.max_epochs=2")
     assert "precision bf16-mixed" in first.stderr
-    assert "goes on at" not in first.stderr
+    assert "continues at" not in first.stderr
     second = run_well("fit", *settings, "--trainer.max_epochs=4")
-    assert "computed at precision bf16-mixed until here, and goes on at 32-true" in second.stderr
+    assert "written at precision bf16-mixed; the run continues at 32-true" in second.stderr
     losses = [value for _, value in scalars(str(tmp_path / "run"))["train/loss"]]
     assert len(losses) == 16
     assert sum(losses[-4:]) < sum(losses[:4])

@@ -18,10 +18,10 @@ import json, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, "tests")
 import generated  # noqa: F401
-from job.data.build import build, split
+from job.data.index.build import build, split
 from job.data.dataset import ImageDataset, View
-from job.data.index import Index
-from job.data.order import BatchOrder
+from job.data.index.index import Index
+from job.data.sampler import BatchOrder
 
 def memory(kind):
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

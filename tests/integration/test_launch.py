@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from support import REPOSITORY, TINY, command, environment, options, run, run_well, scalars
 
+from job.process.descendants import descendants
+
 pytestmark = pytest.mark.integration
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
@@ -60,10 +62,25 @@ def test_the_exit_code_is_the_ranks_own(
     assert told in done.stderr
 
 
+def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
+    """torch elastic restarts the ranks, which would make the same mistake again."""
+    arguments = options({**TINY, "data.root": "/no/such/folder", "run_dir": tmp_path / "run"})
+    done = run("launch", "fit", *arguments, LAUNCH_PROCESSES="2", LAUNCH_RESTARTS="2")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("job: error (rank 0)") == 1
+    assert "Traceback" not in done.stderr
+
+
 def test_a_command_that_is_none() -> None:
     done = run("launch", "--data.root", "x")
     assert done.returncode == 2
     assert "launch takes another command" in done.stderr
+
+
+def rank_processes(launcher: int) -> list[int]:
+    """The processes that a launcher's ranks are, by their name in ps."""
+    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in descendants(launcher)}
+    return [pid for pid, name in names.items() if name.startswith("job rank ")]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, 75)])
@@ -81,10 +98,9 @@ def test_signals(number: int, code: int, colours: Path, tmp_path: Path) -> None:
     while "epoch 1 " not in (tmp_path / "log").read_text():
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.2)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = [pid for pid in children if b"fit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    ranks = rank_processes(process.pid)
     assert len(ranks) == 2
-    os.kill(int(ranks[1]) if number == signal.SIGKILL else process.pid, number)
+    os.kill(ranks[1] if number == signal.SIGKILL else process.pid, number)
     assert process.wait(60) == code, (tmp_path / "log").read_text()
     if number != signal.SIGKILL:
         assert "The same command goes on from there" in (tmp_path / "log").read_text()

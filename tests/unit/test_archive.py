@@ -21,8 +21,9 @@ from support import index_of, picture, picture_files, read, tar_of, zip_of
 from job.data import dataset
 from job.data.dataset import ImageDataset, View
 from job.data.index import bounded
-from job.data.index.archive import list_tar, list_zip, zip_content
 from job.data.index.bounded import unpack_gzip
+from job.data.index.sources.tar_archive import list_tar
+from job.data.index.sources.zip_archive import list_zip, zip_content
 from job.data.sampler import BatchOrder
 from job.errors import DataError, StorageError
 
@@ -114,13 +115,13 @@ def test_zip_members_do_not_overlap() -> None:
 
 
 def test_a_zip_directory_has_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("job.data.index.archive.LARGEST_DIRECTORY", 1 << 16)
+    monkeypatch.setattr("job.data.index.sources.zip_archive.LARGEST_DIRECTORY", 1 << 16)
     with pytest.raises(DataError, match="a header claims"):
         members(zip_of({f"{n:0200}.jpg": b"" for n in range(400)}))
 
 
 def test_a_zip_member_does_not_expand_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("job.data.index.archive.LARGEST_MEMBER", 1 << 20)
+    monkeypatch.setattr("job.data.index.sources.zip_archive.LARGEST_MEMBER", 1 << 20)
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     packed = deflate.compress(bytes(50 << 20)) + deflate.flush()
     tracemalloc.start()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from job.cluster.environment import Node, find_node, require_ranks
-from job.cluster.launch import cores, exit_code, torchrun_options, wait_for_address
+from job.cluster.launch import cores, exit_code, launch_options, wait_for_address
 from job.errors import ConfigError, RankLost
 
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443", "HOSTNAME": "train-1-x7k2p"}
@@ -195,13 +195,28 @@ def test_variables_of_other_launchers_are_refused(environment: dict[str, str], t
     assert told in str(caught.value)
 
 
-def test_how_torchrun_is_called() -> None:
-    assert torchrun_options(Node("plain"), 2) == ["--standalone", "--nproc-per-node=2"]
-    options = torchrun_options(find_node(INDEXED), 8)
-    assert "--rdzv-endpoint=train-0.train:29400" in options
-    assert "--rdzv-id=6f0c" in options
-    assert any("is_host=false" in option for option in options)
-    assert any("is_host=true" in o for o in torchrun_options(find_node({**INDEXED, "JOB_COMPLETION_INDEX": "0"}), 8))
+def test_options_of_torch_elastic() -> None:
+    alone = launch_options(Node("plain"), 2)
+    assert (alone["min_nodes"], alone["max_nodes"], alone["nproc_per_node"], alone["max_restarts"]) == (1, 1, 2, 0)
+    options = launch_options(find_node({**INDEXED, "LAUNCH_RESTARTS": "3"}), 8)
+    assert options["rdzv_endpoint"] == "train-0.train:29400"
+    assert options["run_id"] == "6f0c"
+    assert options["max_restarts"] == 3
+    assert options["rdzv_configs"]["is_host"] == "false"
+    first = launch_options(find_node({**INDEXED, "JOB_COMPLETION_INDEX": "0"}), 8)
+    assert first["rdzv_configs"]["is_host"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"), [({}, 0), ({"PET_MAX_RESTARTS": "4"}, 4), ({"LAUNCH_RESTARTS": "2"}, 2)]
+)
+def test_restarts_in_place(variables: dict[str, str], expected: int) -> None:
+    assert find_node({"PET_NNODES": "1", **variables}).restarts == expected
+
+
+def test_restarts_below_zero_are_refused() -> None:
+    with pytest.raises(ConfigError, match="LAUNCH_RESTARTS=-1"):
+        find_node({"LAUNCH_RESTARTS": "-1"})
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ import pytorch_lightning as pl
 import torch
 from support import TINY, options, picture_files, run_here, scalars, write_files
 
-from job import checkpoint, predict
+from job import checkpoint, predict, storage
 from job.data.datamodule import ImageDataModule
 from job.errors import CheckpointError
+from job.model.classifier import build_classifier
+from job.model.config import ModelConfig
 from job.model.module import TransferLearningModel
 from job.monitoring.tensorboard import BucketTensorBoardLogger
 
@@ -44,7 +46,7 @@ def test_hyperparameters_are_plain_values(trained: dict[str, str]) -> None:
     module = TransferLearningModel.load_from_checkpoint(trained["run_dir"], ema=0.5)
     assert module.hparams["milestones"] == [1, 2]
     assert module.hparams.hidden == [8]
-    assert module.hparams.ema == module.ema == 0.5
+    assert module.hparams.ema == module.config.ema == 0.5
     logger = BucketTensorBoardLogger(f"{trained['folder']}/events/tensorboard")
     logger.log_hyperparams(module.hparams)
     logger.log_metrics({"x": 1.0}, 0)
@@ -101,6 +103,36 @@ def test_a_run_starts_from_another_ones_backbone(which: str, trained: dict[str, 
     assert torch.equal(first.mean, second.mean)
     validated = run_here("validate", f"--run_dir={tmp_path / 'run'}")
     assert validated.returncode == 0, validated.output
+
+
+def test_a_run_dir_of_pretrained_weights_is_read_once(trained: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the backbone's weights and for the normalisation that they expect."""
+    read, read_bytes = list[str](), storage.read_bytes
+
+    def counted(uri: str) -> bytes:
+        read.append(uri)
+        return read_bytes(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", counted)
+    config = ModelConfig(backbone="timm/test_resnet", weights=trained["run_dir"])
+    net = build_classifier(config, classes="ab", image_size=32, device_type="cpu")
+    assert net.mean.flatten().tolist() == pytest.approx([0.4, 0.4, 0.4])
+    assert [uri for uri in read if uri.endswith(".ckpt")] == [checkpoint.resolve(trained["run_dir"])]
+
+
+def test_lr_is_the_optimizers_learning_rate(trained: dict[str, str], tmp_path: Path) -> None:
+    settings = {**TINY, **ONE_EPOCH, "data.root": trained["root"], "data.cache_dir": trained["cache"]}
+    settings |= {"run_dir": tmp_path / "run"}
+    assert run_here("fit", *options({**settings, "model.lr": 0.25})).returncode == 0
+    saved = torch.load(checkpoint.resolve(str(tmp_path / "run")), weights_only=True)
+    assert saved["hyper_parameters"]["lr"] == 0.25
+    assert saved["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.25
+    same = run_here("fit", *options({**settings, "trainer.max_epochs": 2}), "--model.optimizer.lr=0.25")
+    assert same.returncode == 0, same.output
+    other = run_here("fit", *options({**settings, "trainer.max_epochs": 3, "model.lr": 0.5}))
+    assert other.returncode == 2
+    assert "'lr': 0.25" in other.output
+    assert "'lr': 0.5" in other.output
 
 
 def test_networks_with_versioned_layers_resume(trained: dict[str, str], tmp_path: Path) -> None:

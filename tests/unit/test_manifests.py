@@ -33,7 +33,7 @@ from k8s.manifests import (
 )
 from support import run
 
-from job.cli import TrainingCLI
+from job.cli.training import TrainingCLI
 from job.cluster.environment import DEFAULT_PORT, find_node
 from job.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 

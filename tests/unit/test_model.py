@@ -11,9 +11,9 @@ from torch import nn
 
 from job.errors import ConfigError, WeightsError
 from job.model.backbone import build_backbone, feature_width
-from job.model.classifier import Classifier, from_spec, probabilities
+from job.model.classifier import Classifier, from_spec
 from job.model.freeze import Stage, apply_stage, split_layers, stage_at
-from job.model.loss import per_sample_loss
+from job.model.task import per_sample_loss, probabilities
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -52,7 +52,7 @@ def test_any_architecture_gets_a_new_head(name: str, size: int, width: int) -> N
 def test_the_tutorials_head_is_the_default_one() -> None:
     from job.model.module import TransferLearningModel
 
-    head = classifier(["cat", "dog"], hidden=tuple(TransferLearningModel(backbone="resnet18").hidden)).head
+    head = classifier(["cat", "dog"], hidden=tuple(TransferLearningModel(backbone="resnet18").config.hidden)).head
     assert [tuple(m.weight.shape) for m in head if isinstance(m, nn.Linear)] == [(256, 512), (32, 256), (1, 32)]
 
 

@@ -11,7 +11,7 @@ from torchvision.models._api import WeightsEnum
 
 from job.errors import WeightsError
 from job.model.backbone import build_backbone
-from job.model.normalisation import completed, normalisation
+from job.model.normalisation import complete_normalisation, default_normalisation
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -30,13 +30,13 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 )
 @pytest.mark.parametrize("weights", ["DEFAULT", "none", "w.pth"])
 def test_defaults_are_those_of_the_pretrained_weights(name: str, expected: object, weights: str) -> None:
-    assert normalisation(name, weights)[:2] == expected
+    assert default_normalisation(name, weights)[:2] == expected
 
 
 def test_chosen_values_win_and_the_log_says_what_is_used(caplog: pytest.LogCaptureFixture) -> None:
     mean = (0.1, 0.2, 0.3)
     with caplog.at_level(logging.INFO):
-        assert completed({"mean": mean, "std": None}, "timm/tf_efficientnet_lite0", "none") == (mean, HALF[1])
+        assert complete_normalisation(mean, None, "timm/tf_efficientnet_lite0", "none") == (mean, HALF[1])
     assert "the pretrained weights of timm/tf_efficientnet_lite0" in caplog.text
 
 

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections.abc import Iterable
+from dataclasses import fields
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.cli import LightningArgumentParser, OptimizerCallable
 from torch import nn
 
 from job.errors import ConfigError
 from job.model.backbone import build_backbone
 from job.model.classifier import Classifier
 from job.model.compile import compile_module
+from job.model.config import ModelConfig
 from job.model.ema import WeightAverage
-from job.model.loss import balanced_weights, mixing, per_sample_loss, smoothed
 from job.model.module import TransferLearningModel
 from job.model.optimizer import fuse
 from job.model.schedule import WarmupCosine
+from job.model.scheduling import AutoSchedule
+from job.model.task import balanced_weights, mixing, per_sample_loss, smoothed
 from job.torch_internals import compile_seconds
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -100,6 +106,51 @@ def test_learning_rates_fall_from_the_head_to_the_first_layers() -> None:
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, made.net.parameters()))
     first = next(iter(made.net.backbone.parameters()))
     assert any(parameter is first for parameter in groups[-1]["params"])
+
+
+@pytest.mark.parametrize("factory", [torch.optim.SGD, partial(torch.optim.SGD, lr=7.0), lambda p: torch.optim.SGD(p)])
+def test_lr_overrides_the_optimizers_learning_rate(factory: OptimizerCallable) -> None:
+    made = model(lr=0.5, backbone_lr_factor=0.1, optimizer=factory)
+    groups = made.configure_optimizers()["optimizer"].param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([0.5, 0.05, 0.05])
+    assert made.fingerprint() == model(optimizer=partial(torch.optim.SGD, lr=0.5)).fingerprint()
+    assert made.fingerprint() != model(lr=0.4, optimizer=factory).fingerprint()
+
+
+def test_the_optimizer_is_created_once_besides_its_trial() -> None:
+    parameters: list[int] = []
+
+    def factory(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = torch.optim.Adam(params)
+        parameters.append(sum(p.numel() for group in optimizer.param_groups for p in group["params"]))
+        return optimizer
+
+    made = model(optimizer=factory)
+    made.fingerprint()
+    made.configure_optimizers()
+    made.fingerprint()
+    trial, trained = parameters
+    assert trial < 10 < trained == sum(p.numel() for p in made.net.head.parameters())
+
+
+def test_a_new_run_tries_the_optimizer_again() -> None:
+    made = model(lr_scheduler=AutoSchedule("CosineAnnealingLR", {"T_max": "auto"}))
+    first = made.fingerprint()
+    made.trainer.max_epochs = 30  # type: ignore[misc]
+    made.setup("fit")
+    assert "'T_max': 15" in first["model.lr_scheduler"]
+    assert "'T_max': 30" in made.fingerprint()["model.lr_scheduler"]
+
+
+@pytest.mark.parametrize(("saved", "loading"), [(True, None), (None, True), (False, True)])
+def test_a_loaded_state_is_fused_as_the_optimizer_that_loads_it(saved: bool | None, loading: bool | None) -> None:
+    """A checkpoint of another device."""
+    first = torch.optim.Adam([nn.Parameter(torch.ones(2))], fused=saved)
+    second = torch.optim.Adam([nn.Parameter(torch.ones(2))], fused=loading)
+    fuse(second, torch.device("meta"))
+    second.load_state_dict(first.state_dict())
+    assert second.param_groups[0]["fused"] is loading
+    assert first.param_groups[0]["fused"] is saved
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
@@ -196,7 +247,7 @@ def test_the_average_follows_what_trains_and_nothing_else() -> None:
 
     assert moved() == {"2.weight", "2.bias"}
     norm.requires_grad_(True).train()
-    average.follow(net)
+    average.set_trained(net)
     assert moved() == {"2.weight", "2.bias", "1.weight", "1.bias", "1.running_mean"}
 
 
@@ -250,7 +301,34 @@ def test_a_compiled_module_computes_the_same_and_the_time_is_known(monkeypatch: 
     assert list(module.state_dict()) == names
 
 
-@pytest.mark.parametrize("wrong", [{"label_smoothing": 1.0}, {"mixup": -1.0}, {"ema": 1.0}, {"first_lr_factor": 0.0}])
-def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        TransferLearningModel(**wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"label_smoothing": 1.0},
+        {"mixup": -1.0},
+        {"ema": 1.0},
+        {"first_lr_factor": 0.0},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"milestones": [3, 2]},
+        {"unfreeze_last": 0.0},
+        {"hidden": [0]},
+        {"max_skipped_steps": -1},
+    ],
+)
+def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"--model.{next(iter(wrong))}"):
+        TransferLearningModel(**wrong)
+
+
+def test_each_hyperparameter_has_a_description() -> None:
+    """It is the help of its option."""
+    options = {action.dest: action.help for action in parser_of_model()._actions}
+    for each in fields(ModelConfig):
+        assert options[f"model.{each.name}"], each.name
+
+
+def parser_of_model() -> LightningArgumentParser:
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(TransferLearningModel, "model")
+    return parser

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 import pytest
@@ -25,18 +24,6 @@ def test_what_is_written_is_read_and_listed(folder: str) -> None:
     storage.remove(f"{folder}/three")
     storage.remove(f"{folder}/three")
     assert not storage.exists(f"{folder}/three")
-
-
-def test_of_several_creators_one_wins(folder: str) -> None:
-    won: list[bool] = []
-    threads = [
-        threading.Thread(target=lambda n=n: won.append(storage.create(f"{folder}/x", b"%d" % n))) for n in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(won) == [False] * 7 + [True]
 
 
 def test_a_writer_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

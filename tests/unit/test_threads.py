@@ -1,4 +1,4 @@
-"""A short head trains on one thread, everything else on all."""
+"""A small head trains on one thread, everything else on all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pytorch_lightning.callbacks import Callback
 from torch import nn
 
 from job.data.datamodule import ImageDataModule
+from job.model.head import cpu_threads, is_small_head
 from job.model.module import TransferLearningModel
-from job.model.threads import cpu_threads, is_short
 
 
 class Seen(Callback):
@@ -55,7 +55,9 @@ def test_the_head_alone_trains_on_one_thread(colours: Path, tmp_path: Path, trai
         enable_progress_bar=False,
         default_root_dir=tmp_path,
     )
-    model = TransferLearningModel("timm/test_resnet", weights="none", hidden=[8], milestones=[1, 1], train_bn=train_bn)
+    model = TransferLearningModel(
+        backbone="timm/test_resnet", weights="none", hidden=[8], milestones=[1, 1], train_bn=train_bn
+    )
     trainer.fit(model, ImageDataModule(str(colours), image_size=32, global_batch_size=8, cache_dir=str(tmp_path)))
     assert seen.threads == {
         ("backbone", 0): {2},
@@ -67,6 +69,6 @@ def test_the_head_alone_trains_on_one_thread(colours: Path, tmp_path: Path, trai
     }
 
 
-def test_a_head_with_much_to_do_is_not_short() -> None:
-    assert is_short(nn.Linear(2048, 256), rows=32)
-    assert not is_short(nn.Linear(2048, 256), rows=512)
+def test_a_head_with_many_operations_is_not_small() -> None:
+    assert is_small_head(nn.Linear(2048, 256), batch_size=32)
+    assert not is_small_head(nn.Linear(2048, 256), batch_size=512)

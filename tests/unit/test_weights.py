@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from job.errors import WeightsError
 from job.model.backbone import build_backbone
-from job.model.weights import load_weights, read_state_dict
+from job.model.weights import load_weights, read_weights
 
 NAME = "timm/test_resnet"
 
@@ -82,7 +82,7 @@ def test_averaged_weights_are_preferred_and_named(
     content = {"model": plain, section: {"state_dict": averaged} if section == "ema" else averaged}
     with caplog.at_level(logging.INFO):
         assert_loads(saved(content, tmp_path / "w.pth"), state)
-    assert f"the averaged weights, {section} is used" in caplog.text
+    assert f"the EMA weights, {section} is used" in caplog.text
 
 
 def test_counters_of_batch_normalisation_may_be_missing(tmp_path: Path) -> None:
@@ -135,12 +135,12 @@ def test_an_archive_that_expands_is_refused(tmp_path: Path) -> None:
         for name in plain.namelist():
             bomb.writestr(name, bytes(10**8) if name.endswith("data/0") else plain.read(name))
     with pytest.raises(WeightsError, match="compressed archive"):
-        read_state_dict(str(tmp_path / "bomb.pth"))
+        read_weights(str(tmp_path / "bomb.pth"))
 
 
 def test_messages_have_no_advice_of_torch_and_no_escape_codes(tmp_path: Path) -> None:
     with pytest.raises(WeightsError) as caught:
-        read_state_dict(saved({"a": io.StringIO("x")}, tmp_path / "w.pth"))
+        read_weights(saved({"a": io.StringIO("x")}, tmp_path / "w.pth"))
     assert "\x1b" not in str(caught.value)
     assert "weights_only" not in str(caught.value)
     assert "_io.StringIO" in str(caught.value)
@@ -174,7 +174,7 @@ def test_damaged_files_end_in_one_message(name: str, place: float, removed: int,
         path = Path(folder) / name
         path.write_bytes(content[:start] + added + content[start + removed :])
         try:
-            load_weights(SMALL, read_state_dict(str(path)), str(path), "small", ())
+            load_weights(SMALL, read_weights(str(path)).state, str(path), "small", ())
         except WeightsError as error:
             assert len(str(error).splitlines()) == 1
             assert str(error).isprintable()

@@ -1,0 +1,93 @@
+"""``s3://``: Amazon S3 and compatible stores, through s3fs."""
+
+from __future__ import annotations
+
+from fsspec.asyn import sync
+
+from job.storage.checksums import Checksum, etag_checksum, require_within
+from job.storage.fsspec_internals import s3_call, s3_call_sync
+from job.storage.stores.base import Store, Versioned
+
+
+class S3(Store):
+    """Conditions are entity tags: https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-requests.html."""
+
+    protocols = ("s3", "s3a")
+    libraries = ("botocore", "aiobotocore", "s3fs")
+    mistakes = (
+        *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoRegionError", "ParamValidationError"),
+        *("UnknownServiceError", "InvalidRegionError"),
+    )
+
+    async def fetch(self, path: str, uri: str, size: int, largest: int | None) -> tuple[bytes, Checksum | None]:
+        """The whole object, and the MD5 in its ETag where it is encrypted by no key of the user's."""
+        bucket, key, version = self.fs.split_path(path)
+        options = {"VersionId": version} if version else {}
+        response = await s3_call(self.fs, "get_object", Bucket=bucket, Key=key, **options)
+        body = response["Body"]
+        try:
+            require_within(response["ContentLength"], uri, largest)
+            content: bytes = await body.read()
+        finally:
+            body.close()
+        is_users_key = response.get("SSECustomerAlgorithm") or str(response.get("ServerSideEncryption", "")).startswith(
+            "aws:kms"
+        )
+        return content, None if is_users_key else etag_checksum(response.get("ETag"))
+
+    def read_versioned(self, path: str) -> Versioned | None:
+        """Read an object and its ETag; None if there is none."""
+
+        async def fetch() -> Versioned:
+            response = await s3_call(self.fs, "get_object", **self._key(path))
+            async with response["Body"] as body:
+                return Versioned(await body.read(), response["ETag"])
+
+        try:
+            versioned: Versioned = sync(self.fs.loop, fetch)
+        except FileNotFoundError:
+            return None
+        return versioned
+
+    def write_if(self, path: str, data: bytes, version: str | None) -> str | None:
+        """Write an object if it has this ETag, or does not exist for None; returns the new one, or None."""
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+        try:
+            response = s3_call_sync(self.fs, "put_object", Body=data, **self._key(path), **condition)
+        except FileNotFoundError:
+            if version is None:
+                raise  # the bucket
+            return None
+        except OSError as error:
+            if _is_condition_failed(error):
+                return None
+            raise
+        return str(response["ETag"])
+
+    def remove_if(self, path: str, version: str) -> bool:
+        """Delete an object if it has this ETag; returns whether it did."""
+        try:
+            s3_call_sync(self.fs, "delete_object", IfMatch=version, **self._key(path))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if _is_condition_failed(error):
+                return False
+            raise
+        return True
+
+    def conditional_write_weakness(self, path: str) -> str | None:
+        """None: the server compares the ETag."""
+        return None
+
+    def _key(self, path: str) -> dict[str, str]:
+        bucket, key, _ = self.fs.split_path(path)
+        return {"Bucket": bucket, "Key": key}
+
+
+def _is_condition_failed(error: OSError) -> bool:
+    if isinstance(error, FileExistsError):
+        return True
+    response = getattr(error.__cause__, "response", None) or {}
+    code = response.get("Error", {}).get("Code")
+    return code in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
