@@ -48,13 +48,13 @@ class Pulse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         phase: what it is doing.
         step: its ``global_step``.
         waiting: seconds since it made progress.
-        told: seconds since the epoch, by its own clock, at the time of publication.
+        published_at: time of publication, in seconds since 1970, by its own clock.
     """
 
     phase: Annotated[str, msgspec.Meta(max_length=100)]
     step: Annotated[int, msgspec.Meta(ge=0)]
     waiting: Annotated[float, msgspec.Meta(ge=0)]
-    told: float
+    published_at: float
 
 
 class Progress(NamedTuple):
@@ -242,7 +242,7 @@ class Watchdog(Callback):
             if (pulse := pulses.get(rank)) is None:
                 lines.append(f"job: rank {rank}: has published no state")
             else:
-                silent = time.time() - pulse.told
+                silent = time.time() - pulse.published_at
                 lines.append(
                     f"job: rank {rank}: {pulse.phase}, step {pulse.step}, no progress for {pulse.waiting:.0f} s, "
                     f"last state published {silent:.0f} s ago"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import fsspec
+import msgspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from test_checkpoint import save, state
@@ -89,6 +90,14 @@ def test_no_figure_of_the_accounting_is_negative() -> None:
         assert sum(v for k, v in found.items() if k not in ("goodput", "wall")) == pytest.approx(found["wall"])
         assert found["goodput"] <= 1
     assert accounting.totals([first])["goodput"] == pytest.approx(0.8)  # features are no waste
+
+
+def test_the_time_of_repeated_steps_has_its_name_in_the_file(tmp_path: Path) -> None:
+    run_dir = records(tmp_path, {"began": 1, "ended": 9, "world_size": 1, "step": 5, "lost": 2})
+    (attempt,) = accounting.read(run_dir)
+    assert attempt.recomputed == 2
+    assert msgspec.json.decode(msgspec.json.encode(attempt))["lost"] == 2
+    assert accounting.totals([attempt])["lost"] == 2
 
 
 @pytest.mark.parametrize(
