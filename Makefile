@@ -55,7 +55,7 @@ benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-
 docs docs-serve: export NO_MKDOCS_2_WARNING = 1
 
 docs: $(VENV)/installed
-	$(VENV)/bin/python -m mkdocs build --strict --quiet
+	$(VENV)/bin/python -m mkdocs build --strict
 
 docs-serve: $(VENV)/installed
 	$(VENV)/bin/python -m mkdocs serve --strict

@@ -1,7 +1,7 @@
-"""How long training stands still for a checkpoint to a bucket, and how long a killed rank costs.
+"""Benchmark of checkpoints to a bucket: training stall per checkpoint, and recovery time of a killed rank.
 
-Run it by ``make benchmark-checkpoint``. Peers: Lightning's stock checkpoint (TorchCheckpointIO, which ModelCheckpoint
-uses) and ``torch.distributed.checkpoint.async_save`` through fsspec, all of the same state to the same GCS server on
+Run it by ``make benchmark-checkpoint``. It compares the job with Lightning's TorchCheckpointIO, which ModelCheckpoint
+uses, and with ``torch.distributed.checkpoint.async_save`` through fsspec: the same state, to the same GCS server on
 loopback.
 """
 
@@ -44,17 +44,17 @@ BUCKET = "gs://demo"
 
 
 def state_of(megabytes: int) -> dict[str, torch.Tensor]:
-    """As many float32 values, in tensors of 4 MB as networks have them."""
+    """Return a state dict of this size, in float32 tensors of 4 MB."""
     return {f"layer{n}": torch.randn(1_000_000) for n in range(max(megabytes // 4, 1))}
 
 
 def stalls(save: Callable[[int], float]) -> list[float]:
-    """Seconds that each of a few saves took from the training process."""
+    """Seconds per save for which the training process is blocked."""
     return [save(n) for n in range(REPEATS)]
 
 
-def ours(state: dict[str, torch.Tensor], run_dir: str = f"{BUCKET}/ours") -> list[float]:
-    """A copy in memory; the rest in a thread."""
+def background_save(state: dict[str, torch.Tensor], run_dir: str = f"{BUCKET}/background") -> list[float]:
+    """Save by the job: copy in memory, upload in a thread."""
     io = BackgroundCheckpointIO(upload_seconds=600)
     facts = {"epoch": 1, "batch": 0, "global_step": 1, "monitor": "m", "mode": "max", "metrics": {}}
     checkpoint = {"state_dict": state, "classifier": {}, MANIFEST_KEY: facts}
@@ -63,14 +63,14 @@ def ours(state: dict[str, torch.Tensor], run_dir: str = f"{BUCKET}/ours") -> lis
         began = time.monotonic()
         io.save_checkpoint(checkpoint, f"{run_dir}/checkpoints/epoch=001-step={n % 2:08d}.ckpt")
         stall = time.monotonic() - began
-        io.wait()  # a run takes its next checkpoint when this one is long committed
+        io.wait()  # in a run a checkpoint is committed long before the next one
         return stall
 
     return stalls(save)
 
 
-def stock(state: dict[str, torch.Tensor]) -> list[float]:
-    """What ModelCheckpoint does on any fsspec URI."""
+def lightning_save(state: dict[str, torch.Tensor]) -> list[float]:
+    """Save by Lightning's TorchCheckpointIO, as ModelCheckpoint does."""
 
     def save(n: int) -> float:
         began = time.monotonic()
@@ -81,7 +81,7 @@ def stock(state: dict[str, torch.Tensor]) -> list[float]:
 
 
 def async_save(state: dict[str, torch.Tensor]) -> list[float]:
-    """torch's own asynchronous checkpoint."""
+    """Save by torch's asynchronous distributed checkpoint."""
 
     def save(n: int) -> float:
         began = time.monotonic()
@@ -94,17 +94,17 @@ def async_save(state: dict[str, torch.Tensor]) -> list[float]:
 
 
 def stall_table() -> Table:
-    """Medians after the first save, which makes buffers; ours also with it."""
+    """Median stall after the first save, which allocates buffers; for the job also that of the first."""
     table = Table(
-        "state", "stock Lightning", "async_save", "ours, first", "ours, then", "of stock", title="Stall in ms"
+        "state", "Lightning", "async_save", "job, first", "job, later", "job / Lightning", title="Stall in ms"
     )
     for megabytes in MEGABYTES:
         state = state_of(megabytes)
-        measured = [f(state) for f in (stock, async_save, ours)]
+        measured = [f(state) for f in (lightning_save, async_save, background_save)]
         first = measured[-1][0]
-        peer, other, own = (statistics.median(seconds[1:]) for seconds in measured)
-        cells = (f"{1000 * seconds:,.0f}" for seconds in (peer, other, first, own))
-        table.add_row(f"{megabytes} MB", *cells, f"{own / peer:.1%}")
+        lightning, asynchronous, later = (statistics.median(seconds[1:]) for seconds in measured)
+        cells = (f"{1000 * seconds:,.0f}" for seconds in (lightning, asynchronous, first, later))
+        table.add_row(f"{megabytes} MB", *cells, f"{later / lightning:.1%}")
     return table
 
 
@@ -134,12 +134,12 @@ def recovery_table(folder: Path) -> Table:
     table = Table("part", "seconds", title="From the kill of a rank to the next productive step")
     table.add_row("death noticed, the others stopped, all started again", f"{second.began - killed:.1f}")
     table.add_row("process group, checkpoint, data listing, loaders, until the first step", f"{second.startup:.1f}")
-    table.add_row("steps done again (every_n_steps=20)", f"{first.lost:.1f}")
+    table.add_row("recomputed steps (every_n_steps=20)", f"{first.recomputed:.1f}")
     return table
 
 
 def main() -> None:
-    """Print both tables, and the versions they are of."""
+    """Print both tables, and the versions of the libraries."""
     console = Console(width=120)
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # async_save renames, which the emulator does by copying
     with tempfile.TemporaryDirectory() as folder, gcs_server(Path(folder) / "buckets"):

@@ -1,7 +1,8 @@
-"""Images a second from disk and from a bucket: ours, the tutorial's way, WebDataset, LitData, MosaicML Streaming.
+"""Benchmark of data loading: images per second from disk and from a bucket.
 
-Run it by ``make benchmark-data``. All read the same photographs and give batches of 64 at 224 px; the
-limit is decoding and resizing alone, from memory. Peers run in an environment of their own on top of this one's.
+Run it by ``make benchmark-data``. It compares the job, ImageFolder, WebDataset, LitData and MosaicML Streaming on the
+same photographs, in batches of 64 at 224 px. The upper bound is decoding and resizing from memory. Peers run in their
+own environment, which also contains the packages of this one.
 """
 
 from __future__ import annotations
@@ -49,13 +50,13 @@ ARCHIVE = Path(
 
 
 def peers_python(folder: Path) -> Path:
-    """The interpreter of the peers' environment: this one's packages, and theirs on top."""
+    """Create the peers' environment; return its interpreter."""
     python = folder / "bin" / "python"
     if not (folder / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         site = next((folder / "lib").glob("python*/site-packages"))
-        ours = next(path for path in sys.path if path.endswith("site-packages"))
-        (site / "ours.pth").write_text(ours + "\n")
+        packages = next(path for path in sys.path if path.endswith("site-packages"))
+        (site / "job.pth").write_text(packages + "\n")
         quiet = ["--quiet", "--disable-pip-version-check"]
         subprocess.run([python, "-m", "pip", "install", *quiet, *PEERS], check=True)
         (folder / "installed").touch()
@@ -63,7 +64,7 @@ def peers_python(folder: Path) -> Path:
 
 
 def photographs(folder: Path) -> str:
-    """Class folders of real photographs, several copies of each; or, without the archive, of generated ones."""
+    """Write class folders of photographs, or of generated images without the archive; return a description."""
     if ARCHIVE.exists():
         with zipfile.ZipFile(ARCHIVE) as archive:
             for name in archive.namelist():
@@ -83,7 +84,7 @@ def photographs(folder: Path) -> str:
 
 
 def enlarged(folder: Path, target: Path) -> None:
-    """Some of them at the size that cameras give."""
+    """Write some of the photographs at the size of camera images."""
     for path in sorted(folder.glob("*/0-*.jpg"))[::3]:
         large = target / path.relative_to(folder)
         large.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +93,7 @@ def enlarged(folder: Path, target: Path) -> None:
 
 
 def write_archives(folder: Path, target: Path) -> None:
-    """The same photographs as a zip and as WebDataset shards, shuffled as shards are."""
+    """Write the photographs as a zip and as shuffled WebDataset shards."""
     paths = sorted(folder.glob("*/*.jpg"))
     random.Random(0).shuffle(paths)
     classes = sorted({path.parent.name for path in paths})
@@ -110,7 +111,7 @@ def write_archives(folder: Path, target: Path) -> None:
 
 
 def upload(data: Path) -> None:
-    """What is read from the bucket."""
+    """Upload the data sets to the bucket."""
     create_bucket("gs://photos")
     fs, _ = storage.filesystem("gs://photos")
     for path in (data / "photos.zip", *data.glob("photos-*.tar")):
@@ -124,7 +125,7 @@ def upload(data: Path) -> None:
 
 
 class Measured(NamedTuple):
-    """What a contender did: images a second in its two epochs, and the most MB of memory that it had."""
+    """Images per second in the two epochs of a contender, and its peak memory."""
 
     first: float
     second: float
@@ -132,7 +133,7 @@ class Measured(NamedTuple):
 
 
 def run(python: Path | str, name: str, uri: object, argument: object) -> Measured | None:
-    """What a contender measured; None, and its last words on the terminal, if it failed."""
+    """Run a contender; if it fails, print the last line of its output and return None."""
     line = [str(python), str(HERE / "data_contenders.py"), name, str(uri), str(argument)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore"}
     peak, deadline = 0.0, time.monotonic() + CONTENDER_SECONDS
@@ -145,56 +146,56 @@ def run(python: Path | str, name: str, uri: object, argument: object) -> Measure
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         log.seek(0)
-        words = log.read().splitlines()
-    results = [text.removeprefix("RESULT ") for text in words if text.startswith("RESULT ")]
+        lines = log.read().splitlines()
+    results = [text.removeprefix("RESULT ") for text in lines if text.startswith("RESULT ")]
     if not results:
-        print(f"{name} on {uri} failed: {words[-1:]}", file=sys.stderr)
+        print(f"{name} on {uri} failed: {lines[-1:]}", file=sys.stderr)
         return None
     speeds = json.loads(results[0]) or (0.0, 0.0)
     return Measured(speeds[0], speeds[1], peak)
 
 
 def resident_megabytes(pid: int) -> float:
-    """Memory of a process and all below it, shared pages counted once."""
+    """Memory of a process and its descendants; shared pages count once."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    found, total = [pid], 0
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
+    processes, total = [pid], 0
+    for process in processes:
+        processes += [child for child, parent in parents.items() if parent == process]
         with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
             total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total / 1024
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Contenders on one kind of data; the first is the limit that the others are held against."""
+    """Contenders on one kind of data; the first is the upper bound of the others."""
 
     title: str
     entries: list[tuple[str, str, Path | str, str, object]]
 
     def table(self, workers: int, only: str) -> Table:
-        """Run all of them."""
+        """Run the contenders."""
         table = Table(title=f"{self.title}; {workers} workers", title_justify="left")
-        for column in ("contender", "place", "epoch 1", "epoch 2", "memory", "of the limit"):
+        for column in ("contender", "place", "epoch 1", "epoch 2", "memory", "of limit"):
             table.add_column(column, justify="left" if column in ("contender", "place") else "right")
-        most = 0.0
+        limit = 0.0
         for title, place, python, name, uri in self.entries:
-            if only not in f"{title} {place}" and most:
+            if only not in f"{title} {place}" and limit:
                 continue
-            told = run(python, name, uri, workers)
-            if told is None:
+            result = run(python, name, uri, workers)
+            if result is None:
                 table.add_row(title, place, "failed")
                 continue
-            most = most or told.first
+            limit = limit or result.first
             shown = (
-                f"{told.first:,.0f}",
-                f"{told.second:,.0f}",
-                f"{told.megabytes:,.0f} MB",
-                f"{told.second / most:.2f}",
+                f"{result.first:,.0f}",
+                f"{result.second:,.0f}",
+                f"{result.megabytes:,.0f} MB",
+                f"{result.second / limit:.2f}",
             )
             table.add_row(title, place, *shown)
             print(title, place, *shown, file=sys.stderr, flush=True)
@@ -202,7 +203,7 @@ class Contest:
 
 
 def contests(data: Path, source: str, peers: Path, server: str) -> list[Contest]:
-    """Photographs as they are, from disk and bucket; and large ones, from disk."""
+    """Contests on the photographs, from disk and bucket, and on large ones, from disk."""
     here = sys.executable
     last = len(list(data.glob("photos-*.tar"))) - 1
     shards = f"photos-{{000000..{last:06d}}}.tar"
@@ -217,15 +218,15 @@ def contests(data: Path, source: str, peers: Path, server: str) -> list[Contest]
                 ("WebDataset", "disk, shards", peers, "webdataset", data / shards),
                 ("LitData", "disk, chunks", peers, "litdata", data / "litdata"),
                 ("MosaicML Streaming", "disk, MDS", peers, "mosaicml", data / "mosaicml"),
-                ("ours", "disk, folder", here, "ours", data / "folder"),
-                ("ours", "disk, zip", here, "ours", data / "photos.zip"),
-                ("ours", "disk, shards", here, "ours", data / shards),
+                ("job", "disk, folder", here, "job", data / "folder"),
+                ("job", "disk, zip", here, "job", data / "photos.zip"),
+                ("job", "disk, shards", here, "job", data / shards),
                 ("WebDataset", "bucket, shards", peers, "webdataset", web),
                 ("LitData", "bucket, chunks", peers, "litdata", "gs://photos/litdata"),
-                ("ours", "bucket, folder", here, "ours", "gs://photos/folder"),
-                ("ours", "bucket, zip", here, "ours", "gs://photos/photos.zip"),
-                ("ours", "bucket, shards", here, "ours", f"gs://photos/{shards}"),
-                ("ours, no cache", "bucket, shards", here, "uncached", f"gs://photos/{shards}"),
+                ("job", "bucket, folder", here, "job", "gs://photos/folder"),
+                ("job", "bucket, zip", here, "job", "gs://photos/photos.zip"),
+                ("job", "bucket, shards", here, "job", f"gs://photos/{shards}"),
+                ("job, no cache", "bucket, shards", here, "uncached", f"gs://photos/{shards}"),
             ],
         ),
         Contest(
@@ -235,15 +236,15 @@ def contests(data: Path, source: str, peers: Path, server: str) -> list[Contest]
                 ("tutorial: ImageFolder", "disk, folder", here, "tutorial", data / "large"),
                 ("LitData", "disk, chunks", peers, "litdata", data / "large-litdata"),
                 ("MosaicML Streaming", "disk, MDS", peers, "mosaicml", data / "large-mosaicml"),
-                ("ours", "disk, folder", here, "ours", data / "large"),
+                ("job", "disk, folder", here, "job", data / "large"),
             ],
         ),
     ]
 
 
 def latency_table(shards: str, workers: int) -> Table:
-    """Ours behind a proxy that holds up every request: what matters is how little is lost."""
-    table = Table(title="bucket behind a proxy that holds up each request, images/s in epoch 1", title_justify="left")
+    """Speed of the job with a proxy that delays each request."""
+    table = Table(title="bucket with delayed requests, images/s in epoch 1", title_justify="left")
     for column in ("place", *(f"{seconds * 1000:.0f} ms" for seconds in LATENCIES)):
         table.add_column(column, justify="right")
     proxy = FaultyProxy(os.environ["STORAGE_EMULATOR_HOST"], free_port())
@@ -252,19 +253,21 @@ def latency_table(shards: str, workers: int) -> Table:
         speeds = []
         for seconds in LATENCIES:
             proxy.delay = lambda request, seconds=seconds: seconds  # type: ignore[misc]
-            told = run(sys.executable, "uncached", uri, workers)
-            speeds.append("failed" if told is None else f"{told.first:,.0f}")
+            result = run(sys.executable, "uncached", uri, workers)
+            speeds.append("failed" if result is None else f"{result.first:,.0f}")
         table.add_row(place, *speeds)
     proxy.stop()
     return table
 
 
 def main() -> None:
-    """Prepare the data once, run every contender, print the tables."""
+    """Write the data, run the contenders, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peers_env", type=Path, default=HERE.parent / ".bench" / "peers")
-    parser.add_argument("--only", default="", help="contenders and places whose name contains this, beside the limit")
+    parser.add_argument(
+        "--only", default="", help="run only contenders and places whose name contains this, and the upper bound"
+    )
     options = parser.parse_args()
     peers = peers_python(options.peers_env)
     console = Console(width=110)
@@ -280,12 +283,12 @@ def main() -> None:
         upload(data)
         for contest in contests(data, source, peers, server):
             console.print(contest.table(options.workers, options.only))
-        table = Table(title="ours from disk by number of workers, images/s in epoch 2", title_justify="left")
+        table = Table(title="job from disk by number of workers, images/s in epoch 2", title_justify="left")
         speeds = []
         for workers in WORKERS:
             table.add_column(str(workers), justify="right")
-            told = run(sys.executable, "ours", data / "folder", workers)
-            speeds.append("failed" if told is None else f"{told.second:,.0f}")
+            result = run(sys.executable, "job", data / "folder", workers)
+            speeds.append("failed" if result is None else f"{result.second:,.0f}")
         table.add_row(*speeds)
         console.print(table)
         last = len(list(data.glob("photos-*.tar"))) - 1

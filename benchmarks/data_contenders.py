@@ -1,6 +1,6 @@
-"""One contender of benchmarks/data.py: reads a data set for two epochs and prints its speed in each, as JSON.
+"""Contenders of benchmarks/data.py: read a data set for two epochs, and print the speed of each as JSON.
 
-Called as ``python data_contenders.py NAME URI WORKERS``; peers run in an environment of their own.
+Called as ``python data_contenders.py NAME URI WORKERS``; peers run in their own environment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EPOCHS = 2
 
 
 def measured(epochs: Iterable[Callable[[], Iterator[int]]]) -> list[float]:
-    """Images a second of each epoch, from its first batch on: starting processes does not count."""
+    """Images per second of each epoch after its first batch, so that starting processes is excluded."""
     speeds = []
     for epoch in epochs:
         batches = epoch()
@@ -34,20 +34,20 @@ def measured(epochs: Iterable[Callable[[], Iterator[int]]]) -> list[float]:
     return speeds
 
 
-def of_loader(loader: Iterable[Any], image: int | str = 0) -> Iterator[int]:
-    """How many images each batch has; one pixel is looked at."""
+def batch_sizes(loader: Iterable[Any], image: int | str = 0) -> Iterator[int]:
+    """Yield the number of images in each batch, after reading one pixel."""
     for batch in loader:
         batch[image][0, 0, 0, 0].item()
         yield len(batch[image])
 
 
 def uncached(uri: str, workers: int) -> list[float]:
-    """As ours, but nothing is kept on the node's disk."""
-    return ours(uri, workers, cache_gb=0)
+    """The job without a cache on the node's disk."""
+    return job_loader(uri, workers, cache_gb=0)
 
 
-def ours(uri: str, workers: int, cache_gb: float = 10) -> list[float]:
-    """BatchLoader, as ImageDataModule makes it for training."""
+def job_loader(uri: str, workers: int, cache_gb: float = 10) -> list[float]:
+    """The job's training loader."""
     from job.data.datamodule import ImageDataModule
 
     with tempfile.TemporaryDirectory() as folder:
@@ -65,29 +65,29 @@ def ours(uri: str, workers: int, cache_gb: float = 10) -> list[float]:
 
         def epochs() -> Iterator[Callable[[], Iterator[int]]]:
             for number in range(EPOCHS):
-                loader.order.set_epoch(number)
-                yield lambda: of_loader(loader, "image")
+                loader.sampler.set_epoch(number)
+                yield lambda: batch_sizes(loader, "image")
 
         return measured(epochs())
 
 
 def limit(uri: str, workers: int) -> list[float]:
-    """Decoding and resizing alone, from memory, nothing handed over: what no loader can beat with these processes."""
+    """Decoding and resizing from memory: the upper bound of a loader with as many processes."""
     import multiprocessing
 
     contents = [path.read_bytes() for path in Path(uri).glob("*/*.jpg")]
     results = multiprocessing.Queue()
 
     def work(part: list[bytes]) -> None:
-        from job.data.dataset import View
+        from job.data.dataset import Preprocessing
 
         torch.set_num_threads(1)
-        view = View(IMAGE_SIZE, flip=True)
+        preprocessing = Preprocessing(IMAGE_SIZE, flip=True)
         for content in part[:50]:
-            view.pixels(view.decoded(content), 1, 1)
+            preprocessing.pixels(preprocessing.decoded(content), 1, 1)
         began = time.monotonic()
         for content in part:
-            view.pixels(view.decoded(content), 1, 1)
+            preprocessing.pixels(preprocessing.decoded(content), 1, 1)
         results.put(len(part) / (time.monotonic() - began))
 
     context = multiprocessing.get_context("fork")
@@ -101,7 +101,7 @@ def limit(uri: str, workers: int) -> list[float]:
 
 
 def tutorial(uri: str, workers: int) -> list[float]:
-    """torchvision's ImageFolder and a DataLoader: Pillow, resize, flip, to float, normalise."""
+    """torchvision's ImageFolder and DataLoader: Pillow, resize, flip, convert to float, normalise."""
     from torch.utils.data import DataLoader
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -117,11 +117,11 @@ def tutorial(uri: str, workers: int) -> list[float]:
     loader = DataLoader(
         ImageFolder(uri, transform), BATCH_SIZE, shuffle=True, num_workers=workers, persistent_workers=True
     )
-    return measured([lambda: of_loader(loader)] * EPOCHS)
+    return measured([lambda: batch_sizes(loader)] * EPOCHS)
 
 
 def _peers_transform() -> v2.Transform:
-    """Uint8 in, uint8 out, on tensors: the fastest that torchvision has, and no normalisation, as ours."""
+    """torchvision's fastest transforms, from uint8 to uint8, without normalisation, as in the job."""
     return v2.Compose([v2.Resize([IMAGE_SIZE, IMAGE_SIZE], antialias=True), v2.RandomHorizontalFlip()])
 
 
@@ -132,7 +132,7 @@ def _decoded(content: bytes) -> torch.Tensor:
 
 
 def webdataset(uri: str, workers: int) -> list[float]:
-    """Shards, shuffled by shard and in a buffer; batches made in the workers, as its documentation advises."""
+    """WebDataset shards, shuffled by shard and in a buffer, batched in the workers as its documentation recommends."""
     import webdataset as wds
 
     transform = _peers_transform()
@@ -145,11 +145,11 @@ def webdataset(uri: str, workers: int) -> list[float]:
         .batched(BATCH_SIZE, partial=True)
     )
     loader = wds.WebLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=True)
-    return measured([lambda: of_loader(loader)] * EPOCHS)
+    return measured([lambda: batch_sizes(loader)] * EPOCHS)
 
 
 def litdata(uri: str, workers: int) -> list[float]:
-    """Optimized chunks, its own StreamingDataLoader; JPEG kept as it is and decoded by torchvision."""
+    """LitData chunks of JPEG content, its StreamingDataLoader, decoded by torchvision."""
     from litdata import StreamingDataLoader, StreamingDataset
 
     transform = _peers_transform()
@@ -163,11 +163,11 @@ def litdata(uri: str, workers: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         dataset = Images(uri, shuffle=True, drop_last=False, cache_dir=folder, max_cache_size="50GB", **options)
         loader = StreamingDataLoader(dataset, batch_size=BATCH_SIZE, num_workers=workers, persistent_workers=True)
-        return measured([lambda: of_loader(loader)] * EPOCHS)
+        return measured([lambda: batch_sizes(loader)] * EPOCHS)
 
 
 def mosaicml(uri: str, workers: int) -> list[float]:
-    """MDS shards, its StreamingDataset with its default shuffle."""
+    """MosaicML MDS shards, its StreamingDataset with the default shuffle."""
     from streaming import StreamingDataset
     from torch.utils.data import DataLoader
 
@@ -180,11 +180,11 @@ def mosaicml(uri: str, workers: int) -> list[float]:
 
     dataset = Images(local=uri, shuffle=True, batch_size=BATCH_SIZE)
     loader = DataLoader(dataset, BATCH_SIZE, num_workers=workers, persistent_workers=True)
-    return measured([lambda: of_loader(loader)] * EPOCHS)
+    return measured([lambda: batch_sizes(loader)] * EPOCHS)
 
 
 def write_litdata(folder: str, target: str) -> None:
-    """Convert a folder of class folders."""
+    """Convert class folders."""
     from litdata.streaming.cache import Cache
 
     cache = Cache(target, chunk_bytes="64MB")
@@ -195,7 +195,7 @@ def write_litdata(folder: str, target: str) -> None:
 
 
 def write_mosaicml(folder: str, target: str) -> None:
-    """Convert a folder of class folders."""
+    """Convert class folders."""
     from streaming import MDSWriter
 
     with MDSWriter(out=target, columns={"jpg": "bytes", "label": "int"}) as writer:
@@ -210,7 +210,7 @@ def _samples(folder: str) -> Iterator[tuple[bytes, int]]:
 
 
 CONTENDERS: dict[str, Callable[[str, int], list[float]]] = {
-    "ours": ours,
+    "job": job_loader,
     "uncached": uncached,
     "limit": limit,
     "tutorial": tutorial,
@@ -223,6 +223,6 @@ WRITERS = {"write-litdata": write_litdata, "write-mosaicml": write_mosaicml}
 if __name__ == "__main__":
     torch.set_num_threads(1)
     name, uri, argument = sys.argv[1:]
-    told = WRITERS[name](uri, argument) if name in WRITERS else CONTENDERS[name](uri, int(argument))
-    print("RESULT " + json.dumps(told), flush=True)
-    os._exit(0)  # some loaders leave threads behind that wait
+    result = WRITERS[name](uri, argument) if name in WRITERS else CONTENDERS[name](uri, int(argument))
+    print("RESULT " + json.dumps(result), flush=True)
+    os._exit(0)  # some loaders leave threads that never end

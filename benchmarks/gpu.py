@@ -1,11 +1,10 @@
-"""CUDA shown to work, and how fast, in eight minutes: one table, and JSON that is written as it goes.
+"""Checks and benchmarks on a GPU, in eight minutes: one table, and JSON that is updated after each result.
 
     python benchmarks/gpu.py --photos FOLDER --out FOLDER      on a machine with one GPU
-    python benchmarks/gpu.py --device cpu --quick              whether the script itself works; its speeds mean nothing
+    python benchmarks/gpu.py --device cpu --quick              test of the script itself; its speeds mean nothing
 
-``--photos`` is a folder of train/ and validation/ with class folders of photographs. Checks come first, measurements
-after them, each beside its limit or a peer in the same run. Export is not checked: there is no such command yet.
-Several GPUs are not tried.
+``--photos`` is a folder of train/ and validation/ with class folders of photographs. Checks run first, then
+measurements, each with its upper bound or a peer in the same run. Several GPUs are not tested.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchmetrics", "timm",
 
 
 def machine_facts(device: str) -> dict[str, Any]:
-    """Card, driver, cores and versions."""
+    """Return GPU, driver, cores and versions."""
     facts: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -54,12 +53,12 @@ def machine_facts(device: str) -> dict[str, Any]:
 
 
 class Results:
-    """Outcomes so far, written to ``file`` after each.
+    """Results, written to ``file`` after each.
 
     Args:
         file: the JSON file.
-        facts: the machine.
-        seconds: after which nothing more is begun.
+        facts: description of the machine.
+        seconds: time limit, after which no check or measurement starts.
     """
 
     def __init__(self, file: Path, facts: dict[str, Any], seconds: float) -> None:
@@ -75,23 +74,23 @@ class Results:
         return checks + [name for name, why in self.content["not_measured"].items() if why.startswith("failed")]
 
     def check(self, name: str, state: str, detail: str, seconds: float) -> None:
-        """Note the outcome of a check."""
+        """Record the result of a check."""
         self.content["checks"][name] = {"state": state, "detail": detail, "seconds": round(seconds, 1)}
         self._write(f"check {name}: {state} ({seconds:.0f} s) {detail}")
 
     def row(self, row: Row) -> None:
-        """Note a measurement."""
+        """Record a measurement."""
         self.content["rows"].append({**asdict(row), "ratio": row.ratio})
         self._write(f"{row.name}: {row.value:,.1f} {row.unit}" + (f" of {row.limit:,.1f}" if row.limit else ""))
 
     def missing(self, name: str, why: str) -> None:
-        """Note a measurement that was not made."""
+        """Record a measurement that was skipped or failed."""
         self.content["not_measured"][name] = why
         self._write(f"{name}: {why}")
 
     @property
-    def time_is_over(self) -> bool:
-        """Whether nothing more should be begun."""
+    def time_is_up(self) -> bool:
+        """Whether the time limit is exceeded."""
         return time.monotonic() - self.began > self.seconds
 
     def _write(self, line: str) -> None:
@@ -100,7 +99,7 @@ class Results:
         print(line, file=sys.stderr, flush=True)
 
     def table(self) -> Table:
-        """Everything in one table."""
+        """Return all results as one table."""
         table = Table(title=", ".join(f"{k} {v}" for k, v in self.content["machine"].items()), title_justify="left")
         for column in ("", "result", "limit or peer", "ratio", "goal"):
             table.add_column(column, overflow="fold")
@@ -119,28 +118,28 @@ class Results:
 
 
 def run_checks(machine: Machine, results: Results) -> None:
-    """Run every check; one that fails does not stop the others."""
+    """Run all checks, also after a failed one."""
     for check in CHECKS:
         name, began = check.__name__, time.monotonic()
-        if results.time_is_over:
-            results.check(name, "skipped", "the time was over", 0.0)
+        if results.time_is_up:
+            results.check(name, "skipped", "the time limit was exceeded", 0.0)
             continue
         try:
             state, detail = "passed", check(machine)
         except NotMeasured as reason:
             state, detail = "skipped", str(reason)
-        except Exception as error:  # whatever it is, it is this check's outcome
+        except Exception as error:  # any error is the result of this check
             traceback.print_exc()
             state, detail = "failed", f"{type(error).__name__}: {error}"[:2000]
         results.check(name, state, detail, time.monotonic() - began)
 
 
 def run_measurements(machine: Machine, results: Results) -> None:
-    """Take every measurement for which there is time."""
+    """Run all measurements within the time limit."""
     for measure in MEASUREMENTS:
         name = measure.__name__
-        if results.time_is_over:
-            results.missing(name, "the time was over")
+        if results.time_is_up:
+            results.missing(name, "the time limit was exceeded")
             continue
         try:
             for row in measure(machine):
@@ -153,21 +152,23 @@ def run_measurements(machine: Machine, results: Results) -> None:
 
 
 def main() -> None:
-    """Run everything, print the table; exit with 1 if a check or a measurement failed."""
+    """Run everything and print the table; exit with 1 if a check or a measurement has failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="the smallest networks and images")
+    parser.add_argument("--quick", action="store_true", help="use the smallest networks and images")
     parser.add_argument("--photos", type=Path, help="train/ and validation/ of class folders")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of gpu.json")
-    parser.add_argument("--minutes", type=float, default=7.0, help="after which nothing more is begun")
-    given = parser.parse_args()
-    if given.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("there is no CUDA device: --device cpu --quick tries the script itself")
-    given.out.mkdir(parents=True, exist_ok=True)
-    results = Results(given.out / "gpu.json", machine_facts(given.device), 60 * given.minutes)
+    parser.add_argument(
+        "--minutes", type=float, default=7.0, help="time limit, after which no check or measurement starts"
+    )
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no CUDA device; --device cpu --quick tests the script itself")
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = Results(options.out / "gpu.json", machine_facts(options.device), 60 * options.minutes)
     with tempfile.TemporaryDirectory() as scratch:
-        photos = given.photos.resolve() if given.photos else None
-        machine = Machine(given.device, given.quick, photos, Path(scratch))
+        photos = options.photos.resolve() if options.photos else None
+        machine = Machine(options.device, options.quick, photos, Path(scratch))
         run_checks(machine, results)
         run_measurements(machine, results)
     Console(width=160).print(results.table())

@@ -1,4 +1,4 @@
-"""What must hold on a GPU, each as a function that raises AssertionError where it does not, and says what it saw."""
+"""Checks on a GPU: functions that raise AssertionError, or return a description of the result."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from support import final_weights, scalars
 import job
 
 BOUNDS = {"32-true": 1e-3, "bf16-mixed": 5e-2}
-"""Largest difference of a validation loss between kept and recomputed features on CUDA, by precision. Kernels differ
-with the batch, and so does the rounding; on a CPU there is none."""
+"""Largest difference of a validation loss between cached and recomputed features on CUDA, by precision. Kernels, and
+their rounding, depend on the batch; on a CPU there is no difference."""
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""Without it cuBLAS may sum in another order (https://docs.nvidia.com/cuda/cublas, results reproducibility)."""
+"""Makes cuBLAS deterministic (https://docs.nvidia.com/cuda/cublas, results reproducibility)."""
 
 
 def stages(machine: Machine) -> str:
-    """A fit at the precision of the hardware: head alone, last layers, all layers."""
+    """Train head, last layers and all layers at the default precision."""
     more = {"model.milestones": "[2,4]", "trainer.max_epochs": 6}
-    output = machine.well("fit", *machine.settings(machine.scratch / "stages", **more))
+    output = machine.run_successfully("fit", *machine.settings(machine.scratch / "stages", **more))
     for wanted in ("training last layers", "training all", "precision"):
         assert wanted in output, f"{wanted!r} is not in the log"
     losses = [value for _, value in scalars(str(machine.scratch / "stages"))["train/loss"]]
@@ -30,9 +30,9 @@ def stages(machine: Machine) -> str:
     return next(line.split("precision ")[1] for line in output.splitlines() if "precision " in line)
 
 
-def kept_features(machine: Machine) -> str:
-    """Epochs from kept features give the losses of epochs whose features are computed anew."""
-    seen = []
+def cached_features(machine: Machine) -> str:
+    """Compare losses with cached and with recomputed features."""
+    results = []
     for precision, bound in BOUNDS.items():
         if precision != "32-true" and machine.device == "cpu":
             continue
@@ -40,35 +40,35 @@ def kept_features(machine: Machine) -> str:
         for use in ("always", "never"):
             run_dir = machine.scratch / f"features-{use}-{precision}"
             more = {"features.use": use, "model.milestones": "[9]", "trainer.precision": precision}
-            machine.well("fit", *machine.settings(run_dir, **more))
+            machine.run_successfully("fit", *machine.settings(run_dir, **more))
             losses.append([value for _, value in scalars(str(run_dir))["val/loss"]])
         worst = max(abs(one - other) for one, other in zip(*losses, strict=True))
         limit = bound if machine.device == "cuda" else 0.0
         assert worst <= limit, f"losses at {precision} differ by {worst:.2g}, more than {limit:.2g}: {losses}"
-        seen.append(f"{precision}: losses differ by {worst:.1g} (bound {limit:.1g})")
-    return "; ".join(seen)
+        results.append(f"{precision}: losses differ by {worst:.1g} (bound {limit:.1g})")
+    return "; ".join(results)
 
 
 def checkpoints_across_devices(machine: Machine) -> str:
-    """One run on the CPU, then on this device, then on the CPU again."""
+    """Continue a run on the CPU, on this device and on the CPU again."""
     run_dir, steps = machine.scratch / "across", []
     for epochs, accelerator in enumerate(("cpu", machine.accelerator, "cpu"), 1):
         more = {"trainer.accelerator": accelerator, "trainer.max_epochs": epochs, "trainer.precision": "32-true"}
-        machine.well("fit", *machine.settings(run_dir, **more))
+        machine.run_successfully("fit", *machine.settings(run_dir, **more))
         steps.append(max(step for step, _ in scalars(str(run_dir))["train/loss"]))
     assert steps == [3, 7, 11], steps  # 64 training images in batches of 16, steps counted from 0
     return "12 steps, 4 on each"
 
 
 def stop_and_resume(machine: Machine) -> str:
-    """SIGTERM, exit code 143, and then the same command: weights equal those of a run that was not stopped."""
+    """Stop a run by SIGTERM and resume it; its weights equal those of an uninterrupted run."""
     whole, stopped = machine.scratch / "whole", machine.scratch / "stopped"
     more = {"trainer.max_epochs": 30, "trainer.deterministic": "true", "checkpoint.keep_last": 1}
-    ended = machine.alone("fit", *machine.settings(whole, **more), **DETERMINISTIC)
+    ended = machine.run_in_process("fit", *machine.settings(whole, **more), **DETERMINISTIC)
     assert ended.returncode == 0, ended.output[-2000:]
-    ended = machine.stopped(stopped, "fit", *machine.settings(stopped, **more), **DETERMINISTIC)
+    ended = machine.run_until_checkpoint(stopped, "fit", *machine.settings(stopped, **more), **DETERMINISTIC)
     assert ended.returncode == 143, f"exit code {ended.returncode}: {ended.output[-2000:]}"
-    ended = machine.alone("fit", *machine.settings(stopped, **more), **DETERMINISTIC)
+    ended = machine.run_in_process("fit", *machine.settings(stopped, **more), **DETERMINISTIC)
     assert ended.returncode == 0, ended.output[-2000:]
     assert "going on after step" in ended.output, ended.output[-2000:]
     one, other = final_weights(str(whole)), final_weights(str(stopped))
@@ -78,33 +78,33 @@ def stop_and_resume(machine: Machine) -> str:
 
 
 def ema(machine: Machine) -> str:
-    """An exponential moving average trains, is saved, and predicts."""
+    """Train with EMA, and predict with the EMA weights."""
     run_dir = machine.scratch / "ema"
-    machine.well("fit", *machine.settings(run_dir, model__ema=0.9))
+    machine.run_successfully("fit", *machine.settings(run_dir, model__ema=0.9))
     saved = job.load(str(run_dir), machine.device).predict([str(next(machine.colours.glob("*/*.jpg")))])
     return f"predicts {saved[0].label}"
 
 
 def tune(machine: Machine) -> str:
-    """The batch that ``tune`` suggests trains, and on CUDA twice that batch is refused with a message."""
+    """Train with the batch size that ``tune`` suggests; on CUDA twice that size is refused with a message."""
     run_dir = machine.scratch / "tune"
     settings = machine.speed_settings(run_dir, "resnet50", trainer__limit_val_batches=0)
-    machine.well("tune", *settings, "--lr_finder.steps=20")
+    machine.run_successfully("tune", *settings, "--lr_finder.steps=20")
     batch = read_json(run_dir / "tune.json")["global_batch_size_at_most"]
     assert isinstance(batch, int)
     assert batch >= 1, batch
     if machine.device == "cpu":
         return f"suggests {batch} images; not tried on a CPU"
     for size, code in ((batch, 0), (2 * batch, 2)):
-        outcome = machine.here("fit", *_one_step(machine, machine.scratch / f"tuned-{size}", size))
+        outcome = machine.run_here("fit", *_one_step(machine, machine.scratch / f"tuned-{size}", size))
         assert outcome.returncode == code, f"{size} images: exit code {outcome.returncode}: {outcome.output[-1000:]}"
     return f"{batch} images fit, {2 * batch} are refused"
 
 
 def out_of_memory(machine: Machine) -> str:
-    """A batch that does not fit ends in one message, with exit code 2."""
+    """Exit with 2 and one message if a batch does not fit into memory."""
     needs_cuda(machine, "a CPU's memory is shared with everything else on the machine")
-    outcome = machine.here("fit", *_one_step(machine, machine.scratch / "too-large", 8192))
+    outcome = machine.run_here("fit", *_one_step(machine, machine.scratch / "too-large", 8192))
     assert outcome.returncode == 2, f"exit code {outcome.returncode}: {outcome.output[-1000:]}"
     assert "need more memory" in outcome.output, outcome.output[-1000:]
     assert "Traceback" not in outcome.output
@@ -112,18 +112,18 @@ def out_of_memory(machine: Machine) -> str:
 
 
 def profile(machine: Machine) -> str:
-    """``--profile`` leaves a trace, with the GPU's kernels in it."""
+    """Write a trace with the GPU's kernels by ``--profile``."""
     run_dir = machine.scratch / "profile"
-    output = machine.well("fit", *machine.settings(run_dir, trainer__max_epochs=6), "--profile")
+    output = machine.run_successfully("fit", *machine.settings(run_dir, trainer__max_epochs=6), "--profile")
     traces = [path for path in (run_dir / "profile").glob("*") if path.stat().st_size]
     assert traces, "no trace in run_dir/profile"
     return next((line for line in output.splitlines() if "forward" in line), f"{len(traces)} trace(s)")[:200]
 
 
 def predict(machine: Machine) -> str:
-    """Predictions on this device are those of the CPU."""
+    """Compare predictions on this device and on the CPU."""
     run_dir = machine.scratch / "predict"
-    machine.well("fit", *machine.settings(run_dir, trainer__precision="32-true"))
+    machine.run_successfully("fit", *machine.settings(run_dir, trainer__precision="32-true"))
     images = [str(path) for path in sorted(machine.colours.glob("*/*.jpg"))]
     here, cpu = (job.load(str(run_dir), device).predict(images) for device in (machine.device, "cpu"))
     pairs = zip(here, cpu, strict=True)
@@ -131,7 +131,7 @@ def predict(machine: Machine) -> str:
         abs(one.probabilities[name] - other.probabilities[name]) for one, other in pairs for name in ("blue", "red")
     )
     assert worst <= 1e-2, worst
-    machine.well(
+    machine.run_successfully(
         "predict", f"--run_dir={run_dir}", f"--input={machine.colours}", f"--output={machine.scratch}/rows.jsonl"
     )
     rows = len((machine.scratch / "rows.jsonl").read_text().splitlines())
@@ -140,28 +140,32 @@ def predict(machine: Machine) -> str:
 
 
 def no_visible_device(machine: Machine) -> str:
-    """A container without a GPU: asking for one is an error of the user's, and leaving it to the job uses the CPU."""
+    """Without a GPU, exit with 2 if one is requested, and use the CPU by default."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     settings = machine.settings(machine.scratch / "hidden", trainer__accelerator="gpu", trainer__max_epochs=1)
-    outcome = machine.alone("fit", *settings, **hidden) if machine.device == "cuda" else machine.here("fit", *settings)
+    outcome = (
+        machine.run_in_process("fit", *settings, **hidden)
+        if machine.device == "cuda"
+        else machine.run_here("fit", *settings)
+    )
     assert outcome.returncode == 2, f"exit code {outcome.returncode}: {outcome.output[-1000:]}"
     assert "Traceback" not in outcome.output, outcome.output[-1000:]
     if machine.device == "cuda":
         settings = machine.settings(machine.scratch / "shown", trainer__accelerator="auto", trainer__max_epochs=1)
         for devices, where in (("", "CPU thread"), ("0", torch.cuda.get_device_name(0))):
-            outcome = machine.alone("fit", *settings, CUDA_VISIBLE_DEVICES=devices)
+            outcome = machine.run_in_process("fit", *settings, CUDA_VISIBLE_DEVICES=devices)
             assert outcome.returncode == 0, outcome.output[-1000:]
             assert where in outcome.output, f"{where!r} is not in the log"
     return "refused with 2 where a GPU was demanded"
 
 
 def two_processes_on_one_gpu(machine: Machine) -> str:
-    """NCCL refuses them; so does the job, with 2 and a message."""
+    """Exit with 2 and a message for two processes on one GPU, which NCCL does not support."""
     needs_cuda(machine, "NCCL refuses two processes on one GPU")
     if torch.cuda.device_count() > 1:
         return "this machine has several GPUs"
     settings = machine.settings(machine.scratch / "two", trainer__max_epochs=1)
-    outcome = machine.alone("launch", "fit", *settings, LAUNCH_PROCESSES="2")
+    outcome = machine.run_in_process("launch", "fit", *settings, LAUNCH_PROCESSES="2")
     assert outcome.returncode == 2, f"exit code {outcome.returncode}: {outcome.output[-1000:]}"
     return next((line for line in outcome.output.splitlines() if "job: error" in line), "")[:200]
 
@@ -173,7 +177,7 @@ def _one_step(machine: Machine, run_dir: Path, batch: int) -> list[str]:
 
 CHECKS: tuple[Callable[[Machine], str], ...] = (
     stages,
-    kept_features,
+    cached_features,
     checkpoints_across_devices,
     stop_and_resume,
     ema,

@@ -1,4 +1,4 @@
-"""The machine that ``benchmarks/gpu.py`` measures, and how it runs the package there."""
+"""Machine, data sets and commands of ``benchmarks/gpu.py``."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support import Outcome, command, environment, options, picture_files, run_here, write_files
 
 PHOTOGRAPHS = 12_000
-"""Training images of the speed measurements: the photographs at hand, each copied as often as needed."""
+"""Training images of the speed measurements; photographs are copied up to this number."""
 
 
 class NotMeasured(Exception):
-    """A check or a measurement that this machine cannot make, and why."""
+    """Reason why a check or measurement is impossible on this machine."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where to measure, and with what.
+    """Device, data and folders of the measurements.
 
     Attributes:
         device: "cuda" or "cpu".
-        quick: networks and images as small as they come: what is checked is that everything runs.
-        photos: folder with train/ and validation/ of class folders; None: generated pictures.
-        scratch: local folder for everything that is written.
+        quick: use the smallest networks and images, to test the script itself.
+        photos: folder of train/ and validation/ with class folders. Default: generated images.
+        scratch: local folder for all output.
     """
 
     device: str
@@ -55,7 +55,7 @@ class Machine:
 
     @property
     def precision(self) -> str:
-        """The precision whose speed is measured."""
+        """Precision of the speed measurements."""
         return "bf16-mixed" if self.device == "cuda" else "32-true"
 
     @property
@@ -70,7 +70,7 @@ class Machine:
 
     @cached_property
     def photographs(self) -> Path:
-        """train/ of :data:`PHOTOGRAPHS` images (256 where quick) and validation/, for the measurements."""
+        """train/ with :data:`PHOTOGRAPHS` images (256 if quick) and validation/, for the measurements."""
         target, wanted = self.scratch / "photographs", 256 if self.quick else PHOTOGRAPHS
         source = self.photos
         if source is None:
@@ -129,31 +129,31 @@ class Machine:
         return 8 if self.quick else 256
 
     def backbone(self, name: str) -> str:
-        """``name``, or the smallest network there is where quick."""
+        """``name``, or the smallest network if quick."""
         return "timm/test_resnet" if self.quick else name
 
-    def here(self, *args: object) -> Outcome:
-        """Run a verb in this process, with the memory of earlier ones freed."""
+    def run_here(self, *args: object) -> Outcome:
+        """Run a command in this process, after freeing the memory of earlier ones."""
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
         return run_here(*args, threads=self.cores)
 
-    def well(self, *args: object) -> str:
-        """Run a verb in this process, which must end well; its output."""
-        outcome = self.here(*args)
+    def run_successfully(self, *args: object) -> str:
+        """Run a command in this process, require exit code 0, and return its output."""
+        outcome = self.run_here(*args)
         assert outcome.returncode == 0, f"exit code {outcome.returncode}: {outcome.output[-2000:]}"
         return outcome.output
 
-    def alone(self, *args: object, **variables: str) -> Outcome:
-        """Run a verb in a process of its own."""
+    def run_in_process(self, *args: object, **variables: str) -> Outcome:
+        """Run a command in its own process."""
         ended = subprocess.run(
             command(*args), capture_output=True, text=True, timeout=300, env={**environment(), **variables}
         )
         return Outcome(ended.returncode, ended.stdout + ended.stderr)
 
-    def stopped(self, run_dir: Path, *args: object, **variables: str) -> Outcome:
-        """Run a fit in a process of its own, and send SIGTERM once it has committed a checkpoint."""
+    def run_until_checkpoint(self, run_dir: Path, *args: object, **variables: str) -> Outcome:
+        """Run a fit in its own process, and send SIGTERM once it has committed a checkpoint."""
         log = run_dir.with_suffix(".log")
         with log.open("w") as file:
             process = subprocess.Popen(command(*args), stdout=file, stderr=file, env={**environment(), **variables})
@@ -171,6 +171,6 @@ def needs_cuda(machine: Machine, why: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON file that the package wrote."""
+    """Read a JSON file of the job."""
     content: dict[str, object] = json.loads(path.read_text())
     return content

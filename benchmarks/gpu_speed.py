@@ -1,4 +1,4 @@
-"""How fast the package is on this device, each figure beside its limit or a peer, measured in the same run."""
+"""Speed on this device; each result has an upper bound, or a peer, measured in the same run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 FEATURES_OF = ("resnet50", "efficientnet_b0", "vit_b_16")
 WORKERS = (1, 2, 4, 8, 16)
 STEPS, WARM_UP = 30, 5
-"""Steps of a bare loop that are timed, and those before them."""
+"""Timed steps of a bare loop, and warm-up steps before them."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Row:
 
     Attributes:
         name: what was measured.
-        value: the package's figure.
-        unit: of value and limit.
-        limit: the bound or the peer beside it.
-        limit_name: what that is.
-        goal: smallest ratio of value to limit that is good enough; None: there is no goal.
+        value: result of the job.
+        unit: unit of value and limit.
+        limit: upper bound, or result of a peer.
+        limit_name: name of the limit.
+        goal: required ratio of value to limit; None: no goal.
     """
 
     name: str
@@ -61,47 +61,47 @@ class Row:
 
 
 def loader(machine: Machine) -> Iterator[Row]:
-    """Images/s of the loader with 1 to 16 workers, against as many processes that only decode and resize."""
+    """Images per second of the loader with 1 to 16 workers; limit: as many processes that decode and resize."""
     counts = [count for count in WORKERS if count <= machine.cores][: 1 if machine.quick else None]
     folder = _class_folders(machine, 256 if machine.quick else 3000)
     for count in counts:
-        limit, ours = (_contender(name, folder, count) for name in ("limit", "ours"))
-        yield Row(f"loader, {count} worker(s)", ours[-1], "images/s", limit[0], "decode processes")
+        limit, own = (_contender(name, folder, count) for name in ("limit", "job"))
+        yield Row(f"loader, {count} worker(s)", own[-1], "images/s", limit[0], "decode processes")
 
 
 def features(machine: Machine) -> Iterator[Row]:
-    """Images/s of computing a frozen backbone's features, against the bare forward pass or the loader."""
+    """Images per second of computing features; limit: the bare forward pass, or decoding."""
     count = machine.cores if machine.quick else min(machine.cores, WORKERS[-1])
     reading = _contender("limit", _class_folders(machine, 256 if machine.quick else 3000), count)[0]
     for name in FEATURES_OF[: 1 if machine.quick else None]:
         forward = _bare_loop(machine, name, trains=False)
         run_dir = machine.scratch / f"features-{name}"
         more = {"model.milestones": "[1]", "trainer.max_epochs": 1, "features.use": "always"}
-        machine.well("fit", *machine.speed_settings(run_dir, name, **more))
+        machine.run_successfully("fit", *machine.speed_settings(run_dir, name, **more))
         report = read_json(run_dir / "report.json")
         seconds, images = report["seconds"], report["images"]
         assert isinstance(seconds, dict)
         assert isinstance(images, dict)
-        pictures = 2 * images["train"] + images["val"]  # the default augmentation has two pictures of an image
+        pictures = 2 * images["train"] + images["val"]  # the default augmentation has two variants per image
         limit, limit_name = min((forward, "bare forward"), (reading, f"decode, {count} processes"))
         yield Row(f"features, {name}", pictures / seconds["features"], "images/s", limit, limit_name, 0.9)
 
 
 def full_step(machine: Machine) -> Iterator[Row]:
-    """Images/s of training all layers of resnet50, against the bare loop, the tutorial's script and timm's loop."""
+    """Images per second of training resnet50; limits: the bare loop, the tutorial's script and timm's loop."""
     name = "resnet50"
-    ours, busy = _trained(machine, name, "step")
-    yield Row(f"all layers, {name}", ours, "images/s", _bare_loop(machine, name, trains=True), "bare loop", 0.97)
+    speed, busy = _trained(machine, name, "step")
+    yield Row(f"all layers, {name}", speed, "images/s", _bare_loop(machine, name, trains=True), "bare loop", 0.97)
     if busy is None:
-        print("the share of time in which the GPU is busy was not measured: nvidia-smi is missing", file=sys.stderr)
+        print("GPU utilisation was not measured: nvidia-smi is missing", file=sys.stderr)
     else:
         yield Row(f"all layers, {name}: GPU busy", busy, "%", 100.0, "always", 0.95)
-    yield Row(f"all layers, {name}", ours, "images/s", _tutorial(machine, name), "tutorial's script")
-    yield Row(f"all layers, {name}", ours, "images/s", _timm(machine, name), "timm's loader and loop")
+    yield Row(f"all layers, {name}", speed, "images/s", _tutorial(machine, name), "tutorial's script")
+    yield Row(f"all layers, {name}", speed, "images/s", _timm(machine, name), "timm's loader and loop")
 
 
 def host_waits(machine: Machine) -> Iterator[Row]:
-    """How often the host waits for the GPU in a step: synchronising calls that torch reports."""
+    """Synchronising calls per step, as reported by torch."""
     needs_cuda(machine, "a CPU has nothing to wait for")
     counts = {}
     for epochs in (1, 3):
@@ -111,14 +111,14 @@ def host_waits(machine: Machine) -> Iterator[Row]:
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            machine.well("fit", *settings, "--model.milestones=[]", "--trainer.limit_val_batches=0")
+            machine.run_successfully("fit", *settings, "--model.milestones=[]", "--trainer.limit_val_batches=0")
         torch.cuda.set_sync_debug_mode("default")
         counts[epochs] = sum("synchronizing" in str(one.message) for one in caught)
     yield Row("host waits, an epoch of 4 steps", (counts[3] - counts[1]) / 8, "per step")
 
 
 def time_to_accuracy(machine: Machine) -> Iterator[Row]:
-    """Seconds from the start of the process to 98 % on the photographs: ImageNet's weights, frozen backbone."""
+    """Seconds from process start to 98 % accuracy on the photographs, with ImageNet's weights and a frozen backbone."""
     if machine.photos is None:
         raise NotMeasured("no photographs: give --photos")
     weights = machine.scratch / "lite0.safetensors"
@@ -137,7 +137,7 @@ def time_to_accuracy(machine: Machine) -> Iterator[Row]:
         "trainer.accelerator": machine.accelerator,
     }
     began = time.time()
-    ended = machine.alone("fit", *options(settings))
+    ended = machine.run_in_process("fit", *options(settings))
     assert ended.returncode == 0, ended.output[-2000:]
     at = next((wall - began for value, wall in _accuracies(run_dir) if value >= 0.98), None)
     if at is None:
@@ -146,21 +146,21 @@ def time_to_accuracy(machine: Machine) -> Iterator[Row]:
 
 
 def checkpoint_stall(machine: Machine) -> Iterator[Row]:
-    """Milliseconds that training stands still for a checkpoint on the local disk, against torch.save."""
-    from checkpoint import ours, state_of
+    """Milliseconds for which a checkpoint to the local disk blocks training; peer: torch.save."""
+    from checkpoint import background_save, state_of
 
     for megabytes in (4,) if machine.quick else (100, 1000):
         state = {name: value.to(machine.device) for name, value in state_of(megabytes).items()}
         began = time.monotonic()
         torch.save(state, machine.scratch / "stock.pt")
         stock = time.monotonic() - began
-        stalls = ours(state, str(machine.scratch / f"stall-{megabytes}"))
+        stalls = background_save(state, str(machine.scratch / f"stall-{megabytes}"))
         own = statistics.median(stalls[1:])
         yield Row(f"checkpoint stall, {megabytes} MB", 1000 * own, "ms", 1000 * stock, "torch.save to the disk")
 
 
 def compiled(machine: Machine) -> Iterator[Row]:
-    """Images/s of training all layers with torch.compile, against without."""
+    """Images per second of training all layers with torch.compile; peer: without."""
     needs_cuda(machine, "compiling for a CPU takes minutes")
     if shutil.which("gcc") is None and shutil.which("cc") is None:
         raise NotMeasured("torch.compile needs a C compiler")
@@ -181,10 +181,10 @@ MEASUREMENTS: tuple[Callable[[Machine], Iterator[Row]], ...] = (
 
 
 def _trained(machine: Machine, backbone: str, name: str, **more: object) -> tuple[float, float | None]:
-    """(images/s of the last of three epochs that train all layers, percentage of samples with the GPU busy)."""
+    """Train three epochs; return images per second of the last one, and GPU utilisation in percent."""
     run_dir = machine.scratch / name
     with _utilisation(machine) as samples:
-        machine.well("fit", *machine.speed_settings(run_dir, backbone, trainer__max_epochs=3, **more))
+        machine.run_successfully("fit", *machine.speed_settings(run_dir, backbone, trainer__max_epochs=3, **more))
     speed = scalars(str(run_dir))["train/images_per_second"][-1][1]
     steady = samples[len(samples) // 2 : -5]  # the first half starts up and fills caches, the last 0.5 s shut down
     return speed, statistics.fmean(steady) if steady else None
@@ -192,7 +192,7 @@ def _trained(machine: Machine, backbone: str, name: str, **more: object) -> tupl
 
 @contextlib.contextmanager
 def _utilisation(machine: Machine) -> Iterator[list[float]]:
-    """Percentages of NVML's utilisation, ten per second, while the context lasts."""
+    """Sample the GPU utilisation in percent, ten times per second, during the context."""
     samples: list[float] = []
     if machine.device != "cuda" or shutil.which("nvidia-smi") is None:
         yield samples
@@ -211,7 +211,7 @@ def _utilisation(machine: Machine) -> Iterator[list[float]]:
 
 
 def _bare_loop(machine: Machine, name: str, *, trains: bool) -> float:
-    """Images/s of one batch on the device, over and over: bf16 on CUDA, channels_last, fused Adam."""
+    """Images per second of training on one batch on the device: bf16 on CUDA, channels_last, fused Adam."""
     torch.manual_seed(0)
     size = machine.image_size
     body = build_backbone(machine.backbone(name))
@@ -237,7 +237,7 @@ def _bare_loop(machine: Machine, name: str, *, trains: bool) -> float:
 
 
 def _timed(machine: Machine, step: Callable[[], None]) -> float:
-    """Images/s of ``step``, after warm-up."""
+    """Images per second of ``step`` after warm-up."""
     steps = 2 if machine.quick else STEPS
     for _ in range(1 if machine.quick else WARM_UP):
         step()
@@ -257,7 +257,7 @@ def _synchronise(machine: Machine) -> None:
 def _epochs(
     machine: Machine, batches: Any, network: nn.Module, *, layout: Any, autocast: bool, normalise: bool
 ) -> float:
-    """Images/s of the second of two epochs of a plain loop over ``batches`` of (images, labels)."""
+    """Images per second in the second epoch of a plain loop over ``batches`` of (images, labels)."""
     network = network.to(machine.device).to(memory_format=layout).train()  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     speed = 0.0
@@ -278,7 +278,7 @@ def _epochs(
 
 
 def _tutorial(machine: Machine, name: str) -> float:
-    """The tutorial's script: ImageFolder, Pillow, float32, default layout, on this device."""
+    """Train as the tutorial's script: ImageFolder, Pillow, float32, default memory format."""
     from torch.utils.data import DataLoader
     from torchvision import datasets, transforms
 
@@ -293,7 +293,7 @@ def _tutorial(machine: Machine, name: str) -> float:
 
 
 def _timm(machine: Machine, name: str) -> float:
-    """timm's dataset, loader (with its prefetcher on CUDA) and network, in a loop as its train.py has it."""
+    """Train with timm's data set, loader (on CUDA with its prefetcher) and network, in the loop of its train.py."""
     import timm
     from timm.data import ImageDataset, create_loader
 
@@ -313,7 +313,7 @@ def _timm(machine: Machine, name: str) -> float:
 
 
 def _class_folders(machine: Machine, count: int) -> Path:
-    """``count`` of the photographs in class folders alone."""
+    """Link ``count`` of the photographs into class folders."""
     target = machine.scratch / f"folders-{count}"
     if not target.exists():
         files = sorted((machine.photographs / "train").glob("*/*.jpg"))
@@ -325,7 +325,7 @@ def _class_folders(machine: Machine, count: int) -> Path:
 
 
 def _contender(name: str, folder: Path, workers: int) -> list[float]:
-    """Images/s in two epochs, by data_contenders.py in a process of its own."""
+    """Run a contender of data_contenders.py in its own process; return images per second in two epochs."""
     line = [sys.executable, str(HERE / "data_contenders.py"), name, str(folder), str(workers)]
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     ended = subprocess.run(
@@ -338,7 +338,7 @@ def _contender(name: str, folder: Path, workers: int) -> list[float]:
 
 
 def _accuracies(run_dir: Path) -> list[tuple[float, float]]:
-    """(validation accuracy, wall time) of each validation."""
+    """Accuracy and wall time of each validation."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})

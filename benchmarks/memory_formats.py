@@ -1,13 +1,13 @@
-"""Sweep of architectures: does channels_last work on a CPU, and does it agree with the default layout?
+"""Sweep of architectures: correctness of channels_last on a CPU, compared with the default memory format.
 
 ``python benchmarks/memory_formats.py --csv FILE`` tries each architecture with random weights in a child process: a
-forward and backward pass in training mode and one in evaluation mode, in both layouts. A child that is killed by a
-signal counts as a failure of its layout. Where glibc's heap checker is installed, children run under it, because writes
-outside of an allocation seldom crash by themselves. ``--module job/model/channels_last.py`` writes the list that the
-package reads: those that agree. Seconds of CPU time, of one pass, are in the table for information.
+forward and backward pass in training mode and one in evaluation mode, in both formats. A child that is killed by a
+signal counts as a failure of its format. Where glibc's heap checker is installed, children run under it, because writes
+out of bounds seldom crash by themselves. ``--module job/model/channels_last.py`` writes the list that the package
+reads: the architectures whose results agree. The table also contains the CPU seconds of one pass.
 
-All of torchvision's architectures, and of timm the two smallest of each family beside those in ``POPULAR``.
-Architectures with more than ``--max_parameters`` are not run and keep the default layout.
+The architectures are all of torchvision's, and timm's in ``POPULAR`` and the two smallest of each family.
+Architectures with more than ``--max_parameters`` are not run, and use the default format.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ POPULAR = """
 
 
 def main() -> None:
-    """Run what the table does not have yet."""
+    """Run the architectures that are not in the table yet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--csv", type=Path, required=True, help="table of results; what it has is not run again")
+    parser.add_argument(
+        "--csv", type=Path, required=True, help="table of results; architectures in it are not run again"
+    )
     parser.add_argument("--module", type=Path, help="list of architectures to write for the package")
     parser.add_argument("--only", nargs="*", help="architectures to run instead of all")
     parser.add_argument("--max_parameters", type=float, default=150e6)
@@ -68,7 +70,7 @@ def main() -> None:
 
 
 def architectures() -> list[str]:
-    """All of torchvision's, and timm's popular and small ones."""
+    """Return all architectures of torchvision, and popular and small ones of timm."""
     import timm
     import torch
     import torchvision
@@ -93,7 +95,7 @@ def architectures() -> list[str]:
 
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Try one architecture in a forked process; ``result`` is "ok", or why it does not work."""
+    """Try one architecture in a forked process; ``result`` is "ok", or the failure."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
@@ -118,7 +120,7 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def try_layouts(name: str, options: argparse.Namespace, pipe: Any) -> None:
-    """Write what is known so far as lines of JSON: a crash leaves the last of them."""
+    """Write intermediate results as lines of JSON, so that a crash leaves the last of them."""
     import torch
 
     from job.model.backbone import build_backbone
@@ -134,7 +136,7 @@ def try_layouts(name: str, options: argparse.Namespace, pipe: Any) -> None:
         return
     size = (getattr(net, "default_cfg", None) or {}).get("input_size", (3, 224, 224))[-1]
     pipe.write(json.dumps({"size": size}) + "\n")
-    images, found = torch.randn(2, 3, size, size), {}
+    images, outputs = torch.randn(2, 3, size, size), {}
     state = None
     for layout in (torch.contiguous_format, torch.channels_last):
         label = "default" if layout == torch.contiguous_format else "channels_last"
@@ -142,25 +144,25 @@ def try_layouts(name: str, options: argparse.Namespace, pipe: Any) -> None:
         net.to(memory_format=layout)
         batch = images.contiguous(memory_format=layout)
         net.train()
-        passed(net, batch)
+        forward_and_backward(net, batch)
         if state is None:
             state = {key: value.clone() for key, value in net.state_dict().items()}
         for key, value in net.state_dict().items():
             value.copy_(state[key])
         net.eval()
         began = time.process_time()
-        features, gradient = passed(net, batch)
+        features, gradient = forward_and_backward(net, batch)
         pipe.write(json.dumps({f"{label}_s": round(time.process_time() - began, 3)}) + "\n")
-        found[label] = (features, gradient)
-    (one, grad), (other, other_grad) = found["default"], found["channels_last"]
-    errors = {"features": relative(one, other), "gradient": relative(grad, other_grad)}
+        outputs[label] = (features, gradient)
+    (one, grad), (other, other_grad) = outputs["default"], outputs["channels_last"]
+    errors = {"features": relative_error(one, other), "gradient": relative_error(grad, other_grad)}
     wrong = [key for key, value in errors.items() if not value <= TOLERANCE[key]]
     result = f"{wrong[0]} differ" if wrong else "ok"
     pipe.write(json.dumps({"result": result, **{key: f"{value:.1e}" for key, value in errors.items()}}) + "\n")
 
 
-def passed(net: Any, images: Any) -> tuple[Any, Any]:
-    """Features and the gradient of all parameters, of one forward and backward pass."""
+def forward_and_backward(net: Any, images: Any) -> tuple[Any, Any]:
+    """Return features, and the gradient of all parameters as one vector."""
     import torch
 
     net.zero_grad()
@@ -171,13 +173,13 @@ def passed(net: Any, images: Any) -> tuple[Any, Any]:
     return features.detach(), torch.cat(gradients)
 
 
-def relative(one: Any, other: Any) -> float:
-    """Norm of the difference over the norm."""
+def relative_error(one: Any, other: Any) -> float:
+    """Norm of the difference, divided by the norm of the first."""
     return float((one - other).norm() / one.norm().clamp(min=1e-30))
 
 
 def write_module(path: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """Write the names whose result is "ok", with the versions that gave it."""
+    """Write the names of architectures with result "ok", and the versions of the libraries."""
     import timm
     import torch
     import torchvision

@@ -1,7 +1,7 @@
-"""The accuracy that each recipe in job/recipes reaches: several seeds each, mean ± standard deviation.
+"""Benchmark of the recipes in job/recipes: validation accuracy, mean and standard deviation over seeds.
 
-Run it by ``make benchmark-recipes``. EfficientNet-Lite0 with ImageNet's weights, on two data sets: a few of the
-tutorial's photographs, and scikit-learn's digits.
+Run it by ``make benchmark-recipes``. It fine-tunes EfficientNet-Lite0 with ImageNet's weights on two data sets: some of
+the tutorial's photographs, and scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 from rich.table import Table
-from train import ARCHIVE, CONFIGS, ours, photographs
+from train import ARCHIVE, CONFIGS, job_fit, photographs
 
 from job import storage
 from job.demo.digits import digit_images
@@ -24,7 +24,7 @@ from job.demo.weights import BACKBONE, efficientnet_lite0
 TRAIN, VALIDATION = 160, 400
 RECIPES = {
     "head": [f"--config={CONFIGS / 'head.yaml'}"],
-    # Its own settings; as many epochs as finetune.yaml has.
+    # As many epochs as in finetune.yaml.
     "tutorial": [f"--config={CONFIGS / 'cats_and_dogs.yaml'}", "--trainer.max_epochs=6"],
     "finetune": [f"--config={CONFIGS / 'finetune.yaml'}"],
     "augmented": [f"--config={CONFIGS / 'augmented.yaml'}"],
@@ -32,19 +32,19 @@ RECIPES = {
 
 
 def photos(folder: Path) -> tuple[Path, dict[str, list[str]]]:
-    """Images, and options by recipe."""
+    """Return a folder of images, and options by recipe."""
     return photographs(folder, TRAIN, VALIDATION), RECIPES
 
 
 def digits(folder: Path) -> tuple[Path, dict[str, list[str]]]:
-    """Images, and options by recipe: all with the demo's shifts, for signs that are others when mirrored."""
+    """Return a folder of images, and options by recipe: shifts instead of flips, which change the meaning of digits."""
     for key, content in digit_images().items():
         storage.write_bytes(f"{folder}/digits/{key}", content)
     demo = CONFIGS / "demo.yaml"
     shifts = folder / "shifts.yaml"
     shifts.write_text(yaml.safe_dump({"data": yaml.safe_load(demo.read_text())["data"]}))
     recipes = {**RECIPES, "demo": [f"--config={demo}"]}
-    return folder / "digits", {name: [*given, f"--config={shifts}"] for name, given in recipes.items()}
+    return folder / "digits", {name: [*options, f"--config={shifts}"] for name, options in recipes.items()}
 
 
 SETS = {
@@ -54,24 +54,24 @@ SETS = {
 
 
 def measure(run: Path, options: list[str], seeds: int) -> tuple[list[float], float]:
-    """Best validation accuracy by seed, and seconds of a run."""
-    found, seconds = [], []
+    """Return the best validation accuracy per seed, and the mean seconds of a run."""
+    accuracies, seconds = [], []
     for seed in range(seeds):
-        result = ours(run.with_name(f"{run.name}-{seed}"), 2, *options, f"--seed_everything={seed}")
-        found.append(max(value for value, _ in result["accuracies"]))
+        result = job_fit(run.with_name(f"{run.name}-{seed}"), 2, *options, f"--seed_everything={seed}")
+        accuracies.append(max(value for value, _ in result["accuracies"]))
         seconds.append(result["seconds"])
-    return found, statistics.mean(seconds)
+    return accuracies, statistics.mean(seconds)
 
 
 def main() -> None:
-    """Print a table a data set."""
+    """Print a table per data set."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS), help="data sets; default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="recipes to measure; default: all")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     if not ARCHIVE.exists():
-        sys.exit(f"{ARCHIVE} is not there: set JOB_TEST_CATS_AND_DOGS to the tutorial's archive.")
+        sys.exit(f"{ARCHIVE} does not exist: set JOB_TEST_CATS_AND_DOGS to the tutorial's archive.")
     console = Console(width=120)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -81,14 +81,14 @@ def main() -> None:
         common = [f"--model.backbone={BACKBONE}", f"--model.weights={weights}", f"--model.mean={half}"]
         common += [f"--model.std={half}", "--data.global_batch_size=32", "--trainer.accelerator=cpu"]
         common += [f"--data.cache_dir={folder}/cache", f"--features.uri={folder}/features"]
-        for title in given.sets:
+        for title in arguments.sets:
             root, recipes = SETS[title](folder)
             table = Table("recipe", "best validation accuracy", "by seed", "seconds", title=title, title_justify="left")
             for recipe, options in recipes.items():
-                if given.only and recipe not in given.only:
+                if arguments.only and recipe not in arguments.only:
                     continue
                 run = folder / f"{root.name}-{recipe}"
-                values, seconds = measure(run, [*options, *common, f"--data.root={root}"], given.seeds)
+                values, seconds = measure(run, [*options, *common, f"--data.root={root}"], arguments.seeds)
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
                 by_seed = " ".join(f"{value:.4f}" for value in values)
                 table.add_row(recipe, f"{statistics.mean(values):.4f} ± {spread:.4f}", by_seed, f"{seconds:.0f}")

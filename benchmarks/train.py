@@ -1,8 +1,8 @@
-"""Images a second of fine-tuning, and the time to an accuracy: ours, the tutorial's script, and the bare loop as limit.
+"""Benchmark of fine-tuning: images per second, and time to an accuracy.
 
-Run it by ``make benchmark-train``. Same photographs, backbone, weights, batch size and epochs for all; everything in
-one run on this machine. timm's train.py and torchvision's references are scripts of their repositories, which their
-packages do not bring: they are not compared.
+Run it by ``make benchmark-train``. It compares the job with the script of PyTorch's tutorial, and with a bare training
+loop as the upper bound, on the same photographs, backbone, weights, batch size and epochs. timm's train.py and
+torchvision's references are not compared: they are scripts of their repositories, not parts of their packages.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def photographs(folder: Path, train: int, validation: int) -> Path:
-    """The first so many of each class of the tutorial's archive."""
+    """Extract the first photographs of each class from the tutorial's archive."""
     counts: dict[str, int] = {}
     with zipfile.ZipFile(ARCHIVE) as archive:
         for name in sorted(archive.namelist()):
@@ -51,14 +51,14 @@ def photographs(folder: Path, train: int, validation: int) -> Path:
 
 
 def contender(name: str, **arguments: Any) -> dict[str, Any]:
-    """Run one of train_contenders.py."""
+    """Run a contender of train_contenders.py in its own process."""
     line = [sys.executable, str(HERE / "train_contenders.py"), name, json.dumps(arguments)]
     result: dict[str, Any] = json.loads(subprocess.run(line, check=True, capture_output=True).stdout.splitlines()[-1])
     return result
 
 
-def ours(run_dir: Path, processes: int, *options: str) -> dict[str, Any]:
-    """Run ``job fit``; its speed and accuracy by epoch, and when, in seconds from its start."""
+def job_fit(run_dir: Path, processes: int, *options: str) -> dict[str, Any]:
+    """Run ``job fit``; return speed and accuracy per epoch, with seconds since its start."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     fit = ["job", "fit", f"--run_dir={run_dir}", f"--data.num_workers={max(CORES // processes, 1)}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(CORES // processes, 1))}
@@ -66,7 +66,7 @@ def ours(run_dir: Path, processes: int, *options: str) -> dict[str, Any]:
     log = run_dir.with_suffix(".log")
     with log.open("w") as file:
         process = subprocess.Popen([*line, *fit], stdout=file, stderr=file, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)  # of this process and those it waited for
+        _, status, usage = os.wait4(process.pid, 0)  # usage includes child processes
     if status:
         sys.exit(log.read_text())
     seconds = time.time() - began
@@ -86,11 +86,11 @@ def ours(run_dir: Path, processes: int, *options: str) -> dict[str, Any]:
 
 
 def speed_table(folder: Path, data: Path, backbone: str) -> Table:
-    """Images/s while frozen and while all trains."""
+    """Images per second with a frozen backbone, and with all layers training."""
     weights = str(folder / f"{backbone}.pth")
     torch.manual_seed(0)
     torch.save(build_backbone(backbone).state_dict(), weights)
-    table = Table("", "frozen", "all trains", "peak MB", title=f"{backbone}, images/s", title_justify="left")
+    table = Table("", "frozen", "all layers", "peak MB", title=f"{backbone}, images/s", title_justify="left")
 
     def row(name: str, frozen: float, full: float, peak: float | None = None) -> None:
         table.add_row(name, f"{frozen:,.1f}", f"{full:,.1f}", f"{peak:,.0f}" if peak else "")
@@ -118,21 +118,21 @@ def speed_table(folder: Path, data: Path, backbone: str) -> Table:
     common += [f"--data.global_batch_size={BATCH}", "--trainer.limit_val_batches=0", "--trainer.accelerator=cpu"]
     common += [f"--data.cache_dir={folder}/cache-{backbone}"]
     frozen = [f"--trainer.max_epochs={FROZEN_EPOCHS}", f"--model.milestones=[{FROZEN_EPOCHS}]"]
-    kept = ours(folder / f"{backbone}-kept", 1, *common, *frozen)
+    cached = job_fit(folder / f"{backbone}-cached", 1, *common, *frozen)
     speeds, peaks = [], []
     for processes in (1, 2):
-        full = ours(
+        full = job_fit(
             folder / f"{backbone}-{processes}", processes, *common, "--trainer.max_epochs=2", "--model.milestones=[]"
         )
-        # The first epoch begins with an empty pipeline and cold allocators.
+        # In the first epoch the data pipeline is empty and allocators are cold.
         speeds.append(full["speeds"][-1])
         peaks.append(full["peak_mb"])
-    row(f"ours, 1 process of {CORES} threads", kept["speeds"][-1], speeds[0], peaks[0])
-    table.add_row("ours, 2 processes", "", f"{speeds[1]:,.1f}", "")
+    row(f"job, 1 process of {CORES} threads", cached["speeds"][-1], speeds[0], peaks[0])
+    table.add_row("job, 2 processes", "", f"{speeds[1]:,.1f}", "")
     table.caption = (
-        f"features once: {kept['features']:.0f} s. Frozen, kept: "
-        f"{kept['speeds'][-1] / peer[0]['epochs'][0]['speed']:.0f} times the tutorial. "
-        f"All trains: {speeds[0] / limit:.2f} of the bare loop, "
+        f"computing features: {cached['features']:.0f} s. Frozen, cached features: "
+        f"{cached['speeds'][-1] / peer[0]['epochs'][0]['speed']:.0f} times the tutorial. "
+        f"All layers: {speeds[0] / limit:.2f} of the bare loop, "
         f"{speeds[0] / peer[1]['epochs'][0]['speed']:.2f} times the tutorial; "
         f"2 processes: {speeds[1] / speeds[0]:.2f} of 1."
     )
@@ -140,7 +140,7 @@ def speed_table(folder: Path, data: Path, backbone: str) -> Table:
 
 
 def accuracy_table(folder: Path, data: Path) -> Table:
-    """How long until the tutorial's final accuracy, with ImageNet's weights, frozen."""
+    """Seconds to the tutorial's final accuracy, with a frozen backbone and ImageNet's weights."""
     weights = folder / "lite0.safetensors"
     weights.write_bytes(efficientnet_lite0())
     peer = contender(
@@ -153,7 +153,7 @@ def accuracy_table(folder: Path, data: Path) -> Table:
         validate=True,
     )["epochs"]
     half = "[0.5,0.5,0.5]"
-    own = ours(
+    own = job_fit(
         folder / "accuracy",
         2,
         *(f"--data.root={data}", f"--model.backbone={BACKBONE}", f"--model.weights={weights}"),
@@ -165,10 +165,10 @@ def accuracy_table(folder: Path, data: Path) -> Table:
     reached = next((at for value, at in own["accuracies"] if value >= goal), None)
     table = Table("", "accuracy", "seconds", title=f"{BACKBONE}, frozen: time to an accuracy", title_justify="left")
     table.add_row(f"tutorial, {FROZEN_EPOCHS} epochs", f"{goal:.4f}", f"{peer[-1]['at']:.0f}")
-    table.add_row("ours, as accurate", f"{goal:.4f}", f"{reached:.0f}" if reached else "not reached")
-    table.add_row(f"ours, {4 * FROZEN_EPOCHS} epochs", f"{own['accuracies'][-1][0]:.4f}", f"{own['seconds']:.0f}")
+    table.add_row("job, at the same accuracy", f"{goal:.4f}", f"{reached:.0f}" if reached else "not reached")
+    table.add_row(f"job, {4 * FROZEN_EPOCHS} epochs", f"{own['accuracies'][-1][0]:.4f}", f"{own['seconds']:.0f}")
     if reached:
-        table.caption = f"{peer[-1]['at'] / reached:.1f} times sooner"
+        table.caption = f"{peer[-1]['at'] / reached:.1f} times faster"
     return table
 
 
@@ -177,16 +177,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbones", nargs="*", default=["resnet18", "resnet50"])
     parser.add_argument("--images", type=int, default=640, help="training images; half as many for validation")
-    given = parser.parse_args()
+    options = parser.parse_args()
     if not ARCHIVE.exists():
-        sys.exit(f"{ARCHIVE} is not there: set JOB_TEST_CATS_AND_DOGS to the tutorial's archive.")
+        sys.exit(f"{ARCHIVE} does not exist: set JOB_TEST_CATS_AND_DOGS to the tutorial's archive.")
     packages = ("torch", "torchvision", "pytorch-lightning", "timm")
     console = Console(width=120)
     console.print(f"{CORES} cores;", ", ".join(f"{name} {version(name)}" for name in packages), f"; {WORKERS} workers")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = photographs(folder, given.images, given.images // 2)
-        for backbone in given.backbones:
+        data = photographs(folder, options.images, options.images // 2)
+        for backbone in options.backbones:
             console.print(speed_table(folder, data, backbone))
         console.print(accuracy_table(folder, data))
 

@@ -1,4 +1,4 @@
-"""What benchmarks/train.py compares, each in a process of its own: ``train_contenders.py NAME JSON``.
+"""Contenders of benchmarks/train.py, each run in its own process: ``train_contenders.py NAME JSON``.
 
 The last line of output is a JSON object.
 """
@@ -27,21 +27,21 @@ WORKERS = 2
 
 
 def network(backbone: str, weights: str) -> tuple[nn.Module, nn.Module]:
-    """The backbone, all of it trainable, and the tutorial's head."""
+    """Build a trainable backbone and the tutorial's head."""
     torch.manual_seed(0)
     body = build_backbone(backbone, weights)
     return body, build_head(feature_width(body, SIZE), [256, 32], 1)
 
 
 def freeze(body: nn.Module) -> None:
-    """As the tutorial: no gradients. (Its batch normalisation stays in training mode; here it does not.)"""
+    """Freeze the backbone as the tutorial does, but with batch normalisation in eval mode."""
     body.eval()
     for parameter in body.parameters():
         parameter.requires_grad = False
 
 
 def tutorial(root: str, backbone: str, weights: str, epochs: int, frozen: bool, validate: bool) -> dict[str, Any]:
-    """The tutorial's script: ImageFolder, Pillow, float32, the default layout, everything anew in each epoch."""
+    """Train as the tutorial's script: ImageFolder, Pillow, float32, default memory format, no cache."""
     began = time.monotonic()
     normalize = transforms.Normalize((0.5,) * 3, (0.5,) * 3)
     plain = transforms.Compose([transforms.Resize((SIZE, SIZE)), transforms.ToTensor(), normalize])
@@ -58,7 +58,7 @@ def tutorial(root: str, backbone: str, weights: str, epochs: int, frozen: bool, 
     if frozen:
         freeze(body)
     optimizer = torch.optim.Adam([p for p in (*body.parameters(), *head.parameters()) if p.requires_grad], lr=1e-3)
-    found: dict[str, Any] = {"epochs": []}
+    result: dict[str, Any] = {"epochs": []}
     for _ in range(epochs):
         epoch = time.monotonic()
         body.train(not frozen)
@@ -74,15 +74,20 @@ def tutorial(root: str, backbone: str, weights: str, epochs: int, frozen: bool, 
             for images, labels in val if validate else ():
                 right += int(((head(body(images))[:, 0] > 0) == labels).sum())
         accuracy = right / len(val.dataset)  # type: ignore[arg-type]
-        found["epochs"].append({"speed": speed, "accuracy": accuracy, "at": time.monotonic() - began})
-    return found
+        result["epochs"].append({"speed": speed, "accuracy": accuracy, "at": time.monotonic() - began})
+    return result
 
 
 def bare_loop(backbone: str, weights: str, frozen: bool, best: bool, threads: int, steps: int) -> dict[str, Any]:
-    """Images/s of forward, backward and update on one batch in memory, as float: what no data can make faster.
+    """Images per second of training on one batch in memory: the upper bound for any data pipeline.
 
     Args:
-        best: in the memory layout that convolutions like best, with a fused optimizer.
+        backbone: name of the architecture.
+        weights: URI of its weights.
+        frozen: train the head only.
+        best: use channels_last and a fused optimizer.
+        threads: CPU threads.
+        steps: number of timed steps.
     """
     torch.set_num_threads(threads)
     body, head = network(backbone, weights)

@@ -14,11 +14,11 @@ from torch import Tensor
 from job import checkpoint, redact, storage
 from job.cluster import ranks
 from job.data.augment import ResizeMode, resize
-from job.data.dataset import ImageDataset, View
+from job.data.dataset import ImageDataset, Preprocessing
 from job.data.decode import decode
 from job.data.index.index import Index
 from job.data.loader import BatchLoader
-from job.data.sampler import BatchOrder
+from job.data.sampler import ResumableBatchSampler
 from job.errors import DataError
 from job.model.classifier import TTA, Classifier, from_spec, mean_over_mirrored
 from job.model.spec import decode_spec, net_state
@@ -125,7 +125,7 @@ def predict_index(
     Yields:
         (sample, prediction) of each readable image, in the order of the index.
     """
-    order = BatchOrder(
+    sampler = ResumableBatchSampler(
         len(index),
         batch_size * ranks.world_size(),
         rank=ranks.rank(),
@@ -133,10 +133,11 @@ def predict_index(
         seed=0,
         shuffle=False,
     )
-    view = View(predictor.net.image_size, predictor.resize)
+    preprocessing = Preprocessing(predictor.net.image_size, predictor.resize)
+    dataset = ImageDataset(index, sampler, preprocessing, cache_dir=cache_dir)
     # A store inside this process cannot be read from loader processes.
-    workers = 0 if any(storage.is_process_local(source.uri) for source in index.sources) else num_workers
-    for batch in BatchLoader(ImageDataset(index, order, view, cache_dir=cache_dir), workers):
+    workers = 0 if any(map(storage.is_process_local, index.stores)) else num_workers
+    for batch in BatchLoader(dataset, workers):
         if batch["error"] is not None:
             raise batch["error"]
         unreadable += batch["bad"]

@@ -92,7 +92,7 @@ def use_index(folder: Path, cache: Path) -> None:
         if len(index):
             index.uri(len(index) - 1)
             index.rows([0, len(index) - 1])
-        is_fresh(str(folder), load_index_info(folder), index)
+        is_fresh(str(folder), load_index_info(folder), [index])
 
 
 def index_reader(folder: Path, name: str) -> tuple[bytes, Callable[[bytes], None]]:

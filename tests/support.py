@@ -21,8 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from job import checkpoint, cli, storage
 from job.data.fetch import Fetched, Fetcher
-from job.data.index.build import Layout, build
+from job.data.index.build import build
 from job.data.index.index import Index
+from job.data.index.parts import Layout
 from job.errors import DataError
 
 REPOSITORY = Path(__file__).parents[1]

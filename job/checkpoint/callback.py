@@ -1,7 +1,4 @@
-"""When a checkpoint is taken, what it holds besides Lightning's own, and which ones are kept.
-
-The one place where all ranks agree to save or to stop.
-"""
+"""Checkpoint schedule, and the entries that are added to Lightning's; here all ranks agree to save or to stop."""
 
 from __future__ import annotations
 
@@ -85,7 +82,7 @@ class Checkpointer(Checkpoint):
         self._flags = AsyncFlags(2)
 
     def between_steps(self, trainer: pl.Trainer) -> None:
-        """Save when it is time; stop when any rank was told to."""
+        """Save if a checkpoint is due; stop if any rank has received a signal."""
         batches = batches_done(trainer)
         due = self._exchange_flags() | self._steps_are_over(trainer.global_step)
         accumulating = batches % trainer.accumulate_grad_batches != 0
@@ -107,7 +104,7 @@ class Checkpointer(Checkpoint):
             self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Within a fit, stop when any rank was told to; the next start validates anew."""
+        """Within a fit, stop if any rank has received a signal; the next attempt repeats the validation."""
         if trainer.state.fn != "fit":
             return
         self._exchange_flags()
@@ -116,11 +113,11 @@ class Checkpointer(Checkpoint):
             self._stop(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note of which step the metrics are."""
+        """Remember the step of the metrics."""
         self._validated_at = trainer.global_step
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save when it is time; stop when any rank was told to."""
+        """Save if a checkpoint is due; stop if any rank has received a signal."""
         self._exchange_flags()
         if self._is_epoch_to_save(trainer) or trainer.should_stop or self._stopping:
             self._save(trainer, epoch=trainer.current_epoch + 1, batch=0)
@@ -128,12 +125,12 @@ class Checkpointer(Checkpoint):
             self._stop(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The run is over when its last checkpoint is committed."""
+        """Wait until the last checkpoint is committed."""
         self._flags.drain()
         self.io.wait()
 
     def _exchange_flags(self) -> bool:
-        """Exchange flags with all ranks; notes a wish to stop, returns whether minutes say that a save is due."""
+        """Exchange flags with all ranks: remember a request to stop, return whether ``every_minutes`` have passed."""
         self.io.raise_failure()
         minutes = self.settings.every_minutes
         overdue = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes

@@ -18,34 +18,34 @@ _OUTPUT_ONLY = frozenset({"verbose", "log_rank_zero_only", "refresh_rate", "logg
 
 def settings(callback: Callback) -> dict[str, Any]:
     """The constructor's parameters that the callback keeps as plain values, by name."""
-    found = {}
+    values = {}
     for name in inspect.signature(type(callback).__init__).parameters:
         value = getattr(callback, name, getattr(callback, f"_{name}", inspect.Parameter.empty))
         value = value.value if isinstance(value, enum.Enum) else value
         if name not in _OUTPUT_ONLY and is_plain(value):
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def settings_of_all(callbacks: Sequence[Callback]) -> dict[str, dict[str, Any]]:
     """:func:`settings` of every callback that is not this package's own, by class and, of several, number."""
-    found: dict[str, dict[str, Any]] = {}
+    by_callback: dict[str, dict[str, Any]] = {}
     for callback in callbacks:
         if not type(callback).__module__.startswith("job."):
             name = type(callback).__qualname__
-            number = sum(known.split(" ")[0] == name for known in found)
-            found[f"{name} {number + 1}" if number else name] = settings(callback)
-    return found
+            number = sum(known.split(" ")[0] == name for known in by_callback)
+            by_callback[f"{name} {number + 1}" if number else name] = settings(callback)
+    return by_callback
 
 
 def changes(saved: dict[str, Any], current: dict[str, dict[str, Any]]) -> list[str]:
-    """What differs between two results of :func:`settings_of_all`, for the log."""
-    found = [f"{name} was removed" for name in saved if name not in current]
-    found += [f"{name} was added" for name in current if name not in saved]
+    """Differences between two results of :func:`settings_of_all`, for the log."""
+    differences = [f"{name} was removed" for name in saved if name not in current]
+    differences += [f"{name} was added" for name in current if name not in saved]
     for name in current.keys() & saved.keys():
         was, now = saved[name] if isinstance(saved[name], dict) else {}, current[name]
-        found += [f"{name}'s {key} was {was.get(key)}, is {now[key]}" for key in now if was.get(key) != now[key]]
-    return sorted(found)
+        differences += [f"{name}'s {key} was {was.get(key)}, is {now[key]}" for key in now if was.get(key) != now[key]]
+    return sorted(differences)
 
 
 def keep_configured(states: dict[Any, Any], callbacks: Sequence[Callback]) -> None:

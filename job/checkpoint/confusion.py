@@ -59,19 +59,19 @@ def read(uri: str, expected: ConfusionFile) -> Cells:
         tensors = safetensors.numpy.load(content)
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"the confusion matrix {uri} is damaged: {error}") from error
-    found = tensors.get(TENSOR)
-    if found is None or found.dtype != np.int64 or found.ndim != 2 or found.shape[1] != 3:
+    cells_read = tensors.get(TENSOR)
+    if cells_read is None or cells_read.dtype != np.int64 or cells_read.ndim != 2 or cells_read.shape[1] != 3:
         raise CheckpointError(f"the confusion matrix {uri} is damaged: it holds no int64 [N, 3] {TENSOR!r}.")
-    if found.size and (found.min() < 0 or found[:, :2].max() >= expected.classes):
+    if cells_read.size and (cells_read.min() < 0 or cells_read[:, :2].max() >= expected.classes):
         raise CheckpointError(f"the confusion matrix {uri} is damaged: a class or a count is out of range.")
-    return found
+    return cells_read
 
 
-def as_json(found: Cells, classes: int, uri: str | None = None) -> dict[str, Any]:
+def as_json(nonzero: Cells, classes: int, uri: str | None = None) -> dict[str, Any]:
     """The entry of a report: the whole matrix for few classes, else its cells that are not zero.
 
     Args:
-        found: rows of (true class, predicted class, count).
+        nonzero: rows of (true class, predicted class, count).
         classes: number of classes.
         uri: file that holds the matrix.
     """
@@ -80,9 +80,9 @@ def as_json(found: Cells, classes: int, uri: str | None = None) -> dict[str, Any
         entry["file"] = uri
     if classes <= DENSE_CLASSES:
         matrix = np.zeros((classes, classes), np.int64)
-        matrix[found[:, 0], found[:, 1]] = found[:, 2]
+        matrix[nonzero[:, 0], nonzero[:, 1]] = nonzero[:, 2]
         return {**entry, "counts": matrix.tolist()}
-    entry |= {"classes": classes, "nonzero_cells": len(found)}
-    if len(found) <= LISTED_CELLS:
-        entry["true_predicted_count"] = found.tolist()
+    entry |= {"classes": classes, "nonzero_cells": len(nonzero)}
+    if len(nonzero) <= LISTED_CELLS:
+        entry["true_predicted_count"] = nonzero.tolist()
     return entry

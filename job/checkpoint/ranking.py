@@ -1,4 +1,4 @@
-"""Which checkpoint is best: one finite metric, one direction, one set of validation samples."""
+"""Ranking of checkpoints by one finite metric, in one direction, on one set of validation samples."""
 
 from __future__ import annotations
 

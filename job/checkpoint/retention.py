@@ -113,7 +113,7 @@ def compare_ranking(trainer: pl.Trainer, run_dir: str, settings: CheckpointSetti
 
 
 def validation_identity(trainer: pl.Trainer) -> str:
-    """Which samples are validated: their number, a hash of their keys and labels, and a limit where there is one."""
+    """Identity of the validation samples: their number, a hash of keys and labels, and a limit if there is one."""
     data = image_data(trainer)
     identity = data.parts["val"].fingerprint()
     batches, limit = math.ceil(len(data.parts["val"]) / data.global_batch_size), trainer.limit_val_batches

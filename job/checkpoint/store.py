@@ -38,7 +38,7 @@ __all__ = [
     "load",
     "manifest_uri",
     "manifests",
-    "newest_trusted",
+    "newest_verified",
     "ranked",
     "read_manifest",
     "remove",
@@ -72,7 +72,7 @@ class Scan:
 
 def scan(run_dir: str) -> Scan:
     """Read all manifests of a run."""
-    folder, found = storage.join(run_dir, FOLDER), Scan()
+    folder, result = storage.join(run_dir, FOLDER), Scan()
     entries = {entry.key: entry for entry in _top_level(folder)}
     for key, entry in entries.items():
         if not key.endswith(manifest_uri(SUFFIX)):
@@ -90,17 +90,17 @@ def scan(run_dir: str) -> Scan:
             if manifest.file not in entries:
                 raise CheckpointError(f"the checkpoint manifest {uri} is not used: its file {manifest.file!r} is gone.")
         except NewerFormatError as error:
-            found.newer.append(str(error))
+            result.newer.append(str(error))
         except CheckpointError as error:
-            found.damaged.append(str(error))
+            result.damaged.append(str(error))
         except StorageError:
             if storage.exists(uri):
                 raise
             # Retention of a running job removed it after it was listed.
         else:
-            found.good.append(manifest)
-    found.good.sort(key=order)
-    return found
+            result.good.append(manifest)
+    result.good.sort(key=order)
+    return result
 
 
 def manifests(run_dir: str) -> list[Manifest]:
@@ -109,11 +109,11 @@ def manifests(run_dir: str) -> list[Manifest]:
     Raises:
         NewerFormatError: a newer version of job wrote one of them.
     """
-    found = scan(run_dir)
-    _warn(found.damaged)
-    if found.newer:
-        raise NewerFormatError(found.newer[0])
-    return found.good
+    result = scan(run_dir)
+    _warn(result.damaged)
+    if result.newer:
+        raise NewerFormatError(result.newer[0])
+    return result.good
 
 
 def uncommitted(run_dir: str) -> list[str]:
@@ -179,18 +179,18 @@ def verify(run_dir: str, manifest: Manifest) -> None:
     _require_intact(uri, storage.read_bytes(uri), manifest)
 
 
-def newest_trusted(run_dir: str) -> Manifest | None:
+def newest_verified(run_dir: str) -> Manifest | None:
     """The newest checkpoint that verifies; warns and falls back to an older one.
 
     Raises:
         CheckpointError: there are checkpoints, but none of them is good, or one is of a newer format.
         StorageOutage: the bucket does not answer: no reason to fall back to an older one.
     """
-    found = scan(run_dir)
-    if found.newer:
-        raise NewerFormatError(found.newer[0])
-    _warn(found.damaged)
-    for manifest in reversed(found.good):
+    result = scan(run_dir)
+    if result.newer:
+        raise NewerFormatError(result.newer[0])
+    _warn(result.damaged)
+    for manifest in reversed(result.good):
         try:
             verify(run_dir, manifest)
         except StorageOutage:
@@ -199,10 +199,10 @@ def newest_trusted(run_dir: str) -> Manifest | None:
             log.warning("cannot resume from the newest checkpoint, trying the one before: %s", error)
         else:
             return manifest
-    if found.good or found.damaged:
-        reasons = "".join(f"\n  {reason}" for reason in found.damaged[:5])
+    if result.good or result.damaged:
+        reasons = "".join(f"\n  {reason}" for reason in result.damaged[:5])
         raise CheckpointError(
-            f"none of the {len(found.good) + len(found.damaged)} checkpoints in {run_dir} can be read. Restore one, "
+            f"none of the {len(result.good) + len(result.damaged)} checkpoints in {run_dir} can be read. Restore one, "
             f"or start in another --run_dir.{reasons}"
         )
     return None
@@ -211,18 +211,20 @@ def newest_trusted(run_dir: str) -> Manifest | None:
 def free_name(uri: str) -> str:
     """``uri``, or its next free variant (``….ckpt`` becomes ``…-2.ckpt``) where a manifest that is no good has it.
 
-    A damaged manifest is kept for whoever wants to repair it.
+    A damaged manifest is kept for a repair by hand.
     """
-    number, found = 1, uri
+    number, candidate = 1, uri
     while True:
         try:
-            content = read_limited(manifest_uri(found), MAX_BYTES) if storage.exists(manifest_uri(found)) else None
-            if content is None or decode_manifest(manifest_uri(found), content).file == storage.basename(found):
-                return found
+            content = (
+                read_limited(manifest_uri(candidate), MAX_BYTES) if storage.exists(manifest_uri(candidate)) else None
+            )
+            if content is None or decode_manifest(manifest_uri(candidate), content).file == storage.basename(candidate):
+                return candidate
         except CheckpointError:
             pass
         number += 1
-        found = numbered(uri, number)
+        candidate = numbered(uri, number)
 
 
 def numbered(uri: str, number: int) -> str:

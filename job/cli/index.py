@@ -9,10 +9,10 @@ from job import storage
 from job.cli.parser import call_with_options
 from job.data.index.access import from_options
 from job.data.index.build import build
-from job.data.index.source import INDEX_FILE, default_cache_dir
-from job.data.index.store import publish_index, saved_index
-from job.data.local_files import usable_cache_dir
+from job.data.index.sources import INDEX_FILE, resolve
+from job.data.index.store import publish_index
 from job.process.terminal import say
+from job.storage.local_cache import default_cache_dir, usable_cache_dir
 
 
 def index(args: list[str]) -> None:
@@ -34,10 +34,10 @@ def main(
             a list of them.
     """
     access = from_options(allow, [uri], "--allow")
-    target = output or saved_index(uri)
+    target = output or resolve(uri).index_uri
     cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
     with tempfile.TemporaryDirectory() as scratch:
-        info = build({"root": [uri]}, Path(scratch), cache, "parts", listed_anew=True, access=access)
+        info = build({"root": [uri]}, Path(scratch), cache, "parts", force_listing=True, access=access)
         publish_index(Path(scratch), target)
     parts = ", ".join(f"{name} {part.rows:,}" for name, part in info.parts.items())
     say(f"{len(info.classes)} classes; images: {parts}; {storage.join(target, INDEX_FILE)}")

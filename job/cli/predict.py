@@ -16,10 +16,9 @@ from job.cluster import ranks
 from job.data.index.access import from_options
 from job.data.index.build import build
 from job.data.index.index import Index
-from job.data.index.source import default_cache_dir
-from job.data.local_files import usable_cache_dir
 from job.errors import ConfigError, DataError
 from job.process.terminal import print_table, say
+from job.storage.local_cache import default_cache_dir, usable_cache_dir
 
 ROWS_SHOWN = 20
 """Predictions shown on the terminal; all of them go to --output."""

@@ -9,7 +9,7 @@ from job import storage
 from job.cli.evaluate import EVALUATION_TIMEOUT
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
-from job.monitoring.report import print_findings
+from job.monitoring.report import print_suggestions
 from job.storage.json_files import write_json
 from job.train.batch_size_finder import BatchSizeFinder
 from job.train.errors import translate_errors
@@ -31,7 +31,7 @@ def tune(args: list[str]) -> None:
             trainer.fit(cli.model, datamodule=cli.datamodule)
         suggestion, world_size = rates.suggestion(), ranks.world_size()
         if trainer.is_global_zero:
-            found = {
+            result = {
                 "lr": suggestion,
                 "global_batch_size_at_most": batches.per_rank * world_size,
                 "bytes_an_image": batches.bytes_each,
@@ -40,5 +40,5 @@ def tune(args: list[str]) -> None:
                 "rates": rates.rates,
                 "losses": rates.losses,
             }
-            write_json(storage.join(options["run_dir"], "tune.json"), found)
-            print_findings(found)
+            write_json(storage.join(options["run_dir"], "tune.json"), result)
+            print_suggestions(result)

@@ -19,14 +19,14 @@ from job.errors import ConfigError
 
 Platform = Literal["plain", "torchrun worker", "Kubeflow", "Vertex AI", "TPU", "Indexed Job"]
 DEFAULT_PORT = 29400
-_SIGNS: dict[str, Platform] = {
+_MARKER_VARIABLES: dict[str, Platform] = {
     "PET_NNODES": "Kubeflow",
     "CLUSTER_SPEC": "Vertex AI",
     "TPU_WORKER_HOSTNAMES": "TPU",
     "JOB_COMPLETION_INDEX": "Indexed Job",
 }
 """The variable that tells a platform from the others."""
-_CARRIED = {"TPU", "Indexed Job"}
+_MAY_COEXIST = {"TPU", "Indexed Job"}
 """TPU hosts are pods of an Indexed Job or a JobSet, whose index is within their slice: what the TPU says counts."""
 
 _OTHER_LAUNCHERS = {
@@ -82,8 +82,8 @@ def find_node(environment: Mapping[str, str]) -> Node:
     """
     if "LOCAL_RANK" in environment:
         return _torchrun_worker(environment)
-    signs = {name: platform for name, platform in _SIGNS.items() if name in environment}
-    if len(signs) > 1 and set(signs.values()) != _CARRIED:
+    signs = {name: platform for name, platform in _MARKER_VARIABLES.items() if name in environment}
+    if len(signs) > 1 and set(signs.values()) != _MAY_COEXIST:
         raise ConfigError(
             f"the environment is that of {' and of '.join(signs.values())} at once: {', '.join(signs)} are set. "
             "Unset those that do not belong here."

@@ -14,7 +14,7 @@ import uuid
 import zlib
 from pathlib import Path
 
-from job.data.local_files import DISK_FULL, locked, private_folder, read_small, write_small
+from job.storage.local_cache import DISK_FULL, locked, private_folder, read_small, write_small
 
 log = logging.getLogger(__name__)
 

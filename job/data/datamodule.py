@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,20 +19,22 @@ from job import redact, storage
 from job.cluster import ranks
 from job.data.augment import ResizeMode
 from job.data.cache import SampleCache
-from job.data.dataset import Batch, ImageDataset, View
+from job.data.dataset import Batch, ImageDataset, Preprocessing
 from job.data.index.access import from_options
-from job.data.index.build import Layout, build, split
+from job.data.index.build import build, split
 from job.data.index.file import load_index_info
 from job.data.index.index import Index
-from job.data.index.source import default_cache_dir, materialise
+from job.data.index.local_copy import materialise
+from job.data.index.parts import Layout
 from job.data.index.store import is_run_index_usable, local_index, publish_index
 from job.data.loader import BatchLoader
-from job.data.local_files import room_needed, usable_cache_dir
-from job.data.sampler import BatchOrder, ViewOrder
+from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, DataError
 from job.features.store import FeatureStore
 from job.lightning_internals import epochs_processed
+from job.process.cpus import available_cpus
 from job.resilience.lease_check import write_check
+from job.storage.local_cache import default_cache_dir, report_disk_full, usable_cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -178,18 +179,18 @@ class ImageDataModule(pl.LightningDataModule):
             raise DataError("there is no test part: give --data.test, or a --data.root with a test/ folder.")
         return self._loader("test", shuffle=False)
 
-    def view_loader(self, part: str, chunks: Sequence[range], batch_size: int) -> BatchLoader:
-        """Every view of the samples in ``chunks``, in batches as :class:`~job.data.sampler.ViewOrder` makes them."""
-        count = self.view(part).count
-        assert count is not None, "a sample has pictures without end"
-        dataset = self.dataset(part, ViewOrder(chunks, count, batch_size))
+    def variant_loader(self, part: str, chunks: Sequence[range], batch_size: int) -> BatchLoader:
+        """Every variant of the samples in ``chunks``, in the batches of a FeatureBatchSampler."""
+        variants = self.preprocessing(part).variants
+        assert variants is not None, "the number of variants is unlimited"
+        dataset = self.dataset(part, FeatureBatchSampler(chunks, variants, batch_size))
         return BatchLoader(dataset, self._workers(dataset.index))
 
-    def view(self, part: str) -> View:
-        """How the pixels of a part are made: those of the training part are augmented."""
+    def preprocessing(self, part: str) -> Preprocessing:
+        """Preprocessing of a part's images; those of the training part are augmented."""
         if part == "train":
-            return View(self.image_size, self.resize, self.augment, self.augment_views, flip=True)
-        return View(self.image_size, self.resize)
+            return Preprocessing(self.image_size, self.resize, self.augment, self.augment_views, flip=True)
+        return Preprocessing(self.image_size, self.resize)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Raise what a loader process reported, and hold unreadable samples against the limit."""
@@ -230,7 +231,7 @@ class ImageDataModule(pl.LightningDataModule):
         roots = [root for roots in self.uris.values() for root in roots]
         if is_run_index_usable(uri, self.cache_dir, request, roots, self.access):
             return uri
-        with room_needed(self.cache_dir, "make the index"):
+        with report_disk_full(self.cache_dir, "make the index"):
             scratch = tempfile.TemporaryDirectory(prefix=".index-", dir=self.cache_dir)
         with scratch as folder:
             layout: Layout = "parts" if "root" in self.uris else "classes"
@@ -247,9 +248,9 @@ class ImageDataModule(pl.LightningDataModule):
         return self._own_folder.name
 
     def _open_cache(self) -> None:
-        sources = {source.uri for index in self.parts.values() for source in index.sources}
+        stores = {uri for index in self.parts.values() for uri in index.stores}
         self.cache = None
-        if self.cache_bytes and self.is_cache_usable and not all(storage.Reader(uri).is_local for uri in sources):
+        if self.cache_bytes and self.is_cache_usable and not all(map(_is_on_this_machine, stores)):
             self.cache = SampleCache(self.cache_dir / "samples", self.cache_bytes)
             if ranks.local_rank() == 0:
                 try:
@@ -257,14 +258,20 @@ class ImageDataModule(pl.LightningDataModule):
                 except OSError as error:
                     self.cache.give_up(error)
 
-    def dataset(self, part: str, order: BatchOrder) -> ImageDataset:
-        """What reads the samples of a part, as ``order`` names them."""
-        index, cache_dir = self.parts[part], str(self.cache_dir)
-        return ImageDataset(index, order, self.view(part), seed=self.seed, cache_dir=cache_dir, cache=self.cache)
+    def dataset(self, part: str, sampler: ResumableBatchSampler) -> ImageDataset:
+        """The dataset of a part, with the batches of ``sampler``."""
+        return ImageDataset(
+            self.parts[part],
+            sampler,
+            self.preprocessing(part),
+            seed=self.seed,
+            cache_dir=str(self.cache_dir),
+            cache=self.cache,
+        )
 
     def _loader(self, part: str, *, shuffle: bool) -> BatchLoader:
         index = self.parts[part]
-        order = BatchOrder(
+        sampler = ResumableBatchSampler(
             len(index),
             self.global_batch_size,
             rank=ranks.rank(),
@@ -276,15 +283,15 @@ class ImageDataModule(pl.LightningDataModule):
         )
         if self.trainer is not None:
             # Lightning names the epoch only after loader processes have begun to fetch.
-            order.set_epoch(epochs_processed(self.trainer))
-        return BatchLoader(self.dataset(part, order), self._workers(index), lambda: self.features.get(part))
+            sampler.set_epoch(epochs_processed(self.trainer))
+        return BatchLoader(self.dataset(part, sampler), self._workers(index), lambda: self.features.get(part))
 
     def _workers(self, index: Index) -> int:
-        if any(storage.is_process_local(source.uri) for source in index.sources):
+        if any(map(storage.is_process_local, index.stores)):
             return 0  # another process would find an empty filesystem
         if self.num_workers is not None:
             return self.num_workers
-        return max(len(os.sched_getaffinity(0)) // ranks.local_world_size(), 1)
+        return max(available_cpus() // ranks.local_world_size(), 1)
 
     def _check_batch_size(self) -> None:
         world_size = ranks.world_size()
@@ -300,6 +307,10 @@ class ImageDataModule(pl.LightningDataModule):
 def image_data(trainer: pl.Trainer) -> ImageDataModule:
     """The data module of a trainer, typed."""
     return cast("ImageDataModule", trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def _is_on_this_machine(uri: str) -> bool:
+    return storage.is_local(uri) or storage.is_process_local(uri)
 
 
 def require_few_bad(bad: set[str], limit: int) -> None:

@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from job import storage
 from job.data.cache import SampleCache
-from job.data.index.archive import LARGEST_MEMBER, zip_content
+from job.data.index.bounded import LARGEST_MEMBER
 from job.data.index.index import Index, Sample
-from job.data.index.source import materialise
+from job.data.index.local_copy import materialise
+from job.data.index.sources import format_of
 from job.errors import DataError, StorageError, StorageOutage
 from job.storage.checksums import TooLarge
 
@@ -114,9 +115,7 @@ class Fetcher:
         sample, raw = fetched.sample, fetched.raw
         if isinstance(raw, DataError):
             raise raw
-        if self.index.sources[sample.source].kind != "zip":
-            return raw
-        content = zip_content(raw, sample.version)
+        content = format_of(self.index.sources[sample.source]).unpack(raw, sample.version)
         if self.cache and not fetched.is_stored:
             self.cache.put(self._cache_key(sample), raw)
         return content
@@ -248,7 +247,7 @@ class Fetcher:
 
     def _store(self, sample: Sample, raw: bytes | DataError) -> bool:
         """Put what came from a bucket into the cache, unless it must be unpacked first to know that it is sound."""
-        if self.index.sources[sample.source].kind == "zip":
+        if format_of(self.index.sources[sample.source]).is_packed:
             return False
         if self.cache and isinstance(raw, bytes):
             self.cache.put(self._cache_key(sample), raw)
@@ -275,7 +274,7 @@ class Fetcher:
         version = str(sample.version or self.index.created)
         source = self.index.sources[sample.source]
         # What lies in a zip is kept as it lies there; earlier versions kept it unpacked.
-        place = f"{sample.offset} {sample.size}" + (" packed" if source.kind == "zip" else "")
+        place = f"{sample.offset} {sample.size}" + (" packed" if format_of(source).is_packed else "")
         return "\0".join((source.uri, sample.key, place, version))
 
 

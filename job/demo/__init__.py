@@ -12,7 +12,7 @@ DIGITS, WEIGHTS = f"{BUCKET}/digits", f"{BUCKET}/weights/tf_efficientnet_lite0.s
 
 
 def fill_bucket(with_digits: bool) -> None:
-    """Put the digits, if wanted, and then the pretrained weights into the bucket, where they are missing."""
+    """Upload the pretrained weights, and optionally the digits, unless they are in the bucket."""
     create_bucket(BUCKET)
     if with_digits and not storage.exists(DIGITS):
         files = digit_images()

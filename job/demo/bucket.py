@@ -1,4 +1,4 @@
-"""The demo's bucket as a server of its own, for pods and containers: ``python -m job.demo.bucket``."""
+"""Server of the demo's bucket, for pods and containers: ``python -m job.demo.bucket``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from job.demo.gcs_server import gcs_server
 
 
 def serve(folder: str, public_host: str, host: str = "0.0.0.0", port: int = 4443) -> None:
-    """Serve a GCS server that holds the demo's images and weights, until SIGTERM.
+    """Serve the demo's images and weights by a GCS server, until SIGTERM.
 
     Args:
-        folder: where the server keeps its buckets.
-        public_host: HOST:PORT that clients reach it at.
-        host: address to listen at.
-        port: port to listen at.
+        folder: folder of the server's buckets.
+        public_host: HOST:PORT at which clients reach the server.
+        host: address to listen on.
+        port: port to listen on.
     """
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())

@@ -1,4 +1,4 @@
-"""The demo's images: scikit-learn's 1,797 handwritten digits, written as PNG files in class folders.
+"""Images of the demo: scikit-learn's 1,797 handwritten digits, as PNG files in class folders.
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
 Repository, 1998 (the test part, as bundled with scikit-learn; BSD licence).
@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def digit_images() -> dict[str, bytes]:
-    """PNG content by key, ``CLASS/NUMBER.png``: 8x8 greyscale, ink white on black."""
+    """Return PNG content by key, ``CLASS/NUMBER.png``: 8x8 greyscale, white on black."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

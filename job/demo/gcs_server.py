@@ -1,4 +1,4 @@
-"""A real GCS server on loopback: fake-gcs-server's binary, which gcsfs itself is tested with."""
+"""Local GCS server: the binary of fake-gcs-server, with which gcsfs is tested."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from job.errors import ConfigError
 def gcs_server(
     folder: Path, *, host: str = "127.0.0.1", port: int | None = None, public_host: str | None = None
 ) -> Iterator[str]:
-    """Run the server with its buckets as folders below ``folder``; yields its URL for this machine.
+    """Run the server with its buckets in ``folder``; yields its URL on this machine.
+
+    In the context gs:// refers to this server, for this process and its children.
 
     Args:
-        folder: made if it is not there; the server's log lies beside it.
-        host: address to listen at.
-        port: port to listen at; None: a free one.
-        public_host: HOST:PORT that clients reach it at, if another one: a service's, a proxy's.
-
-    From then on gs:// means that server, for this process and its children.
+        folder: folder of the buckets, created if necessary; the server's log is written beside it.
+        host: address to listen on.
+        port: port to listen on. Default: a free one.
+        public_host: HOST:PORT at which clients reach the server, for example through a proxy. Default: loopback.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
@@ -43,9 +43,9 @@ def gcs_server(
         "-log-level",
         "error",
     ]
-    # Its output goes to a file: an unread pipe would stall the server once it is full.
+    # Output is written to a file: the server would block on a pipe that is full and not read.
     with (folder.parent / f"{folder.name}.log").open("ab") as log_file:
-        # In a session of its own, it serves on when a Ctrl-C reaches all processes of the terminal: ranks save first.
+        # In its own session, so that Ctrl-C in the terminal does not stop it before the ranks have saved.
         process = subprocess.Popen(command, stdout=log_file, stderr=log_file, start_new_session=True)
     try:
         _wait(url, process)
@@ -57,14 +57,14 @@ def gcs_server(
 
 
 def create_bucket(uri: str) -> None:
-    """Make the bucket ``gs://NAME``, unless it is there."""
+    """Create the bucket ``gs://NAME`` unless it exists."""
     fs, name = storage.filesystem(uri)
     if not fs.exists(name):
         fs.mkdir(name)
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on now."""
+    """Return a free TCP port on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -86,7 +86,7 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise ConfigError(f"the GCS server at {url} ended at once, with exit code {process.returncode}.")
+            raise ConfigError(f"the GCS server at {url} failed to start, with exit code {process.returncode}.")
         with contextlib.suppress(urllib.error.URLError, ConnectionError):
             urllib.request.urlopen(f"{url}/storage/v1/b?project=demo", timeout=2).close()
             return

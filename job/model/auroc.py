@@ -8,20 +8,20 @@ from torchmetrics import Metric
 
 BINS = 2048
 LOG_ODDS = 16.0
-"""Bins are equally wide in log-odds from -16 to 16, about where float32 cannot tell a probability from 0 or 1."""
+"""Bins have equal widths in log-odds from -16 to 16, beyond which float32 rounds a probability to 0 or 1."""
 
 
 class BinnedAUROC(Metric):
     """AUROC of each class against the others, from histograms of its log-odds.
 
-    Pairs of a positive and a negative sample in one bin count one half, so that the result differs from the exact one
-    by at most half the share of such pairs: below 1e-3 unless most scores of a class are alike. Memory is 2 * BINS
-    counts per class, where the exact AUROC keeps a probability per sample and class. Log-odds resolve the small
+    A pair of a positive and a negative sample in one bin counts one half. So the result differs from the exact one by
+    at most half the fraction of such pairs: below 1e-3 unless most scores of a class are equal. Memory is 2 * BINS
+    counts per class; the exact AUROC keeps a probability per sample and class. Log-odds resolve the small
     probabilities of many classes, which equally spaced thresholds would put into one bin.
 
     Args:
         num_classes: number of classes.
-        ignore_index: label of samples that do not count.
+        ignore_index: label of samples to ignore.
         sync_on_compute: sum over ranks.
     """
 
@@ -50,7 +50,7 @@ class BinnedAUROC(Metric):
         self.negatives += (every - own).view_as(self.negatives)
 
     def compute(self) -> Tensor:
-        """float64 [C], NaN for a class without positive or without negative samples."""
+        """AUROC per class, float64 [C]; NaN for a class without positive or without negative samples."""
         positives, negatives = self.positives.double(), self.negatives.double()
         below = negatives.cumsum(dim=1) - negatives
         won = (positives * (below + negatives / 2)).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Any classification architecture of torchvision or timm, without its head, and its weights."""
+"""Backbones: classification architectures of torchvision and timm without their head, with pretrained weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from job.model.weights import PretrainedWeights, load_weights, read_weights
 
 TIMM = "timm/"
 CONVERTS_IMAGES = ("googlenet", "inception_v3")
-"""torchvision's networks that, with pretrained weights, convert ImageNet's normalisation to their own in forward."""
+"""Architectures of torchvision whose forward, with pretrained weights, converts ImageNet's normalisation to theirs."""
 
 
 def build_backbone(name: str, weights: str | PretrainedWeights = "none", image_size: int | None = None) -> nn.Module:
@@ -49,7 +49,7 @@ def build_backbone(name: str, weights: str | PretrainedWeights = "none", image_s
 
 
 def build_skeleton(name: str, image_size: int) -> nn.Module:
-    """Build the architecture on the meta device, to compare names and shapes.
+    """Build the architecture on the meta device, to compare the names and shapes of its tensors.
 
     Raises:
         ConfigError: no such architecture, or timm is not installed.
@@ -60,10 +60,10 @@ def build_skeleton(name: str, image_size: int) -> nn.Module:
 
 
 def feature_width(backbone: nn.Module, image_size: int) -> int:
-    """Run the backbone once to find the number of features per image; without memory on the meta device.
+    """Measure the number of features per image by running the backbone once, on its device.
 
     Raises:
-        ConfigError: it does not take images of this size, or does not end in a vector.
+        ConfigError: it does not accept images of this size, or its output is not one vector per image.
     """
     training = backbone.training
     backbone.eval()
@@ -76,24 +76,24 @@ def feature_width(backbone: nn.Module, image_size: int) -> int:
     finally:
         backbone.train(training)
     if features.ndim != 2:
-        raise ConfigError(f"the backbone gives features of shape {tuple(features.shape)}, not one vector an image.")
+        raise ConfigError(f"the backbone outputs features of shape {tuple(features.shape)}, not one vector per image.")
     return int(features.shape[1])
 
 
 def _unsuitable_size(image_size: int | None, error: Exception) -> ConfigError:
     reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return ConfigError(
-        f"the backbone does not take {image_size}x{image_size} images: {reason}. Choose another --data.image_size."
+        f"the backbone does not accept {image_size}x{image_size} images: {reason}. Choose another --data.image_size."
     )
 
 
 def _build(name: str, pretrained: bool, image_size: int | None) -> tuple[nn.Module, tuple[str, ...]]:
-    """The backbone, and the paths of its removed heads."""
+    """Return the backbone, and the paths of its removed heads."""
     if name.startswith(TIMM):
         model, heads = _timm(name, pretrained, num_classes=0)
         return model, heads
     model = _torchvision(name, pretrained, image_size)
-    # Auxiliary heads only serve training from scratch, and make forward return a tuple.
+    # Auxiliary heads are for training from scratch only, and make forward return a tuple.
     for auxiliary in ("AuxLogits", "aux1", "aux2"):
         if hasattr(model, auxiliary):
             setattr(model, auxiliary, None)
@@ -108,7 +108,7 @@ def _build(name: str, pretrained: bool, image_size: int | None) -> tuple[nn.Modu
 
 
 def _whole_state(name: str, image_size: int | None) -> set[str]:
-    """Names in the state dict of the architecture with its heads."""
+    """Names in the state dict of the architecture, heads included."""
     with WithoutMemory():
         model = _timm(name, pretrained=False)[0] if name.startswith(TIMM) else _torchvision(name, False, image_size)
     return set(model.state_dict())
@@ -123,7 +123,7 @@ def _torchvision(name: str, pretrained: bool, image_size: int | None) -> nn.Modu
     options: dict[str, Any] = {}
     if name in CONVERTS_IMAGES:
         options["transform_input"] = False
-        if not pretrained:  # with weights the builder decides this, and refuses the option
+        if not pretrained:  # the builder refuses the option together with weights
             options["init_weights"] = True
     if name.startswith("vit_") and image_size is not None and not pretrained:
         options["image_size"] = image_size
@@ -153,11 +153,11 @@ def _timm(name: str, pretrained: bool, **options: Any) -> tuple[nn.Module, tuple
 
 @contextlib.contextmanager
 def _download(name: str, pretrained: bool) -> Iterator[None]:
-    """Name what fails in getting pretrained weights; pickled code in them is never run."""
+    """Context for building with pretrained weights: errors become WeightsError, and pickled code is never run."""
     if not pretrained:
         yield
         return
-    # torchvision loads them with weights_only=False, from a folder that others may have written.
+    # torchvision loads weights with weights_only=False, from a folder that others may write to.
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)
     os.environ[variable] = "1"
@@ -170,7 +170,7 @@ def _download(name: str, pretrained: bool) -> Iterator[None]:
             f"the pretrained weights of {name} cannot be downloaded: {error}. Give --model.weights the URI of a state "
             "dict in your bucket, or none."
         ) from error
-    except Exception as error:  # both libraries and torch.load raise whatever the bytes led them to
+    except Exception as error:  # damaged bytes raise errors of any class
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise WeightsError(
             f"the pretrained weights of {name} cannot be loaded: {reason}. If their file in TORCH_HOME (by default "

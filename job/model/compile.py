@@ -1,4 +1,4 @@
-"""torch.compile, for those who have a compiler and the patience."""
+"""Optional torch.compile support."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from job.errors import ConfigError
 
 
 def compile_module(module: nn.Module, device: torch.device) -> None:
-    """Let ``module`` compile itself when it is first called, and again for each other shape or stage of freezing.
+    """Compile ``module`` in place: at its first call, and again for each other input shape or freezing stage.
 
-    Names in its state dict stay the same.
+    Names in its state dict do not change.
 
     Raises:
-        ConfigError: there is no C++ compiler, or XLA compiles already.
+        ConfigError: there is no C++ compiler, or the device is XLA.
     """
     if device.type == "xla":
-        raise ConfigError("--model.compile_backbone does not exist on XLA, which compiles all steps by itself.")
+        raise ConfigError("--model.compile_backbone is not supported on XLA, which compiles all steps.")
     compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
     if not any(map(shutil.which, compilers)):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Stops a run whose loss, gradients or weights are not finite, before it saves them."""
+"""Detection of divergence: stop a run, or skip steps, whose loss, gradients or weights are not finite."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from job.lightning_internals import batches_done
 log = logging.getLogger(__name__)
 
 STEPS_BEHIND = 2
-"""Steps on a GPU whose values are not fetched yet, so that neither it nor the host waits for the other."""
+"""Latest steps on a GPU whose values are not fetched yet, so that the host does not wait for the GPU."""
 SCALER_PATIENCE = 40
-"""Consecutive steps that a GradScaler may skip in search of its scale: 2**-40 of any scale is too small for a float."""
+"""Consecutive steps that a GradScaler may skip while it searches its scale; 40 halvings exhaust any scale."""
 
 
 class DivergenceGuard:
-    """Looks at the loss and the gradients of every step, and at the weights before every checkpoint.
+    """Checks the loss and the gradients of each step, and the weights before each checkpoint.
 
-    It stops the run, or skips the step: its gradients are dropped, batch normalisation's statistics are those of
-    before, and schedule and step number go on. The module calls it in its hooks: a callback of its own would cost more
-    than the look.
+    It stops the run, or skips the step: gradients are dropped, the running statistics of batch normalisation are
+    restored, and schedule and step number advance. The module calls it in its hooks, because the overhead of a
+    callback is larger than that of the checks.
 
-    Gradients are looked at once they are reduced over all ranks, so that all ranks decide alike without another
-    collective. A loss that is not finite beside finite gradients (a sum that overflows) may be one rank's alone:
-    several ranks compare theirs at the next validation or checkpoint. A CPU's values are looked at before the
-    optimizer's update, a GPU's :data:`STEPS_BEHIND` steps later. On XLA, where every look would be compiled into the
-    step, only the weights are looked at, before each checkpoint.
+    Gradients are checked after their reduction over all ranks, so that all ranks decide alike without another
+    collective. A loss can be non-finite on one rank only, with finite gradients (a sum that overflows): ranks compare
+    their losses at the next validation or checkpoint. Values on a CPU are checked before the optimizer's update, values
+    on a GPU :data:`STEPS_BEHIND` steps later. On XLA, which would compile each check into the step, only weights are
+    checked, before each checkpoint.
 
-    Steps that a GradScaler skips (--trainer.precision=16-mixed) are counted, and are no divergence unless they are
-    :data:`SCALER_PATIENCE` in a row.
+    Steps that a GradScaler skips (--trainer.precision=16-mixed) are counted. They are a divergence if
+    :data:`SCALER_PATIENCE` consecutive steps are skipped.
 
     Args:
         nonfinite: "stop" or "skip".
         max_skipped_steps: consecutive steps that may be skipped.
 
     Attributes:
-        skipped_steps: steps skipped so far, by a GradScaler or by "skip".
-        step_skipped: the last step was, by "skip".
+        skipped_steps: number of steps skipped by a GradScaler or by "skip".
+        step_skipped: "skip" has skipped the last step.
     """
 
     def __init__(self, nonfinite: Literal["stop", "skip"], max_skipped_steps: int) -> None:
@@ -64,19 +64,19 @@ class DivergenceGuard:
         self._scales = False
 
     def start(self, trainer: pl.Trainer, module: nn.Module) -> None:
-        """Note which tensors are not finite by design, such as a mask of -inf."""
+        """Exempt tensors that are not finite by design, such as a mask of -inf."""
         self._exempt = set(_not_finite(module.state_dict()))
         self._one = torch.ones((), device=trainer.strategy.root_device)
         self._scales = getattr(trainer.precision_plugin, "scaler", None) is not None
 
     def before_forward(self, network: nn.Module) -> None:
-        """Keep the statistics that the forward passes of an optimizer step change, where it may be skipped."""
+        """Save the running statistics, which the forward passes of an optimizer step change, if it may be skipped."""
         if self.nonfinite == "skip":
             changing = [b for m in network.modules() if m.training for b in m.buffers(recurse=False)]
             self._statistics = [(buffer, buffer.clone()) for buffer in changing]
 
     def before_update(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
-        """Look at the gradients, after their reduction and before they are clipped."""
+        """Check the gradients, after their reduction and before they are clipped."""
         self.step_skipped = False
         device = self._one.device.type
         if device == "xla":
@@ -85,19 +85,19 @@ class DivergenceGuard:
         flag = self._not_finite_flag(gradients)
         if self.nonfinite == "skip" or device == "cpu":
             if bool(flag):
-                self._judge_gradients(_place(trainer), optimizer)
+                self._handle_bad_gradients(_place(trainer), optimizer)
             else:
                 self._consecutive = 0
         else:
             self._gradients = flag
 
     def after_batch(self, trainer: pl.Trainer, loss: Tensor) -> None:
-        """Look at the loss, and at what a GPU has computed by now."""
+        """Check the loss, and the values of earlier steps on a GPU."""
         if self.nonfinite == "skip":
             return
         if loss.device.type == "cpu":
             if not math.isfinite(value := float(loss)):
-                self._note_loss(value, _place(trainer))
+                self._handle_bad_loss(value, _place(trainer))
         elif loss.device.type != "xla":
             gradients = torch.zeros_like(self._one) if self._gradients is None else self._gradients
             values = torch.stack([gradients.float(), loss.float()])
@@ -122,21 +122,21 @@ class DivergenceGuard:
         self._raise_together()
 
     def _not_finite_flag(self, gradients: list[Tensor]) -> Tensor:
-        """0 if all are finite, on their device."""
+        """A scalar on their device: 0 if all gradients are finite."""
         flag = torch.zeros_like(self._one)
         by_type: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for gradient in gradients:
             by_type.setdefault((gradient.dtype, gradient.device), []).append(gradient)
         for (dtype, device), alike in by_type.items():
             if dtype in (torch.float32, torch.float16) and device.type in ("cpu", "cuda"):
-                # GradScaler's kernel: one pass, ten times as fast as norms. It multiplies by 1.
+                # GradScaler's kernel, here with a scale of 1: one pass, ten times as fast as norms.
                 torch._amp_foreach_non_finite_check_and_unscale_(alike, flag, self._one)
             else:
                 flag = flag + (~torch.isfinite(torch.nn.utils.get_total_norm(alike))).to(flag)
         return flag
 
-    def _judge_gradients(self, place: str, optimizer: Optimizer | None = None) -> None:
-        """Stop at, or skip, a step whose gradients are not finite."""
+    def _handle_bad_gradients(self, place: str, optimizer: Optimizer | None = None) -> None:
+        """Stop the run, or skip the step, whose gradients are not finite."""
         skips = self.nonfinite == "skip"
         if not skips and not self._scales:
             raise DivergedError(f"training diverged: the gradients were not finite at {place}.")
@@ -157,27 +157,27 @@ class DivergenceGuard:
             for buffer, before in self._statistics:
                 buffer.copy_(before)
 
-    def _note_loss(self, loss: float, place: str) -> None:
+    def _handle_bad_loss(self, loss: float, place: str) -> None:
         self._finding = self._finding or f"the loss was {loss} at {place}"
         if ranks.world_size() == 1:
             self._raise_together()
 
     def _fetch(self, leave: int) -> None:
-        """Fetch and judge the values of all but the last ``leave`` steps."""
+        """Fetch and check the values of all but the last ``leave`` steps."""
         while len(self._pending) > leave:
             place, values, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
             gradients, loss = values.tolist()
             if gradients:
-                self._judge_gradients(place)
+                self._handle_bad_gradients(place)
             else:
                 self._consecutive = 0
             if not math.isfinite(loss):
-                self._note_loss(loss, place)
+                self._handle_bad_loss(loss, place)
 
     def _raise_together(self) -> None:
-        """Raise on all ranks what any of them has found."""
+        """Raise the same error on all ranks if any of them has a finding."""
         findings = ranks.union({self._finding} - {""})
         if findings:
             raise DivergedError(f"training diverged: {min(findings)}.")

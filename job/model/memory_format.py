@@ -1,9 +1,9 @@
-"""Memory layout of a backbone: channels_last only where it is known to be correct.
+"""Memory format of a backbone: channels_last only where it is known to be correct.
 
 On a CPU, torch 2.14 writes outside of its memory in the backward pass of strided 1x1 convolutions with fewer than 16
 input channels in channels_last, for large images: a crash, or worse. So a CPU uses this layout only for architectures
-that benchmarks/memory_formats.py has tried, in forward and backward passes under a heap checker. CUDA uses it for all:
-the fault is in the CPU's kernels, and tensor cores want it.
+that benchmarks/memory_formats.py has run, forward and backward, under a heap checker. CUDA uses it for all: the fault
+is in the CPU's kernels, and tensor cores are faster with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SAFE_CHANNELS = 16
 
 
 def memory_format(name: str, backbone: nn.Module, device_type: str) -> torch.memory_format:
-    """Choose the layout for the architecture ``name`` on a kind of device ("cpu", "cuda", …)."""
+    """Choose the memory format for the architecture ``name`` on a type of device ("cpu", "cuda", …)."""
     if device_type == "cuda":
         return torch.channels_last
     listed = name.split(".")[0] in CHANNELS_LAST_ON_CPU  # a timm name may end in the tag of its weights
@@ -31,15 +31,15 @@ def memory_format(name: str, backbone: nn.Module, device_type: str) -> torch.mem
 
 
 def log_layout(name: str, layout: torch.memory_format, device_type: str) -> None:
-    """Say where a CPU does not use channels_last."""
+    """Log that a CPU does not use channels_last."""
     if device_type == "cpu" and layout != torch.channels_last:
         log.info(
-            "%s runs in the default memory layout: it is not on the list of those known to work in channels_last", name
+            "%s runs in the default memory format: it is not on the list of architectures tested in channels_last", name
         )
 
 
 def _is_unsafe(module: nn.Module) -> bool:
-    """Whether it is a convolution whose backward pass may write outside of its memory in channels_last on a CPU."""
+    """Whether the backward pass of this convolution may write out of bounds in channels_last on a CPU."""
     return (
         isinstance(module, nn.Conv2d)
         and module.kernel_size == (1, 1)

@@ -1,4 +1,4 @@
-"""What is measured at validation and test, synchronised over ranks by torchmetrics."""
+"""Metrics of validation and test, synchronised over ranks by torchmetrics."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from torchmetrics.classification import (
 from job.model.auroc import BinnedAUROC
 
 IGNORED = -1
-"""Label of a sample that does not count."""
+"""Label of a sample to ignore."""
 
 BATCHES_BEHIND = 2
-"""Batches on an accelerator that are not fetched yet: it computes the last while the host looks at one before."""
+"""Latest batches on an accelerator that are not fetched yet, so that the host does not wait for it."""
 
 PER_CLASS_LIMIT = 50
-"""Classes up to which the accuracy of each is a metric of its own; the confusion matrix holds those of all."""
+"""Number of classes up to which the accuracy of each is logged; the confusion matrix contains all."""
 
 EXACT_CLASSES, EXACT_SAMPLES = 100, 50_000
-"""Sizes up to which AUROC is exact: it keeps a probability per sample and class, which is 20 MB at the limits."""
+"""Sizes up to which AUROC is exact; it keeps a probability per sample and class, 20 MB at the limits."""
 
 
 class EvaluationMetrics:
-    """Loss, accuracy, macro F1, macro AUROC, accuracy per class and the confusion matrix; counted in host memory.
+    """Loss, accuracy, macro F1, macro AUROC, accuracy per class and the confusion matrix, in host memory.
 
-    An accelerator's batches are fetched once it has finished them, so that neither waits for the other.
+    Batches on an accelerator are fetched later, so that the host does not wait for it.
 
-    Above 100 classes or 50,000 samples AUROC is computed from histograms, see
+    Above 100 classes or 50,000 samples AUROC is computed from histograms; see
     :class:`~job.model.auroc.BinnedAUROC` for the error bound.
 
     Args:
-        classes: names, in the order of labels.
-        samples: size of the largest part that is evaluated.
-        synchronise: sum over ranks, each of which has seen its own batches.
+        classes: class names, in the order of labels.
+        samples: size of the largest data set that is evaluated.
+        synchronise: sum over ranks, each of which evaluates its own batches.
     """
 
     def __init__(self, classes: Sequence[str], *, samples: int = 0, synchronise: bool = True) -> None:
         self.classes = tuple(classes)
         count = len(classes)
         options: dict[str, Any] = {"ignore_index": IGNORED, "sync_on_compute": synchronise}
-        # The default strategy leaves NaN out of the mean: a network that has diverged would have a finite loss.
+        # The default strategy ignores NaN: a network that has diverged would have a finite loss.
         self.loss = MeanMetric(sync_on_compute=synchronise, nan_strategy="disable")
         self.accuracy = MulticlassAccuracy(count, average="micro", **options)
         self.f1 = MulticlassF1Score(count, average="macro", **options)
@@ -59,32 +59,32 @@ class EvaluationMetrics:
         else:
             self.auroc = MulticlassAUROC(count, average=None, **options)
         self.confusion = MulticlassConfusionMatrix(count, **options)
-        self._behind: deque[tuple[Tensor, ...]] = deque()
+        self._pending: deque[tuple[Tensor, ...]] = deque()
 
     def update(self, losses: Tensor, probabilities: Tensor, labels: Tensor, mask: Tensor) -> None:
-        """Add a batch: losses [B], probabilities [B, C], labels int64 [B]; samples outside ``mask`` do not count."""
-        self._behind.append((losses, probabilities, labels, mask))
-        self._count(0 if losses.is_cpu else BATCHES_BEHIND)
+        """Add a batch: losses [B], probabilities [B, C], labels int64 [B]; samples outside ``mask`` are ignored."""
+        self._pending.append((losses, probabilities, labels, mask))
+        self._process(0 if losses.is_cpu else BATCHES_BEHIND)
 
-    def _count(self, leave: int) -> None:
-        while len(self._behind) > leave:
-            losses, probabilities, labels, mask = (tensor.cpu() for tensor in self._behind.popleft())
+    def _process(self, remaining: int) -> None:
+        while len(self._pending) > remaining:
+            losses, probabilities, labels, mask = (tensor.cpu() for tensor in self._pending.popleft())
             self.loss.update(losses[mask])
             labels = torch.where(mask, labels, IGNORED)
             for metric in (self.accuracy, self.f1, self.auroc, self.confusion):
                 metric.update(probabilities, labels)
 
     def compute(self) -> tuple[dict[str, float], Tensor]:
-        """Metrics by name and the confusion matrix, the same on every rank.
+        """Compute metrics and confusion matrix, the same on every rank.
 
-        A metric that these samples do not define is left out: every metric without samples, the accuracy of a class
-        without samples, AUROC where there is one class only. Macro AUROC is the mean over the classes
-        that have positive and negative samples.
+        A metric that is undefined for these samples is omitted: every metric without samples, the accuracy of a class
+        without samples, AUROC of a single class. Macro AUROC is the mean over the classes that have positive and
+        negative samples.
 
         Returns:
-            values by name; int64 [C, C] on the CPU, rows are true classes.
+            metrics by name, and the confusion matrix, int64 [C, C] on the CPU; rows are true classes.
         """
-        self._count(0)
+        self._process(0)
         confusion: Tensor = self.confusion.compute().to("cpu", torch.int64)
         support, total = confusion.sum(dim=1), int(confusion.sum())
         if not total:
@@ -104,8 +104,8 @@ class EvaluationMetrics:
         return values, confusion
 
     def reset(self) -> None:
-        """Forget every batch."""
-        self._behind.clear()
+        """Clear all metrics."""
+        self._pending.clear()
         for metric in (self.loss, self.accuracy, self.f1, self.auroc, self.confusion):
             metric.reset()
 

@@ -115,14 +115,14 @@ class TransferLearningModel(pl.LightningModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, map_location: Any = None, *_: Any, **overrides: Any
     ) -> TransferLearningModel:
-        """Restore a module, and the network that its checkpoint describes, from a file or run_dir at any URI.
+        """Restore a module and its network from a checkpoint.
 
         Args:
-            checkpoint_path: as ``--ckpt`` of validate.
+            checkpoint_path: path or URI of a checkpoint file, or of a run_dir (its best checkpoint).
             map_location: device of the module. Default: the CPU.
-            overrides: arguments of this class in place of the saved hyperparameters, among them ``optimizer`` and
-                ``lr_scheduler``, which are not saved. Lightning's own options (``strict``, ``weights_only``,
-                ``hparams_file``) are accepted and without effect: loading is strict, and runs no code.
+            overrides: hyperparameters that replace the saved ones, for example ``optimizer`` and ``lr_scheduler``,
+                which are not saved. Lightning's options (``strict``, ``weights_only``, ``hparams_file``) have no
+                effect: loading is strict, and runs no code.
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is damaged.
@@ -135,17 +135,17 @@ class TransferLearningModel(pl.LightningModule):
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """This batch's share of the mean loss over the *global* samples of an optimizer step.
+        """Compute this batch's part of the mean loss over the *global* samples of an optimizer step.
 
-        Every rank divides by the number of global samples and multiplies by the world size, which DDP's averaging
-        takes out again: so a last, smaller batch weighs each sample the same however it falls on the ranks. Where
-        gradients are accumulated, those are the samples of all batches of the step; Lightning divides by the number of
-        batches, which the last step of an epoch may have less of.
+        Each rank divides by the number of global samples and multiplies by the world size, by which DDP divides. So
+        each sample has the same weight, also in a last, smaller batch that is unevenly distributed over the ranks. With
+        gradient accumulation the samples are those of all batches of the step, which may be fewer batches in the last
+        step of an epoch than the number by which Lightning divides.
         """
         losses = self.training_losses(batch)
         total = torch.where(batch["mask"], losses, 0.0).sum()
         mean: Tensor = total * (self.trainer.world_size / batch["global_size"])
-        # A step from kept features takes little longer than Lightning's log, in which ranks wait for one another.
+        # A step from cached features is hardly longer than Lightning's log, which synchronises ranks.
         if "features" not in batch or self.trainer.is_last_batch or logs_are_due(self.trainer):
             self.log("train/loss", mean, sync_dist=True, batch_size=batch["global_size"])
         accumulate = self.trainer.accumulate_grad_batches

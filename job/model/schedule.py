@@ -1,4 +1,4 @@
-"""Learning-rate schedules that torch does not have."""
+"""Learning-rate schedulers beyond torch's own."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from job.errors import ConfigError
 
 
 class WarmupCosine(LRScheduler):
-    """Rises in a line over ``warmup`` intervals, then falls along half a cosine until ``total`` (arXiv:1608.03983).
+    """Linear warm-up over ``warmup`` intervals, then cosine annealing until ``total`` (arXiv:1608.03983).
 
     Args:
-        optimizer: whose learning rates are the highest ones.
-        warmup: epochs or steps, as --model.lr_interval says; the first of them has a rate above 0.
-        total: of all.
-        final_factor: what is left in the end, relative to the highest.
+        optimizer: its learning rates are the peak of the schedule.
+        warmup: number of warm-up epochs or steps (--model.lr_interval); the first has a learning rate above 0.
+        total: number of epochs or steps, warm-up included.
+        final_factor: final learning rate, relative to the peak.
     """
 
     def __init__(self, optimizer: Optimizer, warmup: int, total: int, final_factor: float = 0.0) -> None:
@@ -33,7 +33,7 @@ class WarmupCosine(LRScheduler):
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
-        """A rate for each parameter group."""
+        """Learning rate per parameter group."""
         if self.last_epoch < self.warmup:
             factor = (self.last_epoch + 1) / (self.warmup + 1)
         else:

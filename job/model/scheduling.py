@@ -1,4 +1,4 @@
-"""Learning-rate schedulers of a run: their length, their parameter groups, and what they monitor."""
+"""Learning-rate schedulers of a run: length, parameter groups, monitored metrics."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from job.model.metrics import metric_names
 
 AUTO = "auto"
 LENGTHS = ("total_steps", "total_iters", "total", "T_max", "T_0")
-"""Arguments that count a scheduler's intervals, and may be ``auto``: all of the run."""
+"""Arguments that count a scheduler's intervals, and may be ``auto``: the length of the run."""
 RATES = ("max_lr", "base_lr")
-"""Arguments that set a learning rate of their own, the same for every group, in place of the optimizer's."""
-NO_END = 10**9
-"""Intervals that a scheduler must last for in a run without --trainer.max_epochs."""
+"""Arguments that replace the optimizer's learning rates by one for all groups."""
+UNLIMITED = 10**9
+"""Intervals that a scheduler must support in a run without --trainer.max_epochs."""
 
 
 class AutoSchedule:
-    """A scheduler that is as long as the run: some of its arguments are ``auto``.
+    """A scheduler with arguments of ``auto``, which stand for the length of the run.
 
     Args:
-        class_path: a scheduler of torch.optim.lr_scheduler or job.model.schedule, with or without its module.
-        init_args: its arguments, without the optimizer.
+        class_path: a class of torch.optim.lr_scheduler or job.model.schedule, with or without its module.
+        init_args: arguments of the class, without the optimizer.
 
     Raises:
-        ValueError: no such scheduler, no ``auto``, or an ``auto`` that does not count intervals.
+        ValueError: there is no such scheduler, no argument is ``auto``, or one is that does not count intervals.
     """
 
     def __init__(self, class_path: str, init_args: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ class AutoSchedule:
 
     @classmethod
     def parse(cls, value: Any) -> AutoSchedule:
-        """Make one from what ``--model.lr_scheduler`` holds."""
+        """Parse a value of ``--model.lr_scheduler``."""
         if isinstance(value, Namespace):
             value = value.as_dict()
         if not isinstance(value, dict) or not {"class_path"} <= value.keys() <= {"class_path", "init_args"}:
@@ -67,7 +67,7 @@ class AutoSchedule:
         return cls(str(value["class_path"]), dict(value.get("init_args") or {}))
 
     def as_dict(self) -> dict[str, Any]:
-        """What :meth:`parse` takes."""
+        """The value for :meth:`parse`."""
         return {"class_path": f"{self.kind.__module__}.{self.kind.__qualname__}", "init_args": self.init_args}
 
 
@@ -81,17 +81,19 @@ def build_scheduler(
     factors: Sequence[float],
     length: int | None,
 ) -> LRScheduler | ReduceLROnPlateau:
-    """Make the scheduler of a run.
+    """Create the scheduler of a run.
 
-    A single ``max_lr`` (OneCycleLR) or ``base_lr`` (CyclicLR) is the head's, and each group's is its factor times
-    that. A list has a value for each group.
+    A single ``max_lr`` (OneCycleLR) or ``base_lr`` (CyclicLR) is the head's; that of a group is its factor times the
+    head's. A list has one value per group.
 
     Args:
-        factors: learning rate of each of the optimizer's groups, relative to the head's.
-        length: intervals of the run, which ``auto`` stands for; None: without end.
+        schedule: class and arguments, or a callable that takes the optimizer.
+        optimizer: the optimizer.
+        factors: learning rate per parameter group, relative to the head's.
+        length: intervals of the run, which replace ``auto``; None: unlimited.
 
     Raises:
-        ConfigError: there can be no such scheduler.
+        ConfigError: the scheduler cannot be created.
     """
     make: Callable[..., LRScheduler | ReduceLROnPlateau]
     if isinstance(schedule, AutoSchedule):
@@ -112,29 +114,31 @@ def build_scheduler(
             return make(optimizer, **settings)
     except JobError:
         raise
-    except Exception as error:  # whatever a scheduler's constructor raises
+    except Exception as error:  # constructors raise errors of any class
         rates = ", ".join(f"{factor:g}" for factor in factors)
         raise ConfigError(
-            f"--model.lr_scheduler cannot be made: {error}. The optimizer has {len(factors)} parameter groups, with "
+            f"--model.lr_scheduler cannot be created: {error}. The optimizer has {len(factors)} parameter groups, with "
             f"learning rates of {rates} times the head's."
         ) from error
 
 
 def require_length(scheduler: LRScheduler | ReduceLROnPlateau, length: int | None, interval: str) -> None:
-    """Step ``scheduler``, which is not used afterwards, to the end of a run.
+    """Step ``scheduler`` to the end of the run; it is of no use afterwards.
 
-    It jumps there: a scheduler looks at the number of the step, not at the steps before.
+    It is stepped once, from the last interval but one: a scheduler depends on the number of the step only.
 
     Args:
-        length: steps that the run takes; None: without end.
+        scheduler: created for this check.
+        length: how often the run steps it; None: unlimited.
+        interval: "epoch" or "step", for the message.
 
     Raises:
-        ConfigError: it does not last so long, or ends at a rate that is no finite number.
+        ConfigError: the scheduler is shorter than the run, or its last learning rate is not finite.
     """
     if isinstance(scheduler, ReduceLROnPlateau):
         return
     name = type(scheduler).__name__
-    scheduler.last_epoch = max((NO_END if length is None else length) - 1, 0)
+    scheduler.last_epoch = max((UNLIMITED if length is None else length) - 1, 0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -143,7 +147,7 @@ def require_length(scheduler: LRScheduler | ReduceLROnPlateau, length: int | Non
         steps = f"{length} times (once per {interval})" if length is not None else "without end"
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"--model.lr_scheduler {name} does not last as long as the run, which steps it {steps}: {cause}. "
+            f"--model.lr_scheduler {name} is shorter than the run, which steps it {steps}: {cause}. "
             "Use total_steps: auto, or a larger number."
         ) from error
     rates = [float(group["lr"]) for group in scheduler.optimizer.param_groups]
@@ -154,10 +158,10 @@ def require_length(scheduler: LRScheduler | ReduceLROnPlateau, length: int | Non
 def plateau_settings(
     scheduler: ReduceLROnPlateau, trainer: pl.Trainer, interval: str, classes: Sequence[str]
 ) -> dict[str, Any]:
-    """Lightning's configuration of a ReduceLROnPlateau: it is stepped in each epoch that ends with a validation.
+    """Lightning's scheduler configuration for ReduceLROnPlateau, stepped after epochs that end with a validation.
 
     Raises:
-        ConfigError: it monitors what is not logged, or not measured at the end of an epoch.
+        ConfigError: the monitored metric is not logged, or not measured at the end of an epoch.
     """
     name, monitor = "--model.lr_scheduler ReduceLROnPlateau", getattr(scheduler, "monitor", "val/loss")
     if interval == "step":
@@ -180,5 +184,5 @@ def plateau_settings(
                 "Use a number of epochs."
             )
         frequency = trainer.check_val_every_n_epoch
-    # Not strict: a metric that the samples of one epoch do not define leaves the rate as it is.
+    # Not strict: a metric that is undefined in an epoch does not change the learning rate.
     return {"monitor": monitor, "frequency": frequency, "strict": False, "reduce_on_plateau": True}

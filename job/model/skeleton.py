@@ -1,4 +1,4 @@
-"""Networks without memory, whose names and shapes can be compared with a file's before a real one is built."""
+"""Networks on the meta device, to compare the names and shapes of tensors with a file's before memory is allocated."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch
 
 
 class WithoutMemory(TorchFunctionMode):
-    """Context in which parameters are made on the meta device.
+    """Context in which parameters are created on the meta device.
 
-    As ``torch.device("meta")``, but small computations stay real: builders compute widths and depths with
-    ``torch.linspace`` and ``torch.arange``.
+    Unlike ``torch.device("meta")``, ``torch.linspace`` and ``torch.arange`` compute values: builders derive widths and
+    depths from them.
     """
 
     def __torch_function__(

@@ -7,7 +7,7 @@ from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
 
 def accumulation(trainer: pl.Trainer, epoch: int) -> int:
-    """Batches per optimizer step in ``epoch``, by GradientAccumulationScheduler where there is one."""
+    """Batches per optimizer step in ``epoch``; a GradientAccumulationScheduler takes precedence."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)
@@ -22,7 +22,7 @@ def batches_per_epoch(trainer: pl.Trainer, size: int, global_batch_size: int) ->
 
 
 def optimizer_steps(trainer: pl.Trainer, size: int, global_batch_size: int) -> int | None:
-    """Optimizer steps of the whole run, counted from step 0; None where ``max_epochs`` sets no end.
+    """Optimizer steps of the whole run, counted from step 0; None without ``max_epochs``.
 
     Like ``Trainer.estimated_stepping_batches``, but it works under GradientAccumulationScheduler and before the
     data loaders exist.
@@ -34,14 +34,14 @@ def optimizer_steps(trainer: pl.Trainer, size: int, global_batch_size: int) -> i
 
 
 def window_samples(batch_idx: int, accumulate: int, batches: int, size: int, global_batch_size: int) -> int:
-    """Samples, over all ranks, of the accumulation window that holds batch ``batch_idx``.
+    """Samples, over all ranks, in the accumulation window of batch ``batch_idx``.
 
     Args:
-        batch_idx: number of the batch in its epoch.
+        batch_idx: index of the batch in its epoch.
         accumulate: batches per optimizer step.
-        batches: batches per epoch; the last one ends a window.
+        batches: batches per epoch; the last window may be shorter.
         size: samples in the data set.
-        global_batch_size: samples in each batch but the data set's last.
+        global_batch_size: samples per batch over all ranks; the last batch may be smaller.
     """
     first = batch_idx - batch_idx % accumulate
     last = min(first + accumulate, batches)

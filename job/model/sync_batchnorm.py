@@ -1,4 +1,4 @@
-"""torch's SyncBatchNorm for architectures whose normalisation layers do more than normalise.
+"""SyncBatchNorm for architectures whose batch normalisation layers include an activation.
 
 ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, which Lightning applies for ``--trainer.sync_batchnorm``, replaces
 every subclass of batch normalisation by a plain one. timm's BatchNormAct2d would lose its activation
@@ -16,7 +16,7 @@ NormClasses = dict[str, type[nn.Module]]
 
 
 def special_norms(backbone: nn.Module) -> NormClasses:
-    """Classes of the batch normalisations that torch itself does not define, by path."""
+    """Classes of batch normalisation layers that torch does not define, by path."""
     return {
         path: type(module)
         for path, module in backbone.named_modules()
@@ -25,14 +25,14 @@ def special_norms(backbone: nn.Module) -> NormClasses:
 
 
 def restore_norms(backbone: nn.Module, classes: NormClasses) -> nn.Module:
-    """Give converted layers back what the conversion took; a backbone that was not converted stays as it is.
+    """Restore the activation of layers that torch has converted to SyncBatchNorm; others do not change.
 
     Args:
         backbone: changed in place.
         classes: :func:`special_norms` of the backbone before its conversion.
 
     Raises:
-        ConfigError: a layer was converted whose behaviour torch's SyncBatchNorm does not have.
+        ConfigError: there is no synchronised version of a converted layer.
     """
     for path, original in classes.items():
         layer = backbone.get_submodule(path)
@@ -45,14 +45,14 @@ def restore_norms(backbone: nn.Module, classes: NormClasses) -> nn.Module:
             )
         from timm.layers.norm_act import SyncBatchNormAct
 
-        # Both only add the call of the children act and drop, which the conversion has copied, to their base's forward.
+        # Both classes add calls of the children act and drop to forward, and the conversion has copied the children.
         synchronised = isinstance(layer, nn.SyncBatchNorm)
         layer.__class__ = SyncBatchNormAct if synchronised else original
     return backbone
 
 
 def require_synchronisable(device_type: str, world_size: int) -> None:
-    """Refuse --trainer.sync_batchnorm where torch has no kernels for it.
+    """Check that torch has kernels for --trainer.sync_batchnorm.
 
     Raises:
         ConfigError: several processes on CPUs.

@@ -1,4 +1,4 @@
-"""State dicts from the checkpoints of this job, torchvision, timm and Lightning, fitted to a backbone."""
+"""Loading of pretrained weights: state dicts from this job, torchvision, timm and Lightning."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ FILE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".safetensors")
 EMA_SECTIONS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
 SECTIONS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "backbone", "weights")
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Parts that torch.compile, FSDP and activation checkpointing add anywhere in a name."""
+"""Parts of names that torch.compile, FSDP and activation checkpointing insert."""
 PREFIXES = re.compile(r"((module|model|net|network|backbone|encoder|student|ema|online)\.)*")
-"""What may stand before a backbone's own names: containers of DDP, Lightning modules and this job."""
+"""Prefixes of a backbone's names: attributes of DDP, Lightning modules and this job."""
 COUNTER = ".num_batches_tracked"
 MAX_DEPTH = 4
 
@@ -73,7 +73,7 @@ def _file(uri: str) -> str:
 
 
 def _state_dict(loaded: Any, uri: str) -> dict[str, Tensor]:
-    """Descend into the sections of a training script's checkpoint, averaged weights first."""
+    """Find the state dict in the sections of a training script's checkpoint, EMA weights first."""
     path: list[str] = []
     for _ in range(MAX_DEPTH):
         if not isinstance(loaded, Mapping) or not all(isinstance(key, str) for key in loaded):
@@ -86,7 +86,7 @@ def _state_dict(loaded: Any, uri: str) -> dict[str, Tensor]:
         if not sections:
             break
         if len(sections) > 1:
-            chosen = "the averaged weights, " if sections[0] in EMA_SECTIONS else ""
+            chosen = "the EMA weights, " if sections[0] in EMA_SECTIONS else ""
             log.info("weights %s: of the sections %s, %s%s is used", uri, ", ".join(sections), chosen, sections[0])
         path.append(sections[0])
         loaded = loaded[sections[0]]
@@ -98,7 +98,7 @@ def _state_dict(loaded: Any, uri: str) -> dict[str, Tensor]:
 
 
 def _has_tensors(value: Any, depth: int = MAX_DEPTH) -> bool:
-    """Whether a section is a state dict, or holds one."""
+    """Whether a section is a state dict, or contains one."""
     if not isinstance(value, Mapping) or depth == 0:
         return False
     if any(isinstance(tensor, Tensor) for tensor in value.values()):
@@ -123,18 +123,18 @@ def load_weights(
     head_prefixes: tuple[str, ...],
     head_keys: Callable[[], Iterable[str]] = tuple,
 ) -> None:
-    """Load ``state`` into the backbone, strictly; only what belongs to a head, or lies outside of it, may be left over.
+    """Load ``state`` strictly into the backbone; only tensors of a head or outside of the backbone may be left over.
 
     Args:
         backbone: an architecture without its head.
-        state: names may have the prefixes of DDP, torch.compile, Lightning modules and this job, in any order.
+        state: tensors by name; names may have the prefixes of DDP, torch.compile, Lightning modules and this job.
         source: URI, for messages.
-        name: of the architecture, for messages.
-        head_prefixes: paths of its classification layers.
-        head_keys: computes the names of the whole architecture's state that the backbone has not.
+        name: name of the architecture, for messages.
+        head_prefixes: paths of the architecture's classification layers.
+        head_keys: computes the names in the state dict of the architecture with its heads.
 
     Raises:
-        WeightsError: names, shapes or kinds of numbers differ; the message lists the first of them.
+        WeightsError: names, shapes or dtypes differ; the message lists the first differences.
     """
     expected = backbone.state_dict()
     state = {WRAPPERS.sub("", key): value for key, value in state.items()}
@@ -145,13 +145,13 @@ def load_weights(
     if unexpected := inside.keys() - expected.keys():
         unexpected &= set(head_keys())
         inside = {key: value for key, value in inside.items() if key not in unexpected}
-    # Old and converted state dicts have no counters, which only matter with momentum=None.
+    # Old and converted state dicts lack counters, which matter only with momentum=None.
     counters = {key: value for key, value in expected.items() if key.endswith(COUNTER) and key not in inside}
     inside |= counters
     _require_fit(inside, expected, f"the weights {source} do not fit the backbone {name}")
     for key, value in inside.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise WeightsError(f"the weights {source} hold values that are not finite, first in {printable(key)}.")
+            raise WeightsError(f"the weights {source} contain values that are not finite, first in {printable(key)}.")
     backbone.load_state_dict(versioned(inside, backbone))
     unused = len(state) - sum(prefix + key in state for key in inside)
     log.info(
@@ -164,14 +164,14 @@ def load_weights(
 
 
 def versioned(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """``state`` with the version numbers that the layers of ``module`` look for, which files do not keep."""
+    """Add the version numbers of the layers of ``module``, which files do not contain, to ``state``."""
     result = OrderedDict(state)
     result._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
     return result
 
 
 def _prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """The prefix under which ``state`` has the most of the expected names."""
+    """The prefix with which ``state`` contains most of the expected names."""
     counts = {"": 0}
     for key in state:
         found = PREFIXES.match(key)

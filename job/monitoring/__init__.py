@@ -1,1 +1,1 @@
-"""What the job says: TensorBoard events, progress, the closing summary."""
+"""TensorBoard events, progress, accounting, profile and report."""

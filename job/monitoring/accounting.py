@@ -1,7 +1,7 @@
-"""Where the time of a run went, over all its starts: goodput and what is not good about it.
+"""Goodput of a run over all its attempts: the share of time in productive steps, and where the rest went.
 
-``<run_dir>/accounting.json`` holds one record per start. Rank 0 renews its own while the run lasts, so that the record
-of a killed start is nearly complete.
+``<run_dir>/accounting.json`` holds one record per attempt. Rank 0 rewrites its own while the run lasts, so that the
+record of a killed attempt is nearly complete.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ Seconds = Annotated[float, Meta(ge=-1e11, le=1e11)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 
 _processes = itertools.count()
-"""Counts the starts within this process."""
+"""Counts the attempts within this process."""
 
 
-class Start(msgspec.Struct, forbid_unknown_fields=True):
-    """One start of the run, in seconds, on rank 0.
+class Attempt(msgspec.Struct, forbid_unknown_fields=True, rename={"recomputed": "lost"}):
+    """One attempt: from the start of the process to its end, in seconds, on rank 0.
 
     Attributes:
-        began: when the process began, since the epoch.
-        ended: when this record was last renewed.
-        world_size: processes.
-        first_step: ``global_step`` that it went on from.
-        last_step: ``global_step`` it reached.
-        startup: from the process's beginning to its first step, without ``features``.
-        features: computing or fetching what the frozen backbone gives.
+        began: start of the process, in seconds since 1970.
+        ended: last update of this record.
+        world_size: number of processes.
+        first_step: ``global_step`` that it resumed from.
+        last_step: ``global_step`` that it reached.
+        startup: from the start of the process to its first step, without ``features``.
+        features: computing or fetching the features of the frozen backbone.
         step: forward, backward, communication and optimizer.
         data_wait: waiting for the next batch.
         validation: validating.
-        checkpoint_stall: training stood still for a checkpoint.
-        lost: ``step`` seconds that the next start had to do again.
+        checkpoint_stall: training blocked by a checkpoint.
+        recomputed: the part of ``step`` that the next attempt had to repeat; ``lost`` in the file.
         format: version of this record.
     """
 
@@ -77,11 +77,11 @@ class Start(msgspec.Struct, forbid_unknown_fields=True):
     data_wait: Seconds = 0.0
     validation: Seconds = 0.0
     checkpoint_stall: Seconds = 0.0
-    lost: Seconds = 0.0
+    recomputed: Seconds = 0.0
     format: Annotated[int, Meta(ge=1)] = 1
 
 
-def read(run_dir: str) -> list[Start]:
+def read(run_dir: str) -> list[Attempt]:
     """The records of a run, in order; none, with a warning, where they cannot be read."""
     try:
         return _read(run_dir)
@@ -90,7 +90,7 @@ def read(run_dir: str) -> list[Start]:
         return []
 
 
-def _read(run_dir: str) -> list[Start]:
+def _read(run_dir: str) -> list[Attempt]:
     """The records of a run, in order.
 
     Raises:
@@ -108,35 +108,36 @@ def _read(run_dir: str) -> list[Start]:
                 f"{uri} was written by a newer version of job: it has format {newest}, this version reads formats up "
                 f"to {FORMAT}."
             )
-        return msgspec.json.decode(content, type=list[Start])
+        return msgspec.json.decode(content, type=list[Attempt])
     except MALFORMED as error:
         raise CheckpointError(f"{uri} is damaged: {error}") from error
 
 
-def totals(starts: list[Start]) -> dict[str, float]:
-    """Sums over all starts, in seconds.
+def totals(attempts: list[Attempt]) -> dict[str, float]:
+    """Sums over all attempts, in seconds.
 
-    ``wall`` is the time from the beginning of the first start to the end of the last; where starts overlap (two at a
-    time, or clocks that differ), it is at least the sum of what they did. ``goodput`` is the share of it that went into
-    steps which counted, and into the features that such steps train from. ``other`` is the rest that no record
-    explains, the time between starts above all. No figure is negative.
+    ``wall`` is the time from the beginning of the first attempt to the end of the last; where attempts overlap (two at
+    a time, or clocks that differ), it is at least the sum of their parts. ``goodput`` is the share of ``wall`` in steps
+    that were not repeated and in the features that they train from; ``lost`` is the time of repeated steps. ``other``
+    is the remainder, mostly time between attempts. No figure is negative.
     """
-    names = ("startup", "features", "step", "data_wait", "validation", "checkpoint_stall", "lost")
-    sums = {name: sum(max(getattr(start, name), 0.0) for start in starts) for name in names}
-    sums["lost"] = min(sums["lost"], sums["step"])
+    names = ("startup", "features", "step", "data_wait", "validation", "checkpoint_stall")
+    sums = {name: sum(max(getattr(attempt, name), 0.0) for attempt in attempts) for name in names}
+    recomputed = sum(max(attempt.recomputed, 0.0) for attempt in attempts)
+    sums["lost"] = min(recomputed, sums["step"])
     sums["step"] -= sums["lost"]
     explained = sum(sums.values())
-    wall = max(max(start.ended for start in starts) - min(start.began for start in starts), explained)
+    wall = max(max(attempt.ended for attempt in attempts) - min(attempt.began for attempt in attempts), explained)
     goodput = (sums["step"] + sums["features"]) / wall if wall else 0.0
     return {"goodput": goodput, "wall": wall, **sums, "other": max(wall - explained, 0.0)}
 
 
 class Accounting(Callback):
-    """Measures this start, and keeps ``accounting.json`` on rank 0.
+    """Measures this attempt, and writes ``accounting.json`` on rank 0.
 
     Args:
-        checkpointer: knows how long training stood still for checkpoints.
-        features: knows how long the features took.
+        checkpointer: measures how long training was blocked by checkpoints.
+        features: measures how long the features took.
         before_write: called immediately before each write; raises if this job may not write to run_dir.
     """
 
@@ -150,10 +151,10 @@ class Accounting(Callback):
         self.features = features
         self.before_write = before_write
         self.interval = RENEW_SECONDS
-        self.earlier: list[Start] = []
-        # The time before belongs to the first of several starts in one process.
+        self.earlier: list[Attempt] = []
+        # The time before the first fit in a process is part of its first attempt.
         began = time.time() if next(_processes) else _process_began()
-        self.start = Start(began=began, ended=time.time(), world_size=1, format=FORMAT)
+        self.attempt = Attempt(began=began, ended=time.time(), world_size=1, format=FORMAT)
         self._step_began: float | None = None
         self._validation_began = 0.0
         self._waited_in_startup = 0.0
@@ -161,31 +162,31 @@ class Accounting(Callback):
         self._is_kept = True
 
     @property
-    def starts(self) -> list[Start]:
-        """The records of all starts, this one's last."""
-        return [*self.earlier, self.start]
+    def attempts(self) -> list[Attempt]:
+        """The records of all attempts, the current one last."""
+        return [*self.earlier, self.attempt]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the records of earlier starts, and what the last one lost."""
-        self.start.world_size = trainer.world_size
-        self.start.first_step = self.start.last_step = trainer.global_step
+        """Read the records of earlier attempts, and compute how many steps of the last one are repeated."""
+        self.attempt.world_size = trainer.world_size
+        self.attempt.first_step = self.attempt.last_step = trainer.global_step
         if trainer.is_global_zero:
             self._run_dir = trainer.default_root_dir
-            self.earlier = self._find_earlier()
+            self.earlier = self._read_earlier()
             if self.earlier:
                 last = self.earlier[-1]
-                done, again = last.last_step - last.first_step, last.last_step - trainer.global_step
-                last.lost = last.step * max(again, 0) / done if done > 0 else 0.0
+                done, repeated = last.last_step - last.first_step, last.last_step - trainer.global_step
+                last.recomputed = last.step * max(repeated, 0) / done if done > 0 else 0.0
             self.write()
             self._renewal = Periodic("accounting", lambda: self.interval, self.write)
 
-    def _find_earlier(self) -> list[Start]:
+    def _read_earlier(self) -> list[Attempt]:
         """Earlier records; a file that cannot be used is kept: of a newer version as it is, else beside a new one."""
         try:
             return _read(self._run_dir)
         except NewerFormatError as error:
             self._is_kept = False
-            log.warning("%s It is left as it is, without this start.", error)
+            log.warning("%s It is left unchanged, without this attempt.", error)
         except CheckpointError as error:
             uri = storage.join(self._run_dir, FILE)
             kept = storage.join(self._run_dir, f"accounting.damaged-{int(time.time())}.json")
@@ -197,9 +198,9 @@ class Accounting(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """A step begins."""
         self._step_began = time.monotonic()
-        if not self.start.startup:
-            self.start.features = self.features.seconds
-            self.start.startup = time.time() - self.start.began - self.start.features
+        if not self.attempt.startup:
+            self.attempt.features = self.features.seconds
+            self.attempt.startup = time.time() - self.attempt.began - self.attempt.features
             self._waited_in_startup = self._waited(trainer)
 
     def between_steps(self, trainer: pl.Trainer) -> None:
@@ -213,14 +214,14 @@ class Accounting(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A validation is over."""
-        self.start.validation += time.monotonic() - self._validation_began
+        self.attempt.validation += time.monotonic() - self._validation_began
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the totals so far."""
         self._end_step(trainer)
         if trainer.is_global_zero:
             self._refresh()
-            values = {f"accounting/{name}": value for name, value in totals(self.starts).items()}
+            values = {f"accounting/{name}": value for name, value in totals(self.attempts).items()}
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step - 1)
 
@@ -238,7 +239,7 @@ class Accounting(Callback):
         if not self._is_kept:
             return
         uri = storage.join(self._run_dir, FILE)
-        content = msgspec.json.format(msgspec.json.encode(self.starts), indent=2)
+        content = msgspec.json.format(msgspec.json.encode(self.attempts), indent=2)
         self.interval = max(RENEW_SECONDS, len(content) / BYTES_PER_SECOND)
         try:
             storage.write_bytes(uri, content, self.before_write)
@@ -256,8 +257,8 @@ class Accounting(Callback):
                 self.write()
 
     def _refresh(self) -> None:
-        self.start.ended = time.time()
-        self.start.checkpoint_stall = self.checkpointer.stall_seconds
+        self.attempt.ended = time.time()
+        self.attempt.checkpoint_stall = self.checkpointer.stall_seconds
 
     def _waited(self, trainer: pl.Trainer) -> float:
         loader = trainer.train_dataloader
@@ -265,10 +266,10 @@ class Accounting(Callback):
         return seconds
 
     def _end_step(self, trainer: pl.Trainer) -> None:
-        self.start.data_wait = self._waited(trainer) - self._waited_in_startup
+        self.attempt.data_wait = self._waited(trainer) - self._waited_in_startup
         if self._step_began is not None:
-            self.start.step += time.monotonic() - self._step_began
-            self.start.last_step = trainer.global_step
+            self.attempt.step += time.monotonic() - self._step_began
+            self.attempt.last_step = trainer.global_step
             self._step_began = None
 
 

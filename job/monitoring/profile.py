@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a trace of a few steps in run_dir, and a line that sums it up."""
+"""Profile of a few steps: a trace in run_dir, and a line in the log with the time of each part."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMUNICATION = ("gloo:", "nccl:", "c10d::allreduce_")
 class Profile(Callback):
     """Records steps by torch's profiler on every rank, for Perfetto or TensorBoard's profiler plugin.
 
-    An accelerator is waited for at the borders of what is told apart, which costs a recorded step some time.
+    The accelerator is synchronised between the parts that are timed, which slows the recorded steps down.
 
     Args:
         checkpointer: measures how long training stood still for checkpoints.
@@ -96,11 +96,11 @@ class Profile(Callback):
         communication = sum(e.time_range.elapsed_us() / 1e6 for e in events if e.name.startswith(COMMUNICATION))
         parts = {"data wait": waited, **self._seconds, "checkpoint": stalled}
         parts["other"] = max(total - sum(parts.values()), 0.0)
-        told = [f"{what} {1000 * spent / steps:.1f} ({spent / total:.0%})" for what, spent in parts.items()]
+        shares = [f"{what} {1000 * spent / steps:.1f} ({spent / total:.0%})" for what, spent in parts.items()]
         log.info(
             "a step takes %.1f ms: %s; within them %.1f ms of communication, which may overlap",
             1000 * total / steps,
-            ", ".join(told),
+            ", ".join(shares),
             1000 * communication / steps,
         )
         name = f"rank{trainer.global_rank}-step{trainer.global_step - steps}.pt.trace.json"

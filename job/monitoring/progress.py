@@ -29,7 +29,7 @@ class TerminalProgress(RichProgressBar):
         self._fetched = 0.0
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """What stands beside the bar."""
+        """Metrics beside the bar."""
         if time.monotonic() - self._fetched >= FETCH_SECONDS:
             self._metrics, self._fetched = _values(trainer), time.monotonic()
         return dict(self._metrics)
@@ -51,7 +51,7 @@ class PlainProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Say where training stands, when it is time."""
+        """Log the position and the loss, every ``seconds``."""
         now = time.monotonic()
         if self.enabled and now - self._last >= self.seconds:
             self._last = now
@@ -59,7 +59,7 @@ class PlainProgress(ProgressBar):
             log.info("epoch %d  batch %d/%s  %s", trainer.current_epoch, done, total, _numbers(trainer, "train/"))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say what validation found."""
+        """Log the validation metrics."""
         if self.enabled and trainer.state.fn == "fit":
             log.info("epoch %d  %s", trainer.current_epoch, _numbers(trainer, "val/"))
 

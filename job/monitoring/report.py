@@ -155,11 +155,13 @@ class ReportWriter(Callback):
     def _report(self, trainer: pl.Trainer) -> dict[str, Any]:
         run_dir, data = trainer.default_root_dir, image_data(trainer)
         committed = checkpoint.manifests(run_dir)
-        starts = self.accounting.starts if self.train_seconds else accounting.read(run_dir) or self.accounting.starts
+        attempts = self.accounting.attempts
+        if not self.train_seconds:
+            attempts = accounting.read(run_dir) or attempts
         report = {
             "run_dir": run_dir,
-            "started": _iso(starts[0].began),
-            "finished": _iso(starts[-1].ended),
+            "started": _iso(attempts[0].began),
+            "finished": _iso(attempts[-1].ended),
             "epochs": committed[-1].epoch if committed else 0,
             "global_step": committed[-1].global_step if committed else 0,
             "world_size": trainer.world_size,
@@ -172,8 +174,8 @@ class ReportWriter(Callback):
             "metrics": {},
             "confusion_matrix": None,
             "checkpoints": {},
-            "starts": len(starts),
-            "seconds": accounting.totals(starts),
+            "starts": len(attempts),
+            "seconds": accounting.totals(attempts),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         }
         if committed:
@@ -206,7 +208,7 @@ def _confusion_matrix(run_dir: str, manifest: Manifest) -> dict[str, Any] | None
 
 
 def _figures_of_training(uri: str) -> dict[str, Any]:
-    """What an earlier report says of the training itself, for a start that found the run finished."""
+    """Figures of training in an earlier report, for an attempt that did not train since the run was complete."""
     if not storage.exists(uri):
         return {}
     try:
@@ -262,13 +264,12 @@ def _metrics(entry: dict[str, Any]) -> str:
     return f"epoch {entry['epoch']}: {shown or 'not validated'}"
 
 
-def print_findings(found: dict[str, Any]) -> None:
-    """Print what ``tune`` found, as options to type next."""
-    optimizer = f"{{class_path: {found['optimizer']}, init_args: {{lr: {found['lr']:.2g}}}}}"
-    say(f"The loss falls fastest at a learning rate of {found['lr']:.2g}:")
-    say(f"  --model.optimizer '{optimizer}'")
-    if most := found["global_batch_size_at_most"]:
-        each, processes = found["bytes_an_image"] / 1e6, found["world_size"]
+def print_suggestions(result: dict[str, Any]) -> None:
+    """Print the result of ``tune`` as options to type next."""
+    say(f"The loss falls fastest at a learning rate of {result['lr']:.2g}:")
+    say(f"  --model.lr {result['lr']:.2g}")
+    if most := result["global_batch_size_at_most"]:
+        each, processes = result["bytes_an_image"] / 1e6, result["world_size"]
         say(f"Training all layers takes {each:.1f} MB an image. On {processes} process(es) like these, at most:")
         say(f"  --data.global_batch_size {most}")
 

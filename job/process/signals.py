@@ -68,7 +68,7 @@ class StopSignals:
     Args:
         grace: seconds; None: no limit, for a process whose children have one.
         at_end: called before the process is ended from outside of the main thread.
-        owns_process: end the process at a second Ctrl-C; else, in a notebook say, raise KeyboardInterrupt there.
+        owns_process: end the process at a second Ctrl-C; else, in a notebook say, raise :class:`Stopped` there.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class StopSignals:
                 self._leave_terminal()
             self.on_first(self.first)
         elif number == signal.SIGINT and not self.owns_process:
-            raise KeyboardInterrupt
+            raise Stopped("stopped at once by a second Ctrl-C: what was not saved is lost.", exit_code(number))
 
     def _leave_terminal(self) -> None:
         """Write to nowhere what would go to a terminal that is gone: each write would raise an error."""

@@ -1,4 +1,4 @@
-"""What a user needs to know of a run that diverged: its last good checkpoint, and how to go on."""
+"""Advice in the error of a run that diverged: the last good checkpoint and options to change."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def _advice(run_dir: str, io: BackgroundCheckpointIO) -> str:
     change = "--trainer.gradient_clip_val=1, --trainer.precision=32-true or --model.nonfinite=skip"
     if not committed:
         return (
-            f"There is no checkpoint yet. Start again with a lower learning rate (--model.optimizer), {change}; "
+            f"There is no checkpoint yet. Start again with a lower learning rate (--model.lr), {change}; "
             "python -m job tune finds a learning rate."
         )
     uri = storage.join(run_dir, checkpoint.FOLDER, committed[-1].file)
     return (
         f"The last good checkpoint is {uri} (step {committed[-1].global_step}). The same command with {change} goes on "
-        "from there. A lower learning rate (--model.optimizer) needs another --run_dir; "
+        "from there. A lower learning rate (--model.lr) needs another --run_dir; "
         f"--model.weights={uri} starts it from these weights."
     )

@@ -1,4 +1,4 @@
-"""Notice that this process is to stop, and stop in time with the state saved."""
+"""Preemption: a signal to stop becomes a flag, which the training loop acts upon after saving."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Preemption(StopSignals):
 
     Args:
         grace: seconds from the signal to the end of the process; None: no limit.
-        owns_process: end the process at a second Ctrl-C; else raise KeyboardInterrupt.
+        owns_process: end the process at a second Ctrl-C; else raise Stopped.
     """
 
     def __init__(self, grace: float | None, *, owns_process: bool = True) -> None:
@@ -55,7 +55,7 @@ class Preemption(StopSignals):
             )
 
     def announce(self, number: signal.Signals) -> None:
-        """Say that the state is being saved, and how not to wait for it."""
+        """Log that the state is being saved."""
         if self._deferred:
             within = "" if self.grace is None else f", within {self.grace:.0f} s"
             log.warning(

@@ -1,4 +1,4 @@
-"""No rank waits for ever: a thread ends a process that makes no progress."""
+"""Watchdog: a thread ends a process that makes no progress."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Pulse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         phase: what it is doing.
         step: its ``global_step``.
         waiting: seconds since it made progress.
-        told: seconds since the epoch, by its own clock, at the time of publication.
+        published_at: time of publication, in seconds since 1970, by its own clock.
     """
 
     phase: Annotated[str, msgspec.Meta(max_length=100)]
     step: Annotated[int, msgspec.Meta(ge=0)]
     waiting: Annotated[float, msgspec.Meta(ge=0)]
-    told: float
+    published_at: float
 
 
 class Progress(NamedTuple):
@@ -100,10 +100,12 @@ class Watchdog(Callback):
 
     Args:
         settings: its limits.
+        ends_process: end the process that hangs; else only print its stacks.
     """
 
-    def __init__(self, settings: WatchdogSettings) -> None:
+    def __init__(self, settings: WatchdogSettings, *, ends_process: bool = True) -> None:
         self.settings = settings
+        self.ends_process = ends_process
         self._interval = min(settings.min_seconds / 4, CHECK_SECONDS)
         self._progress = Progress("starting", 0, time.monotonic(), settings.startup_seconds)
         self._measured: dict[str, collections.deque[float]] = {}
@@ -169,11 +171,11 @@ class Watchdog(Callback):
         self._expect_anything("saving", trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What is left is uploaded."""
+        """Uploads may follow."""
         self._expect_anything("finishing", trainer.global_step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """What is left is uploaded."""
+        """Uploads may follow."""
         self._expect_anything("stopping", trainer.global_step)
 
     def beat(self, phase: str, step: int) -> None:
@@ -216,18 +218,22 @@ class Watchdog(Callback):
             self._store.set(f"pulse/{ranks.rank()}", msgspec.json.encode(pulse).decode())
 
     def _end(self, progress: Progress, waiting: float) -> None:
-        faulthandler.dump_traceback(all_threads=True)
+        faulthandler.dump_traceback(all_threads=True, file=2)  # sys.stderr of a notebook is no file
+        action = ": ending it" if self.ends_process else ""
         print(
             f"job: rank {ranks.rank()} has made no progress for {waiting:.0f} s, {progress.phase} at step "
-            f"{progress.step} (limit {progress.limit:.0f} s): ending it. Its stacks stand above.\n{self._others()}",
+            f"{progress.step} (limit {progress.limit:.0f} s){action}. Its stacks stand above.\n{self._others()}",
             file=sys.stderr,
             flush=True,
         )
+        if not self.ends_process:
+            self._progress = progress._replace(at=time.monotonic())
+            return
         temporary.remove_all()
         os._exit(EXIT_RETRY)
 
     def _others(self) -> str:
-        """The last published state of every rank, which tells the one that hangs from those that wait for it."""
+        """The last published state of every rank, which shows the one that hangs and those that wait for it."""
         pulses: dict[int, Pulse] = {}
         with contextlib.suppress(TimeoutError):
             call_within(STORE_SECONDS, lambda: self._read_pulses(pulses), "reading the states of the other ranks")
@@ -236,7 +242,7 @@ class Watchdog(Callback):
             if (pulse := pulses.get(rank)) is None:
                 lines.append(f"job: rank {rank}: has published no state")
             else:
-                silent = time.time() - pulse.told
+                silent = time.time() - pulse.published_at
                 lines.append(
                     f"job: rank {rank}: {pulse.phase}, step {pulse.step}, no progress for {pulse.waiting:.0f} s, "
                     f"last state published {silent:.0f} s ago"

@@ -1,4 +1,4 @@
-"""Reading .pth, .ckpt and .safetensors files as data: no code runs, and no more memory is taken than the file has."""
+"""Safe reading of .pth, .ckpt and .safetensors files: no code is run, and memory is bounded by the file size."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from job.errors import JobError, WeightsError
 from job.process.terminal import escape
 
 DATA_CLASSES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
-"""Plain records that common training scripts save beside the weights; torch sets their attributes and calls nothing."""
+"""Classes of records that training scripts save with the weights; unpickling them calls no code."""
 
 
 def load_tensors(content: bytes, uri: str, *, error_type: type[JobError] = WeightsError) -> Any:
-    """Unpack the content of a file that ``torch.save`` or safetensors wrote, on the CPU.
+    """Load the content of a file that ``torch.save`` or safetensors wrote, on the CPU.
 
     Args:
         content: the whole file.
-        uri: where it came from: the suffix .safetensors decides the format, and messages name it.
+        uri: URI of the file, for messages; the suffix .safetensors selects the format.
         error_type: class of the error that is raised.
 
     Raises:
-        JobError: of ``error_type``: damaged, or holds objects other than tensors and plain values.
+        JobError: of ``error_type``: the file is damaged, or contains objects other than tensors and plain values.
     """
     try:
         if uri.endswith(".safetensors"):
@@ -37,12 +37,12 @@ def load_tensors(content: bytes, uri: str, *, error_type: type[JobError] = Weigh
         _require_bounded(content)
         with torch.serialization.safe_globals(DATA_CLASSES), warnings.catch_warnings(action="ignore"):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # both raise whatever the bytes led them to
+    except Exception as error:  # damaged bytes raise errors of any class
         raise error_type(f"{uri} cannot be loaded safely: {_reason(error)}") from error
 
 
 def _require_bounded(content: bytes) -> None:
-    """Refuse zip archives that expand: torch.save stores, and torch.load allocates the size that a record claims."""
+    """Refuse compressed zip archives: torch.load allocates the size that a record claims."""
     if not content.startswith(b"PK"):
         return
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -61,7 +61,7 @@ def _below_root(name: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """One line without torch's advice on how to load unsafely, and without escape sequences."""
+    """One line, without torch's advice to load unsafely and without escape sequences."""
     text = str(error)
     if found := re.search(r"GLOBAL ([\w.]+)", text):
         return f"it holds an object made by {found[1]}, and only tensors and plain values are loaded."
@@ -72,6 +72,6 @@ def _reason(error: Exception) -> str:
 
 
 def printable(text: str, length: int = 200) -> str:
-    """Text from a file, without line breaks and control characters, for a message."""
+    """Text from a file for a message, with line breaks and control characters escaped."""
     shown = escape(text[:length])
     return shown if len(text) <= length else f"{shown}…"

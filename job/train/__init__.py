@@ -1,1 +1,1 @@
-"""What happens around the training loop: checkpoints, throughput, the report, the trainer itself."""
+"""The trainer, a fit from beginning to end, and the searches of ``tune``."""

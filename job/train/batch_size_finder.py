@@ -1,4 +1,4 @@
-"""The largest batch that memory holds, from what two small ones need."""
+"""Largest batch that fits in memory, extrapolated from two small ones."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class BatchSizeFinder(Callback):
     it is tried. Ranks agree on the smallest of theirs.
 
     Attributes:
-        per_rank: images a rank, a multiple of 8 where that many fit; 0: not measured, which takes CUDA or Linux.
-        bytes_each: memory an image needs.
+        per_rank: images per rank, a multiple of 8 where that many fit; 0: not measured, which takes CUDA or Linux.
+        bytes_each: memory per image.
     """
 
     def __init__(self) -> None:

@@ -46,7 +46,8 @@ class FitSettings:
         checkpoint: when checkpoints are taken.
         features: whether the features of a frozen backbone are cached.
         watchdog: limits of a step.
-        owns_process: end the process where it hangs, or at a second Ctrl-C; a notebook's kernel is not ours to end.
+        ends_hanging_process: let the watchdog end this process, not only print its stacks.
+        ends_at_second_interrupt: end this process at a second Ctrl-C, instead of raising Stopped.
     """
 
     run_dir: str
@@ -58,7 +59,8 @@ class FitSettings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
     watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
-    owns_process: bool = True
+    ends_hanging_process: bool = True
+    ends_at_second_interrupt: bool = True
 
 
 def fit(model: TransferLearningModel, data: ImageDataModule, settings: FitSettings) -> Report:
@@ -69,10 +71,10 @@ def fit(model: TransferLearningModel, data: ImageDataModule, settings: FitSettin
         Stopped: a signal came outside of training.
     """
     run_dir, lease = settings.run_dir, Lease(settings.run_dir)
-    watchdog = Watchdog(settings.watchdog)
+    watchdog = Watchdog(settings.watchdog, ends_process=settings.ends_hanging_process)
     with (
         watchdog.stopped_at_end(),
-        Preemption(settings.grace, owns_process=settings.owns_process) as preemption,
+        Preemption(settings.grace, owns_process=settings.ends_at_second_interrupt) as preemption,
         ranks.process_group(settings.watchdog.startup_seconds),
         lease.released_at_end(),
     ):
@@ -126,7 +128,7 @@ def _resume_point(run_dir: str, resume: Resume) -> checkpoint.Manifest | None:
                 "Choose another --run_dir, or --resume=auto."
             )
         return None
-    newest = checkpoint.newest_trusted(run_dir)
+    newest = checkpoint.newest_verified(run_dir)
     if newest is None and resume == "must":
         raise CheckpointError(f"--resume is must, but {run_dir} holds no checkpoint.")
     return newest

@@ -1,4 +1,4 @@
-"""A learning rate to begin with: the loss is watched while the rate rises from step to step (arXiv:1506.01186)."""
+"""Learning rate range test (arXiv:1506.01186)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from job.errors import ConfigError
 
 SMOOTHING = 0.9
-"""What is left of the running mean of losses in a step."""
+"""Decay of the running mean of losses, per step."""
 DIVERGED = 4.0
 """The sweep ends where the running mean is this many times its lowest."""
 LEFT_OUT = 5
-"""Steps at the start whose running mean means little."""
+"""First steps, whose running mean is too noisy to use."""
 
 
 class LRFinder(Callback):
@@ -77,7 +77,7 @@ class LRFinder(Callback):
         trainer.should_stop = len(self.losses) > LEFT_OUT and diverged
 
     def suggestion(self) -> float:
-        """The rate at which the loss falls fastest.
+        """Learning rate at which the loss falls fastest.
 
         Raises:
             ConfigError: it falls nowhere, or is no number.
@@ -95,9 +95,9 @@ class LRFinder(Callback):
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Running means, without the bias of their beginning."""
-    mean, found = 0.0, []
+    """Bias-corrected running means."""
+    mean, means = 0.0, []
     for count, loss in enumerate(losses, 1):
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
-        found.append(mean / (1 - SMOOTHING**count))
-    return found
+        means.append(mean / (1 - SMOOTHING**count))
+    return means

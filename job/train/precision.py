@@ -1,4 +1,4 @@
-"""What the hardware at hand computes fastest in, where the user has not said."""
+"""Default precision for this hardware."""
 
 from __future__ import annotations
 

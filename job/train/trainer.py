@@ -147,7 +147,7 @@ def _trainer(
 
 
 def _on_xla(settings: dict[str, Any], run_dir: str) -> dict[str, Any]:
-    """What replaces accelerator, strategy, precision and profiler, and adds callbacks, where XLA computes."""
+    """Trainer arguments on XLA."""
     cache = CompilationCache(run_dir)  # filled before the strategy opens it
     records: list[Callback] = [cache, Counts()]
     if settings.get("profiler") == "xla":

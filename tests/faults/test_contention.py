@@ -46,6 +46,6 @@ def test_a_fit_that_is_stopped_and_resumed_leaves_the_run_to_another(run_dir: st
     assert "Traceback" not in first.output
     assert second.wait() == 0, second.output
     assert [step for step, _ in scalars(run_dir)["train/loss"]] == list(range(24))
-    assert checkpoint.newest_trusted(run_dir) is not None
+    assert checkpoint.newest_verified(run_dir) is not None
     assert not storage.exists(f"{run_dir}/lease.json")
     assert len(accounting.read(run_dir)) == 2

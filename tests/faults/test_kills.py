@@ -72,7 +72,7 @@ def test_killed_in_the_middle_of_an_upload(
     jobs.append(first)
     assert first.wait() != 0
     proxy.fault = lambda request: None
-    newest = checkpoint.newest_trusted(run_dir)
+    newest = checkpoint.newest_verified(run_dir)
     assert newest is not None
     assert newest.global_step == 10
     second = Job(tmp_path / "log2", *fit_options(run_dir), processes=2)

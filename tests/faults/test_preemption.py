@@ -48,7 +48,7 @@ def test_a_signal_to_any_rank_saves_and_stops_all(
     first = Job(tmp_path / "log", *arguments, processes=2)
     assert first.wait() != 0
     assert "stopped on request after step" in first.output
-    newest = checkpoint.newest_trusted(run_dir)
+    newest = checkpoint.newest_verified(run_dir)
     assert newest is not None
     assert newest.global_step >= step
     assert f"stopped on request after step {newest.global_step}," in first.output
@@ -56,7 +56,7 @@ def test_a_signal_to_any_rank_saves_and_stops_all(
     assert second.wait() == 0, second.output
     assert f"going on after step {newest.global_step}," in second.output
     assert_nothing_lost(run_dir, uninterrupted, starts=2)
-    assert accounting.read(run_dir)[0].lost == 0
+    assert accounting.read(run_dir)[0].recomputed == 0
 
 
 def test_a_signal_during_an_upload(run_dir: str, uninterrupted: str, tmp_path: Path, proxy: FaultyProxy) -> None:
@@ -95,7 +95,7 @@ def test_a_rank_that_cannot_save_in_time_ends_all_the_same(run_dir: str, tmp_pat
     job = Job(tmp_path / "log", *fit_options(run_dir, trainer__callbacks=plot, grace=5))
     assert job.wait(timeout=60) == 143, job.output
     assert "could not stop cleanly within 5 s" in job.output
-    newest = checkpoint.newest_trusted(run_dir)
+    newest = checkpoint.newest_verified(run_dir)
     assert newest is not None
     assert newest.global_step <= 10
     proxy.fault = lambda request: None

@@ -111,7 +111,7 @@ def test_a_learning_rate_and_a_batch_size_are_found(gcs: str, gcs_colours: str) 
     assert found["global_batch_size_at_most"] % 16 == 0
     assert not checkpoint.manifests(run_dir)
     chosen = re.findall(r"^  (--\S+) '?(.*?)'?$", shown, re.MULTILINE)
-    assert [name for name, _ in chosen] == ["--model.optimizer", "--data.global_batch_size"]
+    assert [name for name, _ in chosen] == ["--model.lr", "--data.global_batch_size"]
     told = [word for pair in chosen for word in pair]
     refused = run("fit", *options(settings), *told, "--trainer.max_epochs=1", "--data.root=gs://none")
     assert "gs://none" in refused.stderr  # the options were read

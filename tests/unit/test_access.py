@@ -16,7 +16,7 @@ from job.data.datamodule import ImageDataModule
 from job.data.index.access import Access, from_options, internal, literal_address
 from job.data.index.build import build, main
 from job.data.index.index import Index
-from job.data.index.table import Resolver
+from job.data.index.sources.table import Resolver
 from job.errors import ConfigError, DataError
 from job.redact import redact
 

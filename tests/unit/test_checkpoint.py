@@ -88,7 +88,7 @@ def test_a_bad_newest_checkpoint_is_named_and_an_older_one_used(
         manifest.write_bytes(manifest.read_bytes()[:50])
     else:
         newest.unlink()
-    found = checkpoint.newest_trusted(run_dir)
+    found = checkpoint.newest_verified(run_dir)
     assert found is not None
     assert found.global_step == 10
     if damage != "no manifest":  # that one was never finished: nothing went wrong
@@ -99,11 +99,11 @@ def test_a_bad_newest_checkpoint_is_named_and_an_older_one_used(
 
 
 def test_no_good_checkpoint_at_all_is_an_error(run_dir: str) -> None:
-    assert checkpoint.newest_trusted(run_dir) is None
+    assert checkpoint.newest_verified(run_dir) is None
     save(run_dir, state(10))
     (Path(run_dir) / "checkpoints" / "epoch=000-step=00000010.ckpt").write_bytes(b"")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
-        checkpoint.newest_trusted(run_dir)
+        checkpoint.newest_verified(run_dir)
 
 
 def test_a_failed_upload_is_raised_and_the_state_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

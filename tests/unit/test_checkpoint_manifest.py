@@ -81,7 +81,7 @@ def test_a_copied_checkpoint_is_not_the_best(run_dir: str) -> None:
 def test_a_newer_format_is_refused_by_name(changes: dict[str, Any], run_dir: str) -> None:
     save(run_dir, state(10, 0.9), state(20, 0.5))
     edit(run_dir, 20, **changes)
-    for use in (checkpoint.newest_trusted, checkpoint.resolve, checkpoint.manifests):
+    for use in (checkpoint.newest_verified, checkpoint.resolve, checkpoint.manifests):
         with pytest.raises(NewerFormatError, match="written by a newer version of job"):
             use(run_dir)
 
@@ -91,10 +91,10 @@ def test_no_readable_manifest_is_not_no_checkpoint(run_dir: str) -> None:
     for path in Path(run_dir).glob("checkpoints/*.json"):
         path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
-        checkpoint.newest_trusted(run_dir)
+        checkpoint.newest_verified(run_dir)
     for path in Path(run_dir).glob("checkpoints/*.json"):
         path.unlink()
-    assert checkpoint.newest_trusted(run_dir) is None  # nothing was ever committed
+    assert checkpoint.newest_verified(run_dir) is None  # nothing was ever committed
 
 
 def test_a_damaged_manifest_is_not_overwritten(run_dir: str) -> None:
@@ -104,7 +104,7 @@ def test_a_damaged_manifest_is_not_overwritten(run_dir: str) -> None:
     save(run_dir, state(20))
     assert path.read_bytes() == b"{"
     assert checkpoint.manifests(run_dir)[-1].file == "epoch=000-step=00000020-2.ckpt"
-    newest = checkpoint.newest_trusted(run_dir)
+    newest = checkpoint.newest_verified(run_dir)
     assert newest is not None
     assert newest.global_step == 20
 

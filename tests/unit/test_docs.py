@@ -7,21 +7,26 @@ import configparser
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
+import torch
 import yaml
+from job.model.loss import per_sample_loss
 from support import REPOSITORY
 from torch.distributed.run import get_args_parser
 
-from job import cli
+from job import cli, errors
 from job.cli.parser import ParserMixin
+from job.cluster.environment import Platform
 from job.errors import ConfigError
 
 README = REPOSITORY / "README.md"
@@ -346,6 +351,64 @@ def test_the_picture_and_the_table_name_every_package() -> None:
         assert f"`job/{package}/`" in table, package
 
 
+def test_the_exit_codes_are_those_of_the_code() -> None:
+    table = (REPOSITORY / "docs" / "reliability.md").read_text().partition("## Exit codes")[2]
+    rows = re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE)
+    documented = {int(code) for row in rows for code in row.split(", ")}
+    assert documented == {0} | {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+
+
+def test_the_platforms_are_those_of_the_launcher() -> None:
+    table = (REPOSITORY / "docs" / "clusters.md").read_text().partition("| Platform |")[2].partition("\n\n")[0]
+    variables = set(re.findall(r"`([A-Z_]+)`", table))
+    assert variables
+    source = (REPOSITORY / "job" / "cluster" / "environment.py").read_text()
+    assert not {name for name in variables if f'"{name}"' not in source}
+    assert len(table.strip().splitlines()) - 2 == len(get_args(Platform)) - 1  # of a rank there is nothing to detect
+
+
+def test_the_example_of_a_loss_is_one() -> None:
+    (block,) = (block for block in BLOCKS if "def focal_loss" in block.text)
+    namespace: dict[str, Any] = {}
+    exec(block.text, namespace)
+    logits, labels = torch.tensor([[2.0, 0.0, 1.0], [0.5, 0.1, 0.2]]), torch.tensor([0, 2])
+    losses = namespace["focal_loss"](logits, labels, gamma=0.0)
+    torch.testing.assert_close(losses, per_sample_loss(logits, labels))
+    assert (namespace["focal_loss"](logits, labels, gamma=2.0) < losses).all()
+
+
+@pytest.mark.parametrize("name", ["walks.md", "extending.md"])
+def test_names_beside_a_file_are_in_it(name: str) -> None:
+    """Of functions and classes in the rows of a table whose file is given."""
+    checked = 0
+    for row in re.findall(r"^\|.*`job/.*\|$", (REPOSITORY / "docs" / name).read_text(), re.MULTILINE):
+        code = re.findall(r"`([^`]*)`", row)
+        files = [REPOSITORY / word for word in code if word.startswith("job/") and word.endswith(".py")]
+        text = "\n".join(file.read_text() for file in files)
+        for word in code:
+            if files and re.fullmatch(r"[A-Za-z_][\w.]*", word) and not word.endswith(".py"):
+                assert re.search(rf"\b{word.rpartition('.')[2]}\b", text), (word, row)
+                checked += 1
+    assert checked > 10
+
+
+def test_imports_have_no_cycles() -> None:
+    modules = {}
+    for file in (REPOSITORY / "job").rglob("*.py"):
+        parts = file.relative_to(REPOSITORY).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, file in modules.items():
+        for node in ast.parse(file.read_text()).body:  # those within functions come later
+            if isinstance(node, ast.ImportFrom) and node.module in modules:
+                members = [f"{node.module}.{alias.name}" for alias in node.names]
+                graph[name] |= {member if member in modules else node.module for member in members} - {name}
+            elif isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names if alias.name in modules}
+    assert any(graph.values())
+    TopologicalSorter(graph).prepare()  # CycleError names the modules
+
+
 def test_every_recipe_is_in_the_table_of_recipes() -> None:
     text = (REPOSITORY / "docs" / "recipes.md").read_text()
     for recipe in (REPOSITORY / "job" / "recipes").glob("*.yaml"):
@@ -358,9 +421,37 @@ def test_every_command_is_in_the_table_of_commands() -> None:
         assert f"`{verb}`" in text
 
 
-@pytest.mark.skipif(find_spec("material") is None, reason="mkdocs-material is not installed: pip install '.[docs]'")
+needs_mkdocs = pytest.mark.skipif(
+    find_spec("material") is None, reason="mkdocs-material is not installed: pip install '.[docs]'"
+)
+
+
+def build_website(source: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    (command,) = re.findall(r"^\t\S+/python (-m mkdocs build .*)$", MAKEFILE, re.MULTILINE)
+    return subprocess.run(
+        [sys.executable, *command.split(), "--site-dir", str(site)], capture_output=True, text=True, cwd=source
+    )
+
+
+@needs_mkdocs
 def test_the_website_builds_without_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    done = build_website(REPOSITORY, tmp_path / "site")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "site" / "index.html").exists()
+
+
+@needs_mkdocs
+@pytest.mark.parametrize(
+    "mistake", ["[x](no-such-page.md)", "[x](data.md#no-such-heading)", '--8<-- "no-such-file.md"']
+)
+def test_the_website_does_not_build_with_a_broken_link(mistake: str, tmp_path: Path) -> None:
+    for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    shutil.copytree(REPOSITORY / "docs", tmp_path / "docs")
+    (tmp_path / "k8s").mkdir()
+    shutil.copy(GUIDE, tmp_path / "k8s")
+    with (tmp_path / "docs" / "tpu.md").open("a") as page:
+        page.write(f"\n{mistake}\n")
+    done = build_website(tmp_path, tmp_path / "site")
+    assert done.returncode != 0
+    assert "no-such" in done.stderr

@@ -21,8 +21,8 @@ from job.data.datamodule import ImageDataModule
 from job.data.index.build import build, main
 from job.data.index.file import SCHEMA, IndexInfo, verify_parts
 from job.data.index.store import local_index
-from job.data.local_files import read_small
 from job.errors import DataError, JobError
+from job.storage.local_cache import read_small
 
 FILES = picture_files(["blue", "red"], 4)
 
@@ -335,5 +335,5 @@ def test_sources_of_archives_are_checked_after_a_listing(tmp_path: Path, caplog:
     (tmp_path / "a.tar").write_bytes(tar_of({f"x/{key}": content for key, content in FILES.items()}))
     main(str(tmp_path / "a.tar"))
     assert len(index_parts(tmp_path / "a.tar")["train"]) == 8
-    assert "as listed" in caplog.text
+    assert "using the index of" in caplog.text
     assert JobError.exit_code == 2

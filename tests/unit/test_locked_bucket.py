@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import fsspec
+import msgspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from test_checkpoint import save, state
@@ -16,7 +17,7 @@ from job import checkpoint, storage
 from job.checkpoint.retention import Retention
 from job.checkpoint.settings import CheckpointSettings
 from job.monitoring import accounting
-from job.monitoring.accounting import Start
+from job.monitoring.accounting import Attempt
 from job.storage.json_files import write_json
 
 
@@ -65,7 +66,7 @@ def test_what_a_killed_start_left_is_not_in_the_way(run_dir: str) -> None:
     save(run_dir, state(10))
     (manifest,) = checkpoint.manifests(run_dir)
     assert manifest.file == "epoch=000-step=00000010-2.ckpt"
-    assert checkpoint.newest_trusted(run_dir) == manifest
+    assert checkpoint.newest_verified(run_dir) == manifest
 
 
 def test_a_report_that_cannot_be_replaced_is_kept(run_dir: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -81,14 +82,22 @@ def records(path: Path, *starts: dict[str, Any]) -> str:
 
 
 def test_no_figure_of_the_accounting_is_negative() -> None:
-    first = Start(began=0, ended=100, world_size=1, startup=10, features=60, step=20)
-    overlapping = Start(began=5, ended=90, world_size=1, startup=80, step=30, lost=40)
-    for starts in ([first], [first, overlapping], [overlapping], [Start(began=9, ended=9, world_size=1)]):
+    first = Attempt(began=0, ended=100, world_size=1, startup=10, features=60, step=20)
+    overlapping = Attempt(began=5, ended=90, world_size=1, startup=80, step=30, recomputed=40)
+    for starts in ([first], [first, overlapping], [overlapping], [Attempt(began=9, ended=9, world_size=1)]):
         found = accounting.totals(starts)
         assert min(found.values()) >= 0
         assert sum(v for k, v in found.items() if k not in ("goodput", "wall")) == pytest.approx(found["wall"])
         assert found["goodput"] <= 1
     assert accounting.totals([first])["goodput"] == pytest.approx(0.8)  # features are no waste
+
+
+def test_the_time_of_repeated_steps_has_its_name_in_the_file(tmp_path: Path) -> None:
+    run_dir = records(tmp_path, {"began": 1, "ended": 9, "world_size": 1, "step": 5, "lost": 2})
+    (attempt,) = accounting.read(run_dir)
+    assert attempt.recomputed == 2
+    assert msgspec.json.decode(msgspec.json.encode(attempt))["lost"] == 2
+    assert accounting.totals([attempt])["lost"] == 2
 
 
 @pytest.mark.parametrize(
@@ -100,7 +109,7 @@ def test_damaged_accounting_is_put_aside(content: bytes, tmp_path: Path, caplog:
     assert accounting.read(str(tmp_path)) == []
     keeper = accounting.Accounting(SimpleNamespace(stall_seconds=0.0), None)  # type: ignore[arg-type]
     keeper._run_dir = str(tmp_path)
-    assert keeper._find_earlier() == []
+    assert keeper._read_earlier() == []
     keeper.write()
     (kept,) = tmp_path.glob("accounting.damaged-*.json")
     assert kept.read_bytes() == content
@@ -116,7 +125,7 @@ def test_newer_accounting_is_left_as_it_is(
     before = (tmp_path / accounting.FILE).read_bytes()
     keeper = accounting.Accounting(SimpleNamespace(stall_seconds=0.0), None)  # type: ignore[arg-type]
     keeper._run_dir = run_dir
-    assert keeper._find_earlier() == []
+    assert keeper._read_earlier() == []
     keeper.write()
     assert (tmp_path / accounting.FILE).read_bytes() == before
     assert "written by a newer version of job" in caplog.text

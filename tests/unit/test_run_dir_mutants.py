@@ -36,7 +36,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def look_at_checkpoints(run_dir: str) -> None:
-    for each in (checkpoint.newest_trusted, checkpoint.resolve, checkpoint.manifests, checkpoint.uncommitted):
+    for each in (checkpoint.newest_verified, checkpoint.resolve, checkpoint.manifests, checkpoint.uncommitted):
         with contextlib.suppress(JobError):
             each(run_dir)
     for found in checkpoint.manifests(run_dir):

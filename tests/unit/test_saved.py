@@ -9,8 +9,9 @@ from support import index_parts, picture, picture_files, read, tar_of, write_fil
 from job import storage
 from job.data.datamodule import ImageDataModule
 from job.data.index.build import main
-from job.data.index.store import saved_index
+from job.data.index.sources import resolve
 from job.errors import DataError, StorageError
+from job.storage import filesystems
 
 FILES = picture_files(["blue", "red"], 6)
 
@@ -35,7 +36,7 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
 )
 def test_where_an_index_is_kept(uri: str, expected: str) -> None:
-    assert saved_index(uri) == expected
+    assert resolve(uri).index_uri == expected
 
 
 def test_an_index_made_ahead_is_used(tmp_path: Path, listed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,3 +107,33 @@ def test_a_run_lists_its_data_once(
         write_files(tmp_path / "data", {key: picture((9, 9, 9), 1)})
     start()
     assert listed == [root, root]
+
+
+def test_each_shard_is_looked_up_once_and_each_filesystem_resolved_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many parts an index has, and however many loaders read it."""
+    root, run_dir = f"memory://shards/{tmp_path.name}", f"memory://runs/{tmp_path.name}"
+    for number in range(5):
+        members = picture_files(["blue", "red"], 4, seed=number)
+        labels = {f"{key.removesuffix('.jpg')}.cls": key.split("/")[0].encode() for key in members}
+        storage.write_bytes(f"{root}/s-{number}.tar", tar_of(dict(sorted((members | labels).items()))))
+    monkeypatch.setattr(ImageDataModule, "_run_dir", lambda self: run_dir)
+
+    def start() -> ImageDataModule:
+        data = ImageDataModule(root=f"{root}/s-{{0..4}}.tar", cache_dir=str(tmp_path / "cache"), global_batch_size=4)
+        data.setup("fit")
+        return data
+
+    assert set(start().parts) == {"train", "val"}
+    looked_up: list[str] = []
+    info = storage.info
+    monkeypatch.setattr(storage, "info", lambda uri: (looked_up.append(uri), info(uri))[1])
+    data = start()
+    assert sorted(uri for uri in looked_up if uri.endswith(".tar")) == [f"{root}/s-{n}.tar" for n in range(5)]
+    resolved: list[str] = []
+    resolve_filesystem = filesystems.filesystem
+    monkeypatch.setattr(filesystems, "filesystem", lambda uri: (resolved.append(uri), resolve_filesystem(uri))[1])
+    data.train_dataloader()
+    data.val_dataloader()
+    assert len(resolved) == 2  # each loader asks for one of the shards

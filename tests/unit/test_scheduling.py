@@ -90,7 +90,7 @@ def test_a_scheduler_that_ends_before_the_run_is_refused() -> None:
     for length in (11, 10_000_000, None):
         with pytest.raises(ConfigError, match="total_steps: auto"):
             require_length(OneCycleLR(optimizer(), 0.1, total_steps=10), length, "step")
-    with pytest.raises(ConfigError, match="does not last"):
+    with pytest.raises(ConfigError, match="is shorter than the run"):
         require_length(LambdaLR(optimizer(), lambda n: [1.0, 0.5, 0.25][n]), 3, "epoch")
     require_length(CosineAnnealingLR(optimizer(), 10), None, "epoch")
 

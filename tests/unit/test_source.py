@@ -15,7 +15,8 @@ import pytest
 from support import index_of, index_parts, picture_files, read, tar_of, write_files, zip_of
 
 from job import storage
-from job.data.index.source import Source, expand_braces, find_sources, materialise
+from job.data.index.local_copy import materialise
+from job.data.index.sources import Source, expand_braces, resolve
 from job.errors import ConfigError, DataError, StorageError
 from job.storage import objects
 
@@ -75,7 +76,7 @@ def test_only_what_cannot_be_read_in_parts_is_copied_once(tmp_path: Path, monkey
         download(uri, target)
 
     monkeypatch.setattr(objects, "download", counted)
-    (source,) = find_sources(str(archive))
+    (source,) = resolve(str(archive)).sources()
     threads = [threading.Thread(target=materialise, args=(source, str(cache))) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -83,7 +84,7 @@ def test_only_what_cannot_be_read_in_parts_is_copied_once(tmp_path: Path, monkey
         thread.join()
     assert len(fetched) == 1
     archive.write_bytes(tar_of({**FILES, "photos/train/red/9.jpg": b"x"}, "w:gz"))
-    assert materialise(find_sources(str(archive))[0], str(cache)) != materialise(source, str(cache))
+    assert materialise(resolve(str(archive)).sources()[0], str(cache)) != materialise(source, str(cache))
     assert len(fetched) == 2
     assert materialise(Source("gs://bucket/a.tar", "tar"), str(cache)) == "gs://bucket/a.tar"
 
@@ -132,7 +133,7 @@ def test_a_damaged_member_is_a_bad_sample(tmp_path: Path) -> None:
 
 
 def test_a_member_that_expands_without_end_is_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("job.data.index.archive.LARGEST_MEMBER", 1 << 16)
+    monkeypatch.setattr("job.data.index.sources.zip_archive.LARGEST_MEMBER", 1 << 16)
     (tmp_path / "a.zip").write_bytes(deflated({**FILES, "photos/train/red/000.jpg": bytes(1 << 20)}))
     content = read(index_parts(tmp_path / "a.zip")["train"], [2])[0]
     assert isinstance(content, DataError)
@@ -152,27 +153,28 @@ def test_a_wrong_checksum_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     details = {**storage.info(str(tmp_path / "a.tgz")), "md5Hash": "AAAA"}
     monkeypatch.setattr(objects, "info", lambda uri: details)
     with pytest.raises(StorageError, match="does not match its MD5"):
-        materialise(find_sources(str(tmp_path / "a.tgz"))[0], str(tmp_path / "cache"))
+        materialise(resolve(str(tmp_path / "a.tgz")).sources()[0], str(tmp_path / "cache"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0 and not os.access("/proc", os.W_OK), reason="needs an unwritable place")
 def test_an_unwritable_cache_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.tgz").write_bytes(tar_of(FILES, "w:gz"))
     with pytest.raises(StorageError, match=r"--data\.cache_dir"):
-        materialise(find_sources(str(tmp_path / "a.tgz"))[0], "/proc/job-cache")
+        materialise(resolve(str(tmp_path / "a.tgz")).sources()[0], "/proc/job-cache")
 
 
 def test_patterns_name_shards(tmp_path: Path) -> None:
     assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand_braces("{x,y}-{0..1}.tar") == ["x-0.tar", "x-1.tar", "y-0.tar", "y-1.tar"]
     write_files(tmp_path, {f"s-{n}.tar": tar_of(FILES) for n in range(3)})
-    assert [source.uri for source in find_sources(f"{tmp_path}/s-*.tar")] == [f"{tmp_path}/s-{n}.tar" for n in range(3)]
+    sources = resolve(f"{tmp_path}/s-*.tar").sources()
+    assert [source.uri for source in sources] == [f"{tmp_path}/s-{n}.tar" for n in range(3)]
     with pytest.raises(StorageError, match="nothing matches"):
-        find_sources(f"{tmp_path}/t-*.tar")
+        resolve(f"{tmp_path}/t-*.tar").sources()
     with pytest.raises(StorageError, match=r"s-3\.tar"):
-        find_sources(f"{tmp_path}/s-{{0..3}}.tar")
+        resolve(f"{tmp_path}/s-{{0..3}}.tar").sources()
     with pytest.raises(ConfigError, match="as a list"):
-        find_sources(f"{tmp_path}/{{a,b}}")
+        resolve(f"{tmp_path}/{{a,b}}").sources()
 
 
 def webdataset(count: int, label: object, start: int = 0, suffix: str = "cls") -> dict[str, bytes]:

@@ -29,7 +29,7 @@ def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(room: Path, code: str) -> subprocess.Popen[str]:
-    text = f"from job import temporary; folder = temporary.folder('x'); print(folder, flush=True); {code}"
+    text = f"from job.process import temporary; folder = temporary.folder('x'); print(folder, flush=True); {code}"
     environment = {**os.environ, "TMPDIR": str(room)}
     return subprocess.Popen([sys.executable, "-c", text], env=environment, stdout=subprocess.PIPE, text=True)
 

@@ -118,6 +118,6 @@ def test_the_state_that_others_publish_is_checked(exits: list[int], capsys: pyte
         with pytest.raises(Ended):
             dog._watch()
         assert "rank 0: has published no state" in capsys.readouterr().err
-    dog._store = Store(b'{"phase": "saving", "step": 3, "waiting": 9.0, "told": 1.0}')
+    dog._store = Store(b'{"phase": "saving", "step": 3, "waiting": 9.0, "published_at": 1.0}')
     assert "rank 0: saving, step 3, no progress for 9 s" in dog._others()
     assert "this rank is stopped or gone" in dog._others()

@@ -82,7 +82,7 @@ def test_averaged_weights_are_preferred_and_named(
     content = {"model": plain, section: {"state_dict": averaged} if section == "ema" else averaged}
     with caplog.at_level(logging.INFO):
         assert_loads(saved(content, tmp_path / "w.pth"), state)
-    assert f"the averaged weights, {section} is used" in caplog.text
+    assert f"the EMA weights, {section} is used" in caplog.text
 
 
 def test_counters_of_batch_normalisation_may_be_missing(tmp_path: Path) -> None:

@@ -202,6 +202,14 @@ def has_parent_part(path: str) -> bool:
     return ".." in path and ".." in path.split("?", 1)[0].split("/")
 
 
+def leaves_folder(key: str, scheme: str) -> bool:
+    """Whether a key, joined to a folder of that protocol, names something outside the folder."""
+    path = key
+    if scheme in ("http", "https"):
+        path = key.split("?", 1)[0].split("#", 1)[0].lower().replace("%2e", ".")
+    return path.startswith("/") or ".." in path.split("/")
+
+
 def literal_address(host: str) -> Address | None:
     """The address that a host's name spells, in any spelling that the C library takes; None for other names."""
     with contextlib.suppress(ValueError):

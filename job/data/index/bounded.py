@@ -20,6 +20,8 @@ SMALL_ARCHIVE = 1 << 30
 """Bytes that may be unpacked whatever the ratio."""
 FREE_DISK = 1 << 30
 """Bytes of disk that unpacking leaves free."""
+LARGEST_MEMBER = 1 << 28
+"""Bytes of the largest image file that is read, and that a compressed one may expand to."""
 _CHUNK = 1 << 20
 
 

@@ -1,45 +1,29 @@
-"""Builds an index: list the sources once, find parts and classes, write Arrow files of bounded size."""
+"""Build an index: list the sources once, find parts and classes, write Arrow files of bounded size."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import logging
 import tempfile
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from job import redact, storage
+from job import redact
 from job.data.index import layout
-from job.data.index.access import Access, is_local_uri
-from job.data.index.file import (
-    LONGEST_CLASS,
-    MOST_CLASSES,
-    DamagedIndex,
-    IndexInfo,
-    OldFormat,
-    PartInfo,
-    load_index_info,
-)
+from job.data.index.access import Access
+from job.data.index.file import MOST_CLASSES, IndexInfo, PartInfo, load_index_info
 from job.data.index.index import Index, PartWriter
 from job.data.index.layout import Part
-from job.data.index.listing import list_everything
-from job.data.index.source import INDEX_FILE, Source, is_saved_index
-from job.data.index.store import fetch_index, is_fresh, saved_index
-from job.data.local_files import room_needed
-from job.errors import DataError, StorageError
-
-log = logging.getLogger(__name__)
-
-
-Layout = Literal["parts", "classes", "images"]
+from job.data.index.parts import Layout, parts_of
+from job.data.index.sources import INDEX_FILE, ListingContext, Source, format_of, resolve
+from job.data.index.sources.base import LONGEST_CLASS
+from job.errors import DataError
+from job.storage.local_cache import report_disk_full
 
 
 def build(
@@ -49,7 +33,7 @@ def build(
     layout_of: Layout,
     *,
     request: dict[str, Any] | None = None,
-    listed_anew: bool = False,
+    force_listing: bool = False,
     access: Access | None = None,
 ) -> IndexInfo:
     """List ``roots`` and write their index into the local ``folder``.
@@ -57,9 +41,9 @@ def build(
     Args:
         roots: URIs by the name of their part; with the layout "parts" the name is ignored.
         layout_of: "parts" (train, val and test are found below each root), "classes" (each root is
-            one part) or "images" (likewise, without labels).
-        request: what to note in the index, for whoever reads it.
-        listed_anew: do not take an index that ``job index`` left beside the data.
+            one part) or "images" (each root is one part, without labels).
+        request: options to store in the index.
+        force_listing: do not use an index that ``job index`` left beside the data.
         access: what tables and saved indexes may name; default: what lies in object stores and on public web
             servers, and local files where they are local themselves.
 
@@ -68,21 +52,27 @@ def build(
         StorageError: something cannot be listed or written.
     """
     sources: list[Source] = []
-    found: dict[str, list[Part]] = {}
-    roots = {name: [redact.remember(uri) for uri in uris] for name, uris in roots.items()}
-    with room_needed(folder, "keep the index"), tempfile.TemporaryDirectory(prefix=".list-", dir=folder) as scratch:
-        for number, (name, uri) in enumerate((name, uri) for name, uris in roots.items() for uri in uris):
-            listing = Path(scratch) / str(number)
-            listed = _parts_of(
-                uri, name, sources, listing, cache_dir, layout_of, listed_anew, access or Access(typed=(uri,))
+    parts: dict[str, list[Part]] = {}
+    locations = [(name, resolve(redact.remember(uri))) for name, uris in roots.items() for uri in uris]
+    with (
+        report_disk_full(folder, "keep the index"),
+        tempfile.TemporaryDirectory(prefix=".list-", dir=folder) as scratch,
+    ):
+        for number, (name, location) in enumerate(locations):
+            context = ListingContext(
+                sources, cache_dir, access or Access(typed=(location.uri,)), labelled=layout_of != "images"
             )
-            for part, content in listed.items():
-                found.setdefault(part, []).append(content)
-        train = found.get("train", [])
-        for part, contents in found.items():
-            if part != "train" and train:
+            listed = parts_of(
+                location, name, layout_of, Path(scratch) / str(number), context, force_listing=force_listing
+            )
+            for part_name, part in listed.items():
+                parts.setdefault(part_name, []).append(part)
+        train = parts.get("train", [])
+        for part_name, contents in parts.items():
+            if part_name != "train" and train:
                 _require_same_classes(train, contents)
-        classes = layout.class_order({name for parts in found.values() for part in parts for name in part.classes})
+        names = {name for contents in parts.values() for part in contents for name in part.classes}
+        classes = layout.class_order(names)
         if len(classes) > MOST_CLASSES or max(map(len, classes), default=0) > LONGEST_CLASS:
             raise DataError(
                 f"{len(classes):,} classes, the longest name of {max(map(len, classes)):,} characters, where "
@@ -92,8 +82,8 @@ def build(
             classes=classes,
             sources=sources,
             parts={
-                part: _write_part(folder / f"{part}.arrow", contents, classes, sources)
-                for part, contents in found.items()
+                part_name: _write_part(folder / f"{part_name}.arrow", contents, classes, sources)
+                for part_name, contents in parts.items()
             },
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             request=request or {},
@@ -128,7 +118,7 @@ def split(folder: Path, fraction: float, seed: int) -> None:
 
 
 def _held_out(index: Index, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    """bool [len(index)]; 13 bytes a sample are held in memory."""
+    """bool [len(index)]; 13 bytes per sample are held in memory."""
     hashes = np.empty(len(index), np.uint64)
     start = 0
     for batch in index.batches():
@@ -151,76 +141,18 @@ def _held_out(index: Index, fraction: float, seed: int) -> npt.NDArray[np.bool_]
 
 
 def _require_same_classes(train: list[Part], others: list[Part]) -> None:
-    ours, theirs = ({name for part in parts for name in part.classes} for parts in (train, others))
-    if ours == theirs:
+    train_classes, other_classes = ({name for part in parts for name in part.classes} for parts in (train, others))
+    if train_classes == other_classes:
         return
-    told = [f"only in {train[0].root}: {', '.join(sorted(ours - theirs))}"] if ours - theirs else []
-    told += [f"only in {others[0].root}: {', '.join(sorted(theirs - ours))}"] if theirs - ours else []
-    raise DataError(f"the class folders differ; {'; '.join(told)}. Make them agree.")
-
-
-def _parts_of(
-    uri: str,
-    name: str,
-    sources: list[Source],
-    listing: Path,
-    cache_dir: str,
-    layout_of: Layout,
-    listed_anew: bool,
-    access: Access,
-) -> dict[str, Part]:
-    """The parts under one URI, from its saved index or by listing it; its sources are added to ``sources``."""
-    if not listed_anew and layout_of != "images":
-        saved = _from_saved(uri, sources, Path(f"{listing}-saved"), access)
-        if saved and layout_of == "parts":
-            if "train" not in saved:
-                raise DataError(f"the index of {uri} has no training part; it has {', '.join(saved)}.")
-            return saved
-        if saved and len(saved) == 1:
-            return {name: next(iter(saved.values()))}
-        if saved and is_saved_index(uri):
-            raise DataError(f"{uri} has several parts ({', '.join(saved)}): give it by --data.root.")
-    found = list_everything(uri, sources, listing, cache_dir, labelled=layout_of != "images", access=access)
-    if layout_of == "parts":
-        return layout.find_parts(found)
-    return {name: layout.class_folders(found) if layout_of == "classes" else layout.all_images(found)}
-
-
-def _from_saved(uri: str, sources: list[Source], folder: Path, access: Access) -> dict[str, Part] | None:
-    saved = saved_index(uri)
-    if not storage.exists(storage.join(saved, INDEX_FILE)):
-        if is_saved_index(uri):
-            raise StorageError(f"there is no {uri}. Make it by python -m job index.")
-        return None
-    try:
-        info = fetch_index(saved, folder)
-    except OldFormat as error:
-        if is_saved_index(uri):
-            raise
-        log.warning("%s Until then the data is listed anew.", error)
-        return None
-    access.require_sources([source.uri for source in info.sources], saved, local=is_local_uri(saved))
-    if not info.classes:
-        raise DamagedIndex(f"{saved} names no class. Make it again by python -m job index.")
-    indexes = {part: Index(folder, part, access) for part in info.parts}
-    if not all(is_fresh(storage.join(saved, INDEX_FILE), info, index) for index in indexes.values()):
-        if is_saved_index(uri):
-            raise DataError(f"{uri} is out of date (see above). Make it again by python -m job index.")
-        return None
-    log.info("%s: as listed %s", uri, info.created)
-    first = len(sources)
-    sources += info.sources
-
-    def tables(index: Index) -> Iterator[pa.Table]:
-        names = pa.array(index.classes, pa.string())
-        for batch in index.batches():
-            table = pa.table(batch)
-            table = table.set_column(1, "source", pc.add(table["source"], first))
-            yield table.append_column("class", pc.take(names, table["label"])).drop_columns(["label"])
-
-    return {
-        part: Part(index.root, list(info.classes), functools.partial(tables, index)) for part, index in indexes.items()
-    }
+    differences = [
+        f"only in {root}: {', '.join(sorted(names))}"
+        for root, names in (
+            (train[0].root, train_classes - other_classes),
+            (others[0].root, other_classes - train_classes),
+        )
+        if names
+    ]
+    raise DataError(f"the class folders differ; {'; '.join(differences)}. Make them agree.")
 
 
 def _write_part(path: Path, contents: list[Part], classes: list[str], sources: list[Source]) -> PartInfo:
@@ -233,4 +165,4 @@ def _write_part(path: Path, contents: list[Part], classes: list[str], sources: l
 
 
 def _all_in_shards(sources: list[Source]) -> bool:
-    return all(source.kind == "tar" for source in sources)
+    return all(format_of(source).is_shard for source in sources)

@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from job import storage
-from job.data.index.access import OBJECT_STORES, split_scheme
+from job.data.index.access import OBJECT_STORES, leaves_folder, split_scheme
 from job.data.index.arrow_file import require_uncompressed
-from job.data.index.source import INDEX_FILE, Source
+from job.data.index.sources import INDEX_FILE, Source, format_of
+from job.data.index.sources.base import LONGEST_CLASS, LONGEST_KEY
 from job.errors import DataError, StorageError, first_line
 from job.storage.format_version import MALFORMED, format_version
 
@@ -26,9 +27,6 @@ ROWS_A_BATCH = 1 << 16
 MOST_BYTES = 128 << 20
 """Size of an index.json that is still read."""
 MOST_CLASSES = 1 << 20
-LONGEST_CLASS = 1024
-LONGEST_KEY = 8192
-"""Characters of a class name, and bytes of a key: buckets allow 1,024, disks 4,096, and signed URLs are longer."""
 LARGEST = 1 << 42
 """Bytes of a sample, of an archive, and of a part."""
 SCHEMA = pa.schema(
@@ -92,6 +90,8 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("a class is named twice")
+        for source in self.sources:
+            format_of(source)
 
     def to_json(self) -> bytes:
         """The content of index.json."""
@@ -220,13 +220,12 @@ def _verify_rows(batch: pa.RecordBatch, info: IndexInfo) -> None:
     if pc.any(pc.match_substring(key, "\0")).as_py():
         raise ValueError("a key holds a zero byte")
     own = pc.less(offset, 0)
-    kinds = pa.array([each.kind for each in info.sources], pa.string())
-    folder = pc.equal(pc.take(kinds, source), "folder")
-    if not pc.all(pc.equal(folder, own)).as_py():
+    samples = pc.take(pa.array([format_of(each).samples for each in info.sources], pa.string()), source)
+    if not pc.all(pc.equal(pc.equal(samples, "objects"), own)).as_py():
         raise ValueError("an archive's member has no offset, or an object of its own has one")
     if pc.any(pc.and_(pc.invert(own), pc.less(size, 0))).as_py():
         raise ValueError("an archive's member has no size")
-    if pc.any(pc.equal(pc.take(kinds, source), "manifest")).as_py():
+    if pc.any(pc.equal(samples, "elsewhere")).as_py():
         raise ValueError("a sample lies in a table")
     suspicious = pc.or_(pc.starts_with(key, "/"), pc.match_substring(key, ".."))
     suspicious = pc.or_(suspicious, pc.match_substring_regex(key, r"(?i)%2e"))
@@ -245,11 +244,3 @@ def _require_below(batch: pa.RecordBatch, info: IndexInfo) -> None:
         scheme = split_scheme(info.sources[number].uri)[0]
         if scheme not in _LITERAL and leaves_folder(key, scheme):
             raise ValueError(f"key {key[:200]!r} leads out of its source")
-
-
-def leaves_folder(key: str, scheme: str) -> bool:
-    """Whether a key, joined to a folder of that protocol, names something outside the folder."""
-    path = key
-    if scheme in ("http", "https"):
-        path = key.split("?", 1)[0].split("#", 1)[0].lower().replace("%2e", ".")
-    return path.startswith("/") or ".." in path.split("/")

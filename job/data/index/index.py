@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from job import redact, storage
-from job.data.index.access import Access
+from job.data.index.access import Access, is_chained, split_scheme
 from job.data.index.file import ROWS_A_BATCH, SCHEMA, DamagedIndex, PartInfo, hash_file, load_index_info, open_part
 from job.errors import DataError
 
@@ -92,6 +92,12 @@ class Index:
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All rows, :data:`ROWS_A_BATCH` at a time."""
         return iter(self._batches)
+
+    @functools.cached_property
+    def stores(self) -> tuple[str, ...]:
+        """URI of one source on each filesystem: a thousand shards in a bucket are one."""
+        uris = {uri if is_chained(uri) else split_scheme(uri): uri for uri in (source.uri for source in self.sources)}
+        return tuple(uris.values())
 
     @property
     def keys(self) -> Sequence[str]:

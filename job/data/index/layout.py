@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from job import storage
-from job.data.index.listing import LISTING, Listing
-from job.data.index.source import IMAGE_PATTERN
+from job.data.index.listing import Listing
+from job.data.index.sources.base import IMAGE_PATTERN, LISTING
 from job.errors import DataError
 
 log = logging.getLogger(__name__)

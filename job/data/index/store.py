@@ -1,69 +1,64 @@
-"""Indexes that were made before: beside the data, in run_dir, and copies of them on this node."""
+"""Index store: saved indexes beside the data and in run_dir, and copies of them on this node."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from job import redact, storage
+from job import storage
 from job.data.index.access import Access, is_local_uri
 from job.data.index.file import DamagedIndex, IndexInfo, load_index_info, read_index_file, verify_parts
 from job.data.index.index import Index
-from job.data.index.source import INDEX_FILE, is_saved_index, kind_of
-from job.data.local_files import locked, private_folder, read_small, room_needed, write_small
+from job.data.index.sources import INDEX_FILE, resolve
 from job.errors import StorageError, StorageOutage
+from job.storage.local_cache import locked, private_folder, read_small, report_disk_full, write_small
 
 log = logging.getLogger(__name__)
 
 VERIFIED_EACH_TIME = 16 << 20
 """Bytes of a local index below which to verify it costs less than to keep a record of it."""
 SAMPLES_CHECKED = 32
-"""Samples whose version is looked up to see whether a saved index still tells the truth."""
+"""Samples per part whose version is looked up to see whether a saved index is out of date."""
 
 
-def saved_index(uri: str) -> str:
-    """Where ``job index`` keeps the index of ``uri``: within a folder, or beside an archive, shards or a manifest."""
-    if is_saved_index(uri):
-        return uri.removesuffix(f"/{INDEX_FILE}")
-    if kind_of(uri) == "folder":
-        return storage.join(uri, ".index")
-    path, query = redact.split_query(uri)
-    return f"{re.sub(r'[{}*?]', '_', path)}.index{query}"
+def is_fresh(uri: str, info: IndexInfo, indexes: Sequence[Index]) -> bool:
+    """Whether the sources of an index have not changed, as far as some requests can tell.
 
+    Archives and manifests are compared by version, each once; of folders :data:`SAMPLES_CHECKED` samples per part are.
+    Files that were added later are not noticed.
 
-def is_fresh(uri: str, info: IndexInfo, index: Index) -> bool:
-    """Whether the sources still are what they were, as far as some requests can tell.
-
-    Archives and manifests are compared by version; of folders :data:`SAMPLES_CHECKED` samples are.
-    Files that came in since are not seen.
+    Args:
+        uri: of the index, for messages.
+        info: of the index.
+        indexes: its parts.
     """
-    spread = np.linspace(0, len(index) - 1, min(SAMPLES_CHECKED, len(index)), dtype=np.int64)
-    wanted = [(source.uri, "", source.version) for source in info.sources if source.version]
-    for sample in (index[int(n)] for n in spread):
-        if sample.offset < 0 and sample.version:
-            wanted.append((info.sources[sample.source].uri, sample.key, sample.version))
-    same_version = _version_check(index.access)
+    expected = {(source.uri, "", source.version): indexes[0].access for source in info.sources if source.version}
+    for index in indexes:
+        spread = np.linspace(0, len(index) - 1, min(SAMPLES_CHECKED, len(index)), dtype=np.int64)
+        for sample in index.rows(spread.tolist()):
+            if sample.offset < 0 and sample.version:
+                expected[info.sources[sample.source].uri, sample.key, sample.version] = index.access
     with ThreadPoolExecutor(storage.LISTINGS_IN_FLIGHT) as pool:
-        changed = [uri for uri, same in pool.map(same_version, wanted) if not same]
+        checked = pool.map(_has_version, expected.keys(), expected.values())
+        changed = [source for source, same in checked if not same]
     if changed:
         log.warning("%s was made %s and is out of date: %s changed since", uri, info.created, changed[0])
     return not changed
 
 
 def is_run_index_usable(uri: str, cache_dir: Path, request: dict[str, Any], roots: list[str], access: Access) -> bool:
-    """Whether an earlier start of a run left its index, whole, and the data is still what it was.
+    """Whether an earlier attempt of a run left its index undamaged, and the data has not changed since.
 
-    A damaged one is made again: it follows from the data, and a run that resumes compares what comes out of it with
-    what it was trained on.
+    A damaged one is made again: it follows from the data, and a run that resumes compares its fingerprint with that of
+    the checkpoint.
 
     Args:
         uri: folder of the index in run_dir.
@@ -87,13 +82,13 @@ def is_run_index_usable(uri: str, cache_dir: Path, request: dict[str, Any], root
         return False
     local_roots = [root for root in roots if is_local_uri(root)]
     local = any(
-        kind_of(root) == "manifest"
-        or is_saved_index(root)
-        or storage.exists(storage.join(saved_index(root), INDEX_FILE))
-        for root in local_roots
+        location.format.samples == "elsewhere"
+        or location.is_saved_index
+        or storage.exists(storage.join(location.index_uri, INDEX_FILE))
+        for location in map(resolve, local_roots)
     )
     access.require_sources([source.uri for source in info.sources], uri, local=local)
-    return all(is_fresh(uri, info, Index(folder, part, access)) for part in info.parts)
+    return is_fresh(uri, info, [Index(folder, part, access) for part in info.parts])
 
 
 def local_index(uri: str, cache_dir: Path) -> Path:
@@ -115,7 +110,7 @@ def local_index(uri: str, cache_dir: Path) -> Path:
     copy = cache_dir / "index" / digest
     folder = _local_path(uri) if local else copy
     verified = copy.with_name(f"{digest}.verified")
-    with room_needed(copy.parent, "keep the index"):
+    with report_disk_full(copy.parent, "keep the index"):
         private_folder(copy.parent)
         with locked(copy):
             if local or folder.exists():
@@ -140,7 +135,7 @@ def fetch_index(uri: str, folder: Path) -> IndexInfo:
     """
     content = read_index_file(uri)
     info = IndexInfo.from_json(storage.join(uri, INDEX_FILE), content)
-    with room_needed(folder.parent, "keep the index"):
+    with report_disk_full(folder.parent, "keep the index"):
         _download(uri, content, info, folder)
     return info
 
@@ -194,27 +189,25 @@ def _local_path(uri: str) -> Path:
 
 def _state(folder: Path, info: IndexInfo) -> bytes:
     """What changes when a file of a local index is replaced or written to."""
-    found = [str(folder)]
+    lines = [str(folder)]
     for name in info.parts:
         try:
             details = (folder / f"{name}.arrow").stat()
         except FileNotFoundError:
             return b""
-        found.append(f"{name} {details.st_size} {details.st_mtime_ns} {details.st_ctime_ns} {details.st_ino}")
-    return "\n".join(found).encode()
+        lines.append(f"{name} {details.st_size} {details.st_mtime_ns} {details.st_ctime_ns} {details.st_ino}")
+    return "\n".join(lines).encode()
 
 
-def _version_check(access: Access) -> Callable[[tuple[str, str, int]], tuple[str, bool]]:
-    def same_version(wanted: tuple[str, str, int]) -> tuple[str, bool]:
-        root, key, version = wanted
-        uri = storage.join(root, key) if key else root
-        with access.guarded():
-            try:
-                details = storage.info_below(root, key) if key else storage.info(root)
-                return uri, storage.version(details) == version
-            except StorageOutage:
-                raise
-            except StorageError:
-                return uri, False
-
-    return same_version
+def _has_version(expected: tuple[str, str, int], access: Access) -> tuple[str, bool]:
+    """The URI of an object ``(root, key, version)``, and whether it still has this version."""
+    root, key, version = expected
+    uri = storage.join(root, key) if key else root
+    with access.guarded():
+        try:
+            details = storage.info_below(root, key) if key else storage.info(root)
+            return uri, storage.version(details) == version
+        except StorageOutage:
+            raise
+        except StorageError:
+            return uri, False

@@ -13,8 +13,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from job import storage
-from job.data.index.access import OBJECT_STORES, WEB, Access, is_local_uri, refusal, split_scheme
-from job.data.index.file import LONGEST_CLASS, LONGEST_KEY, leaves_folder
+from job.data.index.access import OBJECT_STORES, WEB, Access, is_local_uri, leaves_folder, refusal, split_scheme
+from job.data.index.sources.base import LONGEST_CLASS, LONGEST_KEY, ListingContext, Source, SourceFormat, listing_rows
 from job.errors import DataError, first_line
 
 COLUMNS = ("uri", "label")
@@ -35,6 +35,31 @@ class _Line(msgspec.Struct):
     uri: Scalar = None
     label: Scalar = None
     split: Scalar = None
+
+
+class Table(SourceFormat):
+    """A CSV, JSON lines or Parquet file; its entries lie below roots, each of which becomes a source."""
+
+    name = "manifest"
+    suffixes = (".csv", ".jsonl", ".parquet")
+    samples = "elsewhere"
+
+    def rows(self, source: Source, number: int, context: ListingContext) -> Iterator[pa.Table]:
+        """The entries of the table; their roots are appended to the sources."""
+        numbers: dict[str, int] = {}
+        resolver, row = Resolver(source.uri, context.access), 0
+        for table in read_manifest(source.uri, labelled=context.labelled):
+            keys, places = [], []
+            for entry in table["uri"].to_pylist():
+                root, key = resolver.resolve(entry, row)
+                row += 1
+                if root not in numbers:
+                    numbers[root] = len(context.sources)
+                    context.sources.append(Source(root, "folder"))
+                keys.append(key)
+                places.append(numbers[root])
+            count = len(keys)
+            yield listing_rows(keys, places, [-1] * count, [-1] * count, [0] * count, table["label"], table["split"])
 
 
 def read_manifest(uri: str, *, labelled: bool = True) -> Iterator[pa.Table]:
@@ -98,7 +123,7 @@ class Resolver:
                     return prefix.rstrip("/"), path[len(prefix) :].lstrip("/")
             else:
                 self._permitted.add(root)
-        return self._normal(root, key) if ".." in key else (root, key)
+        return self._normalized(root, key) if ".." in key else (root, key)
 
     def _relative_problem(self, key: str) -> str | None:
         if self.local:
@@ -111,7 +136,7 @@ class Resolver:
             return "is a URI of a kind that a table in a bucket or on the web may not hold"
         return None
 
-    def _normal(self, root: str, key: str) -> tuple[str, str]:
+    def _normalized(self, root: str, key: str) -> tuple[str, str]:
         """Without ``..``, where the filesystem would follow it."""
         scheme = split_scheme(root)[0]
         if scheme in OBJECT_STORES or scheme == "memory" or ".." not in key.split("?")[0].split("/"):

@@ -1,4 +1,4 @@
-"""Local folders of the node's cache: locks, permissions and room."""
+"""Local folders of the node's cache: locks, permissions, and errors of full disks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,16 @@ _SMALL_FILE = 4096
 
 
 @contextlib.contextmanager
-def room_needed(folder: Path, purpose: str) -> Iterator[None]:
-    """Tell which option to change when ``folder`` cannot be written or is full."""
+def report_disk_full(folder: Path, purpose: str) -> Iterator[None]:
+    """Name the option to change when ``folder`` cannot be written or its disk is full.
+
+    Args:
+        folder: that is written to.
+        purpose: what for, as in "cannot keep the index in FOLDER".
+
+    Raises:
+        StorageError: in place of the OSError.
+    """
     try:
         yield
     except (OSError, StorageError) as error:
@@ -95,6 +103,11 @@ def write_small(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def default_cache_dir() -> str:
+    """``$XDG_CACHE_HOME/job``, or ``~/.cache/job``."""
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "job")
 
 
 @functools.cache

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from support import picture_files, read, tar_of, write_files
 
-from job.data import local_files
 from job.data.cache import ACCOUNTED_BYTES, SampleCache
 from job.data.datamodule import ImageDataModule
-from job.data.local_files import cache_problem, locked, private_folder, usable_cache_dir
+from job.storage import local_cache
+from job.storage.local_cache import cache_problem, locked, private_folder, usable_cache_dir
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files to another user")
 
@@ -163,5 +163,5 @@ def test_an_existing_folder_keeps_its_permissions(tmp_path: Path) -> None:
     assert usable_cache_dir(tmp_path / "cache") == tmp_path / "cache"
     assert mode(tmp_path / "cache") == 0o755
     assert {mode(path) for path in (tmp_path / "cache").iterdir()} == {0o700}
-    assert local_files.cache_problem(tmp_path / "new") is None
+    assert local_cache.cache_problem(tmp_path / "new") is None
     assert mode(tmp_path / "new") == 0o700

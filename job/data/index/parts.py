@@ -1,0 +1,98 @@
+"""The parts of the data under one URI, from its saved index or by listing it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from job import storage
+from job.data.index import layout
+from job.data.index.access import is_local_uri
+from job.data.index.file import DamagedIndex, OldFormat
+from job.data.index.index import Index
+from job.data.index.layout import Part
+from job.data.index.listing import list_location
+from job.data.index.sources import INDEX_FILE, ListingContext, Location
+from job.data.index.store import fetch_index, is_fresh
+from job.errors import DataError, StorageError
+
+log = logging.getLogger(__name__)
+
+Layout = Literal["parts", "classes", "images"]
+
+
+def parts_of(
+    location: Location, name: str, layout_of: Layout, scratch: Path, context: ListingContext, *, force_listing: bool
+) -> dict[str, Part]:
+    """The parts under one URI; its sources are appended to those of ``context``.
+
+    Args:
+        location: the URI.
+        name: of the part, where the URI holds a single one.
+        layout_of: see :func:`job.data.index.build.build`.
+        scratch: path of local files that must stay as long as the parts are used.
+        context: settings of the listing.
+        force_listing: do not use a saved index.
+
+    Raises:
+        DataError: the layout of the data is not understood, or a saved index cannot be used.
+        StorageError: something cannot be listed.
+    """
+    if not force_listing and layout_of != "images":
+        saved = _saved_parts(location, scratch.with_name(f"{scratch.name}-saved"), context)
+        if saved and layout_of == "parts":
+            if "train" not in saved:
+                raise DataError(f"the index of {location.uri} has no training part; it has {', '.join(saved)}.")
+            return saved
+        if saved and len(saved) == 1:
+            return {name: next(iter(saved.values()))}
+        if saved and location.is_saved_index:
+            raise DataError(f"{location.uri} has several parts ({', '.join(saved)}): give it by --data.root.")
+    listing = list_location(location, scratch, context)
+    if layout_of == "parts":
+        return layout.find_parts(listing)
+    return {name: layout.class_folders(listing) if layout_of == "classes" else layout.all_images(listing)}
+
+
+def _saved_parts(location: Location, folder: Path, context: ListingContext) -> dict[str, Part] | None:
+    """The parts of the index that ``job index`` left for this URI; None where there is none that can be used."""
+    uri, saved = location.uri, location.index_uri
+    if not storage.exists(storage.join(saved, INDEX_FILE)):
+        if location.is_saved_index:
+            raise StorageError(f"there is no {uri}. Make it by python -m job index.")
+        return None
+    try:
+        info = fetch_index(saved, folder)
+    except OldFormat as error:
+        if location.is_saved_index:
+            raise
+        log.warning("%s Until then the data is listed at each start.", error)
+        return None
+    context.access.require_sources([source.uri for source in info.sources], saved, local=is_local_uri(saved))
+    if not info.classes:
+        raise DamagedIndex(f"{saved} names no class. Make it again by python -m job index.")
+    indexes = {part: Index(folder, part, context.access) for part in info.parts}
+    if not is_fresh(storage.join(saved, INDEX_FILE), info, list(indexes.values())):
+        if location.is_saved_index:
+            raise DataError(f"{uri} is out of date (see above). Make it again by python -m job index.")
+        return None
+    log.info("%s: using the index of %s", uri, info.created)
+    first = len(context.sources)
+    context.sources.extend(info.sources)
+
+    def tables(index: Index) -> Iterator[pa.Table]:
+        names = pa.array(index.classes, pa.string())
+        for batch in index.batches():
+            table = pa.table(batch)
+            table = table.set_column(1, "source", pc.add(table["source"], first))
+            yield table.append_column("class", pc.take(names, table["label"])).drop_columns(["label"])
+
+    return {
+        part: Part(index.root, list(info.classes), functools.partial(tables, index)) for part, index in indexes.items()
+    }

@@ -1,0 +1,75 @@
+"""What zip and tar files have in common: samples are members, read by ranges; nothing is unpacked to disk."""
+
+from __future__ import annotations
+
+import itertools
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import IO, ClassVar, NamedTuple
+
+import pyarrow as pa
+
+from job import storage
+from job.data.index.bounded import BoundedFile
+from job.data.index.local_copy import materialise
+from job.data.index.sources.base import ROWS, ListingContext, Source, SourceFormat, listing_rows
+from job.errors import DataError
+
+
+class Member(NamedTuple):
+    """One file in an archive.
+
+    Attributes:
+        key: its name.
+        offset: first byte to read, in the archive.
+        size: bytes to read.
+        version: the CRC-32 of a zip's member; 0 in a tar, which has none.
+        label: class from a neighbouring .cls or .json file, else None.
+    """
+
+    key: str
+    offset: int
+    size: int
+    version: int
+    label: str | None
+
+
+class Archive(SourceFormat):
+    """A file of many samples.
+
+    Attributes:
+        has_member_checksums: members have a checksum, else they change with the archive's version.
+    """
+
+    samples = "members"
+    has_member_checksums: ClassVar[bool] = False
+
+    @abstractmethod
+    def members(self, uri: str, file: IO[bytes]) -> Iterator[Member]:
+        """The files in an archive.
+
+        Raises:
+            DataError: it is no readable archive.
+        """
+
+    def rows(self, source: Source, number: int, context: ListingContext) -> Iterator[pa.Table]:
+        """The members of the archive."""
+        with storage.open_for_reading(materialise(source, context.cache_dir)) as file:
+            members = self.members(source.uri, file)
+            while chunk := list(itertools.islice(members, ROWS)):
+                keys, offsets, sizes, versions, labels = zip(*chunk, strict=True)
+                if not self.has_member_checksums:
+                    versions = (source.version,) * len(keys)
+                yield listing_rows(keys, number, offsets, sizes, versions, labels)
+
+
+def unreadable(uri: str, file: BoundedFile, error: Exception) -> Exception:
+    """The exception for an archive that cannot be parsed, or that of its file."""
+    if file.failure is not None:
+        return file.failure
+    return DataError(f"{uri} is not a readable archive: {error or type(error).__name__}. Upload it again.")
+
+
+def printable(name: str) -> str:
+    """A member's name with bytes that are not UTF-8 as ``\\xNN``."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace") if not name.isascii() else name

@@ -1,0 +1,153 @@
+"""The interface of source formats, and the rows that they list."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+import pyarrow as pa
+
+from job import storage
+from job.data.index.access import Access
+from job.errors import DataError
+from job.process.terminal import escape
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_PATTERN = rf"(?i)(^|/)[^/.][^/]*({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$"
+"""Keys of images; hidden files (``._cat.jpg``) are none."""
+LONGEST_CLASS = 1024
+LONGEST_KEY = 8192
+"""Characters of a class name, and bytes of a key: buckets allow 1,024, disks 4,096, and signed URLs are longer."""
+ROWS = 1 << 16
+"""Rows that are listed together."""
+LISTING = pa.schema(
+    {
+        "key": pa.string(),  # ends with a slash for a folder
+        "source": pa.int32(),
+        "offset": pa.int64(),
+        "size": pa.int64(),
+        "version": pa.uint64(),
+        "class": pa.string(),  # null: the folder decides
+        "part": pa.string(),  # null: the folder decides
+    }
+)
+"""Columns of a listing: one row per file; see :data:`job.data.index.file.SCHEMA`."""
+
+
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One thing that samples are read from, or that names them.
+
+    Attributes:
+        uri: a folder or prefix, an archive, or a manifest.
+        kind: name of its :class:`SourceFormat`.
+        version: 64 bits that change with the content of an archive or manifest; 0 for a folder.
+        whole: it cannot be read in parts (gzip, a server without ranges): it is copied once per node.
+    """
+
+    uri: Annotated[str, msgspec.Meta(min_length=1, max_length=65_536)]
+    kind: str
+    version: Annotated[int, msgspec.Meta(ge=0)] = 0
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        if self.version >= 1 << 64:
+            raise ValueError("version has more than 64 bits")
+        if "\0" in self.uri:
+            raise ValueError("uri holds a zero byte")
+
+
+@dataclass(frozen=True)
+class ListingContext:
+    """Settings of a listing, and the sources of the index that it is for.
+
+    Attributes:
+        sources: sources of the index; a row names its source by the place in this list. A format whose samples lie
+            elsewhere appends to it.
+        cache_dir: local folder for copies of archives that cannot be read in parts.
+        access: what a manifest may name besides object stores and public web servers.
+        labelled: a manifest must have labels.
+    """
+
+    sources: list[Source]
+    cache_dir: str
+    access: Access
+    labelled: bool
+
+
+class SourceFormat(ABC):
+    """One format of data: a file of its own in this folder, and one line in :data:`job.data.index.sources.FORMATS`.
+
+    Attributes:
+        name: as the index has it.
+        suffixes: ends of names, in lower case, by which the format is recognised.
+        samples: where samples lie: each an object of its own below the source, members of the source, or elsewhere.
+        is_shard: samples are stored for sequential reading, so that neighbours may be trained on together.
+        is_packed: the bytes of a sample must be unpacked, which also verifies them.
+    """
+
+    name: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    samples: ClassVar[Literal["objects", "members", "elsewhere"]]
+    is_shard: ClassVar[bool] = False
+    is_packed: ClassVar[bool] = False
+
+    def source(self, uri: str) -> Source:
+        """The source at ``uri``; requests its details.
+
+        Raises:
+            StorageError: it is not there.
+        """
+        compressed = storage.basename(uri).lower().endswith(("gz", "tgz"))
+        whole = compressed or not storage.serves_ranges(uri)
+        return Source(uri, self.name, storage.version(storage.info(uri)), whole)
+
+    @abstractmethod
+    def rows(self, source: Source, number: int, context: ListingContext) -> Iterator[pa.Table]:
+        """The files of a source, in tables of :data:`LISTING`.
+
+        Args:
+            source: which one.
+            number: its place in ``context.sources``.
+            context: settings.
+        """
+
+    def unpack(self, raw: bytes, version: int) -> bytes:
+        """The content of a sample from its bytes in the source.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        return raw
+
+
+def is_image(key: str) -> bool:
+    """Whether a key has the suffix of an image format; hidden files are none."""
+    return re.search(IMAGE_PATTERN, key) is not None
+
+
+def listing_rows(
+    keys: Any, source: Any, offsets: Any, sizes: Any, versions: Any, classes: Any = None, parts: Any = None
+) -> pa.Table:
+    """A table of :data:`LISTING`; ``source`` may be one number for all rows.
+
+    Raises:
+        DataError: a key is not UTF-8.
+    """
+    sources = [source] * len(keys) if isinstance(source, int) else source
+    empty = [None] * len(keys)
+    columns = [keys, sources, offsets, sizes, versions, empty if classes is None else classes]
+    columns.append(empty if parts is None else parts)
+    try:
+        return pa.Table.from_arrays(
+            [
+                column if isinstance(column, (pa.Array, pa.ChunkedArray)) else pa.array(column, field.type)
+                for column, field in zip(columns, LISTING, strict=True)
+            ],
+            schema=LISTING,
+        )
+    except UnicodeEncodeError as error:  # no Arrow file, JSON or bucket holds such a name
+        raise DataError(f"the name of {escape(str(error.object))} is not UTF-8. Rename or remove it.") from error

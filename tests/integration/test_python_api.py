@@ -1,0 +1,171 @@
+"""``job.fit`` and what else ``import job`` offers: in scripts and notebooks, where the process is not job's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import REPOSITORY, TINY, assert_same_weights, environment, picture, picture_files, run_here, write_files
+
+import job
+from job.errors import ConfigError, JobError
+from job.process.cpus import available_cpus
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    return write_files(tmp_path / "colours", picture_files(["blue", "red"], 10))
+
+
+def config(run_dir: Path, colours: Path, **more: Any) -> dict[str, Any]:
+    """The tiny run as a mapping in the form of config.yaml; ``a__b`` stands for ``a: {b: …}``."""
+    tree: dict[str, Any] = {"run_dir": run_dir}
+    given = {name.replace("__", "."): value for name, value in more.items()}
+    for name, value in {**TINY, "trainer.max_epochs": 1, "data.root": colours, **given}.items():
+        *groups, option = name.split(".")
+        level = tree
+        for group in groups:
+            level = level.setdefault(group, {})
+        level[option] = json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+    return tree
+
+
+def test_fit_load_and_predict(colours: Path, tmp_path: Path) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    arguments = list(sys.argv)
+    report = job.fit(config(tmp_path / "run", colours))
+    assert isinstance(report, job.Report)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert sys.argv == arguments
+    assert (report.run_dir, report.epochs, report.global_step) == (str(tmp_path / "run"), 1, 2)
+    assert report.classes == ("blue", "red")
+    assert report.images == {"train": 16, "val": 4}
+    assert report.metrics["val/accuracy"] is not None
+    assert report.best == report.last
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report.content
+    (prediction,) = job.load(report.run_dir).predict([picture((30, 60, 200), 1)])
+    assert prediction.label in report.classes
+
+
+def test_a_saved_configuration_is_one_that_fit_takes(colours: Path, tmp_path: Path) -> None:
+    """From a file, as the verb does: both give the same weights."""
+    job.fit(config(tmp_path / "run", colours))
+    saved = tmp_path / "run" / "config.yaml"
+    again = tmp_path / "again.yaml"
+    again.write_text(saved.read_text().replace(str(tmp_path / "run"), str(tmp_path / "again")))
+    job.fit(again)
+    ended = run_here("fit", "--config", saved, "--run_dir", tmp_path / "verb", threads=torch.get_num_threads())
+    assert ended.returncode == 0, ended.output
+    assert "Finished" in ended.output
+    assert_same_weights(str(tmp_path / "run"), str(tmp_path / "again"))
+    assert_same_weights(str(tmp_path / "run"), str(tmp_path / "verb"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer__max_epochs": 0}, "max_epochs must be at least 1"),
+        ({"checkpoint__keep_last": 0}, "keep_last must be at least 1"),
+        ({"data__roots": "x"}, "roots"),
+        ({"model__optimizer": {"class_path": "os.system"}}, "os.system is not allowed"),
+    ],
+)
+def test_a_mistake_is_an_exception_and_no_exit(
+    changes: dict[str, Any], message: str, colours: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        job.fit(config(tmp_path / "run", colours, **changes))
+
+
+def test_a_run_goes_on_in_another_thread(colours: Path, tmp_path: Path) -> None:
+    """Python allows signal handlers in the main thread alone; a run resumes where an earlier one ended."""
+    job.fit(config(tmp_path / "run", colours))
+    reports: list[job.Report] = []
+    settings = config(tmp_path / "run", colours, trainer__max_epochs=2)
+    thread = threading.Thread(target=lambda: reports.append(job.fit(settings)))
+    thread.start()
+    thread.join()
+    assert [report.epochs for report in reports] == [2]
+
+
+def test_without_affinity_all_cpus_count(monkeypatch: pytest.MonkeyPatch, colours: Path, tmp_path: Path) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert available_cpus() == os.cpu_count()
+    settings = config(tmp_path / "run", colours)
+    del settings["data"]["num_workers"]
+    assert job.fit(settings).epochs == 1
+
+
+def script(folder: Path, settings: dict[str, Any], body: str) -> subprocess.Popen[str]:
+    """A script without the guard of ``__main__``, as a notebook has none."""
+    path = folder / "script.py"
+    (folder / "config.json").write_text(json.dumps(settings, default=str))
+    start = "import json, job\nfrom job import checkpoint\nprint('began', flush=True)\n"
+    start += "config = json.load(open('config.json'))\n"
+    path.write_text(start + textwrap.dedent(body))
+    return subprocess.Popen(
+        [sys.executable, path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env=environment(PYTHONPATH=str(REPOSITORY)),
+    )
+
+
+def test_ctrl_c_saves_and_raises_and_the_process_lives_on(colours: Path, tmp_path: Path) -> None:
+    endless = config(tmp_path / "run", colours, trainer__max_epochs=100000)
+    process = script(
+        tmp_path,
+        endless,
+        """
+        try:
+            job.fit(config)
+        except (job.JobError, KeyboardInterrupt) as error:
+            print(type(error).__name__, error)
+        print(job.load(config["run_dir"]).classes)
+        config["trainer"]["max_epochs"] = checkpoint.manifests(config["run_dir"])[-1].epoch + 1
+        print(job.fit(config).epochs == config["trainer"]["max_epochs"])
+        """,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob("*.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, output + errors
+    began, preempted, classes, went_on = output.splitlines()
+    assert began == "began"
+    assert preempted.startswith("Preempted stopped on request after step ")
+    assert classes == "('blue', 'red')"
+    assert went_on == "True"
+
+
+def test_loader_processes_do_not_run_the_script_again(colours: Path, tmp_path: Path) -> None:
+    augment = {"class_path": "torchvision.transforms.v2.Resize", "init_args": {"size": [32, 32]}}
+    process = script(
+        tmp_path, config(tmp_path / "run", colours, data__augment=augment), "print(job.fit(config).epochs)"
+    )
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, output + errors
+    assert output.split() == ["began", "1"]
+
+
+def test_importing_the_package_imports_neither_torch_nor_lightning() -> None:
+    code = "import sys, job; print({'torch', 'pytorch_lightning', 'jsonargparse'} & set(sys.modules), dir(job))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert result.stdout.startswith("set()")
+    assert "TransferLearningModel" in result.stdout
+    assert issubclass(ConfigError, JobError)
