@@ -37,7 +37,7 @@ def fit(args: list[str]) -> None:
     ):
         ranks.from_rank_zero(lease.acquire)
         if ranks.local_rank() == 0:
-            temporary.sweep()
+            temporary.delete_stale()
         resumed = ranks.from_rank_zero(lambda: _resume_point(run_dir, options["resume"]))
         cli.datamodule.before_write = lease.require_held
         step, config = resumed.global_step if resumed else -1, cli.config_yaml()

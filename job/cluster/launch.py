@@ -28,6 +28,7 @@ from job.errors import (
     EXIT_USER_ERROR,
     RankLost,
 )
+from job.process.cpus import usable_cpus
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def cores(root: Path = Path("/sys/fs/cgroup")) -> int:
 
     Source: https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max), and version 1's cpu.cfs_quota_us.
     """
-    count = len(os.sched_getaffinity(0))
+    count = usable_cpus()
     for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
         with contextlib.suppress(OSError, ValueError):  # "max" and -1: no limit
             quota, period = (int(word) for word in " ".join((root / file).read_text() for file in files).split())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from job.data.loader import BatchLoader
 from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, DataError
 from job.features.store import FeatureStore
+from job.process.cpus import usable_cpus
 from job.storage.local_cache import default_cache_dir, report_disk_full, usable_cache_dir
 
 log = logging.getLogger(__name__)
@@ -290,7 +290,7 @@ class ImageDataModule(pl.LightningDataModule):
             return 0  # another process would find an empty filesystem
         if self.num_workers is not None:
             return self.num_workers
-        return max(len(os.sched_getaffinity(0)) // ranks.local_world_size(), 1)
+        return max(usable_cpus() // ranks.local_world_size(), 1)
 
     def _check_batch_size(self) -> None:
         world_size = ranks.world_size()
