@@ -3,18 +3,19 @@
 # make container  the image, built and run         make xla        the tests of the TPU path, on XLA's CPU device
 # make processes  the tests but for those two      make golden     the manifests' renderings, for comparison
 # make benchmark-checkpoint, benchmark-data, benchmark-train   what each costs, against others
+# make benchmark-startup   CPU seconds that each command takes to start
 # make benchmark-gpu   whether everything works on a GPU, and how fast
 # make benchmark-recipes   the accuracy that each recipe in job/recipes reaches
 # make docs       the documentation as a website in site/; warnings and broken links are errors
 # make docs-serve the same on http://localhost:8000, rebuilt at each change
-# make reference  docs/configuration.txt, from --help
+# make reference  docs/configuration.txt, from --help-all
 PYTHON ?= python3
 VENV ?= .venv
 VENV_TPU ?= .venv-tpu
 DATA ?=
 
 .PHONY: demo test processes unit xla container golden lint docs docs-serve reference
-.PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu
+.PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -46,7 +47,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu: benchmark-%: $(VENV)/installed
+benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup: benchmark-%: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/$*.py
 
 # Material announces its end of life in 2027 at each build.
@@ -59,7 +60,7 @@ docs-serve: $(VENV)/installed
 	$(VENV)/bin/python -m mkdocs serve --strict
 
 reference: $(VENV)/installed
-	COLUMNS=120 $(VENV)/bin/python -m job fit --help > docs/configuration.txt
+	COLUMNS=120 $(VENV)/bin/python -m job fit --help-all > docs/configuration.txt
 
 # torch-xla pins a torch of its own.
 $(VENV_TPU)/installed: setup.cfg pyproject.toml constraints-tpu.txt

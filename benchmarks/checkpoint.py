@@ -1,7 +1,8 @@
 """Benchmark of checkpoints to a bucket: training stall per checkpoint, and recovery time of a killed rank.
 
-Run it by ``make benchmark-checkpoint``. Compared with Lightning's TorchCheckpointIO, which ModelCheckpoint uses, and
-with ``torch.distributed.checkpoint.async_save`` through fsspec: the same state, to the same GCS server on loopback.
+Run it by ``make benchmark-checkpoint``. It compares the job with Lightning's TorchCheckpointIO, which ModelCheckpoint
+uses, and with ``torch.distributed.checkpoint.async_save`` through fsspec: the same state, to the same GCS server on
+loopback.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from job import storage
 from job.checkpoint.io import BackgroundCheckpointIO
 from job.checkpoint.state import MANIFEST_KEY
-from job.demo import CONFIGS, DIGITS
+from job.demo import DIGITS
 from job.demo.digits import digit_images
 from job.demo.gcs_server import create_bucket, gcs_server
 from job.monitoring import accounting
@@ -111,7 +112,7 @@ def recovery_table(folder: Path) -> Table:
     """SIGKILL of rank 1 of 2 in the middle of the demo's training; the launcher restarts the ranks."""
     run_dir, log = f"{BUCKET}/recovery", folder / "log"
     storage.write_many(DIGITS, digit_images())
-    options = [f"--config={CONFIGS}/demo.yaml", f"--data.root={DIGITS}", f"--run_dir={run_dir}", "--model.weights=none"]
+    options = ["--config=demo", f"--data.root={DIGITS}", f"--run_dir={run_dir}", "--model.weights=none"]
     options += ["--checkpoint.every_n_steps=20", "--trainer.max_epochs=4"]
     with log.open("wb") as file:
         process = subprocess.Popen(

@@ -65,7 +65,7 @@ def job_loader(uri: str, workers: int, cache_gb: float = 10) -> list[float]:
 
         def epochs() -> Iterator[Callable[[], Iterator[int]]]:
             for number in range(EPOCHS):
-                loader.order.set_epoch(number)
+                loader.sampler.set_epoch(number)
                 yield lambda: batch_sizes(loader, "image")
 
         return measured(epochs())
@@ -79,15 +79,15 @@ def limit(uri: str, workers: int) -> list[float]:
     results = multiprocessing.Queue()
 
     def work(part: list[bytes]) -> None:
-        from job.data.dataset import View
+        from job.data.dataset import Preprocessing
 
         torch.set_num_threads(1)
-        view = View(IMAGE_SIZE, flip=True)
+        preprocessing = Preprocessing(IMAGE_SIZE, flip=True)
         for content in part[:50]:
-            view.pixels(view.decoded(content), 1, 1)
+            preprocessing.pixels(preprocessing.decoded(content), 1, 1)
         began = time.monotonic()
         for content in part:
-            view.pixels(view.decoded(content), 1, 1)
+            preprocessing.pixels(preprocessing.decoded(content), 1, 1)
         results.put(len(part) / (time.monotonic() - began))
 
     context = multiprocessing.get_context("fork")

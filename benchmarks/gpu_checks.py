@@ -89,7 +89,7 @@ def tune(machine: Machine) -> str:
     """Train with the batch size that ``tune`` suggests; on CUDA twice that size is refused with a message."""
     run_dir = machine.scratch / "tune"
     settings = machine.speed_settings(run_dir, "resnet50", trainer__limit_val_batches=0)
-    machine.run_successfully("tune", *settings, "--lr.steps=20")
+    machine.run_successfully("tune", *settings, "--lr_finder.steps=20")
     batch = read_json(run_dir / "tune.json")["global_batch_size_at_most"]
     assert isinstance(batch, int)
     assert batch >= 1, batch
@@ -132,7 +132,7 @@ def predict(machine: Machine) -> str:
     )
     assert worst <= 1e-2, worst
     machine.run_successfully(
-        "predict", f"--ckpt={run_dir}", f"--input={machine.colours}", f"--output={machine.scratch}/rows.jsonl"
+        "predict", f"--run_dir={run_dir}", f"--input={machine.colours}", f"--output={machine.scratch}/rows.jsonl"
     )
     rows = len((machine.scratch / "rows.jsonl").read_text().splitlines())
     assert rows == len(images), rows
@@ -140,7 +140,7 @@ def predict(machine: Machine) -> str:
 
 
 def no_visible_device(machine: Machine) -> str:
-    """A container without a GPU: asking for one is an error of the user's, and leaving it to the job uses the CPU."""
+    """Without a GPU, exit with 2 if one is requested, and use the CPU by default."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     settings = machine.settings(machine.scratch / "hidden", trainer__accelerator="gpu", trainer__max_epochs=1)
     outcome = (

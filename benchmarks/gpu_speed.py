@@ -1,4 +1,4 @@
-"""How fast the package is on this device, each figure beside its limit or a peer, measured in the same run."""
+"""Speed on this device; each result has an upper bound, or a peer, measured in the same run."""
 
 from __future__ import annotations
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
-from torch import Tensor
 
 from job import storage
 from job.checkpoint.manifest import ConfusionFile
 from job.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX = ".confusion.safetensors"
 TENSOR = "true_predicted_count"

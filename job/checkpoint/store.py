@@ -26,10 +26,8 @@ from job.checkpoint.manifest import (
     read_manifest,
 )
 from job.checkpoint.ranking import order, ranked
-from job.checkpoint.state import require_checkpoint
 from job.errors import CheckpointError, NewerFormatError, StorageError, StorageOutage
 from job.storage.json_files import read_limited
-from job.storage.tensor_file import load_tensors
 
 __all__ = [
     "FOLDER",
@@ -159,6 +157,10 @@ def load(uri: str) -> dict[str, Any]:
         CheckpointError: damaged, not a checkpoint, or written by a newer version of job.
         StorageError: it cannot be read.
     """
+    # torch is imported here: other functions of this module work on manifests and bytes.
+    from job.checkpoint.state import require_checkpoint
+    from job.storage.tensor_file import load_tensors
+
     content = storage.read_bytes(uri)
     if storage.exists(manifest_uri(uri)):
         described = read_limited(manifest_uri(uri), MAX_BYTES)

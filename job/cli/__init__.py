@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from dataclasses import dataclass
 
-from job.cli.evaluate import test, validate
-from job.cli.fit import fit
-from job.cli.parser import call_with_options
-from job.cli.tune import tune
+from job.cli import help
+from job.cli.versions import library_versions
 from job.cluster import ranks
 from job.cluster.environment import require_ranks
-from job.config.import_policy import set_parsing_rules
 from job.errors import EXIT_INTERNAL_ERROR, EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, JobError, Preempted
 from job.process import temporary
 from job.process.descendants import kill_descendants
@@ -26,68 +24,41 @@ from job.train.errors import translated
 
 log = logging.getLogger("job")
 
-
-def predict(args: list[str]) -> None:
-    """Classify images with a checkpoint."""
-    from job.predict import main as predict_main
-
-    call_with_options("predict", predict_main, args)
+HELP_OPTIONS = frozenset(["-h", "--help", "--help-all"])
 
 
-def index(args: list[str]) -> None:
-    """List a data set ahead of training."""
-    from job.data.index.build import main as index_main
+@dataclass(frozen=True)
+class Command:
+    """A command, whose module is imported when it runs.
 
-    call_with_options("index", index_main, args, positional=True)
+    Attributes:
+        module: the module, which has a function of the command's name.
+        summary: its line in ``--help``.
+        on_ranks: runs in many processes, and imports Lightning, which takes seconds.
+        has_grace: its child processes have a grace of their own at a signal.
+    """
 
-
-def checkpoints(args: list[str]) -> None:
-    """List, verify or clean up the checkpoints of a run."""
-    from job.cli.checkpoints import main as checkpoints_main
-
-    call_with_options("checkpoints", checkpoints_main, args, positional=True)
-
-
-def launch(args: list[str]) -> None:
-    """Start the ranks of this node by torchrun: launch fit …, in a container of any platform."""
-    from job.cluster.launch import launch as start
-
-    if not args or args[0] not in VERBS or args[0] in ("launch", "demo"):
-        raise ConfigError("launch takes another command and its options: python -m job launch fit --data.root …")
-    sys.exit(start(args, run, MODULES.get(args[0], [])))
+    module: str
+    summary: str
+    on_ranks: bool = False
+    has_grace: bool = False
 
 
-def demo(args: list[str]) -> None:
-    """Run the whole job on this machine, with a bucket of its own."""
-    from job.demo import main as demo_main
-
-    call_with_options("demo", demo_main, args)
-
-
-VERBS: dict[str, Callable[[list[str]], None]] = {
-    "fit": fit,
-    "tune": tune,
-    "validate": validate,
-    "test": test,
-    "predict": predict,
-    "index": index,
-    "checkpoints": checkpoints,
-    "launch": launch,
-    "demo": demo,
+COMMANDS = {
+    "fit": Command("job.cli.fit", "Train a model, or continue its training, in RUN_DIR.", on_ranks=True),
+    "tune": Command("job.cli.tune", "Find an initial learning rate and the largest batch that fits.", on_ranks=True),
+    "validate": Command("job.cli.evaluate", "Evaluate a checkpoint on the validation images.", on_ranks=True),
+    "test": Command("job.cli.evaluate", "Evaluate a checkpoint on the test images.", on_ranks=True),
+    "predict": Command("job.cli.predict", "Classify images with a checkpoint."),
+    "index": Command("job.cli.index", "List a data set ahead of training."),
+    "checkpoints": Command("job.cli.checkpoints", "List, verify or clean up the checkpoints of a run."),
+    "launch": Command("job.cli.launch", "Run a command in all processes of this node.", has_grace=True),
+    "demo": Command("job.cli.demo", "Run everything on this machine, with a local bucket.", has_grace=True),
 }
-RANKED_VERBS = ("fit", "tune", "validate", "test")
-"""Those that run on many processes."""
-MODULES = {
-    "fit": ["job.cli.fit"],
-    "tune": ["job.cli.tune"],
-    "validate": ["job.cli.evaluate"],
-    "test": ["job.cli.evaluate"],
-}
-"""Modules of the verbs in RANKED_VERBS: launch imports them once for all ranks of a node."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one verb, and exit by the table in README: 2 with one message for a user's mistake."""
+    """Run one command, and exit by the table of exit codes: 2 with one message for a user's mistake."""
     if code := run(sys.argv[1:] if argv is None else argv):
         if ranks.world_size() > 1:
             end_process(code)
@@ -96,36 +67,63 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: list[str]) -> int:
-    """Run one verb; returns the exit code."""
+    """Run one command; returns the exit code."""
     _set_up_logging()
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in HELP_OPTIONS:
         print(_usage())
         return 0 if args else EXIT_USER_ERROR
+    if args[0] == "--version":
+        print(library_versions())
+        return 0
+    if args[0] in COMMANDS and COMMANDS[args[0]].on_ranks and not _wants_help(args):
+        log.info("%s: starting %s", library_versions(), args[0])
+        # Before signals raise an exception, which C code that imports a module might turn into another one.
+        try:
+            importlib.import_module(COMMANDS[args[0]].module)
+        except Exception as error:
+            return _report(error)
     # LightningCLI looks at sys.argv, and would warn of arguments given to it besides.
     sys.argv = [sys.argv[0]]
-    waits = args[0] in ("launch", "demo")  # for processes that have a grace of their own
+    has_grace = args[0] in COMMANDS and COMMANDS[args[0]].has_grace
     try:
-        with StopSignals(None, at_end=kill_descendants) if waits else StopSignals(at_end=temporary.remove_all):
+        with StopSignals(None, at_end=kill_descendants) if has_grace else StopSignals(at_end=temporary.remove_all):
             return _exit_code(args)
     except Stopped as stopped:
         return _report(stopped)
 
 
 def _exit_code(args: list[str]) -> int:
-    """Run the verb ``args[0]``; report what ends it, and return the exit code."""
+    """Run the command ``args[0]``; report what ends it, and return the exit code."""
     try:
-        if args[0] not in VERBS:
-            close = difflib.get_close_matches(args[0], VERBS, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ConfigError(f"unknown command {args[0]!r}.{hint}\n{_usage()}")
-        if args[0] in RANKED_VERBS:
-            require_ranks(os.environ)
-        VERBS[args[0]](args[1:])
+        run_command(args[0], args[1:])
     except (Stopped, KeyboardInterrupt) as error:
         return _report(error)
     except Exception as error:
         return _report(translated(error))
     return 0
+
+
+def run_command(name: str, args: list[str]) -> None:
+    """Import a command and run it.
+
+    Raises:
+        ConfigError: there is no such command, or its options cannot work.
+    """
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"unknown command {name!r}.{hint}\n{_usage()}")
+    if name in help.COMMON and _wants_help(args):
+        print(help.common_help(name))
+        return
+    command = COMMANDS[name]
+    if command.on_ranks:
+        require_ranks(os.environ)
+    getattr(importlib.import_module(command.module), name)(args)
+
+
+def _wants_help(args: list[str]) -> bool:
+    return "-h" in args or "--help" in args
 
 
 def _report(error: BaseException) -> int:
@@ -151,8 +149,12 @@ def _report(error: BaseException) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10}{verb.__doc__}" for name, verb in VERBS.items()]
-    return "usage: python -m job COMMAND [options]\n\n" + "\n".join(lines) + "\n\npython -m job COMMAND --help"
+    lines = [f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()]
+    return (
+        "usage: python -m job COMMAND [options]\n\n"
+        + "\n".join(lines)
+        + "\n\npython -m job COMMAND --help shows the options of a command, python -m job --version all versions."
+    )
 
 
 def _set_up_logging() -> None:
@@ -178,4 +180,3 @@ def _set_up_logging() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     protect_output()
-    set_parsing_rules()

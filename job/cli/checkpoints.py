@@ -1,22 +1,28 @@
-"""``python -m job checkpoints``: look at a run's checkpoints, verify them, clean up."""
+"""``python -m job checkpoints``: list, verify or clean up the checkpoints of a run."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from job import checkpoint, storage
+from job.cli.parser import call_with_options
 from job.errors import CheckpointError
 from job.process.terminal import print_table, say
 from job.resilience.lease import Lease
+
+
+def checkpoints(args: list[str]) -> None:
+    """Run ``python -m job checkpoints ARGS``."""
+    call_with_options("checkpoints", main, args, positional=("action", "run_dir"))
 
 
 def main(action: Literal["ls", "verify", "gc"], run_dir: str) -> None:
     """List, verify or clean up the checkpoints of a run.
 
     Args:
-        action: "ls" lists them; "verify" reads each and holds it against its manifest; "gc" removes what killed
-            processes left half uploaded.
-        run_dir: the run's folder.
+        action: "ls" lists them; "verify" reads each and compares it with its manifest; "gc" removes incomplete uploads
+            of processes that were killed.
+        run_dir: folder of the run.
     """
     if action == "gc":
         _collect_garbage(run_dir)

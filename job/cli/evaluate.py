@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +14,7 @@ import yaml
 
 from job import checkpoint, redact, storage
 from job.checkpoint import confusion
+from job.cli.arguments import canonical_arguments, option_value
 from job.cli.parser import ENV_PREFIX
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
@@ -47,7 +46,7 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
     options = cli.config_init
     # The checkpoint brings the weights: pretrained ones would be fetched in vain.
     cli.model.config = replace(cli.model.config, weights="none")
-    cli.model.mirror = options["mirror"]
+    cli.model.tta = options["tta"]
     with ranks.process_group(EVALUATION_TIMEOUT):
         uri = ranks.from_rank_zero(lambda: checkpoint.resolve(options["ckpt"] or options["run_dir"]))
         with translate_errors(cli.datamodule.global_batch_size):
@@ -67,13 +66,12 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
 @contextlib.contextmanager
 def _with_saved_config(args: list[str]) -> Iterator[list[str]]:
     """Put what is taken of run_dir's own config.yaml before the arguments, unless the user names a configuration."""
-    named = any(arg.split("=")[0] in ("--config", "--help") or re.match(r"-[ch]", arg) for arg in args)
+    canonical = canonical_arguments(args, options=("run_dir", "config"), positional=("run_dir",))
+    named = option_value(canonical, "config") is not None or "--help-all" in canonical
     if named or f"{ENV_PREFIX}_CONFIG" in os.environ:
         yield args
         return
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--run_dir", default=os.environ.get(f"{ENV_PREFIX}_RUN_DIR"))
-    run_dir = finder.parse_known_args(args)[0].run_dir
+    run_dir = option_value(canonical, "run_dir") or os.environ.get(f"{ENV_PREFIX}_RUN_DIR")
     saved = None if run_dir is None else read_saved_config(run_dir)
     if saved is None:
         yield args

@@ -1,49 +1,67 @@
-"""The parser of all verbs: suggestions, limits on values, no credentials in what is saved."""
+"""The parser of all commands: aliases, suggestions, limits on values, no credentials in what is saved."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
-from pytorch_lightning.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from job import redact
+from job.cli import messages
+from job.cli.arguments import canonical_arguments
 from job.config import bounded_yaml
-from job.config.import_policy import denied_message, require_permitted
-from job.errors import (
-    ConfigError,
-)
+from job.config.import_policy import denied_message, require_permitted, set_parsing_rules
+from job.errors import ConfigError
 from job.process.terminal import escape
 
 ENV_PREFIX = "JOB"
 
 
-class Parser(LightningArgumentParser):
-    """jsonargparse's parser, whose errors suggest the nearest right option.
+class ParserMixin(ArgumentParser):
+    """Additions to a parser of jsonargparse.
 
-    Options cannot be abbreviated, and no class may be named that :mod:`job.config.import_policy` denies. Credentials in
-    URIs are kept by :mod:`job.redact`; the values of options are without them.
+    Options have aliases and cannot be abbreviated, errors suggest the nearest option, and no class may be named that
+    :mod:`job.config.import_policy` denies. Credentials in URIs are kept by :mod:`job.redact`; the values of options
+    are without them.
+
+    Args:
+        aliases: option by alias.
+        positional: options that may be given without their name.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, aliases: Mapping[str, str] | None = None, positional: Sequence[str] = (), **kwargs: Any
+    ) -> None:
+        self.aliases = dict(aliases or {})
+        self.positional = tuple(positional)
+        self._arguments: list[str] = []
+        set_parsing_rules()
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong, without a traceback, and exit with 2."""
+        """Raise the message, in plain words and with a suggestion.
+
+        Raises:
+            ConfigError: always.
+        """
         if denied := re.search(r"Importing '([^']+)' is not allowed", message):
             key = re.search(r'Parser key "([^"]+)"', message)
             raise ConfigError(denied_message(denied[1], key[1] if key else ""))
-        raise ConfigError(f"{message.strip()}{self._suggestion(message)}\nSee --help.")
+        known = {action.dest: action for action in self._actions}
+        raise ConfigError(f"{messages.explain(message, known, self._arguments, self.aliases)}\nSee --help.")
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+    def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """The options, checked, with the credentials of their URIs kept aside."""
-        self._check_limits(sys.argv[1:] if not args or args[0] is None else args[0])
-        return self._checked(super().parse_args(*args, **kwargs))
+        args = sys.argv[1:] if args is None else list(args)
+        self._check_limits(args)
+        self._arguments = canonical_arguments(
+            args, options=self._option_names(), aliases=self.aliases, positional=self.positional
+        )
+        return self._checked(super().parse_args(self._arguments, *more, **kwargs))
 
     def parse_object(self, *args: Any, **kwargs: Any) -> Namespace:
         """The options of a mapping, checked, with the credentials of their URIs kept aside."""
@@ -56,7 +74,14 @@ class Parser(LightningArgumentParser):
             config[key] = redact.walk(value, _without_credentials, key)
         return config
 
-    def _check_limits(self, args: Any) -> None:
+    def format_help(self, *args: Any) -> str:
+        """The text of ``--help``."""
+        return messages.without_unions(super().format_help(*args))
+
+    def _option_names(self) -> set[str]:
+        return {name.removeprefix("--") for name in self._option_string_actions if name.startswith("--")}
+
+    def _check_limits(self, args: Sequence[Any]) -> None:
         """Refuse values that would be too large as YAML: jsonargparse reads each of them by two loaders."""
         values = [("a value on the command line", str(arg).partition("=")[2] or str(arg)) for arg in args]
         values += [(name, value) for name, value in os.environ.items() if name.startswith(f"{ENV_PREFIX}_")]
@@ -74,13 +99,9 @@ class Parser(LightningArgumentParser):
         text: str = super().dump(namespace, *args, **kwargs)
         return text
 
-    def _suggestion(self, message: str) -> str:
-        known = [action.dest for action in self._actions]
-        for wrong in re.findall(r"(?:--|[\"'])([A-Za-z_][\w.]*)", message):
-            close = difflib.get_close_matches(wrong, [k for k in known if k != wrong], n=1, cutoff=0.75)
-            if close and wrong not in known:
-                return f"\nDid you mean --{close[0]}?"
-        return ""
+
+class Parser(ParserMixin):
+    """The parser of commands that take the parameters of one function."""
 
 
 def _without_credentials(key: str, text: str) -> str:
@@ -100,13 +121,27 @@ def _without_credentials(key: str, text: str) -> str:
     return redact.remember(text)
 
 
-def call_with_options(verb: str, function: Callable[..., None], args: list[str], *, positional: bool = False) -> None:
-    """Call ``function`` with its parameters as options, or those it requires by position."""
+def call_with_options(
+    command: str, function: Callable[..., None], args: list[str], *, positional: Sequence[str] = ()
+) -> None:
+    """Call ``function`` with its parameters as options.
+
+    Args:
+        positional: parameters that may be given without their name, in this order.
+    """
+    parser = function_parser(command, function, positional)
+    function(**parser.parse_args(args).as_dict())
+
+
+def function_parser(command: str, function: Callable[..., None], positional: Sequence[str] = ()) -> Parser:
+    """The parser of a command whose options are the parameters of ``function``."""
+    words = ["python -m job", command, *(name.upper() for name in positional), "[options]"]
     parser = Parser(
-        prog=f"python -m job {verb}",
+        prog=f"python -m job {command}",
+        usage=" ".join(words),
         default_env=True,
         env_prefix=ENV_PREFIX,
-        description=(function.__doc__ or "").split("\n")[0],
+        positional=positional,
     )
-    parser.add_function_arguments(function, as_positional=positional)
-    function(**parser.parse_args(args).as_dict())
+    parser.add_function_arguments(function)
+    return parser

@@ -10,7 +10,8 @@ from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from job.checkpoint.settings import CheckpointSettings
-from job.cli.parser import ENV_PREFIX, Parser
+from job.cli.arguments import DATA_ALIASES, TRAINING_ALIASES
+from job.cli.parser import ENV_PREFIX, ParserMixin
 from job.config.trainer_options import add_trainer_arguments, list_supported_classes, require_seed, require_supported
 from job.data.datamodule import ImageDataModule
 from job.features.callback import FeatureSettings
@@ -20,8 +21,16 @@ from job.train.fit import FitSettings
 from job.train.lr_finder import LRFinder
 
 
+class TrainingParser(ParserMixin, LightningArgumentParser):
+    """The parser of commands that build a Trainer; ``--help`` is :mod:`job.cli.help`'s."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_argument("--help-all", action="help", help="Show all options and exit.")
+
+
 class TrainingCLI(LightningCLI):
-    """The options of fit, tune, validate and test; see ``--help``."""
+    """The options of fit, tune, validate and test; see ``--help-all``."""
 
     def __init__(self, verb: str, args: list[str] | dict[str, Any]) -> None:
         self.verb = verb
@@ -34,8 +43,16 @@ class TrainingCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_class=Parser,
-            parser_kwargs={"default_env": True, "env_prefix": ENV_PREFIX, "prog": f"python -m job {verb}"},
+            parser_class=TrainingParser,
+            parser_kwargs={
+                "default_env": True,
+                "env_prefix": ENV_PREFIX,
+                "prog": f"python -m job {verb}",
+                "usage": f"python -m job {verb} RUN_DIR [options]",
+                "description": f"All options of {verb}.",
+                "aliases": TRAINING_ALIASES if verb == "fit" else DATA_ALIASES,
+                "positional": ("run_dir",),
+            },
             trainer_defaults={"max_epochs": 15, "log_every_n_steps": 10},
         )
 
@@ -84,7 +101,7 @@ class TrainingCLI(LightningCLI):
             parser.add_class_arguments(WatchdogSettings, "watchdog")
             parser.add_class_arguments(FeatureSettings, "features", sub_configs=True)
         elif self.verb == "tune":
-            parser.add_lightning_class_args(LRFinder, "lr")
+            parser.add_lightning_class_args(LRFinder, "lr_finder")
         else:
             parser.add_argument(
                 "--ckpt",
@@ -94,10 +111,10 @@ class TrainingCLI(LightningCLI):
                 "best in run_dir.",
             )
             parser.add_argument(
-                "--mirror",
-                type=bool,
-                default=False,
-                help="Average what is said of each image and of its mirror image.",
+                "--tta",
+                type=Literal["none", "hflip"],
+                default="none",
+                help="Test-time augmentation: hflip averages predictions over horizontal flips.",
             )
         parser.add_class_arguments(CheckpointSettings, "checkpoint", sub_configs=True)
         parser.link_arguments("seed_everything", "data.seed")

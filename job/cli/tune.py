@@ -20,7 +20,7 @@ def tune(args: list[str]) -> None:
     """Find a learning rate to begin with, and the largest batch that fits."""
     cli = TrainingCLI("tune", args)
     options = cli.config_init
-    rates, batches = options["lr"], BatchSizeFinder()
+    rates, batches = options["lr_finder"], BatchSizeFinder()
     # What trains in the first epoch trains in all steps, at rates that no schedule sets.
     milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.config.milestones]
     cli.model.config = replace(cli.model.config, lr_scheduler=None, lr_interval="epoch", milestones=milestones)

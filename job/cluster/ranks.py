@@ -1,4 +1,7 @@
-"""The processes that torchrun started: who this one is, and what rank 0 tells the others."""
+"""The processes that torchrun started: rank and world size of this one, and collectives on Python objects.
+
+torch is imported by the functions that run a collective: commands without one start without it.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from job.errors import ConfigError, JobError, RankLost
 from job.process.signals import Stopped
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,9 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
     if world_size() == 1:
         yield
         return
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
     timeout = timedelta(seconds=timeout_seconds)
     with _translate_failures():
         store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=timeout))
@@ -91,6 +94,8 @@ def _store_of_this_start(agents: Any, timeout: timedelta) -> Any:
     it, which gloo would connect to (torch 2.14). Nor is the number of a restart the same for agents
     that came at different times. A port that an earlier rank 0 left there refuses the connection.
     """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
     host = os.environ["MASTER_ADDR"]
     if rank() == 0:
         served = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
@@ -112,6 +117,8 @@ def from_rank_zero(function: Callable[[], T]) -> T:
     Raises:
         JobError: what ``function`` raised, the same on every rank.
     """
+    import torch.distributed as dist
+
     if not dist.is_initialized():
         return function()
     told: list[Any] = [None, None]
@@ -129,6 +136,8 @@ def from_rank_zero(function: Callable[[], T]) -> T:
 
 def union(mine: set[str]) -> set[str]:
     """What is in any rank's set; called by all ranks together."""
+    import torch.distributed as dist
+
     if not dist.is_initialized():
         return mine
     everyones: list[Any] = [None] * world_size()
@@ -138,6 +147,9 @@ def union(mine: set[str]) -> set[str]:
 
 def broadcast(tensors: list[Tensor]) -> None:
     """Overwrite ``tensors``, of one type and device, with those of rank 0; called by all ranks together."""
+    import torch
+    import torch.distributed as dist
+
     if dist.is_initialized() and tensors and tensors[0].device.type != "xla":  # XLA's are one on all chips
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.broadcast(flat, src=0)
@@ -153,6 +165,8 @@ def _translate_failures() -> Iterator[None]:
         ConfigError: the ranks were started wrongly, which a restart would repeat.
         RankLost: another rank ended, hangs or cannot be reached.
     """
+    import torch.distributed as dist
+
     try:
         yield
     except RuntimeError as error:  # torch's DistError is one, too

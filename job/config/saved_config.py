@@ -50,7 +50,7 @@ _NEVER_SAVED = frozenset(["data.cache_dir", "data.allow"])
 """Paths that this machine writes to, and what the user alone may allow."""
 _SOURCES = frozenset(["data.root", "data.train", "data.val", "data.test"])
 """URIs that are read; see :class:`~job.data.index.access.Access`."""
-_OTHER_COMMANDS = frozenset(["run_dir", "resume", "grace", "profile", "watchdog", "features", "lr"])
+_OTHER_COMMANDS = frozenset(["run_dir", "resume", "grace", "profile", "watchdog", "features", "lr", "lr_finder"])
 
 
 def read_saved_config(run_dir: str) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ RESERVED = {
     "plugins",
     "limit_predict_batches",
 }
-"""Trainer arguments that the job itself decides, or that would break an exact resume."""
+"""Reserved arguments of the Trainer: this package sets them, or they would break an exact resume."""
 
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "32", "bf16", "16", "64", 32, 16, 64]
@@ -107,6 +107,7 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
             "Validate after this many batches, this fraction of an epoch, or a time as DD:HH:MM:SS. Default: 1.0.",
         ),
     }
+    restricted["gradient_clip_val"] = (int | float | None, None, "Clip gradients to this norm or value. Default: none.")
     for part in ("train", "val", "test"):
         restricted[f"limit_{part}_batches"] = (
             int | float | None,

@@ -1,1 +1,1 @@
-"""From a URI to batches: source → index → order → dataset → datamodule."""
+"""From a URI to batches: index → sampler → dataset → loader → datamodule."""

@@ -19,7 +19,7 @@ from job import redact, storage
 from job.cluster import ranks
 from job.data.augment import ResizeMode
 from job.data.cache import SampleCache
-from job.data.dataset import Batch, ImageDataset, View
+from job.data.dataset import Batch, ImageDataset, Preprocessing
 from job.data.index.access import from_options
 from job.data.index.build import build, split
 from job.data.index.file import load_index_info
@@ -28,7 +28,7 @@ from job.data.index.local_copy import materialise
 from job.data.index.parts import Layout
 from job.data.index.store import is_run_index_usable, local_index, publish_index
 from job.data.loader import BatchLoader
-from job.data.sampler import BatchOrder, ViewOrder
+from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, DataError
 from job.features.store import FeatureStore
 from job.lightning_internals import epochs_processed
@@ -179,18 +179,18 @@ class ImageDataModule(pl.LightningDataModule):
             raise DataError("there is no test part: give --data.test, or a --data.root with a test/ folder.")
         return self._loader("test", shuffle=False)
 
-    def view_loader(self, part: str, chunks: Sequence[range], batch_size: int) -> BatchLoader:
-        """Every view of the samples in ``chunks``, in batches as :class:`~job.data.sampler.ViewOrder` makes them."""
-        count = self.view(part).count
-        assert count is not None, "a sample has pictures without end"
-        dataset = self.dataset(part, ViewOrder(chunks, count, batch_size))
+    def variant_loader(self, part: str, chunks: Sequence[range], batch_size: int) -> BatchLoader:
+        """Every variant of the samples in ``chunks``, in the batches of a FeatureBatchSampler."""
+        variants = self.preprocessing(part).variants
+        assert variants is not None, "the number of variants is unlimited"
+        dataset = self.dataset(part, FeatureBatchSampler(chunks, variants, batch_size))
         return BatchLoader(dataset, self._workers(dataset.index))
 
-    def view(self, part: str) -> View:
-        """How the pixels of a part are made: those of the training part are augmented."""
+    def preprocessing(self, part: str) -> Preprocessing:
+        """Preprocessing of a part's images; those of the training part are augmented."""
         if part == "train":
-            return View(self.image_size, self.resize, self.augment, self.augment_views, flip=True)
-        return View(self.image_size, self.resize)
+            return Preprocessing(self.image_size, self.resize, self.augment, self.augment_views, flip=True)
+        return Preprocessing(self.image_size, self.resize)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Raise what a loader process reported, and hold unreadable samples against the limit."""
@@ -258,14 +258,20 @@ class ImageDataModule(pl.LightningDataModule):
                 except OSError as error:
                     self.cache.give_up(error)
 
-    def dataset(self, part: str, order: BatchOrder) -> ImageDataset:
-        """What reads the samples of a part, as ``order`` names them."""
-        index, cache_dir = self.parts[part], str(self.cache_dir)
-        return ImageDataset(index, order, self.view(part), seed=self.seed, cache_dir=cache_dir, cache=self.cache)
+    def dataset(self, part: str, sampler: ResumableBatchSampler) -> ImageDataset:
+        """The dataset of a part, with the batches of ``sampler``."""
+        return ImageDataset(
+            self.parts[part],
+            sampler,
+            self.preprocessing(part),
+            seed=self.seed,
+            cache_dir=str(self.cache_dir),
+            cache=self.cache,
+        )
 
     def _loader(self, part: str, *, shuffle: bool) -> BatchLoader:
         index = self.parts[part]
-        order = BatchOrder(
+        sampler = ResumableBatchSampler(
             len(index),
             self.global_batch_size,
             rank=ranks.rank(),
@@ -277,8 +283,8 @@ class ImageDataModule(pl.LightningDataModule):
         )
         if self.trainer is not None:
             # Lightning names the epoch only after loader processes have begun to fetch.
-            order.set_epoch(epochs_processed(self.trainer))
-        return BatchLoader(self.dataset(part, order), self._workers(index), lambda: self.features.get(part))
+            sampler.set_epoch(epochs_processed(self.trainer))
+        return BatchLoader(self.dataset(part, sampler), self._workers(index), lambda: self.features.get(part))
 
     def _workers(self, index: Index) -> int:
         if any(map(storage.is_process_local, index.stores)):

@@ -1,4 +1,4 @@
-"""Batches from batch plans: fetch ahead, decode, augment; uint8 on the way out."""
+"""The dataset: fetches ahead, decodes and augments the samples of a batch; images stay uint8."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from job.data.cache import SampleCache
 from job.data.decode import decode
 from job.data.fetch import Fetched, Fetcher
 from job.data.index.index import Index
-from job.data.sampler import BatchOrder, BatchPlan, sample_seed
+from job.data.sampler import BatchIndices, ResumableBatchSampler, sample_seed
 from job.errors import ConfigError, DataError, JobError, first_line
 
 SAMPLES_AHEAD = 512
 BYTES_AHEAD = 64 << 20
-"""What a loader process fetches beyond the batch it decodes: enough for 100 ms a request, and bounded."""
+"""Prefetch of a loader beyond the batch that it decodes: enough for 100 ms per request, and bounded."""
 BYTES_AT_ONCE = 256 << 20
-"""A larger batch is fetched in portions of this size, one while another is decoded."""
+"""A larger batch is fetched in portions of this size: one while the previous one is decoded."""
 ASSUMED_BYTES = 1 << 20
-"""Size of a sample whose size is not listed, until some have been read."""
+"""Size of a sample whose size is not in the index, until some have been read."""
 LARGEST_RESIZED = 1 << 26
 """Pixels of the largest image between resizing the shorter side and cropping."""
 
@@ -39,15 +39,15 @@ class Batch(TypedDict):
     """One rank's share of a global batch of B samples.
 
     Keys:
-        image: uint8 [B, 3, S, S], RGB, channels last in memory: as decoders give them and convolutions like them.
-        features: float [B, F], in place of ``image`` where the frozen backbone's output is known already.
+        image: uint8 [B, 3, S, S], RGB, channels last in memory, as decoders return and convolutions prefer it.
+        features: float [B, F], cached backbone features in place of ``image``.
         label: int64 [B]; -1 where there is none.
-        mask: bool [B]; False for a padded or unreadable sample, which must count for nothing.
+        mask: bool [B]; False for a padded or unreadable sample, which is masked out.
         sample: int64 [B], sample ids.
         global_size: samples of the whole global batch, the divisor of its mean loss.
         bad: one line for each unreadable sample: its URI and the cause.
-        error: what kept the whole batch from being read, to be raised by who takes it. A worker reports
-            it as data, since an exception would reach the user wrapped in the worker's traceback.
+        error: failure to read the whole batch, for the consumer to raise. A worker returns it as data, since an
+            exception would reach the user wrapped in the worker's traceback.
     """
 
     image: NotRequired[Tensor]
@@ -61,15 +61,17 @@ class Batch(TypedDict):
 
 
 @dataclass(frozen=True)
-class View:
-    """How a sample's pixels are made.
+class Preprocessing:
+    """Preprocessing of a sample's pixels: decode, resize, augment.
+
+    A sample has variants: the same pixels flipped, or augmented by other random draws.
 
     Attributes:
         image_size: height and width, in pixels.
-        resize: how to get there.
+        resize: how an image is resized to it.
         augment: replaces resizing and flipping: from uint8 [3, H, W] to uint8 [3, image_size, image_size].
-        augment_views: pictures of a sample that ``augment`` draws; None: a new one each epoch.
-        flip: mirror every other sample.
+        augment_views: variants per sample that ``augment`` draws; None: a new one each epoch.
+        flip: random horizontal flip.
     """
 
     image_size: int
@@ -79,17 +81,23 @@ class View:
     flip: bool = False
 
     @property
-    def count(self) -> int | None:
-        """How many pictures of a sample there are; None: no end of them."""
+    def variants(self) -> int | None:
+        """Number of variants per sample; None: unlimited."""
         return self.augment_views if self.augment is not None else 2 if self.flip else 1
 
-    def number(self, seed: int, epoch: int, sample: int) -> int:
-        """Which picture of ``sample`` is shown in ``epoch``: below :attr:`count`, or any 63-bit number."""
-        drawn = sample_seed(seed, epoch, sample)
-        return drawn if self.count is None else drawn % self.count
+    @property
+    def cache_key(self) -> str:
+        """Text that is the same for the same pixels, in all releases: cached features are found by its hash."""
+        names = ("image_size", "resize", "augment", "augment_views", "flip")
+        return f"View({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    def variant(self, seed: int, epoch: int, sample: int) -> int:
+        """The variant of ``sample`` in ``epoch``: a number below :attr:`variants`, or any 63-bit number."""
+        number = sample_seed(seed, epoch, sample)
+        return number if self.variants is None else number % self.variants
 
     def decoded(self, content: bytes) -> Tensor:
-        """uint8 [3, H, W]: what all pictures of a sample have in common.
+        """uint8 [3, H, W]: the image before augmentation, common to all variants.
 
         Raises:
             DataError: the content is no readable image.
@@ -102,23 +110,25 @@ class View:
             raise DataError(f"is refused: {image.shape[2]} x {image.shape[1]} pixels are too narrow for resize=crop")
         try:
             return resize(image, self.image_size, self.resize)
-        except RuntimeError as error:  # torch's for memory that cannot be had
+        except RuntimeError as error:  # raised by torch when it runs out of memory
             raise DataError(f"cannot be resized: {first_line(error)}") from error
 
-    def pixels(self, image: Tensor, number: int, seed: int) -> Tensor:
-        """uint8 [3, image_size, image_size]: picture ``number`` of what :meth:`decoded` gave.
+    def pixels(self, image: Tensor, variant: int, seed: int) -> Tensor:
+        """uint8 [3, image_size, image_size]: a variant of the image that :meth:`decoded` returned.
 
         Args:
-            seed: what ``augment`` draws from.
+            image: the decoded image.
+            variant: its number.
+            seed: seeds the generators that ``augment`` draws from.
 
         Raises:
             ConfigError: ``augment`` returns something else.
         """
         if self.augment is None:
-            return image.flip(-1) if self.flip and number else image
-        # Some transforms may work in place, and another picture of this image may be wanted.
+            return image.flip(-1) if self.flip and variant else image
+        # A transform may work in place, and another variant of this image may follow.
         try:
-            out = seeded(self.augment, image if self.count is None else image.clone(), seed)
+            out = seeded(self.augment, image if self.variants is None else image.clone(), seed)
         except Exception as error:
             raise ConfigError(
                 f"--data.augment raised {type(error).__name__} on an image of {image.shape[2]} x {image.shape[1]} "
@@ -138,8 +148,8 @@ class _Ahead:
     """The first portion of a batch, which is fetched ahead.
 
     Attributes:
-        future: what it gives.
-        expected: bytes, by the index.
+        future: its samples.
+        expected: bytes according to the index.
         rest: the batch's other portions.
     """
 
@@ -155,33 +165,33 @@ class _Ahead:
 
 
 class ImageDataset(Dataset[Batch]):
-    """Reads what a :class:`~job.data.sampler.BatchPlan` names.
+    """Map-style dataset of whole batches, indexed by :class:`~job.data.sampler.BatchIndices`.
 
-    The augmentation of a sample depends on (seed, epoch, sample id) alone. While a batch is decoded,
-    those that the same process will be asked for next are already being fetched: which these are
-    follows from ``order``, and a wrong guess costs time alone.
+    The augmentation of a sample depends on (seed, epoch, sample id) alone. While a batch is decoded, the batches
+    that this process is expected to need next, according to ``sampler``, are fetched; a wrong guess only costs time.
 
     Args:
-        order: where plans come from.
-        view: how pixels are made.
+        index: the samples.
+        sampler: the batches.
+        preprocessing: of the pixels.
         seed: seed of the augmentation.
         cache_dir: local folder of copies of archives that cannot be read in parts.
-        cache: where samples from buckets are kept on this node.
+        cache: of samples from buckets, on this node.
     """
 
     def __init__(
         self,
         index: Index,
-        order: BatchOrder,
-        view: View,
+        sampler: ResumableBatchSampler,
+        preprocessing: Preprocessing,
         *,
         seed: int = 0,
         cache_dir: str = "",
         cache: SampleCache | None = None,
     ) -> None:
         self.index = index
-        self.order = order
-        self.view = view
+        self.sampler = sampler
+        self.preprocessing = preprocessing
         self.seed = seed
         self.cache_dir = cache_dir
         self.cache = cache
@@ -197,48 +207,48 @@ class ImageDataset(Dataset[Batch]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock(), _fetcher=None, _ahead={})
 
-    def __getitem__(self, plan: BatchPlan) -> Batch:
-        size = self.view.image_size
+    def __getitem__(self, indices: BatchIndices) -> Batch:
+        size = self.preprocessing.image_size
         batch = Batch(
-            image=torch.zeros(len(plan.samples), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
-            label=torch.from_numpy(self.index.labels_of(plan.samples)),
-            mask=torch.from_numpy(plan.valid.copy()),
-            sample=torch.from_numpy(plan.samples),
-            global_size=plan.global_size,
+            image=torch.zeros(len(indices.samples), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
+            label=torch.from_numpy(self.index.labels_of(indices.samples)),
+            mask=torch.from_numpy(indices.valid.copy()),
+            sample=torch.from_numpy(indices.samples),
+            global_size=indices.global_size,
             bad=[],
             error=None,
         )
         try:
-            with own_generators() if self.view.augment is not None else contextlib.nullcontext():
-                self._read_into(batch, plan)
+            with own_generators() if self.preprocessing.augment is not None else contextlib.nullcontext():
+                self._read_into(batch, indices)
         except JobError as error:
             batch["error"] = error
         return batch
 
-    def number(self, plan: BatchPlan, row: int) -> int:
-        """Which view of a plan's sample is wanted."""
-        if plan.views is not None:
-            return int(plan.views[row])
-        return self.view.number(self.seed, plan.epoch, int(plan.samples[row]))
+    def variant(self, indices: BatchIndices, row: int) -> int:
+        """The variant of the sample in a row of a batch."""
+        if indices.variants is not None:
+            return int(indices.variants[row])
+        return self.preprocessing.variant(self.seed, indices.epoch, int(indices.samples[row]))
 
-    def _read_into(self, batch: Batch, plan: BatchPlan) -> None:
-        known, image = -1, torch.empty(0)
-        for row, (sample, fetched) in enumerate(zip(plan.samples.tolist(), self._fetched(plan), strict=True)):
+    def _read_into(self, batch: Batch, indices: BatchIndices) -> None:
+        decoded, image = -1, torch.empty(0)
+        for row, (sample, fetched) in enumerate(zip(indices.samples.tolist(), self._fetched(indices), strict=True)):
             try:
-                if sample != known:  # the views of a sample are neighbours
-                    known, image = -1, self.view.decoded(self._opened_fetcher().content(fetched))
-                    known = sample
-                number = self.number(plan, row)
-                seed = sample_seed(self.seed, number, sample)
-                batch["image"][row] = self.view.pixels(image, number, seed)
+                if sample != decoded:  # the variants of a sample are neighbours
+                    decoded, image = -1, self.preprocessing.decoded(self._opened_fetcher().content(fetched))
+                    decoded = sample
+                variant = self.variant(indices, row)
+                seed = sample_seed(self.seed, variant, sample)
+                batch["image"][row] = self.preprocessing.pixels(image, variant, seed)
             except DataError as error:
                 if batch["mask"][row]:
                     batch["bad"].append(f"{self.index.uri(sample)} {error}")
                 batch["mask"][row] = False
 
-    def _fetched(self, plan: BatchPlan) -> Iterator[Fetched]:
-        """This plan's samples in order, those of following plans under way behind them."""
-        under_way, rest = self._start(plan)
+    def _fetched(self, indices: BatchIndices) -> Iterator[Fetched]:
+        """The samples of a batch in order, while those of the following batches are being fetched."""
+        under_way, rest = self._start(indices)
         for portion in [*rest, None]:
             current = under_way
             if portion is not None:
@@ -253,7 +263,7 @@ class ImageDataset(Dataset[Batch]):
         return np.split(samples, np.flatnonzero(np.diff(numbers)) + 1)
 
     def _sizes(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Bytes to fetch for each sample; for those without a listed size, as many as samples had lately."""
+        """Bytes to fetch for each sample; those of unknown size count as the mean of the last batch."""
         sizes = self.index.sizes_of(samples)
         return np.where(sizes < 0, int(self._mean_bytes) or ASSUMED_BYTES, sizes)
 
@@ -263,34 +273,34 @@ class ImageDataset(Dataset[Batch]):
                 self._fetcher = Fetcher(self.index, self.cache_dir, self.cache)
             return self._fetcher
 
-    def _start(self, plan: BatchPlan) -> tuple[Future[list[Fetched]], list[npt.NDArray[np.int64]]]:
-        """Fetch the first portion of ``plan``, unless it is under way, and those of following plans.
+    def _start(self, indices: BatchIndices) -> tuple[Future[list[Fetched]], list[npt.NDArray[np.int64]]]:
+        """Start to fetch the first portion of a batch, unless that has started, and those of the following batches.
 
         Returns:
-            what gives the first portion, and the other portions.
+            the first portion, and the sample ids of the others.
         """
         fetcher = self._opened_fetcher()
         worker = get_worker_info()
         stride = worker.num_workers if worker is not None else 1
-        depth = SAMPLES_AHEAD // max(len(plan.samples), 1) + 1
-        following = range(plan.batch + stride, min(plan.batch + stride * depth + 1, len(self.order)), stride)
+        depth = SAMPLES_AHEAD // max(len(indices.samples), 1) + 1
+        following = range(indices.batch + stride, min(indices.batch + stride * depth + 1, len(self.sampler)), stride)
         with self._lock:
-            if any(epoch != plan.epoch for epoch, _ in self._ahead):  # guesses for an epoch that was given up
+            if any(epoch != indices.epoch for epoch, _ in self._ahead):  # prefetched for an epoch that was abandoned
                 for ahead in self._ahead.values():
                     ahead.future.cancel()
                 self._ahead = {}
-            wanted = self._ahead.pop((plan.epoch, plan.batch), None)
+            wanted = self._ahead.pop((indices.epoch, indices.batch), None)
             if wanted is None:
-                first, *rest = self._portions(plan.samples)
+                first, *rest = self._portions(indices.samples)
                 wanted = _Ahead(fetcher.start(first), 0, rest)
             held = sum(ahead.size() for ahead in self._ahead.values())
             for number in following:
-                if (plan.epoch, number) in self._ahead:
+                if (indices.epoch, number) in self._ahead:
                     continue
-                first, *rest = self._portions(self.order.plan(plan.epoch, number).samples)
+                first, *rest = self._portions(self.sampler.batch(indices.epoch, number).samples)
                 size = int(self._sizes(first).sum())
                 if held and held + size > BYTES_AHEAD:
                     break
-                self._ahead[plan.epoch, number] = _Ahead(fetcher.start(first), size, rest)
+                self._ahead[indices.epoch, number] = _Ahead(fetcher.start(first), size, rest)
                 held += size
         return wanted.future, wanted.rest

@@ -1,4 +1,4 @@
-"""What the fork server of loader processes imports first; it is imported by nobody else.
+"""Preloaded by the fork server of loader processes, and imported nowhere else.
 
 The server leaves the process group of its rank, and its workers with it: a signal to the whole
 group, as torchrun and init programs of containers send it, must leave them serving until the rank

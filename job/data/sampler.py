@@ -1,7 +1,7 @@
-"""The global order of samples: a pure function of (seed, epoch), whoever asks.
+"""Batch samplers: the global order of samples is a pure function of (seed, epoch).
 
-Nothing here knows a worker's state. Rank r of W takes its slice of every global batch, so the same
-batches are trained on however many processes share them, and a run can resume at any batch.
+No worker has a state of its own. Rank r of W takes its slice of every global batch, so that the same batches are
+trained on with any number of processes, and a run can resume at any batch.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import numpy.typing as npt
 
 _ROUNDS = 6
 
-PLANNED_TOGETHER = 64
+SHUFFLED_TOGETHER = 64
 """Batches whose samples are permuted at once: numpy takes as long for 32 samples as for 2,000."""
 
 
 @dataclass(frozen=True)
-class BatchPlan:
-    """What one rank reads for one global batch.
+class BatchIndices:
+    """The samples of one rank's share of one global batch.
 
     Attributes:
         epoch: epoch the augmentation is drawn for.
         batch: number of the global batch in it.
         samples: int64 [global_batch_size / world_size], sample ids. Past the end of the data set they
             repeat this batch's samples, so that every batch has the same shape.
-        valid: bool, same shape; False for such a repetition, which counts for nothing.
-        global_size: samples of the global batch that count, over all ranks.
-        views: int64, same shape: which view of each sample is wanted; None: that of the epoch.
+        valid: bool, same shape; False for such padding, which is masked out.
+        global_size: valid samples of the global batch, over all ranks.
+        variants: int64, same shape: the variant of each sample; None: the one of the epoch.
     """
 
     epoch: int
@@ -38,18 +38,21 @@ class BatchPlan:
     samples: npt.NDArray[np.int64]
     valid: npt.NDArray[np.bool_]
     global_size: int
-    views: npt.NDArray[np.int64] | None = None
+    variants: npt.NDArray[np.int64] | None = None
 
 
-class BatchOrder:
-    """The batches of one rank, as a sampler for a DataLoader with ``batch_size=None``.
+class ResumableBatchSampler:
+    """Sampler of one rank's batches, for a DataLoader with ``batch_size=None``.
 
-    Iterating yields a :class:`BatchPlan` for each global batch of the epoch that
-    :meth:`set_epoch` named, from batch ``start_batch`` on.
+    Iterating yields a :class:`BatchIndices` for each global batch of the epoch that
+    :meth:`set_epoch` chose, from batch ``start_batch`` on.
 
     Args:
         size: samples in the data set.
-        global_batch_size: samples a step, over all ranks; a multiple of ``world_size``.
+        global_batch_size: samples per step, over all ranks; a multiple of ``world_size``.
+        rank: of this process.
+        world_size: number of processes.
+        seed: of the permutation.
         shuffle: permute by (seed, epoch), else in order of sample id.
         run_length: neighbours that stay together, since one read fetches them; see :func:`permute_runs`.
     """
@@ -84,85 +87,92 @@ class BatchOrder:
     def __len__(self) -> int:
         return -(-self.size // self.global_batch_size)
 
-    def __iter__(self) -> Iterator[BatchPlan]:
-        stretches = range(self.start_batch, len(self), PLANNED_TOGETHER)
+    def __iter__(self) -> Iterator[BatchIndices]:
         return (
-            plan
-            for first in stretches
-            for plan in self.plans(self.epoch, range(first, min(first + PLANNED_TOGETHER, len(self))))
+            indices
+            for first in range(self.start_batch, len(self), SHUFFLED_TOGETHER)
+            for indices in self.batches(self.epoch, range(first, min(first + SHUFFLED_TOGETHER, len(self))))
         )
 
-    def plan(self, epoch: int, batch: int) -> BatchPlan:
-        """This rank's slice of global batch number ``batch`` of ``epoch``."""
-        return self.plans(epoch, range(batch, batch + 1))[0]
+    def batch(self, epoch: int, number: int) -> BatchIndices:
+        """This rank's slice of global batch ``number`` of ``epoch``."""
+        return self.batches(epoch, range(number, number + 1))[0]
 
-    def plans(self, epoch: int, batches: range) -> list[BatchPlan]:
-        """The plans of some neighbouring batches, which together take hardly longer than one."""
+    def batches(self, epoch: int, batches: range) -> list[BatchIndices]:
+        """:meth:`batch` of several neighbouring batches, which takes hardly longer than for one."""
         numbers = np.arange(batches.start, batches.stop)[:, None]
         sizes = np.minimum(self.global_batch_size, self.size - numbers * self.global_batch_size)
         share = self.global_batch_size // self.world_size
         within = np.arange(self.rank * share, (self.rank + 1) * share)
         samples = numbers * self.global_batch_size + within % sizes
         if self.shuffle:
-            samples = permute_runs(samples, self.size, self.run_length, key=f"{self.seed}/{epoch}")
+            samples = shuffled(samples, self.size, self.run_length, self.seed, epoch)
         valid = within < sizes
         return [
-            BatchPlan(epoch, batch, samples[row], valid[row], int(sizes[row, 0])) for row, batch in enumerate(batches)
+            BatchIndices(epoch, number, samples[row], valid[row], int(sizes[row, 0]))
+            for row, number in enumerate(batches)
         ]
 
 
-class ViewOrder(BatchOrder):
-    """Every view of some samples, once: chunk by chunk, in batches of one shape.
+class FeatureBatchSampler(ResumableBatchSampler):
+    """Sampler of every variant of some samples, once: chunk by chunk, in batches of one shape.
 
-    A batch lies within a chunk; the last of a chunk is padded. The views of a sample are neighbours.
+    A batch lies within a chunk; the last one of a chunk is padded. The variants of a sample are neighbours.
 
     Args:
         chunks: sample ids.
-        views: views of a sample.
-        batch_size: views a batch.
+        variants: variants per sample.
+        batch_size: variants per batch.
     """
 
-    def __init__(self, chunks: Sequence[range], views: int, batch_size: int) -> None:
-        size = views * sum(map(len, chunks))
+    def __init__(self, chunks: Sequence[range], variants: int, batch_size: int) -> None:
+        size = variants * sum(map(len, chunks))
         super().__init__(size, batch_size, rank=0, world_size=1, seed=0, shuffle=False)
         self.chunks = chunks
-        self.views = views
-        self._ends = np.cumsum([self.batches(chunk) for chunk in chunks])
+        self.variants = variants
+        self._ends = np.cumsum([self.batches_in(chunk) for chunk in chunks])
 
-    def batches(self, chunk: range) -> int:
-        """How many batches a chunk makes."""
-        return -(-len(chunk) * self.views // self.global_batch_size)
+    def batches_in(self, chunk: range) -> int:
+        """Number of batches of a chunk."""
+        return -(-len(chunk) * self.variants // self.global_batch_size)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def plans(self, epoch: int, batches: range) -> list[BatchPlan]:
-        """Some batches, numbered through all chunks."""
-        return [self._plan(epoch, batch) for batch in batches]
+    def batches(self, epoch: int, batches: range) -> list[BatchIndices]:
+        """Several batches, numbered through all chunks."""
+        return [self._batch(epoch, batch) for batch in batches]
 
-    def _plan(self, epoch: int, batch: int) -> BatchPlan:
+    def _batch(self, epoch: int, batch: int) -> BatchIndices:
         number = int(np.searchsorted(self._ends, batch, side="right"))
         chunk = self.chunks[number]
         first = (batch - (int(self._ends[number - 1]) if number else 0)) * self.global_batch_size
         rows = first + np.arange(self.global_batch_size)
-        valid = rows < len(chunk) * self.views
-        sample, view = np.divmod(rows % (len(chunk) * self.views), self.views)
-        return BatchPlan(epoch, batch, (chunk.start + sample).astype(np.int64), valid, int(valid.sum()), view)
+        valid = rows < len(chunk) * self.variants
+        sample, variant = np.divmod(rows % (len(chunk) * self.variants), self.variants)
+        return BatchIndices(epoch, batch, (chunk.start + sample).astype(np.int64), valid, int(valid.sum()), variant)
+
+
+def shuffled(
+    positions: npt.NDArray[np.int64], size: int, run_length: int, seed: int, epoch: int
+) -> npt.NDArray[np.int64]:
+    """Sample ids at ``positions`` of the order of an epoch: a pure function of its arguments."""
+    return permute_runs(positions, size, run_length, key=f"{seed}/{epoch}")
 
 
 def permute_runs(positions: npt.NDArray[np.int64], size: int, run_length: int, key: str) -> npt.NDArray[np.int64]:
     """Sample ids at ``positions`` of an order that permutes runs of ``run_length`` neighbours.
 
-    Where runs begin is drawn from ``key``, too, so that other neighbours meet in other epochs; what
-    does not fill a run comes last. A run of 1 is a permutation of samples.
+    The place where runs begin depends on ``key``, too, so that different neighbours meet in different epochs; samples
+    that do not fill a run come last. A run of 1 is a permutation of samples.
     """
     runs = size // run_length
     if run_length == 1 or not runs:
         return permute(positions, size, key)
-    begin = int(mix64(np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8).digest(), "<u8"))[0] % np.uint64(size))
+    start = int(mix64(np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8).digest(), "<u8"))[0] % np.uint64(size))
     run, within = positions // run_length, positions % run_length
     permuted = permute(np.minimum(run, runs - 1), runs, key) * run_length + within
-    return (np.where(run < runs, permuted, positions) + begin) % size
+    return (np.where(run < runs, permuted, positions) + start) % size
 
 
 def permute(positions: npt.NDArray[np.int64], size: int, key: str) -> npt.NDArray[np.int64]:
@@ -170,7 +180,7 @@ def permute(positions: npt.NDArray[np.int64], size: int, key: str) -> npt.NDArra
 
     A Feistel network over the next even power of two, walked until it falls inside the range
     (Black & Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002). Memory does not grow
-    with ``size``: no list of the permutation exists.
+    with ``size``: the permutation is never stored.
     """
     half_bits = np.uint64(max(((size - 1).bit_length() + 1) // 2, 1))
     mask = np.uint64((1 << int(half_bits)) - 1)

@@ -25,7 +25,7 @@ from torch import Tensor
 from job import storage
 from job.cluster import ranks
 from job.data.datamodule import image_data
-from job.data.sampler import BatchOrder, ViewOrder
+from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, Preempted, StorageError
 from job.features.store import FeatureStore, content_hash, weights_hash
 from job.model.module import TransferLearningModel
@@ -122,8 +122,7 @@ class FeatureCache(Callback):
         bytes_each = 0
         weights = ranks.from_rank_zero(lambda: weights_hash(module.net.backbone))
         for part, batches in (("train", trainer.num_training_batches), ("val", _validation_batches(trainer))):
-            view = data.view(part)
-            if view.count is None:
+            if data.preprocessing(part).variants is None:
                 if frozen >= WORTH_A_HINT and trainer.is_global_zero:
                     log.info(
                         "the backbone's features are not kept: --data.augment makes a new picture each epoch. "
@@ -137,17 +136,17 @@ class FeatureCache(Callback):
                 bytes_each = example.nbytes
             key = self._key(trainer, module, part, weights)
             folder = data.cache_dir / FOLDER / key
-            dataset = data.dataset(part, BatchOrder(1, 1, rank=0, world_size=1, seed=0, shuffle=False))
+            dataset = data.dataset(part, ResumableBatchSampler(1, 1, rank=0, world_size=1, seed=0, shuffle=False))
             root = self.settings.uri or storage.join(trainer.default_root_dir, FOLDER)
             store = FeatureStore(dataset, folder, storage.join(root, key), example.shape[1], example.dtype)
             known = ranks.from_rank_zero(lambda store=store: len(store.published() | store.on_disk()))  # type: ignore[misc]
-            work = len(store.index) * store.views * (1 - known / max(len(store), 1))
+            work = len(store.index) * store.variants * (1 - known / max(len(store), 1))
             if self.settings.use == "auto" and work >= frozen * batches * data.global_batch_size and known < len(store):
                 continue
             stores[part] = store
         if not stores:
             return {}
-        needed = bytes_each * sum(len(store.index) * store.views for store in stores.values())
+        needed = bytes_each * sum(len(store.index) * store.variants for store in stores.values())
         if problem := self._no_room(data.cache_dir, {store.folder for store in stores.values()}, needed):
             log.warning("the backbone's features are not kept: %s", problem)
             return {}
@@ -156,14 +155,14 @@ class FeatureCache(Callback):
     def _key(self, trainer: pl.Trainer, module: TransferLearningModel, part: str, weights: str) -> str:
         """Everything that a feature follows from, as a hash."""
         data = image_data(trainer)
-        view = data.view(part)
+        preprocessing = data.preprocessing(part)
         what = (
             weights,
             ranks.from_rank_zero(lambda: content_hash(data.parts[part])),
             module.net.spec()["mean"],
             module.net.spec()["std"],
-            repr(view),
-            data.seed if view.augment is not None else None,
+            preprocessing.cache_key,
+            data.seed if preprocessing.augment is not None else None,
             str(trainer.precision),
             module.config.compile_backbone,
             module.device.type,
@@ -216,10 +215,11 @@ class FeatureCache(Callback):
         shares = [{part: chunks[rank::world_size] for part, chunks in missing.items()} for rank in range(world_size)]
 
         def batches(share: dict[str, list[int]]) -> int:
-            return sum(
-                len(ViewOrder([stores[part].samples(chunk) for chunk in chunks], stores[part].views, batch_size))
-                for part, chunks in share.items()
-            )
+            total = 0
+            for part, chunks in share.items():
+                samples = [stores[part].samples(chunk) for chunk in chunks]
+                total += len(FeatureBatchSampler(samples, stores[part].variants, batch_size))
+            return total
 
         rounds = max(map(batches, shares))
         log.info(
@@ -260,14 +260,14 @@ class FeatureCache(Callback):
             pending: list[Future[None]] = []
             for part, chunks in share.items():
                 store = stores[part]
-                loader = data.view_loader(part, [store.samples(chunk) for chunk in chunks], batch_size)
-                order = cast("ViewOrder", loader.order)
+                loader = data.variant_loader(part, [store.samples(chunk) for chunk in chunks], batch_size)
+                sampler = cast("FeatureBatchSampler", loader.dataset.sampler)
                 iterator = iter(loader)
                 for chunk in chunks:
                     features: list[Tensor] = []
                     valid: list[Tensor] = []
                     bad: dict[int, str] = {}
-                    for _ in range(order.batches(store.samples(chunk))):
+                    for _ in range(sampler.batches_in(store.samples(chunk))):
                         batch = data.on_before_batch_transfer(next(iterator), 0)
                         rows = batch["global_size"]
                         mask = batch["mask"][:rows]

@@ -1,4 +1,4 @@
-"""The format of a chunk of cached features: a safetensors file, and the JSON file beside it."""
+"""The format of a chunk of cached features: a safetensors file and its JSON manifest."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FORMAT = 1
 """Version of the format of PART-NUMBER.json."""
 LARGEST_WIDTH = 1 << 20
 LONGEST_LINE = 8192
-"""Characters that are kept of the reason for which a sample cannot be read."""
+"""Characters of the reason per unreadable sample; the rest is cut off."""
 HEADER_BYTES = 4096
-"""Of a chunk, at most, besides its tensors."""
+"""Bytes of a chunk besides its tensors, at most."""
 MANIFEST_BYTES = 64 << 20
 DTYPES = {
     "float64": torch.float64,
@@ -38,8 +38,8 @@ class ChunkInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         sha256: hash of the chunk's file.
         bytes: its size.
         samples: number of samples.
-        views: views per sample.
-        width: features per view.
+        views: variants per sample.
+        width: features per variant.
         dtype: type of a feature.
         bad: reason per unreadable sample, by sample id.
         format: version of this format.
@@ -64,7 +64,7 @@ class ChunkInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Parse a chunk's manifest.
 
         Raises:
-            DamagedChunk: it is none.
+            DamagedChunk: it cannot be parsed.
             NewerFormat: a newer release wrote it.
         """
         try:
@@ -82,7 +82,7 @@ def read_tensors(path: Path, info: ChunkInfo) -> dict[str, Tensor]:
     """The tensors ``features`` and ``valid`` of a chunk's local file, mapped into memory.
 
     Raises:
-        DamagedChunk: they are not what its manifest says.
+        DamagedChunk: they differ from the manifest.
     """
     try:
         if path.stat().st_size != info.bytes:
@@ -103,7 +103,7 @@ def read_tensors(path: Path, info: ChunkInfo) -> dict[str, Tensor]:
 
 
 class DamagedChunk(DataError):
-    """A chunk that is not what was written, or not what is needed."""
+    """A chunk that was damaged since it was written, or has another shape than needed."""
 
 
 class NewerFormat(DataError):

@@ -1,8 +1,8 @@
-"""What a frozen backbone gives for every view of every sample, computed once, on disk and in a bucket.
+"""Cached backbone features of every variant of every sample, on disk and in a bucket.
 
-A store is a folder of chunks, ``PART-NUMBER.safetensors``. A chunk holds all views of some neighbouring
-samples; the same file lies on every node's disk, where it is mapped into memory, and in the bucket. Beside it lies
-``PART-NUMBER.json``, written last, with its SHA-256, shape and unreadable samples: a chunk without it does not exist.
+A store is a folder of chunks, ``PART-NUMBER.safetensors``. A chunk holds all variants of some neighbouring
+samples; the same file lies on every node's disk, where it is mapped into memory, and in the bucket. Its manifest
+``PART-NUMBER.json`` is written last, with SHA-256, shape and unreadable samples: a chunk without one does not exist.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from job import storage
 from job.data.dataset import Batch, ImageDataset
 from job.data.index.file import hash_file
 from job.data.index.index import Index
-from job.data.sampler import BatchPlan
+from job.data.sampler import BatchIndices
 from job.errors import DataError, StorageError
 from job.features.file import DTYPES, LONGEST_LINE, MANIFEST_BYTES, ChunkInfo, DamagedChunk, NewerFormat, read_tensors
 from job.storage.local_cache import private_folder, report_disk_full
@@ -31,34 +31,34 @@ from job.storage.local_cache import private_folder, report_disk_full
 log = logging.getLogger(__name__)
 
 CHUNK_SAMPLES = 256
-"""What a process that is killed has to compute again, at most."""
+"""Samples that a killed process has to compute again, at most."""
 MOST_CHUNKS = 4096
-"""Of a part: each is a file that stays mapped."""
+"""Chunks per part: each is a file that stays mapped."""
 
 
 class FeatureStore:
     """The features of one part.
 
     Args:
-        dataset: tells samples, views and labels.
+        dataset: the samples, their variants and labels.
         folder: on this node; several processes share it.
-        uri: where nodes and starts find one another's chunks.
-        width: features per view that the backbone computes; chunks of another width are computed again.
-        dtype: their type.
+        uri: folder through which nodes and attempts share chunks.
+        width: features per variant that the backbone computes; chunks of another width are computed again.
+        dtype: type of a feature.
     """
 
     def __init__(self, dataset: ImageDataset, folder: Path, uri: str, width: int, dtype: torch.dtype) -> None:
         self.dataset = dataset
         self.index = dataset.index
-        assert dataset.view.count is not None, "a sample has pictures without end"
-        self.views = dataset.view.count
+        assert dataset.preprocessing.variants is not None, "the number of variants is unlimited"
+        self.variants = dataset.preprocessing.variants
         self.folder = folder
         self.uri = uri
         self.chunk_size = max(CHUNK_SAMPLES, -(-len(self.index) // MOST_CHUNKS))
-        self._raw: list[npt.NDArray[np.uint8]] = []  # [samples, views, bytes]: numpy knows no bfloat16
+        self._raw: list[npt.NDArray[np.uint8]] = []  # [samples, variants, bytes]: numpy has no bfloat16
         self.width = width
         self._dtype = dtype
-        self._valid = torch.empty(0, self.views, dtype=torch.bool)  # [samples, views]
+        self._valid = torch.empty(0, self.variants, dtype=torch.bool)  # [samples, variants]
         self._bad: dict[int, str] = {}
         self._sound: set[int] = set()
 
@@ -70,35 +70,36 @@ class FeatureStore:
         return range(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, len(self.index)))
 
     def published(self) -> set[int]:
-        """Chunks that lie in the bucket."""
+        """Chunks in the bucket."""
         if not storage.exists(self.uri):
             return set()
-        ours = {self._manifest_name(chunk): chunk for chunk in range(len(self))}
-        return {ours[entry.key] for entry in storage.list_files(self.uri) if entry.key in ours}
+        chunks = {self._manifest_name(chunk): chunk for chunk in range(len(self))}
+        return {chunks[entry.key] for entry in storage.list_files(self.uri) if entry.key in chunks}
 
     def on_disk(self) -> set[int]:
-        """Chunks that lie on this node, their hashes verified; a damaged one is removed."""
+        """Chunks on this node, with verified hashes; a damaged one is removed."""
         return {chunk for chunk in range(len(self)) if self._is_sound(chunk)}
 
     def save(self, chunk: int, features: Tensor, valid: Tensor, bad: dict[int, str]) -> None:
         """Write a chunk to this node's disk.
 
         Args:
-            features: float [rows, F], a row a view, the views of a sample being neighbours.
-            valid: bool [rows]; False where there is no image.
-            bad: why, by sample id.
+            chunk: its number.
+            features: float [rows, F], one row per variant; the variants of a sample are neighbours.
+            valid: bool [rows]; False for an unreadable sample.
+            bad: reason per unreadable sample, by sample id.
 
         Raises:
             StorageError: the disk is full.
         """
-        shape = (len(self.samples(chunk)), self.views, -1)
+        shape = (len(self.samples(chunk)), self.variants, -1)
         tensors = {"features": features.reshape(shape).contiguous(), "valid": valid.reshape(shape[:2]).contiguous()}
         content = safetensors.torch.save(tensors)
         info = ChunkInfo(
             sha256=hashlib.sha256(content).hexdigest(),
             bytes=len(content),
             samples=shape[0],
-            views=self.views,
+            views=self.variants,
             width=tensors["features"].shape[2],
             dtype=str(features.dtype).removeprefix("torch."),  # type: ignore[arg-type]
             bad={sample: line[:LONGEST_LINE] for sample, line in bad.items()},
@@ -116,9 +117,10 @@ class FeatureStore:
         storage.upload(self._manifest_path(chunk), storage.join(self.uri, self._manifest_name(chunk)), before_write)
 
     def fetch(self, chunk: int, before_write: Callable[[], None] = storage.unconditionally) -> bool:
-        """Download a chunk; False if it turned out to be damaged, and was removed from the bucket.
+        """Download a chunk; returns False for a damaged one, which is removed from the bucket.
 
         Args:
+            chunk: its number.
             before_write: called immediately before it is removed; raises if this job may not write there.
 
         Raises:
@@ -147,10 +149,10 @@ class FeatureStore:
         return False
 
     def open(self) -> list[str]:
-        """Map all chunks; returns a line for each unreadable sample, as a batch's ``bad``.
+        """Map all chunks into memory; returns a line for each unreadable sample, as a batch's ``bad``.
 
         Raises:
-            DataError: one is not what :meth:`on_disk` found.
+            DataError: one has changed since :meth:`on_disk`.
         """
         self._raw, self._bad = [], {}
         valid = []
@@ -163,19 +165,19 @@ class FeatureStore:
         self._valid = torch.cat(valid)
         return sorted(self._bad.values())
 
-    def batch(self, plan: BatchPlan) -> Batch:
-        """The batch that the dataset makes of ``plan``, with features in place of pixels."""
-        samples = torch.from_numpy(plan.samples)
-        views = [self.dataset.number(plan, row) for row in range(len(samples))]
+    def batch(self, indices: BatchIndices) -> Batch:
+        """The batch that the dataset returns for ``indices``, with features in place of pixels."""
+        samples = torch.from_numpy(indices.samples)
+        variants = [self.dataset.variant(indices, row) for row in range(len(samples))]
         places = [divmod(sample, self.chunk_size) for sample in samples.tolist()]
-        raw = np.stack([self._raw[chunk][place, view] for (chunk, place), view in zip(places, views, strict=True)])
+        raw = np.stack([self._raw[chunk][row, variant] for (chunk, row), variant in zip(places, variants, strict=True)])
         return Batch(
             features=torch.from_numpy(raw).view(self._dtype),
-            label=torch.from_numpy(self.index.labels_of(plan.samples)),
-            mask=torch.from_numpy(plan.valid) & self._valid[samples, torch.tensor(views)],
+            label=torch.from_numpy(self.index.labels_of(indices.samples)),
+            mask=torch.from_numpy(indices.valid) & self._valid[samples, torch.tensor(variants)],
             sample=samples,
-            global_size=plan.global_size,
-            bad=[self._bad[sample] for sample in plan.samples[plan.valid].tolist() if sample in self._bad],
+            global_size=indices.global_size,
+            bad=[self._bad[sample] for sample in indices.samples[indices.valid].tolist() if sample in self._bad],
             error=None,
         )
 
@@ -223,27 +225,27 @@ class FeatureStore:
         return True
 
     def _read_manifest(self, chunk: int, uri: str) -> tuple[ChunkInfo, bytes]:
-        """The manifest of a chunk, which must be of the samples and of the width that this store expects."""
+        """The manifest of a chunk, which must have the samples and the width that this store expects."""
         text = storage.read_bounded(uri, MANIFEST_BYTES)
         info = ChunkInfo.from_json(uri, text)
         samples = self.samples(chunk)
-        found = (info.samples, info.views, info.width, DTYPES[info.dtype])
-        expected = (len(samples), self.views, self.width, self._dtype)
-        if found != expected:
-            raise DamagedChunk(f"it holds {found}, {expected} is needed (samples, views, features, type)")
+        actual = (info.samples, info.views, info.width, DTYPES[info.dtype])
+        expected = (len(samples), self.variants, self.width, self._dtype)
+        if actual != expected:
+            raise DamagedChunk(f"it holds {actual}, {expected} is needed (samples, variants, features, type)")
         if any(sample not in samples for sample in info.bad):
             raise DamagedChunk("it names samples that it does not hold")
         return info, text
 
 
 def content_hash(index: Index) -> str:
-    """What tells an index from another by the places and versions of its samples."""
+    """Hash of the places and versions of an index's samples."""
     sources = [(source.uri, source.version) for source in index.sources]
     return hashlib.sha256(repr((sources, index.info.sha256)).encode()).hexdigest()
 
 
 def weights_hash(backbone: torch.nn.Module) -> str:
-    """What tells a backbone's weights, and the names they have, from others."""
+    """Hash of a backbone's weights and their names."""
     digest = hashlib.sha256()
     for name, tensor in backbone.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

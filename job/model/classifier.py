@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from job.errors import CheckpointError, ConfigError
 from job.model.backbone import build_backbone, build_skeleton, feature_width
-from job.model.config import ModelConfig
 from job.model.head import build_head
 from job.model.memory_format import memory_format
 from job.model.normalisation import complete_normalisation
 from job.model.spec import FORMAT, ClassifierSpec, decode_spec, require_state
 from job.model.sync_batchnorm import restore_norms, special_norms
 from job.model.weights import read_weights, versioned
+
+if TYPE_CHECKING:
+    # It imports Lightning, which prediction does without.
+    from job.model.config import ModelConfig
+
+TTA = Literal["none", "hflip"]
+"""Test-time augmentation: none, or the mean over an image and its horizontal flip."""
 
 
 class Classifier(nn.Module):

@@ -22,7 +22,7 @@ from job.data.dataset import Batch
 from job.data.sampler import sample_seed
 from job.errors import ConfigError, DivergedError
 from job.lightning_internals import logs_are_due
-from job.model.classifier import Classifier, build_classifier, mean_over_mirrored
+from job.model.classifier import TTA, Classifier, build_classifier, mean_over_mirrored
 from job.model.compile import compile_module
 from job.model.config import ModelConfig
 from job.model.divergence import DivergenceGuard
@@ -64,7 +64,7 @@ class TransferLearningModel(pl.LightningModule):
         self.config = ModelConfig(**options)
         self.save_hyperparameters(self.config.plain_values(), logger=False)  # SavedConfig logs the configuration
         self.guard: DivergenceGuard | None = DivergenceGuard(self.config.nonfinite, self.config.max_skipped_steps)
-        self.mirror = False
+        self.tta: TTA = "none"
         self.stage = Stage.HEAD
         self.net: Classifier
         self.resize: str
@@ -377,7 +377,7 @@ class TransferLearningModel(pl.LightningModule):
         return {**self.net.spec(), "resize": self.resize}
 
     def _logits(self, batch: Batch) -> Tensor:
-        if self.mirror:
+        if self.tta == "hflip":
             return mean_over_mirrored(self, batch["image"])
         if "features" in batch:
             features = batch["features"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from job.data.dataset import Batch
-from job.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    # It imports Lightning, which prediction does without.
+    from job.model.config import ModelConfig
 
 Labels = npt.NDArray[np.int32]
 

@@ -252,7 +252,7 @@ def print_summary(result: Report) -> None:
     print_table(["", ""], rows, title="Finished", fold=True)
     say("Next:")
     say(f"  tensorboard --logdir {shlex.quote(events_uri(run_dir))}")
-    say(f"  python -m job predict --ckpt {shlex.quote(run_dir)} --input IMAGE_OR_FOLDER")
+    say(f"  python -m job predict --run_dir {shlex.quote(run_dir)} --input IMAGE_OR_FOLDER")
 
 
 def _metrics(entry: dict[str, Any]) -> str:

@@ -6,8 +6,6 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from yaml.representer import RepresenterError
 
 from job.cluster import ranks
@@ -15,6 +13,10 @@ from job.errors import ConfigError, DeviceError, JobError
 
 log = logging.getLogger(__name__)
 
+# Errors are recognised by the names of their classes: commands that do not use torch or Lightning do not import them.
+_OUT_OF_MEMORY = "torch.OutOfMemoryError"
+_ACCELERATOR_ERROR = "torch.AcceleratorError"
+_MISCONFIGURATION = "lightning_fabric.utilities.exceptions.MisconfigurationException"
 _OPTION_CHECKS = ("pytorch_lightning", "lightning_fabric", "lightning_utilities", "torch.optim", "jsonargparse")
 """Packages that raise an error of their own when an option's value does not suit them."""
 _REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, AssertionError)
@@ -44,7 +46,8 @@ def translated(error: Exception, global_batch_size: int | None = None) -> Except
     images = (
         "the images of a step" if global_batch_size is None else f"{global_batch_size // ranks.world_size()} images"
     )
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
+    kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY in kinds or "can't allocate memory" in message:
         return ConfigError(
             f"{images} at once need more memory than this process has. Use more processes, a smaller "
             "--data.global_batch_size (with --trainer.accumulate_grad_batches for the same step) or "
@@ -56,7 +59,7 @@ def translated(error: Exception, global_batch_size: int | None = None) -> Except
             f"the backbone's batch normalisation cannot learn from {images} per process of this size. "
             "Use a larger --data.global_batch_size or --data.image_size, or fewer processes."
         )
-    if isinstance(error, torch.AcceleratorError):
+    if _ACCELERATOR_ERROR in kinds:
         if "invalid device ordinal" in message:
             return ConfigError(
                 f"this process has no GPU of its own ({first_line}). Start one process per GPU: torchrun "
@@ -64,7 +67,7 @@ def translated(error: Exception, global_batch_size: int | None = None) -> Except
             )
         log.error("the accelerator failed:", exc_info=error)
         return DeviceError(f"the accelerator failed: {first_line}. The traceback above shows at which operation.")
-    if isinstance(error, MisconfigurationException):
+    if _MISCONFIGURATION in kinds:
         return ConfigError(_refusal("Lightning", message))
     if isinstance(error, RepresenterError):
         return ConfigError(

@@ -37,9 +37,11 @@ class LRFinder(Callback):
 
     def __init__(self, lowest: float = 1e-6, highest: float = 1.0, steps: int = 100) -> None:
         if not 0 < lowest < highest:
-            raise ConfigError(f"--lr.lowest and --lr.highest must be 0 < lowest < highest, not {lowest} and {highest}.")
+            raise ConfigError(
+                f"--lr_finder.lowest must be above 0 and below --lr_finder.highest, not {lowest} and {highest}."
+            )
         if steps < 20:
-            raise ConfigError(f"--lr.steps must be at least 20, not {steps}.")
+            raise ConfigError(f"--lr_finder.steps must be at least 20, not {steps}.")
         self.lowest = lowest
         self.highest = highest
         self.steps = steps

@@ -25,6 +25,7 @@ from support import options, picture_files
 from job import checkpoint, cli, storage
 from job.demo.gcs_server import create_bucket, gcs_server
 from job.resilience.lease import Lease
+from job.train import fit
 
 SECONDS = 1.5
 """Lifetime of a lease."""
@@ -94,7 +95,7 @@ def _fit(run_dir: str, path: Path) -> int:
 
     def run() -> None:
         _record(path.with_suffix(".events"))
-        cli.Lease = functools.partial(Lease, seconds=SECONDS)  # type: ignore[assignment,misc]
+        fit.Lease = functools.partial(Lease, seconds=SECONDS)  # type: ignore[assignment,misc]
         cli.main(["fit", *arguments])
 
     return _fork(run, path.with_suffix(".log"))

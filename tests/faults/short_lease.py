@@ -7,7 +7,8 @@ import sys
 
 from job import cli
 from job.resilience.lease import Lease
+from job.train import fit
 
 if __name__ == "__main__":
-    cli.Lease = functools.partial(Lease, seconds=float(sys.argv.pop(1)))  # type: ignore[assignment,misc]
+    fit.Lease = functools.partial(Lease, seconds=float(sys.argv.pop(1)))  # type: ignore[assignment,misc]
     cli.main()

@@ -21,11 +21,11 @@ from support import REPOSITORY, contents, index_of, picture_files, read, tar_of,
 from job import storage
 from job.data import fetch
 from job.data.cache import SampleCache
-from job.data.dataset import ImageDataset, View
+from job.data.dataset import ImageDataset, Preprocessing
 from job.data.fetch import Fetcher
 from job.data.index.index import Index
 from job.data.loader import BatchLoader
-from job.data.sampler import BatchOrder
+from job.data.sampler import ResumableBatchSampler
 from job.errors import StorageError, StorageOutage
 
 pytestmark = pytest.mark.integration
@@ -57,8 +57,10 @@ def an_epoch(index: Index, workers: int, world_size: int, cache: SampleCache | N
     """How often each picture came, by its pixels and label, over all ranks."""
     seen: Counter[bytes] = Counter()
     for rank in range(world_size):
-        order = BatchOrder(len(index), 24, rank=rank, world_size=world_size, seed=0, shuffle=True, run_length=3)
-        for batch in BatchLoader(ImageDataset(index, order, View(32), cache=cache), workers):
+        sampler = ResumableBatchSampler(
+            len(index), 24, rank=rank, world_size=world_size, seed=0, shuffle=True, run_length=3
+        )
+        for batch in BatchLoader(ImageDataset(index, sampler, Preprocessing(32), cache=cache), workers):
             assert batch["error"] is None
             assert not batch["bad"]
             for image, label, valid in zip(batch["image"], batch["label"].tolist(), batch["mask"], strict=True):
@@ -212,14 +214,14 @@ def test_a_run_killed_in_mid_epoch_goes_on_elsewhere(
     index = index_of(stored["zip"])
     code = (
         "import sys, time\n"
-        "from job.data.dataset import ImageDataset, View\n"
+        "from job.data.dataset import ImageDataset, Preprocessing\n"
         "from job.data.index.index import Index\n"
         "from job.data.loader import BatchLoader\n"
-        "from job.data.sampler import BatchOrder\n"
+        "from job.data.sampler import ResumableBatchSampler\n"
         "if __name__ == '__main__':\n"
         f"    index = Index({index.folder!r}, {index.part!r})\n"
-        "    order = BatchOrder(len(index), 24, rank=0, world_size=1, seed=0, shuffle=True)\n"
-        "    loader = BatchLoader(ImageDataset(index, order, View(32)), 2)\n"
+        "    sampler = ResumableBatchSampler(len(index), 24, rank=0, world_size=1, seed=0, shuffle=True)\n"
+        "    loader = BatchLoader(ImageDataset(index, sampler, Preprocessing(32)), 2)\n"
         "    for batch in loader:\n"
         "        print(loader.state_dict()['batch'], *batch['sample'].tolist(), flush=True)\n"
         "        time.sleep(0.2)\n"
@@ -233,8 +235,8 @@ def test_a_run_killed_in_mid_epoch_goes_on_elsewhere(
     process.wait()
     taken = [int(sample) for line in lines for sample in line[1:]]
     for rank in range(3):
-        order = BatchOrder(len(index), 24, rank=rank, world_size=3, seed=0, shuffle=True)
-        rest = BatchLoader(ImageDataset(index, order, View(32)), 1)
+        sampler = ResumableBatchSampler(len(index), 24, rank=rank, world_size=3, seed=0, shuffle=True)
+        rest = BatchLoader(ImageDataset(index, sampler, Preprocessing(32)), 1)
         rest.load_state_dict({"batch": int(lines[-1][0])})
         for batch in rest:
             taken += batch["sample"][batch["mask"]].tolist()
@@ -248,9 +250,9 @@ def test_a_bucket_that_is_gone_is_an_outage(
     monkeypatch.setattr("job.data.fetch.RETRY_SECONDS", 2.0)
     monkeypatch.setattr("job.data.fetch.ATTEMPT_SECONDS", 2.0)
     index = index_of(stored["folder"])
-    order = BatchOrder(len(index), 24, rank=0, world_size=1, seed=0, shuffle=True)
+    sampler = ResumableBatchSampler(len(index), 24, rank=0, world_size=1, seed=0, shuffle=True)
     proxy.answer_503_for(3600)
-    error = ImageDataset(index, order, View(32))[order.plan(0, 0)]["error"]
+    error = ImageDataset(index, sampler, Preprocessing(32))[sampler.batch(0, 0)]["error"]
     assert isinstance(error, StorageOutage)
     assert "gs://faults/many/" in str(error)
 

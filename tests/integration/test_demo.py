@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 def test_the_demo_learns_by_transfer(tmp_path: Path) -> None:
     """At least 95 % after the demo's epochs; the same from scratch, with as many, is far behind."""
     shown = run_well("demo", "--folder", tmp_path / "demo")
-    assert "job predict --ckpt gs://demo/runs/digits" in shown.stdout
+    assert "job predict --run_dir gs://demo/runs/digits" in shown.stdout
     bucket = tmp_path / "demo" / "buckets" / "demo"
     report = json.loads((bucket / "runs" / "digits" / "report.json").read_text())
     assert report["world_size"] == 2

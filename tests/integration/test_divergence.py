@@ -119,7 +119,12 @@ def test_statistics_that_are_not_finite_are_not_saved(
 def test_a_sweep_of_learning_rates_diverges_on_purpose(colours: Path, tmp_path: Path) -> None:
     ended = run_here(
         *("tune", *options(SETTINGS, data__root=colours, run_dir=tmp_path / "run")),
-        *("--lr.lowest=1e-4", "--lr.steps=40", "--model.lr_interval=step", f"--trainer.callbacks={poisoned(first=25)}"),
+        *(
+            "--lr_finder.lowest=1e-4",
+            "--lr_finder.steps=40",
+            "--model.lr_interval=step",
+            f"--trainer.callbacks={poisoned(first=25)}",
+        ),
     )
     assert ended.returncode == 0, ended.output
     assert None in strict(tmp_path / "run" / "tune.json")["losses"]  # type: ignore[operator]

@@ -103,7 +103,7 @@ def test_a_learning_rate_and_a_batch_size_are_found(gcs: str, gcs_colours: str) 
     """By two processes, which take 60 steps over 16 epochs and leave one file; the options it prints are accepted."""
     run_dir = f"{gcs}/tuned"
     settings = {**TINY, "data.root": gcs_colours, "run_dir": run_dir, "model.milestones": "[]"}
-    shown = run_well("tune", *options(settings), "--lr.steps=60", processes=2).stdout
+    shown = run_well("tune", *options(settings), "--lr_finder.steps=60", processes=2).stdout
     found = json.loads(storage.read_bytes(f"{run_dir}/tune.json"))
     assert 20 <= len(found["losses"]) == len(found["rates"]) <= 60
     assert found["rates"][0] == pytest.approx(1e-6)
@@ -138,14 +138,14 @@ def test_predicting_from_the_bucket(fitted: str, gcs: str) -> None:
         assert prediction.probabilities == pytest.approx(by_uri[f"{gcs}/new/red1.jpg"], abs=1e-5)
 
     run_well(
-        "predict", "--ckpt", fitted, "--input", f"{gcs}/new", "--output", f"{gcs}/mirrored.jsonl", "--mirror", "true"
+        "predict", "--ckpt", fitted, "--input", f"{gcs}/new", "--output", f"{gcs}/averaged.jsonl", "--tta", "hflip"
     )
-    mirrored = [json.loads(line) for line in storage.read_bytes(f"{gcs}/mirrored.jsonl").splitlines()]
-    predictor.mirror = True
+    averaged = [json.loads(line) for line in storage.read_bytes(f"{gcs}/averaged.jsonl").splitlines()]
+    predictor.tta = "hflip"
     image = torch.from_numpy(np.array(Image.open(io.BytesIO(picture(COLOURS["red"], 9001))))).permute(2, 0, 1)
     one, flipped = predictor.predict([image]), predictor.predict([image.flip(-1)])
     assert one[0].probabilities == pytest.approx(flipped[0].probabilities, abs=1e-5)
-    assert {line["uri"]: line["probabilities"] for line in mirrored} != by_uri
+    assert {line["uri"]: line["probabilities"] for line in averaged} != by_uri
 
 
 def test_two_processes_predict_every_image_once(fitted: str, gcs: str, gcs_colours: str) -> None:
@@ -171,10 +171,10 @@ def test_validating_again_finds_the_same(fitted: str) -> None:
     again = json.loads(storage.read_bytes(f"{fitted}/validate.json"))["metrics"]
     metrics = json.loads(storage.read_bytes(f"{fitted}/report.json"))["checkpoints"]["last"]["metrics"]
     assert again == pytest.approx(metrics, rel=1e-5)
-    run_well("validate", "--run_dir", fitted, "--mirror", "true")
-    mirrored = json.loads(storage.read_bytes(f"{fitted}/validate.json"))["metrics"]
-    assert mirrored["val/loss"] != pytest.approx(metrics["val/loss"], rel=1e-4)
-    assert mirrored["val/loss"] == pytest.approx(metrics["val/loss"], abs=0.1)
+    run_well("validate", fitted, "--tta", "hflip")
+    averaged = json.loads(storage.read_bytes(f"{fitted}/validate.json"))["metrics"]
+    assert averaged["val/loss"] != pytest.approx(metrics["val/loss"], rel=1e-4)
+    assert averaged["val/loss"] == pytest.approx(metrics["val/loss"], abs=0.1)
 
 
 def test_a_finished_run_stays_finished(fitted: str) -> None:

@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, "tests")
 import generated  # noqa: F401
 from job.data.index.build import build, split
-from job.data.dataset import ImageDataset, View
+from job.data.dataset import ImageDataset, Preprocessing
 from job.data.index.index import Index
-from job.data.sampler import BatchOrder
+from job.data.sampler import ResumableBatchSampler
 
 def memory(kind):
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
@@ -46,8 +46,8 @@ print(json.dumps({"listed": listed, "seconds": time.monotonic() - began, "peak":
 """
 START = """
 index = Index(folder, "train")
-order = BatchOrder(len(index), 1024, rank=3, world_size=8, seed=0, shuffle=True)
-batch = ImageDataset(index, order, View(8))[order.plan(0, 5)]
+sampler = ResumableBatchSampler(len(index), 1024, rank=3, world_size=8, seed=0, shuffle=True)
+batch = ImageDataset(index, sampler, Preprocessing(8))[sampler.batch(0, 5)]
 told = {"samples": len(index), "seconds": time.monotonic() - began, "own": memory("Anonymous") - before}
 print(json.dumps({**told, "labels": sorted(set(batch["label"].tolist())), "bad": batch["bad"][0]}))
 """
@@ -76,6 +76,6 @@ def test_millions_of_samples(tmp_path: Path) -> None:
     started = told(START, tmp_path)
     assert started["samples"] == SAMPLES * 99 // 100
     assert started["own"] < 40, started  # MB, for a rank that has made its first batch
-    assert len(started["labels"]) > 100  # of 1000 classes, in 128 samples of a shuffled order
+    assert len(started["labels"]) > 100  # of 1000 classes, in 128 samples of a shuffled sampler
     assert started["bad"].startswith("generated://1000x3000/n")
     print(indexed, started, f"{size / SAMPLES:.1f} bytes a sample")

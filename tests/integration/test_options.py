@@ -127,7 +127,7 @@ def test_options_that_are_refused(changes: dict[str, object], message: str, colo
 
 
 def test_help_lists_what_works() -> None:
-    text = "".join(run_here("fit", "--help").output.split())
+    text = "".join(run_here("fit", "--help-all").output.split())
     for name in ("BackboneFinetuning", "ModelPruning", "FSDPStrategy", "DeepSpeed", "LBFGS", "16-true", "job.train."):
         assert name not in text
     for kind in _SUPPORTED_CALLBACKS:

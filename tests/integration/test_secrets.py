@@ -181,7 +181,7 @@ def test_names_reach_the_terminal_escaped(hostile: Path, tmp_path: Path) -> None
     result = run_here("fit", *options(TINY, data__root=hostile, run_dir=run_dir, **changes))
     assert result.returncode == 0, result.output
     assert_harmless(result.output)
-    assert f"--ckpt '{run_dir}'" in result.output
+    assert f"--run_dir '{run_dir}'" in result.output
     result = run_here("validate", "--run_dir", run_dir)
     assert result.returncode == 0, result.output
     assert_harmless(result.output)

@@ -19,12 +19,12 @@ from PIL import Image
 from support import index_of, picture, picture_files, read, tar_of, zip_of
 
 from job.data import dataset
-from job.data.dataset import ImageDataset, View
+from job.data.dataset import ImageDataset, Preprocessing
 from job.data.index import bounded
 from job.data.index.bounded import unpack_gzip
 from job.data.index.sources.tar_archive import list_tar
 from job.data.index.sources.zip_archive import list_zip, zip_content
-from job.data.sampler import BatchOrder
+from job.data.sampler import ResumableBatchSampler
 from job.errors import DataError, StorageError
 
 FILES = picture_files(["blue", "red"], 2)
@@ -218,10 +218,10 @@ def test_what_is_read_ahead_is_bounded(kind: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(dataset, "BYTES_AHEAD", 1 << 20)
     monkeypatch.setattr(dataset, "BYTES_AT_ONCE", 500_000)
     index = index_of(uri, layout="images")
-    order = BatchOrder(len(index), 8, rank=0, world_size=1, seed=0, shuffle=True)
-    images = ImageDataset(index, order, View(32))
-    for number in range(len(order)):
-        batch = images[order.plan(0, number)]
+    sampler = ResumableBatchSampler(len(index), 8, rank=0, world_size=1, seed=0, shuffle=True)
+    images = ImageDataset(index, sampler, Preprocessing(32))
+    for number in range(len(sampler)):
+        batch = images[sampler.batch(0, number)]
         assert batch["mask"].all()
         ahead = list(images._ahead.values())
         assert sum(each.size() for each in ahead) <= (1 << 20) + 500_000
@@ -233,6 +233,6 @@ def test_what_is_read_ahead_is_bounded(kind: str, tmp_path: Path, monkeypatch: p
 def test_a_narrow_image_is_refused_before_it_is_resized() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((1, 60_000), np.uint8)).save(buffer, "PNG")
-    assert View(224).decoded(buffer.getvalue()).shape == (3, 224, 224)
+    assert Preprocessing(224).decoded(buffer.getvalue()).shape == (3, 224, 224)
     with pytest.raises(DataError, match="60000 x 1 pixels are too narrow"):
-        View(224, "crop").decoded(buffer.getvalue())
+        Preprocessing(224, "crop").decoded(buffer.getvalue())

@@ -8,29 +8,29 @@ from support import index_of, picture, write_files
 from torchvision.transforms import v2
 
 from job.data.augment import resize
-from job.data.dataset import ImageDataset, View
-from job.data.sampler import BatchOrder
+from job.data.dataset import ImageDataset, Preprocessing
+from job.data.sampler import ResumableBatchSampler
 from job.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    "view",
+    "preprocessing",
     [
-        View(16, flip=True),
-        View(16, augment=v2.Compose([v2.Resize([16, 16]), v2.RandomHorizontalFlip(), v2.RandomRotation(20)])),
+        Preprocessing(16, flip=True),
+        Preprocessing(16, augment=v2.Compose([v2.Resize([16, 16]), v2.RandomHorizontalFlip(), v2.RandomRotation(20)])),
     ],
     ids=["default", "given"],
 )
-def test_augmentation_depends_on_seed_epoch_and_sample_alone(view: View, colours: Path) -> None:
+def test_augmentation_depends_on_seed_epoch_and_sample_alone(preprocessing: Preprocessing, colours: Path) -> None:
     index = index_of(colours)
 
     def images(world_size: int, seed: int = 3, epoch: int = 1) -> dict[int, torch.Tensor]:
         found = {}
         for rank in range(world_size):
-            order = BatchOrder(len(index), 8, rank=rank, world_size=world_size, seed=0, shuffle=True)
-            order.set_epoch(epoch)
-            dataset = ImageDataset(index, order, view, seed=seed)
-            for plan in order:
+            sampler = ResumableBatchSampler(len(index), 8, rank=rank, world_size=world_size, seed=0, shuffle=True)
+            sampler.set_epoch(epoch)
+            dataset = ImageDataset(index, sampler, preprocessing, seed=seed)
+            for plan in sampler:
                 batch = dataset[plan]
                 found.update(zip(batch["sample"].tolist(), batch["image"], strict=True))
         return found
@@ -44,45 +44,45 @@ def test_augmentation_depends_on_seed_epoch_and_sample_alone(view: View, colours
 
 
 def test_reading_leaves_the_generators_alone(colours: Path) -> None:
-    view = View(16, augment=v2.RandomCrop(16, pad_if_needed=True))
-    order = BatchOrder(40, 8, rank=0, world_size=1, seed=0, shuffle=True)
-    dataset = ImageDataset(index_of(colours), order, view)
+    preprocessing = Preprocessing(16, augment=v2.RandomCrop(16, pad_if_needed=True))
+    sampler = ResumableBatchSampler(40, 8, rank=0, world_size=1, seed=0, shuffle=True)
+    dataset = ImageDataset(index_of(colours), sampler, preprocessing)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    dataset[order.plan(0, 0)]
+    dataset[sampler.batch(0, 0)]
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_an_unreadable_sample_is_masked_and_named(tmp_path: Path) -> None:
     files = {f"{c}/{n}.jpg": picture((9, 9, 9), n) for c in "ab" for n in range(2)}
     write_files(tmp_path, {**files, "a/1.jpg": b"no image"})
-    order = BatchOrder(4, 4, rank=0, world_size=1, seed=0, shuffle=False)
-    batch = ImageDataset(index_of(tmp_path), order, View(8, "crop"))[order.plan(0, 0)]
+    sampler = ResumableBatchSampler(4, 4, rank=0, world_size=1, seed=0, shuffle=False)
+    batch = ImageDataset(index_of(tmp_path), sampler, Preprocessing(8, "crop"))[sampler.batch(0, 0)]
     assert batch["mask"].tolist() == [True, False, True, True]
     assert batch["bad"][0].startswith(f"{tmp_path}/a/1.jpg is no image")
 
 
 def test_an_augmentation_of_the_wrong_shape_is_refused(colours: Path) -> None:
-    view = View(16, augment=v2.Resize([9, 9]))
-    order = BatchOrder(40, 4, rank=0, world_size=1, seed=0, shuffle=False)
-    batch = ImageDataset(index_of(colours), order, view)[order.plan(0, 0)]
+    preprocessing = Preprocessing(16, augment=v2.Resize([9, 9]))
+    sampler = ResumableBatchSampler(40, 4, rank=0, world_size=1, seed=0, shuffle=False)
+    batch = ImageDataset(index_of(colours), sampler, preprocessing)[sampler.batch(0, 0)]
     assert isinstance(batch["error"], ConfigError)
     assert "--data.augment returned" in str(batch["error"])
     with pytest.raises(ConfigError, match=r"--data\.augment"):
-        view.pixels(view.decoded(picture((1, 2, 3), 0)), 0, 0)
+        preprocessing.pixels(preprocessing.decoded(picture((1, 2, 3), 0)), 0, 0)
 
 
 @pytest.mark.parametrize("transform", [v2.RandAugment(), v2.TrivialAugmentWide(), v2.RandomErasing(p=1.0)])
 def test_torchvisions_own_policies(transform: v2.Transform, colours: Path) -> None:
     """A function of the seed alone, for every sample's another."""
-    view = View(16, augment=v2.Compose([v2.Resize([16, 16]), transform]))
-    order = BatchOrder(40, 40, rank=0, world_size=1, seed=0, shuffle=False)
-    batch = ImageDataset(index_of(colours), order, view)[order.plan(0, 0)]
+    preprocessing = Preprocessing(16, augment=v2.Compose([v2.Resize([16, 16]), transform]))
+    sampler = ResumableBatchSampler(40, 40, rank=0, world_size=1, seed=0, shuffle=False)
+    batch = ImageDataset(index_of(colours), sampler, preprocessing)[sampler.batch(0, 0)]
     assert batch["error"] is None
-    again = ImageDataset(index_of(colours), order, view)[order.plan(0, 0)]
+    again = ImageDataset(index_of(colours), sampler, preprocessing)[sampler.batch(0, 0)]
     assert torch.equal(batch["image"], again["image"])
-    other = ImageDataset(index_of(colours), order, view)[order.plan(1, 0)]
+    other = ImageDataset(index_of(colours), sampler, preprocessing)[sampler.batch(1, 0)]
     assert not torch.equal(batch["image"], other["image"])
 
 
@@ -90,3 +90,10 @@ def test_resizing_is_torchvisions() -> None:
     image = torch.randint(0, 256, (3, 50, 80), dtype=torch.uint8)
     assert torch.equal(resize(image, 32, "squash"), v2.functional.resize(image, [32, 32], antialias=True))
     assert resize(image, 32, "crop").shape == (3, 32, 32)
+
+
+def test_cached_features_of_earlier_releases_are_found() -> None:
+    """Their folder is named after this text."""
+    assert Preprocessing(16, "crop", flip=True).cache_key == (
+        "View(image_size=16, resize='crop', augment=None, augment_views=None, flip=True)"
+    )

@@ -25,7 +25,7 @@ from support import REPOSITORY
 from torch.distributed.run import get_args_parser
 
 from job import cli, errors
-from job.cli.parser import Parser
+from job.cli.parser import ParserMixin
 from job.cluster.environment import Platform
 from job.errors import ConfigError
 
@@ -95,13 +95,13 @@ class Parsed(Exception):
 @pytest.fixture
 def options(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     """Parse the arguments of ``python -m job`` with the parser of their command, and stop there."""
-    parse_args = Parser.parse_args
+    parse_args = ParserMixin.parse_args
 
-    def parse_and_stop(self: Parser, *args: Any, **kwargs: Any) -> None:
+    def parse_and_stop(self: ParserMixin, *args: Any, **kwargs: Any) -> None:
         parse_args(self, *args, **kwargs)
         raise Parsed
 
-    monkeypatch.setattr(Parser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(ParserMixin, "parse_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", ["job"])  # LightningCLI warns of arguments given besides
     monkeypatch.chdir(REPOSITORY)  # where commands name files
 
@@ -109,12 +109,12 @@ def options(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
         verb, *rest = args
         if verb == "launch":
             return parse(rest)
-        assert verb in cli.VERBS, verb
-        if rest == ["--help"]:
+        assert verb in cli.COMMANDS, verb
+        if rest in (["--help"], ["--help-all"]):
             return None
         # A run_dir that exists nowhere, so that no bucket is asked for its configuration.
         with pytest.raises(Parsed):
-            cli.VERBS[verb]([word.replace("gs://BUCKET/runs", "memory://no-such-run") for word in rest])
+            cli.run_command(verb, [word.replace("gs://BUCKET/runs", "memory://no-such-run") for word in rest])
         return None
 
     return parse
@@ -245,17 +245,18 @@ def known_options() -> set[str]:
     """The options of all commands."""
     found = set()
 
-    def collect(self: Parser, *args: Any, **kwargs: Any) -> None:
+    def collect(self: ParserMixin, *args: Any, **kwargs: Any) -> None:
         found.update(option for action in self._actions for option in action.option_strings)
+        found.update(f"--{alias}" for alias in self.aliases)
         raise Parsed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Parser, "parse_args", collect)
+        patch.setattr(ParserMixin, "parse_args", collect)
         patch.setattr(sys, "argv", ["job"])
-        for verb in cli.VERBS:
+        for verb in cli.COMMANDS:
             if verb != "launch":
                 with pytest.raises(Parsed):
-                    cli.VERBS[verb]([])
+                    cli.run_command(verb, [])
     return found
 
 
@@ -279,7 +280,7 @@ def test_files_and_targets_in_the_text_exist(page: Path) -> None:
         if module := re.fullmatch(r"(job(?:\.\w+)+)\.(\w+)", code):
             assert hasattr(importlib.import_module(module[1]), module[2]), f"{page}: {code}"
         if verb := re.match(r"python -m job (\w+)", code):
-            assert verb[1] in cli.VERBS, f"{page}: {code}"
+            assert verb[1] in cli.COMMANDS, f"{page}: {code}"
 
 
 @pytest.mark.parametrize("page", [*PAGES, GUIDE], ids=lambda page: str(page.relative_to(REPOSITORY)))
@@ -416,7 +417,7 @@ def test_every_recipe_is_in_the_table_of_recipes() -> None:
 
 def test_every_command_is_in_the_table_of_commands() -> None:
     text = (REPOSITORY / "docs" / "configuration.md").read_text()
-    for verb in cli.VERBS:
+    for verb in cli.COMMANDS:
         assert f"`{verb}`" in text
 
 

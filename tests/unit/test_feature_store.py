@@ -23,7 +23,7 @@ Change = Callable[[bytes, dict[str, Any]], bytes]
 
 def store_of(tmp_path: Path, width: int = 12, dtype: torch.dtype = torch.float32, node: str = "a") -> FeatureStore:
     index = index_of(write_files(tmp_path / "data", picture_files(["blue", "red"], 8)))
-    dataset = SimpleNamespace(index=index, view=SimpleNamespace(count=2))
+    dataset = SimpleNamespace(index=index, preprocessing=SimpleNamespace(variants=2))
     return FeatureStore(dataset, tmp_path / node / "features" / "x", str(tmp_path / "bucket"), width, dtype)  # type: ignore[arg-type]
 
 

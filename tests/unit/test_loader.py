@@ -10,9 +10,9 @@ import torch
 from support import REPOSITORY, index_of
 from torchvision.transforms import v2
 
-from job.data.dataset import Batch, ImageDataset, View
+from job.data.dataset import Batch, ImageDataset, Preprocessing
 from job.data.loader import BatchLoader
-from job.data.sampler import BatchOrder, BatchPlan
+from job.data.sampler import BatchIndices, ResumableBatchSampler
 
 
 def loader(
@@ -24,8 +24,8 @@ def loader(
     batch_size: int = 6,
 ) -> BatchLoader:
     index = index_of(folder)
-    order = BatchOrder(len(index), batch_size, rank=rank, world_size=world_size, seed=1, shuffle=True)
-    return BatchLoader(ImageDataset(index, order, View(8, augment=augment, flip=True)), workers)
+    sampler = ResumableBatchSampler(len(index), batch_size, rank=rank, world_size=world_size, seed=1, shuffle=True)
+    return BatchLoader(ImageDataset(index, sampler, Preprocessing(8, augment=augment, flip=True)), workers)
 
 
 def taken(batches: list, loader: BatchLoader) -> list[int]:
@@ -75,7 +75,7 @@ def test_threads_use_one_core_each_and_leave_the_others_theirs(colours: Path, mo
     found: list[int] = []
     made = ImageDataset.__getitem__
 
-    def counted(dataset: ImageDataset, plan: BatchPlan) -> Batch:
+    def counted(dataset: ImageDataset, plan: BatchIndices) -> Batch:
         found.append(torch.get_num_threads())
         return made(dataset, plan)
 

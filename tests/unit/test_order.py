@@ -3,13 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from job.data.sampler import BatchOrder, ViewOrder, permute, permute_runs, sample_seed
+from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler, permute, permute_runs, sample_seed
 
 
 def seen(size: int, batch: int, world_size: int, epoch: int = 0, shuffle: bool = True) -> list[list[int]]:
     """Valid samples of each global batch, the ranks' slices joined."""
     orders = [
-        BatchOrder(size, batch, rank=rank, world_size=world_size, seed=7, shuffle=shuffle) for rank in range(world_size)
+        ResumableBatchSampler(size, batch, rank=rank, world_size=world_size, seed=7, shuffle=shuffle)
+        for rank in range(world_size)
     ]
     for order in orders:
         order.set_epoch(epoch)
@@ -62,7 +63,7 @@ def test_runs_are_permuted_whole_and_every_sample_comes_once(size: int, run: int
 def test_runs_do_not_depend_on_the_world_size() -> None:
     def batches(world_size: int) -> list[list[int]]:
         shares = [
-            BatchOrder(101, 24, rank=r, world_size=world_size, seed=1, shuffle=True, run_length=3)
+            ResumableBatchSampler(101, 24, rank=r, world_size=world_size, seed=1, shuffle=True, run_length=3)
             for r in range(world_size)
         ]
         return [[int(s) for plan in plans for s in plan.samples[plan.valid]] for plans in zip(*shares, strict=True)]
@@ -77,15 +78,15 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_every_rank_gets_batches_of_one_shape() -> None:
-    order = BatchOrder(25, 24, rank=3, world_size=4, seed=0, shuffle=True)
+    order = ResumableBatchSampler(25, 24, rank=3, world_size=4, seed=0, shuffle=True)
     assert [len(plan.samples) for plan in order] == [6, 6]
-    last = order.plan(0, 1)
+    last = order.batch(0, 1)
     assert not last.valid.any()
     assert last.global_size == 1
 
 
 def test_iteration_can_start_at_any_batch() -> None:
-    order = BatchOrder(100, 10, rank=0, world_size=1, seed=0, shuffle=True)
+    order = ResumableBatchSampler(100, 10, rank=0, world_size=1, seed=0, shuffle=True)
     whole = [plan.samples.tolist() for plan in order]
     order.start_batch = 7
     assert [plan.samples.tolist() for plan in order] == whole[7:]
@@ -99,11 +100,12 @@ def test_sample_seed_depends_on_all_its_arguments() -> None:
 @pytest.mark.parametrize(("views", "batch_size"), [(1, 4), (2, 4), (2, 5), (3, 7)])
 def test_every_view_once_in_batches_that_lie_within_chunks(views: int, batch_size: int) -> None:
     chunks = [range(10, 20), range(10), range(40, 43)]
-    order = ViewOrder(chunks, views, batch_size)
+    order = FeatureBatchSampler(chunks, views, batch_size)
     plans = list(order)
-    assert len(plans) == len(order) == sum(order.batches(chunk) for chunk in chunks)
+    assert len(plans) == len(order) == sum(order.batches_in(chunk) for chunk in chunks)
     assert {len(plan.samples) for plan in plans} == {batch_size}
-    seen = [(s, v) for plan in plans for s, v, valid in zip(plan.samples, plan.views, plan.valid, strict=True) if valid]
+    rows = [row for plan in plans for row in zip(plan.samples, plan.variants, plan.valid, strict=True)]
+    seen = [(sample, variant) for sample, variant, valid in rows if valid]
     assert seen == [(sample, view) for chunk in chunks for sample in chunk for view in range(views)]
     for plan in plans:
         assert any(set(plan.samples.tolist()) <= set(chunk) for chunk in chunks)

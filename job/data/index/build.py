@@ -13,19 +13,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from job import redact, storage
+from job import redact
 from job.data.index import layout
-from job.data.index.access import Access, from_options
+from job.data.index.access import Access
 from job.data.index.file import MOST_CLASSES, IndexInfo, PartInfo, load_index_info
 from job.data.index.index import Index, PartWriter
 from job.data.index.layout import Part
 from job.data.index.parts import Layout, parts_of
 from job.data.index.sources import INDEX_FILE, ListingContext, Source, format_of, resolve
 from job.data.index.sources.base import LONGEST_CLASS
-from job.data.index.store import publish_index
 from job.errors import DataError
-from job.process.terminal import say
-from job.storage.local_cache import default_cache_dir, report_disk_full, usable_cache_dir
+from job.storage.local_cache import report_disk_full
 
 
 def build(
@@ -140,29 +138,6 @@ def _held_out(index: Index, fraction: float, seed: int) -> npt.NDArray[np.bool_]
         count = min(max(round(len(members) * fraction), 1), len(members) - 1)
         chosen[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
     return chosen
-
-
-def main(
-    uri: str, output: str | None = None, cache_dir: str | None = None, allow: str | list[str] | None = None
-) -> None:
-    """List a data set ahead of training and keep what was found.
-
-    Args:
-        uri: a folder or prefix, an archive, shards (NAME-{000..146}.tar) or a manifest.
-        output: folder for the index, where the data itself may not be written to; give its index.json as
-            --data.root then. Default: beside the data, where a fit of the same URI finds it.
-        cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
-        allow: hosts and URI prefixes that a table may name although they are local or internal; a host or prefix, or
-            a list of them.
-    """
-    access = from_options(allow, [uri], "--allow")
-    target = output or resolve(uri).index_uri
-    cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
-    with tempfile.TemporaryDirectory() as scratch:
-        info = build({"root": [uri]}, Path(scratch), cache, "parts", force_listing=True, access=access)
-        publish_index(Path(scratch), target)
-    parts = ", ".join(f"{name} {part.rows:,}" for name, part in info.parts.items())
-    say(f"{len(info.classes)} classes; images: {parts}; {storage.join(target, INDEX_FILE)}")
 
 
 def _require_same_classes(train: list[Part], others: list[Part]) -> None:

@@ -1,0 +1,102 @@
+"""``python -m job predict``: classify images with a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from job import storage
+from job.cli.parser import call_with_options
+from job.cluster import ranks
+from job.data.index.access import from_options
+from job.data.index.build import build
+from job.data.index.index import Index
+from job.errors import ConfigError, DataError
+from job.process.terminal import print_table, say
+from job.storage.local_cache import default_cache_dir, usable_cache_dir
+
+ROWS_SHOWN = 20
+"""Predictions shown on the terminal; all of them go to --output."""
+
+
+def predict(args: list[str]) -> None:
+    """Run ``python -m job predict ARGS``."""
+    call_with_options("predict", main, args, positional=("run_dir", "input"))
+
+
+def main(
+    input: str,
+    run_dir: str | None = None,
+    ckpt: str | None = None,
+    output: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    cache_dir: str | None = None,
+    max_bad_samples: int = 0,
+    tta: Literal["none", "hflip"] = "none",
+    allow: str | list[str] | None = None,
+) -> None:
+    """Classify one image, a folder, an archive or everything under a bucket prefix.
+
+    Args:
+        input: URI of an image, a folder or prefix, a .zip, .tar or .tar.gz, shards, or a manifest.
+        run_dir: folder of the run; its best checkpoint is used unless --ckpt names another one.
+        ckpt: checkpoint file, RUN_DIR/checkpoints/last, or a run_dir, which means its best checkpoint.
+        output: URI of a JSON lines file to write: one object per readable image. With several processes
+            (torchrun), each writes its part, ``….part-RANK-of-WORLD``.
+        batch_size: images per batch.
+        num_workers: number of loader processes.
+        cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
+        max_bad_samples: number of unreadable images to tolerate. Each is named; above the limit the command fails.
+        tta: test-time augmentation: hflip averages predictions over horizontal flips.
+        allow: hosts and URI prefixes that a manifest may name although they are local or internal; a host or prefix,
+            or a list of them.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"--batch_size must be at least 1, not {batch_size}.")
+    checkpoint_uri = ckpt or run_dir
+    if checkpoint_uri is None:
+        raise ConfigError("predict needs a checkpoint. Give --run_dir or --ckpt.")
+    # torch takes seconds to import: not for --help or a misspelt option.
+    from job.predict import load, predict_index
+
+    rank, world_size = ranks.rank(), ranks.world_size()
+    access = from_options(allow, [input], "--allow")
+    cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
+    predictor = load(checkpoint_uri)
+    predictor.tta = tta
+    unreadable: list[str] = []
+    lines: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        build({"all": [input]}, Path(folder), cache, "images", access=access)
+        index = Index(folder, "all", access)
+        for sample, prediction in predict_index(
+            predictor, index, batch_size=batch_size, num_workers=num_workers, cache_dir=cache, unreadable=unreadable
+        ):
+            lines.append({"uri": index.uri(sample), **asdict(prediction)})
+    if rank == 0:
+        _print_table(lines, predictor.classes)
+    if output is not None:
+        part = output if world_size == 1 else f"{output}.part-{rank:05d}-of-{world_size:05d}"
+        storage.write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        say(f"{len(lines)} predictions in {part}", file=sys.stderr)
+    if len(unreadable) > max_bad_samples:
+        shown = "\n  ".join(unreadable[:10])
+        raise DataError(f"{len(unreadable)} image(s) could not be read, {max_bad_samples} allowed:\n  {shown}")
+
+
+def _print_table(lines: list[dict[str, object]], classes: Sequence[str]) -> None:
+    rows = []
+    for line in lines[:ROWS_SHOWN]:
+        chances = line["probabilities"]
+        assert isinstance(chances, dict)
+        rows.append((line["uri"], line["label"], f"{chances[line['label']]:.4f}"))
+    print_table(["image", "class", "probability"], rows, right=["probability"], fold=True)
+    if len(lines) > ROWS_SHOWN:
+        counts = ", ".join(f"{name} {sum(line['label'] == name for line in lines)}" for name in classes)
+        say(f"… and {len(lines) - ROWS_SHOWN} more. In all: {counts}")
