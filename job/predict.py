@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from job import checkpoint, redact, storage
+from job.checkpoint.state import CLASSIFIER_KEY
 from job.cluster import ranks
 from job.data.augment import ResizeMode, resize
 from job.data.dataset import ImageDataset, Preprocessing
@@ -110,8 +111,8 @@ def load(uri: str, device: str | None = None) -> Predictor:
     uri = checkpoint.resolve(redact.remember(uri))
     saved = checkpoint.load(uri)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    net = from_spec(saved["classifier"], net_state(saved, uri), source=uri, device_type=torch.device(device).type)
-    return Predictor(net.to(device), decode_spec(saved["classifier"], uri).resize)
+    net = from_spec(saved[CLASSIFIER_KEY], net_state(saved, uri), source=uri, device_type=torch.device(device).type)
+    return Predictor(net.to(device), decode_spec(saved[CLASSIFIER_KEY], uri).resize)
 
 
 def predict_index(

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from job.checkpoint.state import TRAINING_WEIGHTS_KEY
 from job.model.spec import PREFIX, net_state
-
-TRAINING_WEIGHTS = "training_weights"
-"""Key, in a checkpoint, of the weights in training where they differ from their average."""
 
 
 class WeightAverage:
@@ -83,11 +81,11 @@ class WeightAverage:
         """Put the averages into the checkpoint's ``state_dict``, and the weights in training beside it."""
         checkpoint["state_dict"] |= {f"{PREFIX}{name}": value for name, value in self.averages.items()}
         different = {name: w for name, w in self.training.items() if not torch.equal(w, self.averages[name])}
-        checkpoint[TRAINING_WEIGHTS] = different
+        checkpoint[TRAINING_WEIGHTS_KEY] = different
 
 
 def extract_averages(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """Return the averages in a checkpoint; its ``state_dict`` holds the weights in training afterwards."""
     averages = net_state(checkpoint, "the checkpoint")
-    checkpoint["state_dict"] |= {f"{PREFIX}{name}": value for name, value in checkpoint[TRAINING_WEIGHTS].items()}
+    checkpoint["state_dict"] |= {f"{PREFIX}{name}": value for name, value in checkpoint[TRAINING_WEIGHTS_KEY].items()}
     return averages

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from job.checkpoint.state import CLASSIFIER_KEY, PRECISION_KEY, SKIPPED_STEPS_KEY
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule, image_data
 from job.data.dataset import Batch
@@ -345,9 +346,9 @@ class TransferLearningModel(pl.LightningModule):
         """Add the description of the network, which predicts without this class, and the precision."""
         if self.guard is not None:
             self.guard.before_save(self.trainer, checkpoint["state_dict"])
-        checkpoint["classifier"] = self._description()
-        checkpoint["precision"] = str(self.trainer.precision)
-        checkpoint["skipped_steps"] = self.skipped_steps
+        checkpoint[CLASSIFIER_KEY] = self._description()
+        checkpoint[PRECISION_KEY] = str(self.trainer.precision)
+        checkpoint[SKIPPED_STEPS_KEY] = self.skipped_steps
         if self._average is not None:
             self._average.save(checkpoint)
 
@@ -355,7 +356,7 @@ class TransferLearningModel(pl.LightningModule):
         """Refuse a checkpoint of another network, naming the difference."""
         # A mean or std that the user has not chosen comes from the checkpoint, with its buffers.
         optional = {name for name in ("mean", "std") if getattr(self.config, name) is None}
-        require_same_network(checkpoint.get("classifier"), self._description(), optional)
+        require_same_network(checkpoint.get(CLASSIFIER_KEY), self._description(), optional)
         require_state(
             net_state(checkpoint, "the checkpoint"),
             {name: tuple(value.shape) for name, value in self.net.state_dict().items()},
@@ -365,8 +366,8 @@ class TransferLearningModel(pl.LightningModule):
         if self.trainer.state.fn != "fit":
             return
         if self.guard is not None:
-            self.guard.skipped_steps = checkpoint.get("skipped_steps", 0)
-        saved, precision = checkpoint["precision"], str(self.trainer.precision)
+            self.guard.skipped_steps = checkpoint.get(SKIPPED_STEPS_KEY, 0)
+        saved, precision = checkpoint[PRECISION_KEY], str(self.trainer.precision)
         if saved != precision:
             log.warning("the checkpoint was written at precision %s; the run continues at %s", saved, precision)
         if self.config.ema:

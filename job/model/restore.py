@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from job import checkpoint
+from job.checkpoint.state import CLASSIFIER_KEY
 from job.errors import CheckpointError, ConfigError
 from job.model.classifier import from_spec
 from job.model.config import ModelConfig
@@ -31,8 +32,8 @@ def restore_module(cls: type[Module], uri: str, device: torch.device, overrides:
     """
     uri = checkpoint.resolve(uri)
     saved = checkpoint.load(uri)
-    spec = decode_spec(saved["classifier"], uri)
-    net = from_spec(saved["classifier"], net_state(saved, uri), source=uri, device_type=device.type)
+    spec = decode_spec(saved[CLASSIFIER_KEY], uri)
+    net = from_spec(saved[CLASSIFIER_KEY], net_state(saved, uri), source=uri, device_type=device.type)
     known = {each.name for each in fields(ModelConfig)} | set(inspect.signature(cls.__init__).parameters)
     hyperparameters = saved.get("hyper_parameters")
     arguments = {**(hyperparameters if isinstance(hyperparameters, Mapping) else {}), **overrides}

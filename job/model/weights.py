@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from job import checkpoint, storage
+from job.checkpoint.state import CLASSIFIER_KEY
 from job.errors import WeightsError
 from job.model.spec import ClassifierSpec, decode_spec
 from job.storage.tensor_file import load_tensors, printable
@@ -57,7 +58,7 @@ def read_weights(uri: str) -> PretrainedWeights:
     file = _file(uri)
     if file.endswith(checkpoint.SUFFIX) and storage.exists(checkpoint.manifest_uri(file)):
         loaded: Any = checkpoint.load(file)
-        classifier = decode_spec(loaded["classifier"], uri)
+        classifier = decode_spec(loaded[CLASSIFIER_KEY], uri)
     else:
         loaded, classifier = load_tensors(storage.read_bytes(file), file), None
     return PretrainedWeights(uri, _state_dict(loaded, file), classifier)
