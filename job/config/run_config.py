@@ -49,7 +49,7 @@ def save_config(run_dir: str, text: str, before_write: Callable[[], None] = stor
             old, new = _flatten(read_mapping(uri)), _flatten(yaml.safe_load(text))
         except ConfigError as error:
             kept = _keep(run_dir, before_write)
-            log.warning("%s This run writes its own settings and keeps the damaged file as %s", error, kept)
+            log.warning("%s This run writes its own settings; the damaged file is kept as %s", error, kept)
         else:
             changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
             if changed:
