@@ -1,7 +1,7 @@
 # make demo       the main job, on this machine    make test       all tests
 # make lint       style and types                  make unit       the quick tests
 # make container  the image, built and run         make xla        the tests of the TPU path, on XLA's CPU device
-# make processes  the tests but for those two      make golden     the manifests' renderings, for comparison
+# make processes  the tests but for those two      make golden     what tests compare with: manifests, options
 # make benchmark-checkpoint, benchmark-data, benchmark-train   what each costs, against others
 # make benchmark-startup   CPU seconds that each command takes to start
 # make benchmark-gpu   whether everything works on a GPU, and how fast
@@ -41,6 +41,7 @@ container: $(VENV)/installed
 
 golden: $(VENV)/installed
 	$(VENV)/bin/python tests/k8s/manifests.py
+	$(VENV)/bin/python tests/cli/options.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -10,7 +10,6 @@ from typing import Any
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
 from job.cluster.environment import require_ranks
-from job.config.import_policy import set_parsing_rules
 from job.errors import EXIT_INTERRUPTED, Preempted
 from job.monitoring.report import Report
 from job.process.signals import Stopped
@@ -34,7 +33,6 @@ def fit(config: Mapping[str, Any] | str | os.PathLike[str]) -> Report:
         JobError: a subclass says what is wrong; Preempted, that training stopped on request with its state saved.
         KeyboardInterrupt: Ctrl-C outside of training, or a second one.
     """
-    set_parsing_rules()
     with translate_errors():
         require_ranks(os.environ)
         cli = TrainingCLI("fit", _plain(config) if isinstance(config, Mapping) else [f"--config={os.fspath(config)}"])

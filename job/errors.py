@@ -1,20 +1,20 @@
-"""Errors that a user can mend, and the exit codes of the command line."""
+"""Errors with a message for the user, and the exit codes of the command line."""
 
 from __future__ import annotations
 
 from job.redact import redact
 
 EXIT_USER_ERROR = 2
-"""A mistake that a retry cannot mend: configuration, data, rights.
+"""A mistake that a retry cannot fix: configuration, data, permissions.
 
 The same code argparse uses, so that a Kubernetes podFailurePolicy needs one rule for both.
 """
 
 EXIT_RETRY = 75
-"""What a restart may mend: a bucket out of reach, a rank lost or hung (EX_TEMPFAIL of sysexits.h)."""
+"""A failure that a restart may fix: an unreachable bucket, a lost or hanging rank (EX_TEMPFAIL of sysexits.h)."""
 
 EXIT_INTERNAL_ERROR = 70
-"""An exception that nobody expected: a fault of the job, or of a library or callback given to it (EX_SOFTWARE)."""
+"""An unexpected exception: a bug of this package, or of a library or callback that it uses (EX_SOFTWARE)."""
 
 EXIT_HANGUP = 129
 """Stopped by SIGHUP, after saving: 128 + SIGHUP, as a shell reports it."""
@@ -27,12 +27,12 @@ EXIT_PREEMPTED = 143
 
 
 def first_line(error: BaseException, length: int | None = None) -> str:
-    """First line of an exception's message, or its representation where it has none."""
+    """First line of an exception's message, or its representation if the message is empty."""
     return (str(error).strip() or repr(error)).splitlines()[0][:length]
 
 
 class JobError(Exception):
-    """A problem with a message for the user: what is wrong, where, and what to do.
+    """A problem with a message for the user: the problem, where it is, and how to fix it.
 
     The command line prints it without a traceback and exits with :attr:`exit_code`. Credentials in the message are
     redacted, those in the text of another exception included.
@@ -45,7 +45,7 @@ class JobError(Exception):
 
 
 class ConfigError(JobError):
-    """An option, or a combination of options, that cannot work."""
+    """An option, or a combination of options, that is not supported."""
 
 
 class StorageError(JobError):
@@ -53,7 +53,7 @@ class StorageError(JobError):
 
 
 class StorageOutage(StorageError):
-    """A bucket that does not answer, or answers that it cannot now."""
+    """A bucket that does not answer, or is temporarily unavailable."""
 
     exit_code = EXIT_RETRY
 
@@ -75,11 +75,11 @@ class NewerFormatError(CheckpointError):
 
 
 class DivergedError(JobError):
-    """A loss, a gradient or a weight that is not finite: the same steps again would end alike."""
+    """A loss, gradient or weight that is not finite; repeating the same steps would fail the same way."""
 
 
 class LeaseError(JobError):
-    """A run_dir that another job is writing to."""
+    """A run_dir that another job writes to."""
 
 
 class LeaseExpired(LeaseError):
@@ -89,19 +89,19 @@ class LeaseExpired(LeaseError):
 
 
 class RankLost(JobError):
-    """Another rank of this job died or hangs."""
+    """Another rank of this job ended or hangs."""
 
     exit_code = EXIT_RETRY
 
 
 class DeviceError(JobError):
-    """A GPU or another accelerator that failed; another one, or the same after a restart, may work."""
+    """A failure of a GPU or another accelerator; a restart may fix it."""
 
     exit_code = EXIT_RETRY
 
 
 class Preempted(JobError):
-    """Stopped on request, by a signal to this rank or another one; what there was to save is saved.
+    """Stopped by a signal to this rank or another one, with the state saved.
 
     The command line exits with the code of the signal that this rank received, else with :attr:`exit_code`.
     """

@@ -82,7 +82,7 @@ def run(args: list[str]) -> int:
             importlib.import_module(COMMANDS[args[0]].module)
         except Exception as error:
             return _report(error)
-    # LightningCLI looks at sys.argv, and would warn of arguments given to it besides.
+    # LightningCLI warns of arguments that are passed to it if sys.argv has some.
     sys.argv = [sys.argv[0]]
     has_grace = args[0] in COMMANDS and COMMANDS[args[0]].has_grace
     try:
@@ -127,7 +127,7 @@ def _wants_help(args: list[str]) -> bool:
 
 
 def _report(error: BaseException) -> int:
-    """Tell the user what ended the process; returns the exit code."""
+    """Print why the process ends; returns the exit code."""
     rank = f" (rank {ranks.rank()})" if ranks.world_size() > 1 else ""
     if isinstance(error, Preempted):
         log.warning("%s", error)
@@ -138,11 +138,11 @@ def _report(error: BaseException) -> int:
     if isinstance(error, JobError):
         say(f"job: error{rank}: {error}", file=sys.stderr)
         return error.exit_code
-    log.error("this should not have happened:", exc_info=error)
+    log.error("unexpected exception:", exc_info=error)
     first_line = next(iter(str(error).splitlines()), "")
     say(
-        f"job: unexpected error{rank}: {type(error).__name__}: {first_line}. The traceback above shows where: a fault "
-        "of the job, or of a callback, transform or library that it was given.",
+        f"job: unexpected error{rank}: {type(error).__name__}: {first_line}. See the traceback above: a bug of job, "
+        "or of a callback, transform or library that it uses.",
         file=sys.stderr,
     )
     return EXIT_INTERNAL_ERROR
@@ -158,7 +158,7 @@ def _usage() -> str:
 
 
 def _set_up_logging() -> None:
-    # Python's own accountant of semaphores complains about processes that were killed; it is another process.
+    # Python's resource tracker, another process, warns of semaphores of processes that were killed.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     rank = ranks.rank()
     logging.basicConfig(
@@ -170,10 +170,10 @@ def _set_up_logging() -> None:
     )
     for name in ("httpx", "fsspec", "google", "torch.distributed", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # It logs a traceback for each request that fails; our own error says what failed.
+    # gcsfs logs a traceback for each failed request, in addition to our error message.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # Values logged at validation come from synchronised metrics: they agree on all ranks already.
+    # Validation metrics are synchronised before they are logged.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     # The frozen backbone is in eval mode on purpose.
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")

@@ -27,23 +27,32 @@ def main(action: Literal["ls", "verify", "gc"], run_dir: str) -> None:
     if action == "gc":
         _collect_garbage(run_dir)
         return
-    found = checkpoint.manifests(run_dir)
-    if not found:
+    manifests = checkpoint.manifests(run_dir)
+    if not manifests:
         raise CheckpointError(f"no checkpoint in {storage.join(run_dir, checkpoint.FOLDER)}.")
-    columns = ["checkpoint", "epoch", "step", "bytes", found[-1].monitor, *(["state"] if action == "verify" else [])]
-    rows, bad = [], []
-    for manifest in found:
-        measured = manifest.measured(found[-1].monitor)
+    columns = [
+        "checkpoint",
+        "epoch",
+        "step",
+        "bytes",
+        manifests[-1].monitor,
+        *(["state"] if action == "verify" else []),
+    ]
+    rows, problems = [], []
+    for manifest in manifests:
+        measured = manifest.measured(manifests[-1].monitor)
         value = "" if measured is None else f"{measured:.4f}"
         row = [manifest.file, str(manifest.epoch), str(manifest.global_step), f"{manifest.bytes:,}", value]
         if action == "verify":
             problem = _problem(run_dir, manifest)
-            bad += [problem] if problem else []
+            problems += [problem] if problem else []
             row.append("damaged" if problem else "good")
         rows.append(row)
     print_table(columns, rows)
-    if bad:
-        raise CheckpointError(f"{len(bad)} of {len(found)} checkpoints are damaged:\n  " + "\n  ".join(bad))
+    if problems:
+        raise CheckpointError(
+            f"{len(problems)} of {len(manifests)} checkpoints are damaged:\n  " + "\n  ".join(problems)
+        )
 
 
 def _problem(run_dir: str, manifest: checkpoint.Manifest) -> str | None:
@@ -55,7 +64,7 @@ def _problem(run_dir: str, manifest: checkpoint.Manifest) -> str | None:
 
 
 def _collect_garbage(run_dir: str) -> None:
-    # A job that is running would be uploading just such a file.
+    # A running job's upload in progress looks the same as an abandoned one.
     lease = Lease(run_dir)
     with lease.released_at_end():
         lease.acquire()

@@ -19,7 +19,7 @@ from job.process.descendants import kill_descendants
 from job.process.signals import Stopped
 
 STOP_SECONDS = 40.0
-"""How long a command may take to end after a signal: torchrun gives its ranks 30 s to save."""
+"""Seconds that a command has to end after a signal: torch elastic gives its ranks 30 s to save."""
 
 
 def demo(args: list[str]) -> None:
@@ -28,7 +28,7 @@ def demo(args: list[str]) -> None:
 
 
 def main(folder: str = ".demo", data: str | None = None, processes: int = 2, fresh: bool = True) -> None:
-    """Run the whole job on this machine, with a bucket of its own.
+    """Run everything on this machine, with a local bucket.
 
     Starts a GCS server on loopback, fills a bucket with real images and pretrained weights, trains from gs:// to
     gs:// by torchrun, and predicts.
@@ -69,9 +69,9 @@ class CommandFailed(JobError):
 
 
 def _run(arguments: list[str], **variables: str) -> None:
-    """Run ``python -m job ARGUMENTS``, and hand a signal that stops the demo on to it."""
+    """Run ``python -m job ARGUMENTS``; a signal that stops the demo is forwarded to it."""
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **variables}
-    # In a session of its own: a Ctrl-C comes from here alone, as a SIGTERM does.
+    # In its own session: it gets Ctrl-C only from here, as it does SIGTERM.
     process = subprocess.Popen([sys.executable, "-m", "job", *arguments], env=environment, start_new_session=True)
     try:
         code = process.wait()

@@ -27,16 +27,16 @@ from job.train.trainer import evaluating_trainer
 log = logging.getLogger("job")
 
 EVALUATION_TIMEOUT = 1200.0
-"""Seconds that ranks wait for one another in validate and test."""
+"""Timeout of collectives in validate, test and tune, in seconds."""
 
 
 def validate(args: list[str]) -> None:
-    """Measure a checkpoint on the validation part."""
+    """Run ``python -m job validate ARGS``: evaluate a checkpoint on the validation images."""
     _evaluate(args, "validate")
 
 
 def test(args: list[str]) -> None:
-    """Measure a checkpoint on the test part."""
+    """Run ``python -m job test ARGS``: evaluate a checkpoint on the test images."""
     _evaluate(args, "test")
 
 
@@ -44,7 +44,7 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
     with _with_saved_config(args) as configured:
         cli = TrainingCLI(verb, configured)
     options = cli.config_init
-    # The checkpoint brings the weights: pretrained ones would be fetched in vain.
+    # The checkpoint holds the weights; pretrained ones are not needed.
     cli.model.config = replace(cli.model.config, weights="none")
     cli.model.tta = options["tta"]
     with ranks.process_group(EVALUATION_TIMEOUT):
@@ -65,7 +65,7 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
 
 @contextlib.contextmanager
 def _with_saved_config(args: list[str]) -> Iterator[list[str]]:
-    """Put what is taken of run_dir's own config.yaml before the arguments, unless the user names a configuration."""
+    """Prepend the configuration saved in run_dir to the arguments, unless the user names one."""
     canonical = canonical_arguments(args, options=("run_dir", "config"), positional=("run_dir",))
     named = option_value(canonical, "config") is not None or "--help-all" in canonical
     if named or f"{ENV_PREFIX}_CONFIG" in os.environ:

@@ -9,7 +9,7 @@ from job.train.fit import fit as train
 
 
 def fit(args: list[str]) -> None:
-    """Train a model, or continue a run that was interrupted."""
+    """Run ``python -m job fit ARGS``: train a model, or continue an interrupted run."""
     cli = TrainingCLI("fit", args)
     report = train(cli.model, cli.datamodule, cli.fit_settings())
     if ranks.rank() == 0:

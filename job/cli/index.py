@@ -23,12 +23,12 @@ def index(args: list[str]) -> None:
 def main(
     uri: str, output: str | None = None, cache_dir: str | None = None, allow: str | list[str] | None = None
 ) -> None:
-    """List a data set ahead of training and keep what was found.
+    """List a data set ahead of training, and save the index.
 
     Args:
-        uri: a folder or prefix, an archive, shards (NAME-{000..146}.tar) or a manifest.
-        output: folder for the index, where the data itself may not be written to; give its index.json as
-            --data.root then. Default: beside the data, where a fit of the same URI finds it.
+        uri: folder or prefix, archive, shards (NAME-{000..146}.tar) or manifest.
+        output: folder for the index, for read-only data; pass its index.json as --data.root. Default: beside the
+            data, where a fit of the same URI finds it.
         cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
         allow: hosts and URI prefixes that a table may name although they are local or internal; a host or prefix, or
             a list of them.

@@ -1,4 +1,4 @@
-"""The parser of all commands: aliases, suggestions, limits on values, no credentials in what is saved."""
+"""Parsers of all commands: aliases, suggestions, limits on values, no credentials in saved files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ParserMixin(ArgumentParser):
         raise ConfigError(f"{messages.explain(message, known, self._arguments, self.aliases)}\nSee --help.")
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """The options, checked, with the credentials of their URIs kept aside."""
+        """Parse and check options; credentials are removed from URIs."""
         args = sys.argv[1:] if args is None else list(args)
         self._check_limits(args)
         self._arguments = canonical_arguments(
@@ -64,7 +64,7 @@ class ParserMixin(ArgumentParser):
         return self._checked(super().parse_args(self._arguments, *more, **kwargs))
 
     def parse_object(self, *args: Any, **kwargs: Any) -> Namespace:
-        """The options of a mapping, checked, with the credentials of their URIs kept aside."""
+        """Parse and check a mapping of options; credentials are removed from URIs."""
         self._check_limits([])
         return self._checked(super().parse_object(*args, **kwargs))
 
@@ -82,7 +82,7 @@ class ParserMixin(ArgumentParser):
         return {name.removeprefix("--") for name in self._option_string_actions if name.startswith("--")}
 
     def _check_limits(self, args: Sequence[Any]) -> None:
-        """Refuse values that would be too large as YAML: jsonargparse reads each of them by two loaders."""
+        """Check the limits of all values as YAML: jsonargparse reads each of them with two loaders."""
         values = [("a value on the command line", str(arg).partition("=")[2] or str(arg)) for arg in args]
         values += [(name, value) for name, value in os.environ.items() if name.startswith(f"{ENV_PREFIX}_")]
         for name, value in values:
@@ -105,19 +105,17 @@ class Parser(ParserMixin):
 
 
 def _without_credentials(key: str, text: str) -> str:
-    """The value of an option as configurations and indexes may hold it.
+    """The value of an option without credentials, for configurations and indexes.
 
     Raises:
-        ConfigError: it is no text, or its credentials were removed when it was saved.
+        ConfigError: it is not UTF-8, or its credentials were removed when it was saved.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"--{key}: {escape(text)} is not UTF-8. Rename the file or folder.") from error
     if redact.is_redacted(text):
-        raise ConfigError(
-            f"{text} was saved without its credentials, which this command needs again: give the whole URI by --{key}."
-        )
+        raise ConfigError(f"{text} was saved without its credentials. Give the complete URI by --{key}.")
     return redact.remember(text)
 
 

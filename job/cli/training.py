@@ -1,4 +1,4 @@
-"""The options of the verbs that build a Trainer: fit, tune, validate and test."""
+"""Options of the commands that build a Trainer: fit, tune, validate and test."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TrainingParser(ParserMixin, LightningArgumentParser):
 
 
 class TrainingCLI(LightningCLI):
-    """The options of fit, tune, validate and test; see ``--help-all``."""
+    """Options of fit, tune, validate and test; see ``--help-all``."""
 
     def __init__(self, verb: str, args: list[str] | dict[str, Any]) -> None:
         self.verb = verb
@@ -57,16 +57,16 @@ class TrainingCLI(LightningCLI):
         )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The seed, a number: a random one would be another at each start, and on each rank."""
+        """Add the seed, a number: a random one would differ between starts and ranks."""
         parser.add_argument(
             "--seed_everything",
             type=int,
             default=self.seed_everything_default,
-            help="Seed of the order of samples, of augmentation and of the head's initial weights.",
+            help="Seed of sample order, augmentation and the head's initial weights.",
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The Trainer's options, less the reserved ones, the model's and the data's."""
+        """Add the options of Trainer (except reserved ones), model and data."""
         add_trainer_arguments(parser)
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
         parser.add_lightning_class_args(TransferLearningModel, "model")
@@ -74,29 +74,29 @@ class TrainingCLI(LightningCLI):
         list_supported_classes(parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Options beside the Trainer's, the model's and the data's."""
+        """Add the other options."""
         parser.add_argument(
-            "--run_dir", type=str, required=True, help="Folder of all results: any fsspec URI, or a plain path."
+            "--run_dir", type=str, required=True, help="Folder of all results: an fsspec URI or a path."
         )
         if self.verb == "fit":
             parser.add_argument(
                 "--resume",
                 type=Literal["auto", "never", "must"],
                 default="auto",
-                help="Continue from the newest checkpoint in run_dir: if there is one (auto), else fail (must), or "
-                "refuse a run_dir that has one (never).",
+                help="Resume from the newest checkpoint in run_dir: auto resumes if there is one, must fails if there "
+                "is none, never fails if there is one.",
             )
             parser.add_argument(
                 "--grace",
                 type=PositiveFloat,
                 default=25.0,
-                help="Seconds from a signal (SIGTERM, SIGUSR1, Ctrl-C, SIGHUP) to the end of the process, its state "
-                "saved. GKE Spot gives about 30 in all, and torchrun kills its workers 30 s after a SIGTERM.",
+                help="Seconds to save and exit after a signal (SIGTERM, SIGUSR1, Ctrl-C, SIGHUP). GKE Spot allows "
+                "about 30 s in total, and torch elastic kills ranks 30 s after a SIGTERM.",
             )
             parser.add_argument(
                 "--profile",
                 action="store_true",
-                help="Record ten steps by torch's profiler into run_dir/profile, and say where their time went.",
+                help="Record ten steps with torch.profiler to run_dir/profile, and print a summary.",
             )
             parser.add_class_arguments(WatchdogSettings, "watchdog")
             parser.add_class_arguments(FeatureSettings, "features", sub_configs=True)
@@ -107,8 +107,8 @@ class TrainingCLI(LightningCLI):
                 "--ckpt",
                 type=str | None,
                 default=None,
-                help="A checkpoint file, RUN_DIR/checkpoints/last, or a run_dir, which means its best. Default: the "
-                "best in run_dir.",
+                help="A checkpoint file, RUN_DIR/checkpoints/last, or a run_dir (its best checkpoint). Default: the "
+                "best checkpoint in run_dir.",
             )
             parser.add_argument(
                 "--tta",
@@ -121,17 +121,17 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """The options, with a seed that NumPy takes."""
+        """Parse the options, and check the seed."""
         self.config = parser.parse_object(args) if isinstance(args, Mapping) else parser.parse_args(args)
         require_seed(self.config["seed_everything"])
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Check its arguments alone: the trainer needs to know where the run resumes."""
+        """Check the Trainer's arguments only: it is built once the checkpoint to resume from is known."""
         require_supported(self.config_init["trainer"])
         return None  # type: ignore[return-value]
 
     def fit_settings(self) -> FitSettings:
-        """The options of fit beside the model's and the data's."""
+        """The settings of fit besides model and data."""
         options = self.config_init
         names = ("run_dir", "resume", "grace", "profile", "checkpoint", "features", "watchdog")
         return FitSettings(
@@ -139,7 +139,7 @@ class TrainingCLI(LightningCLI):
         )
 
     def config_yaml(self) -> str:
-        """The resolved configuration, as ``--config`` of any verb takes it: what is of one start is no part of it."""
+        """The resolved configuration, for ``--config``; per-launch options are excluded."""
         config = self.config.clone()
         for name in ("resume", "grace", "profile", "watchdog", "features"):
             config.pop(name, None)

@@ -17,7 +17,7 @@ from job.train.trainer import tuning_trainer
 
 
 def tune(args: list[str]) -> None:
-    """Find a learning rate to begin with, and the largest batch that fits."""
+    """Run ``python -m job tune ARGS``: find an initial learning rate and the largest batch that fits."""
     cli = TrainingCLI("tune", args)
     options = cli.config_init
     rates, batches = options["lr_finder"], BatchSizeFinder()

@@ -1,1 +1,1 @@
-"""Configuration of a run: what may be given, and what is saved in run_dir."""
+"""Configuration of a run: Trainer options, permitted classes, recipes, and the file that is saved in run_dir."""

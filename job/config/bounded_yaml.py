@@ -1,7 +1,7 @@
-"""YAML whose size, depth and expansion are checked before anything is made of it.
+"""YAML with limits on size, depth and expansion, checked before objects are created.
 
-PyYAML's safe loader creates no objects but builds what it is asked for: aliases of aliases stand for more nodes than
-there is memory, and a number of a million digits takes minutes. Here the events of the parser are counted first.
+PyYAML's safe loader runs no code but has no limits: aliases of aliases expand to more nodes than fit in memory, and a
+number of a million digits takes minutes. This module counts the parser's events first.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, Ma
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_NODES = 50_000
-"""Nodes of a document, every alias counted with all that it stands for."""
+"""Nodes of a document, with aliases expanded."""
 MAX_ALIAS_NODES = 1_000
-"""Nodes that aliases stand for, in all."""
+"""Nodes that aliases expand to, in total."""
 MAX_NUMBER = 400
-"""Characters of a plain scalar that begins like a number."""
+"""Characters of a plain scalar that starts like a number."""
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NUMBER = re.compile(r"[-+.]?[0-9]")
 _TRIVIAL = re.compile(r"[^&*!{}\[\]\n\r:#]{0,200}")
-"""Text without anything that nests, repeats or names a type."""
+"""Text without nesting, aliases or tags."""
 
 
 class LimitExceeded(yaml.YAMLError):
-    """A document that is too large to be read, whatever it says."""
+    """A document that exceeds a limit."""
 
 
 def check_limits(text: str) -> None:
-    """Refuse text that would be too large if it were read as YAML; text that is none passes.
+    """Check the limits of text that may be YAML; text that is not YAML passes.
 
     Raises:
-        LimitExceeded: it is too large.
+        LimitExceeded: it exceeds a limit.
     """
     try:
         check(text)
@@ -47,10 +47,10 @@ def check_limits(text: str) -> None:
 
 
 def check(text: str) -> None:
-    """Refuse a document that is too large, nests too deep, repeats a key, expands too far or names types.
+    """Check a document: limits, no repeated keys, no tags.
 
     Raises:
-        yaml.YAMLError: it is one, or is no YAML.
+        yaml.YAMLError: it fails a check, or is not YAML.
     """
     if _TRIVIAL.fullmatch(text) and not _NUMBER.match(text.strip()):
         return
@@ -65,10 +65,10 @@ def check(text: str) -> None:
 
 
 def load(text: str, loader: Callable[[str], Any] = yaml.safe_load) -> Any:
-    """The content of a document that passes :func:`check`.
+    """Load a document that passes :func:`check`.
 
     Raises:
-        yaml.YAMLError: it does not, or is no YAML.
+        yaml.YAMLError: it fails the check, or is not YAML.
     """
     check(text)
     try:
@@ -78,7 +78,7 @@ def load(text: str, loader: Callable[[str], Any] = yaml.safe_load) -> Any:
 
 
 class _Collection:
-    """A mapping or a sequence that has not ended yet."""
+    """A mapping or sequence whose end event has not been seen."""
 
     def __init__(self, anchor: str | None, is_mapping: bool) -> None:
         self.anchor = anchor
@@ -89,7 +89,7 @@ class _Collection:
 
 
 class _Counter:
-    """Counts nodes, with aliases expanded, over the events of a parser."""
+    """Counter of nodes, with aliases expanded, over parser events."""
 
     def __init__(self) -> None:
         self.open: list[_Collection] = []
@@ -98,7 +98,7 @@ class _Counter:
         self.alias_nodes = 0
 
     def add(self, event: yaml.events.Event) -> None:
-        """Take one event into account."""
+        """Count one event."""
         if isinstance(event, CollectionStartEvent):
             self._require_no_tag(event)
             self._require_no_key(event)

@@ -1,8 +1,8 @@
-"""Which classes a configuration may name.
+"""Classes that a configuration may name.
 
-A class path in a configuration is a call: the parser imports it and passes it ``init_args``. A configuration that the
-user names on the command line may use any class but those that no trainer needs (:data:`DENIED`). Of a
-configuration that lies in run_dir no class is imported; see :mod:`job.config.saved_config`.
+A class path in a configuration is a call: the parser imports the class and calls it with ``init_args``. A configuration
+that the user names on the command line may use any class except those in :data:`DENIED`, which no trainer needs. From
+a configuration in run_dir no class is imported; see :mod:`job.config.saved_config`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DENIED = (
     *("gcsfs", "s3fs", "adlfs", "boto3", "botocore", "google", "paramiko", "resource", "faulthandler", "winreg"),
     *("job.storage", "pyarrow", "PIL"),
 )
-"""Modules and classes, each with all that is below it."""
+"""Modules and classes that are denied, with everything below them."""
 
 PERMITTED = ("pytorch_lightning.cli.ReduceLROnPlateau",)
 """Exceptions to :data:`DENIED`."""
@@ -59,7 +59,7 @@ ALLOWED = (
     r"torchvision\.transforms\.v2\.[A-Z]\w*",
     r"job\.(checkpoint|data|features|model|monitoring|resilience|train)\.(\w+\.)?\w+\.[A-Z]\w*",
 )
-"""Regular expressions for the classes of a saved configuration that are left out without a message: well known ones."""
+"""Regular expressions of well-known classes, which are skipped in a saved configuration without a message."""
 
 CLASS_PATH = "class_path"
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -75,7 +75,7 @@ def denying_entry(path: str) -> str | None:
 
 
 def is_allowed(path: str) -> bool:
-    """Whether a saved configuration may name this class."""
+    """Whether a class of a saved configuration is well known."""
     return any(re.fullmatch(pattern, path) for pattern in ALLOWED)
 
 
@@ -99,10 +99,10 @@ def dotted_strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def require_permitted(config: Mapping[str, Any]) -> None:
-    """Refuse a configuration of the user's that names a denied class.
+    """Check that the user's configuration names no denied class.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: it names one.
     """
     # A bare string may stand for a class, too; outside of the trainer's options it is text.
     texts = dict(_strings(config.get("trainer"), "trainer"))
@@ -118,7 +118,7 @@ def require_permitted(config: Mapping[str, Any]) -> None:
 
 
 def denied_message(path: str, key: str = "") -> str:
-    """The error for a denied class."""
+    """Error message for a denied class."""
     where = f"--{key}: " if key else ""
     return (
         f"{where}{path} is not allowed in a configuration: it can run commands, read files or load code, and no "

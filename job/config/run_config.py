@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 FILE = "config.yaml"
 CHANGES_SHOWN = 50
 VALUE_CHARACTERS = 200
-MEND = "Restore it, or give the settings by --config FILE."
+REPAIR_HINT = "Restore it, or give the settings by --config FILE."
 
 
 class SavedConfig(Callback):
-    """Writes the configuration once training begins: a start that was refused changes nothing.
+    """Writes the configuration at the start of training, so that a rejected start changes nothing.
 
     Args:
         text: the configuration, as YAML.
@@ -42,14 +42,14 @@ class SavedConfig(Callback):
 
 
 def save_config(run_dir: str, text: str, before_write: Callable[[], None] = storage.unconditionally) -> None:
-    """Write config.yaml; an earlier one that differs, or is damaged, is kept beside it and the difference is logged."""
+    """Write config.yaml; keep an earlier one that differs or is damaged, and log the difference."""
     uri = storage.join(run_dir, FILE)
     if storage.exists(uri):
         try:
             old, new = _flatten(read_mapping(uri)), _flatten(yaml.safe_load(text))
         except ConfigError as error:
             kept = _keep(run_dir, before_write)
-            log.warning("%s This start writes its own settings; the damaged file is kept as %s", error, kept)
+            log.warning("%s This run writes its own settings and keeps the damaged file as %s", error, kept)
         else:
             changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
             if changed:
@@ -65,7 +65,7 @@ def save_config(run_dir: str, text: str, before_write: Callable[[], None] = stor
 
 
 def read_mapping(uri: str) -> dict[str, Any]:
-    """The mapping in a YAML file that others may have written.
+    """Read a mapping from an untrusted YAML file.
 
     Raises:
         ConfigError: it is damaged or too large.
@@ -73,20 +73,22 @@ def read_mapping(uri: str) -> dict[str, Any]:
     """
     size = storage.info(uri).get("size")
     if isinstance(size, int) and size > bounded_yaml.MAX_BYTES:
-        raise ConfigError(f"{uri} has {size:,} bytes; a configuration has at most {bounded_yaml.MAX_BYTES:,}. {MEND}")
+        raise ConfigError(
+            f"{uri} has {size:,} bytes; a configuration has at most {bounded_yaml.MAX_BYTES:,}. {REPAIR_HINT}"
+        )
     try:
         tree = bounded_yaml.load(storage.read_bytes(uri).decode())
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{uri} is damaged: {' '.join(str(error).split())}. {MEND}") from error
+        raise ConfigError(f"{uri} is damaged: {' '.join(str(error).split())}. {REPAIR_HINT}") from error
     if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
-        raise ConfigError(f"{uri} is damaged: it holds no options. {MEND}")
+        raise ConfigError(f"{uri} is damaged: it holds no options. {REPAIR_HINT}")
     return tree
 
 
 def _keep(run_dir: str, before_write: Callable[[], None]) -> str:
-    """Copy config.yaml, as it is, to a name that is free; returns its URI.
+    """Copy config.yaml unchanged to a free name; returns its URI.
 
-    Names are numbered. The search doubles its steps, so that many of them cost few requests.
+    Names are numbered. The search doubles its steps: many existing names cost few requests.
     """
     below, number = 0, 1
     while storage.exists(_numbered(run_dir, number)):

@@ -1,8 +1,8 @@
-"""The configuration that lies in run_dir, as ``validate`` and ``test`` use it.
+"""The configuration saved in run_dir, as ``validate`` and ``test`` read it.
 
-Whoever may write to run_dir may write this file: it is data, never code. Plain values are taken from it, of the types
-that the model, the data module and the checkpointer declare. No class that it names is imported: a measurement needs
-none of them, the checkpoint brings the network. What is left out is logged.
+The file is untrusted: anyone who may write to run_dir may change it. Only plain values of the declared types of the
+model, data and checkpoint options are used. No class that it names is imported: evaluation needs none, and the
+checkpoint holds the network. Skipped settings are logged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 from job import redact, storage
 from job.checkpoint.settings import CheckpointSettings
 from job.config.import_policy import class_paths, denying_entry, dotted_strings, is_allowed
-from job.config.run_config import FILE, MEND, read_mapping
+from job.config.run_config import FILE, REPAIR_HINT, read_mapping
 from job.data.datamodule import ImageDataModule
 from job.data.index.access import Access, is_local_uri
 from job.errors import ConfigError
@@ -37,7 +37,7 @@ _TRAINER: dict[str, Any] = {
     "inference_mode": bool,
     "enable_progress_bar": bool | None,
 }
-"""What a measurement takes of the Trainer's arguments; the others concern training."""
+"""Trainer arguments that evaluation uses; the others concern training."""
 _SECTIONS: dict[str, Any] = {"model": ModelConfig, "data": ImageDataModule, "checkpoint": CheckpointSettings}
 _TRAINING_ONLY = frozenset(
     {
@@ -45,20 +45,20 @@ _TRAINING_ONLY = frozenset(
         *("data.augment", "data.augment_views"),
     }
 )
-"""What a measurement does not use."""
+"""Options that evaluation does not use."""
 _NEVER_SAVED = frozenset(["data.cache_dir", "data.allow"])
-"""Paths that this machine writes to, and what the user alone may allow."""
+"""Local paths, and permissions that only the user may give."""
 _SOURCES = frozenset(["data.root", "data.train", "data.val", "data.test"])
-"""URIs that are read; see :class:`~job.data.index.access.Access`."""
+"""Options with URIs to read; see :class:`~job.data.index.access.Access`."""
 _OTHER_COMMANDS = frozenset(["run_dir", "resume", "grace", "profile", "watchdog", "features", "lr", "lr_finder"])
 
 
 def read_saved_config(run_dir: str) -> dict[str, Any] | None:
-    """The plain values of ``run_dir/config.yaml`` that a measurement needs, or None where there is no such file.
+    """The plain values of ``run_dir/config.yaml`` that evaluation uses, or None if there is no such file.
 
     Raises:
         ConfigError: it is damaged, too large, of another version, or names a class that can run commands.
-        StorageError: it cannot be read, which does not mean that it is not there.
+        StorageError: it cannot be read, though it may exist.
     """
     uri = storage.join(run_dir, FILE)
     if not storage.exists(uri):
@@ -67,7 +67,7 @@ def read_saved_config(run_dir: str) -> dict[str, Any] | None:
 
 
 def _plain_values(uri: str, tree: dict[str, Any]) -> dict[str, Any]:
-    """What is taken of the file; logs what is left out.
+    """Select the values to use; log the skipped settings.
 
     Raises:
         ConfigError: a key or value is unknown, or a class is denied.
@@ -78,49 +78,49 @@ def _plain_values(uri: str, tree: dict[str, Any]) -> dict[str, Any]:
                 f"{uri}: {key} names {path} ({entry} can run commands or read files): somebody may have changed this "
                 f"file. Look at it, and give your own settings by --config FILE."
             )
-    taken: dict[str, Any] = {}
-    left_out: list[str] = []
+    values: dict[str, Any] = {}
+    skipped: list[str] = []
     for name, section in tree.items():
         if name == "seed_everything":
-            taken[name] = _converted(uri, name, section, bool | int | None)
+            values[name] = _checked(uri, name, section, bool | int | None)
         elif name == "trainer" or name in _SECTIONS:
             if not isinstance(section, dict):
-                raise ConfigError(f"{uri} is damaged: {name} holds no options. {MEND}")
+                raise ConfigError(f"{uri} is damaged: {name} holds no options. {REPAIR_HINT}")
             types = _TRAINER if name == "trainer" else _types(_SECTIONS[name])
-            taken[name] = dict(_section(uri, name, section, types, left_out))
+            values[name] = dict(_section(uri, name, section, types, skipped))
         elif name not in _OTHER_COMMANDS:
             raise _unknown(uri, name)
-    if left_out:
+    if skipped:
         log.warning(
-            "%s: %d setting(s) that name classes, folders of another machine or what the user alone may allow are not "
-            "used: %s. To use them, give these options again, or --config %s",
+            "%s: %d setting(s) that name classes, local folders or permissions are not used: %s. To use them, give "
+            "these options again, or --config %s",
             uri,
-            len(left_out),
-            ", ".join(left_out),
+            len(skipped),
+            ", ".join(skipped),
             uri,
         )
-    return taken
+    return values
 
 
 def _section(
-    uri: str, name: str, section: dict[Any, Any], types: dict[str, Any], left_out: list[str]
+    uri: str, name: str, section: dict[Any, Any], types: dict[str, Any], skipped: list[str]
 ) -> Iterator[tuple[str, Any]]:
     for option, value in section.items():
         key = f"{name}.{option}"
         if option in types and key not in _TRAINING_ONLY and key not in _NEVER_SAVED:
-            converted = _converted(uri, key, value, types[option])
+            converted = _checked(uri, key, value, types[option])
             if key in _SOURCES and (refused := _refused_sources(uri, converted)):
-                left_out.append(f"{key} ({refused})")
+                skipped.append(f"{key} ({refused})")
             else:
                 yield option, converted
         elif name != "trainer" and option not in types:
             raise _unknown(uri, key)
-        elif value is not None and (names := _worth_a_word(key, value)):
-            left_out.append(f"{key} ({', '.join(names)})")
+        elif value is not None and (names := _values_to_mention(key, value)):
+            skipped.append(f"{key} ({', '.join(names)})")
 
 
 def _refused_sources(uri: str, value: str | list[str] | None) -> str | None:
-    """The first URI that a configuration in run_dir must not choose for this machine to read, and why."""
+    """The first URI that a saved configuration may not name, with the reason; None if all are permitted."""
     for source in [value] if isinstance(value, str) else value or []:
         if redact.is_redacted(source):
             continue  # refused by the parser, which names the option to give again
@@ -129,8 +129,8 @@ def _refused_sources(uri: str, value: str | list[str] | None) -> str | None:
     return None
 
 
-def _worth_a_word(key: str, value: Any) -> list[str]:
-    """What may surprise when a setting is left out: classes of the user's own, and folders."""
+def _values_to_mention(key: str, value: Any) -> list[str]:
+    """Values to mention in the log when a setting is skipped: the user's own classes, and folders."""
     if key in _NEVER_SAVED:
         return [str(value)[:200]]
     if key == "model.weights":
@@ -140,7 +140,7 @@ def _worth_a_word(key: str, value: Any) -> list[str]:
 
 
 def _callables(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Strings within a class's arguments, and in its place, that may stand for something to import."""
+    """Strings in or in place of a class's arguments that may be import paths."""
     for key in sorted(_TRAINING_ONLY - {"model.weights"}):
         section, _, option = key.partition(".")
         if isinstance(tree.get(section), dict):
@@ -153,16 +153,16 @@ def _types(owner: Any) -> dict[str, Any]:
     return {name: hints[name] for name in inspect.signature(owner.__init__).parameters if name in hints}
 
 
-def _converted(uri: str, key: str, value: Any, kind: Any) -> Any:
-    """``value``, if it is of this type.
+def _checked(uri: str, key: str, value: Any, kind: Any) -> Any:
+    """Check the type of a value and return it.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is of another type.
     """
     try:
         msgspec.convert(value, kind)
     except (msgspec.ValidationError, TypeError) as error:
-        raise ConfigError(f"{uri} is damaged: {key}: {_one_line(error)}. {MEND}") from error
+        raise ConfigError(f"{uri} is damaged: {key}: {_one_line(error)}. {REPAIR_HINT}") from error
     return value
 
 

@@ -1,4 +1,4 @@
-"""Trainer options: those that this job supports, and why it refuses others."""
+"""Options of the Trainer: the supported ones, and reasons for rejecting others."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ _REFUSED_CALLBACKS: dict[type, str] = {
     SaveConfigCallback: "the configuration is always saved, as run_dir/config.yaml",
 }
 _UNSUPPORTED = {"Optimizer", "LBFGS", "Muon", "SparseAdam", "LRScheduler", "SequentialLR", "ChainedScheduler"}
-"""Optimizers that cannot train such a network, schedulers that are made of others, and base classes."""
+"""Optimizers that cannot train these networks, schedulers composed of others, and base classes."""
 _LEAST: dict[str, tuple[float, str]] = {
     "min_epochs": (0, ""),
     "check_val_every_n_epoch": (1, ""),
@@ -81,23 +81,23 @@ _LEAST: dict[str, tuple[float, str]] = {
 
 
 def add_trainer_arguments(parser: LightningArgumentParser) -> None:
-    """Add the Trainer's arguments, less those that are reserved, with the values that are supported."""
+    """Add the Trainer's arguments except reserved ones, restricted to supported values."""
     restricted: dict[str, Any] = {
         "accelerator": (
             Accelerator,
             "auto",
-            'What computes. "auto" takes a TPU, where torch-xla is installed, else CUDA, else the CPU.',
+            'Accelerator. "auto" is a TPU if torch-xla is installed, else CUDA, else the CPU.',
         ),
         "strategy": (
             DDPStrategy | str,
             "auto",
-            'How processes share the work: "auto" or "ddp" (DistributedDataParallel), or a DDPStrategy with settings '
-            "of its own. Strategies that shard the network are not supported.",
+            'Distributed strategy: "auto" or "ddp" (DistributedDataParallel), or a DDPStrategy with arguments. '
+            "Strategies that shard the network are not supported.",
         ),
         "precision": (
             Precision | None,
             None,
-            "Format of the network's arithmetic. Default: bf16-mixed where the hardware multiplies bf16, else 32-true.",
+            "Floating-point precision. Default: bf16-mixed if the hardware supports bf16 natively, else 32-true.",
         ),
         # typing caches Union[float, int] and Union[int, float] as one object, so the order in Lightning's signature,
         # by which "1" is one batch and not the whole epoch, depends on earlier imports. "int | float" is not cached.
@@ -123,7 +123,7 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
 
 
 def list_supported_classes(parser: LightningArgumentParser) -> None:
-    """Let --help list those classes that work here, of all that have been imported."""
+    """Restrict the classes that --help-all lists to supported ones."""
     callbacks = [f"pytorch_lightning.callbacks.{kind.__name__}" for kind in _SUPPORTED_CALLBACKS]
     for action in parser._actions:
         if action.dest == "trainer.callbacks":
@@ -140,7 +140,7 @@ def list_supported_classes(parser: LightningArgumentParser) -> None:
 
 
 def require_supported(settings: Mapping[str, Any]) -> None:
-    """Check the Trainer's arguments for what Lightning accepts and cannot work here.
+    """Check the Trainer's arguments for values that Lightning accepts but this package does not support.
 
     Raises:
         ConfigError: the message names the option.
@@ -191,7 +191,7 @@ def _require_callback(callback: Any) -> None:
 
 
 def cluster_environment() -> ClusterEnvironment:
-    """torchrun's ranks, or one process: whatever other launchers' variables Lightning would recognise."""
+    """The environment of torch elastic's ranks or of one process, ignoring variables of other launchers."""
     elastic = ranks.world_size() > 1 or "TORCHELASTIC_RUN_ID" in os.environ
     return TorchElasticEnvironment() if elastic else LightningEnvironment()
 
@@ -200,12 +200,12 @@ def require_seed(seed: Any) -> None:
     """Check --seed_everything.
 
     Raises:
-        ConfigError: it is not a number that NumPy takes as a seed.
+        ConfigError: NumPy does not accept it as a seed.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ConfigError(f"--seed_everything must be a whole number from 0 to {2**32 - 1}, not {seed}.")
 
 
 def listed(value: Any) -> list[Any]:
-    """A list of what may be None, one thing or a list."""
+    """``value`` as a list: empty for None, of one element for anything but a list."""
     return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,7 +1,7 @@
-"""Temporary folders that are gone after every end of a process, and whose owner is known while it lives.
+"""Temporary folders that are deleted however a process ends, and whose owner is known while it lives.
 
 A folder ``job-KIND-XXXXXXXX`` in ``TMPDIR`` holds a file that its process keeps locked. The kernel drops the lock of a
-killed process, so that :func:`sweep` of a later start deletes its folders, even from another container that shares
+killed process, so that :func:`delete_stale` of a later attempt deletes them, even from another container that shares
 ``TMPDIR``. A folder that :func:`keep` has marked stays until a person deletes it.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
@@ -19,6 +18,8 @@ import threading
 import time
 import uuid
 from pathlib import Path
+
+from job.process.file_lock import has_locks, lock_exclusively
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ KEPT = ".kept"
 
 _UNFINISHED = ".job-new-"
 _UNFINISHED_SECONDS = 3600.0
-"""Age of a folder that was never completed at which its process is taken for dead."""
+"""Age of an unfinished folder at which its process is considered dead."""
 
 _owned: dict[Path, tuple[int, int]] = {}
 """Process and descriptor of the lock by folder: a forked child has this dictionary, too, and owns nothing."""
@@ -39,11 +40,11 @@ _lock = threading.RLock()  # a signal handler may end the process while it is he
 
 
 def folder(kind: str) -> Path:
-    """Make a folder that this process alone may read (mode 0700), for as long as the process lives."""
+    """Create a private folder (mode 0700) that exists as long as this process."""
     unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED))
     descriptor = os.open(unfinished / OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with contextlib.suppress(OSError):  # a filesystem without locks: sweep() cannot lock it either, and leaves it
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with contextlib.suppress(OSError):  # without locks delete_stale() leaves the folder alone
+        lock_exclusively(descriptor)
     # Under its final name a folder is always locked by its owner or abandoned.
     final = unfinished.with_name(f"job-{kind}-{uuid.uuid4().hex[:8]}")
     unfinished.rename(final)
@@ -53,13 +54,13 @@ def folder(kind: str) -> Path:
 
 
 def create_file(path: Path) -> Path:
-    """Create an empty file that this user alone may read (mode 0600)."""
+    """Create an empty file that only this user may read (mode 0600)."""
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     return path
 
 
 def keep(path: Path, reason: str) -> None:
-    """Let a folder stay after the end of the process: a message has named it to the user."""
+    """Keep a folder after the end of the process, since a message has named it to the user."""
     create_file(path / KEPT).write_text(reason + "\n")
     _disown(path)
 
@@ -79,15 +80,15 @@ def remove_all() -> None:
         remove(path)
 
 
-def sweep() -> None:
-    """Delete the folders of processes that were killed, and list those that are kept."""
+def delete_stale() -> None:
+    """Delete stale folders of killed processes, and list those that are kept."""
     with contextlib.suppress(OSError):
         for path in sorted(Path(tempfile.gettempdir()).iterdir()):
             with contextlib.suppress(OSError):
-                _sweep(path)
+                _delete_if_stale(path)
 
 
-def _sweep(path: Path) -> None:
+def _delete_if_stale(path: Path) -> None:
     if not path.name.startswith(("job-", _UNFINISHED)):
         return
     details = path.lstat()
@@ -97,12 +98,14 @@ def _sweep(path: Path) -> None:
         if time.time() - details.st_mtime > _UNFINISHED_SECONDS:
             shutil.rmtree(path, ignore_errors=True)
         return
+    if not has_locks():
+        return  # the owner may be alive
     if (path / KEPT).exists():
         log.warning("%s is kept: %s Delete it when it is no longer needed.", path, (path / KEPT).read_text().strip())
         return
     descriptor = os.open(path / OWNER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its owner lives
+        lock_exclusively(descriptor, wait=False)  # fails while its owner lives
         shutil.rmtree(path, ignore_errors=True)
         log.info("deleted %s, which a killed process had left", path)
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import logging
 import os
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from job.errors import StorageError
+from job.process.file_lock import lock_exclusively
 
 log = logging.getLogger(__name__)
 
@@ -46,21 +46,21 @@ def report_disk_full(folder: Path, purpose: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """A lock of the kernel, on ``path`` with ``.lock``: it ends with the process that holds it, however that ends.
+    """Hold a lock on the file ``path`` with ``.lock``; the kernel drops it with the process that holds it.
 
     Raises:
         OSError: the lock is a symbolic link or no regular file, or it cannot be opened.
     """
     file = _open_regular(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock_exclusively(file)
         yield
     finally:
         os.close(file)
 
 
 def private_folder(folder: Path) -> Path:
-    """Make ``folder`` where it is missing, and close it to other users.
+    """Create ``folder`` if it is missing, and make it private to this user.
 
     Raises:
         OSError: it cannot be made, is a symbolic link, or belongs to another user.
@@ -112,9 +112,9 @@ def default_cache_dir() -> str:
 
 @functools.cache
 def cache_problem(folder: Path) -> str | None:
-    """Reason for which ``folder`` cannot be the node's cache, or None; it is made where it is missing.
+    """Reason for which ``folder`` cannot be the node's cache, or None; creates it if it is missing.
 
-    A folder of root counts as one's own: Kubernetes makes volumes so.
+    A folder that belongs to root is accepted: Kubernetes creates volumes so.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -126,14 +126,14 @@ def cache_problem(folder: Path) -> str | None:
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
-        if error.errno in DISK_FULL:  # ends the run where it needs the room, and costs the cache elsewhere
+        if error.errno in DISK_FULL:  # fails the run only where the space is needed; samples are then not cached
             return None
         return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
 
 
 @functools.cache
 def usable_cache_dir(folder: Path) -> Path:
-    """``folder``, or a private temporary one where the node's cache cannot be there; that is logged once."""
+    """``folder``, or, with one warning, a private temporary folder where it cannot be the node's cache."""
     problem = cache_problem(folder)
     if problem is None:
         return folder
@@ -149,11 +149,11 @@ def usable_cache_dir(folder: Path) -> Path:
 
 
 def _temporary_cache_dir() -> Path:
-    """One folder for all processes of a user: ranks of a node share copies, and killed ones leave one folder only."""
+    """One folder for all processes of a user: ranks of a node share copies, and killed ones leave one folder behind."""
     shared = Path(tempfile.gettempdir()) / f"job-cache-{os.geteuid()}"
     try:
         return private_folder(shared)
-    except OSError:  # somebody else's
+    except OSError:  # it belongs to another user
         return Path(tempfile.mkdtemp(prefix="job-cache-"))
 
 

@@ -80,7 +80,7 @@ def fit(model: TransferLearningModel, data: ImageDataModule, settings: FitSettin
     ):
         ranks.from_rank_zero(lease.acquire)
         if ranks.local_rank() == 0:
-            temporary.sweep()
+            temporary.delete_stale()
         resumed = ranks.from_rank_zero(lambda: _resume_point(run_dir, settings.resume))
         step = resumed.global_step if resumed else -1
         before = ranks.from_rank_zero(lambda: attempts.begin(run_dir, step, settings.config, lease.require_held))

@@ -12,9 +12,10 @@ import pytest
 from support import TINY, index_parts, options, picture, picture_files, read, run_here, write_files
 
 from job import storage
+from job.cli.index import main
 from job.data.datamodule import ImageDataModule
 from job.data.index.access import Access, from_options, internal, literal_address
-from job.data.index.build import build, main
+from job.data.index.build import build
 from job.data.index.index import Index
 from job.data.index.sources.table import Resolver
 from job.errors import ConfigError, DataError

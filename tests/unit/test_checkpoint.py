@@ -118,7 +118,7 @@ def test_a_failed_upload_is_raised_and_the_state_kept(tmp_path: Path, monkeypatc
     assert (kept.stat().st_mode & 0o777, kept.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     io.wait()  # raised once
     temporary.remove_all()
-    temporary.sweep()
+    temporary.delete_stale()
     assert kept.exists()
 
 

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, get_args
 import pytest
 import torch
 import yaml
-from job.model.loss import per_sample_loss
 from support import REPOSITORY
 from torch.distributed.run import get_args_parser
 
@@ -28,6 +27,7 @@ from job import cli, errors
 from job.cli.parser import ParserMixin
 from job.cluster.environment import Platform
 from job.errors import ConfigError
+from job.model.task import per_sample_loss
 
 README = REPOSITORY / "README.md"
 PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]

@@ -17,8 +17,9 @@ import pytest
 from support import REPOSITORY, environment, index_parts, picture_files, tar_of, write_files
 
 from job import storage
+from job.cli.index import main
 from job.data.datamodule import ImageDataModule
-from job.data.index.build import build, main
+from job.data.index.build import build
 from job.data.index.file import SCHEMA, IndexInfo, verify_parts
 from job.data.index.store import local_index
 from job.errors import DataError, JobError

@@ -7,8 +7,8 @@ import pytest
 from support import index_parts, picture, picture_files, read, tar_of, write_files
 
 from job import storage
+from job.cli.index import main
 from job.data.datamodule import ImageDataModule
-from job.data.index.build import main
 from job.data.index.sources import resolve
 from job.errors import DataError, StorageError
 from job.storage import filesystems

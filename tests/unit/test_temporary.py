@@ -48,11 +48,11 @@ def test_the_folder_of_a_killed_process_is_swept_and_that_of_a_living_one_is_not
     folder = Path(process.stdout.readline().strip())
     os.kill(process.pid, signal.SIGSTOP)  # alive, however long it does nothing
     mine = temporary.folder("y")
-    temporary.sweep()
+    temporary.delete_stale()
     assert folder.exists()
     process.kill()
     process.communicate()
-    temporary.sweep()
+    temporary.delete_stale()
     assert not folder.exists()
     assert mine.exists()
     temporary.remove(mine)
@@ -72,7 +72,7 @@ def test_what_a_message_has_named_stays_and_is_listed(room: Path, caplog: pytest
     temporary.keep(folder, "the state of gs://b/x.ckpt, which could not be uploaded.")
     temporary.remove(folder)
     temporary.remove_all()
-    temporary.sweep()
+    temporary.delete_stale()
     assert (folder / "state.ckpt").exists()
     assert f"{folder} is kept: the state of gs://b/x.ckpt, which could not be uploaded." in caplog.text
 
@@ -86,6 +86,6 @@ def test_what_is_not_ours_is_left_alone(room: Path, tmp_path_factory: pytest.Tem
     (room / "job-link").symlink_to(elsewhere)
     (room / "job-trap").mkdir()
     (room / "job-trap" / temporary.OWNER).symlink_to(elsewhere / temporary.OWNER)
-    temporary.sweep()
+    temporary.delete_stale()
     assert len(list(room.iterdir())) == 4
     assert elsewhere.exists()
