@@ -1,4 +1,4 @@
-"""Starts the ranks of this node: what a container runs."""
+"""Launch the ranks of this node by torchrun: the entry point of a container."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from job.process.cpus import usable_cpus
 log = logging.getLogger(__name__)
 
 DNS_SECONDS = 600.0
-"""A pod's name is known some time after the pod runs (kubernetes#117819), and node 0 may still be pulling its image."""
+"""A pod's name resolves some time after its start (kubernetes#117819), and node 0 may still be pulling its image."""
 SIGNAL_EXIT_BASE = 128
 
 
 def launch(args: list[str]) -> int:
-    """Run ``python -m job ARGS`` in as many processes as this node should have; returns the exit code.
+    """Run ``python -m job ARGS`` in the processes of this node; returns the exit code.
 
-    Under torchrun this is the ranks' own code, where torchrun's would be 1: that of a user's mistake (2) before that
-    of a stop on request (130, 129, 143), of an unexpected exception (70) and of what a restart may mend (75). After a
+    It is the ranks' own exit code, where torchrun's would be 1. Of several, a user's mistake (2) comes before a stop on
+    request (130, 129, 143), an unexpected exception (70) and a failure that a restart may fix (75). After a
     signal torchrun gives the ranks 30 s to save.
 
     Raises:
@@ -58,7 +58,7 @@ def launch(args: list[str]) -> int:
     processes = node.processes or max(torch.cuda.device_count(), 1)
     if node.nodes > 1:
         wait_for_address(node.host, DNS_SECONDS)
-    # torchrun would give each rank one thread; the cores are there to be used.
+    # torchrun would limit each rank to one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores() // processes, 1)))
     # One store for all rounds would keep the addresses of dead nodes (torch 2.14).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -94,7 +94,7 @@ def cores(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def torchrun_options(node: Node, processes: int) -> list[str]:
-    """How torchrun is told what ``node`` is."""
+    """Options of torchrun for ``node``."""
     if node.nodes == 1:
         return ["--standalone", f"--nproc-per-node={processes}"]
     return [
@@ -103,7 +103,7 @@ def torchrun_options(node: Node, processes: int) -> list[str]:
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={node.host}:{node.port}",
         f"--rdzv-id={node.run_id or 'job'}",
-        # Left to itself torchrun compares host names, which a pod's need not be.
+        # By default torchrun compares host names, which need not match in a pod.
         f"--rdzv-conf=is_host={'true' if node.node_rank == 0 else 'false'},join_timeout={DNS_SECONDS:.0f}",
     ]
 
@@ -112,10 +112,10 @@ def wait_for_address(host: str, seconds: float) -> None:
     """Wait until ``host`` has an address.
 
     Raises:
-        RankLost: it has none after so long.
+        RankLost: it has none in time.
     """
     deadline = time.monotonic() + seconds
-    told = False
+    logged = False
     while True:
         try:
             socket.getaddrinfo(host, None)
@@ -125,9 +125,9 @@ def wait_for_address(host: str, seconds: float) -> None:
                     f"{host}, where the nodes meet, has no address after {seconds:.0f} s ({error.strerror}). Is node 0 "
                     "running, and does its service have this name?"
                 ) from error
-            if not told:
+            if not logged:
                 log.info("waiting for %s to have an address", host)
-                told = True
+                logged = True
             time.sleep(1)
         else:
             return

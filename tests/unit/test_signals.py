@@ -13,7 +13,7 @@ from support import REPOSITORY
 
 WAITS = """
 import sys, time
-from job.signals import Stopped, StopSignals
+from job.process.signals import Stopped, StopSignals
 with StopSignals({grace}):
     try:
         print("ready", flush=True)
@@ -78,7 +78,7 @@ def test_an_inner_context_hands_its_signal_to_the_outer_one() -> None:
     """Else a SIGTERM on the way out would raise a second time."""
     code = """
 import os, signal, sys
-from job.signals import Stopped, StopSignals
+from job.process.signals import Stopped, StopSignals
 print("ready", flush=True)
 with StopSignals(20):
     try:
