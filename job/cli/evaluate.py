@@ -66,7 +66,7 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
 @contextlib.contextmanager
 def _with_saved_config(args: list[str]) -> Iterator[list[str]]:
     """Prepend the configuration saved in run_dir to the arguments, unless the user names one."""
-    canonical = canonical_arguments(args, options=("run_dir", "config"), positional=("run_dir",))
+    canonical = canonical_arguments(args, options=("run_dir", "config", "help-all"), positional=("run_dir",))
     named = option_value(canonical, "config") is not None or "--help-all" in canonical
     if named or f"{ENV_PREFIX}_CONFIG" in os.environ:
         yield args

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 from jsonargparse.typing import PositiveFloat
@@ -12,8 +13,15 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from job.checkpoint.settings import CheckpointSettings
 from job.cli.arguments import DATA_ALIASES, TRAINING_ALIASES
 from job.cli.parser import ENV_PREFIX, ParserMixin
-from job.config.trainer_options import add_trainer_arguments, list_supported_classes, require_seed, require_supported
+from job.config.trainer_options import (
+    RESERVED,
+    add_trainer_arguments,
+    list_supported_classes,
+    require_seed,
+    require_supported,
+)
 from job.data.datamodule import ImageDataModule
+from job.errors import ConfigError
 from job.features.callback import FeatureSettings
 from job.model.module import TransferLearningModel
 from job.resilience.watchdog import WatchdogSettings
@@ -27,6 +35,17 @@ class TrainingParser(ParserMixin, LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_argument("--help-all", action="help", help="Show all options and exit.")
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the message; arguments of the Trainer that this package sets are named as such.
+
+        Raises:
+            ConfigError: always.
+        """
+        for name in re.findall(r"--trainer\.(\w+)", message):
+            if name in RESERVED:
+                raise ConfigError(f"--trainer.{name} is reserved: job itself sets this argument of the Trainer.")
+        super().error(message, ex)
 
 
 class TrainingCLI(LightningCLI):

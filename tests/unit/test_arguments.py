@@ -122,6 +122,7 @@ def test_aliases_reach_the_configuration() -> None:
         ("--trainer.callbacks EarlyStoping", "Did you mean pytorch_lightning.callbacks.EarlyStopping?"),
         ("--data.augment Resiz", "Did you mean torchvision.transforms.v2.Resize?"),
         ("--model.optimizer AdamW --model.optimizer.weight_decy 1", "'weight_decy'. Did you mean weight_decay?"),
+        ("--trainer.devices 2", "--trainer.devices is reserved: job itself sets"),
         ("--learning-rate 1", "Did you mean --lr?"),
         ("--backbone resnet18", "Did you mean --model.backbone?"),
         ("--output_dir x", "Did you mean --run_dir?"),
