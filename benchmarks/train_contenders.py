@@ -20,6 +20,7 @@ from torchvision import datasets, transforms
 
 from job.model.backbone import build_backbone, feature_width
 from job.model.head import build_head
+from job.model.loading import read_pretrained
 
 BATCH = 32
 SIZE = 224
@@ -29,7 +30,7 @@ WORKERS = 2
 def network(backbone: str, weights: str) -> tuple[nn.Module, nn.Module]:
     """Build a trainable backbone and the tutorial's head."""
     torch.manual_seed(0)
-    body = build_backbone(backbone, weights)
+    body = build_backbone(backbone, read_pretrained(weights))
     return body, build_head(feature_width(body, SIZE), [256, 32], 1)
 
 

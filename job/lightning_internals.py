@@ -1,20 +1,21 @@
 """Every use of Lightning's private API, held to pytorch-lightning 2.6 in setup.cfg.
 
-Each function says why no public hook does. ``tests/unit/test_lightning_internals.py`` fails where a release changes
-what they rely on. Paths are those of the package's source at 2.6.
+Each function says why no public hook does, with its place in Lightning's source.
+``tests/unit/test_lightning_internals.py`` fails where a release changes what they rely on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.strategies import Strategy
 
 StepHook = Callable[[pl.Trainer], None]
+RestoreContext = Callable[[str, str, dict[str, Any]], AbstractContextManager[None]]
 RESTORE_STEPS = ("restore_datamodule", "restore_model", "restore_callbacks", "restore_training_state")
 
 
@@ -63,9 +64,7 @@ def disable_signal_handlers(trainer: pl.Trainer) -> None:
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
-def around_restore(
-    trainer: pl.Trainer, context: Callable[[str, str, dict[str, Any]], AbstractContextManager[None]]
-) -> None:
+def around_restore(trainer: pl.Trainer, context: RestoreContext) -> None:
     """Run each step of restoring a checkpoint within ``context(step, path, checkpoint)``.
 
     Its errors have any type, and nothing public tells them from those of training
@@ -105,17 +104,9 @@ def starts_processes(strategy: Strategy) -> bool:
     return getattr(strategy, "_start_method", "popen") != "popen"
 
 
-class LoopCounters(NamedTuple):
-    """Counters in a checkpoint's ``loops`` entry: epochs trained, batches of the next one, optimizer steps."""
-
-    epochs: int
-    batches: int
-    steps: int
-
-
-def loop_counters(fit_loop: dict[str, Any]) -> LoopCounters:
-    """The counters in the ``state_dict()`` of a fit loop, whose structure was checked (loops/progress.py)."""
-    return LoopCounters(
+def loop_counters(fit_loop: dict[str, Any]) -> tuple[int, int, int]:
+    """Epochs trained, batches of the next one, and optimizer steps, in a fit loop's checked ``state_dict()``."""
+    return (
         fit_loop["epoch_progress"]["current"]["processed"],
         fit_loop["epoch_loop.batch_progress"]["current"]["ready"],
         fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"],

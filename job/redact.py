@@ -1,7 +1,7 @@
 """Credentials in URIs: removed from what is written or shown, kept in memory for the requests that need them.
 
 The identity of a URI is the URI without its credentials. Indexes, caches, configurations and messages hold
-identities. Whoever opens a URI calls :func:`authorized`, which adds the credentials that the user gave in this process,
+identities. To open a URI call :func:`authorized`, which adds the credentials that the user gave in this process
 or in the process that started it.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 HIDDEN = "***"
-"""Stands where a credential was."""
+"""Replaces a credential."""
 VARIABLE = "_JOB_CREDENTIALS"
 """Environment variable that hands the known credentials to child processes (loaders, ranks)."""
 MOST_EXPORTED = 100_000
@@ -68,7 +68,7 @@ _loaded = False
 
 
 def redact(text: str) -> str:
-    """``text`` with every credential in it replaced by ``***``: in URIs, headers, options and those known by value."""
+    """Replace every credential in ``text`` by ``***``: in URIs, headers, options, and those known by value."""
     _load()
     for literal in sorted(_literals, key=len, reverse=True):
         if literal in text:
@@ -107,7 +107,7 @@ def remember(uri: str) -> str:
 
 
 def forget() -> None:
-    """Drop all credentials."""
+    """Forget all credentials."""
     with _lock:
         _known.clear()
         _literals.clear()
@@ -115,13 +115,13 @@ def forget() -> None:
 
 
 def authorized(uri: str) -> str:
-    """``uri`` with the credentials that were given for it, for a folder above it or for a neighbour; else as it is."""
+    """``uri`` with the credentials given for it, for a folder above it or for a neighbour; else unchanged."""
     _load()
     return "::".join(_authorized(part) for part in uri.split("::")) if _known and "://" in uri else uri
 
 
 def saved_form(uri: str) -> str:
-    """``uri`` as configurations keep it: with ``***`` in place of credentials, those given for it included."""
+    """``uri`` as configurations save it: with ``***`` in place of its credentials, those given for it included."""
     return "::".join(redact(_known.get(identity(part), part)) if "://" in part else part for part in uri.split("::"))
 
 
@@ -157,8 +157,9 @@ def _authorized(uri: str) -> str:
     above = [known for known in _known if _path(uri).startswith(f"{_path(known).rstrip('/')}/")]
     if above:
         return _with_credentials(uri, _known[max(above, key=len)])
-    beside = [k for k, full in _known.items() if _is_shared_by_folder(k, full) and _path(uri).startswith(_folder(k))]
-    return _with_credentials(uri, _known[max(beside, key=len)]) if beside else uri
+    shared = [known for known, full in _known.items() if _is_shared_by_folder(known, full)]
+    neighbours = [known for known in shared if _path(uri).startswith(_folder(known))]
+    return _with_credentials(uri, _known[max(neighbours, key=len)]) if neighbours else uri
 
 
 def _identity(uri: str) -> str:
@@ -183,19 +184,19 @@ def _any_query(uri: str) -> tuple[str, str]:
 
 
 def _is_credential(name: str, signed: bool) -> bool:
-    """Whether a parameter is one; those that only accompany a signature count beside one."""
+    """Whether a parameter is a credential; parameters of a signature are only beside one."""
     if _SECRET_PARAMETER.match(name) or re.match(r"(?i)^x-(goog|amz)-", name):
         return True
     return signed and (_SAS.match(name) is not None or _PATH_BOUND.match(name) is not None)
 
 
 def _is_secret_userinfo(scheme: str, userinfo: str) -> bool:
-    """On the web a name alone may be a token; elsewhere it is a user or, for Azure, a container."""
+    """Whether userinfo is secret: in HTTP a name alone may be a token; elsewhere it is a user or Azure container."""
     return ":" in userinfo or userinfo == HIDDEN or scheme.lower() in HTTP
 
 
 def _is_shared_by_folder(plain: str, full: str) -> bool:
-    """Whether what opens this file may open its neighbours, as a table's rows: a password or an account's token."""
+    """Whether credentials of this file (a password, an account's token) hold for its folder, as for a table's rows."""
     _, query = split_query(full)
     signs_one_object = any(_PATH_BOUND.match(parameter.partition("=")[0]) for parameter in query[1:].split("&"))
     return "." in _path(plain).rpartition("/")[2] and _path(plain).count("/") > 2 and not signs_one_object
@@ -211,7 +212,7 @@ def _redact_parameters(text: str) -> str:
 
 
 def _secrets(uri: str) -> set[str]:
-    """Values in ``uri`` that may occur by themselves in the message of a library, as given and decoded."""
+    """Secrets in ``uri`` that a library's message may contain by themselves, as given and decoded."""
     found = set()
     for match in [*_USERINFO.finditer(uri), *_S3_USERINFO.finditer(uri)]:
         if _is_secret_userinfo(match[1], match[2]):
@@ -248,7 +249,7 @@ def _folder(uri: str) -> str:
 
 
 def _export() -> None:
-    """Hand over to child processes what is known."""
+    """Export the credentials to child processes."""
     from job.errors import ConfigError
 
     packed = base64.b64encode(zlib.compress(json.dumps(_known).encode())).decode()
@@ -261,7 +262,7 @@ def _export() -> None:
 
 
 def _load() -> None:
-    """Take over what the parent process knew."""
+    """Load the credentials that the parent process exported."""
     global _loaded
     if _loaded:
         return

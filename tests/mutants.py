@@ -151,7 +151,7 @@ def feature_reader(folder: Path, name: str) -> tuple[bytes, Callable[[bytes], No
     images(folder / "data")
     (folder / "index").mkdir()
     build({"root": [str(folder / "data")]}, folder / "index", "", "parts")
-    dataset = SimpleNamespace(index=Index(folder / "index", "train"), view=SimpleNamespace(count=2))
+    dataset = SimpleNamespace(index=Index(folder / "index", "train"), preprocessing=SimpleNamespace(variants=2))
 
     def store() -> FeatureStore:
         return FeatureStore(dataset, folder / "here" / "x", str(folder / "there"), 12, torch.float32)  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""Which process this is among those of the job, and how they talk."""
+"""Ranks of the job: discovery from the environment, launching, and communication."""

@@ -1,4 +1,4 @@
-"""What kind of place this process was started in, from its environment variables alone.
+"""Detect the platform, the nodes and the node rank from environment variables.
 
 Sources: torchrun (https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables), Kubeflow
 Trainer's PET_ variables (the PyTorchJob API sets them, too), Vertex AI's CLUSTER_SPEC
@@ -25,32 +25,32 @@ _MARKER_VARIABLES: dict[str, Platform] = {
     "TPU_WORKER_HOSTNAMES": "TPU",
     "JOB_COMPLETION_INDEX": "Indexed Job",
 }
-"""The variable that tells a platform from the others."""
+"""The variable by which each platform is recognised."""
 _MAY_COEXIST = {"TPU", "Indexed Job"}
-"""TPU hosts are pods of an Indexed Job or a JobSet, whose index is within their slice: what the TPU says counts."""
+"""TPU hosts are pods of an Indexed Job or a JobSet, whose index is within their slice: the TPU variables win."""
 
 _OTHER_LAUNCHERS = {
     "SLURM_NTASKS": "Slurm (srun --ntasks-per-node=1)",
     "OMPI_COMM_WORLD_SIZE": "mpirun (--npernode 1)",
     "PMI_SIZE": "MPI",
 }
-"""Variables that count the tasks which others than torchrun have started."""
+"""Variables with the number of tasks that launchers other than torchrun have started."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """This machine or container among those that were started alike.
+    """This machine or container among the nodes of the job.
 
     Attributes:
-        platform: what started it.
-        nodes: how many there are.
-        node_rank: which of them this is, from 0.
+        platform: the platform that started it.
+        nodes: number of nodes.
+        node_rank: of this node, from 0.
         host: name or address of node 0.
-        port: port on it where the nodes meet.
-        processes: training processes on each; 0: one a GPU, or one.
-        run_id: what tells this job from another at the same place; empty: nothing does.
-        evidence: the variables that say so.
-        restarts: how often torch elastic restarts the ranks before the launcher ends.
+        port: rendezvous port on node 0.
+        processes: training processes per node; 0: one per GPU, or one.
+        run_id: distinguishes jobs with the same rendezvous endpoint; may be empty.
+        evidence: the variables that this was derived from.
+        restarts: how often torch elastic restarts the ranks before the launcher exits.
     """
 
     platform: Platform
@@ -64,15 +64,15 @@ class Node:
     restarts: int = 0
 
     def __str__(self) -> str:
-        told = ", ".join(f"{name}={value}" for name, value in self.evidence.items()) or "no variable says otherwise"
+        variables = ", ".join(f"{name}={value}" for name, value in self.evidence.items())
         where = (
             f"node {self.node_rank} of {self.nodes}, meeting at {self.host}:{self.port}" if self.nodes > 1 else "alone"
         )
-        return f"{self.platform}: {where} ({told})"
+        return f"{self.platform}: {where} ({variables or 'no variable says otherwise'})"
 
 
 def find_node(environment: Mapping[str, str]) -> Node:
-    """Where this process stands.
+    """Find the node that this process runs on.
 
     On any platform ``LAUNCH_PROCESSES`` sets the processes per node, and ``LAUNCH_RESTARTS`` how often its ranks are
     restarted in place.
@@ -82,16 +82,17 @@ def find_node(environment: Mapping[str, str]) -> Node:
     """
     if "LOCAL_RANK" in environment:
         return _torchrun_worker(environment)
-    signs = {name: platform for name, platform in _MARKER_VARIABLES.items() if name in environment}
-    if len(signs) > 1 and set(signs.values()) != _MAY_COEXIST:
+    platforms = {name: platform for name, platform in _MARKER_VARIABLES.items() if name in environment}
+    if len(platforms) > 1 and set(platforms.values()) != _MAY_COEXIST:
         raise ConfigError(
-            f"the environment is that of {' and of '.join(signs.values())} at once: {', '.join(signs)} are set. "
-            "Unset those that do not belong here."
+            f"the environment is that of {' and of '.join(platforms.values())} at once: {', '.join(platforms)} are "
+            "set. Unset those that do not belong here."
         )
     readers = {"Kubeflow": _kubeflow, "Vertex AI": _vertex, "TPU": _tpu, "Indexed Job": _indexed_job}
-    node = readers[next(iter(signs.values()))](environment) if signs else _plain(environment)
+    node = readers[next(iter(platforms.values()))](environment) if platforms else _plain(environment)
     if not 0 <= node.node_rank < node.nodes:
-        raise ConfigError(f"there is no node {node.node_rank} of {node.nodes} ({_told(environment, *node.evidence)}).")
+        settings = _settings(environment, *node.evidence)
+        raise ConfigError(f"there is no node {node.node_rank} of {node.nodes} ({settings}).")
     return replace(node, restarts=_restarts(environment))
 
 
@@ -105,16 +106,16 @@ def require_ranks(environment: Mapping[str, str]) -> None:
     rank, world_size, local_rank, local_world_size = (
         _number(environment, name, default) for name, default in zip(names, (0, 1, 0, 1), strict=True)
     )
-    told = _told(environment, *(name for name in names if name in environment))
+    variables = _settings(environment, *(name for name in names if name in environment))
     if (rank, world_size, local_rank, local_world_size) != (0, 1, 0, 1):
         needed = (*names, "MASTER_ADDR", "MASTER_PORT")
         if missing := [name for name in needed if name not in environment]:
             raise ConfigError(
-                f"{told}: this is one of several processes, but {', '.join(missing)} is not set. Start them by "
+                f"{variables}: this is one of several processes, but {', '.join(missing)} is not set. Start them by "
                 "python -m job launch or torchrun, which set all of these; or unset them for one process alone."
             )
         if not (0 <= rank < world_size and 0 <= local_rank < local_world_size <= world_size):
-            raise ConfigError(f"{told}: these contradict one another. Start the ranks by python -m job launch.")
+            raise ConfigError(f"{variables}: these contradict one another. Start the ranks by python -m job launch.")
     if "LOCAL_RANK" in environment or "TORCHELASTIC_RUN_ID" in environment:
         return
     for name in _OTHER_LAUNCHERS:
@@ -141,15 +142,15 @@ def _restarts(environment: Mapping[str, str]) -> int:
 
 
 def _plain(environment: Mapping[str, str]) -> Node:
-    if given := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "NODE_RANK") if name in environment]:
+    if present := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "NODE_RANK") if name in environment]:
         raise ConfigError(
-            f"{_told(environment, *given)}: these are set, but nothing says by whom. Start the ranks by torchrun, or "
-            "unset them, and launch starts torchrun."
+            f"{_settings(environment, *present)}: these are set, but nothing says by whom. Start the ranks by "
+            "torchrun, or unset them, and launch starts torchrun."
         )
     if left := sorted(name for name in environment if name.startswith("PET_")):
         raise ConfigError(
-            f"{_told(environment, *left)}: torchrun would take these as its options, but PET_NNODES, which Kubeflow "
-            f"sets with them, is missing. Unset {', '.join(left)}, or set PET_NNODES."
+            f"{_settings(environment, *left)}: torchrun would take these as its options, but PET_NNODES, which "
+            f"Kubeflow sets with them, is missing. Unset {', '.join(left)}, or set PET_NNODES."
         )
     return Node("plain", processes=_processes(environment), evidence=_present(environment, "LAUNCH_PROCESSES"))
 
@@ -187,16 +188,16 @@ def _kubeflow(environment: Mapping[str, str]) -> Node:
         _require(environment, "Kubeflow", "PET_NODE_RANK")
         if not host:
             raise ConfigError("Kubeflow set PET_NNODES, but neither PET_MASTER_ADDR nor PET_RDZV_ENDPOINT.")
-    asked = environment.get("PET_NPROC_PER_NODE", "auto")
-    if asked not in ("auto", "gpu", "cpu") and _number(environment, "PET_NPROC_PER_NODE") < 1:
-        raise ConfigError(f"PET_NPROC_PER_NODE={asked}: at least one process is needed.")
+    processes = environment.get("PET_NPROC_PER_NODE", "auto")
+    if processes not in ("auto", "gpu", "cpu") and _number(environment, "PET_NPROC_PER_NODE") < 1:
+        raise ConfigError(f"PET_NPROC_PER_NODE={processes}: at least one process is needed.")
     return Node(
         "Kubeflow",
         nodes=nodes,
         node_rank=_number(environment, "PET_NODE_RANK", 0),
         host=host or "localhost",
         port=_port(host, port),
-        processes=_processes(environment) or (int(asked) if asked.isdecimal() else 0),
+        processes=_processes(environment) or (int(processes) if processes.isdecimal() else 0),
         run_id=environment.get("PET_RDZV_ID", ""),
         evidence=_present(environment, *names, "PET_RDZV_ID", "LAUNCH_PROCESSES"),
     )
@@ -205,7 +206,7 @@ def _kubeflow(environment: Mapping[str, str]) -> Node:
 def _vertex(environment: Mapping[str, str]) -> Node:
     """Worker pools in their order: pool 0 is one machine, node 0; pool 1 are the others.
 
-    Pools 2 and 3 serve parameters and evaluate for other frameworks; here nobody would start them.
+    Pools 2 and 3 are parameter servers and evaluators of other frameworks, and not used here.
     """
     try:
         spec = json.loads(environment["CLUSTER_SPEC"])
@@ -243,11 +244,11 @@ def _tpu(environment: Mapping[str, str]) -> Node:
     if not 0 <= worker < len(hosts):
         raise ConfigError(
             f"there is no host {worker} among the {len(hosts)} of a slice "
-            f"({_told(environment, 'TPU_WORKER_ID', 'TPU_WORKER_HOSTNAMES')})."
+            f"({_settings(environment, 'TPU_WORKER_ID', 'TPU_WORKER_HOSTNAMES')})."
         )
     if _processes(environment) > 1:
-        raise ConfigError(f"{_told(environment, 'LAUNCH_PROCESSES')}: one process drives all chips of a TPU host.")
-    told = ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
+        raise ConfigError(f"{_settings(environment, 'LAUNCH_PROCESSES')}: one process drives all chips of a TPU host.")
+    names = ("TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
     return Node(
         "TPU",
         nodes=slices * len(hosts),
@@ -255,19 +256,19 @@ def _tpu(environment: Mapping[str, str]) -> Node:
         host=coordinator,
         processes=1,
         run_id=environment.get("LAUNCH_ID", ""),
-        evidence=_present(environment, *told, "MEGASCALE_COORDINATOR_ADDRESS", "LAUNCH_ID"),
+        evidence=_present(environment, *names, "MEGASCALE_COORDINATOR_ADDRESS", "LAUNCH_ID"),
     )
 
 
 def _indexed_job(environment: Mapping[str, str]) -> Node:
-    """Kubernetes tells a pod its index alone; how many there are, and where the first is, the manifest must say."""
+    """Kubernetes sets only the index of a pod; the manifest must set the number of nodes and the address of node 0."""
     nodes = _number(environment, "LAUNCH_NODES", 1)
     if nodes > 1:
         _require(environment, "a Job of several nodes", "LAUNCH_COORDINATOR")
     elif _number(environment, "JOB_COMPLETION_INDEX") > 0:
         raise ConfigError(
-            f"{_told(environment, 'JOB_COMPLETION_INDEX')}, so there are other nodes, but LAUNCH_NODES does not say "
-            "how many. Set it, and LAUNCH_COORDINATOR (<job>-0.<service>), in the manifest."
+            f"{_settings(environment, 'JOB_COMPLETION_INDEX')}, so there are other nodes, but LAUNCH_NODES does not "
+            "say how many. Set it, and LAUNCH_COORDINATOR (<job>-0.<service>), in the manifest."
         )
     host, _, port = environment.get("LAUNCH_COORDINATOR", "localhost").partition(":")
     return Node(
@@ -287,7 +288,7 @@ def _indexed_job(environment: Mapping[str, str]) -> Node:
 def _processes(environment: Mapping[str, str]) -> int:
     count = _number(environment, "LAUNCH_PROCESSES", 0)
     if count < 0 or environment.get("LAUNCH_PROCESSES") == "0":
-        raise ConfigError(f"{_told(environment, 'LAUNCH_PROCESSES')}: at least one process is needed.")
+        raise ConfigError(f"{_settings(environment, 'LAUNCH_PROCESSES')}: at least one process is needed.")
     return count
 
 
@@ -315,5 +316,5 @@ def _present(environment: Mapping[str, str], *names: str) -> dict[str, str]:
     return {name: environment[name] for name in names if name in environment}
 
 
-def _told(environment: Mapping[str, str], *names: str) -> str:
+def _settings(environment: Mapping[str, str], *names: str) -> str:
     return ", ".join(f"{name}={environment.get(name)}" for name in names)

@@ -1,4 +1,4 @@
-"""Starts the ranks of this node: what a container runs."""
+"""Launch the ranks of this node by torch's elastic agent: the entry point of a container."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from job.process.cpus import available_cpus
 log = logging.getLogger(__name__)
 
 DNS_SECONDS = 600.0
-"""A pod's name is known some time after the pod runs (kubernetes#117819), and node 0 may still be pulling its image."""
+"""A pod's name resolves some time after its start (kubernetes#117819), and node 0 may still be pulling its image."""
 SIGNAL_EXIT_BASE = 128
 
 
@@ -156,10 +156,10 @@ def wait_for_address(host: str, seconds: float) -> None:
     """Wait until ``host`` has an address.
 
     Raises:
-        RankLost: it has none after so long.
+        RankLost: it has none in time.
     """
     deadline = time.monotonic() + seconds
-    told = False
+    logged = False
     while True:
         try:
             socket.getaddrinfo(host, None)
@@ -169,9 +169,9 @@ def wait_for_address(host: str, seconds: float) -> None:
                     f"{host}, where the nodes meet, has no address after {seconds:.0f} s ({error.strerror}). Is node 0 "
                     "running, and does its service have this name?"
                 ) from error
-            if not told:
+            if not logged:
                 log.info("waiting for %s to have an address", host)
-                told = True
+                logged = True
             time.sleep(1)
         else:
             return

@@ -1,6 +1,6 @@
-"""The processes that torchrun started: rank and world size of this one, and collectives on Python objects.
+"""Ranks of the job: rank and world size, process group, broadcasts from rank 0.
 
-torch is imported by the functions that run a collective: commands without one start without it.
+Functions that run a collective import torch: commands without one start without it.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _GLOO = re.compile(r"(Gloo \w+ failed with )?\[[^\]]*gloo/[^\]]*\.(cc|h|cpp):\d+\]")
-"""How errors of gloo begin: with the place in its source. They have no type of their own."""
+"""Beginning of gloo's errors: a place in its source. They have no type of their own."""
 _MISUSE = {
     "Duplicate GPU detected": "two ranks share one GPU, which NCCL does not allow",
     "invalid device ordinal": "a rank has no GPU of its own",
     "ncclInvalidUsage": "NCCL was called wrongly",
     "ncclInvalidArgument": "NCCL was called wrongly",
 }
-"""What NCCL says of mistakes that a restart repeats."""
+"""NCCL's messages for mistakes that a restart would repeat."""
 
 
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else default  # what is no number is refused by environment.require_ranks
+    return int(text) if text.isdecimal() else default  # environment.require_ranks refuses anything else
 
 
 def rank() -> int:
-    """This process's number among all, from 0."""
+    """Rank of this process, from 0."""
     return _number("RANK", 0)
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of ranks."""
     return _number("WORLD_SIZE", 1)
 
 
 def local_world_size() -> int:
-    """How many of them run on this node."""
+    """Number of ranks on this node."""
     return _number("LOCAL_WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    """This process's number among those of its node, from 0."""
+    """Rank of this process within its node, from 0."""
     return _number("LOCAL_RANK", 0)
 
 
 @contextlib.contextmanager
 def process_group(timeout_seconds: float) -> Iterator[None]:
-    """The process group of the job, while the context lasts; nothing for a process alone.
+    """Keep the process group of the job open while the context lasts; a single process has none.
 
     Lightning uses a group that exists. torch chooses gloo for CPU tensors and NCCL for CUDA's.
 
@@ -80,30 +80,30 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
     with _translate_failures():
         store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=timeout))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store = _store_of_this_start(store, timeout)
+            store = _store_of_this_attempt(store, timeout)
         dist.init_process_group(store=store, rank=rank(), world_size=world_size(), timeout=timeout)
         yield
-    # Only on the way out without an error: with one, other ranks may never come to meet this one.
+    # Not after an error: other ranks might never join the destruction.
     dist.destroy_process_group()
 
 
-def _store_of_this_start(agents: Any, timeout: timedelta) -> Any:
-    """A new store that rank 0 serves; ``agents`` is asked for no more than where it is.
+def _store_of_this_attempt(agent_store: Any, timeout: timedelta) -> Any:
+    """A new store that rank 0 serves; the store of torchrun's agent only holds its port.
 
-    torchrun's agent keeps one store for all restarts, with the addresses of ranks that are dead in
-    it, which gloo would connect to (torch 2.14). Nor is the number of a restart the same for agents
-    that came at different times. A port that an earlier rank 0 left there refuses the connection.
+    The agent keeps one store for all restarts, with the addresses of dead ranks in it, which gloo would connect to
+    (torch 2.14). The restart count cannot tell them apart: agents that joined at different times count differently.
+    A port that an earlier rank 0 left there refuses the connection.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     host = os.environ["MASTER_ADDR"]
     if rank() == 0:
-        served = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        agents.set("job/port", str(served.port))
-        return served
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        agent_store.set("job/port", str(store.port))
+        return store
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
-        port = int(agents.get("job/port"))
+        port = int(agent_store.get("job/port"))
         with contextlib.suppress(OSError):
             socket.create_connection((host, port), timeout=5).close()
             return TCPStore(host, port, is_master=False, timeout=timeout)
@@ -112,45 +112,45 @@ def _store_of_this_start(agents: Any, timeout: timedelta) -> Any:
 
 
 def from_rank_zero(function: Callable[[], T]) -> T:
-    """Call ``function`` on rank 0 alone and give its result to every rank.
+    """Call ``function`` on rank 0 only, and broadcast its result to all ranks.
 
     Raises:
-        JobError: what ``function`` raised, the same on every rank.
+        JobError: the exception of ``function``, on every rank.
     """
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return function()
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
-            told[0] = function()
+            outcome[0] = function()
         except (JobError, Stopped) as error:
-            told[1] = error
-    dist.broadcast_object_list(told, src=0)
-    if told[1] is not None:
-        raise told[1]
-    result: T = told[0]
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
     return result
 
 
-def union(mine: set[str]) -> set[str]:
-    """What is in any rank's set; called by all ranks together."""
+def union(values: set[str]) -> set[str]:
+    """Union of the sets of all ranks; a collective operation."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        return mine
-    everyones: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyones, mine)
-    return set().union(*everyones)
+        return values
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, values)
+    return set().union(*gathered)
 
 
 def broadcast(tensors: list[Tensor]) -> None:
-    """Overwrite ``tensors``, of one type and device, with those of rank 0; called by all ranks together."""
+    """Overwrite ``tensors``, of one type and device, with those of rank 0; a collective operation."""
     import torch
     import torch.distributed as dist
 
-    if dist.is_initialized() and tensors and tensors[0].device.type != "xla":  # XLA's are one on all chips
+    if dist.is_initialized() and tensors and tensors[0].device.type != "xla":  # XLA replicates them by itself
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.broadcast(flat, src=0)
         for tensor, values in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
@@ -176,14 +176,14 @@ def _translate_failures() -> Iterator[None]:
             raise
         cause = message.strip().splitlines()[0][:300] if message.strip() else type(error).__name__
         if isinstance(error, dist.DistBackendError):
-            for sign, mistake in _MISUSE.items():
-                if sign in message:
+            for mark, mistake in _MISUSE.items():
+                if mark in message:
                     last = message.strip().splitlines()[-1][:300]
                     raise ConfigError(
                         f"{mistake} ({last}). Start one process per GPU: torchrun --nproc-per-node, or "
                         "LAUNCH_PROCESSES."
                     ) from error
-        if not from_gloo:  # its cause may lie in this process; gloo reports other processes alone
+        if not from_gloo:  # the cause may be in this process; gloo only reports other processes
             log.error("a collective operation failed:", exc_info=error)
         raise RankLost(
             f"another rank ended or does not answer ({type(error).__name__}: {cause}). Its own log shows the cause."

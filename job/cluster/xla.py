@@ -3,7 +3,7 @@
 Everything of torch-xla is in this module and the one of its records, since its last release is 2.9 and TorchTPU is to
 take its place: models, data and checkpoints know nothing of it.
 
-One process a host drives all chips of it as one device (SPMD,
+One process per host drives all its chips as one device (SPMD,
 https://docs.pytorch.org/xla/master/perf/spmd_basic.html): a batch lies in shares on the chips, parameters lie whole on
 each, and XLA puts the sums over chips into the compiled step. Operations are collected into a graph and run,
 asynchronously, where this module calls ``torch_xla.sync``.
@@ -49,7 +49,7 @@ def tpu_chips() -> int:
 class XLAAccelerator(Accelerator):
     """All chips of this host, as one device.
 
-    Lightning's own accepts nothing but a TPU that it finds on the PCI bus.
+    Lightning's own only accepts a TPU on the PCI bus.
     """
 
     def setup_device(self, device: torch.device) -> None:
@@ -60,12 +60,12 @@ class XLAAccelerator(Accelerator):
 
     @staticmethod
     def parse_devices(devices: Any) -> int:
-        """One device, whatever is asked for."""
+        """One device, whatever is requested."""
         return 1
 
     @staticmethod
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        """That one."""
+        """The one device."""
         return [torch.device("xla", 0)]
 
     @staticmethod
@@ -75,12 +75,12 @@ class XLAAccelerator(Accelerator):
 
     @staticmethod
     def is_available() -> bool:
-        """Whoever makes this object has looked already."""
+        """True: checked before this object is made."""
         return True
 
     @staticmethod
     def name() -> str:
-        """As users name it."""
+        """Name on the command line."""
         return "tpu"
 
     def get_device_stats(self, device: str | int | torch.device) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class XLAAccelerator(Accelerator):
 
 
 class SPMDStrategy(SingleDeviceStrategy):
-    """Shares batches out over the chips of all hosts, and runs each step's operations.
+    """Shards batches over the chips of all hosts (SPMD), and runs each step's graph.
 
     To Lightning it is one process with one device (``world_size`` 1), since XLA's tensors are those of the
     whole mesh: the loss of a step is that of the global batch already.
@@ -144,16 +144,16 @@ class SPMDStrategy(SingleDeviceStrategy):
 
     @property
     def is_global_zero(self) -> bool:
-        """Whether this host writes what one alone must write."""
+        """Whether this host is the one that writes checkpoints and logs."""
         return ranks.rank() == 0
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Give each chip its share of every tensor of the batch.
+        """Shard every tensor of the batch over the chips.
 
-        The copy runs beside the step before, which the device is still computing.
+        The copy overlaps with the previous step, which the device is still computing.
 
         Raises:
-            ConfigError: the batch does not divide.
+            ConfigError: the batch size is not a multiple of the number of chips.
         """
         import torch_xla.core.xla_model as xm
         from torch_xla.distributed.spmd import ShardingSpec
@@ -172,7 +172,7 @@ class SPMDStrategy(SingleDeviceStrategy):
         return moved
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As ever, with the device's random numbers from torch's seed: ``torch.manual_seed`` does not reach them."""
+        """Run the step with the device's generator seeded from torch's, which ``torch.manual_seed`` does not reach."""
         import torch_xla.core.xla_model as xm
 
         xm.set_rng_state(torch.initial_seed() % 2**31, str(self.root_device))
@@ -181,8 +181,8 @@ class SPMDStrategy(SingleDeviceStrategy):
     def post_backward(self, closure_loss: Tensor) -> None:
         """Run forward and backward pass apart from the update.
 
-        In its first step an optimizer makes its state, which is another graph than that of all later steps: so this
-        costs the small update a second compilation, and not the network.
+        In its first step an optimizer creates its state, which is another graph than that of all later steps: so only
+        the small update is compiled twice, and not the network.
         """
         _run()
 
@@ -193,21 +193,21 @@ class SPMDStrategy(SingleDeviceStrategy):
         return result
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run each step by itself: all of an evaluation would be one graph, compiled for its length."""
+        """Run each step by itself: else a whole evaluation would be one graph, compiled for its length."""
         return self._run_whole(super().validation_step(*args, **kwargs))
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Likewise."""
+        """Run each step by itself, as in validation."""
         return self._run_whole(super().test_step(*args, **kwargs))
 
     def _run_whole(self, result: Any) -> dict[str, Tensor]:
-        """Run what was collected, with each of its results whole on every chip.
+        """Run the graph, with each of its results replicated on every chip.
 
-        Fetching one that lies in shares would compile a program to put it together, each time (torch-xla 2.9).
+        Fetching a sharded one would compile a program to gather it, each time (torch-xla 2.9).
         """
         from torch_xla.distributed import spmd
 
-        # New tensors: one that lies in shares, or its clone, can't be marked again.
+        # New tensors: a sharded one, or its clone, can't be marked again.
         whole = {name: (tensor * 1).to(tensor.dtype) for name, tensor in result.items()}
         for tensor in whole.values():
             spmd.mark_sharding(tensor, self._mesh, (None,) * tensor.dim())
@@ -215,11 +215,11 @@ class SPMDStrategy(SingleDeviceStrategy):
         return whole
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Parameters in host memory, fetched at once."""
+        """Parameters in host memory, fetched together."""
         return cast("dict[str, Any]", _to_host(super().lightning_module_state_dict()))
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """The optimizer's state likewise."""
+        """The optimizer's state in host memory, fetched together."""
         return cast("dict[str, Tensor]", _to_host(super().optimizer_state(optimizer)))
 
 
@@ -240,5 +240,5 @@ def _run() -> None:
 def _to_host(state: Any) -> Any:
     import torch_xla.core.xla_model as xm
 
-    # A copy: checkpoints are written by a thread while the next step changes what is here.
+    # A copy: checkpoints are written by a thread while the next step changes the tensors.
     return xm._maybe_convert_to_cpu(state)

@@ -1,4 +1,4 @@
-"""What a run on XLA leaves in run_dir besides: compiled steps, counts, and a trace if it is asked for."""
+"""Callbacks of runs on XLA: cache of compiled steps, compilation counts, profiler trace."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ log = logging.getLogger(__name__)
 
 PUBLISH_SECONDS = 30.0
 TRACED = (5, 10)
-"""First and last step of a trace, counted from this start: the first ones compile."""
+"""First and last step of a trace, counted from this attempt: the first ones compile."""
 
 
 class CompilationCache(Callback):
-    """Keeps compiled steps in ``run_dir/xla``, so that a restart need not compile them again.
+    """Cache of compiled steps in ``run_dir/xla``, so that a restart need not compile them again.
 
     Args:
         run_dir: of the run.
 
     Attributes:
-        folder: the local copy, filled with what earlier starts have compiled; without it this one compiles itself.
+        folder: the local copy, with the compiled steps of earlier attempts where they can be read.
     """
 
     def __init__(self, run_dir: str) -> None:
@@ -47,7 +47,7 @@ class CompilationCache(Callback):
             log.warning("compiled steps of earlier starts could not be read: %s", error)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to publish."""
+        """Start to publish."""
         if trainer.is_global_zero:
             self._publisher = Periodic("xla-cache", PUBLISH_SECONDS, self.publish)
 
@@ -56,7 +56,7 @@ class CompilationCache(Callback):
         self._close(publish=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Likewise, a preemption is one; unless it is the bucket that fails."""
+        """Publish the rest (a preemption is an exception, too), unless the bucket fails."""
         self._close(publish=not isinstance(exception, StorageOutage))
 
     def _close(self, *, publish: bool) -> None:
@@ -67,7 +67,7 @@ class CompilationCache(Callback):
                 self.publish()
 
     def publish(self) -> None:
-        """Upload what was compiled since; a bucket out of reach delays it."""
+        """Upload newly compiled steps; if the bucket cannot be reached, the next call does."""
         try:
             for file in sorted(path for path in self.folder.iterdir() if path.name != temporary.OWNER):
                 if file.is_file() and file.name not in self._published:
@@ -100,7 +100,7 @@ class Trace(Callback):
         self._folder: Path | None = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Begin and end it between steps."""
+        """Start and stop the trace between steps."""
         from torch_xla.debug import profiler
 
         self._steps += 1
@@ -111,7 +111,7 @@ class Trace(Callback):
             self._end()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End it where the run was shorter."""
+        """Stop the trace of a shorter run."""
         self._end()
 
     def _end(self) -> None:
@@ -130,10 +130,10 @@ class Trace(Callback):
 
 
 def counts() -> dict[str, int]:
-    """What happened so far.
+    """Counts since the process began.
 
-    ``compilations``: a graph whose shapes are constant has one; ``cache_misses``: of these, what earlier starts had not
-    compiled either; ``host_waits``: how often the host fetched a value.
+    ``compilations``: graphs compiled, one per graph of constant shapes; ``cache_misses``: those that earlier attempts
+    had not compiled either; ``host_waits``: values that the host fetched.
     """
     from torch_xla.debug import metrics
 

@@ -1,4 +1,4 @@
-"""What is done to a sample's pixels before the model sees them."""
+"""Resizing and seeded augmentation of a sample's pixels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def resize(image: Tensor, image_size: int, mode: ResizeMode) -> Tensor:
 
 
 def seeded(transform: v2.Transform, image: Tensor, seed: int) -> Tensor:
-    """``transform(image)``, its random draws a function of ``seed`` alone; call it within :func:`own_generators`."""
+    """``transform(image)`` with random draws that depend only on ``seed``; call it within :func:`own_generators`."""
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would take 2 ms, and memory, for absent GPUs
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -38,7 +38,7 @@ def seeded(transform: v2.Transform, image: Tensor, seed: int) -> Tensor:
 
 @contextlib.contextmanager
 def own_generators() -> Iterator[None]:
-    """Put the process's generators, which torchvision draws from, back as they were."""
+    """Restore the process's generators, which torchvision draws from, at the end of the context."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[]):
         yield

@@ -19,21 +19,21 @@ from job.storage.local_cache import DISK_FULL, locked, private_folder, read_smal
 log = logging.getLogger(__name__)
 
 _TRAILER = struct.Struct("<QL")
-"""Size and CRC-32 of the content before it: a file that was cut or changed is not believed."""
+"""Size and CRC-32 of the content before it: a file that was cut or changed is detected."""
 ACCOUNTED_BYTES = 1 << 20
-"""What a process writes before it tells the others."""
+"""Bytes that a process writes before it updates the shared total."""
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
 KEPT_AFTER_EVICTION = 0.9
 STALE_SECONDS = 3600
-"""Age at which an unfinished file belongs to a process that is gone."""
+"""Age at which an unfinished file counts as stale."""
 
 
 _counting = threading.Lock()
-"""Between the threads of one process; a lock of its own a cache could not send to another."""
+"""Excludes the threads of one process; as an attribute it would keep a cache from being pickled."""
 
 
 class SampleCache:
-    """Files by key, the least recently used of which are removed when there are too many bytes.
+    """A least-recently-used cache of files by key, bounded in bytes.
 
     A file appears by rename, whole. The total is kept in a file under a lock, and may exceed ``limit``
     by :data:`ACCOUNTED_BYTES` and a file for each process that writes.
@@ -49,10 +49,10 @@ class SampleCache:
         self._total = folder / "total"
         self._full = False
         self._unaccounted = 0
-        self._token = uuid.uuid4().hex  # containers may share the folder, and number their processes alike
+        self._token = uuid.uuid4().hex  # containers may share the folder, and have equal PIDs
 
     def recount(self) -> None:
-        """Make the folder, sweep up after processes that were killed, and count what is there.
+        """Create the folder, delete stale temporary files, and count the bytes in it.
 
         Raises:
             OSError: the folder cannot be written.
@@ -69,7 +69,7 @@ class SampleCache:
         try:
             with open(path, "rb", buffering=0) as file:
                 stored = file.read() or b""
-        except OSError:  # not there, or the disk's trouble: the bucket has it
+        except OSError:  # missing or unreadable: it is read from the bucket
             return None
         content, trailer = stored[: -_TRAILER.size], stored[-_TRAILER.size :]
         if trailer != _trailer(content):
@@ -82,7 +82,7 @@ class SampleCache:
         return content
 
     def put(self, key: str, content: bytes) -> None:
-        """Store ``content``; with a full or unwritable disk nothing is stored, and said once."""
+        """Store ``content``; when the disk is full or unwritable, warn once and store nothing."""
         if self._full:
             return
         path = self._path(key)
@@ -110,11 +110,11 @@ class SampleCache:
             self.give_up(error)
 
     def give_up(self, error: OSError) -> None:
-        """Store nothing from here on; the reason is logged once."""
+        """Store nothing from now on; the reason is logged once."""
         if self._first_failure():
             reason = "is full" if error.errno in DISK_FULL else f"cannot be written ({error.strerror})"
             log.warning(
-                "%s %s: from here on images are read from where they lie. Choose another place by --data.cache_dir, "
+                "%s %s: from here on images are read without a cache. Choose another folder by --data.cache_dir, "
                 "or a smaller --data.cache_gb.",
                 self.folder,
                 reason,
@@ -122,8 +122,8 @@ class SampleCache:
 
     def _first_failure(self) -> bool:
         with _counting:
-            known, self._full = self._full, True
-        return not known
+            was_full, self._full = self._full, True
+        return not was_full
 
     def _account(self) -> None:
         with locked(self._total):
@@ -136,17 +136,17 @@ class SampleCache:
         return f"{self.folder}/{name[:2]}/{name[2:]}"
 
     def _entries(self) -> list[tuple[float, int, str]]:
-        """(last use, bytes, path) of all files; unfinished ones of processes that are gone are removed."""
-        found = []
+        """(last use, bytes, path) of all files; deletes stale unfinished ones."""
+        entries = []
         for folder in (each for each in os.scandir(self.folder) if each.is_dir(follow_symlinks=False)):
             for entry in os.scandir(folder.path):
                 with contextlib.suppress(FileNotFoundError):  # another process evicts, too
                     details = entry.stat(follow_symlinks=False)
                     if not entry.name.startswith("."):
-                        found.append((details.st_mtime, details.st_size, entry.path))
+                        entries.append((details.st_mtime, details.st_size, entry.path))
                     elif time.time() - details.st_mtime > STALE_SECONDS:
                         Path(entry.path).unlink()
-        return found
+        return entries
 
     def _evict(self, entries: list[tuple[float, int, str]]) -> int:
         """Remove the least recently used until there is room; returns the bytes that stay."""
@@ -162,7 +162,7 @@ class SampleCache:
         return total
 
     def _read_total(self) -> int:
-        """Bytes in all, as the file says, or counted where it holds anything else than a plausible number."""
+        """The total in the file, or a count where the file holds no plausible number."""
         stored = read_small(self._total)
         if stored is not None and stored.isdigit() and len(stored) <= 15:
             return int(stored)

@@ -1,4 +1,4 @@
-"""The data of a run, as a LightningDataModule."""
+"""LightningDataModule of a run's images."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class ImageDataModule(pl.LightningDataModule):
         log.info("%d classes; images: %s", len(self.classes), sizes)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a run that resumes must have in common with this one, by name."""
+        """Values that must be equal when a run resumes, by name."""
         return {
             "data.train": self.parts["train"].fingerprint(),
             "data.global_batch_size": self.global_batch_size,
@@ -162,7 +162,7 @@ class ImageDataModule(pl.LightningDataModule):
         }
 
     def train_dataloader(self) -> BatchLoader:
-        """Every training sample once an epoch, in the order of (seed, epoch)."""
+        """Every training sample once per epoch, shuffled by (seed, epoch)."""
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> BatchLoader:
@@ -193,21 +193,21 @@ class ImageDataModule(pl.LightningDataModule):
         return Preprocessing(self.image_size, self.resize)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Raise what a loader process reported, and hold unreadable samples against the limit."""
+        """Raise the error of a loader, and count unreadable samples."""
         if batch["error"] is not None:
             raise batch["error"]
         self.report_bad(batch["bad"])
         return batch
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move the tensors; as Lightning would, without a search through each value for what else could be moved."""
+        """Move the tensors, without Lightning's recursive search through each value."""
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 batch[name] = value.to(device, non_blocking=device.type == "cuda")  # type: ignore[literal-required]
         return batch
 
     def report_bad(self, problems: Iterable[str]) -> None:
-        """Hold unreadable samples against the limit.
+        """Count unreadable samples.
 
         Raises:
             DataError: there are too many.
@@ -219,12 +219,12 @@ class ImageDataModule(pl.LightningDataModule):
         require_few_bad(self.bad_samples, self.max_bad_samples)
 
     def share_bad_samples(self) -> None:
-        """Tell all ranks which samples any of them could not read, at the end of an epoch."""
+        """Union of the unreadable samples of all ranks, at the end of an epoch."""
         self.bad_samples = ranks.union(self.bad_samples)
         require_few_bad(self.bad_samples, self.max_bad_samples)
 
     def _find_index(self) -> str:
-        """URI of the index's folder: the one that an earlier start left in run_dir, or one that is made now."""
+        """URI of the index's folder: that of an earlier attempt in run_dir, or a new one."""
         request = {"uris": self.uris, "val_fraction": self.val_fraction, "seed": self.seed}
         name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
         uri = storage.join(self._run_dir(), "index", name)
@@ -244,7 +244,7 @@ class ImageDataModule(pl.LightningDataModule):
     def _run_dir(self) -> str:
         if self.trainer is not None:
             return self.trainer.default_root_dir
-        self._own_folder = tempfile.TemporaryDirectory()  # for whoever uses the data alone
+        self._own_folder = tempfile.TemporaryDirectory()  # for use without a Trainer
         return self._own_folder.name
 
     def _open_cache(self) -> None:

@@ -1,4 +1,4 @@
-"""From an encoded image to pixels, as fast as libjpeg-turbo goes."""
+"""Decode images; JPEGs by libjpeg-turbo, scaled while decoding."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def decode(content: bytes, at_least: int = 0) -> Tensor:
 
 
 def _jpeg(content: bytes, at_least: int) -> Pixels | None:
-    """uint8 [H, W, 3], or None for what Pillow should look at: damage and CMYK."""
+    """uint8 [H, W, 3]; None for files that Pillow should decode: damaged ones and CMYK."""
     try:
         height, width, colourspace, _ = simplejpeg.decode_jpeg_header(content)
         _refuse_bomb(width * height, "JPEG")

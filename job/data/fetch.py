@@ -1,4 +1,4 @@
-"""The bytes of samples: many requests in flight, retried, hedged, cached; in the process that needs them."""
+"""Fetch samples: many requests in flight, retried, hedged and cached."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from job.storage.checksums import TooLarge
 REQUESTS = storage.CONNECTIONS
 """Requests that a process has in flight."""
 GAP_BYTES = 64 << 10
-"""A hole between two ranges that is cheaper to read over than to ask twice."""
+"""A gap between two ranges that is cheaper to read than to send a second request."""
 REQUEST_BYTES = 8 << 20
 """Ranges are joined up to this size."""
 ATTEMPT_SECONDS = 30.0
-"""A request that takes longer is given up and made again."""
+"""A request that takes longer is cancelled and sent again."""
 RETRY_SECONDS = 120.0
-"""How long a range is asked for before the bucket counts as out of reach."""
+"""Time after which a range that cannot be fetched is an error."""
 HEDGE_AFTER = 3.0
-"""A second request is made when the first takes this many times the 95th percentile …"""
+"""Hedged request: sent when the first takes this many times the 95th percentile of latencies …"""
 HEDGE_LEAST_SECONDS = 0.25
-"""… and at least this long; for fewer than :data:`HEDGE_SHARE` of all requests, lest a slow bucket gets slower."""
+"""… and at least this long; for less than :data:`HEDGE_SHARE` of all requests, so as not to slow down a slow bucket."""
 HEDGE_SHARE = 0.05
 LATENCIES = 50
-"""Requests whose times tell what is late."""
+"""Requests per estimate of the 95th percentile."""
 BATCHES_AT_ONCE = 32
 
 
@@ -61,11 +61,11 @@ class Range(NamedTuple):
 class Fetched(NamedTuple):
     """A sample as it was read; :meth:`Fetcher.content` unpacks it.
 
-    What is fetched ahead stays packed, so that it takes the memory that the index tells, whatever it expands to.
+    Prefetched samples stay packed, so that their memory is what the index says, whatever they expand to.
 
     Attributes:
-        sample: where it lies.
-        raw: what lies there, or why it is not read.
+        sample: its place.
+        raw: its bytes, or the error for which it is not read.
         is_stored: it need not be put into the cache.
     """
 
@@ -84,7 +84,7 @@ class Fetcher:
 
     Args:
         cache_dir: local folder of copies of archives that cannot be read in parts.
-        cache: where samples from buckets are kept; None: nowhere.
+        cache: of samples from buckets; None: no cache.
     """
 
     def __init__(self, index: Index, cache_dir: str, cache: SampleCache | None = None) -> None:
@@ -95,12 +95,12 @@ class Fetcher:
         self._pool = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="fetch")
         self._slots: asyncio.Semaphore | None = None
         self._seconds: list[float] = []
-        self._patience = ATTEMPT_SECONDS / 2  # until enough latencies are known
-        self._asked = 0
+        self._patience = ATTEMPT_SECONDS / 2  # until there is an estimate
+        self._requests = 0
         self._hedged = 0
 
     def start(self, samples: npt.NDArray[np.int64]) -> Future[list[Fetched]]:
-        """Begin to read; the future gives each sample as it lies in its source.
+        """Start to read; the future returns each sample as it is stored in its source.
 
         The future raises :class:`~job.errors.StorageError` where a sample cannot be read at all.
         """
@@ -153,13 +153,13 @@ class Fetcher:
         contents: dict[Range, bytes | DataError] = {
             one: self._read_waiting(one) for one in ranges if not self._reader(one.source).is_async
         }
-        if asked := [one for one in ranges if one not in contents]:
+        if remote := [one for one in ranges if one not in contents]:
 
             async def gathered() -> list[bytes | DataError]:
-                return await asyncio.gather(*(self._fetch(one) for one in asked))
+                return await asyncio.gather(*(self._fetch(one) for one in remote))
 
-            answers = asyncio.run_coroutine_threadsafe(gathered(), self._reader(asked[0].source).loop)
-            contents |= zip(asked, answers.result(), strict=True)
+            answers = asyncio.run_coroutine_threadsafe(gathered(), self._reader(remote[0].source).loop)
+            contents |= zip(remote, answers.result(), strict=True)
         found: dict[int, bytes | DataError] = {}
         for one, content in contents.items():
             for number in one.samples:
@@ -178,7 +178,7 @@ class Fetcher:
             return _too_large()
 
     async def _fetch(self, one: Range) -> bytes | DataError:
-        """One range, again and again while the bucket is in trouble, with jittered backoff."""
+        """Fetch one range; retry with jittered backoff while the bucket has an outage."""
         if self._slots is None:
             self._slots = asyncio.Semaphore(REQUESTS)
         deadline, pause, lengths = time.monotonic() + RETRY_SECONDS, 0.25, []
@@ -200,7 +200,7 @@ class Fetcher:
                 pause = min(pause * 2, 16.0)
 
     async def _hedged_request(self, one: Range) -> bytes:
-        """One attempt; a straggler gets a second request beside it, and whichever answers first wins."""
+        """One attempt; a slow request is hedged by a second one, and the first response wins."""
         deadline = time.monotonic() + ATTEMPT_SECONDS
         tasks = {asyncio.ensure_future(self._request(one))}
         patience = self._patience
@@ -219,7 +219,7 @@ class Fetcher:
                     failure = error
                 if not done and left <= patience:
                     break
-                if not done and self._hedged <= HEDGE_SHARE * self._asked:
+                if not done and self._hedged <= HEDGE_SHARE * self._requests:
                     self._hedged += 1
                     tasks.add(asyncio.ensure_future(self._request(one)))
                     patience = ATTEMPT_SECONDS
@@ -229,7 +229,7 @@ class Fetcher:
         raise failure
 
     async def _request(self, one: Range) -> bytes:
-        self._asked += 1
+        self._requests += 1
         began = time.monotonic()
         start, length = max(one.offset, 0), None if one.offset < 0 else one.size
         content = await self._reader(one.source).fetch(one.key, start, length, one.size)
@@ -241,12 +241,12 @@ class Fetcher:
         return content
 
     def _require_unchanged(self, one: Range, lengths: list[int]) -> None:
-        """Tell an object that changed from an answer that was cut: thrice the same length is no accident."""
+        """Distinguish a changed object from a truncated response: three equal lengths are no accident."""
         if len(lengths) >= 3 and len(set(lengths[-3:])) == 1:
             raise _changed(self._uri(one), lengths[-1], one.size)
 
     def _store(self, sample: Sample, raw: bytes | DataError) -> bool:
-        """Put what came from a bucket into the cache, unless it must be unpacked first to know that it is sound."""
+        """Put a sample from a bucket into the cache, unless it must be unpacked first to be verified."""
         if format_of(self.index.sources[sample.source]).is_packed:
             return False
         if self.cache and isinstance(raw, bytes):
@@ -261,7 +261,7 @@ class Fetcher:
     def _reader(self, source: int) -> storage.Reader:
         if source not in self._readers:
             access = self.index.access
-            with access.guarded():  # the reader keeps the filesystem that it is made with
+            with access.guarded():  # the reader keeps the filesystem that is opened here
                 root = materialise(self.index.sources[source], self.cache_dir, access)
                 self._readers[source] = storage.Reader(root, LARGEST_MEMBER)
         return self._readers[source]
@@ -273,7 +273,7 @@ class Fetcher:
     def _cache_key(self, sample: Sample) -> str:
         version = str(sample.version or self.index.created)
         source = self.index.sources[sample.source]
-        # What lies in a zip is kept as it lies there; earlier versions kept it unpacked.
+        # Members of a zip are cached packed; earlier versions cached them unpacked.
         place = f"{sample.offset} {sample.size}" + (" packed" if format_of(source).is_packed else "")
         return "\0".join((source.uri, sample.key, place, version))
 

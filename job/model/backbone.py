@@ -14,7 +14,7 @@ from torch import nn
 
 from job.errors import ConfigError, JobError, WeightsError
 from job.model.skeleton import WithoutMemory
-from job.model.weights import PretrainedWeights, load_weights, read_weights
+from job.model.weights import PretrainedWeights, load_weights
 
 TIMM = "timm/"
 CONVERTS_IMAGES = ("googlenet", "inception_v3")
@@ -28,8 +28,8 @@ def build_backbone(name: str, weights: str | PretrainedWeights = "none", image_s
 
     Args:
         name: one of ``torchvision.models.list_models()``, or ``timm/NAME``.
-        weights: ``DEFAULT`` (the library's own pretrained weights, downloaded), ``none`` (random), the URI of a state
-            dict or checkpoint, or what :func:`~job.model.weights.read_weights` has read from there.
+        weights: ``DEFAULT`` (the library's own pretrained weights, downloaded), ``none`` (random), or tensors that
+            :func:`~job.model.loading.read_weights` has read.
         image_size: height and width of images, for torchvision's vision transformers, whose weights depend on it.
 
     Returns:
@@ -37,13 +37,11 @@ def build_backbone(name: str, weights: str | PretrainedWeights = "none", image_s
 
     Raises:
         ConfigError: no such architecture, or timm is not installed.
-        WeightsError: the weights cannot be read, or belong to another architecture.
+        WeightsError: the weights cannot be downloaded, or belong to another architecture.
     """
     pretrained = weights == "DEFAULT"
     backbone, head_prefixes = _build(name, pretrained, image_size)
-    if weights not in ("DEFAULT", "none"):
-        if isinstance(weights, str):
-            weights = read_weights(weights)
+    if isinstance(weights, PretrainedWeights):
         load_weights(backbone, weights.state, weights.uri, name, head_prefixes, lambda: _whole_state(name, image_size))
     return backbone
 

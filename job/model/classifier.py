@@ -15,7 +15,7 @@ from job.model.memory_format import memory_format
 from job.model.normalisation import complete_normalisation
 from job.model.spec import FORMAT, ClassifierSpec, decode_spec, require_state
 from job.model.sync_batchnorm import restore_norms, special_norms
-from job.model.weights import read_weights, versioned
+from job.model.weights import PretrainedWeights, versioned
 
 if TYPE_CHECKING:
     # It imports Lightning, which prediction does without.
@@ -119,18 +119,30 @@ class Classifier(nn.Module):
         }
 
 
-def build_classifier(config: ModelConfig, *, classes: Sequence[str], image_size: int, device_type: str) -> Classifier:
-    """Build the network of a run, with its pretrained weights.
+def build_classifier(
+    config: ModelConfig,
+    weights: str | PretrainedWeights,
+    *,
+    classes: Sequence[str],
+    image_size: int,
+    device_type: str,
+) -> Classifier:
+    """Build the network of a run.
+
+    Args:
+        config: the hyperparameters.
+        weights: pretrained weights, as for :func:`~job.model.backbone.build_backbone`.
+        classes: class names, in the order of labels.
+        image_size: height and width of images, in pixels.
+        device_type: type of the device that computes.
 
     Raises:
         ConfigError: there is no such backbone, or it does not take images of this size.
-        WeightsError: the weights cannot be read, or belong to another architecture.
-        CheckpointError: the weights are a run_dir without a good checkpoint.
+        WeightsError: the weights cannot be downloaded, or belong to another architecture.
     """
     # In host memory, by the host's generator: initial weights do not depend on the accelerator.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        weights = config.weights if config.weights in ("DEFAULT", "none") else read_weights(config.weights)
         backbone = build_backbone(config.backbone, weights, image_size)
         mean, std = complete_normalisation(config.mean, config.std, config.backbone, weights)
         return Classifier(

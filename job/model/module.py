@@ -29,10 +29,10 @@ from job.model.divergence import DivergenceGuard
 from job.model.ema import WeightAverage, extract_averages
 from job.model.freeze import Stage, apply_stage, stage_at
 from job.model.head import cpu_threads, is_small_head
+from job.model.loading import read_pretrained, restore_module
 from job.model.memory_format import log_layout
 from job.model.metrics import EvaluationMetrics
 from job.model.optimizer import OptimizerTrial, fuse, make_optimizer, make_scheduler, parameter_groups
-from job.model.restore import restore_module
 from job.model.scheduling import plateau_settings
 from job.model.spec import net_state, require_same_network, require_state
 from job.model.steps import accumulation, optimizer_steps, window_samples
@@ -95,7 +95,11 @@ class TransferLearningModel(pl.LightningModule):
             self._require_possible_on_xla()
         data = self.data
         self.net = build_classifier(
-            self.config, classes=data.classes, image_size=data.image_size, device_type=device.type
+            self.config,
+            read_pretrained(self.config.weights),
+            classes=data.classes,
+            image_size=data.image_size,
+            device_type=device.type,
         )
         if self.trainer.state.fn == "fit":
             log_layout(self.net.name, self.net.memory_format, device.type)

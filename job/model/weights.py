@@ -1,4 +1,4 @@
-"""Loading of pretrained weights: state dicts from this job, torchvision, timm and Lightning."""
+"""Fitting of pretrained weights to a backbone: state dicts of this job, torchvision, timm and Lightning."""
 
 from __future__ import annotations
 
@@ -6,28 +6,21 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from job import checkpoint, storage
-from job.checkpoint.state import CLASSIFIER_KEY
 from job.errors import WeightsError
-from job.model.spec import ClassifierSpec, decode_spec
-from job.storage.tensor_file import load_tensors, printable
+from job.model.spec import ClassifierSpec
+from job.storage.tensor_file import printable
 
 log = logging.getLogger(__name__)
 
-FILE_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".safetensors")
-EMA_SECTIONS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
-SECTIONS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "backbone", "weights")
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Parts of names that torch.compile, FSDP and activation checkpointing insert."""
 PREFIXES = re.compile(r"((module|model|net|network|backbone|encoder|student|ema|online)\.)*")
 """Prefixes of a backbone's names: attributes of DDP, Lightning modules and this job."""
 COUNTER = ".num_batches_tracked"
-MAX_DEPTH = 4
 
 
 class PretrainedWeights(NamedTuple):
@@ -42,78 +35,6 @@ class PretrainedWeights(NamedTuple):
     uri: str
     state: dict[str, Tensor]
     classifier: ClassifierSpec | None
-
-
-def read_weights(uri: str) -> PretrainedWeights:
-    """Read a file of tensors; pickled code is never run.
-
-    Args:
-        uri: a .pth, .ckpt or .safetensors file, or a run_dir of this job (its best checkpoint).
-
-    Raises:
-        WeightsError: the file holds no state dict of tensors.
-        CheckpointError: the run_dir holds no checkpoint, or a damaged one.
-        StorageError: it cannot be read.
-    """
-    file = _file(uri)
-    if file.endswith(checkpoint.SUFFIX) and storage.exists(checkpoint.manifest_uri(file)):
-        loaded: Any = checkpoint.load(file)
-        classifier = decode_spec(loaded[CLASSIFIER_KEY], uri)
-    else:
-        loaded, classifier = load_tensors(storage.read_bytes(file), file), None
-    return PretrainedWeights(uri, _state_dict(loaded, file), classifier)
-
-
-def _file(uri: str) -> str:
-    """The file that ``--model.weights`` refers to."""
-    if uri.lower().endswith(FILE_SUFFIXES):
-        return uri
-    if uri.rstrip("/").endswith((f"/{checkpoint.FOLDER}/best", f"/{checkpoint.FOLDER}/last")):
-        return checkpoint.resolve(uri)
-    return checkpoint.resolve(uri) if storage.info(uri.rstrip("/")).get("type") == "directory" else uri
-
-
-def _state_dict(loaded: Any, uri: str) -> dict[str, Tensor]:
-    """Find the state dict in the sections of a training script's checkpoint, EMA weights first."""
-    path: list[str] = []
-    for _ in range(MAX_DEPTH):
-        if not isinstance(loaded, Mapping) or not all(isinstance(key, str) for key in loaded):
-            break
-        sections = [name for name in (*EMA_SECTIONS, *SECTIONS) if _has_tensors(loaded.get(name))]
-        if loaded and not sections and all(isinstance(value, Tensor) for value in loaded.values()):
-            if path:
-                log.info("weights %s: taken from its section %s", uri, ".".join(path))
-            return _plain_tensors(loaded, uri)
-        if not sections:
-            break
-        if len(sections) > 1:
-            chosen = "the EMA weights, " if sections[0] in EMA_SECTIONS else ""
-            log.info("weights %s: of the sections %s, %s%s is used", uri, ", ".join(sections), chosen, sections[0])
-        path.append(sections[0])
-        loaded = loaded[sections[0]]
-    where = f" in its section {'.'.join(path)}" if path else ""
-    raise WeightsError(
-        f"{uri} holds no state dict{where}: a mapping of names to tensors is expected. Save model.state_dict() with "
-        "torch.save, or as .safetensors."
-    )
-
-
-def _has_tensors(value: Any, depth: int = MAX_DEPTH) -> bool:
-    """Whether a section is a state dict, or contains one."""
-    if not isinstance(value, Mapping) or depth == 0:
-        return False
-    if any(isinstance(tensor, Tensor) for tensor in value.values()):
-        return True
-    return any(_has_tensors(value.get(name), depth - 1) for name in (*EMA_SECTIONS, *SECTIONS))
-
-
-def _plain_tensors(state: Mapping[str, Tensor], uri: str) -> dict[str, Tensor]:
-    for name, value in state.items():
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise WeightsError(
-                f"{uri}: {printable(name)} is no ordinary dense tensor. Save the weights as dense tensors."
-            )
-    return dict(state)
 
 
 def load_weights(

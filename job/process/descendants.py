@@ -1,4 +1,4 @@
-"""Processes below this one."""
+"""Child processes of this process, and their children."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 PARENT, START = 1, 19
-"""Places of the parent and of the start, in clock ticks after boot, in :func:`stat_fields`."""
+"""Places of the parent's PID and of the start time, in clock ticks after boot, in :func:`stat_fields`."""
 
 
 def stat_fields(pid: int) -> list[str] | None:
@@ -19,19 +19,19 @@ def stat_fields(pid: int) -> list[str] | None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that ``pid`` has started, and those that they have (proc(5))."""
+    """PIDs of the children of ``pid``, and of theirs; none on a system without proc(5)."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         if (fields := stat_fields(int(folder.name))) is not None:
             parents[int(folder.name)] = int(fields[PARENT])
-    below = [pid]
-    for one in below:
-        below += [child for child, parent in parents.items() if parent == one]
-    return below[1:]
+    pids = [pid]
+    for ancestor in pids:
+        pids += [child for child, parent in parents.items() if parent == ancestor]
+    return pids[1:]
 
 
 def kill_descendants() -> None:
-    """End all processes below this one at once."""
+    """Kill all descendants of this process."""
     for pid in descendants(os.getpid()):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)

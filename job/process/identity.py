@@ -36,17 +36,17 @@ class ProcessId(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"process {self.pid} on {self.host}"
 
     def is_dead(self) -> bool:
-        """Whether this process would see it if it ran, and does not see it; False where that cannot be known."""
-        mine = this_process()
+        """Whether the process has ended; False where this process cannot know, as on another machine."""
+        current = this_process()
         if None in (self.boot, self.namespace, self.start_time):
             return False
-        if (self.boot, self.namespace) != (mine.boot, mine.namespace):
+        if (self.boot, self.namespace) != (current.boot, current.namespace):
             return False
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except OSError:  # of another user, whom hidepid= may hide in /proc
+        except OSError:  # it belongs to another user; hidepid= may hide it in /proc
             pass
         stat = stat_fields(self.pid)
         return stat is not None and (stat[0] in "ZX" or stat[START] != self.start_time)

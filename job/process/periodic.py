@@ -1,4 +1,4 @@
-"""Background threads that survive errors and never keep a process from ending."""
+"""Background threads that survive errors and do not keep a process from ending."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STOP_SECONDS = 10.0
-"""How long the end of a process waits for a background call, which may hang in a request."""
+"""Seconds to wait for a background call at the end of a process; it may hang in a request."""
 
 REPORT_SECONDS = 60.0
-"""Seconds between two log lines on a function that keeps failing."""
+"""Seconds between two log lines about a function that keeps failing."""
 
 
 class Periodic:
     """Calls a function at intervals in a daemon thread.
 
     An exception does not end the thread: the first one of a series is logged with its traceback, the following ones by
-    one line a minute.
+    one line per minute.
 
     Args:
         name: of the thread.
         seconds: between the end of a call and the next call, or a function that returns it.
-        function: what is called.
+        function: called in the thread.
     """
 
     def __init__(self, name: str, seconds: float | Callable[[], float], function: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Signals that ask this process to end: one line, the exit code that a shell reports, no traceback.
+"""Stop signals: end with one line and the exit code that a shell reports, without a traceback.
 
 Imported before anything large, so only the standard library is.
 """
@@ -25,7 +25,7 @@ class Stopped(BaseException):
     """Raised in the main thread by a signal; no ``except Exception`` of a library catches it.
 
     Attributes:
-        exit_code: of the process, as :func:`exit_code` gives it.
+        exit_code: of the process, see :func:`exit_code`.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -46,7 +46,7 @@ def end_at_once(code: int | None = None) -> None:
     """Outside of a :class:`StopSignals`, let a signal end the process at once.
 
     Args:
-        code: exit code of a process that has done its work; None: it is starting, and has begun nothing.
+        code: exit code of a process that has finished its work; None: it is still starting.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -61,9 +61,9 @@ def end_at_once(code: int | None = None) -> None:
 class StopSignals:
     """While the context lasts, the first signal raises :class:`Stopped` in the main thread.
 
-    Whatever the main thread is doing, waiting in C for another rank say, the process ends ``grace`` seconds after the
-    first signal, and at once at a second Ctrl-C. Signals that were ignored when the process began, as nohup does with
-    SIGHUP, stay ignored.
+    Whatever the main thread is doing, such as waiting in C for another rank, the process ends ``grace`` seconds after
+    the first signal, and at once at a second Ctrl-C. Signals that were ignored when the process began, as nohup does
+    with SIGHUP, stay ignored.
 
     Args:
         grace: seconds; None: no limit, for a process whose children have one.
@@ -105,10 +105,10 @@ class StopSignals:
         """Log the first signal, in a thread."""
 
     def __enter__(self: Self) -> Self:
-        self.active = threading.current_thread() is threading.main_thread()  # Python allows handlers there alone
+        self.active = threading.current_thread() is threading.main_thread()  # Python only allows handlers there
         if not self.active:
             return self
-        # A thread reads of a signal in a pipe even while the main thread waits in C.
+        # A thread that reads the wakeup pipe sees a signal even while the main thread waits in C.
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -135,10 +135,10 @@ class StopSignals:
         os.close(self._writer)
 
     def _continue(self, inner: StopSignals) -> None:
-        """Go on where ``inner`` ends: the first signal has been acted upon, and its deadline holds."""
+        """Take over from an ``inner`` context: the first signal has been handled, and its deadline holds."""
         self.first, self._received = inner.first, list(inner._received)
         self.grace, self._deadline = inner.grace, inner._deadline
-        os.write(self._writer, b"\0")  # lets the thread see the deadline
+        os.write(self._writer, b"\0")  # wakes the thread, which then reads the deadline
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.first is None:
@@ -150,11 +150,11 @@ class StopSignals:
             raise Stopped("stopped at once by a second Ctrl-C: what was not saved is lost.", exit_code(number))
 
     def _leave_terminal(self) -> None:
-        """Write to nowhere what would go to a terminal that is gone: each write would raise an error."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+        """Redirect output to /dev/null when the terminal is gone: each write would raise an error."""
+        null_device = os.open(os.devnull, os.O_WRONLY)
         for fd in self._terminals:
-            os.dup2(nowhere, fd)
-        os.close(nowhere)
+            os.dup2(null_device, fd)
+        os.close(null_device)
 
     def _watch(self) -> None:
         poll = select.poll()
@@ -187,7 +187,7 @@ class StopSignals:
 
 
 def _handled() -> list[signal.Signals]:
-    """Those signals that the parent does not want to be ignored."""
+    """Stop signals that are not ignored, as nohup ignores SIGHUP."""
     return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 

@@ -1,4 +1,4 @@
-"""Output for people: tables, lines and log records in which no name can act as markup, colour or a line of its own.
+"""Safe output of tables, lines and log records: no name can act as markup, colour or a line of its own.
 
 Names of files and classes come from data sets that others have made. Everything printed or logged goes through here:
 credentials are redacted, control characters are escaped, markup is never interpreted.
@@ -48,12 +48,12 @@ def escape(text: str, *, newlines: bool = False) -> str:
 
 
 def clean(text: str) -> str:
-    """A message of several lines as it may be shown: redacted and escaped."""
+    """A message of several lines, redacted and escaped."""
     return escape(redact(text), newlines=True)
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:
-    """Print a message, whatever the encoding of the terminal."""
+    """Print a message; characters that the terminal cannot encode are escaped."""
     stream = file or sys.stdout
     _write(stream, clean(text) + "\n")
 
@@ -66,7 +66,7 @@ def print_table(
     right: Sequence[str] = (),
     fold: bool = False,
 ) -> None:
-    """Print a table whose cells are shown as they are.
+    """Print a table; cells are not interpreted as markup.
 
     Args:
         columns: headings; none are shown where all are empty.
@@ -87,7 +87,7 @@ def print_table(
 
 
 class SafeFormatter(logging.Formatter):
-    """Redacts and escapes what another formatter makes of a record, its traceback included."""
+    """Formatter that redacts and escapes the output of another formatter, tracebacks included."""
 
     def __init__(self, inner: logging.Formatter) -> None:
         super().__init__()

@@ -20,7 +20,6 @@ from pytorch_lightning.callbacks import Callback
 
 from job.cluster import ranks
 from job.errors import EXIT_RETRY, ConfigError
-from job.model.freeze import Stage
 from job.process import temporary
 from job.process.periodic import Periodic, call_within
 from job.torch_internals import connect_default_store
@@ -114,7 +113,7 @@ class Watchdog(Callback):
         self._threads: list[Periodic] = []
         self._checked_at = time.monotonic()
         self._paused: tuple[Progress, float] = (self._progress, 0.0)
-        self._stage: Stage | None = None
+        self._stage: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start watching."""

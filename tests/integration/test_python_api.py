@@ -169,3 +169,33 @@ def test_importing_the_package_imports_neither_torch_nor_lightning() -> None:
     assert result.stdout.startswith("set()")
     assert "TransferLearningModel" in result.stdout
     assert issubclass(ConfigError, JobError)
+
+
+def test_a_second_ctrl_c_raises_at_once(colours: Path, tmp_path: Path) -> None:
+    """In a step that takes long: the first one waits for its end."""
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom pytorch_lightning.callbacks import Callback\n"
+        "class Slow(Callback):\n"
+        "    def on_train_batch_start(self, *args):\n"
+        "        print('step', flush=True)\n"
+        "        [time.sleep(0.1) for _ in range(600)]\n"
+    )
+    process = script(
+        tmp_path,
+        config(tmp_path / "run", colours, trainer__callbacks=[{"class_path": "slow.Slow"}]),
+        """
+        try:
+            job.fit(config)
+        except KeyboardInterrupt as error:
+            print("KeyboardInterrupt", error)
+        """,
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["began\n", "step\n"]
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, output + errors
+    assert output.startswith("KeyboardInterrupt stopped at once by a second Ctrl-C")

@@ -12,6 +12,7 @@ from job.data.datamodule import ImageDataModule
 from job.errors import CheckpointError
 from job.model.classifier import build_classifier
 from job.model.config import ModelConfig
+from job.model.loading import read_pretrained
 from job.model.module import TransferLearningModel
 from job.monitoring.tensorboard import BucketTensorBoardLogger
 
@@ -114,8 +115,8 @@ def test_a_run_dir_of_pretrained_weights_is_read_once(trained: dict[str, str], m
         return read_bytes(uri)
 
     monkeypatch.setattr(storage, "read_bytes", counted)
-    config = ModelConfig(backbone="timm/test_resnet", weights=trained["run_dir"])
-    net = build_classifier(config, classes="ab", image_size=32, device_type="cpu")
+    config, weights = ModelConfig(backbone="timm/test_resnet"), read_pretrained(trained["run_dir"])
+    net = build_classifier(config, weights, classes="ab", image_size=32, device_type="cpu")
     assert net.mean.flatten().tolist() == pytest.approx([0.4, 0.4, 0.4])
     assert [uri for uri in read if uri.endswith(".ckpt")] == [checkpoint.resolve(trained["run_dir"])]
 

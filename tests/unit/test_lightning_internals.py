@@ -113,7 +113,7 @@ def test_each_step_of_a_restore_runs_within_the_context(tmp_path: Path) -> None:
 
 
 def test_the_counters_of_a_checkpoint(tmp_path: Path) -> None:
-    counters: list[internals.LoopCounters] = []
+    counters: list[tuple[int, int, int]] = []
 
     def note(trainer: pl.Trainer) -> None:
         counters.append(internals.loop_counters(trainer.fit_loop.state_dict()))

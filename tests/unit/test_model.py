@@ -13,6 +13,7 @@ from job.errors import ConfigError, WeightsError
 from job.model.backbone import build_backbone, feature_width
 from job.model.classifier import Classifier, from_spec
 from job.model.freeze import Stage, apply_stage, split_layers, stage_at
+from job.model.loading import read_weights
 from job.model.task import per_sample_loss, probabilities
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -72,25 +73,25 @@ def test_weights_come_from_a_uri(suffix: str, tmp_path: Path) -> None:
         torch.save({"state_dict": {f"module.{k}": v for k, v in whole.state_dict().items()}}, uri)
     else:
         safetensors.torch.save_file(whole.state_dict(), uri)
-    assert torch.equal(build_backbone("resnet18", uri).conv1.weight, whole.conv1.weight)
+    assert torch.equal(build_backbone("resnet18", read_weights(uri)).conv1.weight, whole.conv1.weight)
 
 
 def test_weights_of_another_architecture_are_named(tmp_path: Path) -> None:
     uri = str(tmp_path / "w.pth")
     torch.save(torchvision.models.resnet34().state_dict(), uri)
     with pytest.raises(WeightsError, match=r"do not fit the backbone resnet18; .* not of this architecture: layer1\.2"):
-        build_backbone("resnet18", uri)
+        build_backbone("resnet18", read_weights(uri))
     state = torchvision.models.resnet18().state_dict()
     state["conv1.weight"] = state["conv1.weight"][:, :1]
     torch.save(state, uri)
     with pytest.raises(WeightsError, match=r"conv1\.weight is \(64, 1, 7, 7\), expected \(64, 3, 7, 7\)"):
-        build_backbone("resnet18", uri)
+        build_backbone("resnet18", read_weights(uri))
 
 
 def test_pickled_code_is_never_run(tmp_path: Path) -> None:
     torch.save({"a": Explosive(tmp_path / "exploded")}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="cannot be loaded safely: it holds an object made by"):
-        build_backbone("resnet18", str(tmp_path / "w.pth"))
+        build_backbone("resnet18", read_weights(str(tmp_path / "w.pth")))
     assert not (tmp_path / "exploded").exists()
 
 

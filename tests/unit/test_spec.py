@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import REPOSITORY
 
 from job import predict
 from job.errors import CheckpointError, ConfigError
@@ -142,3 +144,19 @@ def test_any_value_of_any_field_is_taken_or_refused(field: str, value: Any) -> N
         assert "w.ckpt" in str(error)
     else:
         assert msgspec.to_builtins(spec)[field] is not None
+
+
+def test_checkpoints_do_not_depend_on_the_model() -> None:
+    """The model reads them, in one module."""
+
+    def importing(folder: str, package: str) -> list[str]:
+        imports = re.compile(rf"^\s*(from {re.escape(package)}\b|import {re.escape(package)}\b)", re.MULTILINE)
+        return [file.name for file in sorted((REPOSITORY / folder).glob("*.py")) if imports.search(file.read_text())]
+
+    assert importing("job/checkpoint", "job.model") == []
+    assert importing("job/resilience", "job.model") == []
+    assert importing("job/checkpoint", "job.storage")
+    name = re.compile(r"^from job import (.*, )?checkpoint\b", re.MULTILINE)
+    model = sorted((REPOSITORY / "job" / "model").glob("*.py"))
+    assert [file.name for file in model if name.search(file.read_text())] == ["loading.py"]
+    assert importing("job/model", "job.checkpoint") == []

@@ -121,3 +121,15 @@ def test_the_state_that_others_publish_is_checked(exits: list[int], capsys: pyte
     dog._store = Store(b'{"phase": "saving", "step": 3, "waiting": 9.0, "published_at": 1.0}')
     assert "rank 0: saving, step 3, no progress for 9 s" in dog._others()
     assert "this rank is stopped or gone" in dog._others()
+
+
+def test_a_process_of_somebody_else_is_not_ended(exits: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    """A notebook: the stacks are printed, and again after another limit."""
+    dog = Watchdog(WatchdogSettings(), ends_process=False)
+    for _ in range(2):
+        dog._progress = Progress("training", 7, time.monotonic() - 61, 60.0)
+        dog._watch()
+        assert "no progress for 61 s, training at step 7 (limit 60 s). Its stacks" in capsys.readouterr().err
+        dog._watch()
+        assert not capsys.readouterr().err
+    assert exits == []

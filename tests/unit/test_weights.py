@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from job.errors import WeightsError
 from job.model.backbone import build_backbone
-from job.model.weights import load_weights, read_weights
+from job.model.loading import read_weights
+from job.model.weights import load_weights
 
 NAME = "timm/test_resnet"
 
@@ -36,7 +37,7 @@ def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def assert_loads(uri: str, state: dict[str, Tensor], backbone: str = NAME) -> None:
-    loaded = build_backbone(backbone, uri).state_dict()
+    loaded = build_backbone(backbone, read_weights(uri)).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in state.items())
 
 
@@ -103,7 +104,7 @@ def test_heads_that_timm_removes_are_left_over(tmp_path: Path) -> None:
 
     whole = timm.create_model("test_vit2", num_classes=5).state_dict()
     uri = saved({"state_dict": whole}, tmp_path / "w.pth")
-    kept = build_backbone("timm/test_vit2", uri).state_dict()
+    kept = build_backbone("timm/test_vit2", read_weights(uri)).state_dict()
     assert kept
     assert all(torch.equal(value, whole[name]) for name, value in kept.items())
 
@@ -126,7 +127,7 @@ def test_heads_that_timm_removes_are_left_over(tmp_path: Path) -> None:
 def test_unusable_weights_are_named(change: object, message: str, tmp_path: Path) -> None:
     uri = saved(change(resnet_state()), tmp_path / "w.pth")  # type: ignore[operator]
     with pytest.raises(WeightsError, match=message):
-        build_backbone(NAME, uri)
+        build_backbone(NAME, read_weights(uri))
 
 
 def test_an_archive_that_expands_is_refused(tmp_path: Path) -> None:

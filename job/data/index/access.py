@@ -1,4 +1,4 @@
-"""Which URIs a table or an index may name: files that others may have written do not choose what this host reads."""
+"""Access control for URIs in tables and indexes: files written by others must not choose what this host reads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 @dataclass(frozen=True)
 class Access:
-    """What tables and indexes may name, besides object stores and public web servers.
+    """URIs that tables and indexes may name, besides object stores and public web servers.
 
     Attributes:
         allow: hosts (``HOST`` or ``HOST:PORT``) and URI prefixes that the user allows by ``--data.allow``.
@@ -75,7 +75,7 @@ class Access:
         host, port = _host_and_port(uri)
         if self.permits_host(host, port):
             return None
-        with contextlib.suppress(OSError):  # a name that has no address is said by whoever reads from it
+        with contextlib.suppress(OSError):  # a name without an address fails when it is read
             for _, _, _, _, where in socket.getaddrinfo(host, port):
                 if reason := internal(ipaddress.ip_address(str(where[0]).split("%")[0])):
                     return reason
@@ -177,7 +177,7 @@ def from_options(allow: str | list[str] | None, typed: list[str], option: str = 
 
 
 def refusal(what: str) -> str:
-    """A message that ends with the option that allows it."""
+    """A message that ends with the option to allow it."""
     return f"{what}. If it is meant, allow its host or a URI prefix by --data.allow (--allow of predict and index)."
 
 
@@ -238,7 +238,7 @@ def internal(address: Address) -> str | None:
 
 
 class _Sockets:
-    """Makes sockets for public addresses, and for those of allowed hosts."""
+    """Socket factory that only connects to public addresses, and to those of allowed hosts."""
 
     def __init__(self, access: Access) -> None:
         self.access = access
@@ -256,7 +256,7 @@ class _Sockets:
 
 
 class _Resolver(AbstractResolver):
-    """The usual resolver, which notes the addresses of allowed hosts and refuses internal ones of others."""
+    """Resolver that records the addresses of allowed hosts, and refuses internal ones of others."""
 
     def __init__(self, access: Access, sockets: _Sockets) -> None:
         self._access, self._sockets = access, sockets

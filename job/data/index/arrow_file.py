@@ -18,7 +18,7 @@ _COMPRESSION = 3
 
 
 def require_uncompressed(path: Path) -> None:
-    """Check that no record batch is compressed, so that to map the file takes no memory, whatever it says of itself.
+    """Check that no record batch is compressed, so that mapping the file takes no memory.
 
     Raises:
         ValueError: one is, or the file is no Arrow file.

@@ -23,7 +23,7 @@ from job.storage.format_version import MALFORMED, format_version
 FORMAT = 2
 """Version of the format; 2 added the SHA-256 and size of each part."""
 ROWS_A_BATCH = 1 << 16
-"""Rows of every record batch but the last, so that a sample's place follows from its id."""
+"""Rows per record batch, except the last: so a sample's place follows from its id."""
 MOST_BYTES = 128 << 20
 """Size of an index.json that is still read."""
 MOST_CLASSES = 1 << 20
@@ -43,7 +43,7 @@ ClassName = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_CLASS)]
 PartName = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9_]{0,31}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 _LITERAL = OBJECT_STORES | {"memory"}
-"""Stores in which ``..`` is a name like any other."""
+"""Stores in which ``..`` has no special meaning."""
 
 
 class PartInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,7 +76,7 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         sources: archives and folders that samples are read from.
         parts: by name (train, val, test; all).
         created: ISO time.
-        request: options that this index was made from; any JSON.
+        request: options of the run that made the index; any JSON.
         format: version of this format.
     """
 
@@ -122,7 +122,7 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DamagedIndex(DataError):
-    """An index that is not what was written."""
+    """An index that was damaged since it was written."""
 
 
 class OldFormat(DamagedIndex):

@@ -1,6 +1,6 @@
-"""Which samples there are: an Arrow file a part, memory-mapped by all processes of a node.
+"""The index of samples: an Arrow file per part, memory-mapped by all processes of a node.
 
-An index is a folder: ``index.json``, and for each part ``PART.arrow`` with one row a sample, in the
+An index is a folder: ``index.json``, and for each part ``PART.arrow`` with one row per sample, in the
 order of sample ids. A row costs 36 bytes and its key.
 """
 
@@ -24,11 +24,11 @@ from job.data.index.file import ROWS_A_BATCH, SCHEMA, DamagedIndex, PartInfo, ha
 from job.errors import DataError
 
 RUN_BYTES = 1 << 20
-"""What a read from tar shards should fetch at once: below some MB a bucket's latency costs more than its bandwidth."""
+"""Bytes of one read from tar shards: below some MB a bucket's latency costs more than its bandwidth."""
 
 
 class Sample(NamedTuple):
-    """Where a sample lies; the columns of :data:`SCHEMA`."""
+    """Place of a sample; the columns of :data:`SCHEMA`."""
 
     key: str
     source: int
@@ -43,7 +43,7 @@ class Index:
     Args:
         folder: local folder of the index.
         part: train, val, test, …
-        access: what samples may be read besides object stores and public web servers; default: anything.
+        access: sources that may be read besides object stores and public web servers; default: any.
 
     The values in it are not checked here, in each process: see :func:`job.data.index.file.verify_parts`.
 
@@ -80,14 +80,14 @@ class Index:
         return self.rows([sample])[0]
 
     def rows(self, samples: Sequence[int]) -> list[Sample]:
-        """Where some samples lie, in the order asked for."""
-        found: dict[int, Sample] = {}
+        """Places of some samples, in the given order."""
+        places: dict[int, Sample] = {}
         for number in {sample // ROWS_A_BATCH for sample in samples}:
             chosen = [sample for sample in samples if sample // ROWS_A_BATCH == number]
             batch = self._batches[number].take(pa.array([sample % ROWS_A_BATCH for sample in chosen]))
             columns = [batch.column(name).to_pylist() for name in Sample._fields]
-            found.update(zip(chosen, map(Sample, *columns), strict=True))
-        return [found[sample] for sample in samples]
+            places.update(zip(chosen, map(Sample, *columns), strict=True))
+        return [places[sample] for sample in samples]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All rows, :data:`ROWS_A_BATCH` at a time."""
@@ -126,14 +126,14 @@ class Index:
         return found
 
     def fingerprint(self) -> str:
-        """What tells this part from another: its size and a hash of keys and labels, but not where it lies."""
+        """Identity of this part: its size and a hash of keys and labels, but not its place."""
         digest = hashlib.sha256(repr((self.classes, self.info.fingerprint, self.info.run_length)).encode())
         return f"{len(self):,} images, {digest.hexdigest()[:16]}"
 
     def uri(self, sample: int) -> str:
-        """Where a sample lies; a member of an archive as ARCHIVE/MEMBER."""
-        found = self[sample]
-        return redact.identity(storage.join(self.sources[found.source].uri, found.key))
+        """URI of a sample; a member of an archive as ARCHIVE/MEMBER."""
+        place = self[sample]
+        return redact.identity(storage.join(self.sources[place.source].uri, place.key))
 
 
 class PartWriter:
@@ -172,7 +172,7 @@ class PartWriter:
             self._pending = [table.slice(full)]
 
     def finish(self, root: str, *, shards: bool) -> PartInfo:
-        """Write what is left, and close the file.
+        """Write the remaining rows, and close the file.
 
         Args:
             root: URI to name in messages.
@@ -213,6 +213,6 @@ class PartWriter:
         self._label_counts = counts
 
     def _is_shuffled(self) -> bool:
-        """Whether neighbours share a class hardly more often than any two samples do."""
+        """Whether neighbours share a class hardly more often than two random samples do."""
         chance = float(((self._label_counts / max(self.rows, 1)) ** 2).sum())
         return self._same_neighbours / max(self.rows, 1) <= chance + 0.1 * (1 - chance)

@@ -1,6 +1,6 @@
-"""What keys mean: parts (train, val, test) and classes, from folders or from labels that came along.
+"""Find parts (train, val, test) and classes in the keys of a listing, or in the labels that it has.
 
-Everything is computed column-wise on the listing as it lies on disk, some ten thousand rows at a time.
+Everything is computed column-wise on the listing on disk, some ten thousand rows at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Part:
     Attributes:
         root: URI to name in messages.
         classes: class names in order.
-        tables: gives its samples, as often as asked: tables of :data:`LISTING` whose ``class`` is filled.
+        tables: returns its samples, whenever it is called, in tables of :data:`LISTING` with a ``class``.
     """
 
     root: str
@@ -40,7 +40,7 @@ class Part:
 def find_parts(listing: Listing) -> dict[str, Part]:
     """The parts under one root.
 
-    Labels that came along (WebDataset, a manifest) are taken as they are, and its ``split`` column as
+    Labels of the data (WebDataset, a manifest) are used, and its ``split`` column gives the
     parts. Otherwise: ``train/``, ``validation/`` or ``val/``, ``test/``, each of class folders; or class
     folders alone, which are the train part. A single folder that wraps everything, as archives have it,
     is stepped into.
@@ -133,7 +133,7 @@ def _labelled_parts(listing: Listing) -> dict[str, Part]:
 
 @dataclass
 class _Survey:
-    """What lies below one prefix."""
+    """Summary of the keys below one prefix."""
 
     folders: set[str] = field(default_factory=set)
     image_folders: set[str] = field(default_factory=set)
