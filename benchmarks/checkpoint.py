@@ -129,7 +129,7 @@ def recovery_table(folder: Path) -> Table:
     if process.wait():
         raise RuntimeError(log.read_text())
     first, second = accounting.read(run_dir)
-    resumed = re.search(r"(\S+) going on after step (\d+)", log.read_text())
+    resumed = re.search(r"(\S+) resuming after step (\d+)", log.read_text())
     assert resumed is not None
     table = Table("part", "seconds", title="From the kill of a rank to the next productive step")
     table.add_row("death noticed, the others stopped, all started again", f"{second.began - killed:.1f}")

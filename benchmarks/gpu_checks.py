@@ -70,7 +70,7 @@ def stop_and_resume(machine: Machine) -> str:
     assert ended.returncode == 143, f"exit code {ended.returncode}: {ended.output[-2000:]}"
     ended = machine.run_in_process("fit", *machine.settings(stopped, **more), **DETERMINISTIC)
     assert ended.returncode == 0, ended.output[-2000:]
-    assert "going on after step" in ended.output, ended.output[-2000:]
+    assert "resuming after step" in ended.output, ended.output[-2000:]
     one, other = final_weights(str(whole)), final_weights(str(stopped))
     different = [name for name, value in one.items() if not torch.equal(value, other[name])]
     assert not different, f"{len(different)} of {len(one)} tensors differ, for example {different[0]}"

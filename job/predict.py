@@ -21,7 +21,7 @@ from job.data.index.index import Index
 from job.data.loader import BatchLoader
 from job.data.sampler import ResumableBatchSampler
 from job.errors import DataError
-from job.model.classifier import TTA, Classifier, from_spec, mean_over_mirrored
+from job.model.classifier import TTA, Classifier, from_spec, mean_over_flips
 from job.model.spec import decode_spec, net_state
 from job.model.task import probabilities
 
@@ -92,7 +92,7 @@ class Predictor:
     def predict_batch(self, images: Tensor) -> list[Prediction]:
         """Classify prepared images, uint8 [B, 3, S, S]."""
         images = images.to(self.device)
-        rows = probabilities(mean_over_mirrored(self.net, images) if self.tta == "hflip" else self.net(images)).cpu()
+        rows = probabilities(mean_over_flips(self.net, images) if self.tta == "hflip" else self.net(images)).cpu()
         return [
             Prediction(self.classes[int(row.argmax())], dict(zip(self.classes, row.tolist(), strict=True)))
             for row in rows

@@ -213,17 +213,17 @@ def _redact_parameters(text: str) -> str:
 
 def _secrets(uri: str) -> set[str]:
     """Secrets in ``uri`` that a library's message may contain by themselves, as given and decoded."""
-    found = set()
+    secrets = set()
     for match in [*_USERINFO.finditer(uri), *_S3_USERINFO.finditer(uri)]:
         if _is_secret_userinfo(match[1], match[2]):
-            found |= {match[2], match[2].partition(":")[2]}
+            secrets |= {match[2], match[2].partition(":")[2]}
     for match in _PARAMETER.finditer(uri):
         if _SECRET_PARAMETER.match(match[2]) or re.match(r"(?i)^x-(goog|amz)-(sig|cred|security)", match[2]):
-            found.add(match[3])
-    decoded = {unquote(secret) for secret in found}
+            secrets.add(match[3])
+    decoded = {unquote(secret) for secret in secrets}
     # Libraries quote as they like; yarl, for one, leaves = and / alone.
-    found |= decoded | {quote(secret, safe=safe) for secret in decoded for safe in ("", "/", "=", "/=", "/=+:")}
-    return {secret for secret in found if len(secret) >= 6}  # shorter ones occur by chance
+    secrets |= decoded | {quote(secret, safe=safe) for secret in decoded for safe in ("", "/", "=", "/=", "/=+:")}
+    return {secret for secret in secrets if len(secret) >= 6}  # shorter ones occur by chance
 
 
 def _with_credentials(uri: str, model: str) -> str:

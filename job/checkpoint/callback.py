@@ -43,7 +43,7 @@ class Fingerprinted(Protocol):
 
 
 class Checkpointer(Checkpoint):
-    """Takes checkpoints at the end of epochs and, if asked, within them.
+    """Saves checkpoints at the end of epochs and, optionally, within epochs.
 
     Args:
         settings: when, and by which metric they are ranked.
@@ -92,8 +92,8 @@ class Checkpointer(Checkpoint):
         if validated and accumulating and not self._warned_of_accumulation:
             self._warned_of_accumulation = True
             log.warning(
-                "a validation in the middle of accumulated batches has no checkpoint: no run can resume there. Choose "
-                "a --trainer.val_check_interval that is a multiple of the %d batches of a step.",
+                "no checkpoint after a validation within an accumulation window: a run cannot resume there. Choose "
+                "a --trainer.val_check_interval that is a multiple of --trainer.accumulate_grad_batches (%d).",
                 trainer.accumulate_grad_batches,
             )
         if batches == 0 or accumulating:
@@ -233,15 +233,15 @@ class Checkpointer(Checkpoint):
         stopped = checkpoint.get(STOPPED_KEY, False)
         if changed:
             log.warning(
-                "settings of callbacks changed since the last start, and the new ones hold: %s%s",
+                "callback settings changed since the last launch; the new ones are used: %s%s",
                 "; ".join(changed),
-                ". The run, which a callback had ended, goes on" if stopped else "",
+                ". A callback had stopped this run; training continues" if stopped else "",
             )
         elif stopped:
             trainer.should_stop = True
             if epoch >= (trainer.min_epochs or 0):
                 log.warning(
-                    "this run was ended by a callback (%s) after epoch %d, and stays ended. To go on, change the "
+                    "a callback (%s) stopped this run after epoch %d; it is complete. To continue training, change the "
                     "callback's settings in --trainer.callbacks, for example to a larger patience, or remove it.",
                     ", ".join(current),
                     epoch,

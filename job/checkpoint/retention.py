@@ -1,4 +1,4 @@
-"""Retention of checkpoints, and comparison of their ranking with that of earlier starts."""
+"""Retention of checkpoints, and comparison of their ranking with that of earlier launches."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Retention:
             if not self._warned:
                 self._warned = True
                 log.warning(
-                    "checkpoints that are no longer needed stay in %s, which takes room; the run goes on: %s",
+                    "old checkpoints in %s could not be deleted and occupy space; training continues: %s",
                     storage.join(self.run_dir, checkpoint.FOLDER),
                     error,
                 )
@@ -95,8 +95,7 @@ def compare_ranking(trainer: pl.Trainer, run_dir: str, settings: CheckpointSetti
     before = measured[-1]
     if (before.monitor, before.mode) != (monitor, mode):
         log.warning(
-            "the best checkpoint was the one with the %s %s; from the next checkpoint on all are ranked anew, and "
-            "the best is the one with the %s %s",
+            "checkpoints were ranked by the %s %s; from the next checkpoint on, all are ranked by the %s %s",
             "highest" if before.mode == "max" else "lowest",
             before.monitor,
             "highest" if mode == "max" else "lowest",
@@ -105,8 +104,8 @@ def compare_ranking(trainer: pl.Trainer, run_dir: str, settings: CheckpointSetti
     current = validation_identity(trainer)
     if before.validation and before.validation != current:
         log.warning(
-            "the validation samples changed: they were %s, are %s. The ranking starts anew: earlier checkpoints "
-            "do not compete for the best one; the best of them is kept",
+            "the validation samples changed from %s to %s. Metrics cannot be compared, so earlier checkpoints "
+            "are ranked separately; the best of them is kept",
             before.validation,
             current,
         )

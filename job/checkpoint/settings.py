@@ -12,7 +12,7 @@ from job.errors import ConfigError
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """Takes checkpoints at the end of epochs and, if asked, within them.
+    """Saves checkpoints at the end of epochs and, optionally, within epochs.
 
     Args:
         every_n_epochs: epochs between two checkpoints; the last epoch always has one. In an epoch that has one, every
@@ -22,10 +22,10 @@ class CheckpointSettings:
         monitor: validation metric that ranks checkpoints.
         mode: "max" or "min": whether a higher or a lower value is better. Default: by the metric's name, "min" for a
             loss or an error, "max" for accuracy, F1 and the like.
-        keep_last: newest checkpoints to keep, at least 1.
-        keep_best: best checkpoints to keep, besides.
-        keep_every_n_epochs: keep the checkpoint of every n-th epoch for good; default: none.
-        upload_seconds: how long an unreachable bucket is waited for before the run gives up.
+        keep_last: number of newest checkpoints to keep, at least 1.
+        keep_best: number of best checkpoints to keep in addition.
+        keep_every_n_epochs: never delete the checkpoint of every n-th epoch. Default: none.
+        upload_seconds: seconds to retry an upload to an unreachable bucket before the run ends.
     """
 
     every_n_epochs: int = 1

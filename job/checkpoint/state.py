@@ -43,7 +43,7 @@ def require_checkpoint(uri: str, checkpoint: Any) -> dict[str, Any]:
         NewerFormatError: a newer version of job wrote it.
     """
     if not isinstance(checkpoint, dict) or CLASSIFIER_KEY not in checkpoint:
-        raise CheckpointError(f"{uri} is no checkpoint of this job (it says nothing of its classifier).")
+        raise CheckpointError(f"{uri} is not a checkpoint of job: it has no description of the classifier.")
     version = checkpoint.get(FORMAT_KEY, 1)
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{uri} is damaged: its format is {version!r:.50}.")
@@ -99,12 +99,12 @@ def difference(expected: Any, saved: Any, path: str = "", ignored: frozenset[str
             unknown = sorted(map(str, set(expected) ^ set(saved)))
             return f"{where} misses or adds {', '.join(unknown)[:200]}"
         pairs = ((f"{path}.{key}".strip("."), expected[key], saved[key]) for key in expected if key not in ignored)
-        return next((found for name, one, other in pairs if (found := difference(one, other, name, ignored))), None)
+        return next((problem for name, one, other in pairs if (problem := difference(one, other, name, ignored))), None)
     if isinstance(expected, (list, tuple)):
         if not isinstance(saved, (list, tuple)) or len(saved) != len(expected):
             return f"{where} is no list of {len(expected)}"
         pairs = ((f"{path}.{n}", *both) for n, both in enumerate(zip(expected, saved, strict=True)))
-        return next((found for name, one, other in pairs if (found := difference(one, other, name, ignored))), None)
+        return next((problem for name, one, other in pairs if (problem := difference(one, other, name, ignored))), None)
     return None if _alike(expected, saved) else f"{where} is a {type(saved).__name__}"
 
 

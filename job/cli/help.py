@@ -30,7 +30,7 @@ class Option:
 
 _DATA = [
     Option("data.root", "URI", "Class folders, or train/ and val/ (test/) of class folders; also archives and tables."),
-    Option("data.train", "URI", "Training images, in place of --data.root; --data.val and --data.test likewise."),
+    Option("data.train", "URI", "Training images, in place of --data.root; see also --data.val, --data.test."),
     Option("data.image_size", "PIXELS", "Height and width of the model's input.", "224"),
     Option("batch_size", "N", "Images per step, over all processes.", "32", alias_of="data.global_batch_size"),
     Option("data.num_workers", "N", "Decoding threads per process. Default: one per CPU core."),

@@ -39,7 +39,7 @@ _SYNONYMS = {
     "checkpoint": "ckpt",
     "ckpt_path": "ckpt",
     "seed": "seed_everything",
-    "mirror": "tta",
+    "hflip": "tta",
     "amp": "trainer.precision",
 }
 """Names of options in other programs, with the option here."""
@@ -61,11 +61,11 @@ def explain(
         aliases: option by alias.
     """
     message = message.strip()
-    if found := re.match(r'Parser key "(?P<key>[^"]+)":(?P<body>.*)', message, re.DOTALL):
-        return _explain_value(found["key"], found["body"], known, arguments)
-    if found := re.match(r"Option '(\w+)' is not accepted", message):
-        close = difflib.get_close_matches(found[1], known, n=1, cutoff=0.6)
-        return f"the class has no argument {found[1]!r}.{f' Did you mean {close[0]}?' if close else ''}"
+    if match := re.match(r'Parser key "(?P<key>[^"]+)":(?P<body>.*)', message, re.DOTALL):
+        return _explain_value(match["key"], match["body"], known, arguments)
+    if match := re.match(r"Option '(\w+)' is not accepted", message):
+        close = difflib.get_close_matches(match[1], known, n=1, cutoff=0.6)
+        return f"the class has no argument {match[1]!r}.{f' Did you mean {close[0]}?' if close else ''}"
     return f"{message}{_suggest_options(message, {*known, *aliases})}"
 
 
@@ -95,17 +95,17 @@ def _expectations(body: str) -> tuple[list[str], list[str]]:
     kinds: list[str] = []
     other: list[str] = []
     for line in (line.strip().removeprefix("- ") for line in body.splitlines()):
-        if found := re.match(r"Expected an? <class '([\w.]+)'>", line):
-            kinds.append(found[1])
-        elif found := re.match(r"Expected an? (?:typing\.)?Literal\[(.*?)\](?:\. Got value.*)?$", line):
-            kinds.append(_literal(found[1]))
+        if match := re.match(r"Expected an? <class '([\w.]+)'>", line):
+            kinds.append(match[1])
+        elif match := re.match(r"Expected an? (?:typing\.)?Literal\[(.*?)\](?:\. Got value.*)?$", line):
+            kinds.append(_literal(match[1]))
         elif _NO_CLASS.match(line):
             kinds.append(_CLASS)
-        elif found := _NO_CALLABLE.match(line):
+        elif match := _NO_CALLABLE.match(line):
             kinds.append(_CLASS)
-            other.append(found[1])
-        elif found := re.match(r"Not of type \w+: (.*)", line):
-            other.append(_restriction(found[1]))
+            other.append(match[1])
+        elif match := re.match(r"Not of type \w+: (.*)", line):
+            other.append(_restriction(match[1]))
         elif line and not _is_noise(line):
             other.append(line)
     if "float" in kinds:  # a tensor where a number is possible is not for a command line
@@ -132,8 +132,8 @@ def _literal(values: str) -> str:
 
 
 def _restriction(text: str) -> str:
-    if found := _RESTRICTION.search(text):
-        return f"it must be {_RESTRICTIONS[found[1]]} {found[2]}"
+    if match := _RESTRICTION.search(text):
+        return f"it must be {_RESTRICTIONS[match[1]]} {match[2]}"
     return text
 
 

@@ -44,7 +44,7 @@ def main(
     """Classify one image, a folder, an archive or everything under a bucket prefix.
 
     Args:
-        input: URI of an image, a folder or prefix, a .zip, .tar or .tar.gz, shards, or a manifest.
+        input: URI of an image, a folder or prefix, a .zip, .tar or .tar.gz, shards, or a table.
         run_dir: folder of the run; its best checkpoint is used unless --ckpt names another one.
         ckpt: checkpoint file, RUN_DIR/checkpoints/last, or a run_dir, which means its best checkpoint.
         output: URI of a JSON lines file to write: one object per readable image. With several processes
@@ -54,7 +54,7 @@ def main(
         cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
         max_bad_samples: number of unreadable images to tolerate. Each is named; above the limit the command fails.
         tta: test-time augmentation: hflip averages predictions over horizontal flips.
-        allow: hosts and URI prefixes that a manifest may name although they are local or internal; a host or prefix,
+        allow: hosts and URI prefixes that a table may name although they are local or internal; a host or prefix,
             or a list of them.
     """
     if batch_size < 1:

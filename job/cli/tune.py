@@ -24,7 +24,7 @@ def tune(args: list[str]) -> None:
     # What trains in the first epoch trains in all steps, at rates that no schedule sets.
     milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.config.milestones]
     cli.model.config = replace(cli.model.config, lr_scheduler=None, lr_interval="epoch", milestones=milestones)
-    cli.model.guard = None  # a sweep of learning rates diverges on purpose
+    cli.model.guard = None  # the learning rate range test diverges on purpose
     with ranks.process_group(EVALUATION_TIMEOUT):
         with translate_errors(cli.datamodule.global_batch_size):
             trainer = tuning_trainer(dict(options["trainer"]), options["run_dir"], rates, batches)
@@ -34,7 +34,7 @@ def tune(args: list[str]) -> None:
             result = {
                 "lr": suggestion,
                 "global_batch_size_at_most": batches.per_rank * world_size,
-                "bytes_an_image": batches.bytes_each,
+                "bytes_per_image": batches.bytes_each,
                 "world_size": world_size,
                 "optimizer": rates.optimizer,
                 "rates": rates.rates,

@@ -85,8 +85,8 @@ def find_node(environment: Mapping[str, str]) -> Node:
     platforms = {name: platform for name, platform in _MARKER_VARIABLES.items() if name in environment}
     if len(platforms) > 1 and set(platforms.values()) != _MAY_COEXIST:
         raise ConfigError(
-            f"the environment is that of {' and of '.join(platforms.values())} at once: {', '.join(platforms)} are "
-            "set. Unset those that do not belong here."
+            f"the environment variables of several platforms ({', '.join(platforms.values())}) are set: "
+            f"{', '.join(platforms)}. Unset those of the other platforms."
         )
     readers = {"Kubeflow": _kubeflow, "Vertex AI": _vertex, "TPU": _tpu, "Indexed Job": _indexed_job}
     node = readers[next(iter(platforms.values()))](environment) if platforms else _plain(environment)
@@ -144,8 +144,8 @@ def _restarts(environment: Mapping[str, str]) -> int:
 def _plain(environment: Mapping[str, str]) -> Node:
     if present := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "NODE_RANK") if name in environment]:
         raise ConfigError(
-            f"{_settings(environment, *present)}: these are set, but nothing says by whom. Start the ranks by "
-            "torchrun, or unset them, and launch starts torchrun."
+            f"{_settings(environment, *present)}: these are set, but not all variables of torchrun. Start the ranks by "
+            "torchrun; or unset them, so that launch starts the ranks."
         )
     if left := sorted(name for name in environment if name.startswith("PET_")):
         raise ConfigError(
@@ -294,7 +294,7 @@ def _processes(environment: Mapping[str, str]) -> int:
 
 def _port(host: str, text: str) -> int:
     if text and not text.isdecimal():
-        raise ConfigError(f"{host}:{text}, where the nodes meet, has no number for a port.")
+        raise ConfigError(f"{host}:{text}, the coordinator, needs a number as its port.")
     return int(text or DEFAULT_PORT)
 
 

@@ -166,11 +166,11 @@ def wait_for_address(host: str, seconds: float) -> None:
         except socket.gaierror as error:
             if time.monotonic() > deadline:
                 raise RankLost(
-                    f"{host}, where the nodes meet, has no address after {seconds:.0f} s ({error.strerror}). Is node 0 "
+                    f"the coordinator {host} has no DNS record after {seconds:.0f} s ({error.strerror}). Is node 0 "
                     "running, and does its service have this name?"
                 ) from error
             if not logged:
-                log.info("waiting for %s to have an address", host)
+                log.info("waiting for the DNS record of the coordinator %s", host)
                 logged = True
             time.sleep(1)
         else:

@@ -186,5 +186,5 @@ def _translate_failures() -> Iterator[None]:
         if not from_gloo:  # the cause may be in this process; gloo only reports other processes
             log.error("a collective operation failed:", exc_info=error)
         raise RankLost(
-            f"another rank ended or does not answer ({type(error).__name__}: {cause}). Its own log shows the cause."
+            f"another rank ended or does not respond ({type(error).__name__}: {cause}). See the log of that rank."
         ) from error

@@ -126,8 +126,8 @@ class SPMDStrategy(SingleDeviceStrategy):
         self.chips = runtime.global_runtime_device_count()
         if runtime.process_count() != ranks.world_size():
             raise ConfigError(
-                f"{ranks.world_size()} process(es) were started, and XLA knows of {runtime.process_count()}: one "
-                "process a TPU host drives all its chips, and XLA's CPU device is always one host."
+                f"{ranks.world_size()} process(es) were started, but XLA counts {runtime.process_count()}: one "
+                "process per TPU host drives all its chips, and XLA's CPU device is always one host."
             )
         precision = precision or ("bf16-mixed" if runtime.device_type() == "TPU" else "32-true")
         super().__init__(

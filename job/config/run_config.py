@@ -58,7 +58,9 @@ def save_config(run_dir: str, text: str, before_write: Callable[[], None] = stor
                 ]
                 more = len(changed) - len(shown)
                 log.warning(
-                    "settings changed since the last start: %s%s", "; ".join(shown), f" and {more} more" if more else ""
+                    "settings changed since the last launch: %s%s",
+                    "; ".join(shown),
+                    f" and {more} more" if more else "",
                 )
                 _keep(run_dir, before_write)
     replace(uri, text.encode(errors="backslashreplace"), before_write)

@@ -184,7 +184,7 @@ def _require_strategy(strategy: Any, *, on_xla: bool) -> None:
 def _require_callback(callback: Any) -> None:
     kind = type(callback)
     if kind.__module__.startswith("job."):
-        raise ConfigError(f"--trainer.callbacks: {kind.__name__} is a part of the job, which adds it itself.")
+        raise ConfigError(f"--trainer.callbacks: {kind.__name__} is reserved: job itself adds this callback.")
     for refused, reason in _REFUSED_CALLBACKS.items():
         if isinstance(callback, refused):
             raise ConfigError(f"--trainer.callbacks: {kind.__name__} is not supported: {reason}.")

@@ -44,7 +44,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     Give ``root``, or ``train`` (and ``val``, ``test``). Each is one of these, or a list of them:
     a folder or bucket prefix of class folders; a .zip, .tar or .tar.gz of one; tar shards in the
-    WebDataset convention (``NAME-{000..146}.tar``, labels in .cls or .json); a manifest (.csv, .jsonl
+    WebDataset convention (``NAME-{000..146}.tar``, labels in .cls or .json); a table (.csv, .jsonl
     or .parquet with the columns uri and label); the index.json that ``job index`` wrote.
 
     Args:
@@ -53,23 +53,23 @@ class ImageDataModule(pl.LightningDataModule):
         val: URI of the validation images. Without any, ``val_fraction`` of train is held out.
         test: URI of the test images.
         val_fraction: share of each class held out for validation when there is no validation part.
-        global_batch_size: samples a training step, over all processes.
+        global_batch_size: samples per training step, over all processes.
         image_size: height and width of the model's input, in pixels.
         resize: "squash" to the square, or "crop" its centre, for evaluation and prediction (and
             training, unless ``augment`` is given).
         augment: torchvision.transforms.v2 transform of a uint8 [3, H, W] training image, ending at
             [3, image_size, image_size]. Default: ``resize``, then a random horizontal flip.
-        augment_views: draw this many pictures of an image by ``augment``, and show one of them each epoch:
-            what a frozen backbone makes of them can be kept. Default: a new picture each epoch.
-        num_workers: threads of a rank that decode, or processes where ``augment`` is given; default: one a CPU
-            core, shared by the node's ranks.
+        augment_views: number of augmented variants per image, of which each epoch uses one, so that backbone
+            features can be cached. Default: unlimited, a new variant in each epoch.
+        num_workers: decoding threads per rank, or processes if ``augment`` is given. Default: one per CPU
+            core, divided among the ranks of the node.
         cache_dir: local folder of the node's cache. Default: ~/.cache/job.
-        cache_gb: samples from buckets that are kept there, in 10^9 bytes, the least recently used removed
-            first; 0: none.
-        max_bad_samples: unreadable images to tolerate; past it the run ends. Tolerated ones are named
-            in the log and left out of loss and metrics.
-        allow: hosts (HOST or HOST:PORT) and URI prefixes, or a list of them, that a manifest or a saved index may
-            name besides object stores and public web servers. A manifest in a bucket or on the web may name no
+        cache_gb: size of the cache of samples from buckets, in 10^9 bytes; the least recently used are deleted
+            first. 0 disables it.
+        max_bad_samples: number of unreadable images to tolerate; with more, the run ends. They are logged
+            and left out of loss and metrics.
+        allow: hosts (HOST or HOST:PORT) and URI prefixes, or a list of them, that a table or a saved index may
+            name besides object stores and public web servers. A table in a bucket or on the web may name no
             local files otherwise, and none may name link-local, loopback or metadata addresses.
         seed: seed of order, augmentation and split; follows --seed_everything.
     """
@@ -95,7 +95,7 @@ class ImageDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if (root is None) == (train is None):
-            raise ConfigError("give either --data.root, or --data.train with --data.val: where are the images?")
+            raise ConfigError("give either --data.root or --data.train, and not both, to locate the images.")
         if root is not None and (val or test):
             raise ConfigError("--data.root already says where validation and test images are; give --data.train too.")
         for name, value, low, high in (
@@ -106,9 +106,9 @@ class ImageDataModule(pl.LightningDataModule):
             if value <= low or (high is not None and value >= high):
                 raise ConfigError(f"--data.{name} must be above {low}{f' and below {high}' if high else ''}: {value}.")
         if augment_views is not None and (augment is None or augment_views < 1):
-            raise ConfigError("--data.augment_views is a number of pictures, at least 1, that --data.augment draws.")
+            raise ConfigError("--data.augment_views must be at least 1, and needs --data.augment.")
         if cache_gb < 0:
-            raise ConfigError(f"--data.cache_gb must be at least 0, which keeps nothing: {cache_gb}.")
+            raise ConfigError(f"--data.cache_gb must be at least 0 (0 disables the cache), not {cache_gb}.")
         given = {"root": root} if root is not None else {"train": train, "val": val, "test": test}
         listed = {name: [uris] if isinstance(uris, str) else uris for name, uris in given.items() if uris}
         # Credentials are no part of what names the data: indexes and caches outlive them.

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from job.data.dataset import Batch, ImageDataset
 from job.features.store import FeatureStore
 
-BATCHES_A_WORKER = 2
+BATCHES_PER_WORKER = 2
 """Batches that are decoded ahead, per thread."""
 
 
@@ -101,7 +101,7 @@ class BatchLoader(DataLoader[Batch]):
         try:
             for indices in self.dataset.sampler:
                 pending.append(self._pool.submit(lambda indices: self._pinned(self.dataset[indices]), indices))
-                if len(pending) > BATCHES_A_WORKER * self.threads:
+                if len(pending) > BATCHES_PER_WORKER * self.threads:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -64,10 +64,10 @@ def orientation(image: Image.Image) -> int:
     if isinstance(raw, bytes) and (value := _exif_orientation(raw)):
         return value
     try:
-        found = image.getexif().get(ORIENTATION_TAG, 1)
+        value = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # malformed metadata does not hide the pixels
         return 1
-    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _exif_orientation(payload: bytes) -> int | None:

@@ -48,13 +48,13 @@ class FeatureSettings:
 
     Every rank computes its share of the chunks, and uploads them; each node fetches what others computed. A
     start finds what an earlier one, or another run with the same ``uri``, backbone, data, transform and precision
-    has left. From the first milestone on images are read as ever.
+    has left. From the first milestone on, images are read again.
 
     Args:
-        use: "auto": where it is less work than computing them anew each epoch; "always"; "never".
-        max_gb: features that are kept in --data.cache_dir, in 10^9 bytes; those of other data or another backbone
-            are removed first, and with more needed none are kept.
-        uri: folder for them, which runs may share. Default: features/ in run_dir.
+        use: "auto" caches if that is less work than computing the features in each epoch; "always"; "never".
+        max_gb: size of the features in --data.cache_dir, in 10^9 bytes. Features of other data or another backbone
+            are deleted to make room; if a run needs more than this, nothing is cached.
+        uri: folder of the features, which several runs may share. Default: features/ in run_dir.
     """
 
     use: Literal["auto", "always", "never"] = "auto"
@@ -63,7 +63,7 @@ class FeatureSettings:
 
     def __post_init__(self) -> None:
         if self.max_gb <= 0:
-            raise ConfigError(f"--features.max_gb must be above 0: {self.max_gb}. --features.use=never keeps none.")
+            raise ConfigError(f"--features.max_gb must be above 0, not {self.max_gb}. Or set --features.use=never.")
 
 
 class FeatureCache(Callback):
@@ -101,7 +101,7 @@ class FeatureCache(Callback):
                 self._compute(trainer, module, stores, missing)
                 before, missing = missing, self._missing(stores)  # less, where a copy in the bucket was damaged
                 if missing == before:
-                    raise StorageError(f"the features written to {stores[next(iter(missing))].uri} are not there.")
+                    raise StorageError(f"{stores[next(iter(missing))].uri} lacks features that were just written.")
             data = image_data(trainer)
             for store in stores.values():
                 data.report_bad(store.open())
@@ -117,7 +117,7 @@ class FeatureCache(Callback):
         """The parts whose features are worth keeping; the same on all ranks."""
         data, stores = image_data(trainer), {}
         if ranks.union(set() if data.is_cache_usable else {str(data.cache_dir)}):
-            log.warning("the backbone's features are not kept: --data.cache_dir cannot be used on some node.")
+            log.warning("backbone features are not cached: at least one node cannot write to --data.cache_dir")
             return {}
         bytes_each = 0
         weights = ranks.from_rank_zero(lambda: weights_hash(module.net.backbone))
@@ -125,8 +125,8 @@ class FeatureCache(Callback):
             if data.preprocessing(part).variants is None:
                 if frozen >= WORTH_A_HINT and trainer.is_global_zero:
                     log.info(
-                        "the backbone's features are not kept: --data.augment makes a new picture each epoch. "
-                        "--data.augment_views=%d would make the frozen epochs faster.",
+                        "backbone features are not cached: --data.augment draws a new variant in each epoch. "
+                        "To make frozen epochs faster, limit the variants by --data.augment_views=%d.",
                         max(frozen // 2, 1),
                     )
                 continue
@@ -148,7 +148,7 @@ class FeatureCache(Callback):
             return {}
         needed = bytes_each * sum(len(store.index) * store.variants for store in stores.values())
         if problem := self._no_room(data.cache_dir, {store.folder for store in stores.values()}, needed):
-            log.warning("the backbone's features are not kept: %s", problem)
+            log.warning("backbone features are not cached: %s", problem)
             return {}
         return stores
 
@@ -172,7 +172,7 @@ class FeatureCache(Callback):
         return hashlib.sha256(repr(what).encode()).hexdigest()[:20]
 
     def _no_room(self, cache_dir: Path, folders: set[Path], needed: int) -> str:
-        """Make room on this node, or say why there is none; what any rank says all say."""
+        """Delete other features to make room; returns why there is too little, the same on all ranks."""
         problem = set()
         if ranks.local_rank() == 0:
             cache_dir.mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,7 @@ class FeatureCache(Callback):
                     log.info("features: batch %d of %d", number + 1, rounds)
             next(work, None)  # the last chunk is saved when its last batch is over
             flags.drain()
-        ranks.union(set())  # all chunks are there before anybody looks for them
+        ranks.union(set())  # a barrier: no rank looks for chunks before all are written
 
     def _batches(
         self,

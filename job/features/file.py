@@ -89,7 +89,7 @@ def read_tensors(path: Path, info: ChunkInfo) -> dict[str, Tensor]:
             raise DamagedChunk(f"{path} has another size than {info.bytes:,} bytes")
         with safetensors.safe_open(path, framework="pt") as file:
             if sorted(file.keys()) != ["features", "valid"]:
-                raise DamagedChunk(f"{path} holds other tensors than features and valid")
+                raise DamagedChunk(f"{path} must hold the tensors features and valid, and no others")
             tensors = {name: file.get_tensor(name) for name in ("features", "valid")}
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
         raise DamagedChunk(f"{path} is no safetensors file: {error}") from error

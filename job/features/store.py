@@ -142,7 +142,7 @@ class FeatureStore:
         except StorageError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
-            log.warning("%s is not there and is computed again", uri)
+            log.warning("%s is missing and is computed again", uri)
         for damaged in (manifest, uri):
             before_write()
             storage.remove(damaged)

@@ -233,7 +233,7 @@ def _num_logits(classes: int) -> int:
     return 1 if classes == 2 else classes
 
 
-def mean_over_mirrored(net: nn.Module, images: Tensor) -> Tensor:
-    """Logits [B, num_logits] of images [B, 3, S, S], averaged with those of the mirrored images."""
+def mean_over_flips(net: nn.Module, images: Tensor) -> Tensor:
+    """Logits [B, num_logits] of images [B, 3, S, S], averaged over horizontal flips."""
     logits: Tensor = (net(images) + net(images.flip(-1))) / 2
     return logits

@@ -38,7 +38,7 @@ class ModelConfig:
         decay_norm_and_bias: apply weight decay to biases and normalisation layers, too.
         label_smoothing: label smoothing, from 0 to below 1.
         class_weights: "balanced" weights each class's training loss inversely to its frequency.
-        mixup: alpha of MixUp; 0 disables. Images are mixed within a process's part of the batch.
+        mixup: alpha of MixUp; 0 disables. Images are mixed within each rank's slice of the batch.
         cutmix: alpha of CutMix; 0 disables. With both, each batch uses one of them at random.
         ema: EMA decay; EMA weights are used for validation and inference; 0 disables.
         compile_backbone: compile the backbone by torch.compile, which needs a C++ compiler.

@@ -22,7 +22,7 @@ from job.data.dataset import Batch
 from job.data.sampler import sample_seed
 from job.errors import ConfigError, DivergedError
 from job.lightning_internals import logs_are_due
-from job.model.classifier import TTA, Classifier, build_classifier, mean_over_mirrored
+from job.model.classifier import TTA, Classifier, build_classifier, mean_over_flips
 from job.model.compile import compile_module
 from job.model.config import ModelConfig
 from job.model.divergence import DivergenceGuard
@@ -382,7 +382,7 @@ class TransferLearningModel(pl.LightningModule):
 
     def _logits(self, batch: Batch) -> Tensor:
         if self.tta == "hflip":
-            return mean_over_mirrored(self, batch["image"])
+            return mean_over_flips(self, batch["image"])
         if "features" in batch:
             features = batch["features"]
         else:

@@ -71,7 +71,7 @@ def decode_spec(saved: Any, source: str) -> ClassifierSpec:
         return msgspec.convert(saved, ClassifierSpec)
     except (msgspec.ValidationError, RecursionError) as error:
         raise CheckpointError(
-            f"{source} describes its network wrongly: {printable(str(error))}. Use another checkpoint."
+            f"{source} has an invalid description of its network: {printable(str(error))}. Use another checkpoint."
         ) from error
 
 

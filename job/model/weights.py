@@ -96,8 +96,8 @@ def _prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """The prefix with which ``state`` contains most of the expected names."""
     counts = {"": 0}
     for key in state:
-        found = PREFIXES.match(key)
-        parts = found[0].split(".")[:-1] if found else []
+        match = PREFIXES.match(key)
+        parts = match[0].split(".")[:-1] if match else []
         for end in range(len(parts) + 1):
             prefix = "".join(f"{part}." for part in parts[:end])
             counts[prefix] = counts.get(prefix, 0) + (key[len(prefix) :] in expected)

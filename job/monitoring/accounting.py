@@ -126,10 +126,10 @@ def totals(attempts: list[Attempt]) -> dict[str, float]:
     recomputed = sum(max(attempt.recomputed, 0.0) for attempt in attempts)
     sums["lost"] = min(recomputed, sums["step"])
     sums["step"] -= sums["lost"]
-    explained = sum(sums.values())
-    wall = max(max(attempt.ended for attempt in attempts) - min(attempt.began for attempt in attempts), explained)
+    accounted = sum(sums.values())
+    wall = max(max(attempt.ended for attempt in attempts) - min(attempt.began for attempt in attempts), accounted)
     goodput = (sums["step"] + sums["features"]) / wall if wall else 0.0
-    return {"goodput": goodput, "wall": wall, **sums, "other": max(wall - explained, 0.0)}
+    return {"goodput": goodput, "wall": wall, **sums, "other": max(wall - accounted, 0.0)}
 
 
 class Accounting(Callback):
@@ -192,7 +192,7 @@ class Accounting(Callback):
             kept = storage.join(self._run_dir, f"accounting.damaged-{int(time.time())}.json")
             with contextlib.suppress(CheckpointError):  # one that is too large to be read is no record of anything
                 storage.write_bytes(kept, read_limited(uri), self.before_write)
-            log.warning("%s It is kept as %s, and the accounting starts anew.", error, kept)
+            log.warning("%s It is kept as %s; accounting starts from zero.", error, kept)
         return []
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -247,7 +247,7 @@ class Accounting(Callback):
             pass
         except StorageError as error:
             self._is_kept = False
-            log.warning("%s is no longer renewed, the run goes on: %s", uri, error)
+            log.warning("%s can no longer be updated; training continues: %s", uri, error)
 
     def _close(self, *, write: bool = True) -> None:
         if self._renewal is not None:

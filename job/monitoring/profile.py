@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "profile"
 FIRST_STEP, STEPS = 5, 10
-"""Steps of this start that are left out, while caches fill and kernels are chosen, and those that are recorded."""
+"""Steps of this launch that are left out, while caches fill and kernels are chosen, and those that are recorded."""
 COMMUNICATION = ("gloo:", "nccl:", "c10d::allreduce_")
 
 
@@ -110,9 +110,9 @@ class Profile(Callback):
             trace = gzip.compress((Path(folder) / name).read_bytes())
         try:
             storage.write_bytes(uri, trace, self.before_write)
-            log.info("the trace of %d steps lies in %s", steps, uri)
+            log.info("wrote the trace of %d steps to %s", steps, uri)
         except StorageError as error:
-            log.warning("the trace is lost: %s", error)
+            log.warning("the trace could not be written: %s", error)
 
     def _waited(self, trainer: pl.Trainer) -> tuple[float, float]:
         loader = trainer.train_dataloader

@@ -50,7 +50,7 @@ class Report:
         classes: class names, in the order of the network's outputs.
         images: number of images by part.
         bad_samples: images that could not be read.
-        images_per_second: throughput of training; None where this start trained less than an epoch.
+        images_per_second: throughput of training; None where this launch trained less than an epoch.
         seconds: where the time went, over all attempts; see :func:`job.monitoring.accounting.totals`.
         content: all of ``report.json``.
     """
@@ -269,14 +269,14 @@ def print_suggestions(result: dict[str, Any]) -> None:
     say(f"The loss falls fastest at a learning rate of {result['lr']:.2g}:")
     say(f"  --model.lr {result['lr']:.2g}")
     if most := result["global_batch_size_at_most"]:
-        each, processes = result["bytes_an_image"] / 1e6, result["world_size"]
-        say(f"Training all layers takes {each:.1f} MB an image. On {processes} process(es) like these, at most:")
+        each, processes = result["bytes_per_image"] / 1e6, result["world_size"]
+        say(f"Training all layers needs {each:.1f} MB per image. Largest batch for {processes} such process(es):")
         say(f"  --data.global_batch_size {most}")
 
 
 def _where_time_went(seconds: dict[str, float], starts: int) -> str:
     parts = "  ".join(
-        f"{name.replace('_', ' ')} {seconds[name]:.0f}"
+        f"{name.replace('lost', 'recomputed').replace('_', ' ')} {seconds[name]:.0f}"
         for name in ("step", "data_wait", "validation", "checkpoint_stall", "startup", "features", "lost", "other")
     )
-    return f"goodput {seconds['goodput']:.0%} of {seconds['wall']:.0f} s in {starts} start(s): {parts}"
+    return f"goodput {seconds['goodput']:.0%} of {seconds['wall']:.0f} s in {starts} launch(es): {parts}"

@@ -33,7 +33,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Attempts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Starts since the last new checkpoint, all with one configuration.
+    """Launches since the last new checkpoint, all with one configuration.
 
     Attributes:
         format: version of the file.
@@ -64,7 +64,7 @@ def read(run_dir: str) -> Attempts | None:
     try:
         content = storage.read_bounded(uri, MAX_BYTES)
     except DataError as error:
-        log.warning("%s Counting the starts without progress anew", error)
+        log.warning("%s The count of launches without a new checkpoint is reset", error)
         return None
     try:
         if (version := format_version(content)) > FORMAT:
@@ -74,19 +74,19 @@ def read(run_dir: str) -> Attempts | None:
             )
         return msgspec.json.decode(content, type=Attempts)
     except MALFORMED as error:
-        log.warning("%s is damaged (%s): counting the starts without progress anew", uri, error)
+        log.warning("%s is damaged (%s): the count of launches without a new checkpoint is reset", uri, error)
         return None
 
 
 def begin(
     run_dir: str, step: int, configuration: str, before_write: Callable[[], None] = storage.unconditionally
 ) -> Attempts:
-    """Count a start that goes on from ``step``; called on rank 0, which holds the lease.
+    """Count a launch that resumes at ``step``; called on rank 0, which holds the lease.
 
     Args:
         run_dir: of the run.
         step: ``global_step`` of its newest checkpoint; -1: none.
-        configuration: of this start.
+        configuration: of this launch.
         before_write: called immediately before the write; raises if this job may not write to run_dir.
 
     Raises:
@@ -100,9 +100,9 @@ def begin(
         cause = f" The last error was: {before.last_error}" if before.last_error else ""
         where = f"after step {step}" if step >= 0 else "at all"
         raise ConfigError(
-            f"{before.failed + before.lost} starts in a row have ended without a checkpoint {where}, "
-            f"{before.failed} of them by an error: another restart would not help.{cause} Mend the cause, then delete "
-            f"{storage.join(run_dir, FILE)} or change an option, and start again."
+            f"{before.failed + before.lost} consecutive launches ended without a new checkpoint {where}, "
+            f"{before.failed} of them with an error: another restart would not help.{cause} Fix the cause, then delete "
+            f"{storage.join(run_dir, FILE)} or change an option, and launch again."
         )
     _write(run_dir, msgspec.structs.replace(before, lost=before.lost + 1), before_write)  # until its end is known
     return before
@@ -112,7 +112,7 @@ def begin(
 def counted(
     run_dir: str, before: Attempts | None, before_write: Callable[[], None] = storage.unconditionally
 ) -> Iterator[None]:
-    """Record how this start ends. Preemptions, other requests to stop and a user's mistakes do not count.
+    """Record how this launch ends. Preemptions, other requests to stop and a user's mistakes do not count.
 
     Args:
         run_dir: of the run.
@@ -148,4 +148,4 @@ def _write(run_dir: str, attempts: Attempts, before_write: Callable[[], None]) -
     try:
         storage.write_bytes(storage.join(run_dir, FILE), msgspec.json.encode(attempts), before_write)
     except (StorageError, LeaseError) as error:  # out of reach, overwriting is forbidden, or another job writes here
-        log.info("the count of starts without progress could not be written: %s", error)
+        log.info("the count of launches without a new checkpoint could not be written: %s", error)

@@ -77,8 +77,8 @@ class WatchdogSettings:
     """Ends this process when a step takes far longer than those before; torchrun then ends the others.
 
     Args:
-        min_seconds: no limit is shorter.
-        factor: a limit is this many times the longest of the last 100 steps.
+        min_seconds: lower bound of the limit on a step.
+        factor: the limit is this factor times the longest of the last 100 steps.
         startup_seconds: limit of the first steps (which compile and warm up), of everything between
             steps (saving, the start of a validation), and of a collective between ranks.
     """

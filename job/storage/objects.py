@@ -200,7 +200,7 @@ def download_verified(uri: str, target: Path) -> None:
             log.warning("%s: the content does not match its ETag in the store; it is downloaded again", uri)
     if len(set(digests)) > 1:
         raise StorageOutage(f"{uri}: two downloads differ from each other and from the ETag in the store. Try again.")
-    log.warning("%s: two downloads are alike: its ETag is no MD5 sum and is not checked", uri)
+    log.warning("%s: two downloads are equal, so its ETag is not an MD5 checksum; it is not checked", uri)
 
 
 def retry(action: Callable[[], None], seconds: float, waiting: str) -> None:

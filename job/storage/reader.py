@@ -106,9 +106,11 @@ class Reader:
             raise error
         # Two transfers do not fail alike.
         if error.certain:
-            raise StorageError(f"{error}, twice alike: it is damaged in the store. Upload it again.") from error
+            raise StorageError(
+                f"{error}, in two equal downloads: it is damaged in the store. Upload it again."
+            ) from error
         self._checks_etags = False
-        log.warning("%s, twice alike: ETags below %s are no MD5 sums and are not checked", error, self.root)
+        log.warning("%s, in two equal downloads: ETags below %s are not MD5 checksums; not checked", error, self.root)
         return content
 
     def _uri(self, key: str) -> str:

@@ -68,7 +68,7 @@ class BatchSizeFinder(Callback):
         module.enter_stage(stage)
         module.net.load_state_dict(buffers, strict=False)
         if fits < 1:
-            raise ConfigError(f"not even one image fits: it needs {self.bytes_each / 1e6:.0f} MB besides the network.")
+            raise ConfigError(f"not enough memory for one image, which needs {self.bytes_each / 1e6:.0f} MB.")
         self.per_rank = fits - fits % 8 if fits >= 8 else fits
 
 

@@ -112,7 +112,7 @@ def fit(model: TransferLearningModel, data: ImageDataModule, settings: FitSettin
             )
             if resumed:
                 model.config = replace(model.config, weights="none")  # the checkpoint has them
-                log.info("going on after step %d, epoch %d", resumed.global_step, resumed.epoch)
+                log.info("resuming after step %d, epoch %d", resumed.global_step, resumed.epoch)
             uri = storage.join(run_dir, checkpoint.FOLDER, resumed.file) if resumed else None
             with preemption.deferred():
                 trainer.fit(model, datamodule=data, ckpt_path=uri)

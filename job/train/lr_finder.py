@@ -15,7 +15,7 @@ from job.errors import ConfigError
 SMOOTHING = 0.9
 """Decay of the running mean of losses, per step."""
 DIVERGED = 4.0
-"""The sweep ends where the running mean is this many times its lowest."""
+"""The range test ends when the running mean exceeds its minimum by this factor."""
 LEFT_OUT = 5
 """First steps, whose running mean is too noisy to use."""
 
@@ -86,11 +86,11 @@ class LRFinder(Callback):
         usable = int(np.argmin(np.isfinite(means))) if not np.isfinite(means).all() else len(means)
         means = means[:usable]
         if usable < LEFT_OUT + 3:
-            raise ConfigError(f"the loss is no finite number after {usable} steps, from a rate of {self.lowest} on.")
+            raise ConfigError(f"the loss is not finite after {usable} steps. Lower --lr_finder.lowest.")
         lowest = int(means[LEFT_OUT:].argmin()) + LEFT_OUT
         slopes = np.gradient(means, np.log(self.rates[:usable]))[LEFT_OUT : lowest + 1]
         if slopes.min() >= 0:
-            raise ConfigError(f"the loss falls at no rate from {self.lowest} to {self.rates[usable - 1]:.3g}.")
+            raise ConfigError(f"the loss falls at no learning rate in [{self.lowest}, {self.rates[usable - 1]:.3g}].")
         return self.rates[LEFT_OUT + int(slopes.argmin())]
 
 

@@ -44,5 +44,5 @@ def announce(accelerator: str, precision: str, *, automatic: bool) -> None:
         where = torch.cuda.get_device_name(ranks.local_rank())
         if automatic:
             torch.set_float32_matmul_precision("high")
-    why = " (chosen for this hardware; --trainer.precision says otherwise)" if automatic else ""
+    why = " (chosen for this hardware; change it by --trainer.precision)" if automatic else ""
     log.info("%d process(es), %s, precision %s%s", ranks.world_size(), where, precision, why)

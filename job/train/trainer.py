@@ -168,7 +168,7 @@ def _processes(settings: dict[str, Any]) -> dict[str, Any]:
     world_size, local_world_size = ranks.world_size(), ranks.local_world_size()
     if uses_cuda(str(settings.get("accelerator"))) and torch.cuda.device_count() > local_world_size:
         log.warning(
-            "%d GPUs are here, and %d in use: torchrun --nproc-per-node=gpu -m job fit … uses all of them",
+            "this machine has %d GPUs, of which %d are used. Use all of them by python -m job launch fit …",
             torch.cuda.device_count(),
             local_world_size,
         )
@@ -179,7 +179,7 @@ def _processes(settings: dict[str, Any]) -> dict[str, Any]:
             "--trainer.accelerator=cpu."
         )
     if world_size % local_world_size:
-        raise ConfigError(f"{world_size} processes do not divide into nodes of {local_world_size}, as this one has.")
+        raise ConfigError(f"WORLD_SIZE={world_size} is not a multiple of LOCAL_WORLD_SIZE={local_world_size}.")
     strategy = settings.get("strategy") or "auto"
     if strategy == "auto" and world_size > 1:
         # Each parameter's gradient lies in the bucket that is sent: no copy there and back.

@@ -48,7 +48,7 @@ def test_preempted_and_resumed(cluster: Cluster, bucket: str) -> None:
     nodes = start_nodes(cluster)
     assert [cluster.exit_code(name) for name in nodes] == [0, 0], "\n".join(map(cluster.log, nodes))
     log = cluster.log("train-0")
-    resumed = re.search(r"going on after step (\d+), epoch (\d+)", log)
+    resumed = re.search(r"resuming after step (\d+), epoch (\d+)", log)
     assert resumed is not None, log
     assert int(resumed[1]) > 44  # of 44 steps an epoch
     assert "2 process(es)" in log

@@ -137,7 +137,7 @@ def test_they_are_bounded_and_older_ones_make_room(images: Path, tmp_path: Path)
     def fit(name: str, **more: object) -> str:
         return run_well("fit", *options(settings, run_dir=tmp_path / name, **more)).stderr
 
-    assert "features are not kept: they need 0.00104 GB, --features.max_gb allows 0.0005" in fit(
+    assert "features are not cached: they need 0.00104 GB, --features.max_gb allows 0.0005" in fit(
         "none", features__max_gb=0.0005
     )
     folder = tmp_path / "cache" / "features"
@@ -167,7 +167,7 @@ def test_fixed_views_of_a_users_own_augmentation_and_an_unreadable_image(tmp_pat
         return run_well("fit", *options(settings, run_dir=tmp_path / name, **more)).stderr
 
     told = fit("endless")
-    assert "--data.augment makes a new picture each epoch. --data.augment_views=1 would" in told
+    assert "limit the variants by --data.augment_views=1" in told
     fit("recomputed", **{"data.augment_views": 2, "features.use": "never"})
     kept = fit("kept", **{"data.augment_views": 2})
     assert f"{COMPUTING}train 1 of 1 chunks" in kept

@@ -24,7 +24,7 @@ def test_a_rank_that_is_killed_restarts_the_job(run_dir: str, uninterrupted: str
     job = Job(tmp_path / "log", *fit_options(run_dir, trainer__callbacks=plot), processes=2, restarts=1)
     assert job.wait() == 0, job.output
     assert "another rank ended" in job.output
-    assert "going on after step 1" in job.output
+    assert "resuming after step 1" in job.output
     assert_same_weights(run_dir, uninterrupted)
     assert scalars(run_dir)["train/loss"] == scalars(uninterrupted)["train/loss"]
     records = accounting.read(run_dir)
@@ -77,7 +77,7 @@ def test_killed_in_the_middle_of_an_upload(
     assert newest.global_step == 10
     second = Job(tmp_path / "log2", *fit_options(run_dir), processes=2)
     assert second.wait() == 0, second.output
-    assert "going on after step 10," in second.output
+    assert "resuming after step 10," in second.output
     assert_same_weights(run_dir, uninterrupted)
     assert scalars(run_dir)["train/loss"] == scalars(uninterrupted)["train/loss"]
 
@@ -100,7 +100,7 @@ def test_a_damaged_newest_checkpoint(damage: str, run_dir: str, uninterrupted: s
     assert second.wait() == 0, second.output
     if damage != "no manifest":
         assert f"{uri} is damaged" in second.output
-    assert "going on after step 10," in second.output
+    assert "resuming after step 10," in second.output
     assert_same_weights(run_dir, uninterrupted)
 
 

@@ -54,7 +54,7 @@ def test_a_signal_to_any_rank_saves_and_stops_all(
     assert f"stopped on request after step {newest.global_step}," in first.output
     second = Job(tmp_path / "log2", *arguments, processes=2)
     assert second.wait() == 0, second.output
-    assert f"going on after step {newest.global_step}," in second.output
+    assert f"resuming after step {newest.global_step}," in second.output
     assert_nothing_lost(run_dir, uninterrupted, starts=2)
     assert accounting.read(run_dir)[0].recomputed == 0
 
@@ -100,4 +100,4 @@ def test_a_rank_that_cannot_save_in_time_ends_all_the_same(run_dir: str, tmp_pat
     assert newest.global_step <= 10
     proxy.fault = lambda request: None
     second = run_well(*fit_options(run_dir))
-    assert f"going on after step {newest.global_step}," in second.stderr
+    assert f"resuming after step {newest.global_step}," in second.stderr

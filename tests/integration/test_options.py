@@ -40,7 +40,7 @@ def works(colours: Path, tmp_path: Path, **changes: object) -> None:
         done = run_here("fit", *options(SHORT, **settings))
         assert done.returncode == 0, done.output
         assert "Traceback" not in done.output
-    assert "going on after step" in done.output
+    assert "resuming after step" in done.output
 
 
 @pytest.mark.parametrize("kind", _SUPPORTED_CALLBACKS, ids=lambda kind: kind.__name__)

@@ -54,7 +54,7 @@ def test_a_fit_saves_and_the_same_command_goes_on(name: str, code: int, colours:
     assert (record.failed, record.lost) == (0, 0)
     second = run_here(*arguments)
     assert second.returncode == 0, second.output
-    assert "going on after step 4" in second.output
+    assert "resuming after step 4" in second.output
     assert attempts.read(str(tmp_path / "run")) is None
 
 
@@ -78,7 +78,7 @@ def test_an_unexpected_error_has_a_code_and_a_line_of_its_own(colours: Path, tmp
         assert done.output.splitlines()[-1].startswith("job: unexpected error: KeyError: 'lost'.")
     done = run_here(*arguments)
     assert done.returncode == 2
-    assert "5 starts in a row have ended without a checkpoint" in done.output
+    assert "5 consecutive launches ended without a new checkpoint" in done.output
     assert "KeyError: 'lost'" in done.output
 
 

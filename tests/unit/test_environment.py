@@ -122,7 +122,7 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
     [
         ({**INDEXED, **TRAINJOB}, "Kubeflow and of Indexed Job at once"),
         ({**INDEXED, **vertex("workerpool0", 0)}, "Vertex AI and of Indexed Job at once"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0, WORLD_SIZE=2: these are set, but nothing says by whom"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0, WORLD_SIZE=2: these are set, but not all variables of torchrun"),
         ({"LOCAL_RANK": "0", "RANK": "0"}, "WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT not"),
         ({**INDEXED, "JOB_COMPLETION_INDEX": "4"}, "there is no node 4 of 4"),
         ({"JOB_COMPLETION_INDEX": "2"}, "LAUNCH_NODES does not say how many"),
@@ -130,7 +130,7 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
         ({**INDEXED, "LAUNCH_NODES": "two"}, "LAUNCH_NODES must be a number, not 'two'"),
         ({**PYTORCHJOB, "PET_NODE_RANK": "2"}, "there is no node 2 of 2"),
         ({"PET_NNODES": "2"}, "PET_NODE_RANK, which is not set"),
-        ({**INDEXED, "LAUNCH_COORDINATOR": "a-0.a:12x4"}, "a-0.a:12x4, where the nodes meet, has no number"),
+        ({**INDEXED, "LAUNCH_COORDINATOR": "a-0.a:12x4"}, "a-0.a:12x4, the coordinator, needs a number"),
         ({**PYTORCHJOB, "PET_NPROC_PER_NODE": "two"}, "PET_NPROC_PER_NODE must be a number, not 'two'"),
         ({"PET_NNODES": "2", "PET_NODE_RANK": "0"}, "neither PET_MASTER_ADDR nor PET_RDZV_ENDPOINT"),
         ({"PET_NNODES": "1:4", "PET_NODE_RANK": "0"}, "PET_NNODES must be a number, not '1:4'"),
@@ -255,5 +255,5 @@ def test_a_container_s_cpu_limit_counts(
 
 def test_a_name_that_never_comes_is_told() -> None:
     wait_for_address("localhost", 5)
-    with pytest.raises(RankLost, match=r"no-such-node-0\.invalid, where the nodes meet, has no address"):
+    with pytest.raises(RankLost, match=r"the coordinator no-such-node-0\.invalid has no DNS record"):
         wait_for_address("no-such-node-0.invalid", 0)

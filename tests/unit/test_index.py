@@ -103,7 +103,7 @@ def test_unlabelled_images(colours: Path) -> None:
 
 def test_a_part_of_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are found at their place whatever portions they were written in."""
-    monkeypatch.setattr("job.data.index.index.ROWS_A_BATCH", 7)
+    monkeypatch.setattr("job.data.index.index.ROWS_PER_BATCH", 7)
     write_files(tmp_path, picture_files(["blue", "green", "red"], 10))
     index = index_of(tmp_path)
     assert [len(batch) for batch in index.batches()] == [7, 7, 7, 7, 2]

@@ -58,7 +58,7 @@ def test_retention_that_is_refused_is_warned_of_once(run_dir: str, caplog: pytes
         save(run_dir, state(step))
         retention.remove_superseded()
     assert [m.global_step for m in checkpoint.manifests(run_dir)] == [10, 20, 30]
-    assert caplog.text.count("which takes room; the run goes on") == 1
+    assert caplog.text.count("could not be deleted and occupy space") == 1
 
 
 def test_what_a_killed_start_left_is_not_in_the_way(run_dir: str) -> None:
@@ -73,7 +73,7 @@ def test_a_report_that_cannot_be_replaced_is_kept(run_dir: str, caplog: pytest.L
     write_json(f"{run_dir}/report.json", {"a": float("nan")})
     write_json(f"{run_dir}/report.json", {"a": 2})
     assert json.loads(storage.read_bytes(f"{run_dir}/report.json")) == {"a": None}
-    assert "keeps the content of an earlier start" in caplog.text
+    assert "holds the values of an earlier launch" in caplog.text
 
 
 def records(path: Path, *starts: dict[str, Any]) -> str:

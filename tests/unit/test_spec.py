@@ -79,7 +79,7 @@ def test_a_description_is_checked_before_memory_is_taken(changes: dict[str, Any]
 
 @pytest.mark.parametrize("content", [None, [], 3, {}, {"classifier": 3}, {"backbone": NAME}])
 def test_something_else_is_no_description(content: Any) -> None:
-    with pytest.raises(CheckpointError, match="describes its network wrongly"):
+    with pytest.raises(CheckpointError, match="invalid description of its network"):
         decode_spec(content, "w.ckpt")
 
 

@@ -114,7 +114,7 @@ def test_stopped_and_resumed_is_bit_equal(gcs: str, images: str, on_xla: str, tm
     done = run("fit", *arguments, callback, CPU_NUM_DEVICES="2", **XLA_CPU)
     assert done.returncode == 128 + signal.SIGTERM, done.stdout + done.stderr
     told = fit(run_dir, images)
-    resumed = re.search(r"going on after step (\d+), epoch 1", told)
+    resumed = re.search(r"resuming after step (\d+), epoch 1", told)
     assert resumed is not None, told
     assert int(resumed[1]) in (4, 5)
     assert_same_weights(run_dir, on_xla)
@@ -183,7 +183,7 @@ def test_a_pod_of_a_tpu_host(gcs: str, images: str, on_xla: str) -> None:
     [
         ({"data.global_batch_size": 9}, 0, {}, "--data.global_batch_size 9 does not divide over 2 chips"),
         ({"trainer.precision": "16-mixed"}, 0, {}, "--trainer.precision 16-mixed does not exist on XLA"),
-        ({}, 2, {}, "2 process(es) were started, and XLA knows of 1"),
+        ({}, 2, {}, "2 process(es) were started, but XLA counts 1"),
         ({}, 0, {"PJRT_DEVICE": "TPU"}, "this machine has no TPU"),
     ],
 )

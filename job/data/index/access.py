@@ -183,8 +183,8 @@ def refusal(what: str) -> str:
 
 def split_scheme(uri: str) -> tuple[str, str]:
     """(scheme in lower case, what stands between ``//`` and the next slash); two empty strings for a path."""
-    found = _ABSOLUTE.match(uri)
-    return (found[1].lower(), found[2]) if found else ("", "")
+    match = _ABSOLUTE.match(uri)
+    return (match[1].lower(), match[2]) if match else ("", "")
 
 
 def is_local_uri(uri: str) -> bool:
@@ -265,16 +265,16 @@ class _Resolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        found = await self._resolver.resolve(host, port, family)
+        addresses = await self._resolver.resolve(host, port, family)
         if self._access.permits_host(host, port):
-            self._sockets.permitted |= {(each["host"], port) for each in found}
-            return found
+            self._sockets.permitted |= {(each["host"], port) for each in addresses}
+            return addresses
         if _normal(host) in METADATA_HOSTS:
             raise DataError(refusal(f"refused to connect to {host}, the metadata server of a cloud's machines"))
-        for each in found:
+        for each in addresses:
             if reason := internal(ipaddress.ip_address(each["host"].split("%")[0])):
                 raise DataError(refusal(f"refused to connect to {host}, which {reason}"))
-        return found
+        return addresses
 
     async def close(self) -> None:
         await self._resolver.close()
@@ -290,17 +290,17 @@ def _host_of(entry: str) -> str:
 
 def _host_and_port(uri: str, default: int | None = 0) -> tuple[str, int | None]:
     """Host and port as aiohttp finds them; without a port that of the scheme, or ``default`` where that is None."""
-    found = yarl.URL(uri)
-    port = found.explicit_port if default is None else found.port
-    return _normal(found.raw_host or ""), port
+    url = yarl.URL(uri)
+    port = url.explicit_port if default is None else url.port
+    return _normal(url.raw_host or ""), port
 
 
 def _folder_of_pattern(uri: str) -> str:
     """``uri``, or the folder in which a pattern's matches lie."""
-    found = re.search(r"[{*?\[]", uri)
-    if found is None or (found[0] == "?" and split_scheme(uri)[0] in WEB):
+    match = re.search(r"[{*?\[]", uri)
+    if match is None or (match[0] == "?" and split_scheme(uri)[0] in WEB):
         return uri
-    return uri[: found.start()].rpartition("/")[0] or "/"
+    return uri[: match.start()].rpartition("/")[0] or "/"
 
 
 def _is_below(uri: str, prefix: str) -> bool:

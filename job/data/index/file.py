@@ -22,7 +22,7 @@ from job.storage.format_version import MALFORMED, format_version
 
 FORMAT = 2
 """Version of the format; 2 added the SHA-256 and size of each part."""
-ROWS_A_BATCH = 1 << 16
+ROWS_PER_BATCH = 1 << 16
 """Rows per record batch, except the last: so a sample's place follows from its id."""
 MOST_BYTES = 128 << 20
 """Size of an index.json that is still read."""
@@ -178,12 +178,12 @@ def verify_parts(folder: Path, info: IndexInfo, uri: str) -> None:
             ) from error
 
 
-def open_part(path: Path, rows: int, rows_a_batch: int = ROWS_A_BATCH) -> list[pa.RecordBatch]:
+def open_part(path: Path, rows: int, rows_per_batch: int = ROWS_PER_BATCH) -> list[pa.RecordBatch]:
     """Map an Arrow file of :data:`SCHEMA` into memory.
 
     Args:
         rows: all of its rows.
-        rows_a_batch: rows of each record batch but the last.
+        rows_per_batch: rows of each record batch but the last.
 
     Raises:
         ValueError: it is no such file (a :class:`pyarrow.ArrowInvalid`, too), or has another number of rows.
@@ -192,15 +192,15 @@ def open_part(path: Path, rows: int, rows_a_batch: int = ROWS_A_BATCH) -> list[p
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     if not reader.schema.equals(SCHEMA):
         raise ValueError(f"its columns are {', '.join(f'{field.name} {field.type}' for field in reader.schema)}"[:500])
-    batches, found = [], 0
+    batches, count = [], 0
     for number in range(reader.num_record_batches):
         batch = reader.get_batch(number)
         batches.append(batch)
-        found += len(batch)
-        if len(batch) != min(rows_a_batch, rows - found + len(batch)):
-            raise ValueError(f"record batch {number} has {len(batch):,} rows, not {rows_a_batch:,}")
-    if found != rows:
-        raise ValueError(f"{found:,} rows, {rows:,} in {INDEX_FILE}")
+        count += len(batch)
+        if len(batch) != min(rows_per_batch, rows - count + len(batch)):
+            raise ValueError(f"record batch {number} has {len(batch):,} rows, not {rows_per_batch:,}")
+    if count != rows:
+        raise ValueError(f"{count:,} rows, {rows:,} in {INDEX_FILE}")
     return batches
 
 
@@ -234,9 +234,9 @@ def _verify_rows(batch: pa.RecordBatch, info: IndexInfo) -> None:
 
 
 def _require_range(what: str, column: pa.Array, least: int, most: int) -> None:
-    found = pc.min_max(column)
-    if found["min"].as_py() < least or found["max"].as_py() > most:
-        raise ValueError(f"{what}: {found['min']} to {found['max']}, where {least} to {most} is possible")
+    bounds = pc.min_max(column)
+    if bounds["min"].as_py() < least or bounds["max"].as_py() > most:
+        raise ValueError(f"{what}: {bounds['min']} to {bounds['max']}, where {least} to {most} is possible")
 
 
 def _require_below(batch: pa.RecordBatch, info: IndexInfo) -> None:

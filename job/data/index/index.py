@@ -20,7 +20,7 @@ import pyarrow.ipc
 
 from job import redact, storage
 from job.data.index.access import Access, is_chained, split_scheme
-from job.data.index.file import ROWS_A_BATCH, SCHEMA, DamagedIndex, PartInfo, hash_file, load_index_info, open_part
+from job.data.index.file import ROWS_PER_BATCH, SCHEMA, DamagedIndex, PartInfo, hash_file, load_index_info, open_part
 from job.errors import DataError
 
 RUN_BYTES = 1 << 20
@@ -66,7 +66,7 @@ class Index:
         try:
             if path.stat().st_size != self.info.bytes:
                 raise ValueError(f"{path.stat().st_size:,} bytes, {self.info.bytes:,} in index.json")
-            self._batches = open_part(path, self.info.rows, ROWS_A_BATCH)
+            self._batches = open_part(path, self.info.rows, ROWS_PER_BATCH)
         except (pa.ArrowException, ValueError, OSError) as error:
             raise DamagedIndex(f"{path} is damaged: {error}. Remove {folder}.") from error
 
@@ -82,15 +82,15 @@ class Index:
     def rows(self, samples: Sequence[int]) -> list[Sample]:
         """Places of some samples, in the given order."""
         places: dict[int, Sample] = {}
-        for number in {sample // ROWS_A_BATCH for sample in samples}:
-            chosen = [sample for sample in samples if sample // ROWS_A_BATCH == number]
-            batch = self._batches[number].take(pa.array([sample % ROWS_A_BATCH for sample in chosen]))
+        for number in {sample // ROWS_PER_BATCH for sample in samples}:
+            chosen = [sample for sample in samples if sample // ROWS_PER_BATCH == number]
+            batch = self._batches[number].take(pa.array([sample % ROWS_PER_BATCH for sample in chosen]))
             columns = [batch.column(name).to_pylist() for name in Sample._fields]
             places.update(zip(chosen, map(Sample, *columns), strict=True))
         return [places[sample] for sample in samples]
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """All rows, :data:`ROWS_A_BATCH` at a time."""
+        """All rows, :data:`ROWS_PER_BATCH` at a time."""
         return iter(self._batches)
 
     @functools.cached_property
@@ -119,11 +119,11 @@ class Index:
         return self._values("size", samples)
 
     def _values(self, column: str, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        found = np.empty(len(samples), np.int64)
-        for number in np.unique(samples // ROWS_A_BATCH):
-            chosen = samples // ROWS_A_BATCH == number
-            found[chosen] = self._batches[number].column(column).to_numpy()[samples[chosen] % ROWS_A_BATCH]
-        return found
+        values = np.empty(len(samples), np.int64)
+        for number in np.unique(samples // ROWS_PER_BATCH):
+            chosen = samples // ROWS_PER_BATCH == number
+            values[chosen] = self._batches[number].column(column).to_numpy()[samples[chosen] % ROWS_PER_BATCH]
+        return values
 
     def fingerprint(self) -> str:
         """Identity of this part: its size and a hash of keys and labels, but not its place."""
@@ -139,7 +139,7 @@ class Index:
 class PartWriter:
     """Writes the samples of one part, with rows of :data:`SCHEMA` given in any portions.
 
-    Memory holds no more than :data:`ROWS_A_BATCH` rows and one portion.
+    Memory holds no more than :data:`ROWS_PER_BATCH` rows and one portion.
     """
 
     def __init__(self, path: Path) -> None:
@@ -164,11 +164,11 @@ class PartWriter:
     def write(self, rows: pa.Table) -> None:
         """Append ``rows``."""
         self._pending.append(rows.select(SCHEMA.names).cast(SCHEMA))
-        if sum(len(table) for table in self._pending) >= ROWS_A_BATCH:
+        if sum(len(table) for table in self._pending) >= ROWS_PER_BATCH:
             table = pa.concat_tables(self._pending)
-            full = len(table) - len(table) % ROWS_A_BATCH
-            for start in range(0, full, ROWS_A_BATCH):
-                self._write_batch(table.slice(start, ROWS_A_BATCH))
+            full = len(table) - len(table) % ROWS_PER_BATCH
+            for start in range(0, full, ROWS_PER_BATCH):
+                self._write_batch(table.slice(start, ROWS_PER_BATCH))
             self._pending = [table.slice(full)]
 
     def finish(self, root: str, *, shards: bool) -> PartInfo:

@@ -40,7 +40,7 @@ class Part:
 def find_parts(listing: Listing) -> dict[str, Part]:
     """The parts under one root.
 
-    Labels of the data (WebDataset, a manifest) are used, and its ``split`` column gives the
+    Labels of the data (WebDataset, a table) are used, and its ``split`` column gives the
     parts. Otherwise: ``train/``, ``validation/`` or ``val/``, ``test/``, each of class folders; or class
     folders alone, which are the train part. A single folder that wraps everything, as archives have it,
     is stepped into.
@@ -53,10 +53,10 @@ def find_parts(listing: Listing) -> dict[str, Part]:
         if "train" not in labelled:
             raise DataError(f"{listing.uri} names no training image.")
         return labelled
-    prefix, found = _unwrapped(listing, "")
+    prefix, survey = _unwrapped(listing, "")
     parts = {}
     for part, folders in PART_FOLDERS.items():
-        present = [folder for folder in folders if folder in found.folders]
+        present = [folder for folder in folders if folder in survey.folders]
         if len(present) > 1:
             raise DataError(
                 f"{listing.uri} holds both {present[0]}/ and {present[1]}/: which one is meant? Remove one."
@@ -112,7 +112,7 @@ def _labelled_parts(listing: Listing) -> dict[str, Part]:
     def tables(part: str) -> Iterator[pa.Table]:
         for batch in listing.batches():
             table = pa.table(batch)
-            # A manifest means what it names; an archive also holds other files than images.
+            # Every row of a table is a sample; an archive may also hold files that are not images.
             meant = pc.or_(pc.less(table["offset"], 0), pc.match_substring_regex(table["key"], IMAGE_PATTERN))
             yield table.filter(pc.and_(meant, pc.equal(pc.fill_null(table["part"], "train"), part)))
 
@@ -159,21 +159,21 @@ def _below(listing: Listing, prefix: str) -> Iterator[pa.Table]:
 
 
 def _survey(listing: Listing, prefix: str) -> _Survey:
-    found = _Survey()
+    survey = _Survey()
     for table in _below(listing, prefix):
         slashes = pc.count_substring(table["rest"], "/")
         nested, image = pc.greater(slashes, 0), table["image"]
-        found.folders |= set(pc.unique(table.filter(nested)["first"]).to_pylist())
-        found.image_folders |= set(pc.unique(table.filter(pc.and_(image, nested))["first"]).to_pylist())
-        found.images += pc.sum(image).as_py() or 0
+        survey.folders |= set(pc.unique(table.filter(nested)["first"]).to_pylist())
+        survey.image_folders |= set(pc.unique(table.filter(pc.and_(image, nested))["first"]).to_pylist())
+        survey.images += pc.sum(image).as_py() or 0
         depth = pc.min(slashes.filter(image)).as_py()
-        found.least_depth = found.least_depth if depth is None else min(found.least_depth, depth)
+        survey.least_depth = survey.least_depth if depth is None else min(survey.least_depth, depth)
         stray = table.filter(pc.and_(image, pc.invert(nested)))["key"]
         other = table.filter(pc.and_(pc.invert(image), pc.invert(pc.ends_with(table["rest"], "/"))))["key"]
-        found.strays, found.other_count = found.strays + len(stray), found.other_count + len(other)
-        found.stray += stray[:1].to_pylist()
-        found.others += other[:1].to_pylist()
-    return found
+        survey.strays, survey.other_count = survey.strays + len(stray), survey.other_count + len(other)
+        survey.stray += stray[:1].to_pylist()
+        survey.others += other[:1].to_pylist()
+    return survey
 
 
 def _unwrapped(listing: Listing, prefix: str) -> tuple[str, _Survey]:
@@ -183,30 +183,30 @@ def _unwrapped(listing: Listing, prefix: str) -> tuple[str, _Survey]:
     """
     known = {folder for folders in PART_FOLDERS.values() for folder in folders}
     while True:
-        found = _survey(listing, prefix)
-        if len(found.folders) != 1 or found.folders & known or not found.images or found.least_depth < 2:
-            return prefix, found
-        prefix += f"{next(iter(found.folders))}/"
+        survey = _survey(listing, prefix)
+        if len(survey.folders) != 1 or survey.folders & known or not survey.images or survey.least_depth < 2:
+            return prefix, survey
+        prefix += f"{next(iter(survey.folders))}/"
 
 
 def _class_folders(listing: Listing, prefix: str) -> Part:
     """Labels from the first folder of each key."""
-    prefix, found = _unwrapped(listing, prefix)
+    prefix, survey = _unwrapped(listing, prefix)
     root = storage.join(listing.uri, prefix) if prefix else listing.uri
-    if not found.images:
+    if not survey.images:
         raise DataError(f"no image under {root}. Expected CLASS/*.jpg (or .png, .webp, …).")
-    if found.strays:
+    if survey.strays:
         raise DataError(
-            f"{root} holds {found.strays} image(s) outside any class folder, for example {found.stray[0]}. "
-            "Expected CLASS/*.jpg: one folder a class."
+            f"{root} holds {survey.strays} image(s) outside any class folder, for example {survey.stray[0]}. "
+            "Expected CLASS/*.jpg: one folder per class."
         )
-    if empty := sorted(found.folders - found.image_folders):
+    if empty := sorted(survey.folders - survey.image_folders):
         raise DataError(f"no image in class folder(s) {', '.join(empty)} of {root}. Fill or remove them.")
-    classes = sorted(found.folders)
+    classes = sorted(survey.folders)
     _require_two(root, classes)
-    if found.other_count:
+    if survey.other_count:
         log.warning(
-            "%s: %d file(s) are no images and are ignored, for example %s", root, found.other_count, found.others[0]
+            "%s: %d file(s) are no images and are ignored, for example %s", root, survey.other_count, survey.others[0]
         )
 
     def tables() -> Iterator[pa.Table]:

@@ -72,7 +72,7 @@ def _saved_parts(location: Location, folder: Path, context: ListingContext) -> d
     except OldFormat as error:
         if location.is_saved_index:
             raise
-        log.warning("%s Until then the data is listed at each start.", error)
+        log.warning("%s Until then the data is listed at each launch.", error)
         return None
     context.access.require_sources([source.uri for source in info.sources], saved, local=is_local_uri(saved))
     if not info.classes:

@@ -32,7 +32,7 @@ SAMPLES_CHECKED = 32
 def is_fresh(uri: str, info: IndexInfo, indexes: Sequence[Index]) -> bool:
     """Whether the sources of an index have not changed, as far as some requests can tell.
 
-    Archives and manifests are compared by version, each once; of folders :data:`SAMPLES_CHECKED` samples per part are.
+    Archives and tables are compared by version, each once; of folders :data:`SAMPLES_CHECKED` samples per part are.
     Files that were added later are not noticed.
 
     Args:
@@ -120,7 +120,7 @@ def local_index(uri: str, cache_dir: Path) -> Path:
                     verify_parts(folder, info, uri)
                     write_small(verified, state)
                     return folder
-                log.warning("%s is not as it was downloaded, and is downloaded again", folder)
+                log.warning("the local copy %s was changed and is downloaded again", folder)
             _download(uri, content, info, folder)
             write_small(verified, _state(folder, info))
     return folder

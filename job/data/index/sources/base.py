@@ -42,9 +42,9 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One thing that samples are read from, or that names them.
 
     Attributes:
-        uri: a folder or prefix, an archive, or a manifest.
+        uri: a folder or prefix, an archive, or a table.
         kind: name of its :class:`SourceFormat`.
-        version: 64 bits that change with the content of an archive or manifest; 0 for a folder.
+        version: 64 bits that change with the content of an archive or table; 0 for a folder.
         whole: it cannot be read in parts (gzip, a server without ranges): it is copied once per node.
     """
 
@@ -68,8 +68,8 @@ class ListingContext:
         sources: sources of the index; a row names its source by the place in this list. A format whose samples lie
             elsewhere appends to it.
         cache_dir: local folder for copies of archives that cannot be read in parts.
-        access: what a manifest may name besides object stores and public web servers.
-        labelled: a manifest must have labels.
+        access: what a table may name besides object stores and public web servers.
+        labelled: a table must have labels.
     """
 
     sources: list[Source]

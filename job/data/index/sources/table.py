@@ -40,7 +40,7 @@ class _Line(msgspec.Struct):
 class Table(SourceFormat):
     """A CSV, JSON lines or Parquet file; its entries lie below roots, each of which becomes a source."""
 
-    name = "manifest"
+    name = "manifest"  # in index.json of every release
     suffixes = (".csv", ".jsonl", ".parquet")
     samples = "elsewhere"
 
@@ -48,7 +48,7 @@ class Table(SourceFormat):
         """The entries of the table; their roots are appended to the sources."""
         numbers: dict[str, int] = {}
         resolver, row = Resolver(source.uri, context.access), 0
-        for table in read_manifest(source.uri, labelled=context.labelled):
+        for table in read_table(source.uri, labelled=context.labelled):
             keys, places = [], []
             for entry in table["uri"].to_pylist():
                 root, key = resolver.resolve(entry, row)
@@ -62,7 +62,7 @@ class Table(SourceFormat):
             yield listing_rows(keys, places, [-1] * count, [-1] * count, [0] * count, table["label"], table["split"])
 
 
-def read_manifest(uri: str, *, labelled: bool = True) -> Iterator[pa.Table]:
+def read_table(uri: str, *, labelled: bool = True) -> Iterator[pa.Table]:
     """Tables with the columns ``uri``, ``label`` and ``split`` (null where the manifest has none), all strings.
 
     Raises:
@@ -240,7 +240,7 @@ def _checked(uri: str, table: pa.Table, first_row: int, labelled: bool) -> pa.Ta
         columns_found = ", ".join(table.column_names)
         raise DataError(
             f"{uri} has no column {' and no '.join(missing)}; it has {columns_found[:1000]}. "
-            "Needed: uri (absolute, or relative to the manifest) and label; split (train, val, test) if you like."
+            "Needed: uri (absolute, or relative to the table) and label. Optional: split (train, val, test)."
         )
     columns = {name: _strings(table, name) for name in (*COLUMNS, "split")}
     for name in needed:
