@@ -20,9 +20,10 @@ from job.train.errors import translate_errors
 def fit(config: Mapping[str, Any] | str | os.PathLike[str]) -> Report:
     """Train as ``python -m job fit`` does, and continue the run in ``run_dir`` if it was interrupted.
 
-    In the main thread, a first Ctrl-C (or SIGTERM) saves the state and raises Preempted, a second one raises
-    KeyboardInterrupt at once. Afterwards the signal handlers are those of before. The process is never ended; one that
-    makes no progress prints its stacks, and only as one of several ranks is ended by the watchdog.
+    In the main thread, a first Ctrl-C (or SIGTERM) in training saves the state and raises Preempted, without a limit in
+    time (``grace`` has no effect); a second one raises KeyboardInterrupt at once. Afterwards the signal handlers are
+    those of before. The process is never ended; one that makes no progress prints its stacks, and only as one of
+    several ranks is ended by the watchdog.
 
     Args:
         config: options by group, such as ``{"run_dir": "runs/1", "data": {"root": "images"}}``, or the path or URI of a
@@ -30,7 +31,8 @@ def fit(config: Mapping[str, Any] | str | os.PathLike[str]) -> Report:
             environment variables, or have their defaults.
 
     Raises:
-        JobError: a subclass says what is wrong; Preempted, that training stopped on request with its state saved.
+        JobError: a subclass says what is wrong; Preempted, that a signal stopped the training, its state saved, or its
+            preparation, in which there was nothing to save.
         KeyboardInterrupt: Ctrl-C outside of training, or a second one.
     """
     with translate_errors():

@@ -80,6 +80,10 @@ def run(args: list[str]) -> int:
         # Before signals raise an exception, which C code that imports a module might turn into another one.
         try:
             importlib.import_module(COMMANDS[args[0]].module)
+        except ImportError as error:
+            log.error("cannot start:", exc_info=error)
+            say(f"job: cannot start: {error}. Is the job installed whole? pip install .", file=sys.stderr)
+            return EXIT_INTERNAL_ERROR
         except Exception as error:
             return _report(error)
     # LightningCLI warns of arguments that are passed to it if sys.argv has some.

@@ -45,6 +45,8 @@ def canonical_arguments(
     while remaining:
         arg = remaining.pop(0)
         arg = _SHORT.get(arg, arg)
+        if arg.startswith("-c") and len(arg) > 2:  # -cFILE, -c=FILE
+            arg = f"--config={arg[2:].removeprefix('=')}"
         if arg == "--" or not arg.startswith("--"):
             bare.append(arg)
             continue

@@ -26,7 +26,7 @@ environment variables to set:
 
 environment variables of the platforms, which set them:
   JOB_COMPLETION_INDEX                   Indexed Job: the index of this node.
-  PET_NNODES, PET_NODE_RANK, PET_*       Kubeflow Trainer and PyTorchJob: options of torchrun.
+  PET_NNODES, PET_NODE_RANK, PET_*       Kubeflow Trainer and PyTorchJob: nodes, processes, restarts.
   CLUSTER_SPEC                           Vertex AI: worker pools, and the task of this node.
   TPU_WORKER_ID, TPU_WORKER_HOSTNAMES,
   MEGASCALE_*                            TPU hosts on GKE: hosts of a slice, and slices.

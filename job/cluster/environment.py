@@ -29,6 +29,10 @@ _MARKER_VARIABLES: dict[str, Platform] = {
 _MAY_COEXIST = {"TPU", "Indexed Job"}
 """TPU hosts are pods of an Indexed Job or a JobSet, whose index is within their slice: the TPU variables win."""
 
+_KUBEFLOW_VARIABLES = (
+    *("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"),
+    *("PET_RDZV_ENDPOINT", "PET_RDZV_ID", "PET_MAX_RESTARTS"),
+)
 _OTHER_LAUNCHERS = {
     "SLURM_NTASKS": "Slurm (srun --ntasks-per-node=1)",
     "OMPI_COMM_WORLD_SIZE": "mpirun (--npernode 1)",
@@ -132,6 +136,11 @@ def require_ranks(environment: Mapping[str, str]) -> None:
         )
 
 
+def ignored_variables(environment: Mapping[str, str]) -> list[str]:
+    """Variables of Kubeflow, which torchrun would take as its options, that :func:`find_node` does not read."""
+    return sorted(name for name in environment if name.startswith("PET_") and name not in _KUBEFLOW_VARIABLES)
+
+
 def _restarts(environment: Mapping[str, str]) -> int:
     """``LAUNCH_RESTARTS``, else Kubeflow's ``PET_MAX_RESTARTS``, else 0: the platform restarts the container."""
     name = "LAUNCH_RESTARTS" if "LAUNCH_RESTARTS" in environment else "PET_MAX_RESTARTS"
@@ -173,14 +182,6 @@ def _torchrun_worker(environment: Mapping[str, str]) -> Node:
 
 def _kubeflow(environment: Mapping[str, str]) -> Node:
     nodes = _number(environment, "PET_NNODES")
-    names = [
-        "PET_NNODES",
-        "PET_NPROC_PER_NODE",
-        "PET_NODE_RANK",
-        "PET_MASTER_ADDR",
-        "PET_MASTER_PORT",
-        "PET_RDZV_ENDPOINT",
-    ]
     host, port = environment.get("PET_MASTER_ADDR", ""), environment.get("PET_MASTER_PORT", "")
     if not host and "PET_RDZV_ENDPOINT" in environment:
         host, _, port = environment["PET_RDZV_ENDPOINT"].partition(":")
@@ -199,7 +200,7 @@ def _kubeflow(environment: Mapping[str, str]) -> Node:
         port=_port(host, port),
         processes=_processes(environment) or (int(processes) if processes.isdecimal() else 0),
         run_id=environment.get("PET_RDZV_ID", ""),
-        evidence=_present(environment, *names, "PET_RDZV_ID", "LAUNCH_PROCESSES"),
+        evidence=_present(environment, *_KUBEFLOW_VARIABLES, "LAUNCH_PROCESSES"),
     )
 
 

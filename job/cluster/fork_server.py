@@ -1,8 +1,9 @@
 """Preparation of the process that ranks are forked from; imported by that process alone, as the first module.
 
 It leaves the process group of the launcher, and the ranks with it: an init program of a container, or a terminal,
-signals the whole group, but a rank is to be signalled once, by torch's elastic agent, and this process not at all.
-It is killed when the launcher is, and then the ranks receive SIGINT (``torch.multiprocessing`` asks the kernel for it).
+signals the whole group, but torch's elastic agent signals each rank. Signals to this process itself have no effect,
+because it reports the exit codes of the ranks. It is killed when the launcher is, and then the ranks receive SIGINT
+(``torch.multiprocessing`` requests that from the kernel).
 """
 
 import contextlib
@@ -10,9 +11,15 @@ import ctypes
 import os
 import signal
 
+from job.process.signals import STOP_SIGNALS
+
 PR_SET_PDEATHSIG = 1
 """prctl(2)."""
 
 os.setsid()
 with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+for number in STOP_SIGNALS:
+    if signal.getsignal(number) != signal.SIG_IGN:
+        # Not SIG_IGN, which ranks would inherit and take for that of nohup.
+        signal.signal(number, lambda *_: None)

@@ -8,17 +8,17 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from job.cluster.environment import Node, find_node
-from job.cluster.rank_process import mistakes, run_rank, start_fork_server
+from job.cluster import ranks
+from job.cluster.environment import Node, find_node, ignored_variables
+from job.cluster.rank_process import end_ranks, mistakes, run_rank, start_fork_server
 from job.errors import (
     EXIT_HANGUP,
     EXIT_INTERNAL_ERROR,
@@ -28,13 +28,19 @@ from job.errors import (
     EXIT_USER_ERROR,
     RankLost,
 )
+from job.process import signals, temporary
 from job.process.cpus import available_cpus
+from job.process.ending import end_process
 
 log = logging.getLogger(__name__)
 
 DNS_SECONDS = 600.0
 """A pod's name resolves some time after its start (kubernetes#117819), and node 0 may still be pulling its image."""
 SIGNAL_EXIT_BASE = 128
+FORK_SERVER_LOST = 255
+"""Exit code that multiprocessing reports of a process whose fork server has ended."""
+STOP_SECONDS = 30.0
+"""Seconds that ranks have to save their state; torch elastic gives them as many."""
 
 
 def launch(args: list[str], run: Callable[[list[str]], int], modules: list[str]) -> int:
@@ -61,7 +67,11 @@ def launch(args: list[str], run: Callable[[list[str]], int], modules: list[str])
     log.setLevel(logging.INFO)  # where RANK counts nodes, all but the first would be silent
     log.info("%s", node)
     if node.platform == "torchrun worker":
-        return run(args)
+        if (code := run(args)) and ranks.world_size() > 1:
+            end_process(code)
+        return code
+    if ignored := ignored_variables(os.environ):
+        log.warning("%s: not used; the launcher reads only the variables in launch --help", ", ".join(ignored))
     processes = node.processes or _gpus() or 1
     # torch elastic would leave all cores to each rank.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores() // processes, 1)))
@@ -72,10 +82,11 @@ def launch(args: list[str], run: Callable[[list[str]], int], modules: list[str])
         start_fork_server(modules)
     if node.nodes > 1:
         wait_for_address(node.host, DNS_SECONDS)
-    # Imported while the server imports.
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    with signals.ending_at_once():  # C code that imports a module may turn the exception of a signal into another one
+        # Imported while the server imports.
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # It logs the traceback of its own exception for each rank that ends; the rank has said why.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_without_traceback)
@@ -86,16 +97,19 @@ def launch(args: list[str], run: Callable[[list[str]], int], modules: list[str])
         node.restarts,
     )
     try:
-        with tempfile.TemporaryDirectory(prefix="job-launch-") as codes:
-            try:
-                if forks:
-                    elastic_launch(config, run_rank)(run, args, codes)
-                else:
-                    elastic_launch(config, sys.executable)("-u", "-m", "job", *args)
-            except ChildFailedError as error:
-                return exit_code([*(failure.exitcode for failure in error.failures.values()), *mistakes(codes)])
-            except SignalException as error:
-                return SIGNAL_EXIT_BASE + int(error.sigval)
+        codes = str(temporary.folder("launch"))
+        try:
+            if forks:
+                elastic_launch(config, run_rank)(run, args, codes)
+            else:
+                elastic_launch(config, sys.executable)("-u", "-m", "job", *args)
+        except ChildFailedError as error:
+            failed = [failure.exitcode for failure in error.failures.values()]
+            if FORK_SERVER_LOST in failed:
+                end_ranks(codes, STOP_SECONDS)
+            return exit_code(failed, mistakes(codes))
+        except SignalException as error:
+            return SIGNAL_EXIT_BASE + int(error.sigval)
     finally:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -142,7 +156,8 @@ def launch_options(node: Node, processes: int) -> dict[str, Any]:
 
 
 def _gpus() -> int:
-    import torch
+    with signals.ending_at_once():
+        import torch
 
     return torch.cuda.device_count()
 
@@ -177,8 +192,15 @@ def wait_for_address(host: str, seconds: float) -> None:
             return
 
 
-def exit_code(codes: list[int]) -> int:
-    """One code for a node whose ranks ended with ``codes``; a rank that a signal killed has minus its number."""
+def exit_code(codes: list[int], mistakes: Sequence[int] = ()) -> int:
+    """Choose the exit code of this node.
+
+    Args:
+        codes: of the ranks that torch elastic reports; minus the number of the signal, if one killed the rank.
+        mistakes: of other ranks: 2, or 70, which may be a consequence of the death of another rank.
+    """
+    killed = any(code < 0 or code == FORK_SERVER_LOST for code in codes)
+    codes = [*codes, *(code for code in mistakes if code == EXIT_USER_ERROR or not killed)]
     order = (
         EXIT_USER_ERROR,
         EXIT_INTERRUPTED,
@@ -190,4 +212,4 @@ def exit_code(codes: list[int]) -> int:
     for code in order:
         if code in codes:
             return code
-    return EXIT_RETRY if any(code < 0 for code in codes) else EXIT_INTERNAL_ERROR
+    return EXIT_RETRY if killed else EXIT_INTERNAL_ERROR

@@ -23,7 +23,8 @@ DENIED = (
     *("os", "posix", "nt", "subprocess", "_posixsubprocess", "pty", "multiprocessing", "_multiprocessing", "signal"),
     *("concurrent", "threading", "_thread", "asyncio", "sched", "atexit", "pexpect", "plumbum", "invoke", "fabric"),
     *("torch.multiprocessing", "torch.distributed.run", "torch.distributed.launch", "torch.distributed.launcher"),
-    *("torch.distributed.elastic", "job.cli", "job.demo", "job.cluster.launch", "job.__main__", "psutil", "sh"),
+    *("torch.distributed.elastic", "psutil", "sh"),
+    *("job.cli", "job.demo", "job.api", "job.fit", "job.cluster", "job.process", "job.__main__"),
     # code and imports
     *("builtins", "sys", "importlib", "_frozen_importlib", "_frozen_importlib_external", "_imp", "imp", "runpy"),
     *("code", "codeop", "pkgutil", "zipimport", "pydoc", "unittest", "doctest", "timeit", "trace", "pdb", "bdb"),

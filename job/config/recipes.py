@@ -33,6 +33,6 @@ def recipe_file(name: str) -> Path:
 
 def resolve_config(value: str) -> str:
     """The file that a value of ``--config`` refers to: a file of that name, else the recipe of that name."""
-    if _NAME.fullmatch(value) and not Path(value).exists():
+    if _NAME.fullmatch(value) and not Path(value).is_file():
         return str(recipe_file(value))
     return value

@@ -5,13 +5,14 @@ Imported before anything large, so only the standard library is.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import NoReturn, TypeVar
 
@@ -56,6 +57,21 @@ def end_at_once(code: int | None = None) -> None:
 
     for number in _handled():
         signal.signal(number, end)
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """While the context lasts, a signal ends the process at once, as :func:`end_at_once` says."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _handled()}
+    end_at_once()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopSignals:

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 
 from job import redact
 from job.errors import JobError, StorageError, StorageOutage, first_line
-from job.storage.http_status import DENIED, MISSING, RETRYABLE, causes, http_status
+from job.storage.http_status import DENIED, MISSING, RETRYABLE, cause_of_not_found, causes, http_status
 from job.storage.stores import STORES
-from job.storage.stores.web import cause_of_not_found
 
 _LIBRARIES = {
     *("asyncio", "fsspec", "http", "azure", "adlfs"),

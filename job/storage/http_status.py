@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import aiohttp
+
 DENIED = (401, 403, 407)
 MISSING = (404, 410)
 RETRYABLE = (408, 425, 429)
@@ -33,3 +35,11 @@ def causes(error: BaseException) -> Iterator[BaseException]:
             return
         yield current
         current = current.__cause__
+
+
+def cause_of_not_found(error: BaseException) -> BaseException:
+    """The failure that fsspec's HTTP filesystem reports as "not found", as it does all; else the error itself."""
+    cause = error.__cause__
+    if isinstance(cause, aiohttp.ClientResponseError) and cause.status in MISSING:
+        return error
+    return cause if isinstance(cause, (aiohttp.ClientError, TimeoutError)) else error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -83,28 +84,79 @@ def rank_processes(launcher: int) -> list[int]:
     return [pid for pid, name in names.items() if name.startswith("job rank ")]
 
 
+@contextlib.contextmanager
+def launched(colours: Path, tmp_path: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A launcher whose two ranks train, and its log."""
+    arguments = options({**TINY, "trainer.max_epochs": 2000}, data__root=colours, run_dir=tmp_path / "run")
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command("launch", "fit", *arguments),
+            stdout=file,
+            stderr=file,
+            env=environment(LAUNCH_PROCESSES="2", **variables),
+            cwd=REPOSITORY,
+        )
+    try:
+        while "epoch 1 " not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        yield process, log
+    finally:
+        for pid in [*descendants(process.pid), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, 75)])
 def test_signals(number: int, code: int, colours: Path, tmp_path: Path) -> None:
     """SIGTERM to the launcher, as kubelet sends it, or a Ctrl-C; SIGKILL of a rank, as without memory."""
-    arguments = options({**TINY, "trainer.max_epochs": 2000}, data__root=colours, run_dir=tmp_path / "run")
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            command("launch", "fit", *arguments),
-            stdout=log,
-            stderr=log,
-            env=environment(LAUNCH_PROCESSES="2"),
-            cwd=REPOSITORY,
-        )
-    while "epoch 1 " not in (tmp_path / "log").read_text():
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.2)
-    ranks = rank_processes(process.pid)
-    assert len(ranks) == 2
-    os.kill(ranks[1] if number == signal.SIGKILL else process.pid, number)
-    assert process.wait(60) == code, (tmp_path / "log").read_text()
-    if number != signal.SIGKILL:
-        assert "The same command goes on from there" in (tmp_path / "log").read_text()
-        assert run_well("checkpoints", "ls", tmp_path / "run").stdout.count(".ckpt") >= 2
+    with launched(colours, tmp_path) as (process, log):
+        ranks = rank_processes(process.pid)
+        assert len(ranks) == 2
+        os.kill(ranks[1] if number == signal.SIGKILL else process.pid, number)
+        assert process.wait(60) == code, log.read_text()
+        if number != signal.SIGKILL:
+            assert "The same command goes on from there" in log.read_text()
+            assert run_well("checkpoints", "ls", tmp_path / "run").stdout.count(".ckpt") >= 2
+
+
+def test_sigterm_to_all_processes(colours: Path, tmp_path: Path) -> None:
+    """As systemd and Slurm send it: the server that ranks are forked from must outlive them."""
+    with launched(colours, tmp_path) as (process, log):
+        for pid in [*descendants(process.pid), process.pid]:
+            os.kill(pid, signal.SIGTERM)
+        assert process.wait(60) == 143, log.read_text()
+        assert "The same command goes on from there" in log.read_text()
+
+
+def test_ranks_save_when_the_launcher_is_killed(colours: Path, tmp_path: Path) -> None:
+    with launched(colours, tmp_path) as (process, log):
+        ranks = rank_processes(process.pid)
+        process.kill()
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        assert "The same command goes on from there" in log.read_text()
+
+
+def test_the_fork_server_is_killed(colours: Path, tmp_path: Path) -> None:
+    """The launcher cannot learn the ranks' exit codes any more: it waits until they have ended, and says: try again."""
+    with launched(colours, tmp_path) as (process, log):
+        ranks = rank_processes(process.pid)
+        server = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(server, signal.SIGKILL)
+        assert process.wait(60) == 75, log.read_text()
+        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+def test_a_requested_stop_is_not_restarted(colours: Path, tmp_path: Path) -> None:
+    with launched(colours, tmp_path, LAUNCH_RESTARTS="2") as (process, log):
+        os.kill(rank_processes(process.pid)[1], signal.SIGTERM)
+        assert process.wait(60) == 143, log.read_text()
+        assert log.read_text().count("2 process(es)") == 1
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from job.cluster.environment import Node, find_node, require_ranks
+from job.cluster.environment import Node, find_node, ignored_variables, require_ranks
 from job.cluster.launch import cores, exit_code, launch_options, wait_for_address
 from job.errors import ConfigError, RankLost
 
@@ -120,8 +120,8 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
 @pytest.mark.parametrize(
     ("environment", "told"),
     [
-        ({**INDEXED, **TRAINJOB}, "Kubeflow and of Indexed Job at once"),
-        ({**INDEXED, **vertex("workerpool0", 0)}, "Vertex AI and of Indexed Job at once"),
+        ({**INDEXED, **TRAINJOB}, "(Kubeflow, Indexed Job) are set"),
+        ({**INDEXED, **vertex("workerpool0", 0)}, "(Vertex AI, Indexed Job) are set"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0, WORLD_SIZE=2: these are set, but not all variables of torchrun"),
         ({"LOCAL_RANK": "0", "RANK": "0"}, "WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT not"),
         ({**INDEXED, "JOB_COMPLETION_INDEX": "4"}, "there is no node 4 of 4"),
@@ -141,7 +141,7 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_ID, which is not set"),
         ({**MULTISLICE, "MEGASCALE_SLICE_ID": "2"}, "there is no node 10 of 8"),
         ({**TPU, "MEGASCALE_NUM_SLICES": "2"}, "MEGASCALE_SLICE_ID, MEGASCALE_COORDINATOR_ADDRESS, which is not set"),
-        ({**TPU, **vertex("workerpool0", 0)}, "Vertex AI and of TPU and of Indexed Job at once"),
+        ({**TPU, **vertex("workerpool0", 0)}, "(Vertex AI, TPU, Indexed Job) are set"),
         ({**TPU, "LAUNCH_PROCESSES": "4"}, "one process drives all chips"),
         ({"PET_NPROC_PER_NODE": "2"}, "PET_NPROC_PER_NODE=2: torchrun would take these as its options"),
         ({"PET_NNODES": "1", "PET_NPROC_PER_NODE": "0"}, "PET_NPROC_PER_NODE=0: at least one process"),
@@ -228,6 +228,19 @@ def test_restarts_below_zero_are_refused() -> None:
 )
 def test_one_exit_code_for_all_ranks(codes: list[int], expected: int) -> None:
     assert exit_code(codes) == expected
+
+
+@pytest.mark.parametrize(
+    ("codes", "mistakes", "expected"),
+    [([75], [2], 2), ([75], [70], 70), ([-9], [70], 75), ([255], [70], 75), ([-9], [2], 2)],
+)
+def test_mistakes_of_other_ranks(codes: list[int], mistakes: list[int], expected: int) -> None:
+    """An unexpected exception after the death of another rank is its consequence."""
+    assert exit_code(codes, mistakes) == expected
+
+
+def test_variables_that_torchrun_would_take_are_named() -> None:
+    assert ignored_variables({"PET_NNODES": "1", "PET_MONITOR_INTERVAL": "5"}) == ["PET_MONITOR_INTERVAL"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from job.storage.checksums import Checksum, bounded_range, require_within
 from job.storage.fsspec_internals import cat_file
+from job.storage.http_status import cause_of_not_found
 
 in_process = threading.Lock()
 """POSIX locks do not exclude the threads of one process from one another, and the memory filesystem has none."""
@@ -73,8 +74,11 @@ class Store:
         return prefix + key if key else prefix.rstrip("/")
 
     def is_missing(self, error: BaseException) -> bool:
-        """Whether an exception of a lookup means that there is no such object."""
-        return True
+        """Whether an exception of a lookup means that there is no such object.
+
+        It does not if another exception is behind it: chained filesystems report a failed connection like this.
+        """
+        return cause_of_not_found(error) is error
 
     # Listings
 

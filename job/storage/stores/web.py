@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import aiohttp
 import fsspec
 from fsspec.asyn import sync
 from fsspec.implementations.http import HTTPFileSystem
@@ -12,7 +11,7 @@ from fsspec.implementations.http import HTTPFileSystem
 from job import redact
 from job.storage.checksums import Checksum, require_within
 from job.storage.fsspec_internals import raise_for_status
-from job.storage.http_status import DENIED, MISSING, http_status
+from job.storage.http_status import DENIED, cause_of_not_found, http_status
 from job.storage.stores.base import Store
 from job.storage.uris import join
 
@@ -76,11 +75,3 @@ class WebServer(Store):
                 content += chunk
                 require_within(max(len(content), response.content_length or 0), uri, largest)
             return bytes(content), None
-
-
-def cause_of_not_found(error: BaseException) -> BaseException:
-    """The failure that fsspec's HTTP filesystem reports as "not found", as it does all; else the error itself."""
-    cause = error.__cause__
-    if isinstance(cause, aiohttp.ClientResponseError) and cause.status in MISSING:
-        return error
-    return cause if isinstance(cause, (aiohttp.ClientError, TimeoutError)) else error

@@ -10,7 +10,7 @@ import msgspec
 
 from job.data.index.bounded import BoundedFile
 from job.data.index.sources.archive import Archive, Member, printable, unreadable
-from job.data.index.sources.base import is_image
+from job.data.index.sources.base import LONGEST_CLASS, is_image
 from job.errors import DataError
 
 LABEL_SUFFIXES = (".cls", ".json")
@@ -18,8 +18,6 @@ LABEL_SUFFIXES = (".cls", ".json")
 LABEL_KEYS = ("label", "class", "cls")
 LARGEST_LABEL = 1 << 20
 """Bytes of the largest .cls or .json file beside an image, and of the largest header in a tar."""
-LONGEST_CLASS = 1000
-"""Characters of the longest class name."""
 _BLOCK = tarfile.BLOCKSIZE
 _RECORD = 20 * _BLOCK
 
