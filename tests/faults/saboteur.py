@@ -20,7 +20,7 @@ class Saboteur(Callback):
         step: ``global_step`` at which it strikes.
         rank: whom.
         name: the signal.
-        target: "rank" or "launcher" (torchrun).
+        target: "rank" or "launcher".
         place: "training" or "validation".
         times: how often, once a start, ``step`` further each time.
     """
@@ -54,7 +54,13 @@ class Saboteur(Callback):
         due = trainer.global_step >= self.step * (struck + 1) and struck < self.times
         if due and place == self.place and trainer.global_rank == self.rank:
             self.marker.write_text("x" * (struck + 1))
-            os.kill(os.getpid() if self.target == "rank" else os.getppid(), self.signal)
+            os.kill(os.getpid() if self.target == "rank" else _launcher(), self.signal)
+
+
+def _launcher() -> int:
+    """The parent of the process that ranks are forked from."""
+    stat = Path(f"/proc/{os.getppid()}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[1])
 
 
 class Pace(Callback):

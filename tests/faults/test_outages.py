@@ -68,7 +68,7 @@ def test_a_cache_that_is_full_costs_no_more_than_the_cache(full_disk: Path, run_
         "fit", *options(SETTINGS, data__root="gs://faults/colours", data__cache_dir=full_disk, run_dir=run_dir)
     )
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("images are read from where they lie") == 1
+    assert result.stderr.count("images are read without a cache") == 1
     assert len(scalars(run_dir)["train/loss"]) == len(STEPS)
 
 
