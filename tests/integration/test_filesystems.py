@@ -98,5 +98,5 @@ def test_an_s3_object_is_held_against_its_etag(s3: str, caplog: pytest.LogCaptur
     other = reader(0, "0123456789abcdef0123456789abcdef")
     assert [other.read(key) for key in ("a.jpg", "b.jpg")] == [b"content"] * 2
     assert calls == ["get_object"] * 3
-    assert f"ETags below {s3}/checked are no MD5 sums" in caplog.text
+    assert f"ETags below {s3}/checked are not MD5 checksums" in caplog.text
     del other.store.fs._call_s3
