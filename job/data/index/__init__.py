@@ -4,3 +4,7 @@
 saved index (``store``), or lists them (``listing``) and finds parts and classes in the keys (``layout``). ``build``
 writes the index, ``file`` defines its format, ``index`` reads it.
 """
+
+from job.data.index.index import Index
+
+__all__ = ["Index"]
