@@ -31,7 +31,7 @@ def main(folder: str = ".demo", data: str | None = None, processes: int = 2, fre
     """Run everything on this machine, with a local bucket.
 
     Starts a GCS server on loopback, fills a bucket with real images and pretrained weights, trains from gs:// to
-    gs:// by torchrun, and predicts.
+    gs:// in several processes, and predicts.
 
     Args:
         folder: local folder for the server's buckets and log files.
