@@ -60,7 +60,7 @@ class Archive(SourceFormat):
                 keys, offsets, sizes, versions, labels = zip(*chunk, strict=True)
                 if not self.has_member_checksums:
                     versions = (source.version,) * len(keys)
-                yield listing_rows(keys, number, offsets, sizes, versions, labels)
+                yield listing_rows(keys, number, offsets, sizes, versions, label=labels)
 
 
 def unreadable(uri: str, file: BoundedFile, error: Exception) -> Exception:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from job import storage
 from job.data.index.access import Access
+from job.data.index.left_out import LeftOut
 from job.errors import DataError
 from job.process.terminal import escape
 
@@ -31,7 +32,8 @@ LISTING = pa.schema(
         "offset": pa.int64(),
         "size": pa.int64(),
         "version": pa.uint64(),
-        "class": pa.string(),  # null: the folder decides
+        "class": pa.string(),  # null: the folder decides, or ``classes``
+        "classes": pa.list_(pa.string()),  # several labels of one sample; null: ``class`` alone
         "part": pa.string(),  # null: the folder decides
     }
 )
@@ -70,12 +72,14 @@ class ListingContext:
         cache_dir: local folder for copies of archives that cannot be read in parts.
         access: what a table may name besides object stores and public web servers.
         labelled: a table must have labels.
+        left_out: counts what is no sample.
     """
 
     sources: list[Source]
     cache_dir: str
     access: Access
     labelled: bool
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 class SourceFormat(ABC):
@@ -130,17 +134,35 @@ def is_image(key: str) -> bool:
 
 
 def listing_rows(
-    keys: Any, source: Any, offsets: Any, sizes: Any, versions: Any, classes: Any = None, parts: Any = None
+    keys: Any,
+    source: Any,
+    offsets: Any,
+    sizes: Any,
+    versions: Any,
+    *,
+    label: Any = None,
+    labels: Any = None,
+    parts: Any = None,
 ) -> pa.Table:
     """A table of :data:`LISTING`; ``source`` may be one number for all rows.
+
+    Args:
+        keys: of the samples.
+        source: numbers of their sources.
+        offsets: first bytes; -1 for objects of their own.
+        sizes: bytes; -1 where not known.
+        versions: see :data:`LISTING`.
+        label: class of each sample; None: the folder decides.
+        labels: list of the classes of each sample; None: each has at most one.
+        parts: part of each sample.
 
     Raises:
         DataError: a key is not UTF-8.
     """
     sources = [source] * len(keys) if isinstance(source, int) else source
     empty = [None] * len(keys)
-    columns = [keys, sources, offsets, sizes, versions, empty if classes is None else classes]
-    columns.append(empty if parts is None else parts)
+    optional = [empty if column is None else column for column in (label, labels, parts)]
+    columns = [keys, sources, offsets, sizes, versions, *optional]
     try:
         return pa.Table.from_arrays(
             [

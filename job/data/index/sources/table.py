@@ -59,7 +59,8 @@ class Table(SourceFormat):
                 keys.append(key)
                 places.append(numbers[root])
             count = len(keys)
-            yield listing_rows(keys, places, [-1] * count, [-1] * count, [0] * count, table["label"], table["split"])
+            unknown, label = [-1] * count, table["label"]
+            yield listing_rows(keys, places, unknown, unknown, [0] * count, label=label, parts=table["split"])
 
 
 def read_table(uri: str, *, labelled: bool = True) -> Iterator[pa.Table]:

@@ -1,0 +1,48 @@
+"""Files of a listing that are no samples, counted by kind: nothing is left out in silence."""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import Annotated
+
+import msgspec
+
+MOST_KINDS = 64
+
+
+class LeftOutKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Files that were left out for one reason.
+
+    Attributes:
+        kind: the reason, as a plural noun: "hidden files", "files without an image's suffix", …
+        count: how many.
+        example: key or URI of one of them.
+    """
+
+    kind: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    count: Annotated[int, msgspec.Meta(ge=1)]
+    example: Annotated[str, msgspec.Meta(max_length=65_536)]
+
+    def __str__(self) -> str:
+        return f"{self.count:,} {self.kind}, for example {self.example}"
+
+
+class LeftOut:
+    """Counts of what one listing leaves out; several threads may add to it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._kinds: dict[str, tuple[int, str]] = {}
+
+    def add(self, kind: str, example: str, count: int = 1) -> None:
+        """Count ``count`` files of one kind; the first example of a kind is kept."""
+        if not count:
+            return
+        with self._lock:
+            before, first = self._kinds.get(kind, (0, example))
+            self._kinds[kind] = (before + count, first)
+
+    def kinds(self) -> list[LeftOutKind]:
+        """The kinds, the most frequent first."""
+        ordered = sorted(self._kinds.items(), key=lambda item: (-item[1][0], item[0]))
+        return [LeftOutKind(kind, count, example) for kind, (count, example) in ordered[:MOST_KINDS]]

@@ -1,0 +1,48 @@
+"""Names: the one spelling of each key by which parts, classes and hidden files are found.
+
+A sample is read by its key, as its source spells it. Everything else looks at its name, so that all sources behave
+alike, whatever tool wrote them.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+_UNUSUAL = r"[^\x00-\x7f]|\\|//|(^|/)\./|^/|\s/|/\s"
+"""Keys whose name may differ from them."""
+_SYSTEM_NAMES = (
+    "__MACOSX",
+    "__pycache__",
+    "@eaDir",
+    "@tmp",
+    "@Recycle",
+    "#recycle",
+    "#snapshot",
+    r"\$RECYCLE\.BIN",
+    "System Volume Information",
+    r"lost\+found",
+    r"Thumbs\.db",
+    r"ehthumbs\.db",
+    r"desktop\.ini",
+)
+_HIDDEN = rf"(?i)(^|/)(\.|({'|'.join(_SYSTEM_NAMES)})(/|$))"
+
+
+def normalise(keys: pa.Array) -> pa.Array:
+    """The names of ``keys``, string [N].
+
+    ``/`` separates folders (not ``\\``), none of which is empty or ``.``; blanks around a folder's name are removed;
+    Unicode is composed (NFC), so that a name from macOS equals the same name from Linux.
+    """
+    if not pc.any(pc.match_substring_regex(keys, _UNUSUAL)).as_py():
+        return keys
+    names = pc.utf8_normalize(pc.replace_substring(keys, "\\", "/"), form="NFC")
+    for pattern, replacement in ((r"\s*/\s*", "/"), (r"/(\./)+", "/"), (r"/{2,}", "/"), (r"^(\./|/)+", "")):
+        names = pc.replace_substring_regex(names, pattern, replacement)
+    return names
+
+
+def is_hidden(names: pa.Array) -> pa.Array:
+    """Whether some folder in a name, or the file itself, is hidden or belongs to a system; bool [N]."""
+    return pc.match_substring_regex(names, _HIDDEN)
