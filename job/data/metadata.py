@@ -21,7 +21,7 @@ _SCAN_MARKER = b"\xff\xda"
 _APP0, _APP1, _APP14, _APP15, _COMMENT = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
 _WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD9))
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"sBIT", b"IDAT", b"IEND")
 _PNG_EXIF = b"eXIf"
 _WEBP_METADATA_CHUNKS = (b"XMP ", b"ICCP")
 _WEBP_METADATA_FLAGS = 0x20 | 0x04
@@ -133,6 +133,18 @@ def _jpeg_pixels(content: bytes) -> bytes:
             kept.append(content[segment.start : segment.end])
         end = segment.end
     return b"".join([*kept, content[end:]])
+
+
+def png_bit_depth(content: bytes) -> int:
+    """Bits per sample of a PNG; 0 for other files."""
+    return content[24] if content.startswith(_PNG_SIGNATURE) and len(content) > 24 else 0
+
+
+def png_significant_bits(content: bytes) -> int:
+    """Significant bits of a PNG's first channel, by its chunk sBIT; 0 where there is none."""
+    header_end = content.find(b"IDAT")
+    place = content.find(b"sBIT", 0, max(header_end, 0))
+    return content[place + 4] if place > 0 and content[place + 4] <= 16 else 0
 
 
 def _png_pixels(content: bytes) -> bytes:
