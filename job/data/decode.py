@@ -69,6 +69,7 @@ TILE_WIDTH, TILE_HEIGHT = 322, 323
 MAX_IMAGE_PIXELS = 178_956_970
 """Pixels of the largest image by default: the limit above which Pillow raises an error."""
 _HEIF = "HEIF"
+_ISO_FILE = b"ftyp"
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 _AVIF_BRANDS = {b"avif", b"avis"}
 _NOT_THIS_FORMAT = (SyntaxError, IndexError, TypeError, struct.error)
@@ -175,6 +176,8 @@ def _read(content: bytes, at_least: int, max_image_pixels: int) -> Pixels:
 def _opened(content: bytes) -> ImageFile.ImageFile:
     """``Image.open`` without its limit of pixels, which is global to the process."""
     formats = (_heif_format(),) if _is_heif(content) else FORMATS
+    if content[4:8] == _ISO_FILE:  # an AVIF's or HEIC's orientation is a property of the image; EXIF may contradict it
+        content = without_metadata(content) or content
     declined: Exception | None = None
     for form in formats:
         factory, accept = Image.OPEN[form]
@@ -187,7 +190,7 @@ def _opened(content: bytes) -> ImageFile.ImageFile:
 
 
 def _is_heif(content: bytes) -> bool:
-    if content[4:8] != b"ftyp":
+    if content[4:8] != _ISO_FILE:
         return False
     end = min(int.from_bytes(content[:4]), 256)
     brands = {content[8:12], *(content[place : place + 4] for place in range(16, end, 4))}

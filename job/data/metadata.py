@@ -25,6 +25,8 @@ _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"sBIT", b"IDAT", b"IEND")
 _PNG_EXIF = b"eXIf"
 _WEBP_METADATA_CHUNKS = (b"XMP ", b"ICCP")
 _WEBP_METADATA_FLAGS = 0x20 | 0x04
+_HEIF_EXIF_ITEM = re.compile(rb"(infe\x02.{7})Exif", re.DOTALL)
+"""Entry of the EXIF data in the table of items of an AVIF or HEIC file."""
 _TIFF_PIXEL_TAGS = frozenset(
     itertools.chain(
         (254, *range(256, 260), 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, *range(322, 326)),
@@ -93,7 +95,8 @@ def without_metadata(content: bytes) -> bytes | None:
     """A copy of an image file without ICC profiles, comments, text and the like; None for other formats.
 
     Pillow parses metadata before pixels, so that a malformed tag can hide a sound image. EXIF data, which Pillow
-    parses later, stays in PNG and WebP files; a JPEG's is left out (see :func:`jpeg_orientation`).
+    parses later, stays in PNG and WebP files; a JPEG's is left out (see :func:`jpeg_orientation`), and that of AVIF
+    and HEIC files, whose orientation is a property of the image.
     """
     try:
         if content.startswith(b"\xff\xd8"):
@@ -104,6 +107,8 @@ def without_metadata(content: bytes) -> bytes | None:
             return _webp_pixels(content)
         if content.startswith((b"II*\0", b"MM\0*")):
             return _tiff_pixels(content)
+        if content[4:8] == b"ftyp":
+            return _HEIF_EXIF_ITEM.sub(rb"\1free", content)
     except (struct.error, IndexError):
         pass  # too short for its own structure
     return None

@@ -163,7 +163,8 @@ def _signed_values(band: Image.Image, image: Image.Image) -> npt.NDArray[np.floa
     values = np.asarray(band)
     if band.mode == "I" and _tag(image, _SAMPLE_FORMAT) in (0, _UNSIGNED):
         values = values.view(np.uint32)
-    return values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        return values.astype(np.float64)
 
 
 def _is_inverted(image: Image.Image) -> bool:
