@@ -46,13 +46,15 @@ class Prediction:
 class Predictor:
     """A trained network and the preprocessing it was evaluated with; see :func:`load`.
 
-    Attributes:
+    Args:
+        net: the network.
+        resize: how images are made square.
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
     """
 
-    def __init__(self, net: Classifier, resize: str) -> None:
+    def __init__(self, net: Classifier, resize: str, tta: TTA = "none") -> None:
         self.net = net.eval()
-        self.tta: TTA = "none"
+        self.tta = tta
         self.resize: ResizeMode = "crop" if resize == "crop" else "squash"
 
     @property
@@ -99,11 +101,13 @@ class Predictor:
         ]
 
 
-def load(uri: str, device: str | None = None) -> Predictor:
-    """The model at ``uri``: a checkpoint file, or a run_dir (its best checkpoint).
+def load(uri: str, device: str | None = None, tta: TTA = "none") -> Predictor:
+    """Load a model for prediction.
 
     Args:
+        uri: a checkpoint file, or a run_dir (its best checkpoint).
         device: a torch device; default: CUDA where there is one, else the CPU.
+        tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -112,7 +116,7 @@ def load(uri: str, device: str | None = None) -> Predictor:
     saved = checkpoint.load(uri)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     net = from_spec(saved[CLASSIFIER_KEY], net_state(saved, uri), source=uri, device_type=torch.device(device).type)
-    return Predictor(net.to(device), decode_spec(saved[CLASSIFIER_KEY], uri).resize)
+    return Predictor(net.to(device), decode_spec(saved[CLASSIFIER_KEY], uri).resize, tta)
 
 
 def predict_index(
