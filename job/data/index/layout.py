@@ -19,6 +19,7 @@ from job.errors import DataError
 
 log = logging.getLogger(__name__)
 
+CLASS_COLUMNS = ("class", "classes")
 PART_FOLDERS = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}
 
 
@@ -30,11 +31,13 @@ class Part:
         root: URI to name in messages.
         classes: class names in order.
         tables: returns its samples, whenever it is called, in tables of :data:`LISTING` with a ``class``.
+        several_labels: some samples have ``classes``, and not exactly one of them.
     """
 
     root: str
     classes: list[str]
     tables: Callable[[], Iterator[pa.Table]]
+    several_labels: bool = False
 
 
 def find_parts(listing: Listing) -> dict[str, Part]:
@@ -105,7 +108,7 @@ def class_order(names: set[str]) -> list[str]:
 
 
 def _has_labels(listing: Listing) -> bool:
-    return any(batch.column("class").null_count < len(batch) for batch in listing.batches())
+    return any(batch.column(name).null_count < len(batch) for batch in listing.batches() for name in CLASS_COLUMNS)
 
 
 def _labelled_parts(listing: Listing) -> dict[str, Part]:
@@ -118,16 +121,21 @@ def _labelled_parts(listing: Listing) -> dict[str, Part]:
 
     parts = {}
     for part in PART_FOLDERS:
-        names: set[str | None] = set()
+        names: set[str] = set()
+        several, samples = False, 0
         for table in tables(part):
-            names |= set(pc.unique(table["class"]).to_pylist())
-            if None in names:
-                key = table.filter(pc.is_null(table["class"]))["key"][0].as_py()
+            without = pc.and_(pc.is_null(table["class"]), pc.is_null(table["classes"]))
+            if pc.any(without).as_py():
+                key = table.filter(without)["key"][0].as_py()
                 raise DataError(f"{listing.uri}: {key} has no label, others have. Add its .cls or .json file.")
-        if names:
-            classes = class_order({name for name in names if name is not None})
-            _require_two(listing.uri, classes)
-            parts[part] = Part(listing.uri, classes, lambda part=part: tables(part))  # type: ignore[misc]
+            names |= set(pc.unique(table["class"].filter(pc.is_null(table["classes"]))).to_pylist())
+            names |= set(pc.unique(pc.list_flatten(table["classes"])).to_pylist())
+            several |= bool(pc.any(pc.not_equal(pc.list_value_length(table["classes"]), 1)).as_py())
+            samples += len(table)
+        if samples:
+            classes = class_order(names - {None})
+            _require_enough(listing.uri, classes, 1 if several else 2)
+            parts[part] = Part(listing.uri, classes, lambda part=part: tables(part), several)  # type: ignore[misc]
     return parts
 
 
@@ -203,7 +211,7 @@ def _class_folders(listing: Listing, prefix: str) -> Part:
     if empty := sorted(survey.folders - survey.image_folders):
         raise DataError(f"no image in class folder(s) {', '.join(empty)} of {root}. Fill or remove them.")
     classes = sorted(survey.folders)
-    _require_two(root, classes)
+    _require_enough(root, classes, 2)
     if survey.other_count:
         log.warning(
             "%s: %d file(s) are no images and are ignored, for example %s", root, survey.other_count, survey.others[0]
@@ -217,6 +225,8 @@ def _class_folders(listing: Listing, prefix: str) -> Part:
     return Part(root, classes, tables)
 
 
-def _require_two(root: str, classes: list[str]) -> None:
-    if len(classes) < 2:
+def _require_enough(root: str, classes: list[str], least: int) -> None:
+    if not classes:
+        raise DataError(f"no image of {root} has a label.")
+    if len(classes) < least:
         raise DataError(f"{root} has a single class folder ({classes[0]}): at least two classes are needed.")

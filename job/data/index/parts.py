@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -91,8 +92,15 @@ def _saved_parts(location: Location, folder: Path, context: ListingContext) -> d
         for batch in index.batches():
             table = pa.table(batch)
             table = table.set_column(1, "source", pc.add(table["source"], first))
-            yield table.append_column("class", pc.take(names, table["label"])).drop_columns(["label"])
+            if index.has_several_labels:
+                labels = batch.column("labels")
+                offsets = np.append(0, labels.value_lengths().to_numpy().cumsum()).astype(np.int32)
+                classes = pa.ListArray.from_arrays(offsets, names.take(labels.flatten()))
+                yield table.append_column("classes", classes).drop_columns(["label", "labels"])
+            else:
+                yield table.append_column("class", pc.take(names, table["label"])).drop_columns(["label"])
 
     return {
-        part: Part(index.root, list(info.classes), functools.partial(tables, index)) for part, index in indexes.items()
+        part: Part(index.root, list(info.classes), functools.partial(tables, index), index.has_several_labels)
+        for part, index in indexes.items()
     }
