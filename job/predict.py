@@ -70,13 +70,13 @@ class Predictor:
     Args:
         net: the network.
         resize: how images are made square.
-        thresholds: of a multi-label network: probability of each class from which it is predicted. Default: 0.5.
+        thresholds: of a multi-label network: probability of each class from which it is predicted. Empty: 0.5.
 
     Attributes:
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
     """
 
-    def __init__(self, net: Classifier, resize: str, thresholds: Sequence[float] | None = None) -> None:
+    def __init__(self, net: Classifier, resize: str, thresholds: Sequence[float] = ()) -> None:
         self.net = net.eval()
         self.thresholds = tuple(thresholds or [0.5] * len(net.classes))
         self.tta: TTA = "none"

@@ -40,7 +40,7 @@ class ClassifierSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         std: per-channel standard deviation.
         resize: how images are made square.
         task: "classification" if an image has exactly one class, "multilabel" if any number of them.
-        thresholds: for multilabel, the probability of each class from which it is predicted. Default: 0.5.
+        thresholds: for multilabel, the probability of each class from which it is predicted. Empty: 0.5.
         format: version of this description; the first checkpoints lack the field, and have version 1.
     """
 
@@ -52,7 +52,7 @@ class ClassifierSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     std: Channels
     resize: Literal["squash", "crop"] = "squash"
     task: TaskName = "classification"
-    thresholds: Annotated[list[Threshold], Meta(max_length=MAX_CLASSES)] | None = None
+    thresholds: Annotated[list[Threshold], Meta(max_length=MAX_CLASSES)] = []
     format: Annotated[int, Meta(ge=1)] = 1
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class ClassifierSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"mean {self.mean} and std {self.std} must be finite, and std above 0")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("two classes have the same name")
-        if self.thresholds is not None and (self.task != "multilabel" or len(self.thresholds) != len(self.classes)):
+        if self.thresholds and (self.task != "multilabel" or len(self.thresholds) != len(self.classes)):
             raise ValueError("thresholds are not one per class of a multilabel network")
 
 

@@ -324,7 +324,7 @@ DESCRIPTION: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("thresholds", [[0.5], [0.5, 0.5, 0.5], [0.5, 1.5], [0.5, math.nan], ["x", 0.5], 0.5])
+@pytest.mark.parametrize("thresholds", [[0.5], [0.5, 0.5, 0.5], [0.5, 1.5], [0.5, math.nan], ["x", 0.5], 0.5, None])
 def test_thresholds_are_checked(thresholds: Any) -> None:
     decode_spec({**DESCRIPTION, "thresholds": [0.25, 1.0]}, "it")
     with pytest.raises(CheckpointError, match="invalid description"):
@@ -334,6 +334,6 @@ def test_thresholds_are_checked(thresholds: Any) -> None:
 def test_only_a_multilabel_network_has_thresholds() -> None:
     with pytest.raises(CheckpointError, match="one per class of a multilabel network"):
         decode_spec({**DESCRIPTION, "task": "classification", "thresholds": [0.5, 0.5]}, "it")
-    assert decode_spec(DESCRIPTION, "it").thresholds is None
+    assert decode_spec(DESCRIPTION, "it").thresholds == []
     old = {name: value for name, value in DESCRIPTION.items() if name not in ("task", "format")}
     assert decode_spec(old, "it").task == "classification"
