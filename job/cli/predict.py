@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from job import storage
 from job.cli.parser import call_with_options
@@ -68,17 +68,16 @@ def main(
     rank, world_size = ranks.rank(), ranks.world_size()
     access = from_options(allow, [input], "--allow")
     cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
-    predictor = load(checkpoint_uri)
-    predictor.tta = tta
+    predictor = load(checkpoint_uri, tta=tta)
     unreadable: list[str] = []
-    lines: list[dict[str, object]] = []
+    lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         build({"all": [input]}, Path(folder), cache, "images", access=access)
         index = Index(folder, "all", access)
         for sample, prediction in predict_index(
             predictor, index, batch_size=batch_size, num_workers=num_workers, cache_dir=cache, unreadable=unreadable
         ):
-            lines.append({"uri": index.uri(sample), **asdict(prediction)})
+            lines.append({"uri": index.uri(sample), **prediction.as_json()})
     if rank == 0:
         _print_table(lines, predictor.classes)
     if output is not None:
@@ -90,13 +89,14 @@ def main(
         raise DataError(f"{len(unreadable)} image(s) could not be read, {max_bad_samples} allowed:\n  {shown}")
 
 
-def _print_table(lines: list[dict[str, object]], classes: Sequence[str]) -> None:
+def _print_table(lines: list[dict[str, Any]], classes: Sequence[str]) -> None:
+    labels = [line["labels"] if "labels" in line else [line["label"]] for line in lines]
     rows = []
-    for line in lines[:ROWS_SHOWN]:
-        chances = line["probabilities"]
-        assert isinstance(chances, dict)
-        rows.append((line["uri"], line["label"], f"{chances[line['label']]:.4f}"))
+    for line, names in zip(lines[:ROWS_SHOWN], labels, strict=False):
+        chances = ", ".join(f"{line['probabilities'][name]:.4f}" for name in names)
+        rows.append((line["uri"], ", ".join(names) or "-", chances or "-"))
     print_table(["image", "class", "probability"], rows, right=["probability"], fold=True)
     if len(lines) > ROWS_SHOWN:
-        counts = ", ".join(f"{name} {sum(line['label'] == name for line in lines)}" for name in classes)
+        totals = Counter(name for names in labels for name in names)
+        counts = ", ".join(f"{name} {totals[name]}" for name in classes)
         say(f"… and {len(lines) - ROWS_SHOWN} more. In all: {counts}")

@@ -97,17 +97,23 @@ def _saved_parts(location: Location, folder: Path, context: ListingContext) -> d
         for batch in index.batches():
             table = pa.table(batch)
             table = table.set_column(1, "source", pc.add(table["source"], first))
-            yield table.append_column("class", pc.take(names, table["label"])).drop_columns(["label"])
+            if index.has_several_labels:
+                labels = batch.column("labels")
+                offsets = np.append(0, labels.value_lengths().to_numpy().cumsum()).astype(np.int32)
+                classes = pa.ListArray.from_arrays(offsets, names.take(labels.flatten()))
+                yield table.append_column("classes", classes).drop_columns(["label", "labels"])
+            else:
+                yield table.append_column("class", pc.take(names, table["label"])).drop_columns(["label"])
 
     for kind in info.left_out:
         context.left_out.add(kind.kind, kind.example, kind.count)
     parts = {part: Part(uri, {}, lambda: iter(()), problem) for part, problem in info.absent.items()}
     for part, index in indexes.items():
-        parts[part] = Part(index.root, _images(index), functools.partial(tables, index))
+        rows, several = functools.partial(tables, index), index.has_several_labels
+        parts[part] = Part(index.root, _images(index), rows, several_labels=several)
     return parts
 
 
 def _images(index: Index) -> dict[str, int]:
     """Number of images by class."""
-    counts = np.bincount(index.labels, minlength=len(index.classes)).tolist()
-    return {name: count for name, count in zip(index.classes, counts, strict=True) if count}
+    return {name: count for name, count in zip(index.classes, index.class_counts().tolist(), strict=True) if count}
