@@ -17,7 +17,7 @@ import pyarrow.ipc
 from job.data.index import left_out, names
 from job.data.index.duplicates import drop_duplicates
 from job.data.index.folder_state import FolderState
-from job.data.index.sources import ListingContext, Location, Source, format_of
+from job.data.index.sources import SAVED_INDEX, ListingContext, Location, Source, format_of
 from job.data.index.sources.base import IMAGE_PATTERN, LISTING
 
 SHARDS_AT_ONCE = 8
@@ -86,8 +86,11 @@ def _named(table: pa.Table, context: ListingContext, *, all_meant: bool) -> tupl
         return table.append_column("image", pa.repeat(True, len(table))), normalised is not keys
     hidden = names.is_hidden(normalised)
     if pc.any(hidden).as_py():
-        _count(table.filter(hidden), left_out.HIDDEN, context)
-        table = table.filter(pc.invert(hidden))
+        own = pc.starts_with(normalised, f"{SAVED_INDEX}/")
+        _count(table.filter(pc.and_(hidden, pc.invert(own))), left_out.HIDDEN, context)
+        # A folder that holds nothing else is an empty one, as on a disk, where it would be listed.
+        visible = pc.if_else(hidden, names.visible_folders(normalised), normalised)
+        table = table.set_column(table.column_names.index("name"), "name", visible)
     if pc.any(pc.equal(table["name"], "")).as_py():
         table = table.filter(pc.not_equal(table["name"], ""))
     image = pc.match_substring_regex(table["name"], IMAGE_PATTERN)
