@@ -14,6 +14,7 @@ import pyarrow as pa
 from job import storage
 from job.data.index.access import Access
 from job.data.index.bounded import compression_of
+from job.data.index.folder_state import FolderState
 from job.data.index.left_out import LeftOut
 from job.errors import DataError
 from job.process.terminal import escape
@@ -76,6 +77,8 @@ class ListingContext:
         access: what a table may name besides object stores and public web servers.
         labelled: a table must have labels.
         left_out: counts what is no sample.
+        folders: states of the folders that are listed.
+        unreadable: keys of folders that cannot be read, but may hold images.
     """
 
     sources: list[Source]
@@ -83,6 +86,8 @@ class ListingContext:
     access: Access
     labelled: bool
     left_out: LeftOut = field(default_factory=LeftOut)
+    folders: list[FolderState] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
 
 
 class SourceFormat(ABC):
