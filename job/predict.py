@@ -70,16 +70,14 @@ class Predictor:
     Args:
         net: the network.
         resize: how images are made square.
-        thresholds: of a multi-label network: probability of each class from which it is predicted. Empty: 0.5.
-
-    Attributes:
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
+        thresholds: of a multi-label network: probability of each class from which it is predicted. Empty: 0.5.
     """
 
-    def __init__(self, net: Classifier, resize: str, thresholds: Sequence[float] = ()) -> None:
+    def __init__(self, net: Classifier, resize: str, tta: TTA = "none", thresholds: Sequence[float] = ()) -> None:
         self.net = net.eval()
+        self.tta = tta
         self.thresholds = tuple(thresholds or [0.5] * len(net.classes))
-        self.tta: TTA = "none"
         self.resize: ResizeMode = "crop" if resize == "crop" else "squash"
 
     @property
@@ -131,11 +129,13 @@ class Predictor:
         return MultilabelPrediction(label, by_class, [name for name, value, least in chosen if value >= least])
 
 
-def load(uri: str, device: str | None = None) -> Predictor:
-    """The model at ``uri``: a checkpoint file, or a run_dir (its best checkpoint).
+def load(uri: str, device: str | None = None, tta: TTA = "none") -> Predictor:
+    """Load a model for prediction.
 
     Args:
+        uri: a checkpoint file, or a run_dir (its best checkpoint).
         device: a torch device; default: CUDA where there is one, else the CPU.
+        tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -145,7 +145,7 @@ def load(uri: str, device: str | None = None) -> Predictor:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     net = from_spec(saved[CLASSIFIER_KEY], net_state(saved, uri), source=uri, device_type=torch.device(device).type)
     spec = decode_spec(saved[CLASSIFIER_KEY], uri)
-    return Predictor(net.to(device), spec.resize, spec.thresholds)
+    return Predictor(net.to(device), spec.resize, tta, spec.thresholds)
 
 
 def predict_index(

@@ -68,8 +68,7 @@ def main(
     rank, world_size = ranks.rank(), ranks.world_size()
     access = from_options(allow, [input], "--allow")
     cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
-    predictor = load(checkpoint_uri)
-    predictor.tta = tta
+    predictor = load(checkpoint_uri, tta=tta)
     unreadable: list[str] = []
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -50,23 +50,30 @@ class TransferLearningModel(pl.LightningModule):
     The backbone is frozen until ``milestones[0]``; then its last layers train, and from ``milestones[1]`` all of it.
 
     Args:
+        tta: test-time augmentation of validation and test: "hflip" averages over horizontal flips.
+        pretrained: load ``weights`` when the network is built; False if a checkpoint follows, which has others.
+        check_finite: stop or skip steps whose loss or gradients are not finite, as ``nonfinite`` says.
         options: hyperparameters by keyword: the fields of :class:`~job.model.config.ModelConfig`.
 
     Attributes:
         config: the hyperparameters.
         net: the network; built by :meth:`configure_model`.
         stage: the layers that train now.
-        guard: stops or skips steps that are not finite; None: no checks.
+        guard: stops or skips steps that are not finite; None without ``check_finite``.
         confusion: confusion matrix of the last evaluation, int64 [C, C], rows are true classes; of several labels
             one per class, int64 [C, 2, 2].
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(
+        self, *, tta: TTA = "none", pretrained: bool = True, check_finite: bool = True, **options: Any
+    ) -> None:
         super().__init__()
         self.config = ModelConfig(**options)
         self.save_hyperparameters(self.config.plain_values(), logger=False)  # SavedConfig logs the configuration
-        self.guard: DivergenceGuard | None = DivergenceGuard(self.config.nonfinite, self.config.max_skipped_steps)
-        self.tta: TTA = "none"
+        guard = DivergenceGuard(self.config.nonfinite, self.config.max_skipped_steps) if check_finite else None
+        self.guard: DivergenceGuard | None = guard
+        self.tta = tta
+        self.pretrained = pretrained
         self.stage = Stage.HEAD
         self.net: Classifier
         self.resize: str
@@ -99,7 +106,7 @@ class TransferLearningModel(pl.LightningModule):
         self._require_task_for(data)
         self.net = build_classifier(
             self.config,
-            read_pretrained(self.config.weights),
+            read_pretrained(self.config.weights) if self.pretrained else "none",
             classes=data.classes,
             image_size=data.image_size,
             device_type=device.type,

@@ -21,7 +21,7 @@ from support import index_of, picture, picture_files, read, tar_of, zip_of
 from job.data import dataset
 from job.data.dataset import ImageDataset, Preprocessing
 from job.data.index import bounded
-from job.data.index.bounded import unpack_gzip
+from job.data.index.bounded import unpack
 from job.data.index.sources.tar_archive import list_tar
 from job.data.index.sources.zip_archive import list_zip, zip_content
 from job.data.sampler import ResumableBatchSampler
@@ -136,22 +136,22 @@ def test_a_zip_member_does_not_expand_without_limit(monkeypatch: pytest.MonkeyPa
 def test_gzip_is_unpacked_within_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, target = tmp_path / "a.tar.gz", tmp_path / "a.tar"
     packed.write_bytes(gzip.compress(bytes(20 << 20)))
-    unpack_gzip("gs://b/a.tar.gz", packed, target)
+    unpack("gs://b/a.tar.gz", packed, target)
     assert target.stat().st_size == 20 << 20
     monkeypatch.setattr(bounded, "SMALL_ARCHIVE", 1 << 20)
     with pytest.raises(DataError, match=r"gs://b/a.tar.gz is refused as a decompression bomb"):
-        unpack_gzip("gs://b/a.tar.gz", packed, target)
+        unpack("gs://b/a.tar.gz", packed, target)
     assert target.stat().st_size < 8 << 20
     monkeypatch.setattr(bounded, "FREE_DISK", 1 << 60)
     packed.write_bytes(gzip.compress(random.randbytes(1 << 20)))
     with pytest.raises(OSError, match="would be left on the disk"):
-        unpack_gzip("gs://b/a.tar.gz", packed, target)
+        unpack("gs://b/a.tar.gz", packed, target)
     content = bytearray(packed.read_bytes())
     content[20:30] = b"\xff" * 10
     packed.write_bytes(content)
     monkeypatch.setattr(bounded, "FREE_DISK", 0)
     with pytest.raises(DataError, match="not a readable archive"):
-        unpack_gzip("gs://b/a.tar.gz", packed, target)
+        unpack("gs://b/a.tar.gz", packed, target)
 
 
 @pytest.mark.parametrize("suffix", ["tar", "zip", "tar.gz"])

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import tempfile
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from job import redact
-from job.data.index import layout
+from job.data.index import classes_of_parts, layout
 from job.data.index.access import Access
 from job.data.index.file import MOST_CLASSES, IndexInfo, PartInfo, load_index_info
 from job.data.index.index import Index, PartWriter
 from job.data.index.layout import Part
+from job.data.index.left_out import LeftOutKind, summary
 from job.data.index.parts import Layout, parts_of
 from job.data.index.sources import INDEX_FILE, ListingContext, Source, format_of, resolve
 from job.data.index.sources.base import LONGEST_CLASS
@@ -62,6 +64,7 @@ def build(
         report_disk_full(folder, "keep the index"),
         tempfile.TemporaryDirectory(prefix=".list-", dir=folder) as scratch,
     ):
+        left_out: list[LeftOutKind] = []
         for number, (name, location) in enumerate(locations):
             context = ListingContext(
                 sources, cache_dir, access or Access(typed=(location.uri,)), labelled=layout_of != "images"
@@ -71,12 +74,13 @@ def build(
             )
             for part_name, part in listed.items():
                 parts.setdefault(part_name, []).append(part)
-        train = parts.get("train", [])
-        for part_name, contents in parts.items():
-            if part_name != "train" and train:
-                _require_same_classes(train, contents)
-        names = {name for contents in parts.values() for part in contents for name in part.classes}
-        classes = layout.class_order(names)
+            if kinds := context.left_out.kinds():
+                level = logging.INFO if context.left_out.is_expected() else logging.WARNING
+                log.log(level, "%s", summary(redact.identity(location.uri), kinds))
+                left_out += kinds
+        absent = classes_of_parts.settle(parts, test_given="test" in roots)
+        classed = parts.get("train", chain(*parts.values()))
+        classes = layout.class_order({name for part in classed for name in part.images})
         if len(classes) > MOST_CLASSES or max(map(len, classes), default=0) > LONGEST_CLASS:
             raise DataError(
                 f"{len(classes):,} classes, the longest name of {max(map(len, classes)):,} characters, where "
@@ -92,6 +96,8 @@ def build(
             },
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             request=request or {},
+            left_out=left_out,
+            absent=absent,
             several_labels=several or msgspec.UNSET,
         )
         (folder / INDEX_FILE).write_bytes(info.to_json())
@@ -190,21 +196,6 @@ def _hashes(index: Index, seed: int) -> npt.NDArray[np.uint64]:
         hashes[start : start + len(batch)] = np.frombuffer(b"".join(digests), "<u8")
         start += len(batch)
     return hashes
-
-
-def _require_same_classes(train: list[Part], others: list[Part]) -> None:
-    train_classes, other_classes = ({name for part in parts for name in part.classes} for parts in (train, others))
-    if train_classes == other_classes:
-        return
-    differences = [
-        f"only in {root}: {', '.join(sorted(names))}"
-        for root, names in (
-            (train[0].root, train_classes - other_classes),
-            (others[0].root, other_classes - train_classes),
-        )
-        if names
-    ]
-    raise DataError(f"the class folders differ; {'; '.join(differences)}. Make them agree.")
 
 
 def _write_part(

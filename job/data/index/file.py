@@ -16,13 +16,14 @@ import pyarrow.ipc
 from job import storage
 from job.data.index.access import OBJECT_STORES, leaves_folder, split_scheme
 from job.data.index.arrow_file import require_uncompressed
+from job.data.index.left_out import LeftOutKind
 from job.data.index.sources import INDEX_FILE, Source, format_of
 from job.data.index.sources.base import LONGEST_CLASS, LONGEST_KEY
 from job.errors import DataError, StorageError, first_line
 from job.storage.format_version import MALFORMED, format_version
 
-FORMAT = 2
-"""Version of the format; 2 added the SHA-256 and size of each part."""
+FORMAT = 3
+"""Version of the format; 2 added the SHA-256 and size of each part, 3 what was left out and what folders held."""
 ROWS_PER_BATCH = 1 << 16
 """Rows per record batch, except the last: so a sample's place follows from its id."""
 MOST_BYTES = 128 << 20
@@ -80,6 +81,8 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         parts: by name (train, val, test; all).
         created: ISO time.
         request: options of the run that made the index; any JSON.
+        left_out: files of the listing that are no samples.
+        absent: why a part that the data seems to have is not in the index, by part.
         format: version of this format.
         several_labels: samples have any number of labels; left out where each has one.
     """
@@ -89,6 +92,8 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parts: Annotated[dict[PartName, PartInfo], msgspec.Meta(min_length=1)]
     created: Annotated[str, msgspec.Meta(max_length=64)]
     request: dict[str, Any] = {}
+    left_out: Annotated[list[LeftOutKind], msgspec.Meta(max_length=1 << 16)] = []
+    absent: dict[PartName, Annotated[str, msgspec.Meta(max_length=65_536)]] = {}
     format: int = FORMAT
     several_labels: Literal[True] | msgspec.UnsetType = msgspec.UNSET
 

@@ -57,8 +57,10 @@ def parts_of(
             raise DataError(f"{location.uri} has several parts ({', '.join(saved)}): give it by --data.root.")
     listing = list_location(location, scratch, context)
     if layout_of == "parts":
-        return layout.find_parts(listing)
-    return {name: layout.class_folders(listing) if layout_of == "classes" else layout.all_images(listing)}
+        return layout.find_parts(listing, context.left_out)
+    if layout_of == "classes":
+        return {name: layout.class_folders(listing, context.left_out)}
+    return {name: layout.all_images(listing)}
 
 
 def _saved_parts(location: Location, folder: Path, context: ListingContext) -> dict[str, Part] | None:
@@ -100,7 +102,20 @@ def _saved_parts(location: Location, folder: Path, context: ListingContext) -> d
             else:
                 yield table.append_column("class", pc.take(names, table["label"])).drop_columns(["label"])
 
+    for kind in info.left_out:
+        context.left_out.add(kind.kind, kind.example, kind.count)
     return {
-        part: Part(index.root, list(info.classes), functools.partial(tables, index), index.has_several_labels)
+        part: Part(
+            index.root,
+            _images(index),
+            functools.partial(tables, index),
+            several_labels=index.has_several_labels,
+        )
         for part, index in indexes.items()
     }
+
+
+def _images(index: Index) -> dict[str, int]:
+    """Number of images by class."""
+    counts = index.class_counts().tolist()
+    return {name: count for name, count in zip(index.classes, counts, strict=True) if count}
