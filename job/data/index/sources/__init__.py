@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from job import redact, storage
 from job.data.index.sources.base import ListingContext, Source, SourceFormat
 from job.data.index.sources.folder import Folder
+from job.data.index.sources.parquet_tables import ParquetImages
 from job.data.index.sources.table import Table
 from job.data.index.sources.tar_archive import Tar
 from job.data.index.sources.zip_archive import Zip
@@ -18,7 +19,7 @@ __all__ = ["FORMATS", "ListingContext", "Location", "Source", "SourceFormat", "e
 INDEX_FILE = "index.json"
 SAVED_INDEX = ".index"
 """Folder in which ``job index`` keeps the index of a folder."""
-FORMATS: tuple[SourceFormat, ...] = (Tar(), Zip(), Table(), Folder())
+FORMATS: tuple[SourceFormat, ...] = (Tar(), Zip(), Table(), ParquetImages(), Folder())
 """A new format is one line here; the first whose suffix fits counts."""
 _BY_NAME = {format.name: format for format in FORMATS}
 
