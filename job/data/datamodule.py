@@ -126,6 +126,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.access = from_options(allow, [uri for uris in self.uris.values() for uri in uris])
         self.seed = seed
         self.parts: dict[str, Index] = {}
+        self.absent_parts: dict[str, str] = {}
         self.is_cache_usable = True
         self.cache: SampleCache | None = None
         self.features: dict[str, FeatureStore] = {}
@@ -147,6 +148,7 @@ class ImageDataModule(pl.LightningDataModule):
         folder = local_index(ranks.from_rank_zero(self._find_index), self.cache_dir)
         info = load_index_info(folder)
         self.parts = {part: Index(folder, part, self.access) for part in info.parts}
+        self.absent_parts = info.absent
         for source in info.sources:
             materialise(source, str(self.cache_dir), self.access)
         self._open_cache()
@@ -176,7 +178,8 @@ class ImageDataModule(pl.LightningDataModule):
             DataError: the data has no test part.
         """
         if "test" not in self.parts:
-            raise DataError("there is no test part: give --data.test, or a --data.root with a test/ folder.")
+            reason = f" ({self.absent_parts['test']})" if "test" in self.absent_parts else ""
+            raise DataError(f"there is no test part{reason}: give --data.test, or a --data.root with a test/ folder.")
         return self._loader("test", shuffle=False)
 
     def variant_loader(self, part: str, chunks: Sequence[range], batch_size: int) -> BatchLoader:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from support import index_of, index_parts, picture, read, tar_of, write_files, zip_of
 
 from job import storage
+from job.cli.index import main as index_command
+from job.data.datamodule import ImageDataModule
 from job.data.index.build import build
 from job.data.index.file import IndexInfo
 from job.data.index.part_names import part_of
@@ -328,6 +330,20 @@ def test_a_test_part_that_cannot_be_used_is_left(
     assert "the data has no test part" in caplog.text
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(info.absent["test"])
+
+
+def test_testing_says_why_there_is_no_test_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a listing, of the run's own index, and of the one beside the data."""
+    root = on_disk({**classes("train/"), **classes("val/"), "test/0.jpg": IMAGE}, tmp_path)
+    for number, ahead in enumerate((False, False, True)):
+        if ahead:
+            index_command(root)
+        run_dir = str(tmp_path / f"run-{number // 2}")
+        monkeypatch.setattr(ImageDataModule, "_run_dir", lambda self, run_dir=run_dir: run_dir)
+        data = ImageDataModule(root=root, cache_dir=str(tmp_path / "cache"))
+        data.setup("fit")
+        with pytest.raises(DataError, match=r"no test part \(.*1 image\(s\) outside any class folder.*--data\.test"):
+            data.test_dataloader()
 
 
 def test_a_class_that_validation_lacks_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
