@@ -46,7 +46,7 @@ def fit(config: Mapping[str, Any] | str | os.PathLike[str]) -> Report:
     )
     try:
         with translate_errors(cli.datamodule.global_batch_size):
-            return training.fit(cli.model, cli.datamodule, settings)
+            return training.fit(cli.model_config, cli.datamodule, settings)
     except Stopped as stopped:
         if stopped.exit_code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt(str(stopped)) from None

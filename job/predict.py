@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -23,7 +23,7 @@ from job.data.sampler import ResumableBatchSampler
 from job.errors import DataError
 from job.model.classifier import TTA, Classifier, from_spec, mean_over_flips
 from job.model.spec import decode_spec, net_state
-from job.model.task import probabilities
+from job.model.tasks import TASKS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,17 +42,42 @@ class Prediction:
     label: str
     probabilities: dict[str, float]
 
+    def as_json(self) -> dict[str, Any]:
+        """The entries of a JSON line."""
+        return {"label": self.label, "probabilities": self.probabilities}
+
+
+@dataclass(frozen=True)
+class MultilabelPrediction(Prediction):
+    """Class probabilities of one image that may have several labels, or none.
+
+    Attributes:
+        label: name of the most probable class, even if it is below its threshold.
+        probabilities: probability by class name; they are independent of each other.
+        labels: names of the classes whose probability reaches their threshold, in the order of classes.
+    """
+
+    labels: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The entries of a JSON line."""
+        return {"labels": self.labels, "probabilities": self.probabilities}
+
 
 class Predictor:
     """A trained network and the preprocessing it was evaluated with; see :func:`load`.
 
-    Attributes:
+    Args:
+        net: the network.
+        resize: how images are made square.
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
+        thresholds: of a multi-label network: probability of each class from which it is predicted. Empty: 0.5.
     """
 
-    def __init__(self, net: Classifier, resize: str) -> None:
+    def __init__(self, net: Classifier, resize: str, tta: TTA = "none", thresholds: Sequence[float] = ()) -> None:
         self.net = net.eval()
-        self.tta: TTA = "none"
+        self.tta = tta
+        self.thresholds = tuple(thresholds or [0.5] * len(net.classes))
         self.resize: ResizeMode = "crop" if resize == "crop" else "squash"
 
     @property
@@ -92,18 +117,25 @@ class Predictor:
     def predict_batch(self, images: Tensor) -> list[Prediction]:
         """Classify prepared images, uint8 [B, 3, S, S]."""
         images = images.to(self.device)
-        rows = probabilities(mean_over_flips(self.net, images) if self.tta == "hflip" else self.net(images)).cpu()
-        return [
-            Prediction(self.classes[int(row.argmax())], dict(zip(self.classes, row.tolist(), strict=True)))
-            for row in rows
-        ]
+        logits = mean_over_flips(self.net, images) if self.tta == "hflip" else self.net(images)
+        return [self._prediction(row) for row in TASKS[self.net.task].probabilities(logits).cpu()]
+
+    def _prediction(self, row: Tensor) -> Prediction:
+        values = row.tolist()
+        label, by_class = self.classes[int(row.argmax())], dict(zip(self.classes, values, strict=True))
+        if not TASKS[self.net.task].takes_several_labels:
+            return Prediction(label, by_class)
+        chosen = zip(self.classes, values, self.thresholds, strict=True)
+        return MultilabelPrediction(label, by_class, [name for name, value, least in chosen if value >= least])
 
 
-def load(uri: str, device: str | None = None) -> Predictor:
-    """The model at ``uri``: a checkpoint file, or a run_dir (its best checkpoint).
+def load(uri: str, device: str | None = None, tta: TTA = "none") -> Predictor:
+    """Load a model for prediction.
 
     Args:
+        uri: a checkpoint file, or a run_dir (its best checkpoint).
         device: a torch device; default: CUDA where there is one, else the CPU.
+        tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -112,7 +144,8 @@ def load(uri: str, device: str | None = None) -> Predictor:
     saved = checkpoint.load(uri)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     net = from_spec(saved[CLASSIFIER_KEY], net_state(saved, uri), source=uri, device_type=torch.device(device).type)
-    return Predictor(net.to(device), decode_spec(saved[CLASSIFIER_KEY], uri).resize)
+    spec = decode_spec(saved[CLASSIFIER_KEY], uri)
+    return Predictor(net.to(device), spec.resize, tta, spec.thresholds)
 
 
 def predict_index(

@@ -51,13 +51,10 @@ def check_restored(trainer: pl.Trainer) -> None:
 
     A fit checks all that it resumes from.
     """
-    load = trainer.strategy.load_checkpoint
 
-    def load_checked(checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
-        loaded = load(checkpoint_path, weights_only=weights_only)
+    def check(path: str, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
-            require_resumable(str(checkpoint_path), loaded, trainer.fit_loop.state_dict())
-        return loaded
+            require_resumable(path, checkpoint, trainer.fit_loop.state_dict())
 
     @contextlib.contextmanager
     def checked(step: str, path: str, checkpoint: dict[str, Any]) -> Iterator[None]:
@@ -76,8 +73,7 @@ def check_restored(trainer: pl.Trainer) -> None:
                 "Use an older checkpoint, or the settings that it was written with."
             ) from error
 
-    trainer.strategy.load_checkpoint = load_checked  # type: ignore[method-assign,assignment]
-    around_restore(trainer, checked)
+    around_restore(trainer, check, checked)
 
 
 def require_resumable(uri: str, checkpoint: dict[str, Any], expected_loops: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Literal
 
 import yaml
@@ -19,6 +18,7 @@ from job.cli.parser import ENV_PREFIX
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
 from job.config.saved_config import read_saved_config
+from job.model.module import TransferLearningModel
 from job.process.terminal import print_table
 from job.storage.json_files import write_json
 from job.train.errors import translate_errors
@@ -44,18 +44,16 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
     with _with_saved_config(args) as configured:
         cli = TrainingCLI(verb, configured)
     options = cli.config_init
-    # The checkpoint holds the weights; pretrained ones are not needed.
-    cli.model.config = replace(cli.model.config, weights="none")
-    cli.model.tta = options["tta"]
+    model = TransferLearningModel(tta=options["tta"], pretrained=False, **vars(cli.model_config))
     with ranks.process_group(EVALUATION_TIMEOUT):
         uri = ranks.from_rank_zero(lambda: checkpoint.resolve(options["ckpt"] or options["run_dir"]))
         with translate_errors(cli.datamodule.global_batch_size):
             trainer = evaluating_trainer(dict(options["trainer"]), options["run_dir"])
-            results = getattr(trainer, verb)(cli.model, datamodule=cli.datamodule, ckpt_path=uri, verbose=False)
+            results = getattr(trainer, verb)(model, datamodule=cli.datamodule, ckpt_path=uri, verbose=False)
         if trainer.is_global_zero:
             rows = [(name, f"{value:.4f}") for name, value in results[0].items()]
             print_table(["metric", "value"], rows, title=f"{verb} {uri}", right=["value"])
-            matrix = cli.model.confusion
+            matrix = model.confusion
             counts = confusion.as_json(confusion.cells(matrix), len(matrix))
             write_json(
                 storage.join(options["run_dir"], f"{verb}.json"),

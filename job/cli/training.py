@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn
 
-import pytorch_lightning as pl
 from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
@@ -23,6 +22,7 @@ from job.config.trainer_options import (
 from job.data.datamodule import ImageDataModule
 from job.errors import ConfigError
 from job.features.callback import FeatureSettings
+from job.model.config import ModelConfig
 from job.model.module import TransferLearningModel
 from job.resilience.watchdog import WatchdogSettings
 from job.train.fit import FitSettings
@@ -49,7 +49,13 @@ class TrainingParser(ParserMixin, LightningArgumentParser):
 
 
 class TrainingCLI(LightningCLI):
-    """Options of fit, tune, validate and test; see ``--help-all``."""
+    """Options of fit, tune, validate and test; see ``--help-all``.
+
+    Attributes:
+        config_init: the options, with instances of the classes that they name.
+        datamodule: the data module.
+        model_config: hyperparameters of the model.
+    """
 
     def __init__(self, verb: str, args: list[str] | dict[str, Any]) -> None:
         self.verb = verb
@@ -88,7 +94,14 @@ class TrainingCLI(LightningCLI):
         """Add the options of Trainer (except reserved ones), model and data."""
         add_trainer_arguments(parser)
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
-        parser.add_lightning_class_args(TransferLearningModel, "model")
+        parser.add_class_arguments(
+            TransferLearningModel,
+            "model",
+            fail_untyped=False,
+            instantiate=False,
+            sub_configs=True,
+            skip={"tta", "pretrained", "check_finite"},
+        )
         parser.add_lightning_class_args(ImageDataModule, "data")
         list_supported_classes(parser)
 
@@ -144,10 +157,12 @@ class TrainingCLI(LightningCLI):
         self.config = parser.parse_object(args) if isinstance(args, Mapping) else parser.parse_args(args)
         require_seed(self.config["seed_everything"])
 
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Check the Trainer's arguments only: it is built once the checkpoint to resume from is known."""
+    def instantiate_classes(self) -> None:
+        """Create the data module, and check the options of model and Trainer, which the command builds."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule: ImageDataModule = self.config_init["data"]
+        self.model_config = ModelConfig(**dict(self.config_init["model"]))
         require_supported(self.config_init["trainer"])
-        return None  # type: ignore[return-value]
 
     def fit_settings(self) -> FitSettings:
         """The settings of fit besides model and data."""

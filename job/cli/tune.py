@@ -9,6 +9,7 @@ from job import storage
 from job.cli.evaluate import EVALUATION_TIMEOUT
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
+from job.model.module import TransferLearningModel
 from job.monitoring.report import print_suggestions
 from job.storage.json_files import write_json
 from job.train.batch_size_finder import BatchSizeFinder
@@ -22,13 +23,14 @@ def tune(args: list[str]) -> None:
     options = cli.config_init
     rates, batches = options["lr_finder"], BatchSizeFinder()
     # What trains in the first epoch trains in all steps, at rates that no schedule sets.
-    milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model.config.milestones]
-    cli.model.config = replace(cli.model.config, lr_scheduler=None, lr_interval="epoch", milestones=milestones)
-    cli.model.guard = None  # the learning rate range test diverges on purpose
+    milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model_config.milestones]
+    config = replace(cli.model_config, lr_scheduler=None, lr_interval="epoch", milestones=milestones)
+    # The learning rate range test diverges on purpose.
+    model = TransferLearningModel(check_finite=False, **vars(config))
     with ranks.process_group(EVALUATION_TIMEOUT):
         with translate_errors(cli.datamodule.global_batch_size):
             trainer = tuning_trainer(dict(options["trainer"]), options["run_dir"], rates, batches)
-            trainer.fit(cli.model, datamodule=cli.datamodule)
+            trainer.fit(model, datamodule=cli.datamodule)
         suggestion, world_size = rates.suggestion(), ranks.world_size()
         if trainer.is_global_zero:
             result = {

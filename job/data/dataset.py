@@ -41,7 +41,8 @@ class Batch(TypedDict):
     Keys:
         image: uint8 [B, 3, S, S], RGB, channels last in memory, as decoders return and convolutions prefer it.
         features: float [B, F], cached backbone features in place of ``image``.
-        label: int64 [B]; -1 where there is none.
+        label: int64 [B]; -1 where there is none, or where samples have any number of labels.
+        labels: uint8 [B, C], multi-hot, where samples have any number of labels.
         mask: bool [B]; False for a padded or unreadable sample, which is masked out.
         sample: int64 [B], sample ids.
         global_size: samples of the whole global batch, the divisor of its mean loss.
@@ -53,6 +54,7 @@ class Batch(TypedDict):
     image: NotRequired[Tensor]
     features: NotRequired[Tensor]
     label: Tensor
+    labels: NotRequired[Tensor]
     mask: Tensor
     sample: Tensor
     global_size: int
@@ -218,6 +220,8 @@ class ImageDataset(Dataset[Batch]):
             bad=[],
             error=None,
         )
+        if self.index.has_several_labels:
+            batch["labels"] = torch.from_numpy(self.index.multi_hot_of(indices.samples))
         try:
             with own_generators() if self.preprocessing.augment is not None else contextlib.nullcontext():
                 self._read_into(batch, indices)

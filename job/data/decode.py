@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import io
 import re
+import struct
+import threading
 import warnings
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
 import torch
 
@@ -16,6 +20,7 @@ import torch
 from PIL import (
     AvifImagePlugin,
     Image,
+    ImageFile,
     Jpeg2KImagePlugin,
     MpoImagePlugin,  # noqa: F401
     TiffImagePlugin,
@@ -25,6 +30,7 @@ from PIL import (
 from torch import Tensor
 
 from job.data.metadata import jpeg_orientation, orientation, without_metadata
+from job.data.pixels import Pixels, is_large, to_rgb
 from job.errors import DataError
 
 FORMATS = (
@@ -60,9 +66,14 @@ OTHER_CONTENT = (
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
 """Beginnings of files that are images, however damaged."""
 TILE_WIDTH, TILE_HEIGHT = 322, 323
-_MAY_BE_LARGER = ("JPEG", "MPO")
-
-Pixels = npt.NDArray[np.uint8]
+MAX_IMAGE_PIXELS = 178_956_970
+"""Pixels of the largest image by default: the limit above which Pillow raises an error."""
+_HEIF = "HEIF"
+_ISO_FILE = b"ftyp"
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+_AVIF_BRANDS = {b"avif", b"avis"}
+_NOT_THIS_FORMAT = (SyntaxError, IndexError, TypeError, struct.error)
+"""Exceptions by which Pillow's plugins decline a file."""
 
 _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
     2: lambda pixels: pixels[:, ::-1],
@@ -75,19 +86,26 @@ _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
 }
 """How to turn uint8 [H, W, 3] upright, by EXIF orientation."""
 
+_one_large = threading.Lock()
+"""Held while a large image is decoded: the memory of a process is that of one of them, however many threads it has."""
+
 Image.preinit()
 # warnings.catch_warnings is not safe in threads. Odd metadata is no reason to warn, and sizes are checked here.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def decode(content: bytes, at_least: int = 0) -> Tensor:
+def decode(content: bytes, at_least: int = 0, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Tensor:
     """An encoded image as uint8 [3, H, W], RGB, upright by its EXIF orientation.
 
-    Transparency is laid on white; 16-bit greyscale is scaled to 8 bits. Malformed metadata is ignored.
+    Transparency is laid on white; see :func:`job.data.pixels.to_rgb` for more than 8 bits. Malformed metadata is
+    ignored.
 
     Args:
+        content: the file.
         at_least: a JPEG may come out at 1/2, 1/4 or 1/8 of its size, by a scaled inverse DCT, as long as
-            neither side falls below this many pixels; 0: at its full size, equal to Pillow's bit for bit.
+            neither side falls below this many pixels, and another image of more than 89 million pixels reduced;
+            0: at its full size, equal to Pillow's bit for bit.
+        max_image_pixels: pixels of the largest image to decode.
 
     Raises:
         DataError: empty, not an image, truncated, or a decompression bomb. No other exception is raised.
@@ -95,9 +113,9 @@ def decode(content: bytes, at_least: int = 0) -> Tensor:
     if not content:
         raise DataError("is empty (0 bytes)")
     try:
-        pixels = _jpeg(content, at_least) if content.startswith(b"\xff\xd8") else None
+        pixels = _jpeg(content, at_least, max_image_pixels) if content.startswith(b"\xff\xd8") else None
         if pixels is None:
-            pixels = _by_pillow(content)
+            pixels = _by_pillow(content, at_least, max_image_pixels)
         return torch.from_numpy(pixels).permute(2, 0, 1)
     except DataError:
         raise
@@ -105,16 +123,17 @@ def decode(content: bytes, at_least: int = 0) -> Tensor:
         raise _damaged(content, error) from error
 
 
-def _jpeg(content: bytes, at_least: int) -> Pixels | None:
+def _jpeg(content: bytes, at_least: int, max_image_pixels: int) -> Pixels | None:
     """uint8 [H, W, 3]; None for files that Pillow should decode: damaged ones and CMYK."""
     try:
         height, width, colourspace, _ = simplejpeg.decode_jpeg_header(content)
-        _refuse_bomb(width * height, "JPEG")
+        _refuse_bomb(width, height, max_image_pixels)
         if colourspace not in ("YCbCr", "Gray", "RGB"):
             return None
         scale = next((d for d in SCALES if at_least and min(height, width) >= d * at_least), 1)
         smallest = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
-        pixels: Pixels = simplejpeg.decode_jpeg(content, "RGB", **smallest)
+        with _alone(width // scale, height // scale):
+            pixels: Pixels = simplejpeg.decode_jpeg(content, "RGB", **smallest)
     except ValueError:
         return None
     return _turned(pixels, jpeg_orientation(content))
@@ -124,9 +143,9 @@ def _turned(pixels: Pixels, by: int) -> Pixels:
     return np.ascontiguousarray(_UPRIGHT[by](pixels)) if by in _UPRIGHT else pixels
 
 
-def _by_pillow(content: bytes) -> Pixels:
+def _by_pillow(content: bytes, at_least: int, max_image_pixels: int) -> Pixels:
     try:
-        return _opened(content)
+        return _read(content, at_least, max_image_pixels)
     except DataError:
         raise
     except Exception:
@@ -134,7 +153,7 @@ def _by_pillow(content: bytes) -> Pixels:
         if pixels_only is None or pixels_only == content:
             raise
         try:
-            pixels = _opened(pixels_only)
+            pixels = _read(pixels_only, at_least, max_image_pixels)
         except Exception:  # the first error is the one to report
             pixels = None
         if pixels is None:
@@ -142,26 +161,65 @@ def _by_pillow(content: bytes) -> Pixels:
     return _turned(pixels, jpeg_orientation(content)) if content.startswith(b"\xff\xd8") else pixels
 
 
-def _opened(content: bytes) -> Pixels:
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        _refuse_bomb(image.width * image.height, image.format)
+def _read(content: bytes, at_least: int, max_image_pixels: int) -> Pixels:
+    with _opened(content) as image:
+        _refuse_bomb(image.width, image.height, max_image_pixels)
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             # libtiff allocates a whole tile, whatever the size of the image.
-            _refuse_bomb(_number(image.tag_v2.get(TILE_WIDTH)) * _number(image.tag_v2.get(TILE_HEIGHT)), "TIFF")
-        image.load()
-        return _turned(np.array(_to_rgb(image)), orientation(image))
+            tile = (_number(image.tag_v2.get(TILE_WIDTH)), _number(image.tag_v2.get(TILE_HEIGHT)))
+            _refuse_bomb(*tile, max_image_pixels)
+        with _alone(image.width, image.height):
+            image.load()
+            return _turned(to_rgb(image, content, at_least), orientation(image))
+
+
+def _opened(content: bytes) -> ImageFile.ImageFile:
+    """``Image.open`` without its limit of pixels, which is global to the process."""
+    formats = (_heif_format(),) if _is_heif(content) else FORMATS
+    if content[4:8] == _ISO_FILE:  # an AVIF's or HEIC's orientation is a property of the image; EXIF may contradict it
+        content = without_metadata(content) or content
+    declined: Exception | None = None
+    for form in formats:
+        factory, accept = Image.OPEN[form]
+        if accept is None or accept(content[:16]) is True:
+            try:
+                return factory(io.BytesIO(content), "")
+            except _NOT_THIS_FORMAT as error:
+                declined = error
+    raise UnidentifiedImageError(_phrase(declined) if declined else "") from declined
+
+
+def _is_heif(content: bytes) -> bool:
+    if content[4:8] != _ISO_FILE:
+        return False
+    end = min(int.from_bytes(content[:4]), 256)
+    brands = {content[8:12], *(content[place : place + 4] for place in range(16, end, 4))}
+    return not brands.isdisjoint(_HEIF_BRANDS) and brands.isdisjoint(_AVIF_BRANDS)
+
+
+@functools.cache
+def _heif_format() -> str:
+    """Name of the format that pillow-heif registers."""
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError as error:
+        raise DataError("is a HEIC image, which needs the package pillow-heif: pip install pillow-heif") from error
+    return _HEIF
+
+
+def _alone(width: int, height: int) -> contextlib.AbstractContextManager[object]:
+    return _one_large if is_large(width, height) else contextlib.nullcontext()
 
 
 def _number(value: object) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _refuse_bomb(pixels: int, form: str | None) -> None:
-    """Apply Pillow's own limits: its warning's, and for photographs, which are decoded scaled, its error's."""
-    if Image.MAX_IMAGE_PIXELS is not None:
-        limit = Image.MAX_IMAGE_PIXELS * (2 if form in _MAY_BE_LARGER else 1)
-        if pixels > limit:
-            raise DataError(f"is refused as a decompression bomb: more than {limit:,} pixels")
+def _refuse_bomb(width: int, height: int, limit: int) -> None:
+    if width * height > limit:
+        raise DataError(
+            f"is refused as a decompression bomb: {width} x {height} pixels, more than max_image_pixels ({limit:,})"
+        )
 
 
 def _damaged(content: bytes, error: Exception) -> DataError:
@@ -171,7 +229,8 @@ def _damaged(content: bytes, error: Exception) -> DataError:
     if not isinstance(error, UnidentifiedImageError):
         return DataError(f"is damaged: {_phrase(error)}")
     if content.startswith(SIGNATURES):
-        return DataError("is damaged: its header cannot be read")
+        reason = f" ({error})" if str(error) else ""
+        return DataError(f"is damaged, or of a kind that is not supported: its header cannot be read{reason}")
     beginning = content[:64].lstrip().lower()
     name = next((name for start, name in OTHER_CONTENT if beginning.startswith(start.lower())), None)
     return DataError(f"is no image of a known format ({len(content):,} bytes{f', {name}' if name else ''})")
@@ -181,14 +240,3 @@ def _phrase(error: Exception) -> str:
     """An exception's text up to where Pillow begins to quote from the file; its type where nothing is left."""
     words = re.match(r"[A-Za-z][A-Za-z ,.-]*", str(error))
     return f"{words[0].strip()[:80]} ({type(error).__name__})" if words else type(error).__name__
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
-        # Pillow clips instead of scaling.
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")

@@ -21,10 +21,12 @@ _SCAN_MARKER = b"\xff\xda"
 _APP0, _APP1, _APP14, _APP15, _COMMENT = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
 _WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD9))
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"sBIT", b"IDAT", b"IEND")
 _PNG_EXIF = b"eXIf"
 _WEBP_METADATA_CHUNKS = (b"XMP ", b"ICCP")
 _WEBP_METADATA_FLAGS = 0x20 | 0x04
+_HEIF_EXIF_ITEM = re.compile(rb"(infe\x02.{7})Exif", re.DOTALL)
+"""Entry of the EXIF data in the table of items of an AVIF or HEIC file."""
 _TIFF_PIXEL_TAGS = frozenset(
     itertools.chain(
         (254, *range(256, 260), 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, *range(322, 326)),
@@ -93,7 +95,8 @@ def without_metadata(content: bytes) -> bytes | None:
     """A copy of an image file without ICC profiles, comments, text and the like; None for other formats.
 
     Pillow parses metadata before pixels, so that a malformed tag can hide a sound image. EXIF data, which Pillow
-    parses later, stays in PNG and WebP files; a JPEG's is left out (see :func:`jpeg_orientation`).
+    parses later, stays in PNG and WebP files; a JPEG's is left out (see :func:`jpeg_orientation`), and that of AVIF
+    and HEIC files, whose orientation is a property of the image.
     """
     try:
         if content.startswith(b"\xff\xd8"):
@@ -104,6 +107,8 @@ def without_metadata(content: bytes) -> bytes | None:
             return _webp_pixels(content)
         if content.startswith((b"II*\0", b"MM\0*")):
             return _tiff_pixels(content)
+        if content[4:8] == b"ftyp":
+            return _HEIF_EXIF_ITEM.sub(rb"\1free", content)
     except (struct.error, IndexError):
         pass  # too short for its own structure
     return None
@@ -133,6 +138,18 @@ def _jpeg_pixels(content: bytes) -> bytes:
             kept.append(content[segment.start : segment.end])
         end = segment.end
     return b"".join([*kept, content[end:]])
+
+
+def png_bit_depth(content: bytes) -> int:
+    """Bits per sample of a PNG; 0 for other files."""
+    return content[24] if content.startswith(_PNG_SIGNATURE) and len(content) > 24 else 0
+
+
+def png_significant_bits(content: bytes) -> int:
+    """Significant bits of a PNG's first channel, by its chunk sBIT; 0 where there is none."""
+    header_end = content.find(b"IDAT")
+    place = content.find(b"sBIT", 0, max(header_end, 0))
+    return content[place + 4] if place > 0 and content[place + 4] <= 16 else 0
 
 
 def _png_pixels(content: bytes) -> bytes:

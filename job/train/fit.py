@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from job import checkpoint, storage
@@ -14,7 +14,9 @@ from job.cluster import ranks
 from job.data.datamodule import ImageDataModule
 from job.errors import CheckpointError, ConfigError
 from job.features.callback import FeatureSettings
+from job.model.config import ModelConfig
 from job.model.module import TransferLearningModel
+from job.model.tasks import TASKS
 from job.monitoring.report import Report, report_of
 from job.monitoring.tensorboard import BucketTensorBoardLogger, events_uri
 from job.process import temporary
@@ -63,14 +65,20 @@ class FitSettings:
     ends_at_second_interrupt: bool = True
 
 
-def fit(model: TransferLearningModel, data: ImageDataModule, settings: FitSettings) -> Report:
-    """Train ``model``, from the newest checkpoint in run_dir on; called on all ranks, and returns the report on each.
+def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Report:
+    """Train a model, from the newest checkpoint in run_dir on; called on all ranks, and returns the report on each.
+
+    Args:
+        config: hyperparameters of the model.
+        data: the images.
+        settings: everything else.
 
     Raises:
         JobError: a subclass says what is wrong.
         Stopped: a signal came outside of training.
     """
     run_dir, lease = settings.run_dir, Lease(settings.run_dir)
+    ranking = settings.checkpoint.with_default_metric(TASKS[config.task].monitor)
     watchdog = Watchdog(settings.watchdog, ends_process=settings.ends_hanging_process)
     with (
         watchdog.stopped_at_end(),
@@ -85,7 +93,7 @@ def fit(model: TransferLearningModel, data: ImageDataModule, settings: FitSettin
         step = resumed.global_step if resumed else -1
         before = ranks.from_rank_zero(lambda: attempts.begin(run_dir, step, settings.config, lease.require_held))
         logger = BucketTensorBoardLogger(events_uri(run_dir), purge_step=max(step, 0), before_write=lease.require_held)
-        retention = Retention(settings.checkpoint, run_dir, lease.require_held)
+        retention = Retention(ranking, run_dir, lease.require_held)
         io = BackgroundCheckpointIO(
             settings.checkpoint.upload_seconds,
             before_commit=logger.publish,
@@ -101,7 +109,7 @@ def fit(model: TransferLearningModel, data: ImageDataModule, settings: FitSettin
                 settings.trainer,
                 run_dir,
                 config=settings.config,
-                checkpoint=settings.checkpoint,
+                checkpoint=ranking,
                 features=settings.features,
                 profile=settings.profile,
                 io=io,
@@ -111,9 +119,9 @@ def fit(model: TransferLearningModel, data: ImageDataModule, settings: FitSettin
                 logger=logger,
             )
             if resumed:
-                model.config = replace(model.config, weights="none")  # the checkpoint has them
                 log.info("resuming after step %d, epoch %d", resumed.global_step, resumed.epoch)
             uri = storage.join(run_dir, checkpoint.FOLDER, resumed.file) if resumed else None
+            model = TransferLearningModel(pretrained=resumed is None, **vars(config))
             with preemption.deferred():
                 trainer.fit(model, datamodule=data, ckpt_path=uri)
             return report_of(trainer)

@@ -141,7 +141,7 @@ def test_predicting_from_the_bucket(fitted: str, gcs: str) -> None:
         "predict", "--ckpt", fitted, "--input", f"{gcs}/new", "--output", f"{gcs}/averaged.jsonl", "--tta", "hflip"
     )
     averaged = [json.loads(line) for line in storage.read_bytes(f"{gcs}/averaged.jsonl").splitlines()]
-    predictor.tta = "hflip"
+    predictor = job.load(fitted, tta="hflip")
     image = torch.from_numpy(np.array(Image.open(io.BytesIO(picture(COLOURS["red"], 9001))))).permute(2, 0, 1)
     one, flipped = predictor.predict([image]), predictor.predict([image.flip(-1)])
     assert one[0].probabilities == pytest.approx(flipped[0].probabilities, abs=1e-5)

@@ -103,9 +103,15 @@ def test_each_step_of_a_restore_runs_within_the_context(tmp_path: Path) -> None:
         steps.append((step, uri, "state_dict" in checkpoint))
         yield
 
+    def check(uri: str, checkpoint: dict[str, Any]) -> None:
+        assert not steps
+        checked.append((uri, "state_dict" in checkpoint))
+
+    checked: list[tuple[str, bool]] = []
     trainer = trainer_of(tmp_path)
-    internals.around_restore(trainer, context)
+    internals.around_restore(trainer, check, context)
     trainer.fit(BoringModel(), ckpt_path=path, weights_only=True)
+    assert checked == [(path, True)]
     assert {name for name, _, _ in steps} == set(internals.RESTORE_STEPS)
     assert steps[-1][0] == "restore_training_state"
     assert all(uri == path and loaded for _, uri, loaded in steps)

@@ -28,12 +28,13 @@ def settle(parts: dict[str, list[Part]], *, test_given: bool) -> dict[str, str]:
         why a part was taken out, by part.
 
     Raises:
-        DataError: a part has classes that train lacks, or there are fewer than two classes.
+        DataError: a part has classes that train lacks, or there are fewer than two classes (one, where a sample may
+            have several or none).
     """
     if "train" not in parts:
         return {}
     train = _images(parts["train"])
-    if len(train) < 2:
+    if len(train) < (1 if any(part.several_labels for part in parts["train"]) else 2):
         name = next(iter(train), None)
         holds = "no class" if name is None else f"a single class ({escape(name)})"
         raise DataError(f"{parts['train'][0].root} has {holds}: at least two classes are needed.")

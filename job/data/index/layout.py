@@ -36,12 +36,14 @@ class Part:
         tables: returns its samples, whenever it is called, in tables with the columns of :data:`LISTING`; ``class`` is
             set where ``images`` has classes.
         problem: why its images have no usable labels; None: they have.
+        several_labels: some samples have ``classes``, and not exactly one of them.
     """
 
     root: str
     images: dict[str, int]
     tables: Callable[[], Iterator[pa.Table]]
     problem: str | None = None
+    several_labels: bool = False
 
     @property
     def classes(self) -> list[str]:
@@ -140,13 +142,15 @@ def _labelled_parts(listing: Listing) -> dict[str, Part]:
     parts = {}
     for part in PARTS:
         images: Counter[str] = Counter()
-        unlabelled, example = 0, ""
+        unlabelled, example, is_several, samples = 0, "", False, 0
         for table in tables(part):
             without = pc.and_(pc.is_null(table["class"]), pc.is_null(table["classes"]))
             if missing := pc.sum(without).as_py() or 0:
                 unlabelled, example = unlabelled + missing, example or table.filter(without)["key"][0].as_py()
-            several = pc.list_flatten(table["classes"])
-            for labels in (table["class"], several):
+            samples += len(table)
+            lists = table["classes"]
+            is_several |= bool(pc.any(pc.not_equal(pc.list_value_length(lists), 1)).as_py())
+            for labels in (table["class"].filter(pc.is_null(lists)), pc.list_flatten(lists)):
                 for pair in pc.value_counts(labels.drop_null()).to_pylist():
                     images[pair["values"]] += pair["counts"]
         problem = f"{unlabelled:,} of its images have no label, for example {example}" if unlabelled else None
@@ -155,8 +159,8 @@ def _labelled_parts(listing: Listing) -> dict[str, Part]:
                 f"{listing.uri}: {example} has no label, others have. Label it in the table, or by a .cls or .json "
                 "file in the archive, or remove it."
             )
-        if images or problem:
-            parts[part] = Part(listing.uri, dict(images), functools.partial(tables, part), problem)
+        if samples:
+            parts[part] = Part(listing.uri, dict(images), functools.partial(tables, part), problem, is_several)
     return parts
 
 

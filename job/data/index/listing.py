@@ -106,6 +106,10 @@ def _tables(location: Location, context: ListingContext) -> Iterator[pa.Table]:
     def tables(source: Source, number: int) -> list[pa.Table]:
         return list(format_of(source).rows(source, number, context))
 
+    if any(format_of(source).samples == "elsewhere" for source in sources):  # which add sources of their own
+        for number, source in enumerate(sources, first):
+            yield from tables(source, number)
+        return
     # Several archives at once, in the order of their names.
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for start in range(0, len(sources), SHARDS_AT_ONCE):

@@ -77,6 +77,10 @@ def _saved_parts(location: Location, folder: Path, context: ListingContext) -> d
             raise
         log.warning("%s Until then the data is listed at each launch.", error)
         return None
+    wanted = str(context.columns)
+    if wanted and wanted != info.request.get("columns") and not location.is_saved_index:
+        log.info("%s was made with other columns than %s: the data is listed", saved, wanted)
+        return None
     context.access.require_sources([source.uri for source in info.sources], saved, local=is_local_uri(saved))
     if not info.classes:
         raise DamagedIndex(f"{saved} names no class. Make it again by python -m job index.")
@@ -94,14 +98,24 @@ def _saved_parts(location: Location, folder: Path, context: ListingContext) -> d
         for batch in index.batches():
             table = pa.table(batch)
             table = table.set_column(1, "source", pc.add(table["source"], first))
-            yield table.append_column("class", pc.take(names, table["label"])).drop_columns(["label"])
+            if index.has_several_labels:
+                labels = batch.column("labels")
+                offsets = np.append(0, labels.value_lengths().to_numpy().cumsum()).astype(np.int32)
+                classes = pa.ListArray.from_arrays(offsets, names.take(labels.flatten()))
+                yield table.append_column("classes", classes).drop_columns(["label", "labels"])
+            else:
+                yield table.append_column("class", pc.take(names, table["label"])).drop_columns(["label"])
 
     for kind in info.left_out:
         context.left_out.add(kind.kind, kind.example, kind.count)
-    return {part: Part(index.root, _images(index), functools.partial(tables, index)) for part, index in indexes.items()}
+    return {
+        part: Part(
+            index.root, _images(index), functools.partial(tables, index), several_labels=index.has_several_labels
+        )
+        for part, index in indexes.items()
+    }
 
 
 def _images(index: Index) -> dict[str, int]:
     """Number of images by class."""
-    counts = np.bincount(index.labels, minlength=len(index.classes)).tolist()
-    return {name: count for name, count in zip(index.classes, counts, strict=True) if count}
+    return {name: count for name, count in zip(index.classes, index.class_counts().tolist(), strict=True) if count}

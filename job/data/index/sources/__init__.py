@@ -39,19 +39,21 @@ class Location:
     index_uri: str
 
     def sources(self) -> list[Source]:
-        """The sources behind the URI; a pattern (``{000..146}``, ``{a,b}``, ``*``) stands for several archives.
+        """The sources behind the URI; a pattern (``{000..146}``, ``{a,b}``, ``*``) stands for several archives or
+        tables.
 
         Raises:
-            ConfigError: a pattern of something else than archives.
+            ConfigError: a pattern of folders or images.
             StorageError: an archive is not there.
         """
         uris = [match for expanded in expand_braces(self.uri) for match in _glob(expanded)]
         if not uris:
             raise StorageError(f"nothing matches {self.uri}. Check the spelling.")
         formats = [_format_by_suffix(uri) for uri in uris]
-        if len(uris) > 1 and any(format.samples != "members" for format in formats):
-            archives = " or ".join(f".{format.name}" for format in FORMATS if format.samples == "members")
-            raise ConfigError(f"{self.uri}: a pattern stands for {archives} files. Give several folders as a list.")
+        if len(uris) > 1 and any(format.samples == "objects" for format in formats):
+            raise ConfigError(
+                f"{self.uri}: a pattern stands for archives, tables or .tfrecord files. Give several folders as a list."
+            )
         return [format.source(uri) for format, uri in zip(formats, uris, strict=True)]
 
 
