@@ -11,13 +11,14 @@ from job.data.index.sources.folder import Folder
 from job.data.index.sources.parquet_tables import ParquetImages
 from job.data.index.sources.table import Table
 from job.data.index.sources.tar_archive import Tar
+from job.data.index.sources.tfrecord import TFRecord
 from job.data.index.sources.zip_archive import Zip
 from job.errors import ConfigError, StorageError
 
 __all__ = ["FORMATS", "ListingContext", "Location", "Source", "SourceFormat", "expand_braces", "format_of", "resolve"]
 
 INDEX_FILE = "index.json"
-FORMATS: tuple[SourceFormat, ...] = (Tar(), Zip(), Table(), ParquetImages(), Folder())
+FORMATS: tuple[SourceFormat, ...] = (Tar(), Zip(), TFRecord(), Table(), ParquetImages(), Folder())
 """A new format is one line here; the first whose suffix fits counts."""
 _BY_NAME = {format.name: format for format in FORMATS}
 
@@ -96,7 +97,11 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _format_by_suffix(uri: str) -> SourceFormat:
     name = storage.basename(uri).lower()
-    return next(format for format in FORMATS if name.endswith(format.suffixes))
+    return next(
+        format
+        for format in FORMATS
+        if name.endswith(format.suffixes) or (format.numbered and re.search(format.numbered, name))
+    )
 
 
 def _glob(uri: str) -> list[str]:
