@@ -14,6 +14,7 @@ import pyarrow as pa
 from job import storage
 from job.data.index.access import Access
 from job.data.index.bounded import compression_of
+from job.data.index.folder_state import FolderState
 from job.data.index.left_out import LeftOut
 from job.data.index.sources.columns import Columns
 from job.errors import DataError
@@ -80,6 +81,8 @@ class ListingContext:
         labelled: a table must have labels.
         columns: of tables, as the user names them.
         left_out: counts what is no sample.
+        folders: states of the folders that are listed.
+        unreadable: keys of folders that cannot be read, but may hold images.
     """
 
     sources: list[Source]
@@ -88,6 +91,8 @@ class ListingContext:
     labelled: bool
     columns: Columns = field(default_factory=Columns)
     left_out: LeftOut = field(default_factory=LeftOut)
+    folders: list[FolderState] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
 
 
 class SourceFormat(ABC):
