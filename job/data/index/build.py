@@ -128,7 +128,8 @@ def split(folder: Path, fraction: float, seed: int) -> None:
     hold_out = _held_out_by_label if whole.has_several_labels else _held_out
     held_out = hold_out(whole, fraction, seed)
     info = load_index_info(folder)
-    shards = _all_in_shards(info.sources)
+    used = {number for batch in whole.batches() for number in pc.unique(batch.column("source")).to_pylist()}
+    shards = _all_in_shards(info.sources, used)
     for part, chosen in (("val", held_out), ("train", ~held_out)):
         with PartWriter(folder / f".{part}.arrow", several_labels=whole.has_several_labels) as writer:
             start = 0
@@ -213,15 +214,17 @@ def _write_part(
     path: Path, contents: list[Part], classes: list[str], sources: list[Source], several_labels: bool
 ) -> PartInfo:
     names = pa.array(classes, pa.string())
+    used: set[int] = set()
     with PartWriter(path, several_labels=several_labels) as writer:
         for table in (table for part in contents for table in part.tables()):
+            used |= set(pc.unique(table["source"]).to_pylist())
             if several_labels:
                 table = table.append_column("labels", _label_lists(table, names))
                 label = pa.array(np.full(len(table), -1, np.int32))
             else:
                 label = pc.fill_null(pc.index_in(_single_classes(table), names), -1)
             writer.write(table.append_column("label", label))
-        return writer.finish(", ".join(part.root for part in contents), shards=_all_in_shards(sources))
+        return writer.finish(", ".join(part.root for part in contents), shards=_all_in_shards(sources, used))
 
 
 def _single_classes(table: pa.Table) -> pa.ChunkedArray:
@@ -253,5 +256,5 @@ def _label_lists(table: pa.Table, names: pa.Array) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, pa.array(pairs[1].astype(np.int32)))
 
 
-def _all_in_shards(sources: list[Source]) -> bool:
-    return all(format_of(source).is_shard for source in sources)
+def _all_in_shards(sources: list[Source], used: set[int]) -> bool:
+    return all(format_of(sources[number]).is_shard for number in used)

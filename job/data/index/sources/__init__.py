@@ -18,6 +18,8 @@ from job.errors import ConfigError, StorageError
 __all__ = ["FORMATS", "ListingContext", "Location", "Source", "SourceFormat", "expand_braces", "format_of", "resolve"]
 
 INDEX_FILE = "index.json"
+SAVED_INDEX = ".index"
+"""Folder in which ``job index`` keeps the index of a folder."""
 FORMATS: tuple[SourceFormat, ...] = (Tar(), Zip(), TFRecord(), Table(), ParquetImages(), Folder())
 """A new format is one line here; the first whose suffix fits counts."""
 _BY_NAME = {format.name: format for format in FORMATS}
@@ -64,7 +66,7 @@ def resolve(uri: str) -> Location:
     if storage.basename(uri) == INDEX_FILE:
         return Location(uri, format, True, uri.removesuffix(f"/{INDEX_FILE}"))
     if format.samples == "objects":
-        return Location(uri, format, False, storage.join(uri, ".index"))
+        return Location(uri, format, False, storage.join(uri, SAVED_INDEX))
     path, query = redact.split_query(uri)
     return Location(uri, format, False, f"{re.sub(r'[{}*?]', '_', path)}.index{query}")
 

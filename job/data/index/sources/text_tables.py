@@ -14,10 +14,9 @@ import pyarrow as pa
 import pyarrow.csv
 
 from job.data.index.sources.base import is_image
-from job.data.index.sources.columns import NAMES, Columns
+from job.data.index.sources.columns import NAMES, Columns, MissingColumn
 from job.data.index.sources.table_rows import ROWS, is_part, text_table
 from job.data.index.sources.webdataset import scalar_text
-from job.errors import DataError
 
 LINES_BYTES = 4 << 20
 """Lines that are parsed together."""
@@ -129,11 +128,11 @@ def require_columns(uri: str, names: list[str], found: Columns, *, labelled: boo
     """Check that a table has the columns that are needed.
 
     Raises:
-        DataError: it has not.
+        MissingColumn: it has not.
     """
     needed = ("uri", "label") if labelled else ("uri",)
     if missing := [role for role in needed if not getattr(found, role)]:
-        raise DataError(
+        raise MissingColumn(
             f"{uri} has no column {' and no '.join(missing)}; it has {', '.join(names)[:1000]}. "
             "Needed: uri (absolute, or relative to the table) and label. Optional: split (train, val, test). "
             "Other names: --data.columns uri=NAME,label=NAME,split=NAME."
