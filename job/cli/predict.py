@@ -16,6 +16,7 @@ from job.cluster import ranks
 from job.data.index.access import from_options
 from job.data.index.build import build
 from job.data.index.index import Index
+from job.data.index.sources.columns import from_option as columns_from_option
 from job.errors import ConfigError, DataError
 from job.process.terminal import print_table, say
 from job.storage.local_cache import default_cache_dir, usable_cache_dir
@@ -40,6 +41,7 @@ def main(
     max_bad_samples: int = 0,
     tta: Literal["none", "hflip"] = "none",
     allow: str | list[str] | None = None,
+    columns: str | None = None,
 ) -> None:
     """Classify one image, a folder, an archive or everything under a bucket prefix.
 
@@ -56,6 +58,7 @@ def main(
         tta: test-time augmentation: hflip averages predictions over horizontal flips.
         allow: hosts and URI prefixes that a table may name although they are local or internal; a host or prefix,
             or a list of them.
+        columns: name of the column of a table that names the images, as uri=NAME. Default: the usual names.
     """
     if batch_size < 1:
         raise ConfigError(f"--batch_size must be at least 1, not {batch_size}.")
@@ -67,12 +70,13 @@ def main(
 
     rank, world_size = ranks.rank(), ranks.world_size()
     access = from_options(allow, [input], "--allow")
+    named = columns_from_option(columns, "--columns")
     cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
     predictor = load(checkpoint_uri, tta=tta)
     unreadable: list[str] = []
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        build({"all": [input]}, Path(folder), cache, "images", access=access)
+        build({"all": [input]}, Path(folder), cache, "images", access=access, columns=named)
         index = Index(folder, "all", access)
         for sample, prediction in predict_index(
             predictor, index, batch_size=batch_size, num_workers=num_workers, cache_dir=cache, unreadable=unreadable

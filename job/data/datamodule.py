@@ -26,6 +26,7 @@ from job.data.index.file import load_index_info
 from job.data.index.index import Index
 from job.data.index.local_copy import materialise
 from job.data.index.parts import Layout
+from job.data.index.sources.columns import from_option as columns_from_option
 from job.data.index.store import is_run_index_usable, local_index, publish_index
 from job.data.loader import BatchLoader
 from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
@@ -43,9 +44,9 @@ class ImageDataModule(pl.LightningDataModule):
     """Labelled images from any fsspec URI.
 
     Give ``root``, or ``train`` (and ``val``, ``test``). Each is one of these, or a list of them:
-    a folder or bucket prefix of class folders; a .zip, .tar or .tar.gz of one; tar shards in the
-    WebDataset convention (``NAME-{000..146}.tar``, labels in .cls or .json); a table (.csv, .jsonl
-    or .parquet with the columns uri and label); the index.json that ``job index`` wrote.
+    a folder or bucket prefix of class folders; a .zip or .tar of one, compressed or not; tar shards in the
+    WebDataset convention (``NAME-{000..146}.tar``, labels in .cls or .json); TFRecord files; a table (.csv,
+    .jsonl or .parquet) that names the images and their labels; the index.json that ``job index`` wrote.
 
     Args:
         root: URI that holds train/ and validation/ or val/ (and test/), or class folders directly.
@@ -71,6 +72,8 @@ class ImageDataModule(pl.LightningDataModule):
         allow: hosts (HOST or HOST:PORT) and URI prefixes, or a list of them, that a table or a saved index may
             name besides object stores and public web servers. A table in a bucket or on the web may name no
             local files otherwise, and none may name link-local, loopback or metadata addresses.
+        columns: names of a table's columns, as uri=NAME,label=NAME,split=NAME (any of them). Default: the usual
+            names; see docs/data.md.
         seed: seed of order, augmentation and split; follows --seed_everything.
     """
 
@@ -91,6 +94,7 @@ class ImageDataModule(pl.LightningDataModule):
         cache_gb: float = 10.0,
         max_bad_samples: int = 0,
         allow: str | list[str] | None = None,
+        columns: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -124,6 +128,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.cache_bytes = int(cache_gb * 1e9)
         self.max_bad_samples = max_bad_samples
         self.access = from_options(allow, [uri for uris in self.uris.values() for uri in uris])
+        self.columns = columns_from_option(columns)
         self.seed = seed
         self.parts: dict[str, Index] = {}
         self.absent_parts: dict[str, str] = {}
@@ -228,7 +233,9 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _find_index(self) -> str:
         """URI of the index's folder: that of an earlier attempt in run_dir, or a new one."""
-        request = {"uris": self.uris, "val_fraction": self.val_fraction, "seed": self.seed}
+        request: dict[str, Any] = {"uris": self.uris, "val_fraction": self.val_fraction, "seed": self.seed}
+        if str(self.columns):
+            request["columns"] = str(self.columns)
         name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
         uri = storage.join(self._run_dir(), "index", name)
         roots = [root for roots in self.uris.values() for root in roots]
@@ -238,7 +245,15 @@ class ImageDataModule(pl.LightningDataModule):
             scratch = tempfile.TemporaryDirectory(prefix=".index-", dir=self.cache_dir)
         with scratch as folder:
             layout: Layout = "parts" if "root" in self.uris else "classes"
-            info = build(self.uris, Path(folder), str(self.cache_dir), layout, request=request, access=self.access)
+            info = build(
+                self.uris,
+                Path(folder),
+                str(self.cache_dir),
+                layout,
+                request=request,
+                access=self.access,
+                columns=self.columns,
+            )
             if "val" not in info.parts:
                 split(Path(folder), self.val_fraction, self.seed)
             publish_index(Path(folder), uri, write_check(self.trainer))
