@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from job.data.augment import ResizeMode, own_generators, resize, seeded
 from job.data.cache import SampleCache
-from job.data.decode import decode
+from job.data.decode import MAX_IMAGE_PIXELS, decode
 from job.data.fetch import Fetched, Fetcher
 from job.data.index.index import Index
 from job.data.sampler import BatchIndices, ResumableBatchSampler, sample_seed
@@ -31,8 +31,6 @@ BYTES_AT_ONCE = 256 << 20
 """A larger batch is fetched in portions of this size: one while the previous one is decoded."""
 ASSUMED_BYTES = 1 << 20
 """Size of a sample whose size is not in the index, until some have been read."""
-LARGEST_RESIZED = 1 << 26
-"""Pixels of the largest image between resizing the shorter side and cropping."""
 
 
 class Batch(TypedDict):
@@ -72,6 +70,7 @@ class Preprocessing:
         augment: replaces resizing and flipping: from uint8 [3, H, W] to uint8 [3, image_size, image_size].
         augment_views: variants per sample that ``augment`` draws; None: a new one each epoch.
         flip: random horizontal flip.
+        max_image_pixels: pixels of the largest image to decode.
     """
 
     image_size: int
@@ -79,6 +78,7 @@ class Preprocessing:
     augment: v2.Transform | None = None
     augment_views: int | None = None
     flip: bool = False
+    max_image_pixels: int = MAX_IMAGE_PIXELS
 
     @property
     def variants(self) -> int | None:
@@ -88,7 +88,9 @@ class Preprocessing:
     @property
     def cache_key(self) -> str:
         """Text that is the same for the same pixels, in all releases: cached features are found by its hash."""
-        names = ("image_size", "resize", "augment", "augment_views", "flip")
+        names = ["image_size", "resize", "augment", "augment_views", "flip"]
+        if self.max_image_pixels != MAX_IMAGE_PIXELS:  # it decides which images are unreadable
+            names.append("max_image_pixels")
         return f"View({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def variant(self, seed: int, epoch: int, sample: int) -> int:
@@ -103,11 +105,8 @@ class Preprocessing:
             DataError: the content is no readable image.
         """
         if self.augment is not None:
-            return decode(content)
-        image = decode(content, self.image_size)
-        shorter, longer = sorted(image.shape[1:])
-        if self.resize == "crop" and self.image_size**2 * longer > LARGEST_RESIZED * shorter:
-            raise DataError(f"is refused: {image.shape[2]} x {image.shape[1]} pixels are too narrow for resize=crop")
+            return decode(content, max_image_pixels=self.max_image_pixels)
+        image = decode(content, self.image_size, self.max_image_pixels)
         try:
             return resize(image, self.image_size, self.resize)
         except RuntimeError as error:  # raised by torch when it runs out of memory

@@ -266,7 +266,7 @@ def test_a_pixel_type_that_is_not_supported_is_named() -> None:
         decode(content)
 
 
-@pytest.mark.parametrize("at_least", [0, 8])
+@pytest.mark.parametrize("at_least", [0, 2])
 @pytest.mark.parametrize(
     "content",
     [
@@ -285,8 +285,7 @@ def test_a_large_image_is_converted_in_bands(content: bytes, at_least: int, monk
     if not at_least:
         assert np.array_equal(found, whole)
         return
-    height, width = whole.shape[1:]
-    reduced = Image.fromarray(whole.permute(1, 2, 0).numpy()).reduce((width // 32, height // 32))
+    reduced = Image.fromarray(whole.permute(1, 2, 0).numpy()).reduce(min(whole.shape[1:]) // 8)
     assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(reduced))
 
 
