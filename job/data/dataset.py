@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 
 from job.data.augment import ResizeMode, own_generators, resize, seeded
+from job.data.bad_samples import BadSample
 from job.data.cache import SampleCache
 from job.data.decode import MAX_IMAGE_PIXELS, decode
 from job.data.fetch import Fetched, Fetcher
@@ -43,7 +44,7 @@ class Batch(TypedDict):
         mask: bool [B]; False for a padded or unreadable sample, which is masked out.
         sample: int64 [B], sample ids.
         global_size: samples of the whole global batch, the divisor of its mean loss.
-        bad: one line for each unreadable sample: its URI and the cause.
+        bad: the unreadable samples.
         error: failure to read the whole batch, for the consumer to raise. A worker returns it as data, since an
             exception would reach the user wrapped in the worker's traceback.
     """
@@ -54,7 +55,7 @@ class Batch(TypedDict):
     mask: Tensor
     sample: Tensor
     global_size: int
-    bad: list[str]
+    bad: list[BadSample]
     error: JobError | None
 
 
@@ -242,7 +243,8 @@ class ImageDataset(Dataset[Batch]):
                 batch["image"][row] = self.preprocessing.pixels(image, variant, seed)
             except DataError as error:
                 if batch["mask"][row]:
-                    batch["bad"].append(f"{self.index.uri(sample)} {error}")
+                    line = f"{self.index.uri(sample)} {error}"
+                    batch["bad"].append(BadSample(self.index.part, sample, line))
                 batch["mask"][row] = False
 
     def _fetched(self, indices: BatchIndices) -> Iterator[Fetched]:

@@ -24,8 +24,8 @@ _BITS, _PHOTOMETRIC, _MAX_SAMPLE, _SAMPLE_FORMAT, _S_MIN, _S_MAX = 258, 262, 281
 _UNSIGNED = 1
 
 
-def to_rgb(image: Image.Image, content: bytes, at_least: int = 0) -> Pixels:
-    """uint8 [H, W, 3] of a loaded image.
+def to_rgb(image: Image.Image, content: bytes = b"", at_least: int = 0) -> Pixels:
+    """uint8 [H, W, 3] of an image.
 
     16-bit greyscale is scaled by the bits in use: 8, 12 or 16, the fewest that hold the largest value, or what the
     file declares. Floats between 0 and 1 are scaled to 0..255; other floats, signed and 32-bit integers from their
@@ -33,7 +33,7 @@ def to_rgb(image: Image.Image, content: bytes, at_least: int = 0) -> Pixels:
 
     Args:
         image: the image.
-        content: its file.
+        content: its file, if it has one.
         at_least: a large image may come out reduced, as long as neither side falls below four times this many
             pixels; 0: at its full size.
 
@@ -105,7 +105,7 @@ def _from_sixteen_bits(image: Image.Image, content: bytes) -> Callable[[Image.Im
         candidates: tuple[float, ...] = _CONTAINERS if bits == 16 else (bits,)
         if 0 < (declared := _tag(image, _MAX_SAMPLE)) < 2**16:
             candidates = (math.log2(declared + 1), *candidates)
-    elif image.format == "PNG":
+    elif image.format in ("PNG", None):
         # A conforming encoder scales to 16 bits. Values that fit in the declared bits show one that did not.
         candidates = tuple(sorted({*_CONTAINERS, png_significant_bits(content) or 16}))
     else:  # the format has a maximum, to which Pillow scales

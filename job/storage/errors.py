@@ -30,6 +30,10 @@ _TRANSIENT = {
 }
 
 
+class NotFound(StorageError):
+    """There is no such object."""
+
+
 class Kind(enum.Enum):
     """What kind of failure an exception reports."""
 
@@ -79,7 +83,7 @@ def translate_errors(uri: str, action: str) -> Iterator[None]:
             raise error.__cause__ from None
         if (cause := cause_of_not_found(error)) is not error:
             raise _remote_error(uri, action, cause) from cause
-        raise StorageError(
+        raise NotFound(
             f"cannot {action} {uri}: no such bucket, object or folder. Check the spelling; for a "
             "bucket, also that it exists in the project of your credentials."
         ) from error
