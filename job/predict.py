@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -16,15 +16,15 @@ from job.cluster import ranks
 from job.data.augment import ResizeMode, resize
 from job.data.bad_samples import BadSample
 from job.data.dataset import ImageDataset, Preprocessing
-from job.data.decode import MAX_IMAGE_PIXELS, decode
+from job.data.decode import decode
 from job.data.index.index import Index
 from job.data.loader import BatchLoader
-from job.data.pixels import to_rgb
+from job.data.pixels import MAX_IMAGE_PIXELS, to_rgb
 from job.data.sampler import ResumableBatchSampler
 from job.errors import DataError
 from job.model.classifier import TTA, Classifier, from_spec, mean_over_flips
 from job.model.spec import decode_spec, net_state
-from job.model.task import probabilities
+from job.model.tasks import TASKS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +43,27 @@ class Prediction:
     label: str
     probabilities: dict[str, float]
 
+    def as_json(self) -> dict[str, Any]:
+        """The entries of a JSON line."""
+        return {"label": self.label, "probabilities": self.probabilities}
+
+
+@dataclass(frozen=True)
+class MultilabelPrediction(Prediction):
+    """Class probabilities of one image that may have several labels, or none.
+
+    Attributes:
+        label: name of the most probable class, even if it is below its threshold.
+        probabilities: probability by class name; they are independent of each other.
+        labels: names of the classes whose probability reaches their threshold, in the order of classes.
+    """
+
+    labels: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The entries of a JSON line."""
+        return {"labels": self.labels, "probabilities": self.probabilities}
+
 
 class Predictor:
     """A trained network and the preprocessing it was evaluated with; see :func:`load`.
@@ -51,15 +72,22 @@ class Predictor:
         net: the network.
         resize: how images are made square.
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
+        thresholds: of a multi-label network: probability of each class from which it is predicted. Empty: 0.5.
         max_image_pixels: height times width of the largest image to decode.
     """
 
     def __init__(
-        self, net: Classifier, resize: str, tta: TTA = "none", max_image_pixels: int = MAX_IMAGE_PIXELS
+        self,
+        net: Classifier,
+        resize: str,
+        tta: TTA = "none",
+        thresholds: Sequence[float] = (),
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
         self.net = net.eval()
         self.tta = tta
         self.max_image_pixels = max_image_pixels
+        self.thresholds = tuple(thresholds or [0.5] * len(net.classes))
         self.resize: ResizeMode = "crop" if resize == "crop" else "squash"
 
     @property
@@ -99,16 +127,19 @@ class Predictor:
     def predict_batch(self, images: Tensor) -> list[Prediction]:
         """Classify prepared images, uint8 [B, 3, S, S]."""
         images = images.to(self.device)
-        rows = probabilities(mean_over_flips(self.net, images) if self.tta == "hflip" else self.net(images)).cpu()
-        return [
-            Prediction(self.classes[int(row.argmax())], dict(zip(self.classes, row.tolist(), strict=True)))
-            for row in rows
-        ]
+        logits = mean_over_flips(self.net, images) if self.tta == "hflip" else self.net(images)
+        return [self._prediction(row) for row in TASKS[self.net.task].probabilities(logits).cpu()]
+
+    def _prediction(self, row: Tensor) -> Prediction:
+        values = row.tolist()
+        label, by_class = self.classes[int(row.argmax())], dict(zip(self.classes, values, strict=True))
+        if not TASKS[self.net.task].takes_several_labels:
+            return Prediction(label, by_class)
+        chosen = zip(self.classes, values, self.thresholds, strict=True)
+        return MultilabelPrediction(label, by_class, [name for name, value, least in chosen if value >= least])
 
 
-def load(
-    uri: str, device: str | None = None, tta: TTA = "none", max_image_pixels: int = MAX_IMAGE_PIXELS
-) -> Predictor:
+def load(uri: str, device: str | None = None, tta: TTA = "none", max_image_pixels: int = MAX_IMAGE_PIXELS) -> Predictor:
     """Load a model for prediction.
 
     Args:
@@ -124,7 +155,8 @@ def load(
     saved = checkpoint.load(uri)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     net = from_spec(saved[CLASSIFIER_KEY], net_state(saved, uri), source=uri, device_type=torch.device(device).type)
-    return Predictor(net.to(device), decode_spec(saved[CLASSIFIER_KEY], uri).resize, tta, max_image_pixels)
+    spec = decode_spec(saved[CLASSIFIER_KEY], uri)
+    return Predictor(net.to(device), spec.resize, tta, spec.thresholds, max_image_pixels)
 
 
 def predict_index(

@@ -186,16 +186,16 @@ class Checkpointer(Checkpoint):
         # Lightning's metrics are those of the last validation, however long ago that was.
         measured = trainer.callback_metrics if self._validated_at == trainer.global_step else {}
         metrics = {name: float(value) for name, value in measured.items() if name.startswith("val/")}
-        if metrics and self.settings.monitor not in metrics:
+        if metrics and self.settings.metric not in metrics:
             known = ", ".join(sorted(metrics)[:20])
-            raise ConfigError(f"--checkpoint.monitor {self.settings.monitor!r} is not logged. There are: {known}.")
+            raise ConfigError(f"--checkpoint.monitor {self.settings.metric!r} is not logged. There are: {known}.")
         checkpoint[FORMAT_KEY] = FORMAT
         checkpoint[MANIFEST_KEY] = {
             **self._next,
             "global_step": trainer.global_step,
-            "monitor": self.settings.monitor,
+            "monitor": self.settings.metric,
             "mode": self.settings.ranking_mode,
-            "metrics": kept_metrics(metrics, self.settings.monitor),
+            "metrics": kept_metrics(metrics, self.settings.metric),
             "validation": validation_identity(trainer) if metrics else "",
         }
         checkpoint[COMPATIBILITY_KEY] = self._compatibility(trainer)

@@ -19,16 +19,24 @@ if TYPE_CHECKING:
 
 SUFFIX = ".confusion.safetensors"
 TENSOR = "true_predicted_count"
+PER_CLASS_TENSOR = "per_class"
+"""Instead of one matrix: that of each class against the rest, where an image may have several labels."""
 DENSE_CLASSES = 100
 """Classes up to which a report holds the whole matrix."""
 LISTED_CELLS = 10_000
 """Cells that are not zero, up to which a report lists them where there are more classes."""
 
 Cells = npt.NDArray[np.int64]
+"""Either int64 [N, 3], see :func:`cells`, or int64 [C, 2, 2], the matrix of each class."""
 
 
 def cells(matrix: Tensor) -> Cells:
-    """Cells of an int64 [C, C] matrix that are not zero: rows of (true class, predicted class, count), sorted."""
+    """Cells of an int64 [C, C] matrix that are not zero: rows of (true class, predicted class, count), sorted.
+
+    Matrices of each class, int64 [C, 2, 2], are returned as they are.
+    """
+    if matrix.ndim == 3:
+        return np.ascontiguousarray(matrix.numpy(), np.int64)
     places = matrix.nonzero()
     counts = matrix[places[:, 0], places[:, 1]]
     # safetensors writes memory as it lies.
@@ -36,8 +44,8 @@ def cells(matrix: Tensor) -> Cells:
 
 
 def encode(matrix: Tensor) -> bytes:
-    """The file's content: one int64 [N, 3] tensor of :func:`cells` in the safetensors format."""
-    return safetensors.numpy.save({TENSOR: cells(matrix)})
+    """The file's content: one tensor of :func:`cells` in the safetensors format."""
+    return safetensors.numpy.save({PER_CLASS_TENSOR if matrix.ndim == 3 else TENSOR: cells(matrix)})
 
 
 def describe(content: bytes, classes: int) -> ConfusionFile:
@@ -59,6 +67,13 @@ def read(uri: str, expected: ConfusionFile) -> Cells:
         tensors = safetensors.numpy.load(content)
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"the confusion matrix {uri} is damaged: {error}") from error
+    per_class = tensors.get(PER_CLASS_TENSOR)
+    if per_class is not None:
+        if per_class.dtype != np.int64 or per_class.shape != (expected.classes, 2, 2) or per_class.min() < 0:
+            raise CheckpointError(
+                f"the confusion matrix {uri} is damaged: it holds no int64 [{expected.classes}, 2, 2] of counts."
+            )
+        return per_class
     cells_read = tensors.get(TENSOR)
     if cells_read is None or cells_read.dtype != np.int64 or cells_read.ndim != 2 or cells_read.shape[1] != 3:
         raise CheckpointError(f"the confusion matrix {uri} is damaged: it holds no int64 [N, 3] {TENSOR!r}.")
@@ -68,13 +83,24 @@ def read(uri: str, expected: ConfusionFile) -> Cells:
 
 
 def as_json(nonzero: Cells, classes: int, uri: str | None = None) -> dict[str, Any]:
-    """The entry of a report: the whole matrix for few classes, else its cells that are not zero.
+    """The entry of a report: the whole matrix for few classes, else its cells that are not zero; or counts per class.
 
     Args:
-        nonzero: rows of (true class, predicted class, count).
+        nonzero: rows of (true class, predicted class, count), or the matrix of each class.
         classes: number of classes.
         uri: file that holds the matrix.
     """
+    if nonzero.ndim == 3:
+        listed = {} if uri is None else {"file": uri}
+        names = {
+            "true_negatives": (0, 0),
+            "false_positives": (0, 1),
+            "false_negatives": (1, 0),
+            "true_positives": (1, 1),
+        }
+        if classes > LISTED_CELLS:
+            return {**listed, "classes": classes}
+        return {**listed, **{name: nonzero[:, row, column].tolist() for name, (row, column) in names.items()}}
     entry: dict[str, Any] = {"rows": "true class", "columns": "predicted class"}
     if uri is not None:
         entry["file"] = uri

@@ -79,7 +79,7 @@ def compare_ranking(trainer: pl.Trainer, run_dir: str, settings: CheckpointSetti
     Raises:
         CheckpointError: none of them holds the metric.
     """
-    monitor, mode = settings.monitor, settings.ranking_mode
+    monitor, mode = settings.metric, settings.ranking_mode
     implied = implied_mode(monitor)
     if implied not in (None, mode):
         log.warning("--checkpoint.mode is %s: the checkpoint with the worst %s is best", mode, monitor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from job.checkpoint.manifest import Mode
@@ -19,7 +19,8 @@ class CheckpointSettings:
             validation (--trainer.val_check_interval) has one, too.
         every_n_steps: optimizer steps between two checkpoints within an epoch; default: none.
         every_minutes: minutes between two checkpoints within an epoch; default: none.
-        monitor: validation metric that ranks checkpoints.
+        monitor: validation metric that ranks checkpoints. Default: val/accuracy, or val/mAP with
+            --model.task=multilabel.
         mode: "max" or "min": whether a higher or a lower value is better. Default: by the metric's name, "min" for a
             loss or an error, "max" for accuracy, F1 and the like.
         keep_last: number of newest checkpoints to keep, at least 1.
@@ -31,7 +32,7 @@ class CheckpointSettings:
     every_n_epochs: int = 1
     every_n_steps: int | None = None
     every_minutes: float | None = None
-    monitor: str = "val/accuracy"
+    monitor: str | None = None
     mode: Literal["max", "min"] | None = None
     keep_last: int = 2
     keep_best: int = 1
@@ -49,9 +50,18 @@ class CheckpointSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--checkpoint.{name} must be at least {least}, not {value}.")
-        mode_of(self.monitor, self.mode)
+        mode_of(self.metric, self.mode)
+
+    @property
+    def metric(self) -> str:
+        """The metric that ranks checkpoints."""
+        return self.monitor or "val/accuracy"
+
+    def with_default_metric(self, metric: str) -> CheckpointSettings:
+        """These settings, with ``metric`` in place of a ``monitor`` that is not given."""
+        return replace(self, monitor=self.monitor or metric)
 
     @property
     def ranking_mode(self) -> Mode:
-        """The direction in which ``monitor`` is better."""
-        return mode_of(self.monitor, self.mode)
+        """The direction in which the metric is better."""
+        return mode_of(self.metric, self.mode)

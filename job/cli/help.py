@@ -34,7 +34,7 @@ _DATA = [
     Option("data.image_size", "PIXELS", "Height and width of the model's input.", "224"),
     Option("batch_size", "N", "Images per step, over all processes.", "32", alias_of="data.global_batch_size"),
     Option("data.num_workers", "N", "Decoding threads per process. Default: one per CPU core."),
-    Option("data.max_bad_samples", "N|SHARE%", "Unreadable images to tolerate: a number, or a share such as 0.5%.", "0"),
+    Option("data.max_bad_samples", "N", "Unreadable images to tolerate: a number, or a share such as 0.5%.", "0"),
 ]
 _RUN = [
     Option("run_dir", "URI", "Folder of all results: gs://, s3:// or a path. Also the first argument without a name."),
@@ -62,6 +62,9 @@ _FIT = {
         Option("model.ema", "DECAY", "EMA decay; EMA weights are used for evaluation. 0 disables.", "0.0"),
     ],
     "training": [
+        Option(
+            "model.task", "NAME", "classification, or multilabel for any number of labels per image.", "classification"
+        ),
         Option("lr", "RATE", "Learning rate. Default: that of the optimizer.", alias_of="model.lr"),
         Option("model.optimizer", "CLASS", "A torch optimizer. Default: Adam."),
         Option("model.lr_scheduler", "CLASS", "A torch scheduler. Default: MultiStepLR at milestones."),
@@ -72,7 +75,7 @@ _FIT = {
     "hardware": _HARDWARE,
     "checkpoints": [
         Option("checkpoint.every_n_steps", "N", "Save every N steps, in addition to every epoch."),
-        Option("checkpoint.monitor", "METRIC", "Metric of the best checkpoint.", "val/accuracy"),
+        Option("checkpoint.monitor", "METRIC", "Metric of the best checkpoint. Default: val/accuracy or val/mAP."),
         Option("checkpoint.keep_last", "N", "Number of newest checkpoints to keep.", "2"),
         Option("grace", "SECONDS", "Time to save and exit after a signal.", "25.0"),
     ],

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from job import storage
 from job.cli.parser import call_with_options
 from job.cluster import ranks
+from job.data.bad_samples import BadSample, BadSampleLimit, BadSamples
 from job.data.index.access import from_options
 from job.data.index.build import build
 from job.data.index.index import Index
-from job.errors import ConfigError, DataError
+from job.data.pixels import MAX_IMAGE_PIXELS
+from job.errors import ConfigError
 from job.process.terminal import print_table, say
 from job.storage.local_cache import default_cache_dir, usable_cache_dir
 
@@ -37,7 +39,8 @@ def main(
     batch_size: int = 64,
     num_workers: int = 0,
     cache_dir: str | None = None,
-    max_bad_samples: int = 0,
+    max_bad_samples: int | str = 0,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
     tta: Literal["none", "hflip"] = "none",
     allow: str | list[str] | None = None,
 ) -> None:
@@ -52,13 +55,19 @@ def main(
         batch_size: images per batch.
         num_workers: number of loader processes.
         cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
-        max_bad_samples: number of unreadable images to tolerate. Each is named; above the limit the command fails.
+        max_bad_samples: unreadable images to tolerate per process: a number, or a share of the images ("0.5%"). Each
+            is named; above the limit the command fails.
+        max_image_pixels: height times width of the largest image; a larger one is unreadable. Default: 178956970, as
+            in Pillow.
         tta: test-time augmentation: hflip averages predictions over horizontal flips.
         allow: hosts and URI prefixes that a table may name although they are local or internal; a host or prefix,
             or a list of them.
     """
     if batch_size < 1:
         raise ConfigError(f"--batch_size must be at least 1, not {batch_size}.")
+    if max_image_pixels < 1:
+        raise ConfigError(f"--max_image_pixels must be at least 1, not {max_image_pixels}.")
+    bad = BadSamples(BadSampleLimit.parse(max_bad_samples, "--max_bad_samples"), "--max_bad_samples")
     checkpoint_uri = ckpt or run_dir
     if checkpoint_uri is None:
         raise ConfigError("predict needs a checkpoint. Give --run_dir or --ckpt.")
@@ -68,34 +77,33 @@ def main(
     rank, world_size = ranks.rank(), ranks.world_size()
     access = from_options(allow, [input], "--allow")
     cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
-    predictor = load(checkpoint_uri, tta=tta)
-    unreadable: list[str] = []
-    lines: list[dict[str, object]] = []
+    predictor = load(checkpoint_uri, tta=tta, max_image_pixels=max_image_pixels)
+    unreadable: list[BadSample] = []
+    lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         build({"all": [input]}, Path(folder), cache, "images", access=access)
         index = Index(folder, "all", access)
         for sample, prediction in predict_index(
             predictor, index, batch_size=batch_size, num_workers=num_workers, cache_dir=cache, unreadable=unreadable
         ):
-            lines.append({"uri": index.uri(sample), **asdict(prediction)})
+            lines.append({"uri": index.uri(sample), **prediction.as_json()})
     if rank == 0:
         _print_table(lines, predictor.classes)
     if output is not None:
         part = output if world_size == 1 else f"{output}.part-{rank:05d}-of-{world_size:05d}"
         storage.write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         say(f"{len(lines)} predictions in {part}", file=sys.stderr)
-    if len(unreadable) > max_bad_samples:
-        shown = "\n  ".join(unreadable[:10])
-        raise DataError(f"{len(unreadable)} image(s) could not be read, {max_bad_samples} allowed:\n  {shown}")
+    bad.add(unreadable, {index.part: len(lines) + len(unreadable)})
 
 
-def _print_table(lines: list[dict[str, object]], classes: Sequence[str]) -> None:
+def _print_table(lines: list[dict[str, Any]], classes: Sequence[str]) -> None:
+    labels = [line["labels"] if "labels" in line else [line["label"]] for line in lines]
     rows = []
-    for line in lines[:ROWS_SHOWN]:
-        chances = line["probabilities"]
-        assert isinstance(chances, dict)
-        rows.append((line["uri"], line["label"], f"{chances[line['label']]:.4f}"))
+    for line, names in zip(lines[:ROWS_SHOWN], labels, strict=False):
+        chances = ", ".join(f"{line['probabilities'][name]:.4f}" for name in names)
+        rows.append((line["uri"], ", ".join(names) or "-", chances or "-"))
     print_table(["image", "class", "probability"], rows, right=["probability"], fold=True)
     if len(lines) > ROWS_SHOWN:
-        counts = ", ".join(f"{name} {sum(line['label'] == name for line in lines)}" for name in classes)
+        totals = Counter(name for names in labels for name in names)
+        counts = ", ".join(f"{name} {totals[name]}" for name in classes)
         say(f"… and {len(lines) - ROWS_SHOWN} more. In all: {counts}")

@@ -21,7 +21,6 @@ from job.data.augment import ResizeMode
 from job.data.bad_samples import BadSample, BadSampleLimit, BadSamples
 from job.data.cache import SampleCache
 from job.data.dataset import Batch, ImageDataset, Preprocessing
-from job.data.decode import MAX_IMAGE_PIXELS
 from job.data.index.access import from_options
 from job.data.index.build import build, split
 from job.data.index.file import load_index_info
@@ -30,6 +29,7 @@ from job.data.index.local_copy import materialise
 from job.data.index.parts import Layout
 from job.data.index.store import is_run_index_usable, local_index, publish_index
 from job.data.loader import BatchLoader
+from job.data.pixels import MAX_IMAGE_PIXELS
 from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, DataError
 from job.features.store import FeatureStore
@@ -323,4 +323,3 @@ def image_data(trainer: pl.Trainer) -> ImageDataModule:
 
 def _is_on_this_machine(uri: str) -> bool:
     return storage.is_local(uri) or storage.is_process_local(uri)
-

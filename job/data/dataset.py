@@ -19,9 +19,10 @@ from torchvision.transforms import v2
 from job.data.augment import ResizeMode, own_generators, resize, seeded
 from job.data.bad_samples import BadSample
 from job.data.cache import SampleCache
-from job.data.decode import MAX_IMAGE_PIXELS, decode
+from job.data.decode import decode
 from job.data.fetch import Fetched, Fetcher
 from job.data.index.index import Index
+from job.data.pixels import MAX_IMAGE_PIXELS
 from job.data.sampler import BatchIndices, ResumableBatchSampler, sample_seed
 from job.errors import ConfigError, DataError, JobError, first_line
 
@@ -40,7 +41,8 @@ class Batch(TypedDict):
     Keys:
         image: uint8 [B, 3, S, S], RGB, channels last in memory, as decoders return and convolutions prefer it.
         features: float [B, F], cached backbone features in place of ``image``.
-        label: int64 [B]; -1 where there is none.
+        label: int64 [B]; -1 where there is none, or where samples have any number of labels.
+        labels: uint8 [B, C], multi-hot, where samples have any number of labels.
         mask: bool [B]; False for a padded or unreadable sample, which is masked out.
         sample: int64 [B], sample ids.
         global_size: samples of the whole global batch, the divisor of its mean loss.
@@ -52,6 +54,7 @@ class Batch(TypedDict):
     image: NotRequired[Tensor]
     features: NotRequired[Tensor]
     label: Tensor
+    labels: NotRequired[Tensor]
     mask: Tensor
     sample: Tensor
     global_size: int
@@ -218,6 +221,8 @@ class ImageDataset(Dataset[Batch]):
             bad=[],
             error=None,
         )
+        if self.index.has_several_labels:
+            batch["labels"] = torch.from_numpy(self.index.multi_hot_of(indices.samples))
         try:
             with own_generators() if self.preprocessing.augment is not None else contextlib.nullcontext():
                 self._read_into(batch, indices)

@@ -281,8 +281,9 @@ class Fetcher:
         if offset < 0:
             return DataError(f"has changed since it was listed: {found:,} bytes, {expected:,} then")
         raise StorageError(
-            f"{self.index.sources[source].uri} gives {found:,} bytes, {expected:,} when it was listed: the data changed "
-            "under the run. Put it back, or start a new run_dir (and make a saved index again by python -m job index)."
+            f"{self.index.sources[source].uri} gives {found:,} bytes, {expected:,} when it was listed: the data "
+            "changed under the run. Put it back, or start a new run_dir (and make a saved index again by "
+            "python -m job index)."
         )
 
     def _reader(self, source: int) -> storage.Reader:

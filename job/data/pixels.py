@@ -14,6 +14,8 @@ from job.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
 
+MAX_IMAGE_PIXELS = 178_956_970
+"""Pixels of the largest image by default: the limit above which Pillow raises an error."""
 LARGE = 89_478_485
 """Pixels above which an image is converted in bands, and reduced if it is to be resized."""
 BAND_PIXELS = 1 << 22

@@ -172,7 +172,7 @@ class FeatureStore:
         variants = [self.dataset.variant(indices, row) for row in range(len(samples))]
         places = [divmod(sample, self.chunk_size) for sample in samples.tolist()]
         raw = np.stack([self._raw[chunk][row, variant] for (chunk, row), variant in zip(places, variants, strict=True)])
-        return Batch(
+        batch = Batch(
             features=torch.from_numpy(raw).view(self._dtype),
             label=torch.from_numpy(self.index.labels_of(indices.samples)),
             mask=torch.from_numpy(indices.valid) & self._valid[samples, torch.tensor(variants)],
@@ -185,6 +185,9 @@ class FeatureStore:
             ],
             error=None,
         )
+        if self.index.has_several_labels:
+            batch["labels"] = torch.from_numpy(self.index.multi_hot_of(indices.samples))
+        return batch
 
     def _write(self, chunk: int, content: bytes, manifest: bytes) -> None:
         with report_disk_full(self.folder, "keep the backbone's features"):

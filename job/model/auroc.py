@@ -40,9 +40,7 @@ class BinnedAUROC(Metric):
         """Add a batch: probabilities float [B, C], labels int64 [B]."""
         counted = labels != self.ignore_index
         probabilities, labels = probabilities[counted].float(), labels[counted]
-        log_odds = torch.logit(probabilities, eps=1e-30).clamp(-LOG_ODDS, LOG_ODDS).nan_to_num()
-        bins = ((log_odds + LOG_ODDS) * (BINS / (2 * LOG_ODDS))).long().clamp(max=BINS - 1)
-        bins += torch.arange(self.num_classes) * BINS
+        bins = histogram_bins(probabilities) + torch.arange(self.num_classes) * BINS
         size = self.num_classes * BINS
         every = torch.bincount(bins.flatten(), minlength=size)
         own = torch.bincount(bins.gather(1, labels[:, None]).flatten(), minlength=size)
@@ -55,3 +53,9 @@ class BinnedAUROC(Metric):
         below = negatives.cumsum(dim=1) - negatives
         won = (positives * (below + negatives / 2)).sum(dim=1)
         return won / (positives.sum(dim=1) * negatives.sum(dim=1))
+
+
+def histogram_bins(probabilities: Tensor) -> Tensor:
+    """Bin of each probability, int64 of the same shape, from 0 to BINS - 1."""
+    log_odds = torch.logit(probabilities, eps=1e-30).clamp(-LOG_ODDS, LOG_ODDS).nan_to_num()
+    return ((log_odds + LOG_ODDS) * (BINS / (2 * LOG_ODDS))).long().clamp(max=BINS - 1)

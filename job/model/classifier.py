@@ -13,7 +13,7 @@ from job.model.backbone import build_backbone, build_skeleton, feature_width
 from job.model.head import build_head
 from job.model.memory_format import memory_format
 from job.model.normalisation import complete_normalisation
-from job.model.spec import FORMAT, ClassifierSpec, decode_spec, require_state
+from job.model.spec import FORMAT, ClassifierSpec, TaskName, decode_spec, require_state
 from job.model.sync_batchnorm import restore_norms, special_norms
 from job.model.weights import PretrainedWeights, versioned
 
@@ -28,7 +28,8 @@ TTA = Literal["none", "hflip"]
 class Classifier(nn.Module):
     """A backbone with a new head for ``classes``.
 
-    Two classes share one logit (binary cross-entropy; the probability of the second class), more have one logit each.
+    Two classes share one logit (binary cross-entropy; the probability of the second class), more have one logit each,
+    and so have those of multi-label classification.
 
     Args:
         backbone: from normalised images to features.
@@ -40,6 +41,7 @@ class Classifier(nn.Module):
         std: per-channel standard deviation of the pretraining images.
         features: width of the backbone's output. Default: measured by running the backbone.
         device_type: type of the device that computes, which the memory layout depends on.
+        task: "multilabel" if an image may have several classes.
 
     Raises:
         ConfigError: the backbone does not take images of this size.
@@ -57,9 +59,11 @@ class Classifier(nn.Module):
         std: Sequence[float],
         features: int | None = None,
         device_type: str = "cpu",
+        task: TaskName = "classification",
     ) -> None:
         super().__init__()
         self.name = name
+        self.task = task
         self.classes = tuple(classes)
         self.hidden = tuple(hidden)
         self.image_size = image_size
@@ -86,8 +90,8 @@ class Classifier(nn.Module):
 
     @property
     def num_logits(self) -> int:
-        """Width of the output: 1 for two classes."""
-        return _num_logits(len(self.classes))
+        """Width of the output: 1 for two classes of which an image has one."""
+        return _num_logits(len(self.classes), self.task)
 
     @property
     def backbone_trains(self) -> bool:
@@ -108,14 +112,16 @@ class Classifier(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """Describe this network by plain values, from which :func:`from_spec` builds it again."""
+        task: dict[str, Any] = {"task": self.task} if self.task != "classification" else {}
         return {
-            "format": FORMAT,
+            "format": FORMAT if task else 1,  # so that earlier versions read what they know
             "backbone": self.name,
             "classes": list(self.classes),
             "hidden": list(self.hidden),
             "image_size": self.image_size,
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
+            **task,
         }
 
 
@@ -154,6 +160,7 @@ def build_classifier(
             mean=mean,
             std=std,
             device_type=device_type,
+            task=config.task,
         )
 
 
@@ -192,6 +199,7 @@ def from_spec(
             std=spec.std,
             features=features,
             device_type=device_type,
+            task=spec.task,
         )
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from error
@@ -222,15 +230,15 @@ def _head_input(state: Mapping[str, Tensor]) -> int:
 def _shapes(skeleton: nn.Module, spec: ClassifierSpec, features: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a classifier's state dict."""
     with torch.device("meta"):
-        head = build_head(features, spec.hidden, logits=_num_logits(len(spec.classes)))
+        head = build_head(features, spec.hidden, logits=_num_logits(len(spec.classes), spec.task))
     parts = {"backbone.": skeleton.state_dict(), "head.": head.state_dict()}
     shapes = {prefix + name: tuple(value.shape) for prefix, part in parts.items() for name, value in part.items()}
     return {"mean": (3, 1, 1), "std": (3, 1, 1), **shapes}
 
 
-def _num_logits(classes: int) -> int:
-    """Width of the output: 1 for two classes."""
-    return 1 if classes == 2 else classes
+def _num_logits(classes: int, task: TaskName) -> int:
+    """Width of the output: 1 for two classes of which an image has one."""
+    return 1 if classes == 2 and task == "classification" else classes
 
 
 def mean_over_flips(net: nn.Module, images: Tensor) -> Tensor:

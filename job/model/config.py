@@ -13,6 +13,7 @@ from job import redact
 from job.errors import ConfigError
 from job.model.freeze import Stage
 from job.model.scheduling import AutoSchedule
+from job.model.spec import TaskName
 
 FIXED = {"fixed": True}
 """Metadata of a field that a run which resumes may not change; the checkpoint and the optimizer fix others."""
@@ -23,6 +24,7 @@ class ModelConfig:
     """Hyperparameters of the network and of its training.
 
     Args:
+        task: "classification" if each image has exactly one class, "multilabel" if any number of them.
         backbone: architecture: a name of torchvision.models (resnet50, vit_b_16, …), or timm/NAME.
         weights: pretrained weights: DEFAULT (the library's own), none (random), the URI of a state dict or checkpoint
             (.pth, .safetensors, .ckpt), or another run's run_dir (its best checkpoint).
@@ -37,7 +39,8 @@ class ModelConfig:
             geometrically, in 8 steps.
         decay_norm_and_bias: apply weight decay to biases and normalisation layers, too.
         label_smoothing: label smoothing, from 0 to below 1.
-        class_weights: "balanced" weights each class's training loss inversely to its frequency.
+        class_weights: "balanced" weights each class's training loss inversely to its frequency; with task=multilabel,
+            its positive samples by the number of negative per positive ones, between 0.01 and 100.
         mixup: alpha of MixUp; 0 disables. Images are mixed within each rank's slice of the batch.
         cutmix: alpha of CutMix; 0 disables. With both, each batch uses one of them at random.
         ema: EMA decay; EMA weights are used for validation and inference; 0 disables.
@@ -58,6 +61,7 @@ class ModelConfig:
         ConfigError: a value is out of its range.
     """
 
+    task: TaskName = "classification"
     backbone: str = "resnet50"
     weights: str = "DEFAULT"
     hidden: list[int] = field(default_factory=lambda: [256, 32])

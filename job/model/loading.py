@@ -16,7 +16,6 @@ from job.checkpoint.state import CLASSIFIER_KEY
 from job.errors import CheckpointError, ConfigError, WeightsError
 from job.model.classifier import from_spec
 from job.model.config import ModelConfig
-from job.model.metrics import EvaluationMetrics
 from job.model.spec import decode_spec, net_state
 from job.model.weights import PretrainedWeights
 from job.storage.tensor_file import load_tensors, printable
@@ -124,13 +123,20 @@ def restore_module(cls: type[Module], uri: str, device: torch.device, overrides:
     known = {each.name for each in fields(ModelConfig)} | set(inspect.signature(cls.__init__).parameters)
     hyperparameters = saved.get("hyper_parameters")
     arguments = {**(hyperparameters if isinstance(hyperparameters, Mapping) else {}), **overrides}
-    described = {"backbone": spec.backbone, "hidden": spec.hidden, "mean": spec.mean, "std": spec.std}
+    described = {
+        "task": spec.task,
+        "backbone": spec.backbone,
+        "hidden": spec.hidden,
+        "mean": spec.mean,
+        "std": spec.std,
+    }
     try:
         module = cls(**{**{name: value for name, value in arguments.items() if name in known}, **described})
     except (TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"the hyperparameters of {uri} cannot be used: {printable(str(error))}") from error
     module.net = net
     module.resize = spec.resize
-    module.metrics = EvaluationMetrics(spec.classes)
+    module.metrics = module.task.make_metrics(spec.classes)
+    module.metrics.restore(spec)
     module.train(module.training)
     return module.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torchmetrics.classification import (
 )
 
 from job.model.auroc import BinnedAUROC
+from job.model.spec import ClassifierSpec
 
 IGNORED = -1
 """Label of a sample to ignore."""
@@ -31,10 +33,68 @@ EXACT_CLASSES, EXACT_SAMPLES = 100, 50_000
 """Sizes up to which AUROC is exact; it keeps a probability per sample and class, 20 MB at the limits."""
 
 
-class EvaluationMetrics:
-    """Loss, accuracy, macro F1, macro AUROC, accuracy per class and the confusion matrix, in host memory.
+class TaskMetrics(ABC):
+    """Metrics of a task, in host memory.
 
     Batches on an accelerator are fetched later, so that the host does not wait for it.
+
+    Args:
+        classes: class names, in the order of labels.
+        metrics: all that is collected, by torchmetrics.
+
+    Attributes:
+        thresholds: probability of each class from which it is predicted; None for a task that predicts one class.
+    """
+
+    def __init__(self, classes: Sequence[str], metrics: Sequence[Metric]) -> None:
+        self.classes = tuple(classes)
+        self.thresholds: list[float] | None = None
+        self._metrics = tuple(metrics)
+        self._pending: deque[tuple[Tensor, ...]] = deque()
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names that :meth:`compute` may return."""
+
+    def update(self, losses: Tensor, probabilities: Tensor, labels: Tensor, mask: Tensor) -> None:
+        """Add a batch: losses [B], probabilities [B, C], labels; samples outside ``mask`` are ignored."""
+        self._pending.append((losses, probabilities, labels, mask))
+        self._process(0 if losses.is_cpu else BATCHES_BEHIND)
+
+    @abstractmethod
+    def compute(self) -> tuple[dict[str, float], Tensor]:
+        """Compute metrics and confusion matrix, the same on every rank; undefined metrics are omitted."""
+
+    def reset(self) -> None:
+        """Clear all metrics."""
+        self._pending.clear()
+        for metric in self._metrics:
+            metric.reset()
+
+    def choose_thresholds(self) -> None:
+        """Choose the thresholds, if the task has any, by the samples collected."""
+        self.thresholds = None
+
+    def description(self) -> dict[str, Any]:
+        """Entries of the network's description in a checkpoint that a validation decides."""
+        return {} if self.thresholds is None else {"thresholds": self.thresholds}
+
+    def restore(self, spec: ClassifierSpec) -> None:
+        """Load what :meth:`description` saved."""
+        self.thresholds = spec.thresholds or self.thresholds
+
+    @abstractmethod
+    def _add(self, losses: Tensor, probabilities: Tensor, labels: Tensor, mask: Tensor) -> None:
+        """Add a batch that lies in host memory."""
+
+    def _process(self, remaining: int) -> None:
+        while len(self._pending) > remaining:
+            self._add(*(tensor.cpu() for tensor in self._pending.popleft()))
+
+
+class EvaluationMetrics(TaskMetrics):
+    """Loss, accuracy, macro F1, macro AUROC, accuracy per class and the confusion matrix.
 
     Above 100 classes or 50,000 samples AUROC is computed from histograms; see
     :class:`~job.model.auroc.BinnedAUROC` for the error bound.
@@ -46,40 +106,38 @@ class EvaluationMetrics:
     """
 
     def __init__(self, classes: Sequence[str], *, samples: int = 0, synchronise: bool = True) -> None:
-        self.classes = tuple(classes)
         count = len(classes)
         options: dict[str, Any] = {"ignore_index": IGNORED, "sync_on_compute": synchronise}
         # The default strategy ignores NaN: a network that has diverged would have a finite loss.
         self.loss = MeanMetric(sync_on_compute=synchronise, nan_strategy="disable")
         self.accuracy = MulticlassAccuracy(count, average="micro", **options)
-        self.f1 = MulticlassF1Score(count, average="macro", **options)
+        self.f1 = MulticlassF1Score(count, average=None, **options)
         self.auroc: Metric
         if count > EXACT_CLASSES or samples > EXACT_SAMPLES:
             self.auroc = BinnedAUROC(count, **options)
         else:
             self.auroc = MulticlassAUROC(count, average=None, **options)
         self.confusion = MulticlassConfusionMatrix(count, **options)
-        self._pending: deque[tuple[Tensor, ...]] = deque()
+        super().__init__(classes, [self.loss, self.accuracy, self.f1, self.auroc, self.confusion])
 
-    def update(self, losses: Tensor, probabilities: Tensor, labels: Tensor, mask: Tensor) -> None:
-        """Add a batch: losses [B], probabilities [B, C], labels int64 [B]; samples outside ``mask`` are ignored."""
-        self._pending.append((losses, probabilities, labels, mask))
-        self._process(0 if losses.is_cpu else BATCHES_BEHIND)
+    @property
+    def names(self) -> list[str]:
+        """Names that :meth:`compute` may return."""
+        per_class = [f"accuracy_of/{name}" for name in self.classes] if len(self.classes) <= PER_CLASS_LIMIT else []
+        return ["loss", "accuracy", "f1", "auroc", *per_class]
 
-    def _process(self, remaining: int) -> None:
-        while len(self._pending) > remaining:
-            losses, probabilities, labels, mask = (tensor.cpu() for tensor in self._pending.popleft())
-            self.loss.update(losses[mask])
-            labels = torch.where(mask, labels, IGNORED)
-            for metric in (self.accuracy, self.f1, self.auroc, self.confusion):
-                metric.update(probabilities, labels)
+    def _add(self, losses: Tensor, probabilities: Tensor, labels: Tensor, mask: Tensor) -> None:
+        self.loss.update(losses[mask])
+        labels = torch.where(mask, labels, IGNORED)
+        for metric in (self.accuracy, self.f1, self.auroc, self.confusion):
+            metric.update(probabilities, labels)
 
     def compute(self) -> tuple[dict[str, float], Tensor]:
         """Compute metrics and confusion matrix, the same on every rank.
 
         A metric that is undefined for these samples is omitted: every metric without samples, the accuracy of a class
-        without samples, AUROC of a single class. Macro AUROC is the mean over the classes that have positive and
-        negative samples.
+        without samples, AUROC of a single class. Macro F1 is the mean over the classes that have samples, macro AUROC
+        over those that have positive and negative ones.
 
         Returns:
             metrics by name, and the confusion matrix, int64 [C, C] on the CPU; rows are true classes.
@@ -89,10 +147,10 @@ class EvaluationMetrics:
         support, total = confusion.sum(dim=1), int(confusion.sum())
         if not total:
             return {}, confusion
-        values = {
-            name: metric.compute().item()
-            for name, metric in (("loss", self.loss), ("accuracy", self.accuracy), ("f1", self.f1))
-        }
+        values = {name: metric.compute().item() for name, metric in (("loss", self.loss), ("accuracy", self.accuracy))}
+        # torchmetrics' own mean has a zero for a class without samples that was predicted for others.
+        present = (support > 0).float()
+        values["f1"] = (present * self.f1.compute() / present.sum()).sum().item()
         defined = (support > 0) & (support < total)
         if defined.any():
             values["auroc"] = self.auroc.compute()[defined].mean().item()
@@ -102,15 +160,3 @@ class EvaluationMetrics:
                 if count:
                     values[f"accuracy_of/{name}"] = value
         return values, confusion
-
-    def reset(self) -> None:
-        """Clear all metrics."""
-        self._pending.clear()
-        for metric in (self.loss, self.accuracy, self.f1, self.auroc, self.confusion):
-            metric.reset()
-
-
-def metric_names(classes: Sequence[str]) -> list[str]:
-    """Names that :meth:`EvaluationMetrics.compute` may return."""
-    per_class = [f"accuracy_of/{name}" for name in classes] if len(classes) <= PER_CLASS_LIMIT else []
-    return ["loss", "accuracy", "f1", "auroc", *per_class]

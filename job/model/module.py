@@ -31,12 +31,13 @@ from job.model.freeze import Stage, apply_stage, stage_at
 from job.model.head import cpu_threads, is_small_head
 from job.model.loading import read_pretrained, restore_module
 from job.model.memory_format import log_layout
-from job.model.metrics import EvaluationMetrics
+from job.model.metrics import TaskMetrics
 from job.model.optimizer import OptimizerTrial, fuse, make_optimizer, make_scheduler, parameter_groups
 from job.model.scheduling import plateau_settings
-from job.model.spec import net_state, require_same_network, require_state
+from job.model.spec import decode_spec, net_state, require_same_network, require_state
 from job.model.steps import accumulation, optimizer_steps, window_samples
-from job.model.task import ClassificationTask
+from job.model.task import Task
+from job.model.tasks import TASKS
 from job.model.weights import versioned
 from job.torch_internals import compile_seconds
 
@@ -59,7 +60,8 @@ class TransferLearningModel(pl.LightningModule):
         net: the network; built by :meth:`configure_model`.
         stage: the layers that train now.
         guard: stops or skips steps that are not finite; None without ``check_finite``.
-        confusion: confusion matrix of the last evaluation, int64 [C, C]; rows are true classes.
+        confusion: confusion matrix of the last evaluation, int64 [C, C], rows are true classes; of several labels
+            one per class, int64 [C, 2, 2].
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class TransferLearningModel(pl.LightningModule):
         self.stage = Stage.HEAD
         self.net: Classifier
         self.resize: str
-        self.metrics: EvaluationMetrics
+        self.metrics: TaskMetrics
         self.confusion = torch.empty(0, 0, dtype=torch.int64)
         self._head_alone = False
         self._threads = torch.get_num_threads()
@@ -101,6 +103,7 @@ class TransferLearningModel(pl.LightningModule):
         if device.type == "xla" and self.trainer.state.fn == "fit":
             self._require_possible_on_xla()
         data = self.data
+        self._require_task_for(data)
         self.net = build_classifier(
             self.config,
             read_pretrained(self.config.weights) if self.pretrained else "none",
@@ -114,8 +117,15 @@ class TransferLearningModel(pl.LightningModule):
             compile_module(self.net.backbone, device)
         self.resize = data.resize
         samples = max((len(index) for part, index in data.parts.items() if part != "train"), default=0)
-        self.metrics = EvaluationMetrics(data.classes, samples=samples, synchronise=self.trainer.world_size > 1)
+        self.metrics = self.task.make_metrics(data.classes, samples=samples, synchronise=self.trainer.world_size > 1)
         self.enter_stage(Stage.HEAD if self.config.milestones else Stage.ALL)
+
+    def _require_task_for(self, data: ImageDataModule) -> None:
+        if data.parts["train"].has_several_labels and not TASKS[self.config.task].takes_several_labels:
+            raise ConfigError(
+                f"images of {data.parts['train'].root} have several labels, or none, and --model.task is "
+                f"{self.config.task}. Use --model.task=multilabel."
+            )
 
     def _require_possible_on_xla(self) -> None:
         if self.config.ema:
@@ -168,16 +178,16 @@ class TransferLearningModel(pl.LightningModule):
         return total * (self.trainer.world_size * accumulate / samples)
 
     @functools.cached_property
-    def task(self) -> ClassificationTask:
-        """Targets and loss of the network's classes."""
-        return ClassificationTask(self.config, len(self.net.classes), lambda: self.data.parts["train"].labels)
+    def task(self) -> Task:
+        """Targets, loss and metrics of the network's classes."""
+        return TASKS[self.config.task](self.config, len(self.net.classes), lambda: self.data.parts["train"])
 
     def training_losses(self, batch: Batch) -> Tensor:
         """Loss per sample of a training batch, float [B]."""
         return self.task.training_losses(batch, self._logits)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Compute what :class:`~job.model.metrics.EvaluationMetrics` are updated with."""
+        """Compute what :class:`~job.model.metrics.TaskMetrics` are updated with."""
         return self.task.evaluate(batch, self._logits(batch))
 
     def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -326,7 +336,7 @@ class TransferLearningModel(pl.LightningModule):
         scheduler = make_scheduler(self.config, optimizer, groups, length)
         settings: dict[str, Any] = {"scheduler": scheduler, "interval": interval}
         if isinstance(scheduler, ReduceLROnPlateau):
-            settings |= plateau_settings(scheduler, self.trainer, interval, self.net.classes)
+            settings |= plateau_settings(scheduler, self.trainer, interval, self.metrics.names)
         trial.require_length(length, interval)
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
@@ -367,6 +377,7 @@ class TransferLearningModel(pl.LightningModule):
         """Refuse a checkpoint of another network, naming the difference."""
         # A mean or std that the user has not chosen comes from the checkpoint, with its buffers.
         optional = {name for name in ("mean", "std") if getattr(self.config, name) is None}
+        optional |= {"thresholds", "format"}
         require_same_network(checkpoint.get(CLASSIFIER_KEY), self._description(), optional)
         require_state(
             net_state(checkpoint, "the checkpoint"),
@@ -374,6 +385,7 @@ class TransferLearningModel(pl.LightningModule):
             "the checkpoint",
         )
         checkpoint["state_dict"] = versioned(checkpoint["state_dict"], self)
+        self.metrics.restore(decode_spec(checkpoint[CLASSIFIER_KEY], "the checkpoint"))
         if self.trainer.state.fn != "fit":
             return
         if self.guard is not None:
@@ -385,7 +397,7 @@ class TransferLearningModel(pl.LightningModule):
             self._loaded_averages = extract_averages(checkpoint)
 
     def _description(self) -> dict[str, Any]:
-        return {**self.net.spec(), "resize": self.resize}
+        return {**self.net.spec(), **self.metrics.description(), "resize": self.resize}
 
     def _logits(self, batch: Batch) -> Tensor:
         if self.tta == "hflip":
@@ -400,6 +412,8 @@ class TransferLearningModel(pl.LightningModule):
 
     def _log_metrics(self, part: str) -> None:
         self.data.share_bad_samples()
+        if part == "val" and self.trainer.state.fn == "fit":
+            self.metrics.choose_thresholds()
         values, self.confusion = self.metrics.compute()
         self.metrics.reset()
         loss = values.get("loss", 0.0)  # absent: no sample counted

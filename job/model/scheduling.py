@@ -18,7 +18,6 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 import job.model.schedule as job_schedulers
 from job.errors import ConfigError, JobError
-from job.model.metrics import metric_names
 
 AUTO = "auto"
 LENGTHS = ("total_steps", "total_iters", "total", "T_max", "T_0")
@@ -156,7 +155,7 @@ def require_length(scheduler: LRScheduler | ReduceLROnPlateau, length: int | Non
 
 
 def plateau_settings(
-    scheduler: ReduceLROnPlateau, trainer: pl.Trainer, interval: str, classes: Sequence[str]
+    scheduler: ReduceLROnPlateau, trainer: pl.Trainer, interval: str, metrics: Sequence[str]
 ) -> dict[str, Any]:
     """Lightning's scheduler configuration for ReduceLROnPlateau, stepped after epochs that end with a validation.
 
@@ -168,7 +167,7 @@ def plateau_settings(
         raise ConfigError(f"{name} is stepped after a validation, not every step. Use --model.lr_interval=epoch.")
     known = ["train/loss", "data/bad_samples"]
     if trainer.limit_val_batches:
-        known = [*(f"val/{metric}" for metric in metric_names(classes)), *known]
+        known = [*(f"val/{metric}" for metric in metrics), *known]
     if monitor not in known:
         raise ConfigError(f"{name}: {monitor!r} is not logged. Metrics to monitor: {', '.join(known)}.")
     better = "min" if monitor.endswith(("/loss", "/bad_samples")) else "max"

@@ -13,7 +13,8 @@ from torch import Tensor
 from job.errors import CheckpointError
 from job.storage.tensor_file import printable
 
-FORMAT = 1
+FORMAT = 2
+"""Version of the description; 2 added ``task`` and ``thresholds``. Networks of classification are written as 1."""
 PREFIX = "net."
 """Prefix of the classifier's tensors in a checkpoint's state dict."""
 MAX_IMAGE_SIZE = 4096
@@ -23,6 +24,8 @@ MAX_HIDDEN = 65_536
 ClassName = Annotated[str, Meta(min_length=1, max_length=4096)]
 Width = Annotated[int, Meta(ge=1, le=MAX_HIDDEN)]
 Channels = tuple[float, float, float]
+Threshold = Annotated[float, Meta(ge=0, le=1)]
+TaskName = Literal["classification", "multilabel"]
 
 
 class ClassifierSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,6 +39,8 @@ class ClassifierSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         mean: per-channel mean for images in [0, 1].
         std: per-channel standard deviation.
         resize: how images are made square.
+        task: "classification" if an image has exactly one class, "multilabel" if any number of them.
+        thresholds: for multilabel, the probability of each class from which it is predicted. Empty: 0.5.
         format: version of this description; the first checkpoints lack the field, and have version 1.
     """
 
@@ -46,13 +51,17 @@ class ClassifierSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mean: Channels
     std: Channels
     resize: Literal["squash", "crop"] = "squash"
-    format: Annotated[int, Meta(ge=1)] = FORMAT
+    task: TaskName = "classification"
+    thresholds: Annotated[list[Threshold], Meta(max_length=MAX_CLASSES)] = []
+    format: Annotated[int, Meta(ge=1)] = 1
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean} and std {self.std} must be finite, and std above 0")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("two classes have the same name")
+        if self.thresholds and (self.task != "multilabel" or len(self.thresholds) != len(self.classes)):
+            raise ValueError("thresholds are not one per class of a multilabel network")
 
 
 def decode_spec(saved: Any, source: str) -> ClassifierSpec:
@@ -61,7 +70,7 @@ def decode_spec(saved: Any, source: str) -> ClassifierSpec:
     Raises:
         CheckpointError: a field is missing, unknown or out of range, or a newer version of this program wrote it.
     """
-    version = saved.get("format", FORMAT) if isinstance(saved, Mapping) else FORMAT
+    version = saved.get("format", 1) if isinstance(saved, Mapping) else 1
     if isinstance(version, int) and version > FORMAT:
         raise CheckpointError(
             f"{source} describes its network in format {version}, and this version of job reads formats up to "

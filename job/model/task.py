@@ -1,9 +1,10 @@
-"""Classification: training targets, loss, and predicted probabilities."""
+"""Tasks: training targets, loss, metrics and predicted probabilities; :mod:`job.model.multilabel` is another one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,31 +14,41 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from job.data.dataset import Batch
+from job.data.index.index import Index
 
 if TYPE_CHECKING:
-    # It imports Lightning, which prediction does without.
+    # They import Lightning and torchmetrics, which prediction does without.
     from job.model.config import ModelConfig
+    from job.model.metrics import TaskMetrics
 
 Labels = npt.NDArray[np.int32]
 
 
-class ClassificationTask:
-    """Single-label classification by cross-entropy, with label smoothing, MixUp, CutMix and class weights.
+class Task(ABC):
+    """Training targets and loss of a network's classes.
 
     Args:
-        config: chooses among them.
+        config: chooses label smoothing, MixUp, CutMix and class weights.
         num_classes: number of classes.
-        train_labels: returns the labels of the training set; called if classes are weighted.
+        train_index: returns the training set; called if classes are weighted.
+
+    Attributes:
+        monitor: metric that ranks checkpoints by default.
+        takes_several_labels: an image may have any number of labels, not exactly one.
     """
 
-    def __init__(self, config: ModelConfig, num_classes: int, train_labels: Callable[[], Labels]) -> None:
+    monitor: ClassVar[str]
+    takes_several_labels: ClassVar[bool]
+
+    def __init__(self, config: ModelConfig, num_classes: int, train_index: Callable[[], Index]) -> None:
         self.num_classes = num_classes
         self._label_smoothing = config.label_smoothing
         self._mix = mixing(config.mixup, config.cutmix)
         self._balanced = config.class_weights == "balanced"
-        self._train_labels = train_labels
+        self._train_index = train_index
         self._class_weights: Tensor | None = None
 
+    @abstractmethod
     def training_losses(self, batch: Batch, forward: Callable[[Batch], Tensor]) -> Tensor:
         """Loss per sample, float [B].
 
@@ -45,6 +56,36 @@ class ClassificationTask:
             batch: a training batch.
             forward: computes the logits of a batch.
         """
+
+    @abstractmethod
+    def evaluate(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+        """The arguments of :meth:`~job.model.metrics.TaskMetrics.update`."""
+
+    @staticmethod
+    @abstractmethod
+    def probabilities(logits: Tensor) -> Tensor:
+        """Probability of each class, float [B, C], from logits [B, num_logits]."""
+
+    @staticmethod
+    @abstractmethod
+    def make_metrics(classes: Sequence[str], *, samples: int = 0, synchronise: bool = True) -> TaskMetrics:
+        """The metrics of validation and test.
+
+        Args:
+            classes: class names, in the order of labels.
+            samples: size of the largest data set that is evaluated.
+            synchronise: sum over ranks, each of which evaluates its own batches.
+        """
+
+
+class ClassificationTask(Task):
+    """Single-label classification by cross-entropy."""
+
+    monitor = "val/accuracy"
+    takes_several_labels = False
+
+    def training_losses(self, batch: Batch, forward: Callable[[Batch], Tensor]) -> Tensor:
+        """Cross-entropy per sample, float [B]."""
         if not self._label_smoothing and self._mix is None and not self._balanced:
             return per_sample_loss(forward(batch), batch["label"])
         targets = smoothed(batch["label"], self.num_classes, self._label_smoothing)
@@ -54,7 +95,8 @@ class ClassificationTask:
         losses = per_sample_loss(forward(batch), targets)
         if self._balanced:
             if self._class_weights is None:
-                self._class_weights = balanced_weights(self._train_labels(), self.num_classes).to(targets.device)
+                weights = balanced_weights(self._train_index().labels, self.num_classes)
+                self._class_weights = weights.to(targets.device)
             losses = losses * (targets @ self._class_weights)
         return losses
 
@@ -62,10 +104,25 @@ class ClassificationTask:
         """The arguments of :meth:`~job.model.metrics.EvaluationMetrics.update`."""
         return {
             "losses": per_sample_loss(logits, batch["label"]),
-            "probabilities": probabilities(logits),
+            "probabilities": self.probabilities(logits),
             "labels": batch["label"],
             "mask": batch["mask"],
         }
+
+    @staticmethod
+    def probabilities(logits: Tensor) -> Tensor:
+        """Class probabilities, float [B, C], from one logit (the second class's) or from one per class."""
+        if logits.shape[1] == 1:
+            second = logits[:, 0].float().sigmoid()
+            return torch.stack([1 - second, second], dim=1)
+        return logits.float().softmax(dim=1)
+
+    @staticmethod
+    def make_metrics(classes: Sequence[str], *, samples: int = 0, synchronise: bool = True) -> TaskMetrics:
+        """See :class:`~job.model.metrics.EvaluationMetrics`."""
+        from job.model.metrics import EvaluationMetrics
+
+        return EvaluationMetrics(classes, samples=samples, synchronise=synchronise)
 
 
 def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
@@ -102,11 +159,3 @@ def mixing(mixup: float, cutmix: float) -> v2.Transform | None:
     """
     kinds = [kind(alpha=alpha) for kind, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix)) if alpha]
     return v2.RandomChoice(kinds) if kinds else None
-
-
-def probabilities(logits: Tensor) -> Tensor:
-    """Class probabilities, float [B, C], from one logit (the second class's) or from one per class."""
-    if logits.shape[1] == 1:
-        second = logits[:, 0].float().sigmoid()
-        return torch.stack([1 - second, second], dim=1)
-    return logits.float().softmax(dim=1)

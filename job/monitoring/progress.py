@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
 
 log = logging.getLogger(__name__)
 
-SHOWN = ("train/loss", "val/loss", "val/accuracy")
+SHOWN = ("train/loss", "val/loss", "val/accuracy", "val/mAP")
 FETCH_SECONDS = 2.0
 """Between two looks of the bar, which is drawn at every step."""
 

@@ -258,7 +258,7 @@ def print_summary(result: Report) -> None:
 def _metrics(entry: dict[str, Any]) -> str:
     shown = "  ".join(
         f"{name} {entry['metrics'][f'val/{name}']:.4f}"
-        for name in ("accuracy", "f1", "auroc", "loss")
+        for name in ("accuracy", "f1", "auroc", "mAP", "micro_f1", "macro_f1", "loss")
         if entry["metrics"].get(f"val/{name}") is not None
     )
     return f"epoch {entry['epoch']}: {shown or 'not validated'}"

@@ -95,6 +95,8 @@ def translate_errors(uri: str, action: str) -> Iterator[None]:
         kind = classify(error)
         if kind in (Kind.DENIED, Kind.OUTAGE):
             raise _remote_error(uri, action, error) from error
+        if kind is Kind.MISSING:
+            raise NotFound(f"cannot {action} {uri}: {first_line(error)}") from error
         if kind is not Kind.UNKNOWN:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
             raise StorageError(f"cannot {action} {uri}: {reason.removesuffix('.')}.") from error

@@ -16,6 +16,7 @@ from job.errors import CheckpointError, ConfigError
 from job.features.callback import FeatureSettings
 from job.model.config import ModelConfig
 from job.model.module import TransferLearningModel
+from job.model.tasks import TASKS
 from job.monitoring.report import Report, report_of
 from job.monitoring.tensorboard import BucketTensorBoardLogger, events_uri
 from job.process import temporary
@@ -77,6 +78,7 @@ def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Re
         Stopped: a signal came outside of training.
     """
     run_dir, lease = settings.run_dir, Lease(settings.run_dir)
+    ranking = settings.checkpoint.with_default_metric(TASKS[config.task].monitor)
     watchdog = Watchdog(settings.watchdog, ends_process=settings.ends_hanging_process)
     with (
         watchdog.stopped_at_end(),
@@ -91,7 +93,7 @@ def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Re
         step = resumed.global_step if resumed else -1
         before = ranks.from_rank_zero(lambda: attempts.begin(run_dir, step, settings.config, lease.require_held))
         logger = BucketTensorBoardLogger(events_uri(run_dir), purge_step=max(step, 0), before_write=lease.require_held)
-        retention = Retention(settings.checkpoint, run_dir, lease.require_held)
+        retention = Retention(ranking, run_dir, lease.require_held)
         io = BackgroundCheckpointIO(
             settings.checkpoint.upload_seconds,
             before_commit=logger.publish,
@@ -107,7 +109,7 @@ def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Re
                 settings.trainer,
                 run_dir,
                 config=settings.config,
-                checkpoint=settings.checkpoint,
+                checkpoint=ranking,
                 features=settings.features,
                 profile=settings.profile,
                 io=io,

@@ -74,7 +74,7 @@ def training_trainer(
         LearningRateMonitor(logging_interval="step"),
         accounting,
         ReportWriter(accounting, lease.require_held),
-        VertexMetricReporter(checkpoint.monitor),
+        VertexMetricReporter(checkpoint.metric),
         watchdog,
         LeaseCheck(lease),
         checkpointer,

@@ -82,16 +82,18 @@ def gcs_forbidden() -> str:
         storage.use_gcs_emulator(before)
 
 
-def test_empty_class(fails, colours: Path, tmp_path: Path) -> None:
+def test_empty_training_class(fails, colours: Path, tmp_path: Path) -> None:
     (colours / "green").mkdir()
-    assert "no image in class folder(s) green" in fails(*fit(data__root=colours, run_dir=tmp_path / "run"))
+    other = write_files(tmp_path / "val", picture_files(["blue", "green"], 2))
+    told = fails(*fit(data__train=colours, data__val=other, run_dir=tmp_path / "run"))
+    assert "2 image(s)" in told
+    assert "class green" in told
 
 
 def test_classes_that_differ(fails, colours: Path, tmp_path: Path) -> None:
     other = write_files(tmp_path / "val", picture_files(["blue", "green"], 2))
     told = fails(*fit(data__train=colours, data__val=other, run_dir=tmp_path / "run"))
-    assert f"only in {colours}: red" in told
-    assert f"only in {other}: green" in told
+    assert f"2 image(s) of {other} are of class green, of which {colours} has none; it has class red instead" in told
 
 
 @pytest.mark.parametrize(

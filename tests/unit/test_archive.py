@@ -21,7 +21,7 @@ from support import index_of, picture, picture_files, read, tar_of, zip_of
 from job.data import dataset
 from job.data.dataset import ImageDataset, Preprocessing
 from job.data.index import bounded
-from job.data.index.bounded import unpack_gzip
+from job.data.index.bounded import unpack
 from job.data.index.sources.tar_archive import list_tar
 from job.data.index.sources.zip_archive import list_zip, zip_content
 from job.data.sampler import ResumableBatchSampler
@@ -136,22 +136,22 @@ def test_a_zip_member_does_not_expand_without_limit(monkeypatch: pytest.MonkeyPa
 def test_gzip_is_unpacked_within_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, target = tmp_path / "a.tar.gz", tmp_path / "a.tar"
     packed.write_bytes(gzip.compress(bytes(20 << 20)))
-    unpack_gzip("gs://b/a.tar.gz", packed, target)
+    unpack("gs://b/a.tar.gz", packed, target)
     assert target.stat().st_size == 20 << 20
     monkeypatch.setattr(bounded, "SMALL_ARCHIVE", 1 << 20)
     with pytest.raises(DataError, match=r"gs://b/a.tar.gz is refused as a decompression bomb"):
-        unpack_gzip("gs://b/a.tar.gz", packed, target)
+        unpack("gs://b/a.tar.gz", packed, target)
     assert target.stat().st_size < 8 << 20
     monkeypatch.setattr(bounded, "FREE_DISK", 1 << 60)
     packed.write_bytes(gzip.compress(random.randbytes(1 << 20)))
     with pytest.raises(OSError, match="would be left on the disk"):
-        unpack_gzip("gs://b/a.tar.gz", packed, target)
+        unpack("gs://b/a.tar.gz", packed, target)
     content = bytearray(packed.read_bytes())
     content[20:30] = b"\xff" * 10
     packed.write_bytes(content)
     monkeypatch.setattr(bounded, "FREE_DISK", 0)
     with pytest.raises(DataError, match="not a readable archive"):
-        unpack_gzip("gs://b/a.tar.gz", packed, target)
+        unpack("gs://b/a.tar.gz", packed, target)
 
 
 @pytest.mark.parametrize("suffix", ["tar", "zip", "tar.gz"])
@@ -195,8 +195,9 @@ def test_a_file_too_large_for_an_image_is_a_bad_sample(tmp_path: Path, monkeypat
 def test_a_pipe_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("uri,label\npipe.jpg,red\n")
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(StorageError, match="no regular file"):
-        read(index_of(tmp_path / "list.csv", layout="images"), [0])
+    (found,) = read(index_of(tmp_path / "list.csv", layout="images"), [0])
+    assert isinstance(found, DataError)
+    assert str(found).startswith("cannot be read: it is no regular file")
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "manifest"])
@@ -230,9 +231,8 @@ def test_what_is_read_ahead_is_bounded(kind: str, tmp_path: Path, monkeypatch: p
             assert all(each.size < 10_000 for entry in ahead for each in entry.future.result())
 
 
-def test_a_narrow_image_is_refused_before_it_is_resized() -> None:
+def test_a_narrow_image_is_cropped_before_it_is_resized() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((1, 60_000), np.uint8)).save(buffer, "PNG")
     assert Preprocessing(224).decoded(buffer.getvalue()).shape == (3, 224, 224)
-    with pytest.raises(DataError, match="60000 x 1 pixels are too narrow"):
-        Preprocessing(224, "crop").decoded(buffer.getvalue())
+    assert Preprocessing(224, "crop").decoded(buffer.getvalue()).shape == (3, 224, 224)

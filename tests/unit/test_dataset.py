@@ -62,7 +62,7 @@ def test_an_unreadable_sample_is_masked_and_named(tmp_path: Path) -> None:
     sampler = ResumableBatchSampler(4, 4, rank=0, world_size=1, seed=0, shuffle=False)
     batch = ImageDataset(index_of(tmp_path), sampler, Preprocessing(8, "crop"))[sampler.batch(0, 0)]
     assert batch["mask"].tolist() == [True, False, True, True]
-    assert batch["bad"][0].startswith(f"{tmp_path}/a/1.jpg is no image")
+    assert batch["bad"][0].line.startswith(f"{tmp_path}/a/1.jpg is no image")
 
 
 def test_an_augmentation_of_the_wrong_shape_is_refused(colours: Path) -> None:

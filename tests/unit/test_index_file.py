@@ -112,7 +112,7 @@ def test_index_json_has_a_schema(folder: Path, wrong: Callable[[dict[str, Any]],
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"NaN", b"[" * 100_000, b'{"format": 2, "request": ' + b'{"a":' * 100_000, b"\xff"]
+    "text", [b"", b"NaN", b"[" * 100_000, b'{"format": 3, "request": ' + b'{"a":' * 100_000, b"\xff"]
 )
 def test_no_json_gives_one_message(folder: Path, text: bytes) -> None:
     (folder / "index.json").write_bytes(text)
@@ -120,8 +120,8 @@ def test_no_json_gives_one_message(folder: Path, text: bytes) -> None:
 
 
 def test_a_newer_format_is_refused_by_name(folder: Path) -> None:
-    change(folder, lambda told: told.update(format=3, more=1))
-    assert "has format 3: a newer release of this package wrote it" in refused(folder)
+    change(folder, lambda told: told.update(format=4, more=1))
+    assert "has format 4: a newer release of this package wrote it" in refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -260,14 +260,14 @@ def test_a_runs_damaged_index_is_made_again_and_a_newer_one_kept(
     else:
         wrong: dict[str, Callable[[dict[str, Any]], object]] = {
             "older": lambda told: told.update(format=1),
-            "newer": lambda told: told.update(format=3),
+            "newer": lambda told: told.update(format=4),
             "other": lambda told: told["request"].update(seed=7),
             "no train": lambda told: told["parts"].pop("train"),
         }
         change(index, wrong[damage])
     if damage == "newer":
         changed = json_file.read_bytes()
-        with pytest.raises(DataError, match="format 3: a newer release"):
+        with pytest.raises(DataError, match="format 4: a newer release"):
             start()
         assert json_file.read_bytes() == changed
         return

@@ -14,7 +14,7 @@ from job.model.backbone import build_backbone, feature_width
 from job.model.classifier import Classifier, from_spec
 from job.model.freeze import Stage, apply_stage, split_layers, stage_at
 from job.model.loading import read_weights
-from job.model.task import per_sample_loss, probabilities
+from job.model.task import ClassificationTask, per_sample_loss
 
 MEAN = STD = (0.5, 0.5, 0.5)
 
@@ -140,7 +140,7 @@ def test_train_bn_trains_batch_norm_alone() -> None:
 
 def test_one_logit_gives_two_probabilities() -> None:
     logits = torch.tensor([[-3.0], [0.0], [3.0]])
-    found = probabilities(logits)
+    found = ClassificationTask.probabilities(logits)
     assert torch.allclose(found.sum(dim=1), torch.ones(3))
     assert found.argmax(dim=1)[[0, 2]].tolist() == [0, 1]
     labels = torch.tensor([0, 1, 1])

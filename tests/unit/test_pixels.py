@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from job.data import decode as decoding
 from job.data import pixels
 from job.data.decode import decode
 from job.errors import DataError
@@ -299,4 +298,4 @@ def test_the_limit_of_pixels_is_an_option(form: str, monkeypatch: pytest.MonkeyP
     if form not in ("WEBP", "TIFF"):  # Pillow's plugins check these by themselves, too
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
         assert decode(content).shape == (3, 90, 100)
-    assert decoding.MAX_IMAGE_PIXELS == 178_956_970
+    assert pixels.MAX_IMAGE_PIXELS == 178_956_970

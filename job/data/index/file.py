@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
@@ -15,13 +16,14 @@ import pyarrow.ipc
 from job import storage
 from job.data.index.access import OBJECT_STORES, leaves_folder, split_scheme
 from job.data.index.arrow_file import require_uncompressed
+from job.data.index.left_out import LeftOutKind
 from job.data.index.sources import INDEX_FILE, Source, format_of
 from job.data.index.sources.base import LONGEST_CLASS, LONGEST_KEY
 from job.errors import DataError, StorageError, first_line
 from job.storage.format_version import MALFORMED, format_version
 
-FORMAT = 2
-"""Version of the format; 2 added the SHA-256 and size of each part."""
+FORMAT = 3
+"""Version of the format; 2 added the SHA-256 and size of each part, 3 what was left out and what folders held."""
 ROWS_PER_BATCH = 1 << 16
 """Rows per record batch, except the last: so a sample's place follows from its id."""
 MOST_BYTES = 128 << 20
@@ -39,6 +41,8 @@ SCHEMA = pa.schema(
         "label": pa.int32(),  # class number; -1: none
     }
 )
+SEVERAL_LABELS_SCHEMA = SCHEMA.append(pa.field("labels", pa.list_(pa.int32())))
+"""Columns where samples have any number of labels: class numbers in rising order. The label is -1."""
 ClassName = Annotated[str, msgspec.Meta(min_length=1, max_length=LONGEST_CLASS)]
 PartName = Annotated[str, msgspec.Meta(pattern=r"\A[a-z][a-z0-9_]{0,31}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -77,7 +81,10 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         parts: by name (train, val, test; all).
         created: ISO time.
         request: options of the run that made the index; any JSON.
+        left_out: files of the listing that are no samples.
+        absent: why a part that the data seems to have is not in the index, by part.
         format: version of this format.
+        several_labels: samples have any number of labels; left out where each has one.
     """
 
     classes: Annotated[list[ClassName], msgspec.Meta(max_length=MOST_CLASSES)]
@@ -85,13 +92,21 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parts: Annotated[dict[PartName, PartInfo], msgspec.Meta(min_length=1)]
     created: Annotated[str, msgspec.Meta(max_length=64)]
     request: dict[str, Any] = {}
+    left_out: Annotated[list[LeftOutKind], msgspec.Meta(max_length=1 << 16)] = []
+    absent: dict[PartName, Annotated[str, msgspec.Meta(max_length=65_536)]] = {}
     format: int = FORMAT
+    several_labels: Literal[True] | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("a class is named twice")
         for source in self.sources:
             format_of(source)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the Arrow files."""
+        return SEVERAL_LABELS_SCHEMA if self.several_labels else SCHEMA
 
     def to_json(self) -> bytes:
         """The content of index.json."""
@@ -168,7 +183,7 @@ def verify_parts(folder: Path, info: IndexInfo, uri: str) -> None:
                 raise ValueError(f"{size:,} bytes, {part.bytes:,} in {INDEX_FILE}")
             if hash_file(path) != part.sha256:
                 raise ValueError(f"its SHA-256 differs from the one in {INDEX_FILE}")
-            for batch in open_part(path, part.rows):
+            for batch in open_part(path, part.rows, info.schema):
                 _verify_rows(batch, info)
         except (pa.ArrowException, ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
@@ -178,11 +193,14 @@ def verify_parts(folder: Path, info: IndexInfo, uri: str) -> None:
             ) from error
 
 
-def open_part(path: Path, rows: int, rows_per_batch: int = ROWS_PER_BATCH) -> list[pa.RecordBatch]:
-    """Map an Arrow file of :data:`SCHEMA` into memory.
+def open_part(
+    path: Path, rows: int, schema: pa.Schema = SCHEMA, rows_per_batch: int = ROWS_PER_BATCH
+) -> list[pa.RecordBatch]:
+    """Map an Arrow file into memory.
 
     Args:
         rows: all of its rows.
+        schema: its columns.
         rows_per_batch: rows of each record batch but the last.
 
     Raises:
@@ -190,7 +208,7 @@ def open_part(path: Path, rows: int, rows_per_batch: int = ROWS_PER_BATCH) -> li
     """
     require_uncompressed(path)
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    if not reader.schema.equals(SCHEMA):
+    if not reader.schema.equals(schema):
         raise ValueError(f"its columns are {', '.join(f'{field.name} {field.type}' for field in reader.schema)}"[:500])
     batches, count = [], 0
     for number in range(reader.num_record_batches):
@@ -213,7 +231,11 @@ def _verify_rows(batch: pa.RecordBatch, info: IndexInfo) -> None:
         return
     key, source, offset, size = (batch.column(name) for name in ("key", "source", "offset", "size"))
     _require_range("source", source, 0, len(info.sources) - 1)
-    _require_range("label", batch.column("label"), *((0, len(info.classes) - 1) if info.classes else (-1, -1)))
+    most = len(info.classes) - 1
+    has_one_label = info.classes and not info.several_labels
+    _require_range("label", batch.column("label"), *((0, most) if has_one_label else (-1, -1)))
+    if info.several_labels:
+        _verify_labels(batch.column("labels"), most)
     _require_range("offset", offset, -1, LARGEST)
     _require_range("size", size, -1, LARGEST)
     _require_range("length of a key", pc.binary_length(key), 1, LONGEST_KEY)
@@ -231,6 +253,19 @@ def _verify_rows(batch: pa.RecordBatch, info: IndexInfo) -> None:
     suspicious = pc.or_(suspicious, pc.match_substring_regex(key, r"(?i)%2e"))
     if pc.any(pc.and_(own, suspicious)).as_py():
         _require_below(batch.filter(pc.and_(own, suspicious)), info)
+
+
+def _verify_labels(column: pa.ListArray, most: int) -> None:
+    """Check that the labels of each sample are class numbers in rising order."""
+    labels = column.flatten()
+    if labels.null_count:
+        raise ValueError("a value is missing")
+    if not len(labels):
+        return
+    _require_range("labels", labels, 0, most)
+    numbers, samples = labels.to_numpy(), column.value_parent_indices().to_numpy()
+    if ((np.diff(numbers) <= 0) & (np.diff(samples) == 0)).any():
+        raise ValueError("the labels of a sample are not in rising order")
 
 
 def _require_range(what: str, column: pa.Array, least: int, most: int) -> None:

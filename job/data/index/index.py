@@ -20,7 +20,16 @@ import pyarrow.ipc
 
 from job import redact, storage
 from job.data.index.access import Access, is_chained, split_scheme
-from job.data.index.file import ROWS_PER_BATCH, SCHEMA, DamagedIndex, PartInfo, hash_file, load_index_info, open_part
+from job.data.index.file import (
+    ROWS_PER_BATCH,
+    SCHEMA,
+    SEVERAL_LABELS_SCHEMA,
+    DamagedIndex,
+    PartInfo,
+    hash_file,
+    load_index_info,
+    open_part,
+)
 from job.errors import DataError
 
 RUN_BYTES = 1 << 20
@@ -45,6 +54,9 @@ class Index:
         part: train, val, test, …
         access: sources that may be read besides object stores and public web servers; default: any.
 
+    Attributes:
+        has_several_labels: samples have any number of labels, and :attr:`labels` are all -1.
+
     The values in it are not checked here, in each process: see :func:`job.data.index.file.verify_parts`.
 
     Raises:
@@ -60,13 +72,14 @@ class Index:
         self.classes = tuple(info.classes)
         self.sources = tuple(info.sources)
         self.created = info.created
+        self.has_several_labels = bool(info.several_labels)
         self.info: PartInfo = info.parts[part]
         self.root = self.info.root
         path = Path(folder) / f"{part}.arrow"
         try:
             if path.stat().st_size != self.info.bytes:
                 raise ValueError(f"{path.stat().st_size:,} bytes, {self.info.bytes:,} in index.json")
-            self._batches = open_part(path, self.info.rows, ROWS_PER_BATCH)
+            self._batches = open_part(path, self.info.rows, info.schema, ROWS_PER_BATCH)
         except (pa.ArrowException, ValueError, OSError) as error:
             raise DamagedIndex(f"{path} is damaged: {error}. Remove {folder}.") from error
 
@@ -114,6 +127,43 @@ class Index:
         """int64, same shape: the class numbers of some samples, without reading all."""
         return self._values("label", samples)
 
+    @functools.cached_property
+    def label_lists(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """Labels of all samples of data with several: (sample ids, class numbers), one pair per label, in order."""
+        samples, numbers = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+        for number, batch in enumerate(self._batches):
+            column = batch.column("labels")
+            samples.append(column.value_parent_indices().to_numpy() + number * ROWS_PER_BATCH)
+            numbers.append(column.flatten().to_numpy())
+        return np.concatenate(samples), np.concatenate(numbers)
+
+    def class_counts(self) -> npt.NDArray[np.int64]:
+        """int64 [C], the number of samples of each class."""
+        labels = self.label_lists[1] if self.has_several_labels else self.labels[self.labels >= 0]
+        return np.bincount(labels, minlength=len(self.classes)).astype(np.int64)
+
+    def rarest_labels(self) -> npt.NDArray[np.int32]:
+        """int32 [len(self)], the class of each sample that the fewest samples have; -1 where there is none."""
+        if not self.has_several_labels:
+            return self.labels
+        samples, labels = self.label_lists
+        rarity = np.empty(len(self.classes), np.int32)  # place of each class, the rarest first
+        rarity[np.argsort(self.class_counts(), kind="stable")] = np.arange(len(self.classes), dtype=np.int32)
+        none = len(self.classes)
+        places = np.full(len(self), none, np.int32)
+        np.minimum.at(places, samples, rarity[labels])
+        by_place = np.append(np.argsort(rarity), -1).astype(np.int32)
+        return by_place[places]
+
+    def multi_hot_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """uint8 [len(samples), C]: 1 for each label of some samples of data with several."""
+        targets = np.zeros((len(samples), len(self.classes)), np.uint8)
+        for number in np.unique(samples // ROWS_PER_BATCH):
+            rows = np.flatnonzero(samples // ROWS_PER_BATCH == number)
+            chosen = self._batches[number].column("labels").take(pa.array(samples[rows] % ROWS_PER_BATCH))
+            targets[rows[chosen.value_parent_indices().to_numpy()], chosen.flatten().to_numpy()] = 1
+        return targets
+
     def sizes_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64, same shape: the bytes of some samples as they lie in their sources; -1 where not known."""
         return self._values("size", samples)
@@ -137,17 +187,22 @@ class Index:
 
 
 class PartWriter:
-    """Writes the samples of one part, with rows of :data:`SCHEMA` given in any portions.
+    """Writes the samples of one part, with rows of the schema given in any portions.
 
     Memory holds no more than :data:`ROWS_PER_BATCH` rows and one portion.
+
+    Args:
+        path: the Arrow file.
+        several_labels: samples have any number of labels.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, several_labels: bool = False) -> None:
         self._path = path
+        self._schema = SEVERAL_LABELS_SCHEMA if several_labels else SCHEMA
         path.unlink(missing_ok=True)
         path.touch(mode=0o600)
         self._file = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_file(self._file, SCHEMA)
+        self._writer = pa.ipc.new_file(self._file, self._schema)
         self._pending: list[pa.Table] = []
         self._digest = hashlib.sha256()
         self.rows = 0
@@ -163,7 +218,7 @@ class PartWriter:
 
     def write(self, rows: pa.Table) -> None:
         """Append ``rows``."""
-        self._pending.append(rows.select(SCHEMA.names).cast(SCHEMA))
+        self._pending.append(rows.select(self._schema.names).cast(self._schema))
         if sum(len(table) for table in self._pending) >= ROWS_PER_BATCH:
             table = pa.concat_tables(self._pending)
             full = len(table) - len(table) % ROWS_PER_BATCH
@@ -178,7 +233,7 @@ class PartWriter:
             root: URI to name in messages.
             shards: all samples lie in tar files.
         """
-        rest = pa.concat_tables(self._pending) if self._pending else SCHEMA.empty_table()
+        rest = pa.concat_tables(self._pending) if self._pending else self._schema.empty_table()
         if len(rest):
             self._write_batch(rest)
         mean = self._bytes / max(self.rows, 1)
@@ -205,6 +260,12 @@ class PartWriter:
         keys, labels = batch.column("key"), batch.column("label").to_numpy()
         self._digest.update("\0".join(keys.to_pylist()).encode())
         self._digest.update(labels.tobytes())
+        if "labels" in self._schema.names:
+            several = batch.column("labels")
+            lengths = several.value_lengths().to_numpy()
+            self._digest.update(lengths.tobytes() + several.flatten().to_numpy().tobytes())
+            labels = np.full(len(batch), -1, np.int32)  # the first ones stand for all in the search for runs
+            labels[lengths > 0] = several.flatten().to_numpy()[(lengths.cumsum() - lengths)[lengths > 0]]
         self.rows += len(batch)
         self._bytes += int(batch.column("size").to_numpy().clip(0).sum())
         self._same_neighbours += int((labels[1:] == labels[:-1]).sum())

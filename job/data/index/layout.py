@@ -1,25 +1,29 @@
-"""Find parts (train, val, test) and classes in the keys of a listing, or in the labels that it has.
+"""Find parts (train, val, test) and classes in the names of a listing, or in the labels that it has.
 
-Everything is computed column-wise on the listing on disk, some ten thousand rows at a time.
+Decisions are made on the tree of folders. Rows are computed column-wise on the listing on disk, some ten thousand at a
+time.
 """
 
 from __future__ import annotations
 
-import logging
+import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from job import storage
+from job.data.index.folders import Folder, FolderTree, folder_tree, walk
+from job.data.index.left_out import NO_IMAGES, LeftOut
 from job.data.index.listing import Listing
-from job.data.index.sources.base import IMAGE_PATTERN, LISTING
+from job.data.index.part_names import PARTS, part_of, recognise
+from job.data.index.sources.base import LISTING
 from job.errors import DataError
+from job.process.terminal import escape
 
-log = logging.getLogger(__name__)
-
-PART_FOLDERS = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}
+_SEPARATELY = "Give the parts by --data.train, --data.val and --data.test."
 
 
 @dataclass(frozen=True)
@@ -28,22 +32,36 @@ class Part:
 
     Attributes:
         root: URI to name in messages.
-        classes: class names in order.
-        tables: returns its samples, whenever it is called, in tables of :data:`LISTING` with a ``class``.
+        images: number of images by class.
+        tables: returns its samples, whenever it is called, in tables with the columns of :data:`LISTING`; ``class`` is
+            set where ``images`` has classes.
+        problem: why its images have no usable labels; None: they have.
+        several_labels: some samples have ``classes``, and not exactly one of them.
     """
 
     root: str
-    classes: list[str]
+    images: dict[str, int]
     tables: Callable[[], Iterator[pa.Table]]
+    problem: str | None = None
+    several_labels: bool = False
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in order."""
+        return class_order(set(self.images))
 
 
-def find_parts(listing: Listing) -> dict[str, Part]:
+def find_parts(listing: Listing, left_out: LeftOut) -> dict[str, Part]:
     """The parts under one root.
 
-    Labels of the data (WebDataset, a table) are used, and its ``split`` column gives the
-    parts. Otherwise: ``train/``, ``validation/`` or ``val/``, ``test/``, each of class folders; or class
-    folders alone, which are the train part. A single folder that wraps everything, as archives have it,
-    is stepped into.
+    Labels of the data (WebDataset, a table) are used, and its ``split`` column gives the parts. Otherwise folders do:
+    ``train/``, ``val/`` and ``test/`` in any spelling of :mod:`job.data.index.part_names`, each of class folders; or
+    class folders, which are the train part, or which each hold a folder per part. A folder that wraps everything, as
+    archives have it, is stepped into.
+
+    Args:
+        listing: of the root.
+        left_out: counts images and folders that are in no part.
 
     Raises:
         DataError: the layout is none of these, or some images have no label.
@@ -53,33 +71,41 @@ def find_parts(listing: Listing) -> dict[str, Part]:
         if "train" not in labelled:
             raise DataError(f"{listing.uri} names no training image.")
         return labelled
-    prefix, survey = _unwrapped(listing, "")
-    parts = {}
-    for part, folders in PART_FOLDERS.items():
-        present = [folder for folder in folders if folder in survey.folders]
-        if len(present) > 1:
-            raise DataError(
-                f"{listing.uri} holds both {present[0]}/ and {present[1]}/: which one is meant? Remove one."
-            )
-        for folder in present:
-            parts[part] = _class_folders(listing, f"{prefix}{folder}/")
-    if parts and "train" not in parts:
-        raise DataError(f"{listing.uri} holds {', '.join(parts)} but no train/ folder.")
-    return parts or {"train": _class_folders(listing, prefix)}
+    tree = folder_tree(listing)
+    level = _level_of_parts(listing, tree)
+    if level is None:
+        return _without_part_folders(listing, tree, left_out)
+    path, folder, folders = level
+    if "train" not in folders:
+        raise DataError(f"{_root(listing, path)} holds {', '.join(folders.values())} but no train/ folder.")
+    outside = tree.root.total - sum(folder.children[name].total for name in folders.values())
+    beside = [f"{name}/" for name in folder.with_images() if name not in folders.values()]
+    left_out.add("images outside the folders of the parts", (beside or [path or listing.uri])[0], outside)
+    parts: dict[str, Part] = {}
+    for part, name in folders.items():
+        known = set(parts["train"].images) if "train" in parts else set()
+        try:
+            parts[part] = _class_folders(listing, tree, _join(path, name), folder.children[name], left_out, known)
+        except DataError as error:
+            if part != "test":
+                raise
+            parts[part] = Part(_root(listing, _join(path, name)), {}, lambda: iter(()), str(error))
+    return parts
 
 
-def class_folders(listing: Listing) -> Part:
+def class_folders(listing: Listing, left_out: LeftOut) -> Part:
     """One part alone: class folders (torchvision's ImageFolder layout), or images with labels of their own.
 
     Raises:
-        DataError: no class folder, an empty one, or images beside the class folders.
+        DataError: no class folder, or images beside the class folders.
     """
     if _has_labels(listing):
         parts = _labelled_parts(listing)
         if len(parts) > 1:
             raise DataError(f"{listing.uri} has a split column with {', '.join(parts)}: give it by --data.root.")
         return next(iter(parts.values()))
-    return _class_folders(listing, "")
+    tree = folder_tree(listing)
+    return _class_folders(listing, tree, "", tree.root, left_out, set())
 
 
 def all_images(listing: Listing) -> Part:
@@ -90,13 +116,12 @@ def all_images(listing: Listing) -> Part:
     """
 
     def tables() -> Iterator[pa.Table]:
-        for batch in listing.batches():
-            table = pa.table(batch)
-            yield table.filter(pc.match_substring_regex(table["key"], IMAGE_PATTERN))
+        for table in listing.tables():
+            yield table.filter(table["image"]).select(LISTING.names)
 
     if not any(len(table) for table in tables()):
         raise DataError(f"no image under {listing.uri}.")
-    return Part(listing.uri, [], tables)
+    return Part(listing.uri, {}, tables)
 
 
 def class_order(names: set[str]) -> list[str]:
@@ -105,118 +130,219 @@ def class_order(names: set[str]) -> list[str]:
 
 
 def _has_labels(listing: Listing) -> bool:
-    return any(batch.column("class").null_count < len(batch) for batch in listing.batches())
+    return any(table[column].null_count < len(table) for table in listing.tables() for column in ("class", "classes"))
 
 
 def _labelled_parts(listing: Listing) -> dict[str, Part]:
     def tables(part: str) -> Iterator[pa.Table]:
-        for batch in listing.batches():
-            table = pa.table(batch)
-            # Every row of a table is a sample; an archive may also hold files that are not images.
-            meant = pc.or_(pc.less(table["offset"], 0), pc.match_substring_regex(table["key"], IMAGE_PATTERN))
-            yield table.filter(pc.and_(meant, pc.equal(pc.fill_null(table["part"], "train"), part)))
+        for table in listing.tables():
+            in_part = pc.equal(pc.fill_null(table["part"], "train"), part)
+            yield table.filter(pc.and_(table["image"], in_part)).select(LISTING.names)
 
     parts = {}
-    for part in PART_FOLDERS:
-        names: set[str | None] = set()
+    for part in PARTS:
+        images: Counter[str] = Counter()
+        unlabelled, example, is_several, samples = 0, "", False, 0
         for table in tables(part):
-            names |= set(pc.unique(table["class"]).to_pylist())
-            if None in names:
-                key = table.filter(pc.is_null(table["class"]))["key"][0].as_py()
-                raise DataError(f"{listing.uri}: {key} has no label, others have. Add its .cls or .json file.")
-        if names:
-            classes = class_order({name for name in names if name is not None})
-            _require_two(listing.uri, classes)
-            parts[part] = Part(listing.uri, classes, lambda part=part: tables(part))  # type: ignore[misc]
+            without = pc.and_(pc.is_null(table["class"]), pc.is_null(table["classes"]))
+            if missing := pc.sum(without).as_py() or 0:
+                unlabelled, example = unlabelled + missing, example or table.filter(without)["key"][0].as_py()
+            samples += len(table)
+            lists = table["classes"]
+            is_several |= bool(pc.any(pc.not_equal(pc.list_value_length(lists), 1)).as_py())
+            for labels in (table["class"].filter(pc.is_null(lists)), pc.list_flatten(lists)):
+                for pair in pc.value_counts(labels.drop_null()).to_pylist():
+                    images[pair["values"]] += pair["counts"]
+        problem = f"{unlabelled:,} of its images have no label, for example {example}" if unlabelled else None
+        if problem and part != "test":
+            raise DataError(
+                f"{listing.uri}: {example} has no label, others have. Label it in the table, or by a .cls or .json "
+                "file in the archive, or remove it."
+            )
+        if samples:
+            parts[part] = Part(listing.uri, dict(images), functools.partial(tables, part), problem, is_several)
     return parts
 
 
-@dataclass
-class _Survey:
-    """Summary of the keys below one prefix."""
+def _level_of_parts(listing: Listing, tree: FolderTree) -> tuple[str, Folder, dict[str, str]] | None:
+    """Where the folders of the parts lie side by side: (path, folder, folder's name by part); None: nowhere.
 
-    folders: set[str] = field(default_factory=set)
-    image_folders: set[str] = field(default_factory=set)
-    images: int = 0
-    least_depth: int = 1 << 30
-    stray: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    strays: int = 0
-    other_count: int = 0
-
-
-def _below(listing: Listing, prefix: str) -> Iterator[pa.Table]:
-    """The rows below a prefix, less hidden ones, with the columns rest (of the key), first (folder), image."""
-    for batch in listing.batches():
-        table = pa.table(batch)
-        table = table.filter(pc.starts_with(table["key"], prefix)) if prefix else table
-        rest = pc.utf8_slice_codeunits(table["key"], start=len(prefix))
-        table = table.append_column("rest", rest)
-        hidden = pc.or_(pc.starts_with(rest, "."), pc.match_substring(table["key"], "__MACOSX/"))
-        table = table.filter(pc.and_(pc.invert(hidden), pc.not_equal(rest, "")))
-        table = table.append_column("first", pc.replace_substring_regex(table["rest"], "(?s)/.*", ""))
-        yield table.append_column("image", pc.match_substring_regex(table["rest"], IMAGE_PATTERN))
-
-
-def _survey(listing: Listing, prefix: str) -> _Survey:
-    survey = _Survey()
-    for table in _below(listing, prefix):
-        slashes = pc.count_substring(table["rest"], "/")
-        nested, image = pc.greater(slashes, 0), table["image"]
-        survey.folders |= set(pc.unique(table.filter(nested)["first"]).to_pylist())
-        survey.image_folders |= set(pc.unique(table.filter(pc.and_(image, nested))["first"]).to_pylist())
-        survey.images += pc.sum(image).as_py() or 0
-        depth = pc.min(slashes.filter(image)).as_py()
-        survey.least_depth = survey.least_depth if depth is None else min(survey.least_depth, depth)
-        stray = table.filter(pc.and_(image, pc.invert(nested)))["key"]
-        other = table.filter(pc.and_(pc.invert(image), pc.invert(pc.ends_with(table["rest"], "/"))))["key"]
-        survey.strays, survey.other_count = survey.strays + len(stray), survey.other_count + len(other)
-        survey.stray += stray[:1].to_pylist()
-        survey.others += other[:1].to_pylist()
-    return survey
-
-
-def _unwrapped(listing: Listing, prefix: str) -> tuple[str, _Survey]:
-    """Step into a folder that is alone at its level (but for files), unless it is a part or a class folder.
-
-    Returns the prefix where that ends, and what lies there.
+    Raises:
+        DataError: folders sound like parts, but it is not clear which.
     """
-    known = {folder for folders in PART_FOLDERS.values() for folder in folders}
+    path, folder = "", tree.root
     while True:
-        survey = _survey(listing, prefix)
-        if len(survey.folders) != 1 or survey.folders & known or not survey.images or survey.least_depth < 2:
-            return prefix, survey
-        prefix += f"{next(iter(survey.folders))}/"
+        folders = _part_folders(listing, path, folder)
+        inside = folder.with_images()
+        only = folder.children[inside[0]] if len(inside) == 1 else None
+        if folders and not (only and _has_train(only)):
+            return path, folder, folders
+        if only is None or (not folders and not only.is_nested):
+            return None
+        path, folder = _join(path, inside[0]), only
 
 
-def _class_folders(listing: Listing, prefix: str) -> Part:
-    """Labels from the first folder of each key."""
-    prefix, survey = _unwrapped(listing, prefix)
-    root = storage.join(listing.uri, prefix) if prefix else listing.uri
-    if not survey.images:
-        raise DataError(f"no image under {root}. Expected CLASS/*.jpg (or .png, .webp, …).")
-    if survey.strays:
+def _has_train(folder: Folder) -> bool:
+    """Whether a folder holds several parts, train among them."""
+    found = recognise(folder.with_images()).folders
+    return len(found) > 1 and "train" in found
+
+
+def _part_folders(listing: Listing, path: str, folder: Folder) -> dict[str, str]:
+    """The folders of the parts in one folder, by part; empty if there are none."""
+    full = folder.with_images()
+    found = recognise(full)
+    root = _root(listing, path)
+    nested = [name for name in full if folder.children[name].is_nested]
+    named = [name for names in found.folders.values() for name in names]
+    if len(named) == 1 and len(full) > 1 and named[0] not in nested:
+        found = replace(found, folders={}, unclear=[])  # pictures of trains, say, beside those of buses
+        named = []
+    unclear = [name for name in found.unclear if name in nested]
+    questionable = unclear if named or len(unclear) > 1 else []
+    # A test part is not needed beside the others.
+    complete = {"train", "val"} <= found.folders.keys() and all("test" in name.lower() for name in unclear)
+    if questionable and not complete:
         raise DataError(
-            f"{root} holds {survey.strays} image(s) outside any class folder, for example {survey.stray[0]}. "
-            "Expected CLASS/*.jpg: one folder per class."
+            f"{root} holds {_listed([*named, *questionable])}: which of them are for training, and which for "
+            f"validation? {_SEPARATELY}"
         )
-    if empty := sorted(survey.folders - survey.image_folders):
-        raise DataError(f"no image in class folder(s) {', '.join(empty)} of {root}. Fill or remove them.")
-    classes = sorted(survey.folders)
-    _require_two(root, classes)
-    if survey.other_count:
-        log.warning(
-            "%s: %d file(s) are no images and are ignored, for example %s", root, survey.other_count, survey.others[0]
+    for part, names in found.folders.items():
+        if len(names) > 1:
+            raise DataError(f"{root} holds both {_listed(names)}: which one is the {part} part? {_SEPARATELY}")
+    folders = {part: names[0] for part, names in found.folders.items()}
+    if folders:  # a part whose folder is empty is no part, but its absence is to be explained
+        for part, names in recognise(folder.without_images()).folders.items():
+            folders.setdefault(part, names[0])
+    return {part: folders[part] for part in PARTS if part in folders}
+
+
+def _without_part_folders(listing: Listing, tree: FolderTree, left_out: LeftOut) -> dict[str, Part]:
+    """Class folders alone, or class folders that hold a folder per part each."""
+    path, folder = _unwrapped("", tree.root, set())
+    below: dict[str, set[str]] = {}
+    for name in folder.with_images():
+        for inner in folder.children[name].with_images():
+            below.setdefault(inner, set()).add(name)
+    parts: dict[str, list[str]] = {}
+    for inner in sorted(below):
+        if (part := part_of(inner)) is not None:
+            parts.setdefault(part, []).append(inner)
+    if len(parts) < 2:
+        return {"train": _class_folders(listing, tree, path, folder, left_out, set())}
+    root = _root(listing, path)
+    others = sorted(below.keys() - {inner for names in parts.values() for inner in names})
+    beside = folder.images + sum(folder.children[name].images for name in folder.with_images())
+    if others or beside or "train" not in parts or any(len(names) > 1 for names in parts.values()):
+        raise DataError(
+            f"the folders in {root} hold {_listed(sorted(below))}: which images are for training, and which for "
+            f"validation? Expected CLASS/train/*.jpg and CLASS/val/*.jpg, and no image beside them. {_SEPARATELY}"
         )
+    _count_empty(path, folder, left_out)
+    found = {}
+    for part in PARTS:
+        if part in parts:
+            (inner,) = parts[part]
+            held = {name: folder.children[name].children[inner] for name in sorted(below[inner])}
+            classes = {_join(path, f"{name}/{inner}"): (name, each) for name, each in held.items()}
+            found[part] = _part(f"{root} ({inner}/)", listing, tree, classes)
+    return found
+
+
+def _class_folders(
+    listing: Listing, tree: FolderTree, path: str, folder: Folder, left_out: LeftOut, known: set[str]
+) -> Part:
+    """Labels from the folders in one folder.
+
+    Args:
+        listing: the listing.
+        tree: its folders.
+        path: of the folder.
+        folder: the folder.
+        left_out: counts folders without images.
+        known: class names, whose folders wrap nothing.
+    """
+    path, folder = _unwrapped(path, folder, known)
+    root = _root(listing, path)
+    if not folder.total:
+        raise DataError(f"no image under {root}. Expected CLASS/*.jpg (or .png, .webp, …).")
+    if folder.images:
+        raise DataError(
+            f"{root} holds {folder.images:,} image(s) outside any class folder, for example "
+            f"{_example(listing, tree, path)}. Expected CLASS/*.jpg: one folder per class."
+        )
+    _count_empty(path, folder, left_out)
+    return _part(
+        root, listing, tree, {_join(path, name): (name, folder.children[name]) for name in folder.with_images()}
+    )
+
+
+def _part(root: str, listing: Listing, tree: FolderTree, classes: dict[str, tuple[str, Folder]]) -> Part:
+    """The images in some folders and below them.
+
+    Args:
+        root: URI to name in messages.
+        listing: the listing.
+        tree: its folders.
+        classes: (class, folder) by path.
+    """
+    images: Counter[str] = Counter()
+    for name, folder in classes.values():
+        images[name] += folder.total
 
     def tables() -> Iterator[pa.Table]:
-        for table in _below(listing, prefix):
+        # Made when it is needed, since a listing may have very many folders.
+        pairs = [
+            (path, name) for top, (name, folder) in classes.items() for path, each in walk(folder, top) if each.images
+        ]
+        paths, names = (pa.array(column, pa.string()) for column in zip(*pairs, strict=True))
+        for table in listing.tables():
             table = table.filter(table["image"])
-            yield table.set_column(table.column_names.index("class"), "class", table["first"]).select(LISTING.names)
+            places = pc.index_in(tree.folders(table["name"]), paths)
+            table = table.set_column(table.column_names.index("class"), "class", pc.take(names, places))
+            yield table.filter(pc.is_valid(places)).select(LISTING.names)
 
-    return Part(root, classes, tables)
+    return Part(root, dict(images), tables)
 
 
-def _require_two(root: str, classes: list[str]) -> None:
-    if len(classes) < 2:
-        raise DataError(f"{root} has a single class folder ({classes[0]}): at least two classes are needed.")
+def _unwrapped(path: str, folder: Folder, known: set[str]) -> tuple[str, Folder]:
+    """Step into a folder that alone holds images at its level, unless it is a class folder.
+
+    Args:
+        path: of the folder to begin with.
+        folder: the folder.
+        known: names of classes.
+    """
+    while folder.is_nested:
+        inside = folder.with_images()
+        if len(inside) > 1 or inside[0] in known or not folder.children[inside[0]].is_nested:
+            break
+        path, folder = _join(path, inside[0]), folder.children[inside[0]]
+    return path, folder
+
+
+def _count_empty(path: str, folder: Folder, left_out: LeftOut) -> None:
+    if empty := folder.without_images():
+        left_out.add(NO_IMAGES, f"{_join(path, empty[0])}/", len(empty))
+
+
+def _example(listing: Listing, tree: FolderTree, path: str) -> str:
+    """Key of an image that lies directly in a folder."""
+    for table in listing.tables():
+        keys = table.filter(pc.and_(table["image"], pc.equal(tree.folders(table["name"]), path)))["key"]
+        if len(keys):
+            return str(keys[0].as_py())
+    return path
+
+
+def _root(listing: Listing, path: str) -> str:
+    return storage.join(listing.uri, f"{path}/") if path else listing.uri
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
+
+
+def _listed(names: list[str]) -> str:
+    shown = [f"{escape(name)}/" for name in names[:6]] + (["…"] if len(names) > 6 else [])
+    return ", ".join(shown[:-1]) + f" and {shown[-1]}" if len(shown) > 1 else shown[0]

@@ -7,7 +7,26 @@ from typing import Annotated
 
 import msgspec
 
+from job.process.terminal import escape
+
 MOST_KINDS = 64
+HIDDEN = "hidden files and folders"
+COMPANIONS = "notes and metadata"
+NOT_IMAGES = "files without an image's suffix"
+REPLACED = "members that a later one of the same name replaces"
+COPIES = "copies under another spelling of the same name"
+NOT_UTF8 = "files whose names are not UTF-8"
+BROKEN_LINKS = "broken links"
+CYCLES = "links to a folder that holds them"
+NO_IMAGES = "folders without an image"
+_EXPECTED = frozenset({HIDDEN, COMPANIONS})
+"""Kinds that nobody misses."""
+COMPANION_PATTERN = (
+    r"(?i)(^|/)((readme|license|licence|copying|makefile|dockerfile|changelog)[^/]*"
+    r"|[^/]*\.(txt|md|rst|pdf|html?|csv|tsv|jsonl?|ya?ml|xml|toml|ini|cfg|db|py|ipynb|sh|bat|lnk|url|log|parquet|cls"
+    r"|md5|sha1|sha256|names))$"
+)
+"""Names of files that usually lie beside images."""
 
 
 class LeftOutKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,7 +43,12 @@ class LeftOutKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     example: Annotated[str, msgspec.Meta(max_length=65_536)]
 
     def __str__(self) -> str:
-        return f"{self.count:,} {self.kind}, for example {self.example}"
+        return f"{self.count:,} {self.kind}, for example {escape(self.example)}"
+
+
+def summary(uri: str, kinds: list[LeftOutKind]) -> str:
+    """One line that names what the listing of ``uri`` left out."""
+    return f"{uri}: left out {'; '.join(map(str, kinds))}"
 
 
 class LeftOut:
@@ -46,3 +70,7 @@ class LeftOut:
         """The kinds, the most frequent first."""
         ordered = sorted(self._kinds.items(), key=lambda item: (-item[1][0], item[0]))
         return [LeftOutKind(kind, count, example) for kind, (count, example) in ordered[:MOST_KINDS]]
+
+    def is_expected(self) -> bool:
+        """Whether all of it is hidden, or usual beside images."""
+        return self._kinds.keys() <= _EXPECTED

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from job import storage
 from job.data.index.access import Access
-from job.data.index.bounded import unpack_gzip
+from job.data.index.bounded import compression_of, unpack
 from job.data.index.sources.base import Source
 from job.storage.local_cache import locked, private_folder, report_disk_full
 
@@ -21,7 +21,7 @@ def materialise(source: Source, cache_dir: str, access: Access | None = None) ->
     """Make ``source`` readable in parts; returns its URI, or the path of its copy on this node.
 
     It is downloaded once per node (other processes wait for the first); its size and, where the store reports one,
-    checksum are verified, as is a gzip stream's CRC.
+    checksum are verified, as is a compressed stream's own.
 
     Args:
         cache_dir: local folder of the node's cache.
@@ -49,9 +49,9 @@ def _fetch(uri: str, target: Path) -> None:
         copy = Path(scratch) / "copy"
         log.info("fetching %s", uri)
         storage.download_verified(uri, copy)
-        if storage.basename(uri).lower().endswith(("gz", "tgz")):
+        if compression_of(storage.basename(uri)):
             unpacked = Path(scratch) / "unpacked"
-            unpack_gzip(uri, copy, unpacked)
+            unpack(uri, copy, unpacked)
             copy = unpacked
         copy.chmod(0o600)
         copy.replace(target)

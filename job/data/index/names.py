@@ -6,10 +6,12 @@ alike, whatever tool wrote them.
 
 from __future__ import annotations
 
+import re
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_UNUSUAL = r"[^\x00-\x7f]|\\|//|(^|/)\./|^/|\s/|/\s"
+_UNUSUAL = r"[^\x00-\x7f]|\\|//|(^|/)\./|^[/\s]|\s/|/\s"
 """Keys whose name may differ from them."""
 _SYSTEM_NAMES = (
     "__MACOSX",
@@ -38,11 +40,22 @@ def normalise(keys: pa.Array) -> pa.Array:
     if not pc.any(pc.match_substring_regex(keys, _UNUSUAL)).as_py():
         return keys
     names = pc.utf8_normalize(pc.replace_substring(keys, "\\", "/"), form="NFC")
-    for pattern, replacement in ((r"\s*/\s*", "/"), (r"/(\./)+", "/"), (r"/{2,}", "/"), (r"^(\./|/)+", "")):
+    for pattern, replacement in ((r"\s*/\s*", "/"), (r"/(\./)+", "/"), (r"/{2,}", "/"), (r"^(\s|\./|/)+", "")):
         names = pc.replace_substring_regex(names, pattern, replacement)
     return names
+
+
+def normalise_labels(labels: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Class names as :func:`normalise` would spell them as folders: composed, and without blanks around them."""
+    labels = pc.utf8_trim_whitespace(pc.utf8_normalize(labels, form="NFC"))
+    return pc.if_else(pc.equal(labels, ""), None, labels)
 
 
 def is_hidden(names: pa.Array) -> pa.Array:
     """Whether some folder in a name, or the file itself, is hidden or belongs to a system; bool [N]."""
     return pc.match_substring_regex(names, _HIDDEN)
+
+
+def is_hidden_name(name: str) -> bool:
+    """:func:`is_hidden` of one name."""
+    return re.search(_HIDDEN, name) is not None

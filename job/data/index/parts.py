@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -56,8 +57,10 @@ def parts_of(
             raise DataError(f"{location.uri} has several parts ({', '.join(saved)}): give it by --data.root.")
     listing = list_location(location, scratch, context)
     if layout_of == "parts":
-        return layout.find_parts(listing)
-    return {name: layout.class_folders(listing) if layout_of == "classes" else layout.all_images(listing)}
+        return layout.find_parts(listing, context.left_out)
+    if layout_of == "classes":
+        return {name: layout.class_folders(listing, context.left_out)}
+    return {name: layout.all_images(listing)}
 
 
 def _saved_parts(location: Location, folder: Path, context: ListingContext) -> dict[str, Part] | None:
@@ -91,8 +94,24 @@ def _saved_parts(location: Location, folder: Path, context: ListingContext) -> d
         for batch in index.batches():
             table = pa.table(batch)
             table = table.set_column(1, "source", pc.add(table["source"], first))
-            yield table.append_column("class", pc.take(names, table["label"])).drop_columns(["label"])
+            if index.has_several_labels:
+                labels = batch.column("labels")
+                offsets = np.append(0, labels.value_lengths().to_numpy().cumsum()).astype(np.int32)
+                classes = pa.ListArray.from_arrays(offsets, names.take(labels.flatten()))
+                yield table.append_column("classes", classes).drop_columns(["label", "labels"])
+            else:
+                yield table.append_column("class", pc.take(names, table["label"])).drop_columns(["label"])
 
+    for kind in info.left_out:
+        context.left_out.add(kind.kind, kind.example, kind.count)
     return {
-        part: Part(index.root, list(info.classes), functools.partial(tables, index)) for part, index in indexes.items()
+        part: Part(
+            index.root, _images(index), functools.partial(tables, index), several_labels=index.has_several_labels
+        )
+        for part, index in indexes.items()
     }
+
+
+def _images(index: Index) -> dict[str, int]:
+    """Number of images by class."""
+    return {name: count for name, count in zip(index.classes, index.class_counts().tolist(), strict=True) if count}

@@ -11,9 +11,13 @@ import pyarrow as pa
 
 from job import storage
 from job.data.index.bounded import BoundedFile
+from job.data.index.left_out import LeftOut
 from job.data.index.local_copy import materialise
 from job.data.index.sources.base import ROWS, ListingContext, Source, SourceFormat, listing_rows
 from job.errors import DataError
+
+LINKS_OUTSIDE = "links to no file of the archive"
+"""Kind of members that are left out."""
 
 
 class Member(NamedTuple):
@@ -25,6 +29,7 @@ class Member(NamedTuple):
         size: bytes to read.
         version: the CRC-32 of a zip's member; 0 in a tar, which has none.
         label: class from a neighbouring .cls or .json file, else None.
+        labels: several classes from there, else None.
     """
 
     key: str
@@ -32,6 +37,7 @@ class Member(NamedTuple):
     size: int
     version: int
     label: str | None
+    labels: tuple[str, ...] | None = None
 
 
 class Archive(SourceFormat):
@@ -45,8 +51,13 @@ class Archive(SourceFormat):
     has_member_checksums: ClassVar[bool] = False
 
     @abstractmethod
-    def members(self, uri: str, file: IO[bytes]) -> Iterator[Member]:
+    def members(self, uri: str, file: IO[bytes], left_out: LeftOut) -> Iterator[Member]:
         """The files in an archive.
+
+        Args:
+            uri: of the archive, for messages.
+            file: its content.
+            left_out: counts members that are no files.
 
         Raises:
             DataError: it is no readable archive.
@@ -55,12 +66,12 @@ class Archive(SourceFormat):
     def rows(self, source: Source, number: int, context: ListingContext) -> Iterator[pa.Table]:
         """The members of the archive."""
         with storage.open_for_reading(materialise(source, context.cache_dir)) as file:
-            members = self.members(source.uri, file)
+            members = self.members(source.uri, file, context.left_out)
             while chunk := list(itertools.islice(members, ROWS)):
-                keys, offsets, sizes, versions, labels = zip(*chunk, strict=True)
+                keys, offsets, sizes, versions, label, labels = zip(*chunk, strict=True)
                 if not self.has_member_checksums:
                     versions = (source.version,) * len(keys)
-                yield listing_rows(keys, number, offsets, sizes, versions, label=labels)
+                yield listing_rows(keys, number, offsets, sizes, versions, label=label, labels=labels)
 
 
 def unreadable(uri: str, file: BoundedFile, error: Exception) -> Exception:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from job import storage
 from job.data.index.access import Access
+from job.data.index.bounded import compression_of
 from job.data.index.left_out import LeftOut
 from job.errors import DataError
 from job.process.terminal import escape
@@ -23,6 +24,8 @@ IMAGE_PATTERN = rf"(?i)(^|/)[^/.][^/]*({'|'.join(map(re.escape, IMAGE_SUFFIXES))
 LONGEST_CLASS = 1024
 LONGEST_KEY = 8192
 """Characters of a class name, and bytes of a key: buckets allow 1,024, disks 4,096, and signed URLs are longer."""
+MOST_LABELS = 4096
+"""Labels of one sample."""
 ROWS = 1 << 16
 """Rows that are listed together."""
 LISTING = pa.schema(
@@ -47,7 +50,7 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         uri: a folder or prefix, an archive, or a table.
         kind: name of its :class:`SourceFormat`.
         version: 64 bits that change with the content of an archive or table; 0 for a folder.
-        whole: it cannot be read in parts (gzip, a server without ranges): it is copied once per node.
+        whole: it cannot be read in parts (a compressed tar, a server without ranges): it is copied once per node.
     """
 
     uri: Annotated[str, msgspec.Meta(min_length=1, max_length=65_536)]
@@ -105,8 +108,7 @@ class SourceFormat(ABC):
         Raises:
             StorageError: it is not there.
         """
-        compressed = storage.basename(uri).lower().endswith(("gz", "tgz"))
-        whole = compressed or not storage.serves_ranges(uri)
+        whole = compression_of(storage.basename(uri)) is not None or not storage.serves_ranges(uri)
         return Source(uri, self.name, storage.version(storage.info(uri)), whole)
 
     @abstractmethod

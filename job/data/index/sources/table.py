@@ -18,6 +18,7 @@ from job.data.index.sources.base import LONGEST_CLASS, LONGEST_KEY, ListingConte
 from job.errors import DataError, first_line
 
 COLUMNS = ("uri", "label")
+LABELS = pa.list_(pa.string())
 LINES_BYTES = 4 << 20
 """JSON lines that are parsed together."""
 LONGEST_LINE = 1 << 20
@@ -33,7 +34,7 @@ class _Line(msgspec.Struct):
     """One JSON line; other fields are ignored."""
 
     uri: Scalar = None
-    label: Scalar = None
+    label: Scalar | list[Scalar] = None
     split: Scalar = None
 
 
@@ -59,12 +60,15 @@ class Table(SourceFormat):
                 keys.append(key)
                 places.append(numbers[root])
             count = len(keys)
-            unknown, label = [-1] * count, table["label"]
-            yield listing_rows(keys, places, unknown, unknown, [0] * count, label=label, parts=table["split"])
+            unknown, zeros = [-1] * count, [0] * count
+            label, labels, parts = (table[name] for name in ("label", "labels", "split"))
+            yield listing_rows(keys, places, unknown, unknown, zeros, label=label, labels=labels, parts=parts)
 
 
 def read_table(uri: str, *, labelled: bool = True) -> Iterator[pa.Table]:
-    """Tables with the columns ``uri``, ``label`` and ``split`` (null where the manifest has none), all strings.
+    """Tables with the columns ``uri``, ``label``, ``labels`` and ``split``, strings or null.
+
+    ``labels`` are a list in place of ``label``, for any number of labels.
 
     Raises:
         DataError: it cannot be parsed, a column is missing, or a value is.
@@ -212,7 +216,11 @@ def _json_tables(file: IO[bytes]) -> Iterator[pa.Table]:
         row += len(lines)
         if lines or not chunk:
             columns = {name: [getattr(line, name) for line in lines] for name in ("uri", "label", "split")}
-            yield pa.table({name: pa.array(map(_text, values), pa.string()) for name, values in columns.items()})
+            lists = [value if isinstance(value, list) else None for value in columns["label"]]
+            columns["label"] = [None if isinstance(value, list) else value for value in columns["label"]]
+            table = pa.table({name: pa.array(map(_text, values), pa.string()) for name, values in columns.items()})
+            named = [None if values is None else [_text(value) for value in values] for values in lists]
+            yield table.append_column("labels", pa.array(named, LABELS))
         if not chunk:
             return
 
@@ -244,12 +252,20 @@ def _checked(uri: str, table: pa.Table, first_row: int, labelled: bool) -> pa.Ta
             "Needed: uri (absolute, or relative to the table) and label. Optional: split (train, val, test)."
         )
     columns = {name: _strings(table, name) for name in (*COLUMNS, "split")}
+    columns["labels"] = _label_lists(table)
+    each_label = pc.list_flatten(columns["labels"])
     for name in needed:
-        if columns[name].null_count:
-            row = first_row + pc.index(pc.is_null(columns[name]), True).as_py()
+        missing_rows = pc.is_null(columns[name])
+        if name == "label":
+            missing_rows = pc.and_(missing_rows, pc.is_null(columns["labels"]))
+        if pc.any(missing_rows).as_py():
+            row = first_row + pc.index(missing_rows, True).as_py()
             raise DataError(f"{uri}: row {row} (from 0) has no {name}. Complete or remove it.")
-    for name, limit in (("uri", LONGEST_KEY), ("label", LONGEST_CLASS)):
-        length = pc.max(pc.utf8_length(columns[name])).as_py() or 0
+    if pc.any(pc.equal(pc.fill_null(each_label, ""), "")).as_py():
+        raise DataError(f"{uri}: a list of labels holds an empty one. Complete or remove it.")
+    limits = ((columns["uri"], "uri", LONGEST_KEY), (columns["label"], "label", LONGEST_CLASS))
+    for column, name, limit in (*limits, (each_label, "label", LONGEST_CLASS)):
+        length = pc.max(pc.utf8_length(column)).as_py() or 0
         if length > limit:
             raise DataError(f"{uri}: a {name} has {length:,} characters, at most {limit:,} are possible.")
     unknown = set(pc.unique(columns["split"]).to_pylist()) - {None, *_PART_NAMES}
@@ -264,6 +280,10 @@ def _strings(table: pa.Table, name: str) -> pa.ChunkedArray:
         return pa.chunked_array([pa.nulls(len(table), pa.string())])
     column = table[name].cast(pa.string())
     return pc.if_else(pc.equal(column, ""), None, column)
+
+
+def _label_lists(table: pa.Table) -> pa.ChunkedArray:
+    return table["labels"] if "labels" in table.column_names else pa.chunked_array([pa.nulls(len(table), LABELS)])
 
 
 _PROTOCOLS = frozenset(storage.protocols())

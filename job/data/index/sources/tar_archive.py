@@ -2,91 +2,240 @@
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
+from array import array
 from collections.abc import Iterator
-from typing import IO, cast
+from dataclasses import dataclass, field
+from typing import IO, NamedTuple, cast
 
-import msgspec
+import numpy as np
 
 from job.data.index.bounded import BoundedFile
-from job.data.index.sources.archive import Archive, Member, printable, unreadable
-from job.data.index.sources.base import LONGEST_CLASS, is_image
+from job.data.index.left_out import LeftOut
+from job.data.index.sources.archive import LINKS_OUTSIDE, Archive, Member, printable, unreadable
+from job.data.index.sources.base import is_image
+from job.data.index.sources.webdataset import Group, Labels, is_label, key_of, labelled, parse_label
 from job.errors import DataError
 
-LABEL_SUFFIXES = (".cls", ".json")
-"""Members that label the image of the same name: the WebDataset convention."""
-LABEL_KEYS = ("label", "class", "cls")
 LARGEST_LABEL = 1 << 20
 """Bytes of the largest .cls or .json file beside an image, and of the largest header in a tar."""
+MOST_WAITING = 1 << 17
+"""Links that are held in memory since their targets come later in the archive."""
+LONGEST_CHAIN = 40
+"""Links from one to the next, as Linux follows them."""
+CACHED_LABELS = 4096
 _BLOCK = tarfile.BLOCKSIZE
 _RECORD = 20 * _BLOCK
 
 
 class Tar(Archive):
-    """A tar file; compressed by gzip it is copied and unpacked once per node."""
+    """A tar file; a compressed one is copied and unpacked once per node."""
 
     name = "tar"
-    suffixes = (".tar", ".tar.gz", ".tgz")
+    suffixes = (
+        ".tar",
+        *(".tar.gz", ".tgz"),
+        *(".tar.bz2", ".tar.bz", ".tbz2", ".tbz", ".tb2"),
+        *(".tar.xz", ".txz"),
+        *(".tar.zst", ".tar.zstd", ".tzst"),
+    )
     is_shard = True
 
-    def members(self, uri: str, file: IO[bytes]) -> Iterator[Member]:
+    def members(self, uri: str, file: IO[bytes], left_out: LeftOut) -> Iterator[Member]:
         """See :func:`list_tar`."""
-        return list_tar(uri, file)
+        return list_tar(uri, file, left_out)
 
 
-def list_tar(uri: str, file: IO[bytes]) -> Iterator[Member]:
-    """The plain files of a tar archive in their order; links and devices are left out.
+def list_tar(uri: str, file: IO[bytes], left_out: LeftOut | None = None) -> Iterator[Member]:
+    """The files of a tar archive, in their order; those behind links come when their targets are known.
 
-    An image's label is taken from the .cls or .json file of the same name next to it, on either side.
+    An image's label is taken from the .cls or .json file of the same name next to it, on either side. A link to a file
+    of the archive is that file under another name. Other links, devices and pipes are left out.
 
     Raises:
-        DataError: it is no tar archive, cut short or damaged, or it has sparse members or a label that is none.
+        DataError: it is no tar archive, cut short or damaged, or it has sparse images or a label that is none.
     """
     bounded = BoundedFile(file, LARGEST_LABEL)
     try:
-        yield from _labelled(uri, bounded)
+        yield from _Listing(uri, bounded, left_out or LeftOut()).members()
     except DataError:
         raise
     except Exception as error:
         raise unreadable(uri, bounded, error) from error
 
 
-def _labelled(uri: str, file: BoundedFile) -> Iterator[Member]:
-    group: list[Member] = []
-    label: str | None = None
-    problem: DataError | None = None  # of a label file; some .json files are not labels, and lie beside no image
-    stem = ""
-    end = 0
-    with tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:") as archive:
-        while (item := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # else it would remember all of them
-            if item.size < 0 or archive.offset <= item.offset:
-                raise tarfile.ReadError("a member's size is negative")
-            end = archive.offset
-            if not item.isfile():
-                continue
-            name = printable(item.name)
-            if _stem(name) != stem:
-                yield from _group(group, label, problem)
-                group, label, problem, stem = [], None, None, _stem(name)
-            if name.endswith(LABEL_SUFFIXES):
-                try:
-                    label = _label_of(archive, item) or label
-                except DataError as error:
-                    problem = DataError(f"{uri}: member {name} {error}. Pack it again.")
-            elif item.issparse() and is_image(name):
-                raise DataError(f"{uri}: member {name} is a sparse file. Pack it again without --sparse.")
+class _Link(NamedTuple):
+    name: str
+    target: int  # hash of the target's name
+
+
+@dataclass
+class _TarGroup(Group):
+    """A group of which some files are links."""
+
+    links: list[_Link] = field(default_factory=list)
+
+
+class _Listing:
+    """One pass over the headers of a tar."""
+
+    def __init__(self, uri: str, file: BoundedFile, left_out: LeftOut) -> None:
+        self._uri = uri
+        self._file = file
+        self._left_out = left_out
+        self._places = _Places()
+        self._waiting: list[_TarGroup] = []
+        self._waiting_links = 0
+        self._labels: dict[int, Labels | DataError] = {}
+
+    def members(self) -> Iterator[Member]:
+        group, end = _TarGroup(), 0
+        with tarfile.open(fileobj=cast("IO[bytes]", self._file), mode="r:", encoding="utf-8") as archive:
+            while (item := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # else it would remember all of them
+                if item.size < 0 or archive.offset <= item.offset:
+                    raise tarfile.ReadError("a member's size is negative")
+                end = archive.offset
+                name = printable(item.name)
+                # Files that macOS puts between the others (._a.jpg) belong to no sample.
+                key = key_of(name) if not posixpath.basename(name).startswith(".") else group.key
+                if key != group.key and not item.isdir():
+                    yield from self._finished(group)
+                    group = _TarGroup(key)
+                self._add(group, name, item)
+            yield from self._finished(group)
+            _require_end(self._file, end)
+            yield from self._resolved(final=True)
+
+    def _add(self, group: _TarGroup, name: str, item: tarfile.TarInfo) -> None:
+        if item.islnk() or item.issym():
+            if (target := _target(item)) is None:
+                self._left_out.add(LINKS_OUTSIDE, name)
             else:
-                group.append(Member(name, item.offset_data, item.size, 0, None))
-        yield from _group(group, label, problem)
-    _require_end(file, end)
+                group.links.append(_Link(name, target))
+        elif item.issparse():
+            if is_image(name):
+                raise DataError(f"{self._uri}: member {name} is a sparse file. Pack it again without --sparse.")
+            if is_label(name):
+                group.labels[name] = _no_label()
+            else:
+                self._left_out.add("sparse files", name)
+        elif item.isfile() or item.type not in tarfile.SUPPORTED_TYPES:  # POSIX: unknown types are files
+            self._places.add(item.name, item.offset_data, item.size)
+            if is_label(name):
+                group.labels[name] = self._read_label(name, item.offset_data, item.size)
+            else:
+                group.members.append(Member(name, item.offset_data, item.size, 0, None))
+        elif not item.isdir():
+            self._left_out.add("devices and pipes", name)
+
+    def _finished(self, group: _TarGroup) -> Iterator[Member]:
+        """The members of a group, unless it has links."""
+        if not group.links:
+            yield from labelled(self._uri, group, self._left_out)
+            return
+        self._waiting.append(group)
+        self._waiting_links += len(group.links)
+        if self._waiting_links > MOST_WAITING:
+            yield from self._resolved(final=False)
+
+    def _resolved(self, *, final: bool) -> Iterator[Member]:
+        """The members of the waiting groups whose links lead to known files; at the end of all groups."""
+        waiting, self._waiting, self._waiting_links = self._waiting, [], 0
+        links = {_name_hash(link.name): link.target for group in waiting for link in group.links}
+        known = self._places.find(list(links.values()))
+        for group in waiting:
+            unresolved = []
+            for link in group.links:
+                target, steps = link.target, 0
+                while target not in known and target in links and steps < LONGEST_CHAIN:
+                    target, steps = links[target], steps + 1
+                if target in known:
+                    self._add_target(group, link.name, *known[target])
+                else:
+                    unresolved.append(link)
+            group.links = unresolved
+            if not unresolved or final:
+                for link in unresolved:
+                    self._left_out.add(LINKS_OUTSIDE, link.name)
+                yield from labelled(self._uri, group, self._left_out)
+            else:
+                self._waiting.append(group)
+                self._waiting_links += len(unresolved)
+        if self._waiting_links > MOST_WAITING // 2:
+            raise DataError(
+                f"{self._uri} has more than {MOST_WAITING // 2:,} links whose targets are not in the archive, or come "
+                "later in it. Pack it again with --dereference."
+            )
+
+    def _add_target(self, group: Group, name: str, offset: int, size: int) -> None:
+        self._places.add(name, offset, size)
+        if is_label(name):
+            if offset not in self._labels:
+                if len(self._labels) >= CACHED_LABELS:
+                    self._labels.clear()
+                self._labels[offset] = self._read_label(name, offset, size)
+            group.labels[name] = self._labels[offset]
+        else:
+            group.members.append(Member(name, offset, size, 0, None))
+
+    def _read_label(self, name: str, offset: int, size: int) -> Labels | DataError:
+        if size > LARGEST_LABEL:
+            return _no_label()
+        self._file.seek(offset)
+        content = self._file.read(size)
+        try:
+            return parse_label(content, is_json=name.lower().endswith(".json"))
+        except DataError as error:  # it may lie beside no image: not all .json files are labels
+            return error
 
 
-def _group(members: list[Member], label: str | None, problem: DataError | None) -> Iterator[Member]:
-    """The members of one stem, labelled."""
-    if problem is not None and any(is_image(member.key) for member in members):
-        raise problem
-    yield from (member._replace(label=label) for member in members)
+class _Places:
+    """Where the files of an archive lie, by hash of their names: 24 bytes per file."""
+
+    def __init__(self) -> None:
+        self._hashes, self._offsets, self._sizes = array("q"), array("q"), array("q")
+
+    def add(self, name: str, offset: int, size: int) -> None:
+        self._hashes.append(_name_hash(name))
+        self._offsets.append(offset)
+        self._sizes.append(size)
+
+    def find(self, hashes: list[int]) -> dict[int, tuple[int, int]]:
+        """(offset, size) by hash; of files with the same name the last one."""
+        if not hashes or not self._hashes:
+            return {}
+        known = np.array(self._hashes, np.int64)
+        order = np.argsort(known, kind="stable")
+        wanted = np.unique(np.asarray(hashes, np.int64))
+        found = order[np.searchsorted(known, wanted, "right", sorter=order) - 1]
+        places = found[known[found] == wanted].tolist()
+        return {self._hashes[place]: (self._offsets[place], self._sizes[place]) for place in places}
+
+
+def _name_hash(name: str) -> int:
+    """64 bits that nobody can foresee, so that no archive is made of names that collide."""
+    return hash(_normal(name))
+
+
+def _normal(name: str) -> str:
+    plain = "./" not in name and "//" not in name and name[:1] != "/"
+    return name if plain else posixpath.normpath(name).lstrip("/")
+
+
+def _target(link: tarfile.TarInfo) -> int | None:
+    """Hash of the name of a link's target; None if it lies outside of the archive."""
+    target = link.linkname
+    if link.issym():
+        if target.startswith("/"):
+            return None
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(_normal(link.name)), target))
+    return None if target.split("/", 1)[0] == ".." else _name_hash(target)
+
+
+def _no_label() -> DataError:
+    return DataError(f"is sparse or larger than {LARGEST_LABEL:,} bytes, and no label")
 
 
 def _require_end(file: BoundedFile, end: int) -> None:
@@ -99,41 +248,3 @@ def _require_end(file: BoundedFile, end: int) -> None:
     file.seek(max(size - _BLOCK, 0))
     if file.read().strip(b"\0"):
         raise tarfile.ReadError("it is cut short")
-
-
-def _stem(name: str) -> str:
-    """The name up to the first dot of its last part, which members of one sample share."""
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.split(".", 1)[0]
-
-
-def _label_of(archive: tarfile.TarFile, item: tarfile.TarInfo) -> str | None:
-    """The class in a .cls or .json member.
-
-    Raises:
-        DataError: it is too large, sparse, not UTF-8 or no JSON.
-    """
-    if item.size > LARGEST_LABEL or item.issparse():
-        raise DataError(f"is sparse or larger than {LARGEST_LABEL:,} bytes, and no label")
-    content = archive.extractfile(item)
-    assert content is not None
-    return _label(content.read(), is_json=item.name.endswith(".json"))
-
-
-def _label(content: bytes, *, is_json: bool) -> str | None:
-    try:
-        if is_json:
-            value = msgspec.json.decode(content)
-            if isinstance(value, dict):
-                value = next((value[key] for key in LABEL_KEYS if key in value), None)
-            text = "" if value is None or isinstance(value, (dict, list)) else str(value)
-        else:
-            text = content.decode().strip()
-        text.encode()
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise DataError(f"is no JSON: {error}") from error
-    except UnicodeError as error:
-        raise DataError("is not UTF-8") from error
-    if len(text) > LONGEST_CLASS:
-        raise DataError(f"names a class of {len(text):,} characters, more than {LONGEST_CLASS:,}")
-    return text or None

@@ -1,0 +1,77 @@
+"""Files of one listing that have the same name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+
+from job.data.index.left_out import COPIES, REPLACED, LeftOut
+
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+
+
+def drop_duplicates(path: Path, left_out: LeftOut, *, members: bool) -> None:
+    """Leave one row per name in the listing at ``path``, the last one.
+
+    In an archive, a member replaces an earlier one of the same name, whatever it holds. Elsewhere two keys of one name
+    (``é`` composed and decomposed, say) are files of their own, and copies only if their sizes are equal, too.
+    8 bytes per row are held in memory.
+
+    Args:
+        path: of an Arrow file, which is written anew if there are duplicates.
+        left_out: counts them.
+        members: the rows are members of archives.
+    """
+    with pa.memory_map(str(path)) as file:
+        hashes = _hashes(pa.ipc.open_file(file), sizes=not members)
+        ordered = np.sort(hashes)
+        repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+        del ordered
+        if not len(repeated):
+            return
+        last = np.full(len(repeated), -1, np.int64)
+        candidates = np.flatnonzero(np.isin(hashes, repeated))
+        # Later rows overwrite earlier ones.
+        np.maximum.at(last, np.searchsorted(repeated, hashes[candidates]), candidates)
+        dropped = np.zeros(len(hashes), np.bool_)
+        dropped[candidates] = True
+        dropped[last] = False
+        _rewrite(pa.ipc.open_file(file), path, dropped, left_out, REPLACED if members else COPIES)
+
+
+def _hashes(reader: pa.ipc.RecordBatchFileReader, *, sizes: bool) -> npt.NDArray[np.uint64]:
+    """A hash of source and name per row, and of the size where it counts; each folder has one of its own."""
+    # Python's hash of a string is keyed anew per process: nobody can make an archive whose names collide.
+    found = []
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number)
+        hashes = np.fromiter(map(hash, batch.column("name").to_pylist()), np.int64, len(batch)).view(np.uint64)
+        hashes = hashes + batch.column("source").to_numpy().astype(np.uint64) * _ODD
+        if sizes:
+            size = batch.column("size").to_numpy()
+            hashes = hashes ^ (size.view(np.uint64) * _ODD)
+            unknown = size < 0
+            hashes[unknown] = np.arange(len(batch), dtype=np.uint64)[unknown] + np.uint64(number << 32)
+        found.append(hashes)
+    return np.concatenate([np.empty(0, np.uint64), *found])
+
+
+def _rewrite(
+    reader: pa.ipc.RecordBatchFileReader, path: Path, dropped: npt.NDArray[np.bool_], left_out: LeftOut, kind: str
+) -> None:
+    target, start = path.with_name(f"{path.name}-once"), 0
+    with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, reader.schema) as writer:
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            drop = pa.array(dropped[start : start + len(batch)])
+            start += len(batch)
+            samples = batch.filter(pc.and_(drop, batch.column("image")))
+            if len(samples):
+                left_out.add(kind, samples.column("key")[0].as_py(), len(samples))
+            writer.write_batch(batch.filter(pc.invert(drop)))
+    target.replace(path)
