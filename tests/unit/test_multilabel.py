@@ -64,6 +64,11 @@ def test_an_index_holds_several_labels_only_where_the_data_does(tmp_path: Path) 
     assert pa.ipc.open_file(str(Path(one.folder) / "train.arrow")).schema == SCHEMA
 
 
+def test_one_label_that_an_image_has_or_not_is_enough(tmp_path: Path) -> None:
+    index = index_of(tmp_path, [["defect"], [], [], ["defect"]])
+    assert index.multi_hot_of(np.arange(4)).tolist() == [[1], [0], [0], [1]]
+
+
 def test_a_saved_index_keeps_the_labels(tmp_path: Path) -> None:
     data = table(tmp_path / "data", LISTS)
     first = index_parts(data)["train"]
@@ -119,7 +124,7 @@ def test_damaged_labels_are_refused(labels: list[Any], message: str, tmp_path: P
         ([["red", None], ["blue"]], "holds an empty one"),
         ([[["red"]], ["blue"]], "row 0"),
         ([["a" * 2000], ["b"]], "2,000 characters"),
-        ([[], []], "no image of .* has a label"),
+        ([[], []], "has no class: at least one is needed"),
     ],
 )
 def test_lists_of_labels_that_mean_nothing_are_refused(labels: list[Any], message: str, tmp_path: Path) -> None:

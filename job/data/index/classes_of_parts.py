@@ -34,10 +34,11 @@ def settle(parts: dict[str, list[Part]], *, test_given: bool) -> dict[str, str]:
     if "train" not in parts:
         return {}
     train = _images(parts["train"])
+    if not train:
+        raise DataError(f"no image of {parts['train'][0].root} has a label.")
     if len(train) < (1 if any(part.several_labels for part in parts["train"]) else 2):
-        name = next(iter(train), None)
-        holds = "no class" if name is None else f"a single class ({escape(name)})"
-        raise DataError(f"{parts['train'][0].root} has {holds}: at least two classes are needed.")
+        name = escape(next(iter(train)))
+        raise DataError(f"{parts['train'][0].root} has a single class ({name}): at least two classes are needed.")
     absent = {}
     for name in [each for each in parts if each != "train"]:
         contents = parts[name]

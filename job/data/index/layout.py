@@ -264,6 +264,11 @@ def _class_folders(
     """
     path, folder = _unwrapped(path, folder, known)
     root = _root(listing, path)
+    if unreadable := [each for each in listing.unreadable if each.startswith(_join(path, ""))]:
+        raise DataError(
+            f"{storage.join(listing.uri, unreadable[0])} cannot be read (permission denied, or its name is not UTF-8), "
+            "and may be a class. Make it readable, rename it, or move it away."
+        )
     if not folder.total:
         raise DataError(f"no image under {root}. Expected CLASS/*.jpg (or .png, .webp, …).")
     if folder.images:
