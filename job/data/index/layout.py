@@ -158,7 +158,7 @@ def _labelled_parts(listing: Listing) -> dict[str, Part]:
                 f"{listing.uri}: {example} has no label, others have. Label it in the table, or by a .cls or .json "
                 "file in the archive, or remove it."
             )
-        if images or problem:
+        if images or problem or several_labels:
             parts[part] = Part(listing.uri, dict(images), functools.partial(tables, part), problem, several_labels)
     return parts
 
