@@ -13,7 +13,9 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
+import fork_server
 import numpy as np
 import torch
 from PIL import Image
@@ -149,16 +151,62 @@ def command(*args: object, processes: int = 0, restarts: int = 0) -> list[str]:
     return [*job, *map(str, args)]
 
 
-def run(*args: object, processes: int = 0, timeout: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:
+def start(
+    *args: object,
+    stdout: IO[Any],
+    stderr: IO[Any],
+    processes: int = 0,
+    restarts: int = 0,
+    fresh: bool = False,
+    module: str = "job",
+    variables: dict[str, str],
+    session: bool = False,
+) -> fork_server.Process | subprocess.Popen[bytes]:
+    """Start ``python -m job …``, by its launcher when ``processes`` is given.
+
+    Args:
+        args: command and options.
+        stdout: file for the standard output.
+        stderr: file for the standard error.
+        processes: LAUNCH_PROCESSES; 0: no launcher.
+        restarts: LAUNCH_RESTARTS.
+        fresh: in a new interpreter, also where a fork of one that has imported everything would do.
+        module: the module to run.
+        variables: all environment variables.
+        session: start a session, and so a process group.
+    """
+    line = [module, *(["launch"] if processes else []), *map(str, args)]
+    if processes:
+        variables = {**variables, "LAUNCH_PROCESSES": str(processes), "LAUNCH_RESTARTS": str(restarts)}
+    if fresh or not fork_server.can_fork(variables):
+        return subprocess.Popen(
+            [sys.executable, "-m", *line],
+            stdout=stdout,
+            stderr=stderr,
+            env=variables,
+            cwd=REPOSITORY,
+            start_new_session=session,
+        )
+    return fork_server.Process(line, variables, REPOSITORY, stdout, stderr, start_new_session=session)
+
+
+def run(
+    *args: object, processes: int = 0, timeout: float = 600, fresh: bool = False, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run it to its end, whatever that is."""
-    return subprocess.run(
-        command(*args, processes=processes),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment(**variables),
-        cwd=REPOSITORY,
-    )
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = start(
+            *args, stdout=stdout, stderr=stderr, processes=processes, fresh=fresh, variables=environment(**variables)
+        )
+        try:
+            code = process.wait(timeout)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        for file in (stdout, stderr):
+            file.seek(0)
+        return subprocess.CompletedProcess(list(map(str, args)), code, stdout.read(), stderr.read())
 
 
 @dataclass(frozen=True)
@@ -203,9 +251,11 @@ def fit_here(folder: Path, **more: object) -> Path:
     return folder / "run"
 
 
-def run_well(*args: object, processes: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_well(
+    *args: object, processes: int = 0, fresh: bool = False, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run it to its end, which must be a good one."""
-    result = run(*args, processes=processes, **variables)
+    result = run(*args, processes=processes, fresh=fresh, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 

@@ -6,11 +6,10 @@ import contextlib
 import os
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-from support import TINY, command, environment, options
+from support import TINY, environment, options, start
 
 SETTINGS: dict[str, object] = {
     **TINY,
@@ -34,34 +33,44 @@ def sabotage(marker: Path, **settings: object) -> str:
 class Job:
     """A job that runs beside the test, in a process group of its own, its output in a file."""
 
-    def __init__(self, log: Path, *arguments: object, processes: int = 0, restarts: int = 0, **variables: str) -> None:
-        self._start(log, command(*arguments, processes=processes, restarts=restarts), **variables)
+    def __init__(
+        self,
+        log: Path,
+        *arguments: object,
+        processes: int = 0,
+        restarts: int = 0,
+        fresh: bool = False,
+        module: str = "job",
+        **variables: str,
+    ) -> None:
+        self.log = log
+        with log.open("ab") as file:
+            self.process = start(
+                *arguments,
+                stdout=file,
+                stderr=file,
+                processes=processes,
+                restarts=restarts,
+                fresh=fresh,
+                module=module,
+                variables=fault_environment(**variables),
+                session=True,
+            )
 
     @classmethod
     def node(cls, log: Path, *arguments: object, port: int) -> Job:
         """One of up to two elastic nodes, which meet at ``port``."""
         torchrun = [
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=5"),
+            *("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=5"),
             *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic-test"),
             *("--rdzv-conf=last_call_timeout=5", "--local-addr=127.0.0.1", "-m", "job", *map(str, arguments)),
         ]
-        job = cls.__new__(cls)
-        job._start(log, torchrun, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-        return job
+        return cls(log, *torchrun, module="torch.distributed.run", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 
     @classmethod
     def with_lease(cls, log: Path, seconds: float, *arguments: object) -> Job:
         """One process whose lease lives for ``seconds``."""
-        job = cls.__new__(cls)
-        job._start(log, [sys.executable, "-m", "short_lease", str(seconds), *map(str, arguments)])
-        return job
-
-    def _start(self, log: Path, line: list[str], **variables: str) -> None:
-        self.log = log
-        with log.open("ab") as file:
-            self.process = subprocess.Popen(
-                line, stdout=file, stderr=file, env=fault_environment(**variables), start_new_session=True
-            )
+        return cls(log, seconds, *arguments, module="short_lease")
 
     @property
     def output(self) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The URIs that were listed."""
     found: list[str] = []
     list_pages = storage.list_pages
-    monkeypatch.setattr(storage, "list_pages", lambda uri: (found.append(uri), list_pages(uri))[1])
+    monkeypatch.setattr(storage, "list_pages", lambda uri, *a, **k: (found.append(uri), list_pages(uri, *a, **k))[1])
     return found
 
 
@@ -39,13 +40,17 @@ def test_where_an_index_is_kept(uri: str, expected: str) -> None:
     assert resolve(uri).index_uri == expected
 
 
-def test_an_index_made_ahead_is_used(tmp_path: Path, listed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_index_made_ahead_is_used(
+    tmp_path: Path, listed: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     root = str(write_files(tmp_path / "data", FILES))
     main(root)
     assert "2 classes; images: train 12" in capsys.readouterr().out
     assert listed == [root]
+    caplog.set_level(logging.INFO)
     index = index_parts(root)["train"]
-    assert listed == [root]
+    assert "using the index of" in caplog.text
+    assert listed == [root, root]  # to see that nothing was added
     assert index.keys == sorted(FILES)
     assert read(index, [3]) == [FILES["blue/003.jpg"]]
 
@@ -75,6 +80,57 @@ def test_an_index_that_is_out_of_date_is_not_believed(
     assert read(index, [8]) == [picture((1, 2, 3), 4)]
     with pytest.raises(DataError, match="out of date"):
         index_parts(tmp_path / "data" / ".index" / "index.json")
+
+
+def add(root: str) -> None:
+    storage.write_bytes(f"{root}/red/new.jpg", picture((1, 2, 3), 4))
+
+
+def add_class(root: str) -> None:
+    storage.write_bytes(f"{root}/green/deep/new.jpg", picture((1, 2, 3), 4))
+
+
+def remove(root: str) -> None:
+    storage.remove(f"{root}/red/004.jpg")
+
+
+def rename(root: str) -> None:
+    storage.write_bytes(f"{root}/red/014.jpg", FILES["red/004.jpg"])
+    remove(root)
+
+
+@pytest.mark.parametrize("most_listed", [100, 1])
+@pytest.mark.parametrize("change", [add, add_class, remove, rename])
+@pytest.mark.parametrize("kind", ["disk", "memory"])
+def test_an_index_notices_what_came_and_went(
+    kind: str,
+    change: Callable[[str], None],
+    most_listed: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("job.data.index.freshness.MOST_LISTED", most_listed)
+    monkeypatch.setattr("job.data.index.store.SAMPLES_CHECKED", 1)
+    root = f"memory://grown/{tmp_path.name}" if kind == "memory" else str(tmp_path / "data")
+    for key, content in FILES.items():
+        storage.write_bytes(f"{root}/{key}", content)
+    main(root)
+    caplog.clear()
+    assert len(index_parts(root)["train"]) == 12
+    assert ("images added to others since then are not noticed" in caplog.text) == (most_listed == 1)
+    storage.write_bytes(f"{root}/red/notes.txt", b"no image")
+    caplog.clear()
+    index_parts(root)
+    assert "out of date" not in caplog.text
+    change(root)
+    index = index_parts(root)["train"]
+    assert "out of date" in caplog.text
+    expected = {add: 13, add_class: 13, remove: 11, rename: 12}[change]
+    assert len(index) == expected
+    assert ("green" in index.classes) == (change is add_class)
+    with pytest.raises(DataError, match="out of date"):
+        index_parts(f"{root}/.index/index.json")
 
 
 @pytest.mark.parametrize("damage", ["{", '{"format": 0}', "{}"])

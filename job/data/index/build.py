@@ -20,6 +20,7 @@ from job import redact
 from job.data.index import classes_of_parts, layout
 from job.data.index.access import Access
 from job.data.index.file import MOST_CLASSES, IndexInfo, PartInfo, load_index_info
+from job.data.index.folder_state import FolderState
 from job.data.index.index import Index, PartWriter
 from job.data.index.layout import Part
 from job.data.index.left_out import LeftOutKind, summary
@@ -65,6 +66,7 @@ def build(
         tempfile.TemporaryDirectory(prefix=".list-", dir=folder) as scratch,
     ):
         left_out: list[LeftOutKind] = []
+        folders: list[FolderState] = []
         for number, (name, location) in enumerate(locations):
             context = ListingContext(
                 sources, cache_dir, access or Access(typed=(location.uri,)), labelled=layout_of != "images"
@@ -78,6 +80,7 @@ def build(
                 level = logging.INFO if context.left_out.is_expected() else logging.WARNING
                 log.log(level, "%s", summary(redact.identity(location.uri), kinds))
                 left_out += kinds
+            folders += context.folders
         absent = classes_of_parts.settle(parts, test_given="test" in roots)
         classed = parts.get("train", chain(*parts.values()))
         classes = layout.class_order({name for part in classed for name in part.images})
@@ -96,6 +99,7 @@ def build(
             },
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             request=request or {},
+            folders=folders,
             left_out=left_out,
             absent=absent,
             several_labels=several or msgspec.UNSET,

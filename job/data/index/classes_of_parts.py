@@ -28,18 +28,17 @@ def settle(parts: dict[str, list[Part]], *, test_given: bool) -> dict[str, str]:
         why a part was taken out, by part.
 
     Raises:
-        DataError: a part has classes that train lacks, or there are too few: two, or one that an image may lack.
+        DataError: a part has classes that train lacks, or there are fewer than two classes (one, where a sample may
+            have several or none).
     """
     if "train" not in parts:
         return {}
     train = _images(parts["train"])
-    least = 1 if any(part.several_labels for part in parts["train"]) else 2
-    if len(train) < least:
-        name = next(iter(train), None)
-        holds = "no class" if name is None else f"a single class ({escape(name)})"
-        raise DataError(
-            f"{parts['train'][0].root} has {holds}: at least {'two classes are' if least == 2 else 'one is'} needed."
-        )
+    if not train:
+        raise DataError(f"no image of {parts['train'][0].root} has a label.")
+    if len(train) < (1 if any(part.several_labels for part in parts["train"]) else 2):
+        name = escape(next(iter(train)))
+        raise DataError(f"{parts['train'][0].root} has a single class ({name}): at least two classes are needed.")
     absent = {}
     for name in [each for each in parts if each != "train"]:
         contents = parts[name]

@@ -16,6 +16,7 @@ import pyarrow.ipc
 from job import storage
 from job.data.index.access import OBJECT_STORES, leaves_folder, split_scheme
 from job.data.index.arrow_file import require_uncompressed
+from job.data.index.folder_state import FolderState
 from job.data.index.left_out import LeftOutKind
 from job.data.index.sources import INDEX_FILE, Source, format_of
 from job.data.index.sources.base import LONGEST_CLASS, LONGEST_KEY
@@ -81,6 +82,7 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         parts: by name (train, val, test; all).
         created: ISO time.
         request: options of the run that made the index; any JSON.
+        folders: what the folders among the sources held.
         left_out: files of the listing that are no samples.
         absent: why a part that the data seems to have is not in the index, by part.
         format: version of this format.
@@ -92,6 +94,7 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parts: Annotated[dict[PartName, PartInfo], msgspec.Meta(min_length=1)]
     created: Annotated[str, msgspec.Meta(max_length=64)]
     request: dict[str, Any] = {}
+    folders: Annotated[list[FolderState], msgspec.Meta(max_length=1 << 24)] = []
     left_out: Annotated[list[LeftOutKind], msgspec.Meta(max_length=1 << 16)] = []
     absent: dict[PartName, Annotated[str, msgspec.Meta(max_length=65_536)]] = {}
     format: int = FORMAT
@@ -102,6 +105,8 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("a class is named twice")
         for source in self.sources:
             format_of(source)
+        if any(folder.source >= len(self.sources) for folder in self.folders):
+            raise ValueError("the state of a folder that is no source")
 
     @property
     def schema(self) -> pa.Schema:

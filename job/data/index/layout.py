@@ -36,7 +36,7 @@ class Part:
         tables: returns its samples, whenever it is called, in tables with the columns of :data:`LISTING`; ``class`` is
             set where ``images`` has classes.
         problem: why its images have no usable labels; None: they have.
-        several_labels: some images have ``classes``, and not exactly one of them.
+        several_labels: some samples have ``classes``, and not exactly one of them.
     """
 
     root: str
@@ -142,14 +142,15 @@ def _labelled_parts(listing: Listing) -> dict[str, Part]:
     parts = {}
     for part in PARTS:
         images: Counter[str] = Counter()
-        unlabelled, example, several_labels = 0, "", False
+        unlabelled, example, is_several, samples = 0, "", False, 0
         for table in tables(part):
             without = pc.and_(pc.is_null(table["class"]), pc.is_null(table["classes"]))
             if missing := pc.sum(without).as_py() or 0:
                 unlabelled, example = unlabelled + missing, example or table.filter(without)["key"][0].as_py()
-            several = pc.not_equal(pc.list_value_length(table["classes"]), 1)
-            several_labels |= bool(pc.any(several).as_py())
-            for labels in (table["class"], pc.list_flatten(table["classes"])):
+            samples += len(table)
+            lists = table["classes"]
+            is_several |= bool(pc.any(pc.not_equal(pc.list_value_length(lists), 1)).as_py())
+            for labels in (table["class"].filter(pc.is_null(lists)), pc.list_flatten(lists)):
                 for pair in pc.value_counts(labels.drop_null()).to_pylist():
                     images[pair["values"]] += pair["counts"]
         problem = f"{unlabelled:,} of its images have no label, for example {example}" if unlabelled else None
@@ -158,8 +159,8 @@ def _labelled_parts(listing: Listing) -> dict[str, Part]:
                 f"{listing.uri}: {example} has no label, others have. Label it in the table, or by a .cls or .json "
                 "file in the archive, or remove it."
             )
-        if images or problem or several_labels:
-            parts[part] = Part(listing.uri, dict(images), functools.partial(tables, part), problem, several_labels)
+        if samples:
+            parts[part] = Part(listing.uri, dict(images), functools.partial(tables, part), problem, is_several)
     return parts
 
 
@@ -263,6 +264,11 @@ def _class_folders(
     """
     path, folder = _unwrapped(path, folder, known)
     root = _root(listing, path)
+    if unreadable := [each for each in listing.unreadable if each.startswith(_join(path, ""))]:
+        raise DataError(
+            f"{storage.join(listing.uri, unreadable[0])} cannot be read (permission denied, or its name is not UTF-8), "
+            "and may be a class. Make it readable, rename it, or move it away."
+        )
     if not folder.total:
         raise DataError(f"no image under {root}. Expected CLASS/*.jpg (or .png, .webp, …).")
     if folder.images:

@@ -5,7 +5,7 @@ This is the boundary at which keys of all sources get their names, and at which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ import pyarrow.ipc
 
 from job.data.index import left_out, names
 from job.data.index.duplicates import drop_duplicates
+from job.data.index.folder_state import FolderState
 from job.data.index.sources import ListingContext, Location, Source, format_of
 from job.data.index.sources.base import IMAGE_PATTERN, LISTING
 
@@ -32,10 +33,12 @@ class Listing:
     Attributes:
         uri: the URI.
         path: the local file.
+        unreadable: folders that cannot be read, but may hold images.
     """
 
     uri: str
     path: Path
+    unreadable: Sequence[str] = ()
 
     def tables(self) -> Iterator[pa.Table]:
         """Its rows, as they were written."""
@@ -48,15 +51,21 @@ class Listing:
 def list_location(location: Location, target: Path, context: ListingContext) -> Listing:
     """List ``location`` into the file ``target``; its sources are appended to those of ``context``."""
     all_meant, members, unusual = location.format.samples == "elsewhere", location.format.samples == "members", False
+    state = FolderState(len(context.sources))
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, NAMED) as writer:
         for table in _tables(location, context):
             named, renamed = _named(table, context, all_meant=all_meant)
             unusual |= renamed
             writer.write_table(named)
+            if location.format.samples == "objects":
+                images = named.filter(named["image"]).combine_chunks()
+                state = state.including(*(images[name].combine_chunks() for name in ("key", "size", "version")))
+    if location.format.samples == "objects":
+        context.folders.append(state)
     # Only an archive can hold a key twice, and only keys that are spelled unusually can share a name.
     if not all_meant and (members or unusual):
         drop_duplicates(target, context.left_out, members=members)
-    return Listing(location.uri, target)
+    return Listing(location.uri, target, tuple(names.normalise(pa.array(context.unreadable, pa.string())).to_pylist()))
 
 
 def _named(table: pa.Table, context: ListingContext, *, all_meant: bool) -> tuple[pa.Table, bool]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from job import storage
 from job.data.index.access import Access
 from job.data.index.bounded import compression_of, unpack
+from job.data.index.embedded_images import extract_images
 from job.data.index.sources.base import Source
 from job.storage.local_cache import locked, private_folder, report_disk_full
 
@@ -20,8 +21,8 @@ log = logging.getLogger(__name__)
 def materialise(source: Source, cache_dir: str, access: Access | None = None) -> str:
     """Make ``source`` readable in parts; returns its URI, or the path of its copy on this node.
 
-    It is downloaded once per node (other processes wait for the first); its size and, where the store reports one,
-    checksum are verified, as is a compressed stream's own.
+    It is downloaded once per node (other processes wait for the first), and unpacked. Its size and, where
+    the store reports one, checksum are verified, as is a compressed stream's own.
 
     Args:
         cache_dir: local folder of the node's cache.
@@ -33,17 +34,19 @@ def materialise(source: Source, cache_dir: str, access: Access | None = None) ->
     """
     if not source.whole:
         return source.uri
-    name = f"{storage.basename(source.uri)}-{hashlib.sha256(source.uri.encode()).hexdigest()[:8]}-{source.version:016x}"
+    place = hashlib.sha256("\0".join(filter(None, (source.uri, source.column))).encode()).hexdigest()[:8]
+    name = f"{storage.basename(source.uri)}-{place}-{source.version:016x}"
     target = Path(cache_dir).expanduser() / "archives" / name
     with report_disk_full(target.parent, f"keep a copy of {source.uri}"):
         private_folder(target.parent)
         with locked(target), access.guarded() if access else contextlib.nullcontext():
             if not target.exists():
-                _fetch(source.uri, target)
+                _fetch(source, target)
     return str(target)
 
 
-def _fetch(uri: str, target: Path) -> None:
+def _fetch(source: Source, target: Path) -> None:
+    uri = source.uri
     # Written beside the target and renamed at the end: a killed process leaves no half of it.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         copy = Path(scratch) / "copy"
@@ -53,5 +56,9 @@ def _fetch(uri: str, target: Path) -> None:
             unpacked = Path(scratch) / "unpacked"
             unpack(uri, copy, unpacked)
             copy = unpacked
+        if source.column:
+            images = Path(scratch) / "images"
+            extract_images(uri, copy, source.column, images)
+            copy = images
         copy.chmod(0o600)
         copy.replace(target)

@@ -11,7 +11,7 @@ import re
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_UNUSUAL = r"[^\x00-\x7f]|\\|//|(^|/)\./|^[/\s]|\s/|/\s"
+_UNUSUAL = r"[^\x00-\x7f]|\\|//|(^|/)\.\.?/|^[/\s]|\s/|/\s"
 """Keys whose name may differ from them."""
 _SYSTEM_NAMES = (
     "__MACOSX",
@@ -34,13 +34,13 @@ _HIDDEN = rf"(?i)(^|/)(\.|({'|'.join(_SYSTEM_NAMES)})(/|$))"
 def normalise(keys: pa.Array) -> pa.Array:
     """The names of ``keys``, string [N].
 
-    ``/`` separates folders (not ``\\``), none of which is empty or ``.``; blanks around a folder's name are removed;
-    Unicode is composed (NFC), so that a name from macOS equals the same name from Linux.
+    ``/`` separates folders (not ``\\``), none of which is empty, ``.`` or ``..``; blanks around a folder's name are
+    removed; Unicode is composed (NFC), so that a name from macOS equals the same name from Linux.
     """
     if not pc.any(pc.match_substring_regex(keys, _UNUSUAL)).as_py():
         return keys
     names = pc.utf8_normalize(pc.replace_substring(keys, "\\", "/"), form="NFC")
-    for pattern, replacement in ((r"\s*/\s*", "/"), (r"/(\./)+", "/"), (r"/{2,}", "/"), (r"^(\s|\./|/)+", "")):
+    for pattern, replacement in ((r"\s*/\s*", "/"), (r"/{2,}", "/"), (r"/(\.\.?/)+", "/"), (r"^(\s|\.\.?/|/)+", "")):
         names = pc.replace_substring_regex(names, pattern, replacement)
     return names
 

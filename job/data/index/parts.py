@@ -16,6 +16,7 @@ from job import storage
 from job.data.index import layout
 from job.data.index.access import is_local_uri
 from job.data.index.file import DamagedIndex, OldFormat
+from job.data.index.freshness import has_same_images
 from job.data.index.index import Index
 from job.data.index.layout import Part
 from job.data.index.listing import list_location
@@ -51,8 +52,9 @@ def parts_of(
             if "train" not in saved:
                 raise DataError(f"the index of {location.uri} has no training part; it has {', '.join(saved)}.")
             return saved
-        if saved and len(saved) == 1:
-            return {name: next(iter(saved.values()))}
+        usable = [part for part in (saved or {}).values() if not part.problem]
+        if len(usable) == 1:
+            return {name: usable[0]}
         if saved and location.is_saved_index:
             raise DataError(f"{location.uri} has several parts ({', '.join(saved)}): give it by --data.root.")
     listing = list_location(location, scratch, context)
@@ -81,7 +83,8 @@ def _saved_parts(location: Location, folder: Path, context: ListingContext) -> d
     if not info.classes:
         raise DamagedIndex(f"{saved} names no class. Make it again by python -m job index.")
     indexes = {part: Index(folder, part, context.access) for part in info.parts}
-    if not is_fresh(storage.join(saved, INDEX_FILE), info, list(indexes.values())):
+    where, contents = storage.join(saved, INDEX_FILE), list(indexes.values())
+    if not (is_fresh(where, info, contents) and has_same_images(where, info, contents, folder / "listing", context)):
         if location.is_saved_index:
             raise DataError(f"{uri} is out of date (see above). Make it again by python -m job index.")
         return None
@@ -104,18 +107,13 @@ def _saved_parts(location: Location, folder: Path, context: ListingContext) -> d
 
     for kind in info.left_out:
         context.left_out.add(kind.kind, kind.example, kind.count)
-    return {
-        part: Part(
-            index.root,
-            _images(index),
-            functools.partial(tables, index),
-            several_labels=index.has_several_labels,
-        )
-        for part, index in indexes.items()
-    }
+    parts = {part: Part(uri, {}, lambda: iter(()), problem) for part, problem in info.absent.items()}
+    for part, index in indexes.items():
+        rows, several = functools.partial(tables, index), index.has_several_labels
+        parts[part] = Part(index.root, _images(index), rows, several_labels=several)
+    return parts
 
 
 def _images(index: Index) -> dict[str, int]:
     """Number of images by class."""
-    counts = index.class_counts().tolist()
-    return {name: count for name, count in zip(index.classes, counts, strict=True) if count}
+    return {name: count for name, count in zip(index.classes, index.class_counts().tolist(), strict=True) if count}

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -46,6 +46,14 @@ class LocalDisk(Store):
     def serves(cls, fs: fsspec.AbstractFileSystem) -> bool:
         """Whether the class is the one for ``fs``."""
         return isinstance(fs, LocalFileSystem)
+
+    def list_folder(self, folder: str) -> list[dict[str, Any]]:
+        """The details of what lies directly in a folder, links followed; ``problem`` is set where one leads nowhere."""
+        try:
+            with os.scandir(folder or self.fs.root_marker) as entries:
+                return [_details(folder, entry) for entry in entries]
+        except NotADirectoryError as error:
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder") from error
 
     def has_empty_folder(self, path: str) -> bool:
         """Whether there is a folder."""
@@ -144,6 +152,30 @@ class LocalDisk(Store):
                         "be stopped (SIGSTOP): end it, or let it go on."
                     )
                 time.sleep(0.02)
+
+
+def _details(folder: str, entry: os.DirEntry[str]) -> dict[str, Any]:
+    """Size and modification time as fsspec's ``info`` has them, which follows links; its ``ls`` does not."""
+    details: dict[str, Any] = {"name": f"{folder}/{entry.name}", "type": "file"}
+    try:
+        status = entry.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM):
+            raise
+        return {**details, "problem": "broken links"}
+    if stat.S_ISDIR(status.st_mode):
+        if entry.is_symlink() and _is_above(status, folder):
+            return {**details, "problem": "links to a folder that holds them"}
+        return {**details, "type": "directory"}
+    if not stat.S_ISREG(status.st_mode):
+        return {**details, "problem": "devices, pipes and sockets"}
+    return {**details, "size": status.st_size, "mtime": status.st_mtime}
+
+
+def _is_above(status: os.stat_result, folder: str) -> bool:
+    """Whether a directory is ``folder`` or lies on the path to it, which may go through links."""
+    path = Path(folder or "/").absolute()
+    return any(os.path.samestat(status, each.stat()) for each in (path, *path.parents))
 
 
 def _lock_file(path: str) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from job import redact, storage
 from job.data.index.sources.base import ListingContext, Source, SourceFormat
 from job.data.index.sources.folder import Folder
+from job.data.index.sources.parquet_tables import ParquetImages
 from job.data.index.sources.table import Table
 from job.data.index.sources.tar_archive import Tar
 from job.data.index.sources.zip_archive import Zip
@@ -16,7 +17,7 @@ from job.errors import ConfigError, StorageError
 __all__ = ["FORMATS", "ListingContext", "Location", "Source", "SourceFormat", "expand_braces", "format_of", "resolve"]
 
 INDEX_FILE = "index.json"
-FORMATS: tuple[SourceFormat, ...] = (Tar(), Zip(), Table(), Folder())
+FORMATS: tuple[SourceFormat, ...] = (Tar(), Zip(), Table(), ParquetImages(), Folder())
 """A new format is one line here; the first whose suffix fits counts."""
 _BY_NAME = {format.name: format for format in FORMATS}
 

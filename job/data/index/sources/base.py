@@ -14,7 +14,9 @@ import pyarrow as pa
 from job import storage
 from job.data.index.access import Access
 from job.data.index.bounded import compression_of
+from job.data.index.folder_state import FolderState
 from job.data.index.left_out import LeftOut
+from job.data.index.sources.columns import Columns
 from job.errors import DataError
 from job.process.terminal import escape
 
@@ -43,7 +45,7 @@ LISTING = pa.schema(
 """Columns of a listing: one row per file; see :data:`job.data.index.file.SCHEMA`."""
 
 
-class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One thing that samples are read from, or that names them.
 
     Attributes:
@@ -51,12 +53,14 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kind: name of its :class:`SourceFormat`.
         version: 64 bits that change with the content of an archive or table; 0 for a folder.
         whole: it cannot be read in parts (a compressed tar, a server without ranges): it is copied once per node.
+        column: of a Parquet file, that holds the images.
     """
 
     uri: Annotated[str, msgspec.Meta(min_length=1, max_length=65_536)]
     kind: str
     version: Annotated[int, msgspec.Meta(ge=0)] = 0
     whole: bool = False
+    column: Annotated[str, msgspec.Meta(max_length=LONGEST_KEY)] = ""
 
     def __post_init__(self) -> None:
         if self.version >= 1 << 64:
@@ -75,14 +79,20 @@ class ListingContext:
         cache_dir: local folder for copies of archives that cannot be read in parts.
         access: what a table may name besides object stores and public web servers.
         labelled: a table must have labels.
+        columns: of tables, as the user names them.
         left_out: counts what is no sample.
+        folders: states of the folders that are listed.
+        unreadable: keys of folders that cannot be read, but may hold images.
     """
 
     sources: list[Source]
     cache_dir: str
     access: Access
     labelled: bool
+    columns: Columns = field(default_factory=Columns)
     left_out: LeftOut = field(default_factory=LeftOut)
+    folders: list[FolderState] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
 
 
 class SourceFormat(ABC):

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from job import storage
+from job.data.index.left_out import NOT_UTF8, UNREADABLE
+from job.data.index.names import is_hidden_name
 from job.data.index.sources.base import ROWS, ListingContext, Source, SourceFormat, is_image, listing_rows
+from job.process.terminal import escape
+from job.storage import Entry
 
 
 class Folder(SourceFormat):
@@ -31,7 +35,36 @@ class Folder(SourceFormat):
                 context.sources[number] = Source(folder, self.name)
                 yield listing_rows([key], number, [-1], [-1], [storage.version(details)])
                 return
-        entries = (entry for page in storage.list_pages(source.uri) for entry in page)
+        pages = storage.list_pages(source.uri, is_hidden_name, pass_over_unreadable=True)
+        entries = (entry for page in pages for entry in page)
         while chunk := list(itertools.islice(entries, ROWS)):
-            keys, sizes, versions = zip(*chunk, strict=True)
-            yield listing_rows(keys, number, [-1] * len(keys), sizes, versions)
+            if usable := _usable(chunk, context):
+                keys, sizes, versions, _ = zip(*usable, strict=True)
+                yield listing_rows(keys, number, [-1] * len(keys), sizes, versions)
+
+
+def _usable(entries: list[Entry], context: ListingContext) -> list[Entry]:
+    """The entries that can be read and indexed; others are counted."""
+    usable = []
+    for entry in entries:
+        if entry.problem:
+            context.left_out.add(entry.problem, entry.key)
+            if entry.problem == UNREADABLE:
+                context.unreadable.append(entry.key)
+        elif entry.key.isascii() or _is_utf8(entry.key):
+            usable.append(entry)
+        elif not entry.is_dir:
+            context.left_out.add(NOT_UTF8, escape(entry.key))
+            folder, _, name = entry.key.rpartition("/")
+            if is_image(name) and not _is_utf8(folder) and escape(folder) not in context.unreadable:
+                context.unreadable.append(escape(folder))
+    return usable
+
+
+def _is_utf8(key: str) -> bool:
+    """Whether a key can be stored; disks may hold names of any bytes, which Python spells with surrogates."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
