@@ -8,7 +8,7 @@ import logging
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
@@ -31,7 +31,7 @@ from job.data.index.sources.columns import from_option as columns_from_option
 from job.data.index.store import is_run_index_usable, local_index, publish_index
 from job.data.loader import BatchLoader
 from job.data.pixels import MAX_IMAGE_PIXELS
-from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
+from job.data.sampler import BalancedBatchSampler, FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, DataError
 from job.features.store import FeatureStore
 from job.lightning_internals import epochs_processed
@@ -56,6 +56,8 @@ class ImageDataModule(pl.LightningDataModule):
         val: URI of the validation images. Without any, ``val_fraction`` of train is held out.
         test: URI of the test images.
         val_fraction: share of each class held out for validation when there is no validation part.
+        sampling: "shuffle": each image once per epoch; "balanced": as many images per epoch, but each class equally
+            often, so that images of rare classes come several times. An image with several labels counts as its rarest.
         global_batch_size: samples per training step, over all processes.
         image_size: height and width of the model's input, in pixels.
         resize: "squash" to the square, or "crop" its centre, for evaluation and prediction (and
@@ -88,6 +90,7 @@ class ImageDataModule(pl.LightningDataModule):
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
         val_fraction: float = 0.2,
+        sampling: Literal["shuffle", "balanced"] = "shuffle",
         global_batch_size: int = 32,
         image_size: int = 224,
         resize: ResizeMode = "squash",
@@ -127,6 +130,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.global_batch_size = global_batch_size
         self.image_size = image_size
         self.resize: ResizeMode = resize
+        self.sampling = sampling
         self.augment = augment
         self.augment_views = augment_views
         self.num_workers = num_workers
@@ -169,14 +173,16 @@ class ImageDataModule(pl.LightningDataModule):
 
     def fingerprint(self) -> dict[str, Any]:
         """Values that must be equal when a run resumes, by name."""
+        train = self.parts["train"].fingerprint()
         return {
-            "data.train": self.parts["train"].fingerprint(),
+            # Checkpoints of earlier versions have no entry for the sampling.
+            "data.train": train if self.sampling == "shuffle" else f"{train}, {self.sampling} sampling",
             "data.global_batch_size": self.global_batch_size,
             "seed_everything": self.seed,
         }
 
     def train_dataloader(self) -> BatchLoader:
-        """Every training sample once per epoch, shuffled by (seed, epoch)."""
+        """The training samples of an epoch, in an order that follows from (seed, epoch)."""
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> BatchLoader:
@@ -301,16 +307,27 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _loader(self, part: str, *, shuffle: bool) -> BatchLoader:
         index = self.parts[part]
-        sampler = ResumableBatchSampler(
-            len(index),
-            self.global_batch_size,
-            rank=ranks.rank(),
-            world_size=ranks.world_size(),
-            seed=self.seed,
-            shuffle=shuffle,
-            # A batch keeps at least eight places of the data set, however small it is.
-            run_length=max(min(index.info.run_length, self.global_batch_size // 8), 1),
-        )
+        sampler: ResumableBatchSampler
+        if shuffle and self.sampling == "balanced":
+            sampler = BalancedBatchSampler(
+                len(index),
+                self.global_batch_size,
+                classes=index.rarest_labels,
+                rank=ranks.rank(),
+                world_size=ranks.world_size(),
+                seed=self.seed,
+            )
+        else:
+            sampler = ResumableBatchSampler(
+                len(index),
+                self.global_batch_size,
+                rank=ranks.rank(),
+                world_size=ranks.world_size(),
+                seed=self.seed,
+                shuffle=shuffle,
+                # A batch keeps at least eight places of the data set, however small it is.
+                run_length=max(min(index.info.run_length, self.global_batch_size // 8), 1),
+            )
         if self.trainer is not None:
             # Lightning names the epoch only after loader processes have begun to fetch.
             sampler.set_epoch(epochs_processed(self.trainer))
