@@ -21,6 +21,7 @@ from job.data.index.folder_state import FolderState
 from job.data.index.left_out import LeftOut
 from job.data.index.sources import SAVED_INDEX, ListingContext, Location, format_of
 from job.data.index.sources.base import IMAGE_PATTERN, LISTING
+from job.data.index.unsuffixed import mark_unsuffixed
 
 NAMED = LISTING.append(pa.field("name", pa.string())).append(pa.field("image", pa.bool_()))
 """Columns of a listing on disk: ``name`` is the normalised key (see :mod:`job.data.index.names`), ``image`` tells
@@ -59,22 +60,26 @@ def list_location(location: Location, target: Path, context: ListingContext, *, 
         open_archives: list the content of archives in a folder, not the folder alone.
     """
     kind, first = location.format.samples, len(context.sources)
-    trial = replace(context, left_out=LeftOut()) if kind == "objects" else context
+    trial = replace(context, left_out=LeftOut())
     meant, members = kind == "elsewhere", kind == "members"
     unusual = _write(target, (Found(table, all_meant=meant) for table in _tables(location, trial)), trial)
     listing = Listing(location.uri, target)
+    collection = find_collection(location.uri, listing.tables, trial) if kind == "objects" else None
+    recounted: tuple[str, ...] = ()
+    if collection is not None and open_archives:
+        recounted = (left_out.COMPANIONS, left_out.NOT_IMAGES)
+    elif collection is None and not meant and mark_unsuffixed(target, listing.tables, context):
+        recounted = (left_out.NOT_IMAGES,)
+    for each in trial.left_out.kinds():
+        if each.kind not in recounted:
+            context.left_out.add(each.kind, each.example, each.count)
     if kind == "objects":
-        collection = find_collection(location.uri, listing.tables, trial)
         context.folders.append(_state(first, listing, collection))
-        opened = collection is not None and open_archives
-        for each in trial.left_out.kinds():
-            if not opened or each.kind not in (left_out.COMPANIONS, left_out.NOT_IMAGES):
-                context.left_out.add(each.kind, each.example, each.count)
-        if collection is not None and open_archives:
-            second = target.with_name(f"{target.name}-opened")
-            unusual = _write(second, collection.tables(context), context)
-            second.replace(target)
-            members, meant = collection.members, not collection.members
+    if collection is not None and open_archives:
+        second = target.with_name(f"{target.name}-opened")
+        unusual = _write(second, collection.tables(context), context)
+        second.replace(target)
+        members, meant = collection.members, not collection.members
     # Only an archive can hold a key twice, and only keys that are spelled unusually can share a name.
     if not meant and (members or unusual):
         drop_duplicates(target, context.left_out, members=members)
