@@ -247,7 +247,7 @@ class _LineReader:
         value = next((value for value in values if value is not None), None)
         if isinstance(value, list):
             texts = [text for each in value if (text := scalar_text(each).strip())]
-            return texts or None
+            return texts if texts or not value else None  # an empty list is an image of no class
         return _text(value)
 
     def _decoded(self, content: bytes, row: int) -> list[msgspec.Struct]:

@@ -101,7 +101,8 @@ def parse_label(content: bytes, *, is_json: bool) -> Labels:
             if len(value) > MOST_LABELS:
                 raise DataError(f"has {len(value):,} labels, more than {MOST_LABELS:,}")
             several = [_checked(scalar_text(each)) for each in value]
-            return tuple(label for label in several if label is not None) or None
+            named = tuple(label for label in several if label is not None)
+            return named if named or not value else None  # an empty list is an image of no class
         return _checked(scalar_text(value))
     except (msgspec.DecodeError, RecursionError) as error:
         raise DataError(f"is no JSON: {error}") from error
