@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,12 @@ from job import checkpoint, redact, storage
 from job.checkpoint.state import CLASSIFIER_KEY
 from job.cluster import ranks
 from job.data.augment import ResizeMode, resize
+from job.data.bad_samples import BadSample
 from job.data.dataset import ImageDataset, Preprocessing
 from job.data.decode import decode
 from job.data.index.index import Index
 from job.data.loader import BatchLoader
+from job.data.pixels import MAX_IMAGE_PIXELS, to_rgb
 from job.data.sampler import ResumableBatchSampler
 from job.errors import DataError
 from job.model.classifier import TTA, Classifier, from_spec, mean_over_flips
@@ -72,11 +73,20 @@ class Predictor:
         resize: how images are made square.
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
         thresholds: of a multi-label network: probability of each class from which it is predicted. Empty: 0.5.
+        max_image_pixels: height times width of the largest image to decode.
     """
 
-    def __init__(self, net: Classifier, resize: str, tta: TTA = "none", thresholds: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        net: Classifier,
+        resize: str,
+        tta: TTA = "none",
+        thresholds: Sequence[float] = (),
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> None:
         self.net = net.eval()
         self.tta = tta
+        self.max_image_pixels = max_image_pixels
         self.thresholds = tuple(thresholds or [0.5] * len(net.classes))
         self.resize: ResizeMode = "crop" if resize == "crop" else "squash"
 
@@ -107,7 +117,7 @@ class Predictor:
         batch: list[Tensor] = []
         for image in images:
             image_size = self.net.image_size
-            batch.append(resize(_to_tensor(image, image_size), image_size, self.resize))
+            batch.append(resize(_to_tensor(image, image_size, self.max_image_pixels), image_size, self.resize))
             if len(batch) == batch_size:
                 found += self.predict_batch(torch.stack(batch))
                 batch = []
@@ -129,13 +139,14 @@ class Predictor:
         return MultilabelPrediction(label, by_class, [name for name, value, least in chosen if value >= least])
 
 
-def load(uri: str, device: str | None = None, tta: TTA = "none") -> Predictor:
+def load(uri: str, device: str | None = None, tta: TTA = "none", max_image_pixels: int = MAX_IMAGE_PIXELS) -> Predictor:
     """Load a model for prediction.
 
     Args:
         uri: a checkpoint file, or a run_dir (its best checkpoint).
         device: a torch device; default: CUDA where there is one, else the CPU.
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
+        max_image_pixels: height times width of the largest image to decode; default: 178,956,970, as in Pillow.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -145,16 +156,22 @@ def load(uri: str, device: str | None = None, tta: TTA = "none") -> Predictor:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     net = from_spec(saved[CLASSIFIER_KEY], net_state(saved, uri), source=uri, device_type=torch.device(device).type)
     spec = decode_spec(saved[CLASSIFIER_KEY], uri)
-    return Predictor(net.to(device), spec.resize, tta, spec.thresholds)
+    return Predictor(net.to(device), spec.resize, tta, spec.thresholds, max_image_pixels)
 
 
 def predict_index(
-    predictor: Predictor, index: Index, *, batch_size: int, num_workers: int, cache_dir: str, unreadable: list[str]
+    predictor: Predictor,
+    index: Index,
+    *,
+    batch_size: int,
+    num_workers: int,
+    cache_dir: str,
+    unreadable: list[BadSample],
 ) -> Iterator[tuple[int, Prediction]]:
     """Classify this rank's share of the images in an index.
 
     Args:
-        unreadable: receives a message per image that cannot be read.
+        unreadable: receives the images that cannot be read.
 
     Yields:
         (sample, prediction) of each readable image, in the order of the index.
@@ -167,7 +184,9 @@ def predict_index(
         seed=0,
         shuffle=False,
     )
-    preprocessing = Preprocessing(predictor.net.image_size, predictor.resize)
+    preprocessing = Preprocessing(
+        predictor.net.image_size, predictor.resize, max_image_pixels=predictor.max_image_pixels
+    )
     dataset = ImageDataset(index, sampler, preprocessing, cache_dir=cache_dir)
     # A store inside this process cannot be read from loader processes.
     workers = 0 if any(map(storage.is_process_local, index.stores)) else num_workers
@@ -181,18 +200,18 @@ def predict_index(
                 yield sample, prediction
 
 
-def _to_tensor(image: bytes | str | Image.Image | npt.NDArray[np.uint8] | Tensor, at_least: int) -> Tensor:
+def _to_tensor(
+    image: bytes | str | Image.Image | npt.NDArray[np.uint8] | Tensor, at_least: int, max_image_pixels: int
+) -> Tensor:
     if isinstance(image, Tensor):
         return image
     if isinstance(image, str):
         try:
-            return decode(storage.read_bytes(image), at_least)
+            return decode(storage.read_bytes(image), at_least, max_image_pixels)
         except DataError as error:
             raise DataError(f"{image} {error}.") from error
     if isinstance(image, bytes):
-        return decode(image, at_least)
+        return decode(image, at_least, max_image_pixels)
     if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return decode(buffer.getvalue())
+        return torch.from_numpy(to_rgb(image)).permute(2, 0, 1)
     return torch.from_numpy(image.copy()).permute(2, 0, 1)

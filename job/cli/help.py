@@ -34,7 +34,7 @@ _DATA = [
     Option("data.image_size", "PIXELS", "Height and width of the model's input.", "224"),
     Option("batch_size", "N", "Images per step, over all processes.", "32", alias_of="data.global_batch_size"),
     Option("data.num_workers", "N", "Decoding threads per process. Default: one per CPU core."),
-    Option("data.max_bad_samples", "N", "Number of unreadable images to tolerate.", "0"),
+    Option("data.max_bad_samples", "N", "Unreadable images to tolerate: a number, or a share such as 0.5%.", "0"),
 ]
 _RUN = [
     Option("run_dir", "URI", "Folder of all results: gs://, s3:// or a path. Also the first argument without a name."),

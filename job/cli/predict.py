@@ -13,10 +13,13 @@ from typing import Any, Literal
 from job import storage
 from job.cli.parser import call_with_options
 from job.cluster import ranks
+from job.data.bad_samples import BadSample, BadSampleLimit, BadSamples
 from job.data.index.access import from_options
 from job.data.index.build import build
 from job.data.index.index import Index
-from job.errors import ConfigError, DataError
+from job.data.index.sources.columns import from_option as columns_from_option
+from job.data.pixels import MAX_IMAGE_PIXELS
+from job.errors import ConfigError
 from job.process.terminal import print_table, say
 from job.storage.local_cache import default_cache_dir, usable_cache_dir
 
@@ -37,9 +40,11 @@ def main(
     batch_size: int = 64,
     num_workers: int = 0,
     cache_dir: str | None = None,
-    max_bad_samples: int = 0,
+    max_bad_samples: int | str = 0,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
     tta: Literal["none", "hflip"] = "none",
     allow: str | list[str] | None = None,
+    columns: str | None = None,
 ) -> None:
     """Classify one image, a folder, an archive or everything under a bucket prefix.
 
@@ -52,13 +57,20 @@ def main(
         batch_size: images per batch.
         num_workers: number of loader processes.
         cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
-        max_bad_samples: number of unreadable images to tolerate. Each is named; above the limit the command fails.
+        max_bad_samples: unreadable images to tolerate per process: a number, or a share of the images ("0.5%"). Each
+            is named; above the limit the command fails.
+        max_image_pixels: height times width of the largest image; a larger one is unreadable. Default: 178956970, as
+            in Pillow.
         tta: test-time augmentation: hflip averages predictions over horizontal flips.
         allow: hosts and URI prefixes that a table may name although they are local or internal; a host or prefix,
             or a list of them.
+        columns: name of the column of a table that names the images, as uri=NAME. Default: the usual names.
     """
     if batch_size < 1:
         raise ConfigError(f"--batch_size must be at least 1, not {batch_size}.")
+    if max_image_pixels < 1:
+        raise ConfigError(f"--max_image_pixels must be at least 1, not {max_image_pixels}.")
+    bad = BadSamples(BadSampleLimit.parse(max_bad_samples, "--max_bad_samples"), "--max_bad_samples")
     checkpoint_uri = ckpt or run_dir
     if checkpoint_uri is None:
         raise ConfigError("predict needs a checkpoint. Give --run_dir or --ckpt.")
@@ -67,12 +79,13 @@ def main(
 
     rank, world_size = ranks.rank(), ranks.world_size()
     access = from_options(allow, [input], "--allow")
+    named = columns_from_option(columns, "--columns")
     cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
-    predictor = load(checkpoint_uri, tta=tta)
-    unreadable: list[str] = []
+    predictor = load(checkpoint_uri, tta=tta, max_image_pixels=max_image_pixels)
+    unreadable: list[BadSample] = []
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        build({"all": [input]}, Path(folder), cache, "images", access=access)
+        build({"all": [input]}, Path(folder), cache, "images", access=access, columns=named)
         index = Index(folder, "all", access)
         for sample, prediction in predict_index(
             predictor, index, batch_size=batch_size, num_workers=num_workers, cache_dir=cache, unreadable=unreadable
@@ -84,9 +97,7 @@ def main(
         part = output if world_size == 1 else f"{output}.part-{rank:05d}-of-{world_size:05d}"
         storage.write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         say(f"{len(lines)} predictions in {part}", file=sys.stderr)
-    if len(unreadable) > max_bad_samples:
-        shown = "\n  ".join(unreadable[:10])
-        raise DataError(f"{len(unreadable)} image(s) could not be read, {max_bad_samples} allowed:\n  {shown}")
+    bad.add(unreadable, {index.part: len(lines) + len(unreadable)})
 
 
 def _print_table(lines: list[dict[str, Any]], classes: Sequence[str]) -> None:

@@ -134,7 +134,7 @@ def from_rank_zero(function: Callable[[], T]) -> T:
     return result
 
 
-def union(values: set[str]) -> set[str]:
+def union(values: set[T]) -> set[T]:
     """Union of the sets of all ranks; a collective operation."""
     import torch.distributed as dist
 

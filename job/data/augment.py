@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 ResizeMode = Literal["squash", "crop"]
+
+
+CROP_FIRST_RATIO = 64
+"""Ratio of the sides above which only the part of an image that ``crop`` keeps is resized."""
+LONG_SIDE = 65_535
+"""Side, in pixels, above which an image is averaged before it is resized: the weights of a resize grow with it."""
 
 
 def resize(image: Tensor, image_size: int, mode: ResizeMode) -> Tensor:
@@ -22,9 +30,42 @@ def resize(image: Tensor, image_size: int, mode: ResizeMode) -> Tensor:
     ``squash`` ignores the aspect ratio (the tutorial's ``Resize((224, 224))``); ``crop`` resizes the
     shorter side and takes the centre.
     """
+    shorter, longer = sorted(image.shape[1:])
+    if mode == "crop" and longer > CROP_FIRST_RATIO * shorter:
+        return _cropped(image, image_size)
+    if mode == "squash" and longer > LONG_SIDE:
+        factors = [max(side // (4 * image_size), 1) if side > LONG_SIDE else 1 for side in image.shape[:0:-1]]
+        image = _tensor(_pillow(image).reduce((factors[0], factors[1])))
     size = [image_size, image_size] if mode == "squash" else [image_size]
     resized: Tensor = functional.resize(image, size, antialias=True)
     return resized if mode == "squash" else functional.center_crop(resized, [image_size, image_size])
+
+
+def _cropped(image: Tensor, image_size: int) -> Tensor:
+    """Resize only what ``crop`` keeps, by the same weights.
+
+    The whole image, resized, may be thousands of times larger than its centre.
+    """
+    axis = 1 if image.shape[1] > image.shape[2] else 2
+    shorter, longer = sorted(image.shape[1:])
+    whole = int(image_size * longer / shorter)  # as torchvision rounds them
+    start = round((whole - image_size) / 2)
+    scale = longer / whole
+    margin = math.ceil(max(scale, 1.0)) + 1  # pixels outside of the window have a weight, too
+    first = max(int(start * scale) - margin, 0)
+    last = min(math.ceil((start + image_size) * scale) + margin, longer)
+    low, high = start * scale - first, min((start + image_size) * scale - first, last - first)
+    box = (low, 0, high, shorter) if axis == 2 else (0, low, shorter, high)
+    window = image.narrow(axis, first, last - first)
+    return _tensor(_pillow(window).resize((image_size, image_size), Image.Resampling.BILINEAR, box=box))
+
+
+def _pillow(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def seeded(transform: v2.Transform, image: Tensor, seed: int) -> Tensor:

@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from job import redact, storage
 from job.cluster import ranks
 from job.data.augment import ResizeMode
+from job.data.bad_samples import BadSample, BadSampleLimit, BadSamples
 from job.data.cache import SampleCache
 from job.data.dataset import Batch, ImageDataset, Preprocessing
 from job.data.index.access import from_options
@@ -26,8 +27,10 @@ from job.data.index.file import load_index_info
 from job.data.index.index import Index
 from job.data.index.local_copy import materialise
 from job.data.index.parts import Layout
+from job.data.index.sources.columns import from_option as columns_from_option
 from job.data.index.store import is_run_index_usable, local_index, publish_index
 from job.data.loader import BatchLoader
+from job.data.pixels import MAX_IMAGE_PIXELS
 from job.data.sampler import BalancedBatchSampler, FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, DataError
 from job.features.store import FeatureStore
@@ -43,9 +46,9 @@ class ImageDataModule(pl.LightningDataModule):
     """Labelled images from any fsspec URI.
 
     Give ``root``, or ``train`` (and ``val``, ``test``). Each is one of these, or a list of them:
-    a folder or bucket prefix of class folders; a .zip, .tar or .tar.gz of one; tar shards in the
-    WebDataset convention (``NAME-{000..146}.tar``, labels in .cls or .json); a table (.csv, .jsonl
-    or .parquet with the columns uri and label); the index.json that ``job index`` wrote.
+    a folder or bucket prefix of class folders; a .zip or .tar of one, compressed or not; tar shards in the
+    WebDataset convention (``NAME-{000..146}.tar``, labels in .cls or .json); TFRecord files; a table (.csv,
+    .jsonl or .parquet) that names the images and their labels; the index.json that ``job index`` wrote.
 
     Args:
         root: URI that holds train/ and validation/ or val/ (and test/), or class folders directly.
@@ -68,11 +71,15 @@ class ImageDataModule(pl.LightningDataModule):
         cache_dir: local folder of the node's cache. Default: ~/.cache/job.
         cache_gb: size of the cache of samples from buckets, in 10^9 bytes; the least recently used are deleted
             first. 0 disables it.
-        max_bad_samples: number of unreadable images to tolerate; with more, the run ends. They are logged
-            and left out of loss and metrics.
+        max_bad_samples: unreadable images to tolerate; with more, the run ends. They are logged and left out of
+            loss and metrics. A number over all parts, or a share of each part's images ("0.5%").
+        max_image_pixels: height times width of the largest image; a larger one is unreadable. Default: 178956970, as
+            in Pillow.
         allow: hosts (HOST or HOST:PORT) and URI prefixes, or a list of them, that a table or a saved index may
             name besides object stores and public web servers. A table in a bucket or on the web may name no
             local files otherwise, and none may name link-local, loopback or metadata addresses.
+        columns: names of a table's columns, as uri=NAME,label=NAME,split=NAME (any of them). Default: the usual
+            names; see docs/data.md.
         seed: seed of order, augmentation and split; follows --seed_everything.
     """
 
@@ -92,8 +99,10 @@ class ImageDataModule(pl.LightningDataModule):
         num_workers: int | None = None,
         cache_dir: str | None = None,
         cache_gb: float = 10.0,
-        max_bad_samples: int = 0,
+        max_bad_samples: int | str = 0,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
         allow: str | list[str] | None = None,
+        columns: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -105,6 +114,7 @@ class ImageDataModule(pl.LightningDataModule):
             ("val_fraction", val_fraction, 0.0, 1.0),
             ("global_batch_size", global_batch_size, 0, None),
             ("image_size", image_size, 0, None),
+            ("max_image_pixels", max_image_pixels, 0, None),
         ):
             if value <= low or (high is not None and value >= high):
                 raise ConfigError(f"--data.{name} must be above {low}{f' and below {high}' if high else ''}: {value}.")
@@ -126,14 +136,17 @@ class ImageDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir or default_cache_dir()).expanduser()
         self.cache_bytes = int(cache_gb * 1e9)
-        self.max_bad_samples = max_bad_samples
+        option = "--data.max_bad_samples"
+        self.bad_samples = BadSamples(BadSampleLimit.parse(max_bad_samples, option), option)
+        self.max_image_pixels = max_image_pixels
         self.access = from_options(allow, [uri for uris in self.uris.values() for uri in uris])
+        self.columns = columns_from_option(columns)
         self.seed = seed
         self.parts: dict[str, Index] = {}
+        self.absent_parts: dict[str, str] = {}
         self.is_cache_usable = True
         self.cache: SampleCache | None = None
         self.features: dict[str, FeatureStore] = {}
-        self.bad_samples: set[str] = set()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -151,6 +164,7 @@ class ImageDataModule(pl.LightningDataModule):
         folder = local_index(ranks.from_rank_zero(self._find_index), self.cache_dir)
         info = load_index_info(folder)
         self.parts = {part: Index(folder, part, self.access) for part in info.parts}
+        self.absent_parts = info.absent
         for source in info.sources:
             materialise(source, str(self.cache_dir), self.access)
         self._open_cache()
@@ -182,7 +196,8 @@ class ImageDataModule(pl.LightningDataModule):
             DataError: the data has no test part.
         """
         if "test" not in self.parts:
-            raise DataError("there is no test part: give --data.test, or a --data.root with a test/ folder.")
+            reason = f" ({self.absent_parts['test']})" if "test" in self.absent_parts else ""
+            raise DataError(f"there is no test part{reason}: give --data.test, or a --data.root with a test/ folder.")
         return self._loader("test", shuffle=False)
 
     def variant_loader(self, part: str, chunks: Sequence[range], batch_size: int) -> BatchLoader:
@@ -195,8 +210,15 @@ class ImageDataModule(pl.LightningDataModule):
     def preprocessing(self, part: str) -> Preprocessing:
         """Preprocessing of a part's images; those of the training part are augmented."""
         if part == "train":
-            return Preprocessing(self.image_size, self.resize, self.augment, self.augment_views, flip=True)
-        return Preprocessing(self.image_size, self.resize)
+            return Preprocessing(
+                self.image_size,
+                self.resize,
+                self.augment,
+                self.augment_views,
+                flip=True,
+                max_image_pixels=self.max_image_pixels,
+            )
+        return Preprocessing(self.image_size, self.resize, max_image_pixels=self.max_image_pixels)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Raise the error of a loader, and count unreadable samples."""
@@ -212,26 +234,26 @@ class ImageDataModule(pl.LightningDataModule):
                 batch[name] = value.to(device, non_blocking=device.type == "cuda")  # type: ignore[literal-required]
         return batch
 
-    def report_bad(self, problems: Iterable[str]) -> None:
+    def report_bad(self, samples: Iterable[BadSample]) -> None:
         """Count unreadable samples.
 
         Raises:
             DataError: there are too many.
         """
-        for problem in problems:
-            if problem not in self.bad_samples:
-                log.warning("bad sample: %s", problem)
-            self.bad_samples.add(problem)
-        require_few_bad(self.bad_samples, self.max_bad_samples)
+        self.bad_samples.add(samples, self._sizes())
 
     def share_bad_samples(self) -> None:
         """Union of the unreadable samples of all ranks, at the end of an epoch."""
-        self.bad_samples = ranks.union(self.bad_samples)
-        require_few_bad(self.bad_samples, self.max_bad_samples)
+        self.bad_samples.share(self._sizes())
+
+    def _sizes(self) -> dict[str, int]:
+        return {part: len(index) for part, index in self.parts.items()}
 
     def _find_index(self) -> str:
         """URI of the index's folder: that of an earlier attempt in run_dir, or a new one."""
-        request = {"uris": self.uris, "val_fraction": self.val_fraction, "seed": self.seed}
+        request: dict[str, Any] = {"uris": self.uris, "val_fraction": self.val_fraction, "seed": self.seed}
+        if str(self.columns):
+            request["columns"] = str(self.columns)
         name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
         uri = storage.join(self._run_dir(), "index", name)
         roots = [root for roots in self.uris.values() for root in roots]
@@ -241,7 +263,15 @@ class ImageDataModule(pl.LightningDataModule):
             scratch = tempfile.TemporaryDirectory(prefix=".index-", dir=self.cache_dir)
         with scratch as folder:
             layout: Layout = "parts" if "root" in self.uris else "classes"
-            info = build(self.uris, Path(folder), str(self.cache_dir), layout, request=request, access=self.access)
+            info = build(
+                self.uris,
+                Path(folder),
+                str(self.cache_dir),
+                layout,
+                request=request,
+                access=self.access,
+                columns=self.columns,
+            )
             if "val" not in info.parts:
                 split(Path(folder), self.val_fraction, self.seed)
             publish_index(Path(folder), uri, write_check(self.trainer))
@@ -328,13 +358,3 @@ def image_data(trainer: pl.Trainer) -> ImageDataModule:
 
 def _is_on_this_machine(uri: str) -> bool:
     return storage.is_local(uri) or storage.is_process_local(uri)
-
-
-def require_few_bad(bad: set[str], limit: int) -> None:
-    """Raise :class:`~job.errors.DataError` when more than ``limit`` samples could not be read."""
-    if len(bad) > limit:
-        shown = "\n  ".join(sorted(bad)[:10])
-        raise DataError(
-            f"{len(bad)} unreadable image(s), {limit} allowed:\n  {shown}\n"
-            "Repair or remove them, or allow some by --data.max_bad_samples."
-        )

@@ -17,10 +17,12 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 
 from job.data.augment import ResizeMode, own_generators, resize, seeded
+from job.data.bad_samples import BadSample
 from job.data.cache import SampleCache
 from job.data.decode import decode
 from job.data.fetch import Fetched, Fetcher
 from job.data.index.index import Index
+from job.data.pixels import MAX_IMAGE_PIXELS
 from job.data.sampler import BatchIndices, ResumableBatchSampler, sample_seed
 from job.errors import ConfigError, DataError, JobError, first_line
 
@@ -31,8 +33,6 @@ BYTES_AT_ONCE = 256 << 20
 """A larger batch is fetched in portions of this size: one while the previous one is decoded."""
 ASSUMED_BYTES = 1 << 20
 """Size of a sample whose size is not in the index, until some have been read."""
-LARGEST_RESIZED = 1 << 26
-"""Pixels of the largest image between resizing the shorter side and cropping."""
 
 
 class Batch(TypedDict):
@@ -46,7 +46,7 @@ class Batch(TypedDict):
         mask: bool [B]; False for a padded or unreadable sample, which is masked out.
         sample: int64 [B], sample ids.
         global_size: samples of the whole global batch, the divisor of its mean loss.
-        bad: one line for each unreadable sample: its URI and the cause.
+        bad: the unreadable samples.
         error: failure to read the whole batch, for the consumer to raise. A worker returns it as data, since an
             exception would reach the user wrapped in the worker's traceback.
     """
@@ -58,7 +58,7 @@ class Batch(TypedDict):
     mask: Tensor
     sample: Tensor
     global_size: int
-    bad: list[str]
+    bad: list[BadSample]
     error: JobError | None
 
 
@@ -74,6 +74,7 @@ class Preprocessing:
         augment: replaces resizing and flipping: from uint8 [3, H, W] to uint8 [3, image_size, image_size].
         augment_views: variants per sample that ``augment`` draws; None: a new one each epoch.
         flip: random horizontal flip.
+        max_image_pixels: pixels of the largest image to decode.
     """
 
     image_size: int
@@ -81,6 +82,7 @@ class Preprocessing:
     augment: v2.Transform | None = None
     augment_views: int | None = None
     flip: bool = False
+    max_image_pixels: int = MAX_IMAGE_PIXELS
 
     @property
     def variants(self) -> int | None:
@@ -90,7 +92,9 @@ class Preprocessing:
     @property
     def cache_key(self) -> str:
         """Text that is the same for the same pixels, in all releases: cached features are found by its hash."""
-        names = ("image_size", "resize", "augment", "augment_views", "flip")
+        names = ["image_size", "resize", "augment", "augment_views", "flip"]
+        if self.max_image_pixels != MAX_IMAGE_PIXELS:  # it decides which images are unreadable
+            names.append("max_image_pixels")
         return f"View({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     def variant(self, seed: int, epoch: int, sample: int, repeat: int = 0) -> int:
@@ -112,11 +116,8 @@ class Preprocessing:
             DataError: the content is no readable image.
         """
         if self.augment is not None:
-            return decode(content)
-        image = decode(content, self.image_size)
-        shorter, longer = sorted(image.shape[1:])
-        if self.resize == "crop" and self.image_size**2 * longer > LARGEST_RESIZED * shorter:
-            raise DataError(f"is refused: {image.shape[2]} x {image.shape[1]} pixels are too narrow for resize=crop")
+            return decode(content, max_image_pixels=self.max_image_pixels)
+        image = decode(content, self.image_size, self.max_image_pixels)
         try:
             return resize(image, self.image_size, self.resize)
         except RuntimeError as error:  # raised by torch when it runs out of memory
@@ -255,7 +256,8 @@ class ImageDataset(Dataset[Batch]):
                 batch["image"][row] = self.preprocessing.pixels(image, variant, seed)
             except DataError as error:
                 if batch["mask"][row]:
-                    batch["bad"].append(f"{self.index.uri(sample)} {error}")
+                    line = f"{self.index.uri(sample)} {error}"
+                    batch["bad"].append(BadSample(self.index.part, sample, line))
                 batch["mask"][row] = False
 
     def _fetched(self, indices: BatchIndices) -> Iterator[Fetched]:

@@ -30,7 +30,7 @@ from PIL import (
 from torch import Tensor
 
 from job.data.metadata import jpeg_orientation, orientation, without_metadata
-from job.data.pixels import Pixels, is_large, to_rgb
+from job.data.pixels import MAX_IMAGE_PIXELS, Pixels, is_large, to_rgb
 from job.errors import DataError
 
 FORMATS = (
@@ -66,8 +66,6 @@ OTHER_CONTENT = (
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
 """Beginnings of files that are images, however damaged."""
 TILE_WIDTH, TILE_HEIGHT = 322, 323
-MAX_IMAGE_PIXELS = 178_956_970
-"""Pixels of the largest image by default: the limit above which Pillow raises an error."""
 _HEIF = "HEIF"
 _ISO_FILE = b"ftyp"
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}

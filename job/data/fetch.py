@@ -102,7 +102,9 @@ class Fetcher:
     def start(self, samples: npt.NDArray[np.int64]) -> Future[list[Fetched]]:
         """Start to read; the future returns each sample as it is stored in its source.
 
-        The future raises :class:`~job.errors.StorageError` where a sample cannot be read at all.
+        A sample that is an object of its own and cannot be read, for another reason than an outage, is a
+        :class:`~job.errors.DataError` in its place. The future raises :class:`~job.errors.StorageError` for an outage,
+        and for an archive that cannot be read.
         """
         return self._pool.submit(self._read, samples.tolist())
 
@@ -143,8 +145,8 @@ class Fetcher:
     def _read_here(self, reader: storage.Reader, sample: Sample) -> bytes | DataError:
         try:
             raw = reader.read(sample.key) if sample.offset < 0 else reader.read("", sample.offset, sample.size)
-        except TooLarge:
-            return _too_large()
+        except StorageError as error:
+            return self._bad_sample(error, sample.source, sample.key, sample.offset)
         return self._checked(sample, raw)
 
     def _fetch_all(self, wanted: dict[int, Sample]) -> dict[int, bytes | DataError]:
@@ -174,8 +176,8 @@ class Fetcher:
     def _read_waiting(self, one: Range) -> bytes | DataError:
         try:
             return self._reader(one.source).read(one.key, max(one.offset, 0), None if one.offset < 0 else one.size)
-        except TooLarge:
-            return _too_large()
+        except StorageError as error:
+            return self._bad_sample(error, one.source, one.key, one.offset)
 
     async def _fetch(self, one: Range) -> bytes | DataError:
         """Fetch one range; retry with jittered backoff while the bucket has an outage."""
@@ -189,13 +191,15 @@ class Fetcher:
                     if one.size < 0 or len(content) == one.size:
                         return content
                     lengths.append(len(content))
-                    self._require_unchanged(one, lengths)
+                    if len(lengths) >= 3 and len(set(lengths[-3:])) == 1:
+                        # Not a truncated response but a changed object: three equal lengths are no accident.
+                        return self._changed(one.source, one.offset, lengths[-1], one.size)
                     raise StorageOutage(f"cannot read {self._uri(one)}: {len(content)} of {one.size} bytes came")
-                except TooLarge:
-                    return _too_large()
                 except StorageOutage:
                     if time.monotonic() + pause > deadline:
                         raise
+                except StorageError as error:
+                    return self._bad_sample(error, one.source, one.key, one.offset)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(pause * 2, 16.0)
 
@@ -240,11 +244,6 @@ class Fetcher:
             self._seconds.clear()
         return content
 
-    def _require_unchanged(self, one: Range, lengths: list[int]) -> None:
-        """Distinguish a changed object from a truncated response: three equal lengths are no accident."""
-        if len(lengths) >= 3 and len(set(lengths[-3:])) == 1:
-            raise _changed(self._uri(one), lengths[-1], one.size)
-
     def _store(self, sample: Sample, raw: bytes | DataError) -> bool:
         """Put a sample from a bucket into the cache, unless it must be unpacked first to be verified."""
         if format_of(self.index.sources[sample.source]).is_packed:
@@ -255,8 +254,37 @@ class Fetcher:
 
     def _checked(self, sample: Sample, raw: bytes | DataError) -> bytes | DataError:
         if isinstance(raw, bytes) and sample.size >= 0 and len(raw) != sample.size:
-            raise _changed(self.index.sources[sample.source].uri + f" ({sample.key})", len(raw), sample.size)
+            return self._changed(sample.source, sample.offset, len(raw), sample.size)
         return raw
+
+    def _bad_sample(self, error: StorageError, source: int, key: str, offset: int) -> DataError:
+        """The error for one object that cannot be read, in words that follow its URI.
+
+        Raises:
+            StorageError: the same error where it is an outage, or concerns an archive of many samples.
+        """
+        if isinstance(error, TooLarge):
+            return _too_large()
+        if isinstance(error, StorageOutage) or offset >= 0:
+            raise error
+        if isinstance(error, storage.NotFound):
+            return DataError("does not exist")
+        uri = storage.join(self.index.sources[source].uri, key)
+        return DataError(f"cannot be read: {str(error).removeprefix(f'cannot read {uri}: ')}")
+
+    def _changed(self, source: int, offset: int, found: int, expected: int) -> DataError:
+        """The error for one object that has changed since it was listed; of an archive all places are wrong.
+
+        Raises:
+            StorageError: it is an archive.
+        """
+        if offset < 0:
+            return DataError(f"has changed since it was listed: {found:,} bytes, {expected:,} then")
+        raise StorageError(
+            f"{self.index.sources[source].uri} gives {found:,} bytes, {expected:,} when it was listed: the data "
+            "changed under the run. Put it back, or start a new run_dir (and make a saved index again by "
+            "python -m job index)."
+        )
 
     def _reader(self, source: int) -> storage.Reader:
         if source not in self._readers:
@@ -302,10 +330,3 @@ def joined(samples: dict[int, Sample]) -> list[Range]:
 def _too_large(size: int | None = None) -> DataError:
     described = "" if size is None else f" ({size:,} bytes)"
     return DataError(f"is refused: larger than {LARGEST_MEMBER:,} bytes{described}")
-
-
-def _changed(uri: str, found: int, expected: int) -> StorageError:
-    return StorageError(
-        f"{uri} gives {found:,} bytes, {expected:,} when it was listed: the data changed under the run. Put it back, "
-        "or start a new run_dir (and make a saved index again by python -m job index)."
-    )

@@ -14,10 +14,10 @@ from job.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
 
+MAX_IMAGE_PIXELS = 178_956_970
+"""Pixels of the largest image by default: the limit above which Pillow raises an error."""
 LARGE = 89_478_485
 """Pixels above which an image is converted in bands, and reduced if it is to be resized."""
-LONG_SIDE = 65_535
-"""Height or width, in pixels, above which it is converted like a large one: the weights of a resize grow with it."""
 BAND_PIXELS = 1 << 22
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _CONTAINERS = (8, 12, 16)
@@ -26,8 +26,8 @@ _BITS, _PHOTOMETRIC, _MAX_SAMPLE, _SAMPLE_FORMAT, _S_MIN, _S_MAX = 258, 262, 281
 _UNSIGNED = 1
 
 
-def to_rgb(image: Image.Image, content: bytes, at_least: int = 0) -> Pixels:
-    """uint8 [H, W, 3] of a loaded image.
+def to_rgb(image: Image.Image, content: bytes = b"", at_least: int = 0) -> Pixels:
+    """uint8 [H, W, 3] of an image.
 
     16-bit greyscale is scaled by the bits in use: 8, 12 or 16, the fewest that hold the largest value, or what the
     file declares. Floats between 0 and 1 are scaled to 0..255; other floats, signed and 32-bit integers from their
@@ -35,9 +35,9 @@ def to_rgb(image: Image.Image, content: bytes, at_least: int = 0) -> Pixels:
 
     Args:
         image: the image.
-        content: its file.
-        at_least: a very large image may come out reduced, as long as neither side falls below this many pixels
-            times 4; 0: at its full size.
+        content: its file, if it has one.
+        at_least: a large image may come out reduced, as long as neither side falls below four times this many
+            pixels; 0: at its full size.
 
     Raises:
         DataError: there is no finite value in it.
@@ -45,20 +45,19 @@ def to_rgb(image: Image.Image, content: bytes, at_least: int = 0) -> Pixels:
     convert = _conversion(image, content)
     if not is_large(image.width, image.height):
         return convert(image)
-    across, down = (max(side // (4 * at_least), 1) if at_least else 1 for side in image.size)
-    height, width = -(-image.height // down), -(-image.width // across)
-    pixels = np.empty((height, width, 3), np.uint8)
-    for top, band in _bands(image, down):
-        reduced = convert(band)
-        if across * down > 1:
-            reduced = np.asarray(Image.fromarray(reduced).reduce((across, down)))
-        pixels[top // down : top // down + len(reduced)] = reduced
+    factor = max(min(image.size) // (4 * at_least), 1) if at_least else 1
+    pixels = np.empty((-(-image.height // factor), -(-image.width // factor), 3), np.uint8)
+    for top, band in _bands(image, factor):
+        converted = convert(band)
+        if factor > 1:
+            converted = np.asarray(Image.fromarray(converted).reduce(factor))
+        pixels[top // factor : top // factor + len(converted)] = converted
     return pixels
 
 
 def is_large(width: int, height: int) -> bool:
     """Whether an image of this size is converted in bands."""
-    return width * height > LARGE or max(width, height) > LONG_SIDE
+    return width * height > LARGE
 
 
 def _bands(image: Image.Image, rows: int = 1) -> Iterator[tuple[int, Image.Image]]:
@@ -108,7 +107,7 @@ def _from_sixteen_bits(image: Image.Image, content: bytes) -> Callable[[Image.Im
         candidates: tuple[float, ...] = _CONTAINERS if bits == 16 else (bits,)
         if 0 < (declared := _tag(image, _MAX_SAMPLE)) < 2**16:
             candidates = (math.log2(declared + 1), *candidates)
-    elif image.format == "PNG":
+    elif image.format in ("PNG", None):
         # A conforming encoder scales to 16 bits. Values that fit in the declared bits show one that did not.
         candidates = tuple(sorted({*_CONTAINERS, png_significant_bits(content) or 16}))
     else:  # the format has a maximum, to which Pillow scales

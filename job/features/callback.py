@@ -274,7 +274,7 @@ class FeatureCache(Callback):
                         images = batch["image"].to(module.device, non_blocking=True)
                         features.append(_features(trainer, module, images)[:rows].cpu())
                         valid.append(mask)
-                        bad |= zip(batch["sample"][:rows][~mask].tolist(), batch["bad"], strict=True)
+                        bad |= {sample: line for _, sample, line in batch["bad"]}
                         yield
                     store.save(chunk, torch.cat(features), torch.cat(valid), bad)
                     pending.append(uploads.submit(store.publish, chunk, self.lease.require_held))

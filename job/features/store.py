@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from job import storage
+from job.data.bad_samples import BadSample
 from job.data.dataset import Batch, ImageDataset
 from job.data.index.file import hash_file
 from job.data.index.index import Index
@@ -148,8 +149,8 @@ class FeatureStore:
             storage.remove(damaged)
         return False
 
-    def open(self) -> list[str]:
-        """Map all chunks into memory; returns a line for each unreadable sample, as a batch's ``bad``.
+    def open(self) -> list[BadSample]:
+        """Map all chunks into memory; returns the unreadable samples.
 
         Raises:
             DataError: one has changed since :meth:`on_disk`.
@@ -163,7 +164,7 @@ class FeatureStore:
             valid.append(tensors["valid"])
             self._bad |= info.bad
         self._valid = torch.cat(valid)
-        return sorted(self._bad.values())
+        return [BadSample(self.index.part, sample, line) for sample, line in sorted(self._bad.items())]
 
     def batch(self, indices: BatchIndices) -> Batch:
         """The batch that the dataset returns for ``indices``, with features in place of pixels."""
@@ -177,7 +178,11 @@ class FeatureStore:
             mask=torch.from_numpy(indices.valid) & self._valid[samples, torch.tensor(variants)],
             sample=samples,
             global_size=indices.global_size,
-            bad=[self._bad[sample] for sample in indices.samples[indices.valid].tolist() if sample in self._bad],
+            bad=[
+                BadSample(self.index.part, sample, self._bad[sample])
+                for sample in indices.samples[indices.valid].tolist()
+                if sample in self._bad
+            ],
             error=None,
         )
         if self.index.has_several_labels:

@@ -10,7 +10,7 @@ This module is the interface; ``stores`` has one file per kind of storage.
 from __future__ import annotations
 
 from job.storage.checksums import TooLarge
-from job.storage.errors import translate_errors
+from job.storage.errors import NotFound, translate_errors
 from job.storage.filesystems import filesystem, http_client, is_local, is_process_local, protocols
 from job.storage.listing import LISTINGS_IN_FLIGHT, Entry, glob, list_files, list_pages, version
 from job.storage.objects import (
@@ -41,6 +41,7 @@ __all__ = [
     "CONNECTIONS",
     "LISTINGS_IN_FLIGHT",
     "Entry",
+    "NotFound",
     "Reader",
     "TooLarge",
     "basename",

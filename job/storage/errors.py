@@ -30,6 +30,10 @@ _TRANSIENT = {
 }
 
 
+class NotFound(StorageError):
+    """There is no such object."""
+
+
 class Kind(enum.Enum):
     """What kind of failure an exception reports."""
 
@@ -79,7 +83,7 @@ def translate_errors(uri: str, action: str) -> Iterator[None]:
             raise error.__cause__ from None
         if (cause := cause_of_not_found(error)) is not error:
             raise _remote_error(uri, action, cause) from cause
-        raise StorageError(
+        raise NotFound(
             f"cannot {action} {uri}: no such bucket, object or folder. Check the spelling; for a "
             "bucket, also that it exists in the project of your credentials."
         ) from error
@@ -91,6 +95,8 @@ def translate_errors(uri: str, action: str) -> Iterator[None]:
         kind = classify(error)
         if kind in (Kind.DENIED, Kind.OUTAGE):
             raise _remote_error(uri, action, error) from error
+        if kind is Kind.MISSING:
+            raise NotFound(f"cannot {action} {uri}: {first_line(error)}") from error
         if kind is not Kind.UNKNOWN:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
             raise StorageError(f"cannot {action} {uri}: {reason.removesuffix('.')}.") from error

@@ -187,7 +187,7 @@ def test_names_reach_the_terminal_escaped(hostile: Path, tmp_path: Path) -> None
     assert_harmless(result.output)
     result = run_here("predict", "--ckpt", run_dir, "--input", hostile, "--output", tmp_path / "p.jsonl")
     assert result.returncode == 2
-    assert "1 image(s) could not be read" in result.output
+    assert "1 unreadable image(s)" in result.output
     assert_harmless(result.output)
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4 * len(HOSTILE)
     assert run_here("checkpoints", "ls", run_dir).returncode == 0

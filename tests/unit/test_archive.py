@@ -102,7 +102,7 @@ def test_names_that_are_not_utf8_are_kept_apart() -> None:
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
         for name in ("caf\xe9.jpg", "caf\xe8.jpg"):
             archive.addfile(tarfile.TarInfo(name))
-    assert members(buffer.getvalue()) == ["caf\\xe9.jpg", "caf\\xe8.jpg"]
+    assert members(buffer.getvalue()) == ["caf%E9.jpg", "caf%E8.jpg"]
 
 
 def test_zip_members_do_not_overlap() -> None:
@@ -195,8 +195,9 @@ def test_a_file_too_large_for_an_image_is_a_bad_sample(tmp_path: Path, monkeypat
 def test_a_pipe_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("uri,label\npipe.jpg,red\n")
     os.mkfifo(tmp_path / "pipe.jpg")
-    with pytest.raises(StorageError, match="no regular file"):
-        read(index_of(tmp_path / "list.csv", layout="images"), [0])
+    (found,) = read(index_of(tmp_path / "list.csv", layout="images"), [0])
+    assert isinstance(found, DataError)
+    assert str(found).startswith("cannot be read: it is no regular file")
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "manifest"])
@@ -230,9 +231,8 @@ def test_what_is_read_ahead_is_bounded(kind: str, tmp_path: Path, monkeypatch: p
             assert all(each.size < 10_000 for entry in ahead for each in entry.future.result())
 
 
-def test_a_narrow_image_is_refused_before_it_is_resized() -> None:
+def test_a_narrow_image_is_cropped_before_it_is_resized() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.zeros((1, 60_000), np.uint8)).save(buffer, "PNG")
     assert Preprocessing(224).decoded(buffer.getvalue()).shape == (3, 224, 224)
-    with pytest.raises(DataError, match="60000 x 1 pixels are too narrow"):
-        Preprocessing(224, "crop").decoded(buffer.getvalue())
+    assert Preprocessing(224, "crop").decoded(buffer.getvalue()).shape == (3, 224, 224)

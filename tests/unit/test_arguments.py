@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support import TINY, options, run_here
 
+from job.cli import launch
 from job.cli.arguments import DATA_ALIASES, FLAGS, TRAINING_ALIASES, canonical_arguments
 from job.cli.help import COMMON, common_help
 from job.cli.messages import closest_option, without_unions
@@ -50,6 +51,25 @@ def test_canonical_arguments(args: list[str], expected: list[str]) -> None:
 def test_an_option_of_the_command_is_not_an_alias() -> None:
     args = ["--batch_size", "8"]
     assert canonical_arguments(args, options={"batch_size"}, aliases=DATA_ALIASES) == ["--batch_size=8"]
+
+
+@pytest.mark.parametrize(
+    ("args", "variables", "libraries"),
+    [
+        (["--run_dir", "runs/1"], {}, []),
+        (["s3://bucket/run", "--data.root=gs://bucket/data"], {}, ["gcsfs", "s3fs"]),
+        (["--model.backbone", "timm/resnet18"], {}, ["timm"]),
+        (["--config", "demo"], {}, ["timm"]),
+        (["--config=no/such/file"], {}, []),
+        ([], {"JOB_CONFIG": "demo", "JOB_DATA__ROOT": "gs://bucket/data"}, ["gcsfs", "timm"]),
+    ],
+)
+def test_launch_imports_the_libraries_that_the_options_need(
+    args: list[str], variables: dict[str, str], libraries: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launch.optional_libraries(args) == libraries
 
 
 def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

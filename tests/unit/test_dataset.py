@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support import index_of, picture, write_files
 from torchvision.transforms import v2
 
-from job.data.augment import resize
+from job.data.augment import ResizeMode, resize
 from job.data.dataset import ImageDataset, Preprocessing
 from job.data.sampler import ResumableBatchSampler
-from job.errors import ConfigError
+from job.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_an_unreadable_sample_is_masked_and_named(tmp_path: Path) -> None:
     sampler = ResumableBatchSampler(4, 4, rank=0, world_size=1, seed=0, shuffle=False)
     batch = ImageDataset(index_of(tmp_path), sampler, Preprocessing(8, "crop"))[sampler.batch(0, 0)]
     assert batch["mask"].tolist() == [True, False, True, True]
-    assert batch["bad"][0].startswith(f"{tmp_path}/a/1.jpg is no image")
+    assert batch["bad"][0].line.startswith(f"{tmp_path}/a/1.jpg is no image")
 
 
 def test_an_augmentation_of_the_wrong_shape_is_refused(colours: Path) -> None:
@@ -92,8 +94,45 @@ def test_resizing_is_torchvisions() -> None:
     assert resize(image, 32, "crop").shape == (3, 32, 32)
 
 
+@pytest.mark.parametrize("shape", [(30, 2200), (2300, 31), (1, 300), (300, 1), (3, 1000), (700, 46_000), (40, 2561)])
+@pytest.mark.parametrize("size", [16, 33, 64])
+def test_a_narrow_image_is_cropped_before_it_is_resized(shape: tuple[int, int], size: int) -> None:
+    """With the same result as the other way round, within rounding, at the cost of its output."""
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)).permute(2, 0, 1)
+    found = resize(image, size, "crop")
+    expected = v2.functional.center_crop(v2.functional.resize(image, [size], antialias=True), [size, size])
+    assert found.shape == expected.shape
+    assert (found.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["crop", "squash"])
+@pytest.mark.parametrize("shape", [(3, 1, 5000), (3, 5000, 1), (3, 1, 20_000_000)])
+def test_the_narrowest_images_cost_no_more_than_their_output(mode: ResizeMode, shape: tuple[int, ...]) -> None:
+    image = torch.full((shape[1], shape[2], 3), 7, dtype=torch.uint8).permute(2, 0, 1)
+    began = time.monotonic()
+    found = resize(image, 224, mode)
+    assert time.monotonic() - began < 2
+    assert found.shape == (3, 224, 224)
+    assert found.unique().tolist() == [7]
+
+
+def test_squashing_a_very_long_image_keeps_its_order() -> None:
+    ramp = (torch.arange(200_000) * 256 // 200_000).to(torch.uint8)
+    found = resize(ramp.repeat(3, 2, 1), 32, "squash")[0, 0]
+    assert (found.int() - (torch.arange(32) * 8 + 3.5)).abs().max() <= 2
+
+
 def test_cached_features_of_earlier_releases_are_found() -> None:
     """Their folder is named after this text."""
     assert Preprocessing(16, "crop", flip=True).cache_key == (
         "View(image_size=16, resize='crop', augment=None, augment_views=None, flip=True)"
     )
+    assert Preprocessing(16, max_image_pixels=9).cache_key != Preprocessing(16).cache_key
+
+
+def test_a_limit_of_pixels_makes_a_bad_sample() -> None:
+    content = picture((1, 2, 3), 0, (40, 32))
+    assert Preprocessing(16, max_image_pixels=1280).decoded(content).shape == (3, 16, 16)
+    for augment in (None, v2.Resize([16, 16])):
+        with pytest.raises(DataError, match="40 x 32 pixels, more than max_image_pixels"):
+            Preprocessing(16, augment=augment, max_image_pixels=1279).decoded(content)

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from support import index_of, picture_files, write_files
 
+from job.data.bad_samples import BadSample
 from job.features.file import NewerFormat
 from job.features.store import FeatureStore
 
@@ -99,7 +100,7 @@ def test_a_wrong_chunk_is_not_used(
 
 def test_features_of_another_backbone_are_not_used(store: FeatureStore, tmp_path: Path) -> None:
     assert store_of(tmp_path).on_disk() == {0}
-    assert store_of(tmp_path).open() == ["no image"]
+    assert store_of(tmp_path).open() == [BadSample("train", 3, "no image")]
     assert store_of(tmp_path, node="b").fetch(0)
     assert oct((tmp_path / "b/features/x/train-000000.safetensors").stat().st_mode & 0o777) == "0o600"
     assert oct((tmp_path / "b/features").stat().st_mode & 0o777) == "0o700"

@@ -132,11 +132,18 @@ def test_lists_of_labels_in_other_formats(form: str, tmp_path: Path) -> None:
     assert index.multi_hot_of(np.arange(len(LISTS))).tolist() == expected
 
 
+def test_a_null_in_place_of_a_list_is_no_empty_list(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"uri": ["0.jpg", "1.jpg"], "label": [["red", "blue"], None]}), tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"row 1 \(from 0\) has no label"):
+        index_parts(tmp_path / "data.parquet")
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
         ([["red"], None], "has no label"),
-        ([["red"], [None]], "has no label"),
+        ([["red", ""], ["blue"]], "holds an empty one"),
+        ([["red", None], ["blue"]], "holds an empty one"),
         ([[["red"]], ["blue"]], "row 0"),
         ([["a" * 2000], ["b"]], "2,000 characters"),
         ([[], []], "no image of .* has a label"),

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from job.data import decode as decoding
 from job.data import pixels
 from job.data.decode import decode
 from job.errors import DataError
@@ -266,7 +265,7 @@ def test_a_pixel_type_that_is_not_supported_is_named() -> None:
         decode(content)
 
 
-@pytest.mark.parametrize("at_least", [0, 8])
+@pytest.mark.parametrize("at_least", [0, 2])
 @pytest.mark.parametrize(
     "content",
     [
@@ -285,8 +284,7 @@ def test_a_large_image_is_converted_in_bands(content: bytes, at_least: int, monk
     if not at_least:
         assert np.array_equal(found, whole)
         return
-    height, width = whole.shape[1:]
-    reduced = Image.fromarray(whole.permute(1, 2, 0).numpy()).reduce((width // 32, height // 32))
+    reduced = Image.fromarray(whole.permute(1, 2, 0).numpy()).reduce(min(whole.shape[1:]) // 8)
     assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(reduced))
 
 
@@ -300,4 +298,4 @@ def test_the_limit_of_pixels_is_an_option(form: str, monkeypatch: pytest.MonkeyP
     if form not in ("WEBP", "TIFF"):  # Pillow's plugins check these by themselves, too
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
         assert decode(content).shape == (3, 90, 100)
-    assert decoding.MAX_IMAGE_PIXELS == 178_956_970
+    assert pixels.MAX_IMAGE_PIXELS == 178_956_970

@@ -47,7 +47,6 @@ def labels_of(files: dict[str, bytes]) -> tuple[Labels, list[str]]:
         ({"a.jpg": b"", "a.CLS": b"3"}, {"a.jpg": "3"}),
         ({"a.jpg": b"", "a.json": b'{"label": ["x", 2, true]}'}, {"a.jpg": ("x", "2", "true")}),
         ({"a.jpg": b"", "a.json": b'{"labels": []}'}, {"a.jpg": ()}),
-        ({"a.jpg": b"", "a.json": b'{"labels": [null]}'}, {"a.jpg": None}),
         ({"a.jpg": b"", "._a.jpg": b"", "a.cls": b"1", "._a.cls": b"\0\5"}, {"a.jpg": "1", "._a.jpg": None}),
     ],
 )  # fmt: skip
@@ -81,6 +80,7 @@ def test_labels_that_may_be_meant_for_several_images_are_refused(files: dict[str
     [
         (b'{"label": [' + b'"x",' * 5000 + b'"x"]}', "5,001 labels"),
         (b'{"label": ["' + b"x" * 2000 + b'"]}', "2,000 characters"),
+        (b'{"label": ["x", null]}', "an empty label"),
         (b'{"label": "\\ud800"}', "no JSON|not UTF-8"),
     ],
 )

@@ -93,10 +93,11 @@ class EmbeddedImages:
     def key(self, row: int) -> str:
         """The name of an image: its row, and the suffix of its format."""
         start = int(self.offsets[row])
-        return f"{row:07d}.{_suffix(self._file[start : start + min(int(self.sizes[row]), 12)].tobytes())}"
+        return f"{row:07d}.{suffix_of(self._file[start : start + min(int(self.sizes[row]), 12)].tobytes())}"
 
 
-def _suffix(head: bytes) -> str:
+def suffix_of(head: bytes) -> str:
+    """The suffix of an image by its first 12 bytes; jpg if they are unknown."""
     if head[:4] in _TIFF:
         return "tiff"
     return next((suffix for magic, suffix in _SUFFIXES if head.startswith(magic)), "jpg")

@@ -177,7 +177,7 @@ def _level_of_parts(listing: Listing, tree: FolderTree) -> tuple[str, Folder, di
         only = folder.children[inside[0]] if len(inside) == 1 else None
         if folders and not (only and _has_train(only)):
             return path, folder, folders
-        if only is None or (not folders and not only.is_nested):
+        if only is None:
             return None
         path, folder = _join(path, inside[0]), only
 

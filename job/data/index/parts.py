@@ -79,6 +79,10 @@ def _saved_parts(location: Location, folder: Path, context: ListingContext) -> d
             raise
         log.warning("%s Until then the data is listed at each launch.", error)
         return None
+    wanted = str(context.columns)
+    if wanted and wanted != info.request.get("columns") and not location.is_saved_index:
+        log.info("%s was made with other columns than %s: the data is listed", saved, wanted)
+        return None
     context.access.require_sources([source.uri for source in info.sources], saved, local=is_local_uri(saved))
     if not info.classes:
         raise DamagedIndex(f"{saved} names no class. Make it again by python -m job index.")

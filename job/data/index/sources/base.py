@@ -101,6 +101,7 @@ class SourceFormat(ABC):
     Attributes:
         name: as the index has it.
         suffixes: ends of names, in lower case, by which the format is recognised.
+        numbered: pattern of other names by which it is.
         samples: where samples lie: each an object of its own below the source, members of the source, or elsewhere.
         is_shard: samples are stored for sequential reading, so that neighbours may be trained on together.
         is_packed: the bytes of a sample must be unpacked, which also verifies them.
@@ -108,6 +109,7 @@ class SourceFormat(ABC):
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
+    numbered: ClassVar[str] = ""
     samples: ClassVar[Literal["objects", "members", "elsewhere"]]
     is_shard: ClassVar[bool] = False
     is_packed: ClassVar[bool] = False

@@ -44,7 +44,7 @@ def image_column(parquet: pyarrow.parquet.ParquetFile, uri: str, columns: Column
     if columns.uri:
         names = [name for name in names if name == columns.uri]
     names = [name for name in names if _holds_images(parquet, name)]
-    return names[0] if len(names) == 1 else Columns(uri=columns.uri).find(uri, names).uri
+    return names[0] if len(names) == 1 else Columns().find(uri, names).uri
 
 
 def read_parquet(uri: str, file: IO[bytes], columns: Columns, *, labelled: bool, images: bool) -> Iterator[pa.Table]:
