@@ -1,10 +1,11 @@
 """The README and docs/: commands parse, options and files exist, examples are valid, the website builds."""
 
-from __future__ import itertools
+from __future__ import annotations
 
 import ast
 import configparser
 import importlib
+import itertools
 import re
 import shlex
 import shutil
