@@ -101,12 +101,12 @@ def _write(target: Path, tables: Iterable[Found], context: ListingContext) -> bo
 
 
 def _state(source: int, listing: Listing, collection: Collection | None) -> FolderState:
-    """The state of a folder: of its images, or of the archives that hold them."""
+    """The state of a folder: of its images, and of the archives that hold or the tables that label them."""
     state = FolderState(source)
     for table in listing.tables():
         images = table.filter(table["image"]).combine_chunks()
         state = state.including(*(images[name].combine_chunks() for name in ("key", "size", "version")))
-    if not state.images and collection is not None:
+    if collection is not None:
         files = collection.files.combine_chunks()
         state = state.including(*(files[name].combine_chunks() for name in ("key", "size", "version")))
     return state
