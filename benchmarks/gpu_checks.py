@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ BOUNDS = {"32-true": 1e-3, "bf16-mixed": 5e-2}
 their rounding, depend on the batch; on a CPU there is no difference."""
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """Makes cuBLAS deterministic (https://docs.nvidia.com/cuda/cublas, results reproducibility)."""
+FAULTS = str(Path(__file__).parents[1] / "tests" / "faults")
+"""Folder of the callback that sends a signal at a step."""
 
 
 def stages(machine: Machine) -> str:
@@ -63,10 +66,12 @@ def checkpoints_across_devices(machine: Machine) -> str:
 def stop_and_resume(machine: Machine) -> str:
     """Stop a run by SIGTERM and resume it; its weights equal those of an uninterrupted run."""
     whole, stopped = machine.scratch / "whole", machine.scratch / "stopped"
-    more = {"trainer.max_epochs": 30, "trainer.deterministic": "true", "checkpoint.keep_last": 1}
+    more = {"trainer.max_epochs": 6, "trainer.deterministic": "true", "checkpoint.keep_last": 1}
     ended = machine.run_in_process("fit", *machine.settings(whole, **more), **DETERMINISTIC)
     assert ended.returncode == 0, ended.output[-2000:]
-    ended = machine.run_until_checkpoint(stopped, "fit", *machine.settings(stopped, **more), **DETERMINISTIC)
+    callback = {"class_path": "saboteur.Saboteur", "init_args": {"marker": f"{stopped}.marker", "step": 13}}
+    settings = machine.settings(stopped, **more, trainer__callbacks=json.dumps([callback]))
+    ended = machine.run_in_process("fit", *settings, **DETERMINISTIC, PYTHONPATH=FAULTS)
     assert ended.returncode == 143, f"exit code {ended.returncode}: {ended.output[-2000:]}"
     ended = machine.run_in_process("fit", *machine.settings(stopped, **more), **DETERMINISTIC)
     assert ended.returncode == 0, ended.output[-2000:]

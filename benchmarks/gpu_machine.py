@@ -6,10 +6,8 @@ import gc
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,17 +149,6 @@ class Machine:
             command(*args), capture_output=True, text=True, timeout=300, env={**environment(), **variables}
         )
         return Outcome(ended.returncode, ended.stdout + ended.stderr)
-
-    def run_until_checkpoint(self, run_dir: Path, *args: object, **variables: str) -> Outcome:
-        """Run a fit in its own process, and send SIGTERM once it has committed a checkpoint."""
-        log = run_dir.with_suffix(".log")
-        with log.open("w") as file:
-            process = subprocess.Popen(command(*args), stdout=file, stderr=file, env={**environment(), **variables})
-            while process.poll() is None and not list(run_dir.glob("checkpoints/*.ckpt.json")):
-                time.sleep(0.05)
-            process.send_signal(signal.SIGTERM)
-            code = process.wait(timeout=120)
-        return Outcome(code, log.read_text())
 
 
 def needs_cuda(machine: Machine, why: str) -> None:

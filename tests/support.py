@@ -27,6 +27,7 @@ from job.data.index.build import build
 from job.data.index.index import Index
 from job.data.index.parts import Layout
 from job.errors import DataError
+from job.storage.local_cache import default_cache_dir
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -103,10 +104,12 @@ def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
 
 
 def index_parts(*uris: object, layout: Layout = "parts") -> dict[str, Index]:
-    """The parts of a data set, their index in a temporary folder."""
-    folder = Path(tempfile.mkdtemp(prefix="job-test-index-"))
+    """The parts of a data set; their index lies in the cache, which the tests have to themselves."""
+    cache = default_cache_dir()
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="test-index-", dir=cache))
     name = "root" if layout == "parts" else "all"
-    info = build({name: [str(uri) for uri in uris]}, folder, tempfile.gettempdir() + "/job-test-cache", layout)
+    info = build({name: [str(uri) for uri in uris]}, folder, cache, layout)
     return {part: Index(folder, part) for part in info.parts}
 
 

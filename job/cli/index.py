@@ -10,6 +10,7 @@ from job.cli.parser import call_with_options
 from job.data.index.access import from_options
 from job.data.index.build import build
 from job.data.index.sources import INDEX_FILE, resolve
+from job.data.index.sources.columns import from_option as columns_from_option
 from job.data.index.store import publish_index
 from job.process.terminal import say
 from job.storage.local_cache import default_cache_dir, usable_cache_dir
@@ -21,7 +22,11 @@ def index(args: list[str]) -> None:
 
 
 def main(
-    uri: str, output: str | None = None, cache_dir: str | None = None, allow: str | list[str] | None = None
+    uri: str,
+    output: str | None = None,
+    cache_dir: str | None = None,
+    allow: str | list[str] | None = None,
+    columns: str | None = None,
 ) -> None:
     """List a data set ahead of training, and save the index.
 
@@ -32,12 +37,23 @@ def main(
         cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
         allow: hosts and URI prefixes that a table may name although they are local or internal; a host or prefix, or
             a list of them.
+        columns: names of a table's columns, as uri=NAME,label=NAME,split=NAME (any of them). Default: the usual names.
     """
     access = from_options(allow, [uri], "--allow")
+    named = columns_from_option(columns, "--columns")
     target = output or resolve(uri).index_uri
     cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
     with tempfile.TemporaryDirectory() as scratch:
-        info = build({"root": [uri]}, Path(scratch), cache, "parts", force_listing=True, access=access)
+        info = build(
+            {"root": [uri]},
+            Path(scratch),
+            cache,
+            "parts",
+            request={"columns": str(named)} if str(named) else None,
+            force_listing=True,
+            access=access,
+            columns=named,
+        )
         publish_index(Path(scratch), target)
     parts = ", ".join(f"{name} {part.rows:,}" for name, part in info.parts.items())
     say(f"{len(info.classes)} classes; images: {parts}; {storage.join(target, INDEX_FILE)}")

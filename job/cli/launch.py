@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 
 from job.cli import COMMANDS, HELP_OPTIONS, run, run_command
+from job.cli.arguments import canonical_arguments, option_value
+from job.cli.known_options import require_known_options
+from job.config.recipes import local_config
 from job.errors import ConfigError
+
+OPTIONAL_LIBRARIES = {"gs://": "gcsfs", "gcs://": "gcsfs", "s3://": "s3fs", "timm/": "timm"}
+"""Libraries that take a second or more to import, by the text in the options that needs them."""
 
 HELP = """\
 usage: python -m job launch COMMAND [options of the command]
@@ -49,8 +57,17 @@ def launch(args: list[str]) -> None:
     if not HELP_OPTIONS.isdisjoint(args[1:]):
         run_command(args[0], args[1:])
         return
+    require_known_options(args[0], args[1:])
     from job.cluster.launch import launch as start
 
     command = COMMANDS[args[0]]
     # Imported once for all ranks of the node.
-    sys.exit(start(args, run, [command.module] if command.on_ranks else []))
+    sys.exit(start(args, run, [command.module, *optional_libraries(args[1:])] if command.on_ranks else []))
+
+
+def optional_libraries(args: Sequence[str]) -> list[str]:
+    """Libraries that a command is likely to need, by its options; a rank itself imports any other."""
+    config = option_value(canonical_arguments(args, options=("config",)), "config") or os.environ.get("JOB_CONFIG")
+    variables = [value for name, value in os.environ.items() if name.startswith("JOB_")]
+    text = "\n".join([*args, *variables, local_config(config) if config else ""])
+    return list(dict.fromkeys(library for mark, library in OPTIONAL_LIBRARIES.items() if mark in text))

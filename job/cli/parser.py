@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -15,10 +16,13 @@ from job.cli import messages
 from job.cli.arguments import canonical_arguments
 from job.config import bounded_yaml
 from job.config.import_policy import denied_message, require_permitted, set_parsing_rules
+from job.config.recipes import resolve_config
 from job.errors import ConfigError
 from job.process.terminal import escape
 
 ENV_PREFIX = "JOB"
+CONFIG_VARIABLE = f"{ENV_PREFIX}_CONFIG"
+"""The environment variable that does what ``--config`` does, with the lowest precedence."""
 
 
 class ParserMixin(ArgumentParser):
@@ -61,12 +65,14 @@ class ParserMixin(ArgumentParser):
         self._arguments = canonical_arguments(
             args, options=self._option_names(), aliases=self.aliases, positional=self.positional
         )
-        return self._checked(super().parse_args(self._arguments, *more, **kwargs))
+        with _config_variable_resolved():
+            return self._checked(super().parse_args(self._arguments, *more, **kwargs))
 
     def parse_object(self, *args: Any, **kwargs: Any) -> Namespace:
         """Parse and check a mapping of options; credentials are removed from URIs."""
         self._check_limits([])
-        return self._checked(super().parse_object(*args, **kwargs))
+        with _config_variable_resolved():
+            return self._checked(super().parse_object(*args, **kwargs))
 
     def _checked(self, config: Namespace) -> Namespace:
         require_permitted(config.as_dict())
@@ -102,6 +108,24 @@ class ParserMixin(ArgumentParser):
 
 class Parser(ParserMixin):
     """The parser of commands that take the parameters of one function."""
+
+
+@contextlib.contextmanager
+def _config_variable_resolved() -> Iterator[None]:
+    """Let :data:`CONFIG_VARIABLE` name a recipe while jsonargparse reads it.
+
+    Raises:
+        ConfigError: there is no recipe of this name.
+    """
+    value = os.environ.get(CONFIG_VARIABLE)
+    if value is None:
+        yield
+        return
+    os.environ[CONFIG_VARIABLE] = resolve_config(value)
+    try:
+        yield
+    finally:
+        os.environ[CONFIG_VARIABLE] = value
 
 
 def _without_credentials(key: str, text: str) -> str:

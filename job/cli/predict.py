@@ -17,6 +17,7 @@ from job.data.bad_samples import BadSample, BadSampleLimit, BadSamples
 from job.data.index.access import from_options
 from job.data.index.build import build
 from job.data.index.index import Index
+from job.data.index.sources.columns import from_option as columns_from_option
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.errors import ConfigError
 from job.process.terminal import print_table, say
@@ -43,6 +44,7 @@ def main(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     tta: Literal["none", "hflip"] = "none",
     allow: str | list[str] | None = None,
+    columns: str | None = None,
 ) -> None:
     """Classify one image, a folder, an archive or everything under a bucket prefix.
 
@@ -62,6 +64,7 @@ def main(
         tta: test-time augmentation: hflip averages predictions over horizontal flips.
         allow: hosts and URI prefixes that a table may name although they are local or internal; a host or prefix,
             or a list of them.
+        columns: name of the column of a table that names the images, as uri=NAME. Default: the usual names.
     """
     if batch_size < 1:
         raise ConfigError(f"--batch_size must be at least 1, not {batch_size}.")
@@ -76,12 +79,13 @@ def main(
 
     rank, world_size = ranks.rank(), ranks.world_size()
     access = from_options(allow, [input], "--allow")
+    named = columns_from_option(columns, "--columns")
     cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
     predictor = load(checkpoint_uri, tta=tta, max_image_pixels=max_image_pixels)
     unreadable: list[BadSample] = []
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        build({"all": [input]}, Path(folder), cache, "images", access=access)
+        build({"all": [input]}, Path(folder), cache, "images", access=access, columns=named)
         index = Index(folder, "all", access)
         for sample, prediction in predict_index(
             predictor, index, batch_size=batch_size, num_workers=num_workers, cache_dir=cache, unreadable=unreadable

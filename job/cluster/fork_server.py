@@ -2,23 +2,17 @@
 
 It leaves the process group of the launcher, and the ranks with it: an init program of a container, or a terminal,
 signals the whole group, but torch's elastic agent signals each rank. Signals to this process itself have no effect,
-because it reports the exit codes of the ranks. It is killed when the launcher is, and then the ranks receive SIGINT
-(``torch.multiprocessing`` requests that from the kernel).
+because it reports the exit codes of the ranks. It is killed when the launcher is, and then the ranks receive SIGTERM.
 """
 
-import contextlib
-import ctypes
 import os
 import signal
 
+from job.process.parent_death import signal_at_parent_death
 from job.process.signals import STOP_SIGNALS
 
-PR_SET_PDEATHSIG = 1
-"""prctl(2)."""
-
 os.setsid()
-with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+signal_at_parent_death(signal.SIGKILL)
 for number in STOP_SIGNALS:
     if signal.getsignal(number) != signal.SIG_IGN:
         # Not SIG_IGN, which ranks would inherit and take for that of nohup.

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from job.errors import EXIT_HANGUP, EXIT_INTERNAL_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from job.multiprocessing_internals import fork_fork_server
 from job.process import signals, temporary
 from job.process.ending import end_process
+from job.process.parent_death import signal_at_parent_death
 
 FORK_SERVER = "job.cluster.fork_server"
+LOADER_FORK_SERVER = "job.data.fork_server"
 NAME = "job rank"
 _STOPPED = (EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_HANGUP)
 
@@ -44,14 +47,20 @@ def start_fork_server(modules: list[str]) -> None:
 def run_rank(run: Callable[[list[str]], int], args: list[str], codes: str) -> None:
     """Run ``run(args)`` as a rank, and exit with the code that it returns.
 
-    The process exits without the functions registered by :mod:`atexit`, as every child of multiprocessing.
+    The process exits without the functions registered by :mod:`atexit`, as every child of multiprocessing: those of the
+    server that it was forked from are among them. A run closes its files, uploads and threads before it returns, and
+    temporary folders are removed here.
 
     Args:
         run: the command line, as a function that returns an exit code.
         args: its arguments.
         codes: folder with a file per restart and rank of this node: its process ID and exit code.
     """
+    # Before any thread starts; from here on the loader processes need no imports of their own.
+    fork_fork_server([LOADER_FORK_SERVER])
     signals.end_at_once()
+    # torch requests SIGINT, of which a second one ends a rank without saving.
+    signal_at_parent_death(signal.SIGTERM)
     # Objects of the imports are never collected: a collection would write to their memory, and so copy it.
     gc.freeze()
     with contextlib.suppress(OSError):  # Linux: the name in top and ps; all ranks have the server's command line

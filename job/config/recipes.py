@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -36,3 +37,15 @@ def resolve_config(value: str) -> str:
     if _NAME.fullmatch(value) and not Path(value).is_file():
         return str(recipe_file(value))
     return value
+
+
+def local_config(value: str) -> str:
+    """The text of the recipe or local file that a value of ``--config`` refers to; empty if it cannot be read.
+
+    Raises:
+        ConfigError: there is no recipe of this name.
+    """
+    file = Path(resolve_config(value))
+    with contextlib.suppress(OSError, ValueError):
+        return file.read_text()
+    return ""

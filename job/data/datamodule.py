@@ -8,7 +8,7 @@ import logging
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
@@ -27,10 +27,11 @@ from job.data.index.file import load_index_info
 from job.data.index.index import Index
 from job.data.index.local_copy import materialise
 from job.data.index.parts import Layout
+from job.data.index.sources.columns import from_option as columns_from_option
 from job.data.index.store import is_run_index_usable, local_index, publish_index
 from job.data.loader import BatchLoader
 from job.data.pixels import MAX_IMAGE_PIXELS
-from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
+from job.data.sampler import BalancedBatchSampler, FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, DataError
 from job.features.store import FeatureStore
 from job.lightning_internals import epochs_processed
@@ -45,9 +46,9 @@ class ImageDataModule(pl.LightningDataModule):
     """Labelled images from any fsspec URI.
 
     Give ``root``, or ``train`` (and ``val``, ``test``). Each is one of these, or a list of them:
-    a folder or bucket prefix of class folders; a .zip, .tar or .tar.gz of one; tar shards in the
-    WebDataset convention (``NAME-{000..146}.tar``, labels in .cls or .json); a table (.csv, .jsonl
-    or .parquet with the columns uri and label); the index.json that ``job index`` wrote.
+    a folder or bucket prefix of class folders; a .zip or .tar of one, compressed or not; tar shards in the
+    WebDataset convention (``NAME-{000..146}.tar``, labels in .cls or .json); TFRecord files; a table (.csv,
+    .jsonl or .parquet) that names the images and their labels; the index.json that ``job index`` wrote.
 
     Args:
         root: URI that holds train/ and validation/ or val/ (and test/), or class folders directly.
@@ -55,6 +56,8 @@ class ImageDataModule(pl.LightningDataModule):
         val: URI of the validation images. Without any, ``val_fraction`` of train is held out.
         test: URI of the test images.
         val_fraction: share of each class held out for validation when there is no validation part.
+        sampling: "shuffle": each image once per epoch; "balanced": as many images per epoch, but each class equally
+            often, so that images of rare classes come several times. An image with several labels counts as its rarest.
         global_batch_size: samples per training step, over all processes.
         image_size: height and width of the model's input, in pixels.
         resize: "squash" to the square, or "crop" its centre, for evaluation and prediction (and
@@ -75,6 +78,8 @@ class ImageDataModule(pl.LightningDataModule):
         allow: hosts (HOST or HOST:PORT) and URI prefixes, or a list of them, that a table or a saved index may
             name besides object stores and public web servers. A table in a bucket or on the web may name no
             local files otherwise, and none may name link-local, loopback or metadata addresses.
+        columns: names of a table's columns, as uri=NAME,label=NAME,split=NAME (any of them). Default: the usual
+            names; see docs/data.md.
         seed: seed of order, augmentation and split; follows --seed_everything.
     """
 
@@ -85,6 +90,7 @@ class ImageDataModule(pl.LightningDataModule):
         val: str | list[str] | None = None,
         test: str | list[str] | None = None,
         val_fraction: float = 0.2,
+        sampling: Literal["shuffle", "balanced"] = "shuffle",
         global_batch_size: int = 32,
         image_size: int = 224,
         resize: ResizeMode = "squash",
@@ -96,6 +102,7 @@ class ImageDataModule(pl.LightningDataModule):
         max_bad_samples: int | str = 0,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         allow: str | list[str] | None = None,
+        columns: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -123,6 +130,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.global_batch_size = global_batch_size
         self.image_size = image_size
         self.resize: ResizeMode = resize
+        self.sampling = sampling
         self.augment = augment
         self.augment_views = augment_views
         self.num_workers = num_workers
@@ -132,8 +140,10 @@ class ImageDataModule(pl.LightningDataModule):
         self.bad_samples = BadSamples(BadSampleLimit.parse(max_bad_samples, option), option)
         self.max_image_pixels = max_image_pixels
         self.access = from_options(allow, [uri for uris in self.uris.values() for uri in uris])
+        self.columns = columns_from_option(columns)
         self.seed = seed
         self.parts: dict[str, Index] = {}
+        self.absent_parts: dict[str, str] = {}
         self.is_cache_usable = True
         self.cache: SampleCache | None = None
         self.features: dict[str, FeatureStore] = {}
@@ -154,6 +164,7 @@ class ImageDataModule(pl.LightningDataModule):
         folder = local_index(ranks.from_rank_zero(self._find_index), self.cache_dir)
         info = load_index_info(folder)
         self.parts = {part: Index(folder, part, self.access) for part in info.parts}
+        self.absent_parts = info.absent
         for source in info.sources:
             materialise(source, str(self.cache_dir), self.access)
         self._open_cache()
@@ -162,14 +173,16 @@ class ImageDataModule(pl.LightningDataModule):
 
     def fingerprint(self) -> dict[str, Any]:
         """Values that must be equal when a run resumes, by name."""
+        train = self.parts["train"].fingerprint()
         return {
-            "data.train": self.parts["train"].fingerprint(),
+            # Checkpoints of earlier versions have no entry for the sampling.
+            "data.train": train if self.sampling == "shuffle" else f"{train}, {self.sampling} sampling",
             "data.global_batch_size": self.global_batch_size,
             "seed_everything": self.seed,
         }
 
     def train_dataloader(self) -> BatchLoader:
-        """Every training sample once per epoch, shuffled by (seed, epoch)."""
+        """The training samples of an epoch, in an order that follows from (seed, epoch)."""
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> BatchLoader:
@@ -183,7 +196,8 @@ class ImageDataModule(pl.LightningDataModule):
             DataError: the data has no test part.
         """
         if "test" not in self.parts:
-            raise DataError("there is no test part: give --data.test, or a --data.root with a test/ folder.")
+            reason = f" ({self.absent_parts['test']})" if "test" in self.absent_parts else ""
+            raise DataError(f"there is no test part{reason}: give --data.test, or a --data.root with a test/ folder.")
         return self._loader("test", shuffle=False)
 
     def variant_loader(self, part: str, chunks: Sequence[range], batch_size: int) -> BatchLoader:
@@ -237,7 +251,9 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _find_index(self) -> str:
         """URI of the index's folder: that of an earlier attempt in run_dir, or a new one."""
-        request = {"uris": self.uris, "val_fraction": self.val_fraction, "seed": self.seed}
+        request: dict[str, Any] = {"uris": self.uris, "val_fraction": self.val_fraction, "seed": self.seed}
+        if str(self.columns):
+            request["columns"] = str(self.columns)
         name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
         uri = storage.join(self._run_dir(), "index", name)
         roots = [root for roots in self.uris.values() for root in roots]
@@ -247,7 +263,15 @@ class ImageDataModule(pl.LightningDataModule):
             scratch = tempfile.TemporaryDirectory(prefix=".index-", dir=self.cache_dir)
         with scratch as folder:
             layout: Layout = "parts" if "root" in self.uris else "classes"
-            info = build(self.uris, Path(folder), str(self.cache_dir), layout, request=request, access=self.access)
+            info = build(
+                self.uris,
+                Path(folder),
+                str(self.cache_dir),
+                layout,
+                request=request,
+                access=self.access,
+                columns=self.columns,
+            )
             if "val" not in info.parts:
                 split(Path(folder), self.val_fraction, self.seed)
             publish_index(Path(folder), uri, write_check(self.trainer))
@@ -283,16 +307,27 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _loader(self, part: str, *, shuffle: bool) -> BatchLoader:
         index = self.parts[part]
-        sampler = ResumableBatchSampler(
-            len(index),
-            self.global_batch_size,
-            rank=ranks.rank(),
-            world_size=ranks.world_size(),
-            seed=self.seed,
-            shuffle=shuffle,
-            # A batch keeps at least eight places of the data set, however small it is.
-            run_length=max(min(index.info.run_length, self.global_batch_size // 8), 1),
-        )
+        sampler: ResumableBatchSampler
+        if shuffle and self.sampling == "balanced":
+            sampler = BalancedBatchSampler(
+                len(index),
+                self.global_batch_size,
+                classes=index.rarest_labels,
+                rank=ranks.rank(),
+                world_size=ranks.world_size(),
+                seed=self.seed,
+            )
+        else:
+            sampler = ResumableBatchSampler(
+                len(index),
+                self.global_batch_size,
+                rank=ranks.rank(),
+                world_size=ranks.world_size(),
+                seed=self.seed,
+                shuffle=shuffle,
+                # A batch keeps at least eight places of the data set, however small it is.
+                run_length=max(min(index.info.run_length, self.global_batch_size // 8), 1),
+            )
         if self.trainer is not None:
             # Lightning names the epoch only after loader processes have begun to fetch.
             sampler.set_epoch(epochs_processed(self.trainer))

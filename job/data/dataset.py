@@ -97,9 +97,16 @@ class Preprocessing:
             names.append("max_image_pixels")
         return f"View({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
-    def variant(self, seed: int, epoch: int, sample: int) -> int:
-        """The variant of ``sample`` in ``epoch``: a number below :attr:`variants`, or any 63-bit number."""
-        number = sample_seed(seed, epoch, sample)
+    def variant(self, seed: int, epoch: int, sample: int, repeat: int = 0) -> int:
+        """The variant of ``sample`` in ``epoch``: a number below :attr:`variants`, or any 63-bit number.
+
+        Args:
+            seed: of the run.
+            epoch: number of the epoch.
+            sample: sample id.
+            repeat: how often the sample came before, where it comes several times in an epoch.
+        """
+        number = sample_seed(seed, epoch, sample, repeat)
         return number if self.variants is None else number % self.variants
 
     def decoded(self, content: bytes) -> Tensor:
@@ -234,7 +241,8 @@ class ImageDataset(Dataset[Batch]):
         """The variant of the sample in a row of a batch."""
         if indices.variants is not None:
             return int(indices.variants[row])
-        return self.preprocessing.variant(self.seed, indices.epoch, int(indices.samples[row]))
+        repeat = 0 if indices.repeats is None else int(indices.repeats[row])
+        return self.preprocessing.variant(self.seed, indices.epoch, int(indices.samples[row]), repeat)
 
     def _read_into(self, batch: Batch, indices: BatchIndices) -> None:
         decoded, image = -1, torch.empty(0)

@@ -6,9 +6,11 @@ trained on with any number of processes, and a run can resume at any batch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,7 @@ class BatchIndices:
         valid: bool, same shape; False for such padding, which is masked out.
         global_size: valid samples of the global batch, over all ranks.
         variants: int64, same shape: the variant of each sample; None: the one of the epoch.
+        repeats: int64, same shape: how often each sample came before, where one comes several times; None: never.
     """
 
     epoch: int
@@ -39,6 +42,7 @@ class BatchIndices:
     valid: npt.NDArray[np.bool_]
     global_size: int
     variants: npt.NDArray[np.int64] | None = None
+    repeats: npt.NDArray[np.int64] | None = None
 
 
 class ResumableBatchSampler:
@@ -104,14 +108,83 @@ class ResumableBatchSampler:
         sizes = np.minimum(self.global_batch_size, self.size - numbers * self.global_batch_size)
         share = self.global_batch_size // self.world_size
         within = np.arange(self.rank * share, (self.rank + 1) * share)
-        samples = numbers * self.global_batch_size + within % sizes
-        if self.shuffle:
-            samples = shuffled(samples, self.size, self.run_length, self.seed, epoch)
+        samples, repeats = self._samples_at(numbers * self.global_batch_size + within % sizes, epoch)
         valid = within < sizes
         return [
-            BatchIndices(epoch, number, samples[row], valid[row], int(sizes[row, 0]))
+            BatchIndices(
+                epoch,
+                number,
+                samples[row],
+                valid[row],
+                int(sizes[row, 0]),
+                repeats=None if repeats is None else repeats[row],
+            )
             for row, number in enumerate(batches)
         ]
+
+    def _samples_at(
+        self, positions: npt.NDArray[np.int64], epoch: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+        """Sample ids at ``positions`` of an epoch, and how often each came before."""
+        if self.shuffle:
+            positions = shuffled(positions, self.size, self.run_length, self.seed, epoch)
+        return positions, None
+
+
+class BalancedBatchSampler(ResumableBatchSampler):
+    """Sampler of epochs in which classes are equally frequent, for long tails.
+
+    An epoch has as many samples as the data set. All epochs together are one sequence in which classes take turns, and
+    a class's turns go through its samples in a new random order each time: so a class is drawn equally often, plus or
+    minus one, in each epoch, and a sample of a class is drawn again once all of them were. The order within an epoch is
+    a permutation. Everything is a pure function of (seed, epoch, position).
+
+    Memory holds a sample id and a class number per sample.
+
+    Args:
+        size: samples in the data set, and per epoch.
+        global_batch_size: samples per step, over all ranks; a multiple of ``world_size``.
+        classes: returns the class of each sample, int [size]; samples with -1 are one class more. Other processes call
+            it again.
+        rank: of this process.
+        world_size: number of processes.
+        seed: of all permutations.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        global_batch_size: int,
+        *,
+        classes: Callable[[], npt.NDArray[np.int32]],
+        rank: int,
+        world_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__(size, global_batch_size, rank=rank, world_size=world_size, seed=seed, shuffle=True)
+        self.classes = classes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_members"}
+
+    @functools.cached_property
+    def _members(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[Any]]:
+        """Size of each class that has samples, the place of its first one, and the sample ids by class."""
+        classes = self.classes()
+        ids = np.argsort(classes, kind="stable").astype(np.uint32 if self.size < 1 << 32 else np.int64)
+        counts = np.bincount(classes + 1)
+        counts = counts[counts > 0].astype(np.int64)
+        return counts, counts.cumsum() - counts, ids
+
+    def _samples_at(
+        self, positions: npt.NDArray[np.int64], epoch: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+        counts, firsts, ids = self._members
+        turn, number = np.divmod(epoch * self.size + permute(positions, self.size, f"{self.seed}/{epoch}"), len(counts))
+        repeats, place = np.divmod(turn, counts[number])
+        keys = mix64(mix64(_hash64(f"{self.seed}/balanced") + number.astype(np.uint64)) + repeats.astype(np.uint64))
+        samples = ids[firsts[number] + permute_each(place, counts[number], keys)]
+        return samples.astype(np.int64), repeats
 
 
 class FeatureBatchSampler(ResumableBatchSampler):
@@ -169,7 +242,7 @@ def permute_runs(positions: npt.NDArray[np.int64], size: int, run_length: int, k
     runs = size // run_length
     if run_length == 1 or not runs:
         return permute(positions, size, key)
-    start = int(mix64(np.frombuffer(hashlib.blake2b(key.encode(), digest_size=8).digest(), "<u8"))[0] % np.uint64(size))
+    start = int(mix64(_hash64(key))[0] % np.uint64(size))
     run, within = positions // run_length, positions % run_length
     permuted = permute(np.minimum(run, runs - 1), runs, key) * run_length + within
     return (np.where(run < runs, permuted, positions) + start) % size
@@ -199,6 +272,30 @@ def permute(positions: npt.NDArray[np.int64], size: int, key: str) -> npt.NDArra
     return result.astype(np.int64)
 
 
+def permute_each(
+    positions: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], keys: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.int64]:
+    """As :func:`permute`, each position by a permutation of its own size and key."""
+    bits = np.frexp((sizes - 1).astype(np.float64))[1]
+    half_bits = np.maximum((bits + 1) // 2, 1).astype(np.uint64)
+    result = positions.astype(np.uint64)
+    outside = np.ones(result.shape, np.bool_)
+    while outside.any():
+        shift, key = half_bits[outside], keys[outside]
+        mask = (np.uint64(1) << shift) - np.uint64(1)
+        left, right = result[outside] >> shift, result[outside] & mask
+        for number in range(_ROUNDS):
+            left, right = right, left ^ (mix64(right ^ mix64(key + np.uint64(number))) & mask)
+        result[outside] = (left << shift) | right
+        outside &= result >= sizes.astype(np.uint64)
+    return result.astype(np.int64)
+
+
+def _hash64(text: str) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash, uint64 [1]."""
+    return np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u8")
+
+
 def mix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """The finaliser of SplitMix64 (Steele et al., OOPSLA 2014): every input bit reaches every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -206,7 +303,8 @@ def mix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def sample_seed(seed: int, epoch: int, sample: int) -> int:
+def sample_seed(seed: int, epoch: int, sample: int, repeat: int = 0) -> int:
     """The seed of one sample's augmentation, a 63-bit pure function of its arguments."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{sample}".encode(), digest_size=8).digest()
+    text = f"{seed}/{epoch}/{sample}/{repeat}" if repeat else f"{seed}/{epoch}/{sample}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

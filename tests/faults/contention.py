@@ -58,10 +58,11 @@ def contend(run_dir: str, folder: Path, rounds: int, *, processes: int = 3, seco
         for name in names
     }
     blocked = 0
+    dice = random.Random(rounds)
     try:
         for _ in range(rounds):
             holder = _next_holder(logs, running)
-            time.sleep(random.uniform(0, seconds / 2))
+            time.sleep(dice.uniform(0, seconds / 2))
             running[holder].send_signal(signal.SIGSTOP)
             stopped = time.monotonic()
             while _newest_holder(logs) == holder:
@@ -69,7 +70,7 @@ def contend(run_dir: str, folder: Path, rounds: int, *, processes: int = 3, seco
                     blocked += 1
                     break
                 time.sleep(0.02)
-            time.sleep(random.uniform(0, seconds / 2))
+            time.sleep(dice.uniform(0, seconds / 2))
             running[holder].send_signal(signal.SIGCONT)
         time.sleep(2 * seconds)
     finally:

@@ -15,7 +15,6 @@ SETTINGS: dict[str, object] = {
     **TINY,
     "data.global_batch_size": 4,  # 8 steps an epoch
     "checkpoint.every_n_steps": 5,
-    "data.cache_dir": "/tmp/job-test-cache",
 }
 STEPS = list(range(3 * 8))
 

@@ -41,11 +41,12 @@ def assert_nothing_lost(run_dir: str, uninterrupted: str, starts: int) -> None:
 def test_a_signal_to_any_rank_saves_and_stops_all(
     rank: int, target: str, place: str, name: str, run_dir: str, uninterrupted: str, tmp_path: Path
 ) -> None:
-    step = random.randint(1, len(STEPS) - 3)
-    print(f"signal at step {step}")
+    seed = f"{name} {rank} {target} {place}"
+    step = random.Random(seed).randint(1, len(STEPS) - 3)
+    print(f"signal at step {step}, by seed {seed!r}")
     plot = sabotage(tmp_path / "marker", step=step, rank=rank, name=name, target=target, place=place)
     arguments = fit_options(run_dir, trainer__callbacks=plot)
-    first = Job(tmp_path / "log", *arguments, processes=2)
+    first = Job(tmp_path / "log", *arguments, processes=2, fresh=target == "launcher")
     assert first.wait() != 0
     assert "stopped on request after step" in first.output
     newest = checkpoint.newest_verified(run_dir)
@@ -77,7 +78,7 @@ def test_a_signal_during_an_upload(run_dir: str, uninterrupted: str, tmp_path: P
 
 def test_one_process_alone_exits_with_the_documented_code(run_dir: str, tmp_path: Path) -> None:
     plot = sabotage(tmp_path / "marker", step=3, name="SIGUSR1")
-    job = Job(tmp_path / "log", *fit_options(run_dir, trainer__callbacks=plot))
+    job = Job(tmp_path / "log", *fit_options(run_dir, trainer__callbacks=plot), fresh=True)
     assert job.wait() == 143, job.output
     assert "Traceback" not in job.output
     run_well(*fit_options(run_dir, trainer__callbacks=plot), PYTHONPATH=fault_environment()["PYTHONPATH"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TINY, options, picture_files, run_well, scalars, zip_of
+from support import TINY, index_parts, options, picture_files, read, run_well, scalars, zip_of
 
 from job import checkpoint, storage
 from job.cli import main
@@ -140,3 +140,13 @@ def test_an_s3_object_is_held_against_its_etag(s3: str, caplog: pytest.LogCaptur
     assert calls == ["get_object"] * 3
     assert f"ETags below {s3}/checked are not MD5 checksums" in caplog.text
     del other.store.fs._call_s3
+
+
+def test_doubled_slashes_in_a_bucket(s3: str) -> None:
+    """Tools that join paths carelessly make folders with empty names."""
+    files = picture_files(["blue", "red"], 2)
+    storage.write_many(f"{s3}/doubled", {f"/train/{key.replace('/', '//')}": each for key, each in files.items()})
+    index = index_parts(f"{s3}/doubled")["train"]
+    assert index.classes == ("blue", "red")
+    assert sorted(index.keys) == [f"/train/{key.replace('/', '//')}" for key in sorted(files)]
+    assert sorted(read(index, [0, 1, 2, 3])) == sorted(files.values())

@@ -40,7 +40,7 @@ KUBEFLOW = {
     ids=["plain", "kubeflow"],
 )
 def test_alone_with_two_processes(variables: dict[str, str], told: str, colours: Path, tmp_path: Path) -> None:
-    done = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), **variables)
+    done = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), fresh=True, **variables)
     assert done.returncode == 0, done.stderr
     assert told in done.stderr
     assert "2 process(es)" in done.stdout

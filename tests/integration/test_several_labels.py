@@ -139,3 +139,29 @@ def test_one_label_per_image_can_be_learned_as_several(tmp_path: Path) -> None:
     result = run_here("fit", *options({**TINY, **more}))
     assert result.returncode != 0
     assert "task was 'multilabel', is 'classification'" in result.output
+
+
+@pytest.mark.parametrize("use", ["always", "never"])
+def test_classes_of_a_long_tail_are_drawn_equally_often(use: str, tmp_path: Path) -> None:
+    files = {
+        **picture_files(["blue"], 40),
+        **picture_files(["red"], 6, seed=100),
+        **picture_files(["green"], 6, seed=9),
+    }
+    more = {
+        "data.root": write_files(tmp_path / "colours", files),
+        "data.sampling": "balanced",
+        "features.use": use,
+        "model.milestones": "[2]",
+    }
+    for name, epochs in (("whole", [3]), ("parts", [1, 2, 3])):
+        for count in epochs:
+            settings = {**TINY, **more, "trainer.max_epochs": count, "run_dir": tmp_path / name}
+            result = run_here("fit", *options(settings))
+            assert result.returncode == 0, result.output
+    assert_same_weights(str(tmp_path / "whole"), str(tmp_path / "parts"))
+    if use == "never":
+        other = {**TINY, **more, "data.sampling": "shuffle", "trainer.max_epochs": 4, "run_dir": tmp_path / "whole"}
+        result = run_here("fit", *options(other))
+        assert result.returncode != 0
+        assert "balanced sampling, is" in result.output

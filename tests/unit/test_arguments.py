@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from support import TINY, options, run_here
 
+from job.api import fit
+from job.cli import launch
 from job.cli.arguments import DATA_ALIASES, FLAGS, TRAINING_ALIASES, canonical_arguments
 from job.cli.help import COMMON, common_help
 from job.cli.messages import closest_option, without_unions
@@ -52,6 +54,25 @@ def test_an_option_of_the_command_is_not_an_alias() -> None:
     assert canonical_arguments(args, options={"batch_size"}, aliases=DATA_ALIASES) == ["--batch_size=8"]
 
 
+@pytest.mark.parametrize(
+    ("args", "variables", "libraries"),
+    [
+        (["--run_dir", "runs/1"], {}, []),
+        (["s3://bucket/run", "--data.root=gs://bucket/data"], {}, ["gcsfs", "s3fs"]),
+        (["--model.backbone", "timm/resnet18"], {}, ["timm"]),
+        (["--config", "demo"], {}, ["timm"]),
+        (["--config=no/such/file"], {}, []),
+        ([], {"JOB_CONFIG": "demo", "JOB_DATA__ROOT": "gs://bucket/data"}, ["gcsfs", "timm"]),
+    ],
+)
+def test_launch_imports_the_libraries_that_the_options_need(
+    args: list[str], variables: dict[str, str], libraries: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launch.optional_libraries(args) == libraries
+
+
 def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert canonical("--config", "head") == canonical("-c", "head") == [f"--config={FOLDER / 'head.yaml'}"]
@@ -61,6 +82,21 @@ def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(name in str(caught.value) for name in recipe_names())
     (tmp_path / "head").write_text("{}")
     assert canonical("--config", "head") == ["--config=head"]
+
+
+def test_a_recipe_named_by_a_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JOB_CONFIG", "demo")
+    for args in (["--run_dir=x", "--data.root=y"], {"run_dir": "x", "data": {"root": "y"}}):
+        assert TrainingCLI("fit", args).model_config.backbone == "timm/tf_efficientnet_lite0"
+    monkeypatch.setenv("JOB_CONFIG", "heed")
+    with pytest.raises(ConfigError, match="no recipe 'heed'"):
+        TrainingCLI("fit", ["--run_dir=x", "--data.root=y"])
+
+
+def test_training_from_python_takes_no_grace(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"grace is 3\.0, but job\.fit never ends the process"):
+        fit({"run_dir": str(tmp_path / "run"), "data": {"root": str(tmp_path)}, "grace": 3.0})
 
 
 @pytest.fixture(scope="module", params=["fit", "tune", "validate", "test"])

@@ -70,7 +70,7 @@ def test_a_snapshot_is_of_its_moment(run_dir: str) -> None:
         assert loaded["state_dict"]["w"].unique().tolist() == [manifest.global_step]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest", "manifest cut", "gone"])
+@pytest.mark.parametrize("damage", ["truncated", "halved", "flipped", "no manifest", "manifest cut", "gone"])
 def test_a_bad_newest_checkpoint_is_named_and_an_older_one_used(
     damage: str, run_dir: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -80,6 +80,8 @@ def test_a_bad_newest_checkpoint_is_named_and_an_older_one_used(
     content = newest.read_bytes()
     if damage == "truncated":
         newest.write_bytes(content[:-1])
+    elif damage == "halved":
+        newest.write_bytes(content[: len(content) // 2])
     elif damage == "flipped":
         newest.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
     elif damage == "no manifest":
@@ -93,7 +95,7 @@ def test_a_bad_newest_checkpoint_is_named_and_an_older_one_used(
     assert found.global_step == 10
     if damage != "no manifest":  # that one was never finished: nothing went wrong
         assert "step=00000020" in caplog.text
-    if damage in ("truncated", "flipped"):
+    if damage in ("truncated", "halved", "flipped"):
         with pytest.raises(CheckpointError, match="is damaged"):
             checkpoint.load(str(newest))
 

@@ -1,9 +1,21 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
-from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler, permute, permute_runs, sample_seed
+from job.data.sampler import (
+    BalancedBatchSampler,
+    BatchIndices,
+    FeatureBatchSampler,
+    ResumableBatchSampler,
+    permute,
+    permute_each,
+    permute_runs,
+    sample_seed,
+)
 
 
 def seen(size: int, batch: int, world_size: int, epoch: int = 0, shuffle: bool = True) -> list[list[int]]:
@@ -110,3 +122,81 @@ def test_every_view_once_in_batches_that_lie_within_chunks(views: int, batch_siz
     for plan in plans:
         assert any(set(plan.samples.tolist()) <= set(chunk) for chunk in chunks)
         assert plan.global_size == plan.valid.sum()
+
+
+LONG_TAIL = np.repeat(np.array([0, 1, 3, 4, -1], np.int32), [700, 200, 90, 3, 10])
+"""Classes of 1,003 samples: one has none, and one is of samples without a label."""
+
+
+def balanced(rank: int = 0, world_size: int = 1, seed: int = 5) -> BalancedBatchSampler:
+    return BalancedBatchSampler(1003, 24, classes=LONG_TAIL.copy, rank=rank, world_size=world_size, seed=seed)
+
+
+def drawn(epoch: int, sampler: BalancedBatchSampler | None = None) -> list[int]:
+    plans = (sampler or balanced()).batches(epoch, range(42))
+    return [int(sample) for plan in plans for sample in plan.samples[plan.valid]]
+
+
+def test_each_class_is_drawn_equally_often() -> None:
+    for epoch in range(12):
+        samples = drawn(epoch)
+        assert len(samples) == 1003
+        counts = np.bincount(LONG_TAIL[samples] + 1)
+        assert counts[3] == 0
+        assert set(np.delete(counts, 3).tolist()) <= {200, 201}
+
+
+def test_a_sample_is_drawn_again_once_all_of_its_class_were() -> None:
+    counts = np.zeros(1003, np.int64)
+    for epoch in range(12):
+        counts += np.bincount(drawn(epoch), minlength=1003)
+        for label in (0, 1, 3, 4, -1):
+            of_class = counts[label == LONG_TAIL]
+            assert of_class.max() - of_class.min() <= 2  # one turn ends, and another one has begun
+            assert epoch < 11 or of_class.min() > 0
+    assert counts[LONG_TAIL == 4].min() >= 12 * 200 // 3
+
+
+def test_balanced_batches_do_not_depend_on_the_world_size() -> None:
+    expected = [plan.samples[plan.valid].tolist() for plan in balanced().batches(3, range(42))]
+    for world_size in (2, 3, 8):
+        shares = [balanced(rank, world_size).batches(3, range(42)) for rank in range(world_size)]
+        joined = [
+            [sample for plan in plans for sample in plan.samples[plan.valid].tolist()]
+            for plans in zip(*shares, strict=True)
+        ]
+        assert joined == expected
+
+
+def test_balanced_batches_can_start_anywhere() -> None:
+    def content(plan: BatchIndices) -> list[list[int]]:
+        assert plan.repeats is not None
+        return [plan.samples.tolist(), plan.repeats.tolist()]
+
+    sampler = balanced()
+    sampler.set_epoch(2)
+    whole = [content(plan) for plan in sampler]
+    for start in (1, 17, 41):
+        sampler.start_batch = start
+        assert [content(plan) for plan in copy.copy(sampler)] == whole[start:]
+    assert whole != [content(plan) for plan in balanced(seed=6).batches(2, range(42))]
+    assert "_members" not in pickle.dumps(sampler).decode("latin1")  # other processes make it themselves
+
+
+def test_a_sample_that_comes_again_is_counted() -> None:
+    seen: set[tuple[int, int]] = set()
+    for epoch in range(3):
+        for plan in balanced().batches(epoch, range(42)):
+            assert plan.repeats is not None
+            for pair in zip(plan.samples[plan.valid].tolist(), plan.repeats[plan.valid].tolist(), strict=True):
+                assert pair not in seen
+                seen.add(pair)
+    assert {repeat for sample, repeat in seen if sample == 990} >= set(range(200))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
+def test_permutations_of_any_size_each_are_bijections(size: int) -> None:
+    sizes, keys = np.full(2 * size, size), np.repeat(np.array([1, 2], np.uint64), size)
+    order = permute_each(np.tile(np.arange(size), 2), sizes, keys)
+    assert sorted(order[:size].tolist()) == sorted(order[size:].tolist()) == list(range(size))
+    assert size < 16 or order[:size].tolist() != order[size:].tolist()

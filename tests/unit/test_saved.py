@@ -133,6 +133,23 @@ def test_an_index_notices_what_came_and_went(
         index_parts(f"{root}/.index/index.json")
 
 
+@pytest.mark.parametrize("change", ["add", "remove"])
+def test_an_index_of_shards_notices_another_one(change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pattern = f"{tmp_path}/s-*.tar"
+    for number in range(3):
+        (tmp_path / f"s-{number}.tar").write_bytes(tar_of(picture_files(["blue", "red"], 2, seed=number)))
+    main(pattern)
+    caplog.set_level(logging.INFO)
+    assert len(index_parts(pattern)["train"]) == 12
+    assert "using the index of" in caplog.text
+    if change == "add":
+        (tmp_path / "s-3.tar").write_bytes(tar_of(picture_files(["blue", "red"], 2, seed=3)))
+    else:
+        (tmp_path / "s-2.tar").unlink()
+    assert len(index_parts(pattern)["train"]) == {"add": 16, "remove": 8}[change]
+    assert "out of date: 3 archives were there then" in caplog.text
+
+
 @pytest.mark.parametrize("damage", ["{", '{"format": 0}', "{}"])
 def test_an_index_that_is_none_is_named(damage: str, tmp_path: Path) -> None:
     root = str(write_files(tmp_path / "data", FILES))

@@ -25,7 +25,9 @@ def labels_of(files: dict[str, bytes]) -> tuple[Labels, list[str]]:
     """Labels of the images by name, and what is left out."""
     left_out = LeftOut()
     members = list(list_tar("s.tar", io.BytesIO(tar_of(files)), left_out))
-    labels: Labels = {m.key: m.labels or m.label for m in members if m.key.endswith((".jpg", ".png"))}
+    labels: Labels = {
+        m.key: m.label if m.labels is None else m.labels for m in members if m.key.endswith((".jpg", ".png"))
+    }
     return labels, [f"{kind.count} {kind.kind}" for kind in left_out.kinds()]
 
 
@@ -44,7 +46,7 @@ def labels_of(files: dict[str, bytes]) -> tuple[Labels, list[str]]:
         ({"a.json": b"{", "a.jpg": b"", "a.cls": b"3"}, {"a.jpg": "3"}),
         ({"a.jpg": b"", "a.CLS": b"3"}, {"a.jpg": "3"}),
         ({"a.jpg": b"", "a.json": b'{"label": ["x", 2, true]}'}, {"a.jpg": ("x", "2", "true")}),
-        ({"a.jpg": b"", "a.json": b'{"labels": []}'}, {"a.jpg": None}),
+        ({"a.jpg": b"", "a.json": b'{"labels": []}'}, {"a.jpg": ()}),
         ({"a.jpg": b"", "._a.jpg": b"", "a.cls": b"1", "._a.cls": b"\0\5"}, {"a.jpg": "1", "._a.jpg": None}),
     ],
 )  # fmt: skip
@@ -78,6 +80,7 @@ def test_labels_that_may_be_meant_for_several_images_are_refused(files: dict[str
     [
         (b'{"label": [' + b'"x",' * 5000 + b'"x"]}', "5,001 labels"),
         (b'{"label": ["' + b"x" * 2000 + b'"]}', "2,000 characters"),
+        (b'{"label": ["x", null]}', "an empty label"),
         (b'{"label": "\\ud800"}', "no JSON|not UTF-8"),
     ],
 )

@@ -27,6 +27,7 @@ from job.data.index.left_out import LeftOutKind, summary
 from job.data.index.parts import Layout, parts_of
 from job.data.index.sources import INDEX_FILE, ListingContext, Source, format_of, resolve
 from job.data.index.sources.base import LONGEST_CLASS
+from job.data.index.sources.columns import Columns
 from job.errors import DataError
 from job.storage.local_cache import report_disk_full
 
@@ -42,6 +43,7 @@ def build(
     request: dict[str, Any] | None = None,
     force_listing: bool = False,
     access: Access | None = None,
+    columns: Columns | None = None,
 ) -> IndexInfo:
     """List ``roots`` and write their index into the local ``folder``.
 
@@ -53,6 +55,7 @@ def build(
         force_listing: do not use an index that ``job index`` left beside the data.
         access: what tables and saved indexes may name; default: what lies in object stores and on public web
             servers, and local files where they are local themselves.
+        columns: names of the columns of tables; default: the usual ones.
 
     Raises:
         DataError: the layout of the data is not understood.
@@ -69,7 +72,11 @@ def build(
         folders: list[FolderState] = []
         for number, (name, location) in enumerate(locations):
             context = ListingContext(
-                sources, cache_dir, access or Access(typed=(location.uri,)), labelled=layout_of != "images"
+                sources,
+                cache_dir,
+                access or Access(typed=(location.uri,)),
+                labelled=layout_of != "images",
+                columns=columns or Columns(),
             )
             listed = parts_of(
                 location, name, layout_of, Path(scratch) / str(number), context, force_listing=force_listing
@@ -121,7 +128,8 @@ def split(folder: Path, fraction: float, seed: int) -> None:
     hold_out = _held_out_by_label if whole.has_several_labels else _held_out
     held_out = hold_out(whole, fraction, seed)
     info = load_index_info(folder)
-    shards = _all_in_shards(info.sources)
+    used = {number for batch in whole.batches() for number in pc.unique(batch.column("source")).to_pylist()}
+    shards = _all_in_shards(info.sources, used)
     for part, chosen in (("val", held_out), ("train", ~held_out)):
         with PartWriter(folder / f".{part}.arrow", several_labels=whole.has_several_labels) as writer:
             start = 0
@@ -206,15 +214,17 @@ def _write_part(
     path: Path, contents: list[Part], classes: list[str], sources: list[Source], several_labels: bool
 ) -> PartInfo:
     names = pa.array(classes, pa.string())
+    used: set[int] = set()
     with PartWriter(path, several_labels=several_labels) as writer:
         for table in (table for part in contents for table in part.tables()):
+            used |= set(pc.unique(table["source"]).to_pylist())
             if several_labels:
                 table = table.append_column("labels", _label_lists(table, names))
                 label = pa.array(np.full(len(table), -1, np.int32))
             else:
                 label = pc.fill_null(pc.index_in(_single_classes(table), names), -1)
             writer.write(table.append_column("label", label))
-        return writer.finish(", ".join(part.root for part in contents), shards=_all_in_shards(sources))
+        return writer.finish(", ".join(part.root for part in contents), shards=_all_in_shards(sources, used))
 
 
 def _single_classes(table: pa.Table) -> pa.ChunkedArray:
@@ -246,5 +256,5 @@ def _label_lists(table: pa.Table, names: pa.Array) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, pa.array(pairs[1].astype(np.int32)))
 
 
-def _all_in_shards(sources: list[Source]) -> bool:
-    return all(format_of(source).is_shard for source in sources)
+def _all_in_shards(sources: list[Source], used: set[int]) -> bool:
+    return all(format_of(sources[number]).is_shard for number in used)

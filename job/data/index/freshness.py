@@ -83,7 +83,7 @@ def _listed(root: str, scratch: Path, context: ListingContext) -> FolderState:
         return FolderState(0)
     trial = replace(context, sources=[], left_out=LeftOut(), folders=[], unreadable=[])
     try:
-        list_location(location, scratch, trial)
+        list_location(location, scratch, trial, open_archives=False)
     finally:
         scratch.unlink(missing_ok=True)
     return trial.folders[0] if trial.folders else FolderState(0)

@@ -5,9 +5,9 @@ This is the boundary at which keys of all sources get their names, and at which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,12 +15,14 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from job.data.index import left_out, names
+from job.data.index.collection import Collection, Found, find_collection, tables_of
 from job.data.index.duplicates import drop_duplicates
 from job.data.index.folder_state import FolderState
-from job.data.index.sources import ListingContext, Location, Source, format_of
+from job.data.index.left_out import LeftOut
+from job.data.index.sources import SAVED_INDEX, ListingContext, Location, format_of
 from job.data.index.sources.base import IMAGE_PATTERN, LISTING
+from job.data.index.unsuffixed import mark_unsuffixed
 
-SHARDS_AT_ONCE = 8
 NAMED = LISTING.append(pa.field("name", pa.string())).append(pa.field("image", pa.bool_()))
 """Columns of a listing on disk: ``name`` is the normalised key (see :mod:`job.data.index.names`), ``image`` tells
 whether the row is a sample: by its suffix, or because a table names it."""
@@ -48,24 +50,66 @@ class Listing:
                 yield pa.table(reader.get_batch(number))
 
 
-def list_location(location: Location, target: Path, context: ListingContext) -> Listing:
-    """List ``location`` into the file ``target``; its sources are appended to those of ``context``."""
-    all_meant, members, unusual = location.format.samples == "elsewhere", location.format.samples == "members", False
-    state = FolderState(len(context.sources))
-    with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, NAMED) as writer:
-        for table in _tables(location, context):
-            named, renamed = _named(table, context, all_meant=all_meant)
-            unusual |= renamed
-            writer.write_table(named)
-            if location.format.samples == "objects":
-                images = named.filter(named["image"]).combine_chunks()
-                state = state.including(*(images[name].combine_chunks() for name in ("key", "size", "version")))
-    if location.format.samples == "objects":
-        context.folders.append(state)
+def list_location(location: Location, target: Path, context: ListingContext, *, open_archives: bool = True) -> Listing:
+    """List ``location`` into the file ``target``; its sources are appended to those of ``context``.
+
+    Args:
+        location: the data.
+        target: local file.
+        context: settings; counts what is left out.
+        open_archives: list the content of archives in a folder, not the folder alone.
+    """
+    kind, first = location.format.samples, len(context.sources)
+    trial = replace(context, left_out=LeftOut())
+    meant, members = kind == "elsewhere", kind == "members"
+    unusual = _write(target, (Found(table, all_meant=meant) for table in _tables(location, trial)), trial)
+    listing = Listing(location.uri, target)
+    collection = find_collection(location.uri, listing.tables, trial) if kind == "objects" else None
+    recounted: tuple[str, ...] = ()
+    if collection is not None and open_archives:
+        recounted = (left_out.COMPANIONS, left_out.NOT_IMAGES)
+    elif collection is None and not meant and mark_unsuffixed(target, listing.tables, context):
+        recounted = (left_out.NOT_IMAGES,)
+    for each in trial.left_out.kinds():
+        if each.kind not in recounted:
+            context.left_out.add(each.kind, each.example, each.count)
+    if kind == "objects":
+        context.folders.append(_state(first, listing, collection))
+    if collection is not None and open_archives:
+        second = target.with_name(f"{target.name}-opened")
+        unusual = _write(second, collection.tables(context), context)
+        second.replace(target)
+        members, meant = collection.members, not collection.members
     # Only an archive can hold a key twice, and only keys that are spelled unusually can share a name.
-    if not all_meant and (members or unusual):
+    if not meant and (members or unusual):
         drop_duplicates(target, context.left_out, members=members)
     return Listing(location.uri, target, tuple(names.normalise(pa.array(context.unreadable, pa.string())).to_pylist()))
+
+
+def _write(target: Path, tables: Iterable[Found], context: ListingContext) -> bool:
+    """Write a listing; returns whether some name differs from its key."""
+    unusual = False
+    with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, NAMED) as writer:
+        for found in tables:
+            named, renamed = _named(found.rows, context, all_meant=found.all_meant)
+            if found.prefix:
+                prefixed = pc.binary_join_element_wise(found.prefix, named["name"], "")
+                named = named.set_column(named.column_names.index("name"), "name", prefixed)
+            unusual |= renamed
+            writer.write_table(named)
+    return unusual
+
+
+def _state(source: int, listing: Listing, collection: Collection | None) -> FolderState:
+    """The state of a folder: of its images, or of the archives that hold them."""
+    state = FolderState(source)
+    for table in listing.tables():
+        images = table.filter(table["image"]).combine_chunks()
+        state = state.including(*(images[name].combine_chunks() for name in ("key", "size", "version")))
+    if not state.images and collection is not None:
+        files = collection.files.combine_chunks()
+        state = state.including(*(files[name].combine_chunks() for name in ("key", "size", "version")))
+    return state
 
 
 def _named(table: pa.Table, context: ListingContext, *, all_meant: bool) -> tuple[pa.Table, bool]:
@@ -86,8 +130,11 @@ def _named(table: pa.Table, context: ListingContext, *, all_meant: bool) -> tupl
         return table.append_column("image", pa.repeat(True, len(table))), normalised is not keys
     hidden = names.is_hidden(normalised)
     if pc.any(hidden).as_py():
-        _count(table.filter(hidden), left_out.HIDDEN, context)
-        table = table.filter(pc.invert(hidden))
+        own = pc.starts_with(normalised, f"{SAVED_INDEX}/")
+        _count(table.filter(pc.and_(hidden, pc.invert(own))), left_out.HIDDEN, context)
+        # A folder that holds nothing else is an empty one, as on a disk, where it would be listed.
+        visible = pc.if_else(hidden, names.visible_folders(normalised), normalised)
+        table = table.set_column(table.column_names.index("name"), "name", visible)
     if pc.any(pc.equal(table["name"], "")).as_py():
         table = table.filter(pc.not_equal(table["name"], ""))
     image = pc.match_substring_regex(table["name"], IMAGE_PATTERN)
@@ -112,12 +159,5 @@ def _tables(location: Location, context: ListingContext) -> Iterator[pa.Table]:
         yield from format_of(sources[0]).rows(sources[0], first, context)
         return
 
-    def tables(source: Source, number: int) -> list[pa.Table]:
-        return list(format_of(source).rows(source, number, context))
-
-    # Several archives at once, in the order of their names.
-    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
-        for start in range(0, len(sources), SHARDS_AT_ONCE):
-            some = sources[start : start + SHARDS_AT_ONCE]
-            for listed in pool.map(tables, some, range(first + start, first + start + len(some))):
-                yield from listed
+    for tables in tables_of(sources, range(first, first + len(sources)), itertools.repeat(context, len(sources))):
+        yield from tables

@@ -29,6 +29,7 @@ _SYSTEM_NAMES = (
     r"desktop\.ini",
 )
 _HIDDEN = rf"(?i)(^|/)(\.|({'|'.join(_SYSTEM_NAMES)})(/|$))"
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")
 
 
 def normalise(keys: pa.Array) -> pa.Array:
@@ -56,6 +57,21 @@ def is_hidden(names: pa.Array) -> pa.Array:
     return pc.match_substring_regex(names, _HIDDEN)
 
 
+def visible_folders(names: pa.Array) -> pa.Array:
+    """The names of hidden files up to the first hidden folder; string [N], each empty or with a slash at its end."""
+    return pc.replace_substring_regex(names, f"(?s){_HIDDEN}.*", r"\1")
+
+
 def is_hidden_name(name: str) -> bool:
     """:func:`is_hidden` of one name."""
     return re.search(_HIDDEN, name) is not None
+
+
+def is_utf8(key: str) -> bool:
+    """Whether a key can be stored; disks and archives hold names of any bytes, which Python spells with surrogates."""
+    return key.isascii() or _NOT_UTF8.search(key) is None
+
+
+def printable(key: str) -> str:
+    """A key with bytes that are not UTF-8 as ``%NN``: a backslash would separate folders."""
+    return key if is_utf8(key) else _NOT_UTF8.sub(lambda found: f"%{ord(found[0]) & 0xFF:02X}", key)

@@ -11,13 +11,16 @@ from job.data.index.sources.folder import Folder
 from job.data.index.sources.parquet_tables import ParquetImages
 from job.data.index.sources.table import Table
 from job.data.index.sources.tar_archive import Tar
+from job.data.index.sources.tfrecord import TFRecord
 from job.data.index.sources.zip_archive import Zip
 from job.errors import ConfigError, StorageError
 
 __all__ = ["FORMATS", "ListingContext", "Location", "Source", "SourceFormat", "expand_braces", "format_of", "resolve"]
 
 INDEX_FILE = "index.json"
-FORMATS: tuple[SourceFormat, ...] = (Tar(), Zip(), Table(), ParquetImages(), Folder())
+SAVED_INDEX = ".index"
+"""Folder in which ``job index`` keeps the index of a folder."""
+FORMATS: tuple[SourceFormat, ...] = (Tar(), Zip(), TFRecord(), Table(), ParquetImages(), Folder())
 """A new format is one line here; the first whose suffix fits counts."""
 _BY_NAME = {format.name: format for format in FORMATS}
 
@@ -39,19 +42,21 @@ class Location:
     index_uri: str
 
     def sources(self) -> list[Source]:
-        """The sources behind the URI; a pattern (``{000..146}``, ``{a,b}``, ``*``) stands for several archives.
+        """The sources behind the URI; a pattern (``{000..146}``, ``{a,b}``, ``*``) stands for several archives or
+        tables.
 
         Raises:
-            ConfigError: a pattern of something else than archives.
+            ConfigError: a pattern of folders or images.
             StorageError: an archive is not there.
         """
         uris = [match for expanded in expand_braces(self.uri) for match in _glob(expanded)]
         if not uris:
             raise StorageError(f"nothing matches {self.uri}. Check the spelling.")
         formats = [_format_by_suffix(uri) for uri in uris]
-        if len(uris) > 1 and any(format.samples != "members" for format in formats):
-            archives = " or ".join(f".{format.name}" for format in FORMATS if format.samples == "members")
-            raise ConfigError(f"{self.uri}: a pattern stands for {archives} files. Give several folders as a list.")
+        if len(uris) > 1 and any(format.samples == "objects" for format in formats):
+            raise ConfigError(
+                f"{self.uri}: a pattern stands for archives, tables or .tfrecord files. Give several folders as a list."
+            )
         return [format.source(uri) for format, uri in zip(formats, uris, strict=True)]
 
 
@@ -61,7 +66,7 @@ def resolve(uri: str) -> Location:
     if storage.basename(uri) == INDEX_FILE:
         return Location(uri, format, True, uri.removesuffix(f"/{INDEX_FILE}"))
     if format.samples == "objects":
-        return Location(uri, format, False, storage.join(uri, ".index"))
+        return Location(uri, format, False, storage.join(uri, SAVED_INDEX))
     path, query = redact.split_query(uri)
     return Location(uri, format, False, f"{re.sub(r'[{}*?]', '_', path)}.index{query}")
 
@@ -94,7 +99,11 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _format_by_suffix(uri: str) -> SourceFormat:
     name = storage.basename(uri).lower()
-    return next(format for format in FORMATS if name.endswith(format.suffixes))
+    return next(
+        format
+        for format in FORMATS
+        if name.endswith(format.suffixes) or (format.numbered and re.search(format.numbered, name))
+    )
 
 
 def _glob(uri: str) -> list[str]:

@@ -79,8 +79,3 @@ def unreadable(uri: str, file: BoundedFile, error: Exception) -> Exception:
     if file.failure is not None:
         return file.failure
     return DataError(f"{uri} is not a readable archive: {error or type(error).__name__}. Upload it again.")
-
-
-def printable(name: str) -> str:
-    """A member's name with bytes that are not UTF-8 as ``\\xNN``."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace") if not name.isascii() else name

@@ -20,7 +20,10 @@ from job.data.index.sources.columns import Columns
 from job.errors import DataError
 from job.process.terminal import escape
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+    *(".avif", ".jp2", ".heic", ".heif"),
+)
 IMAGE_PATTERN = rf"(?i)(^|/)[^/.][^/]*({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$"
 """Keys of images; hidden files (``._cat.jpg``) are none."""
 LONGEST_CLASS = 1024
@@ -101,6 +104,7 @@ class SourceFormat(ABC):
     Attributes:
         name: as the index has it.
         suffixes: ends of names, in lower case, by which the format is recognised.
+        numbered: pattern of other names by which it is.
         samples: where samples lie: each an object of its own below the source, members of the source, or elsewhere.
         is_shard: samples are stored for sequential reading, so that neighbours may be trained on together.
         is_packed: the bytes of a sample must be unpacked, which also verifies them.
@@ -108,6 +112,7 @@ class SourceFormat(ABC):
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
+    numbered: ClassVar[str] = ""
     samples: ClassVar[Literal["objects", "members", "elsewhere"]]
     is_shard: ClassVar[bool] = False
     is_packed: ClassVar[bool] = False

@@ -19,6 +19,10 @@ NAMES = {
 """Names of columns that are understood, in any case; the first one is preferred to the others."""
 
 
+class MissingColumn(DataError):
+    """A table without a column that is needed."""
+
+
 @dataclass(frozen=True)
 class Columns:
     """Names of the columns that are read; an empty one stands for those in :data:`NAMES`.
@@ -50,7 +54,7 @@ class Columns:
         wanted: str = getattr(self, role)
         if wanted:
             if wanted not in names:
-                raise DataError(f"{table} has no column {wanted}; it has {_listed(names)}. See --data.columns.")
+                raise MissingColumn(f"{table} has no column {wanted}; it has {_listed(names)}. See --data.columns.")
             return wanted
         preferred, *others = NAMES[role]
         if preferred in names:

@@ -9,9 +9,8 @@ import pyarrow as pa
 
 from job import storage
 from job.data.index.left_out import NOT_UTF8, UNREADABLE
-from job.data.index.names import is_hidden_name
+from job.data.index.names import is_hidden_name, is_utf8, printable
 from job.data.index.sources.base import ROWS, ListingContext, Source, SourceFormat, is_image, listing_rows
-from job.process.terminal import escape
 from job.storage import Entry
 
 
@@ -51,20 +50,11 @@ def _usable(entries: list[Entry], context: ListingContext) -> list[Entry]:
             context.left_out.add(entry.problem, entry.key)
             if entry.problem == UNREADABLE:
                 context.unreadable.append(entry.key)
-        elif entry.key.isascii() or _is_utf8(entry.key):
+        elif is_utf8(entry.key):
             usable.append(entry)
         elif not entry.is_dir:
-            context.left_out.add(NOT_UTF8, escape(entry.key))
+            context.left_out.add(NOT_UTF8, printable(entry.key))
             folder, _, name = entry.key.rpartition("/")
-            if is_image(name) and not _is_utf8(folder) and escape(folder) not in context.unreadable:
-                context.unreadable.append(escape(folder))
+            if is_image(name) and not is_utf8(folder) and printable(folder) not in context.unreadable:
+                context.unreadable.append(printable(folder))
     return usable
-
-
-def _is_utf8(key: str) -> bool:
-    """Whether a key can be stored; disks may hold names of any bytes, which Python spells with surrogates."""
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -92,7 +92,7 @@ def read_table(uri: str, context: ListingContext, *, images: bool = True) -> Ite
             reader = read_csv if name.endswith((".csv", ".tsv")) else read_json_lines
             tables = reader(uri, file, context.columns, labelled=context.labelled)
         for table in tables:
-            valid = checked(uri, table, row, context.left_out, labelled=context.labelled)
+            valid = checked(uri, table, row, labelled=context.labelled)
             row += len(table)
             yield valid
 

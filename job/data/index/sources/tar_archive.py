@@ -13,7 +13,8 @@ import numpy as np
 
 from job.data.index.bounded import BoundedFile
 from job.data.index.left_out import LeftOut
-from job.data.index.sources.archive import LINKS_OUTSIDE, Archive, Member, printable, unreadable
+from job.data.index.names import printable
+from job.data.index.sources.archive import LINKS_OUTSIDE, Archive, Member, unreadable
 from job.data.index.sources.base import is_image
 from job.data.index.sources.webdataset import Group, Labels, is_label, key_of, labelled, parse_label
 from job.errors import DataError

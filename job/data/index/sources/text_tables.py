@@ -14,10 +14,9 @@ import pyarrow as pa
 import pyarrow.csv
 
 from job.data.index.sources.base import is_image
-from job.data.index.sources.columns import NAMES, Columns
-from job.data.index.sources.table_rows import PART_NAMES, ROWS, text_table
+from job.data.index.sources.columns import NAMES, Columns, MissingColumn
+from job.data.index.sources.table_rows import ROWS, is_part, text_table
 from job.data.index.sources.webdataset import scalar_text
-from job.errors import DataError
 
 LINES_BYTES = 4 << 20
 """Lines that are parsed together."""
@@ -129,11 +128,11 @@ def require_columns(uri: str, names: list[str], found: Columns, *, labelled: boo
     """Check that a table has the columns that are needed.
 
     Raises:
-        DataError: it has not.
+        MissingColumn: it has not.
     """
     needed = ("uri", "label") if labelled else ("uri",)
     if missing := [role for role in needed if not getattr(found, role)]:
-        raise DataError(
+        raise MissingColumn(
             f"{uri} has no column {' and no '.join(missing)}; it has {', '.join(names)[:1000]}. "
             "Needed: uri (absolute, or relative to the table) and label. Optional: split (train, val, test). "
             "Other names: --data.columns uri=NAME,label=NAME,split=NAME."
@@ -161,7 +160,7 @@ def _read_headerless(file: _Rejoined, encoding: str, delimiter: str, skipped: in
             cells = [cell.strip() for cell in cells]
             if not any(cells):
                 continue
-            has_part = len(cells) > 1 and (not cells[0] or cells[0].lower() in PART_NAMES)
+            has_part = len(cells) > 1 and (not cells[0] or is_part(cells[0]))
             splits.append(cells.pop(0) if has_part else None)
             uris.append(cells[0])
             several = [cell for cell in cells[1:] if cell]
@@ -246,8 +245,7 @@ class _LineReader:
         values = (getattr(line, name) for name in self._fields[role])
         value = next((value for value in values if value is not None), None)
         if isinstance(value, list):
-            texts = [text for each in value if (text := scalar_text(each).strip())]
-            return texts or None
+            return [_text(each) for each in value]
         return _text(value)
 
     def _decoded(self, content: bytes, row: int) -> list[msgspec.Struct]:
@@ -305,7 +303,7 @@ def _vertex_value(line: _VertexLine, role: str) -> Any:
     if role == "split":
         return _text((line.dataItemResourceLabels or {}).get(_ML_USE, line.ml_use))
     if line.classificationAnnotations is not None:
-        return [text for each in line.classificationAnnotations if (text := _text(each.displayName))] or None
+        return [_text(each.displayName) for each in line.classificationAnnotations]
     return _text(line.classificationAnnotation.displayName) if line.classificationAnnotation else None
 
 

@@ -17,7 +17,7 @@ LABEL_SUFFIXES = (".cls", ".json")
 LABEL_KEYS = ("label", "class", "cls", "labels")
 
 Labels = tuple[str, ...] | str | None
-"""Several labels of one sample, one, or none."""
+"""Any number of labels of one sample, one, or null for a file that labels nothing."""
 
 
 @dataclass
@@ -101,7 +101,9 @@ def parse_label(content: bytes, *, is_json: bool) -> Labels:
             if len(value) > MOST_LABELS:
                 raise DataError(f"has {len(value):,} labels, more than {MOST_LABELS:,}")
             several = [_checked(scalar_text(each)) for each in value]
-            return tuple(label for label in several if label is not None) or None
+            if None in several:
+                raise DataError("holds an empty label")
+            return tuple(label for label in several if label is not None)
         return _checked(scalar_text(value))
     except (msgspec.DecodeError, RecursionError) as error:
         raise DataError(f"is no JSON: {error}") from error

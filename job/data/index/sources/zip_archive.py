@@ -12,7 +12,8 @@ from typing import IO, cast
 
 from job.data.index.bounded import LARGEST_MEMBER, BoundedFile
 from job.data.index.left_out import LeftOut
-from job.data.index.sources.archive import LINKS_OUTSIDE, Archive, Member, printable, unreadable
+from job.data.index.names import printable
+from job.data.index.sources.archive import LINKS_OUTSIDE, Archive, Member, unreadable
 from job.data.index.sources.base import LONGEST_KEY, is_image
 from job.errors import DataError
 

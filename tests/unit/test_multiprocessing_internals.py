@@ -1,0 +1,58 @@
+"""What job relies on of the private API of multiprocessing: fails where a release of Python changes it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from support import REPOSITORY, environment
+
+SCRIPT = """
+import multiprocessing, os, signal, sys
+from job.multiprocessing_internals import fork_fork_server
+
+def where(queue):
+    queue.put((os.getppid(), "of_the_parent" in sys.modules, "colorsys" in sys.modules, os.environ.get("RANK"),
+        signal.getsignal(signal.SIGTERM) == signal.SIG_DFL))
+
+if __name__ == "__main__":
+    sys.modules["of_the_parent"] = sys
+    os.environ["RANK"] = "3"
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    fork_fork_server(["colorsys"])
+    context = multiprocessing.get_context("forkserver")
+    queue = context.SimpleQueue()
+    for _ in range(2):
+        process = context.Process(target=where, args=(queue,))
+        process.start()
+        print(*queue.get(), flush=True)
+        process.join()
+        assert process.exitcode == 0
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_children_come_from_a_fork_of_this_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    shown = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=environment(), cwd=REPOSITORY, timeout=60
+    )
+    assert shown.returncode == 0, shown.stderr
+    servers = {int(line.split()[0]) for line in shown.stdout.splitlines()}
+    assert len(servers) == 1, "each child had another server"
+    assert [line.split()[1:] for line in shown.stdout.splitlines()] == [["True", "True", "3", "True"]] * 2
+    deadline = time.monotonic() + 10
+    while alive(server := servers.copy().pop()):
+        assert time.monotonic() < deadline, f"the server {server} outlives its clients"
+        time.sleep(0.05)
