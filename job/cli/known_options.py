@@ -1,7 +1,7 @@
 """Names of all options of the commands that build a Trainer, known without importing Lightning.
 
-``option_names.txt`` has one line per command; ``make golden`` writes it, and ``tests/unit/test_cli.py`` compares it with
-the parsers.
+``option_names.txt`` has one line per command. ``make golden`` writes it, ``tests/unit/test_cli.py`` compares it
+with the parsers.
 """
 
 from __future__ import annotations
