@@ -87,7 +87,7 @@ def run(args: list[str]) -> int:
             importlib.import_module(COMMANDS[args[0]].module)
         except ImportError as error:
             log.error("cannot start:", exc_info=error)
-            say(f"job: cannot start: {error}. Is the job installed whole? pip install .", file=sys.stderr)
+            say(f"job: cannot start: {error}. Is the package installed completely? pip install .", file=sys.stderr)
             return EXIT_INTERNAL_ERROR
         except Exception as error:
             return _report(error)

@@ -172,7 +172,7 @@ class TrainingCLI(LightningCLI):
         )
 
     def config_yaml(self) -> str:
-        """The resolved configuration, for ``--config``; per-launch options are excluded."""
+        """The resolved configuration, for ``--config``; per-attempt options are excluded."""
         config = self.config.clone()
         for name in ("resume", "grace", "profile", "watchdog", "features"):
             config.pop(name, None)

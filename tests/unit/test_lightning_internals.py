@@ -77,18 +77,18 @@ def test_the_loop_has_what_the_subclass_overrides(tmp_path: Path) -> None:
 
 def test_lightnings_signal_handlers_are_off(tmp_path: Path) -> None:
     class Handler(Callback):
-        found: Any = None
+        handler: Any = None
 
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            self.found = signal.getsignal(signal.SIGTERM)
+            self.handler = signal.getsignal(signal.SIGTERM)
 
     before, with_handlers, without = signal.getsignal(signal.SIGTERM), Handler(), Handler()
     trainer_of(tmp_path, with_handlers).fit(BoringModel())
-    assert with_handlers.found is not before, "the work-around is no longer needed"
+    assert with_handlers.handler is not before, "the work-around is no longer needed"
     trainer = trainer_of(tmp_path, without)
     internals.disable_signal_handlers(trainer)
     trainer.fit(BoringModel())
-    assert without.found is before
+    assert without.handler is before
 
 
 def test_each_step_of_a_restore_runs_within_the_context(tmp_path: Path) -> None:
