@@ -67,9 +67,9 @@ def _has_same_images(
     current = _listed(root, scratch, context)
     if (current.images, current.digest) != (state.images, state.digest):
         difference = (
-            f"{root} had {state.images:,} images, archives and tables of labels then and has {current.images:,} now"
+            f"{root} had {state.images:,} images, archives and tables then and has {current.images:,} now"
             if current.images != state.images
-            else f"some of {state.images:,} images, archives and tables of labels in {root} were replaced or renamed since"
+            else f"some of the {state.images:,} images, archives and tables in {root} were replaced or renamed since"
         )
         log.warning("%s was made %s and is out of date: %s", uri, info.created, difference)
         return False
