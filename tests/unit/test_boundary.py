@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 import os
 import unicodedata
@@ -166,6 +167,20 @@ def test_members_whose_names_are_not_utf8(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     uri = tarred({**classes(), f"{name}/0.jpg": IMAGE}, tmp_path)
     assert index_of(uri).classes == ("a", "b", "caf%E9")
+
+
+def test_spellings_of_one_label(tmp_path: Path) -> None:
+    table = tmp_path / "l.jsonl"
+    rows = [
+        {"uri": "0.jpg", "label": [NFC, "b "]},
+        {"uri": "1.jpg", "label": [f" {NFD}"]},
+        {"uri": "2.jpg", "label": []},
+    ]
+    table.write_text("\n".join(map(json.dumps, rows)))
+    assert index_parts(table)["train"].classes == ("b", NFC)
+    table.write_text(f"""{{"uri": "0.jpg", "label": "{NFC} "}}\n{{"uri": "1.jpg", "label": "{NFD}"}}\n""")
+    with pytest.raises(DataError, match="a single class"):
+        index_parts(table)
 
 
 # What is left out
@@ -431,7 +446,7 @@ def test_unreadable_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     with pytest.raises(DataError, match=r"private cannot be read .*may be a class"):
         index_parts(alone)
     denied(monkeypatch, "data")
-    with pytest.raises(StorageError, match="permission denied"):
+    with pytest.raises(StorageError, match=r"permission denied .*Give the user that the job runs as"):
         index_parts(alone)
 
 

@@ -131,6 +131,9 @@ def _named(table: pa.Table, context: ListingContext, *, all_meant: bool) -> tupl
         if table[column].null_count < len(table):
             number = table.column_names.index(column)
             table = table.set_column(number, column, names.normalise_labels(table[column]))
+    if table["classes"].null_count < len(table):
+        number = table.column_names.index("classes")
+        table = table.set_column(number, "classes", names.normalise_label_lists(table["classes"].combine_chunks()))
     keys = table["key"].combine_chunks()
     normalised = names.normalise(keys)
     table = table.append_column("name", normalised)
