@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 from job import redact
+from job.argparse_internals import actions, option_names
 from job.cli import messages
 from job.cli.arguments import canonical_arguments
 from job.config import bounded_yaml
@@ -55,7 +56,7 @@ class ParserMixin(ArgumentParser):
         if denied := re.search(r"Importing '([^']+)' is not allowed", message):
             key = re.search(r'Parser key "([^"]+)"', message)
             raise ConfigError(denied_message(denied[1], key[1] if key else ""))
-        known = {action.dest: action for action in self._actions}
+        known = {action.dest: action for action in actions(self)}
         raise ConfigError(f"{messages.explain(message, known, self._arguments, self.aliases)}\nSee --help.")
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
@@ -63,7 +64,7 @@ class ParserMixin(ArgumentParser):
         args = sys.argv[1:] if args is None else list(args)
         self._check_limits(args)
         self._arguments = canonical_arguments(
-            args, options=self._option_names(), aliases=self.aliases, positional=self.positional
+            args, options=option_names(self), aliases=self.aliases, positional=self.positional
         )
         with _config_variable_resolved():
             return self._checked(super().parse_args(self._arguments, *more, **kwargs))
@@ -83,9 +84,6 @@ class ParserMixin(ArgumentParser):
     def format_help(self, *args: Any) -> str:
         """The text of ``--help``."""
         return messages.without_unions(super().format_help(*args))
-
-    def _option_names(self) -> set[str]:
-        return {name.removeprefix("--") for name in self._option_string_actions if name.startswith("--")}
 
     def _check_limits(self, args: Sequence[Any]) -> None:
         """Check the limits of all values as YAML: jsonargparse reads each of them with two loaders."""

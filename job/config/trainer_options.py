@@ -14,6 +14,7 @@ from pytorch_lightning import callbacks as library
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 
+from job.argparse_internals import actions
 from job.cluster import ranks, xla
 from job.config.reserved import RESERVED
 from job.errors import ConfigError
@@ -104,7 +105,7 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
 def list_supported_classes(parser: LightningArgumentParser) -> None:
     """Restrict the classes that --help-all lists to supported ones."""
     callbacks = [f"pytorch_lightning.callbacks.{kind.__name__}" for kind in _SUPPORTED_CALLBACKS]
-    for action in parser._actions:
+    for action in actions(parser):
         if action.dest == "trainer.callbacks":
             names = [*callbacks, "your own"]
         elif action.dest == "trainer.strategy":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 from support import TINY, options, run_here
 
+from job import argparse_internals
 from job.api import fit
 from job.cli import launch
 from job.cli.arguments import DATA_ALIASES, FLAGS, TRAINING_ALIASES, canonical_arguments
@@ -47,6 +49,13 @@ def canonical(*args: str) -> list[str]:
 )
 def test_canonical_arguments(args: list[str], expected: list[str]) -> None:
     assert canonical(*args) == expected
+
+
+def test_the_options_of_a_parser_are_listed() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    one, two = parser.add_argument("--one"), parser.add_argument("-t", "--two.three")
+    assert argparse_internals.actions(parser) == [one, two]
+    assert argparse_internals.option_names(parser) == {"one", "two.three"}
 
 
 def test_an_option_of_the_command_is_not_an_alias() -> None:

@@ -180,5 +180,14 @@ def test_bf16_of_this_cpu() -> None:
     assert isinstance(torch_internals.cpu_multiplies_bf16(), bool)
 
 
+@pytest.mark.parametrize(("value", "flagged"), [(1.0, 0.0), (float("nan"), 1.0), (float("-inf"), 1.0), (3e38, 0.0)])
+def test_gradients_that_are_not_finite_are_flagged(value: float, flagged: float) -> None:
+    tensors, flag = [torch.ones(3), torch.tensor([1.0, value])], torch.zeros(())
+    before = [tensor.clone() for tensor in tensors]
+    torch_internals.flag_not_finite(tensors, flag, torch.ones(()))
+    assert flag.item() == flagged
+    assert all(torch.equal(a, b) or value != value for a, b in zip(tensors, before, strict=True))
+
+
 def test_seconds_of_compiling() -> None:
     assert torch_internals.compile_seconds() >= 0

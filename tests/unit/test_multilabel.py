@@ -49,7 +49,7 @@ def test_an_index_holds_several_labels_only_where_the_data_does(tmp_path: Path) 
     index = index_of(tmp_path / "several", [*LISTS, "green"])
     assert index.has_several_labels
     assert index.classes == ("blue", "green", "red")
-    samples, labels = index.label_lists
+    samples, labels = index.label_lists()
     assert samples.tolist() == [0, 1, 1, 3, 3, 3, 4, 5, 6, 7, 8]
     assert labels.tolist() == [2, 0, 2, 0, 1, 2, 0, 2, 1, 2, 1]
     assert index.multi_hot_of(np.array([3, 2, 1, 1])).tolist() == [[1, 1, 1], [0, 0, 0], [1, 0, 1], [1, 0, 1]]
@@ -78,7 +78,7 @@ def test_a_saved_index_keeps_the_labels(tmp_path: Path) -> None:
     saved.mkdir()
     build({"root": [str(data)]}, saved, "", "parts")
     again = index_parts(saved / "index.json")["train"]
-    assert [each.tolist() for each in again.label_lists] == [each.tolist() for each in first.label_lists]
+    assert [each.tolist() for each in again.label_lists()] == [each.tolist() for each in first.label_lists()]
     assert again.fingerprint() == first.fingerprint()
     changed = index_of(tmp_path / "changed", [["red", "green"], *LISTS[1:]])
     assert changed.fingerprint() != first.fingerprint()
@@ -170,8 +170,8 @@ def test_each_label_is_in_both_parts_of_a_split(tmp_path: Path) -> None:
     assert (train.class_counts()[alone], val.class_counts()[alone]) == (1, 0)
     for label in range(1, 5):
         assert val.class_counts()[label] == pytest.approx(0.2 * counts[label], rel=0.1, abs=1)
-    without = 1001 - len(np.unique(whole.label_lists[0]))
-    assert len(val) - len(np.unique(val.label_lists[0])) == round(0.2 * without)
+    without = 1001 - len(np.unique(whole.label_lists()[0]))
+    assert len(val) - len(np.unique(val.label_lists()[0])) == round(0.2 * without)
 
 
 def test_the_split_follows_from_the_keys(tmp_path: Path) -> None:

@@ -133,6 +133,18 @@ def test_an_index_notices_what_came_and_went(
         index_parts(f"{root}/.index/index.json")
 
 
+def test_an_index_notices_other_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a table beside the images, which stay what they were."""
+    root = write_files(tmp_path / "data", {f"{n}.jpg": picture((1, 2, 3), n) for n in range(4)})
+    for labels in ("aabb", "abab", "abac"):
+        rows = "".join(f"{n}.jpg,{label}\n" for n, label in enumerate(labels))
+        (root / "metadata.csv").write_text(f"file_name,label\n{rows}")
+        index = index_parts(root)["train"]
+        assert "".join(index.classes[label] for label in index.labels) == labels
+        main(str(root))
+    assert caplog.text.count("out of date") == 2
+
+
 @pytest.mark.parametrize("change", ["add", "remove"])
 def test_an_index_of_shards_notices_another_one(change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pattern = f"{tmp_path}/s-*.tar"

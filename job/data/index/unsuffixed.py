@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from job import storage
 from job.data.index import left_out
 from job.data.index.bounded import LARGEST_MEMBER
+from job.data.index.collection import is_archive
 from job.data.index.local_copy import materialise
 from job.data.index.magic import HEAD_BYTES, image_suffix
 from job.data.index.sources import ListingContext, format_of
@@ -55,7 +56,10 @@ def mark_unsuffixed(path: Path, listed: Callable[[], Iterable[pa.Table]], contex
         for table in listed():
             candidates = _candidates(table)
             others = table.filter(pc.invert(pc.or_(candidates, pc.ends_with(table["name"], "/"))))
-            others = others.filter(pc.invert(pc.match_substring_regex(others["name"], left_out.COMPANION_PATTERN)))
+            counted = pc.or_(
+                pc.match_substring_regex(others["name"], left_out.COMPANION_PATTERN), is_archive(others["name"])
+            )
+            others = others.filter(pc.invert(counted))
             if len(others):
                 context.left_out.add(left_out.NOT_IMAGES, others["key"][0].as_py(), len(others))
             writer = writer or pa.ipc.new_file(file, table.schema)
