@@ -22,13 +22,8 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The URIs that were listed."""
     listed: list[str] = []
     list_pages = storage.list_pages
-<<<<<<< HEAD
-    monkeypatch.setattr(storage, "list_pages", lambda uri, *a, **k: (found.append(uri), list_pages(uri, *a, **k))[1])
-    return found
-=======
-    monkeypatch.setattr(storage, "list_pages", lambda uri: (listed.append(uri), list_pages(uri))[1])
+    monkeypatch.setattr(storage, "list_pages", lambda uri, *a, **k: (listed.append(uri), list_pages(uri, *a, **k))[1])
     return listed
->>>>>>> h-house
 
 
 @pytest.mark.parametrize(
