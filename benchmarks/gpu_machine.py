@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from support import Outcome, command, environment, options, picture_files, run_here, write_files
+from support import Outcome, options, picture_files, run, run_here, write_files
 
 PHOTOGRAPHS = 12_000
 """Training images of the speed measurements; photographs are copied up to this number."""
@@ -102,6 +101,8 @@ class Machine:
             "trainer.log_every_n_steps": 1,
             "trainer.accelerator": self.accelerator,
         }
+        if self.quick:
+            small["trainer.precision"] = "32-true"  # most CPUs emulate bf16, eight times as slow
         return options(small, **more)
 
     def speed_settings(self, run_dir: Path, backbone: str, **more: object) -> list[str]:
@@ -135,7 +136,7 @@ class Machine:
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
-        return run_here(*args, threads=self.cores)
+        return run_here(*args, threads=1 if self.quick else self.cores)
 
     def run_successfully(self, *args: object) -> str:
         """Run a command in this process, require exit code 0, and return its output."""
@@ -145,9 +146,7 @@ class Machine:
 
     def run_in_process(self, *args: object, **variables: str) -> Outcome:
         """Run a command in its own process."""
-        ended = subprocess.run(
-            command(*args), capture_output=True, text=True, timeout=300, env={**environment(), **variables}
-        )
+        ended = run(*args, timeout=300, fresh=not self.quick, **variables)
         return Outcome(ended.returncode, ended.stdout + ended.stderr)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import picture_files, write_files
+from support import INDEXES, picture_files, write_files
 
 from job import storage
 from job.demo.gcs_server import create_bucket, free_port, gcs_server
@@ -34,7 +35,9 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     """A node's cache that neither the user nor other sessions have."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        environment.setenv("TEST_INDEXES", str(INDEXES))  # for processes that tests start
         yield
+    shutil.rmtree(INDEXES, ignore_errors=True)
 
 
 @pytest.fixture

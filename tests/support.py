@@ -27,7 +27,6 @@ from job.data.index.build import build
 from job.data.index.index import Index
 from job.data.index.parts import Layout
 from job.errors import DataError
-from job.storage.local_cache import default_cache_dir
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -46,6 +45,8 @@ TINY: dict[str, object] = {
     "trainer.precision": "32-true",
 }
 """A run of seconds: a network of 0.4 M parameters that goes through all stages of unfreezing."""
+INDEXES = Path(os.environ.get("TEST_INDEXES") or f"{tempfile.gettempdir()}/job-tests-{os.getpid()}")
+"""Folder for indexes, and for what they are built from."""
 COLOURS = {"blue": (30, 60, 200), "green": (20, 160, 60), "red": (200, 40, 30)}
 
 
@@ -104,12 +105,11 @@ def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
 
 
 def index_parts(*uris: object, layout: Layout = "parts") -> dict[str, Index]:
-    """The parts of a data set; their index lies in the cache, which the tests have to themselves."""
-    cache = default_cache_dir()
-    Path(cache).mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="test-index-", dir=cache))
+    """The parts of a data set, their index in a folder that the end of the tests removes."""
+    INDEXES.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=INDEXES))
     name = "root" if layout == "parts" else "all"
-    info = build({name: [str(uri) for uri in uris]}, folder, cache, layout)
+    info = build({name: [str(uri) for uri in uris]}, folder, f"{INDEXES}/cache", layout)
     return {part: Index(folder, part) for part in info.parts}
 
 

@@ -112,6 +112,8 @@ def _remote_error(uri: str, action: str, error: BaseException) -> StorageError:
         "If it needs credentials (a signature, user:password), give the whole URI by the option that names it: "
         "credentials are saved nowhere, and a signature expires."
         if uri.startswith(redact.HTTP)
+        else "Give the user that the job runs as the right to do this."
+        if "::" not in uri and uri.partition("://")[0] in (uri, "file")
         else "Give the account the job runs as the right to do this (on Google Cloud: roles/storage.objectUser on the "
         "bucket)."
     )

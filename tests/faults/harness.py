@@ -62,7 +62,13 @@ class Job:
         torchrun = [
             *("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=5"),
             *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic-test"),
-            *("--rdzv-conf=last_call_timeout=5", "--local-addr=127.0.0.1", "-m", "job", *map(str, arguments)),
+            *(
+                "--rdzv-conf=last_call_timeout=5,keep_alive_interval=2",
+                "--local-addr=127.0.0.1",
+                "-m",
+                "job",
+                *map(str, arguments),
+            ),
         ]
         return cls(log, *torchrun, module="torch.distributed.run", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
 

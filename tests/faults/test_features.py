@@ -14,7 +14,7 @@ from support import COLOURS, TINY, assert_same_weights, options, picture_files, 
 
 from job import storage
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("recomputed")]
 
 SETTINGS: dict[str, object] = {
     **TINY,

@@ -145,7 +145,7 @@ def test_elastic_nodes_come_and_go(run_dir: str, tmp_path: Path) -> None:
         "model__backbone": "timm/test_vit",
         "model__optimizer": "{class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}",
         "data__image_size": 160,
-        "trainer__max_epochs": 28,
+        "trainer__max_epochs": 20,
     }
     whole = str(tmp_path / "whole")
     run_well(*fit_options(whole, **more), processes=1)

@@ -26,7 +26,7 @@ import job
 from job import checkpoint, storage
 from job.demo.gcs_server import free_port
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("fitted")]
 
 EPOCHS = 12
 STEPS = list(range(EPOCHS * 4))  # 32 of 40 images train, 8 a batch

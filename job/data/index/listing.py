@@ -109,12 +109,12 @@ def _write(target: Path, tables: Iterable[Found], context: ListingContext) -> bo
 
 
 def _state(source: int, listing: Listing, collection: Collection | None) -> FolderState:
-    """The state of a folder: of its images, or of the archives that hold them."""
+    """The state of a folder: of its images, and of the archives that hold or the tables that label them."""
     state = FolderState(source)
     for table in listing.tables():
         images = table.filter(table["image"]).combine_chunks()
         state = state.including(*(images[name].combine_chunks() for name in ("key", "size", "version")))
-    if not state.images and collection is not None:
+    if collection is not None:
         files = collection.files.combine_chunks()
         state = state.including(*(files[name].combine_chunks() for name in ("key", "size", "version")))
     return state
@@ -131,6 +131,9 @@ def _named(table: pa.Table, context: ListingContext, *, all_meant: bool) -> tupl
         if table[column].null_count < len(table):
             number = table.column_names.index(column)
             table = table.set_column(number, column, names.normalise_labels(table[column]))
+    if table["classes"].null_count < len(table):
+        number = table.column_names.index("classes")
+        table = table.set_column(number, "classes", names.normalise_label_lists(table["classes"].combine_chunks()))
     keys = table["key"].combine_chunks()
     normalised = names.normalise(keys)
     table = table.append_column("name", normalised)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -50,6 +51,14 @@ def normalise_labels(labels: pa.ChunkedArray) -> pa.ChunkedArray:
     """Class names as :func:`normalise` would spell them as folders: composed, and without blanks around them."""
     labels = pc.utf8_trim_whitespace(pc.utf8_normalize(labels, form="NFC"))
     return pc.if_else(pc.equal(labels, ""), None, labels)
+
+
+def normalise_label_lists(lists: pa.ListArray) -> pa.ListArray:
+    """:func:`normalise_labels` of lists of them."""
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
+    offsets = np.append(0, lengths.cumsum()).astype(np.int32)
+    values = normalise_labels(pc.list_flatten(lists))
+    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pc.is_null(lists))
 
 
 def is_hidden(names: pa.Array) -> pa.Array:
