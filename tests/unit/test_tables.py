@@ -257,6 +257,15 @@ def test_parquet_files_with_images_are_unpacked_within_limits(tmp_path: Path, mo
         index_of(path)
 
 
+@pytest.mark.parametrize("column", ["missing", "number", "struct"])
+def test_an_index_may_name_no_other_column_than_one_of_images(column: str, tmp_path: Path) -> None:
+    """Indexes are data, too: others may have written them."""
+    table = pa.table({"number": [1, 2], "struct": [{"a": 1}, {"a": 2}]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="cannot be read"):
+        embedded_images.extract_images("a.parquet", tmp_path / "a.parquet", column, tmp_path / "copy")
+
+
 @pytest.mark.parametrize(
     ("features", "labels"),
     [({"label": {"names": ["cat"]}}, [0, 1]), ({"label": {"names": ["cat", 5]}}, None), ([[]], None), (None, None)],

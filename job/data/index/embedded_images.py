@@ -60,7 +60,7 @@ def extract_images(uri: str, packed: Path, column: str, target: Path) -> None:
                     sizes.append(np.array([len(image) for image in images], "<i8"))
                     for image in images:
                         writer.write(image)
-        except (pa.ArrowException, ValueError, KeyError, TypeError, MemoryError) as error:
+        except (pa.ArrowException, ValueError, KeyError, IndexError, TypeError, MemoryError) as error:
             raise DataError(f"{uri} cannot be read: {first_line(error, 500)}") from error
         except OSError as error:
             if type(error) is not OSError or error.errno is not None:  # Arrow's own have no number
