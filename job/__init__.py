@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from job.errors import JobError
     from job.model.module import TransferLearningModel
     from job.monitoring.report import Report
-    from job.predict import Prediction, Predictor, load
+    from job.predict import MultilabelPrediction, Prediction, Predictor, load
 
 __all__ = [
     "ImageDataModule",
     "JobError",
+    "MultilabelPrediction",
     "Prediction",
     "Predictor",
     "Report",
@@ -27,6 +28,7 @@ __all__ = [
 _MODULES = {
     "ImageDataModule": "job.data.datamodule",
     "JobError": "job.errors",
+    "MultilabelPrediction": "job.predict",
     "Prediction": "job.predict",
     "Predictor": "job.predict",
     "Report": "job.monitoring.report",

@@ -17,7 +17,7 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         print(
-            f"job: cannot start: {type(error).__name__}: {error}. Is the job installed whole? pip install .",
+            f"job: cannot start: {type(error).__name__}: {error}. Is the package installed completely? pip install .",
             file=sys.stderr,
         )
         sys.exit(EXIT_INTERNAL_ERROR)

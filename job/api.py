@@ -10,7 +10,7 @@ from typing import Any
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
 from job.cluster.environment import require_ranks
-from job.errors import EXIT_INTERRUPTED, Preempted
+from job.errors import EXIT_INTERRUPTED, ConfigError, Preempted
 from job.monitoring.report import Report
 from job.process.signals import Stopped
 from job.train import fit as training
@@ -21,7 +21,7 @@ def fit(config: Mapping[str, Any] | str | os.PathLike[str]) -> Report:
     """Train as ``python -m job fit`` does, and continue the run in ``run_dir`` if it was interrupted.
 
     In the main thread, a first Ctrl-C (or SIGTERM) in training saves the state and raises Preempted, without a limit in
-    time (``grace`` has no effect); a second one raises KeyboardInterrupt at once. Afterwards the signal handlers are
+    time; a second one raises KeyboardInterrupt at once. Afterwards the signal handlers are
     those of before. The process is never ended; one that makes no progress prints its stacks, and only as one of
     several ranks is ended by the watchdog.
 
@@ -38,6 +38,8 @@ def fit(config: Mapping[str, Any] | str | os.PathLike[str]) -> Report:
     with translate_errors():
         require_ranks(os.environ)
         cli = TrainingCLI("fit", _plain(config) if isinstance(config, Mapping) else [f"--config={os.fspath(config)}"])
+        if (grace := cli.config["grace"]) != cli.parser.get_default("grace"):
+            raise ConfigError(f"grace is {grace}, but job.fit never ends the process. Leave it out.")
     settings = replace(
         cli.fit_settings(),
         grace=None,

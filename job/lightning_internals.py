@@ -109,7 +109,7 @@ def logs_are_due(trainer: pl.Trainer) -> bool:
 
 
 def starts_processes(strategy: Strategy) -> bool:
-    """Whether a DDP strategy forks or spawns its ranks, which torchrun has started already."""
+    """Whether a DDP strategy forks or spawns its ranks, which the launcher has started already."""
     return getattr(strategy, "_start_method", "popen") != "popen"
 
 

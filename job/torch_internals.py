@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def connect_default_store() -> Any:
@@ -20,6 +21,19 @@ def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has AMX or AVX512-BF16; torch 2.9, the oldest supported, has no public ``get_capabilities``."""
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name, bool)() for name in checks)  # absent in builds for other processors
+
+
+def flag_not_finite(tensors: list[Tensor], flag: Tensor, scale: Tensor) -> None:
+    """Set ``flag`` to 1 if a tensor holds NaN or infinity; with a ``scale`` of 1 the tensors stay as they are.
+
+    It is GradScaler's kernel, which GradScaler alone offers: one pass, ten times as fast as norms.
+
+    Args:
+        tensors: float32 or float16, of one type and device, the CPU or a GPU.
+        flag: float32, of one element, on their device.
+        scale: as ``flag``.
+    """
+    torch._amp_foreach_non_finite_check_and_unscale_(tensors, flag, scale)
 
 
 def compile_seconds() -> float:

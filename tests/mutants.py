@@ -89,15 +89,22 @@ def use_index(folder: Path, cache: Path) -> None:
     for part in load_index_info(folder).parts:
         index = Index(folder, part)
         index.labels, index.keys, index.fingerprint()
+        index.class_counts(), index.rarest_labels()
+        if len(index) and index.has_several_labels:
+            index.multi_hot_of(np.arange(len(index)))
         if len(index):
             index.uri(len(index) - 1)
             index.rows([0, len(index) - 1])
         is_fresh(str(folder), load_index_info(folder), [index])
 
 
-def index_reader(folder: Path, name: str) -> tuple[bytes, Callable[[bytes], None]]:
+def index_reader(folder: Path, name: str, *, several: bool = False) -> tuple[bytes, Callable[[bytes], None]]:
     root, index = images(folder / "data"), folder / "index"
     index.mkdir()
+    if several:
+        lines = [{"uri": f"blue/{n % 8}.png", "label": [str(c) for c in range(4) if n >> c & 1]} for n in range(16)]
+        root = root / "table.jsonl"
+        root.write_text("\n".join(map(json.dumps, lines)))
     build({"root": [str(root)]}, index, "", "parts")
     original = (index / "index.json").read_bytes()
 
@@ -185,6 +192,7 @@ def main() -> None:
     kinds: dict[str, Callable[[], tuple[bytes, Callable[[bytes], None]]]] = {
         "index.json": lambda: index_reader(folder, "index.json"),
         "index.arrow": lambda: index_reader(folder, "train.arrow"),
+        "labels.arrow": lambda: index_reader(folder, "train.arrow", several=True),
         "features": lambda: feature_reader(folder, ""),
     }
     content, read = kinds[reader]() if reader in kinds else table_reader(folder, reader)

@@ -233,7 +233,7 @@ class Checkpointer(Checkpoint):
         stopped = checkpoint.get(STOPPED_KEY, False)
         if changed:
             log.warning(
-                "callback settings changed since the last launch; the new ones are used: %s%s",
+                "callback settings changed since the last attempt; the new ones are used: %s%s",
                 "; ".join(changed),
                 ". A callback had stopped this run; training continues" if stopped else "",
             )

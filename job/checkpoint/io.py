@@ -28,7 +28,7 @@ from job.process import temporary
 log = logging.getLogger(__name__)
 
 NAMES_TRIED = 9
-"""Names tried for one checkpoint on a bucket that lets nobody overwrite what an earlier launch left."""
+"""Names tried for one checkpoint on a bucket that lets nobody overwrite what an earlier attempt left."""
 
 
 class BackgroundCheckpointIO(CheckpointIO):

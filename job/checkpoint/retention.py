@@ -1,4 +1,4 @@
-"""Retention of checkpoints, and comparison of their ranking with that of earlier launches."""
+"""Retention of checkpoints, and comparison of their ranking with that of earlier attempts."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass
 
 from job.cli import help
+from job.cli.known_options import require_known_options
 from job.cli.versions import library_versions
 from job.cluster import ranks
 from job.cluster.environment import require_ranks
@@ -76,13 +77,17 @@ def run(args: list[str]) -> int:
         print(library_versions())
         return 0
     if args[0] in COMMANDS and COMMANDS[args[0]].on_ranks and not _wants_help(args):
+        try:
+            require_known_options(args[0], args[1:])
+        except ConfigError as error:
+            return _report(error)
         log.info("%s: starting %s", library_versions(), args[0])
         # Before signals raise an exception, which C code that imports a module might turn into another one.
         try:
             importlib.import_module(COMMANDS[args[0]].module)
         except ImportError as error:
             log.error("cannot start:", exc_info=error)
-            say(f"job: cannot start: {error}. Is the job installed whole? pip install .", file=sys.stderr)
+            say(f"job: cannot start: {error}. Is the package installed completely? pip install .", file=sys.stderr)
             return EXIT_INTERNAL_ERROR
         except Exception as error:
             return _report(error)

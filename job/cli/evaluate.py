@@ -14,7 +14,7 @@ import yaml
 from job import checkpoint, redact, storage
 from job.checkpoint import confusion
 from job.cli.arguments import canonical_arguments, option_value
-from job.cli.parser import ENV_PREFIX
+from job.cli.parser import CONFIG_VARIABLE, ENV_PREFIX
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
 from job.config.saved_config import read_saved_config
@@ -66,7 +66,7 @@ def _with_saved_config(args: list[str]) -> Iterator[list[str]]:
     """Prepend the configuration saved in run_dir to the arguments, unless the user names one."""
     canonical = canonical_arguments(args, options=("run_dir", "config", "help-all"), positional=("run_dir",))
     named = option_value(canonical, "config") is not None or "--help-all" in canonical
-    if named or f"{ENV_PREFIX}_CONFIG" in os.environ:
+    if named or CONFIG_VARIABLE in os.environ:
         yield args
         return
     run_dir = option_value(canonical, "run_dir") or os.environ.get(f"{ENV_PREFIX}_RUN_DIR")

@@ -31,7 +31,7 @@ def main(
     """List a data set ahead of training, and save the index.
 
     Args:
-        uri: folder or prefix, archive, shards (NAME-{000..146}.tar) or table.
+        uri: folder or prefix, archive, shards (NAME-{000..146}.tar), TFRecord files or table.
         output: folder for the index, for read-only data; pass its index.json as --data.root. Default: beside the
             data, where a fit of the same URI finds it.
         cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.

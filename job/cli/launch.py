@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from job.cli import COMMANDS, HELP_OPTIONS, run, run_command
 from job.cli.arguments import canonical_arguments, option_value
+from job.cli.known_options import require_known_options
 from job.config.recipes import local_config
 from job.errors import ConfigError
 
@@ -56,6 +57,7 @@ def launch(args: list[str]) -> None:
     if not HELP_OPTIONS.isdisjoint(args[1:]):
         run_command(args[0], args[1:])
         return
+    require_known_options(args[0], args[1:])
     from job.cluster.launch import launch as start
 
     command = COMMANDS[args[0]]

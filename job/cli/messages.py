@@ -51,12 +51,12 @@ _RESTRICTIONS = {">": "above", ">=": "at least", "<": "below", "<=": "at most"}
 
 
 def explain(
-    message: str, known: Mapping[str, argparse.Action], arguments: Sequence[str], aliases: Mapping[str, str]
+    message: str, known: Mapping[str, argparse.Action | None], arguments: Sequence[str], aliases: Mapping[str, str]
 ) -> str:
     """The message of jsonargparse, without Python's types.
 
     Args:
-        known: the parser's actions by option.
+        known: the parser's actions by option; None where no parser was built.
         arguments: the canonical arguments that were parsed.
         aliases: option by alias.
     """
@@ -69,7 +69,7 @@ def explain(
     return f"{message}{_suggest_options(message, {*known, *aliases})}"
 
 
-def _explain_value(key: str, body: str, known: Mapping[str, argparse.Action], arguments: Sequence[str]) -> str:
+def _explain_value(key: str, body: str, known: Mapping[str, argparse.Action | None], arguments: Sequence[str]) -> str:
     value = re.search(r"^\s*Given value: (.*)|Got value: (.*)", body, re.MULTILINE)
     given = _value_of(key, arguments) if value is None else (value[1] or value[2] or "").strip()
     expected, other = _expectations(body)

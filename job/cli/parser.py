@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
 from job import redact
+from job.argparse_internals import actions, option_names
 from job.cli import messages
 from job.cli.arguments import canonical_arguments
 from job.config import bounded_yaml
 from job.config.import_policy import denied_message, require_permitted, set_parsing_rules
+from job.config.recipes import resolve_config
 from job.errors import ConfigError
 from job.process.terminal import escape
 
 ENV_PREFIX = "JOB"
+CONFIG_VARIABLE = f"{ENV_PREFIX}_CONFIG"
+"""The environment variable that does what ``--config`` does, with the lowest precedence."""
 
 
 class ParserMixin(ArgumentParser):
@@ -51,7 +56,7 @@ class ParserMixin(ArgumentParser):
         if denied := re.search(r"Importing '([^']+)' is not allowed", message):
             key = re.search(r'Parser key "([^"]+)"', message)
             raise ConfigError(denied_message(denied[1], key[1] if key else ""))
-        known = {action.dest: action for action in self._actions}
+        known = {action.dest: action for action in actions(self)}
         raise ConfigError(f"{messages.explain(message, known, self._arguments, self.aliases)}\nSee --help.")
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
@@ -59,14 +64,16 @@ class ParserMixin(ArgumentParser):
         args = sys.argv[1:] if args is None else list(args)
         self._check_limits(args)
         self._arguments = canonical_arguments(
-            args, options=self._option_names(), aliases=self.aliases, positional=self.positional
+            args, options=option_names(self), aliases=self.aliases, positional=self.positional
         )
-        return self._checked(super().parse_args(self._arguments, *more, **kwargs))
+        with _config_variable_resolved():
+            return self._checked(super().parse_args(self._arguments, *more, **kwargs))
 
     def parse_object(self, *args: Any, **kwargs: Any) -> Namespace:
         """Parse and check a mapping of options; credentials are removed from URIs."""
         self._check_limits([])
-        return self._checked(super().parse_object(*args, **kwargs))
+        with _config_variable_resolved():
+            return self._checked(super().parse_object(*args, **kwargs))
 
     def _checked(self, config: Namespace) -> Namespace:
         require_permitted(config.as_dict())
@@ -77,9 +84,6 @@ class ParserMixin(ArgumentParser):
     def format_help(self, *args: Any) -> str:
         """The text of ``--help``."""
         return messages.without_unions(super().format_help(*args))
-
-    def _option_names(self) -> set[str]:
-        return {name.removeprefix("--") for name in self._option_string_actions if name.startswith("--")}
 
     def _check_limits(self, args: Sequence[Any]) -> None:
         """Check the limits of all values as YAML: jsonargparse reads each of them with two loaders."""
@@ -102,6 +106,24 @@ class ParserMixin(ArgumentParser):
 
 class Parser(ParserMixin):
     """The parser of commands that take the parameters of one function."""
+
+
+@contextlib.contextmanager
+def _config_variable_resolved() -> Iterator[None]:
+    """Let :data:`CONFIG_VARIABLE` name a recipe while jsonargparse reads it.
+
+    Raises:
+        ConfigError: there is no recipe of this name.
+    """
+    value = os.environ.get(CONFIG_VARIABLE)
+    if value is None:
+        yield
+        return
+    os.environ[CONFIG_VARIABLE] = resolve_config(value)
+    try:
+        yield
+    finally:
+        os.environ[CONFIG_VARIABLE] = value
 
 
 def _without_credentials(key: str, text: str) -> str:

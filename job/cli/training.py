@@ -12,15 +12,14 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from job.checkpoint.settings import CheckpointSettings
 from job.cli.arguments import DATA_ALIASES, TRAINING_ALIASES
 from job.cli.parser import ENV_PREFIX, ParserMixin
+from job.config.reserved import RESERVED, reserved_error
 from job.config.trainer_options import (
-    RESERVED,
     add_trainer_arguments,
     list_supported_classes,
     require_seed,
     require_supported,
 )
 from job.data.datamodule import ImageDataModule
-from job.errors import ConfigError
 from job.features.callback import FeatureSettings
 from job.model.config import ModelConfig
 from job.model.module import TransferLearningModel
@@ -44,7 +43,7 @@ class TrainingParser(ParserMixin, LightningArgumentParser):
         """
         for name in re.findall(r"--trainer\.(\w+)", message):
             if name in RESERVED:
-                raise ConfigError(f"--trainer.{name} is reserved: job itself sets this argument of the Trainer.")
+                raise reserved_error(name)
         super().error(message, ex)
 
 
@@ -173,7 +172,7 @@ class TrainingCLI(LightningCLI):
         )
 
     def config_yaml(self) -> str:
-        """The resolved configuration, for ``--config``; per-launch options are excluded."""
+        """The resolved configuration, for ``--config``; per-attempt options are excluded."""
         config = self.config.clone()
         for name in ("resume", "grace", "profile", "watchdog", "features"):
             config.pop(name, None)

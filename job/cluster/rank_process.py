@@ -47,7 +47,9 @@ def start_fork_server(modules: list[str]) -> None:
 def run_rank(run: Callable[[list[str]], int], args: list[str], codes: str) -> None:
     """Run ``run(args)`` as a rank, and exit with the code that it returns.
 
-    The process exits without the functions registered by :mod:`atexit`, as every child of multiprocessing.
+    The process exits without the functions registered by :mod:`atexit`, as every child of multiprocessing: those of the
+    server that it was forked from are among them. A run closes its files, uploads and threads before it returns, and
+    temporary folders are removed here.
 
     Args:
         run: the command line, as a function that returns an exit code.

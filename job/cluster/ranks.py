@@ -88,7 +88,7 @@ def process_group(timeout_seconds: float) -> Iterator[None]:
 
 
 def _store_of_this_attempt(agent_store: Any, timeout: timedelta) -> Any:
-    """A new store that rank 0 serves; the store of torchrun's agent only holds its port.
+    """A new store that rank 0 serves; the store of torch's elastic agent only holds its port.
 
     The agent keeps one store for all restarts, with the addresses of dead ranks in it, which gloo would connect to
     (torch 2.14). The restart count cannot tell them apart: agents that joined at different times count differently.

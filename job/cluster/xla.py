@@ -1,6 +1,6 @@
 """Training on XLA devices by torch-xla: the chips of a TPU, or XLA's CPU device with ``PJRT_DEVICE=CPU``.
 
-Everything of torch-xla is in this module and the one of its records, since its last release is 2.9 and TorchTPU is to
+Everything of torch-xla is in the modules ``xla…`` of this package, since its last release is 2.9 and TorchTPU is to
 take its place: models, data and checkpoints know nothing of it.
 
 One process per host drives all its chips as one device (SPMD,
@@ -25,6 +25,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from job.cluster import ranks
+from job.cluster.xla_internals import to_host, tpu_chips
 from job.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -37,13 +38,6 @@ def is_wanted(accelerator: str) -> bool:
     if accelerator != "auto" or importlib.util.find_spec("torch_xla") is None:
         return False
     return tpu_chips() > 0
-
-
-def tpu_chips() -> int:
-    """TPU chips on this machine's PCI bus, which need torch-xla to be known."""
-    from torch_xla._internal import tpu
-
-    return int(tpu.num_available_chips())
 
 
 class XLAAccelerator(Accelerator):
@@ -113,8 +107,8 @@ class SPMDStrategy(SingleDeviceStrategy):
             from torch_xla.distributed import spmd
         except ImportError as error:
             raise ConfigError(
-                f"--trainer.accelerator tpu needs torch-xla, which does not load here ({error}). Install the job with "
-                "its extra in an environment of its own: pip install -c constraints-tpu.txt '.[tpu]'"
+                f"--trainer.accelerator tpu needs torch-xla, which does not load here ({error}). Install the "
+                "package with its extra in an environment of its own: pip install -c constraints-tpu.txt '.[tpu]'"
             ) from error
         # Without this libtpu would ask Google's metadata server for minutes.
         if os.environ.get("PJRT_DEVICE", "TPU") == "TPU" and not tpu_chips():
@@ -216,11 +210,11 @@ class SPMDStrategy(SingleDeviceStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Parameters in host memory, fetched together."""
-        return cast("dict[str, Any]", _to_host(super().lightning_module_state_dict()))
+        return cast("dict[str, Any]", to_host(super().lightning_module_state_dict()))
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """The optimizer's state in host memory, fetched together."""
-        return cast("dict[str, Tensor]", _to_host(super().optimizer_state(optimizer)))
+        return cast("dict[str, Tensor]", to_host(super().optimizer_state(optimizer)))
 
 
 def _precision_plugin(precision: str) -> Precision:
@@ -235,10 +229,3 @@ def _run() -> None:
     import torch_xla
 
     torch_xla.sync()
-
-
-def _to_host(state: Any) -> Any:
-    import torch_xla.core.xla_model as xm
-
-    # A copy: checkpoints are written by a thread while the next step changes the tensors.
-    return xm._maybe_convert_to_cpu(state)

@@ -44,7 +44,7 @@ class CompilationCache(Callback):
             for key in self._published:
                 storage.download(storage.join(self.uri, key), self.folder / key)
         except StorageError as error:
-            log.warning("compiled steps of earlier launches could not be read: %s", error)
+            log.warning("compiled steps of earlier attempts could not be read: %s", error)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start to publish."""

@@ -58,7 +58,7 @@ def save_config(run_dir: str, text: str, before_write: Callable[[], None] = stor
                 ]
                 more = len(changed) - len(shown)
                 log.warning(
-                    "settings changed since the last launch: %s%s",
+                    "settings changed since the last attempt: %s%s",
                     "; ".join(shown),
                     f" and {more} more" if more else "",
                 )

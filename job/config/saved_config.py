@@ -168,7 +168,7 @@ def _checked(uri: str, key: str, value: Any, kind: Any) -> Any:
 
 def _unknown(uri: str, key: str) -> ConfigError:
     return ConfigError(
-        f"{uri} has the key {key!r}, which this version of the job does not know. Use the version that trained the "
+        f"{uri} has the key {key!r}, which this version of job does not know. Use the version that trained the "
         "run, or give the settings by --config FILE."
     )
 

@@ -14,31 +14,11 @@ from pytorch_lightning import callbacks as library
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 
+from job.argparse_internals import actions
 from job.cluster import ranks, xla
+from job.config.reserved import RESERVED
 from job.errors import ConfigError
 from job.lightning_internals import starts_processes
-
-RESERVED = {
-    "logger",
-    "default_root_dir",
-    "use_distributed_sampler",
-    "num_sanity_val_steps",
-    "enable_model_summary",
-    "enable_checkpointing",
-    "barebones",
-    "model_registry",
-    "enable_autolog_hparams",
-    "devices",
-    "num_nodes",
-    "max_steps",
-    "min_steps",
-    "fast_dev_run",
-    "overfit_batches",
-    "reload_dataloaders_every_n_epochs",
-    "plugins",
-    "limit_predict_batches",
-}
-"""Reserved arguments of the Trainer: this package sets them, or they would break an exact resume."""
 
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "32", "bf16", "16", "64", 32, 16, 64]
@@ -125,7 +105,7 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
 def list_supported_classes(parser: LightningArgumentParser) -> None:
     """Restrict the classes that --help-all lists to supported ones."""
     callbacks = [f"pytorch_lightning.callbacks.{kind.__name__}" for kind in _SUPPORTED_CALLBACKS]
-    for action in parser._actions:
+    for action in actions(parser):
         if action.dest == "trainer.callbacks":
             names = [*callbacks, "your own"]
         elif action.dest == "trainer.strategy":

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from job.cluster import ranks
 from job.errors import DivergedError
 from job.lightning_internals import batches_done
+from job.torch_internals import flag_not_finite
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +130,7 @@ class DivergenceGuard:
             by_type.setdefault((gradient.dtype, gradient.device), []).append(gradient)
         for (dtype, device), alike in by_type.items():
             if dtype in (torch.float32, torch.float16) and device.type in ("cpu", "cuda"):
-                # GradScaler's kernel, here with a scale of 1: one pass, ten times as fast as norms.
-                torch._amp_foreach_non_finite_check_and_unscale_(alike, flag, self._one)
+                flag_not_finite(alike, flag, self._one)
             else:
                 flag = flag + (~torch.isfinite(torch.nn.utils.get_total_norm(alike))).to(flag)
         return flag
@@ -195,8 +195,7 @@ def _not_finite(state: dict[str, Any]) -> list[str]:
     tensors = {k: v.cpu() if v.device.type == "xla" else v for k, v in tensors.items()}
     if not tensors:
         return []
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors.values()))])
-    if bool(torch.isfinite(norms).all()):
+    if bool(torch.isfinite(torch.nn.utils.get_total_norm(tensors.values()))):
         return []
     # A norm of finite values may overflow.
     return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]

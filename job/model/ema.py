@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from job.checkpoint.state import TRAINING_WEIGHTS_KEY
 from job.model.spec import PREFIX, net_state
@@ -56,7 +57,7 @@ class WeightAverage:
         """Add the weights after ``step`` optimizer steps to the average."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, weights = ([tensors[name] for name in self._trained] for tensors in (self._stored, self._network))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        get_ema_multi_avg_fn(decay)(averages, weights, step)  # type: ignore[no-untyped-call]
 
     def swap(self, *, averaged: bool) -> None:
         """Let the network hold the averages, or the weights in training again."""

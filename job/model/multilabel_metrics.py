@@ -52,6 +52,18 @@ class Ranking(NamedTuple):
         below = self.highest[best + 1] if best + 1 < len(self.highest) else 0.0
         return float((self.lowest[best] + below) / 2)
 
+    def confusion(self, threshold: float) -> list[list[int]]:
+        """[[true negatives, false positives], [false negatives, true positives]] at a threshold.
+
+        A group that a threshold of other data divides is taken whole: predicted if its middle is.
+        """
+        predicted = (self.lowest + self.highest) / 2 >= threshold
+        positives, negatives = int(self.positives[predicted].sum()), int(self.negatives[predicted].sum())
+        return [
+            [int(self.negatives.sum()) - negatives, negatives],
+            [int(self.positives.sum()) - positives, positives],
+        ]
+
 
 class CollectedScores(Metric):
     """All probabilities and labels, from which metrics are exact."""
@@ -117,11 +129,11 @@ class BinnedScores(Metric):
     def rankings(self) -> Iterator[Ranking]:
         """The ranking of each class, in groups of one bin."""
         edges = 1 / (1 + np.exp(-np.linspace(-LOG_ODDS, LOG_ODDS, BINS + 1)))
-        positives, negatives = (tensor.numpy()[:, ::-1].astype(np.float64) for tensor in self.compute())
         lowest, highest = edges[:-1][::-1], edges[1:][::-1]
-        for each_positives, each_negatives in zip(positives, negatives, strict=True):
-            filled = each_positives + each_negatives > 0
-            yield Ranking(each_positives[filled], each_negatives[filled], lowest[filled], highest[filled])
+        for counts in zip(*(tensor.numpy() for tensor in self.compute()), strict=True):
+            positives, negatives = (each[::-1].astype(np.float64) for each in counts)
+            filled = positives + negatives > 0
+            yield Ranking(positives[filled], negatives[filled], lowest[filled], highest[filled])
 
 
 class MultilabelMetrics(TaskMetrics):
@@ -170,13 +182,14 @@ class MultilabelMetrics(TaskMetrics):
             [[true negatives, false positives], [false negatives, true positives]].
         """
         self._process(0)
-        rankings = list(self.scores.rankings())
-        confusion = np.array([_counts(*each) for each in zip(rankings, self.thresholds, strict=True)])
-        if not confusion.sum():
+        confusion, precisions = np.zeros((len(self.classes), 2, 2), np.int64), np.zeros(len(self.classes))
+        for number, ranking in enumerate(self.scores.rankings()):
+            confusion[number] = ranking.confusion(self.thresholds[number])
+            precisions[number] = ranking.average_precision()
+        if not confusion.any():
             return {}, torch.from_numpy(confusion)
         false_positives, false_negatives, positives = confusion[:, 0, 1], confusion[:, 1, 0], confusion[:, 1, 1]
         values = {"loss": self.loss.compute().item()}
-        precisions = np.array([ranking.average_precision() for ranking in rankings])
         present = ~np.isnan(precisions)
         wrong = false_positives + false_negatives
         if present.any():
@@ -197,16 +210,3 @@ class MultilabelMetrics(TaskMetrics):
 
 def _precision_of(name: str) -> str:
     return f"average_precision_of/{name}"
-
-
-def _counts(ranking: Ranking, threshold: float) -> list[list[int]]:
-    """[[true negatives, false positives], [false negatives, true positives]] at a threshold.
-
-    A group that a threshold of other data divides is taken whole: predicted if its middle is.
-    """
-    predicted = (ranking.lowest + ranking.highest) / 2 >= threshold
-    positives, negatives = int(ranking.positives[predicted].sum()), int(ranking.negatives[predicted].sum())
-    return [
-        [int(ranking.negatives.sum()) - negatives, negatives],
-        [int(ranking.positives.sum()) - positives, positives],
-    ]

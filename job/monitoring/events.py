@@ -84,7 +84,7 @@ class EventFiles:
         return str(self.folder)
 
     def _open(self) -> None:
-        self._last = max(int(time.time()), self._last + 1)  # a clock may be behind that of an earlier launch
+        self._last = max(int(time.time()), self._last + 1)  # a clock may be behind that of an earlier attempt
         self._path = self.folder / f"{PREFIX}{self._last:010d}.{self._suffix}"
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a program that cleans up /tmp may have removed it
         self._file = self._path.open("xb")

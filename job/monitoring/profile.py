@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "profile"
 FIRST_STEP, STEPS = 5, 10
-"""Steps of this launch that are left out, while caches fill and kernels are chosen, and those that are recorded."""
+"""Steps of this attempt that are left out, while caches fill and kernels are chosen, and those that are recorded."""
 COMMUNICATION = ("gloo:", "nccl:", "c10d::allreduce_")
 
 

@@ -50,7 +50,7 @@ class Report:
         classes: class names, in the order of the network's outputs.
         images: number of images by part.
         bad_samples: images that could not be read.
-        images_per_second: throughput of training; None where this launch trained less than an epoch.
+        images_per_second: throughput of training; None where this attempt trained less than an epoch.
         seconds: where the time went, over all attempts; see :func:`job.monitoring.accounting.totals`.
         content: all of ``report.json``.
     """
@@ -279,4 +279,4 @@ def _where_time_went(seconds: dict[str, float], starts: int) -> str:
         f"{name.replace('lost', 'recomputed').replace('_', ' ')} {seconds[name]:.0f}"
         for name in ("step", "data_wait", "validation", "checkpoint_stall", "startup", "features", "lost", "other")
     )
-    return f"goodput {seconds['goodput']:.0%} of {seconds['wall']:.0f} s in {starts} launch(es): {parts}"
+    return f"goodput {seconds['goodput']:.0%} of {seconds['wall']:.0f} s in {starts} attempt(s): {parts}"

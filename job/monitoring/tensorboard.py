@@ -38,7 +38,7 @@ PUBLISH_SECONDS = 10.0
 OBJECTS_PER_STEP = 50
 MOST_STEPS = 12
 """The interval grows by :data:`PUBLISH_SECONDS` with each 50 objects in the folder, to 12 times that: an hour has about
-145 objects, the first day 970, a further one 720. Each checkpoint and each launch adds one."""
+145 objects, the first day 970, a further one 720. Each checkpoint and each attempt adds one."""
 
 ROTATE_BYTES = 4 << 20
 """Events of this size are published at once."""
@@ -64,8 +64,8 @@ class BucketTensorBoardLogger(Logger):
 
     Args:
         uri: folder of the event files, on any fsspec filesystem.
-        purge_step: ``global_step`` that this launch continues from. TensorBoard drops what an
-            earlier launch logged at that step or later, so that curves never double back.
+        purge_step: ``global_step`` that this attempt continues from. TensorBoard drops what an
+            earlier attempt logged at that step or later, so that curves never double back.
         publish_seconds: seconds between two publications in a young run, at least 1.
         before_write: called immediately before each write to ``uri``; raises if this job may not write there.
     """

@@ -1,7 +1,7 @@
-"""A bound on starts that end without progress: ``<run_dir>/attempts.json``.
+"""A limit on attempts that end without progress: ``<run_dir>/attempts.json``.
 
-Whatever restarts a job, a Kubernetes Job or torchrun, would otherwise restart it for ever where each start fails in the
-same way. Only rank 0 reads and writes the file.
+Whatever restarts the ranks, a Kubernetes Job or torch elastic, would otherwise restart them for ever where each attempt
+fails in the same way. Only rank 0 reads and writes the file.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ FILE = "attempts.json"
 MAX_BYTES = 1 << 16
 FORMAT = 1
 MAX_FAILED = 5
-"""Starts in a row that may end by an error of their own."""
+"""Consecutive attempts that may end by an error of their own."""
 MAX_LOST = 20
-"""Starts in a row that may end unseen, killed or without their machine, or because another rank ended."""
+"""Consecutive attempts that may crash: killed, without their machine, or because another rank ended."""
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Attempts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Launches since the last new checkpoint, all with one configuration.
+    """Attempts since the last new checkpoint, all with one configuration.
 
     Attributes:
         format: version of the file.
         step: ``global_step`` of the newest checkpoint at the time; -1: none.
         configuration: SHA-256 of the configuration.
         failed: those that ended by an error, other than a user's mistake.
-        lost: those whose end is not known, or was the end of another rank.
+        lost: those that crashed: their end is not known, or was the end of another rank.
         last_error: of the last one that failed.
     """
 
@@ -56,7 +56,7 @@ def read(run_dir: str) -> Attempts | None:
     """The record of a run; None where there is none, or it cannot be read, which is logged.
 
     Raises:
-        ConfigError: a newer version of the job wrote it.
+        ConfigError: a newer version of job wrote it.
     """
     uri = storage.join(run_dir, FILE)
     if not storage.exists(uri):
@@ -64,33 +64,33 @@ def read(run_dir: str) -> Attempts | None:
     try:
         content = storage.read_bounded(uri, MAX_BYTES)
     except DataError as error:
-        log.warning("%s The count of launches without a new checkpoint is reset", error)
+        log.warning("%s The count of attempts without a new checkpoint is reset", error)
         return None
     try:
         if (version := format_version(content)) > FORMAT:
             raise ConfigError(
-                f"{uri} is of format {version}, and this version of the job reads formats up to {FORMAT}. Use the "
+                f"{uri} is of format {version}, and this version of job reads formats up to {FORMAT}. Use the "
                 "version that wrote it, or a newer one."
             )
         return msgspec.json.decode(content, type=Attempts)
     except MALFORMED as error:
-        log.warning("%s is damaged (%s): the count of launches without a new checkpoint is reset", uri, error)
+        log.warning("%s is damaged (%s): the count of attempts without a new checkpoint is reset", uri, error)
         return None
 
 
 def begin(
     run_dir: str, step: int, configuration: str, before_write: Callable[[], None] = storage.unconditionally
 ) -> Attempts:
-    """Count a launch that resumes at ``step``; called on rank 0, which holds the lease.
+    """Count an attempt that resumes at ``step``; called on rank 0, which holds the lease.
 
     Args:
         run_dir: of the run.
         step: ``global_step`` of its newest checkpoint; -1: none.
-        configuration: of this launch.
+        configuration: of this attempt.
         before_write: called immediately before the write; raises if this job may not write to run_dir.
 
     Raises:
-        ConfigError: too many starts before it have ended without a new checkpoint.
+        ConfigError: too many attempts before it have ended without a new checkpoint.
     """
     digest = hashlib.sha256(configuration.encode()).hexdigest()
     before = read(run_dir)
@@ -100,9 +100,9 @@ def begin(
         cause = f" The last error was: {before.last_error}" if before.last_error else ""
         where = f"after step {step}" if step >= 0 else "at all"
         raise ConfigError(
-            f"{before.failed + before.lost} consecutive launches ended without a new checkpoint {where}, "
+            f"{before.failed + before.lost} consecutive attempts ended without a new checkpoint {where}, "
             f"{before.failed} of them with an error: another restart would not help.{cause} Fix the cause, then delete "
-            f"{storage.join(run_dir, FILE)} or change an option, and launch again."
+            f"{storage.join(run_dir, FILE)} or change an option, and start it again."
         )
     _write(run_dir, msgspec.structs.replace(before, lost=before.lost + 1), before_write)  # until its end is known
     return before
@@ -112,7 +112,7 @@ def begin(
 def counted(
     run_dir: str, before: Attempts | None, before_write: Callable[[], None] = storage.unconditionally
 ) -> Iterator[None]:
-    """Record how this launch ends. Preemptions, other requests to stop and a user's mistakes do not count.
+    """Record how this attempt ends. Preemptions, other requests to stop and a user's mistakes do not count.
 
     Args:
         run_dir: of the run.
@@ -148,4 +148,4 @@ def _write(run_dir: str, attempts: Attempts, before_write: Callable[[], None]) -
     try:
         storage.write_bytes(storage.join(run_dir, FILE), msgspec.json.encode(attempts), before_write)
     except (StorageError, LeaseError) as error:  # out of reach, overwriting is forbidden, or another job writes here
-        log.info("the count of launches without a new checkpoint could not be written: %s", error)
+        log.info("the count of attempts without a new checkpoint could not be written: %s", error)

@@ -74,7 +74,7 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class WatchdogSettings:
-    """Ends this process when a step takes far longer than those before; torchrun then ends the others.
+    """Ends this process when a step takes far longer than those before; the launcher then ends the others.
 
     Args:
         min_seconds: lower bound of the limit on a step.
@@ -95,7 +95,7 @@ class WatchdogSettings:
 
 
 class Watchdog(Callback):
-    """Ends this process when a step takes far longer than those before; torchrun then ends the others.
+    """Ends this process when a step takes far longer than those before; the launcher then ends the others.
 
     Args:
         settings: its limits.

@@ -77,6 +77,12 @@ def s3_call_sync(fs: AsyncFileSystem, method: str, **options: Any) -> Any:
     return sync(fs.loop, fs._call_s3, method, **options)
 
 
+def s3_payer(fs: AsyncFileSystem) -> dict[str, str]:
+    """The parameter of requests to a requester-pays bucket, as s3fs adds it to its own; empty for others."""
+    parameters: dict[str, str] = fs.req_kw
+    return parameters
+
+
 async def cat_file(fs: AsyncFileSystem, path: str, **limits: int) -> bytes:
     """``fs.cat_file`` as a coroutine.
 

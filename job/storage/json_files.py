@@ -32,7 +32,7 @@ def read_limited(uri: str, limit: int = MAX_BYTES) -> bytes:
 def write_json(uri: str, value: Any, before_write: Callable[[], None] = storage.unconditionally) -> None:
     """Write strict JSON; NaN and infinity become null.
 
-    A bucket that lets nobody overwrite the object of an earlier launch keeps that one, with a warning.
+    A bucket that lets nobody overwrite the object of an earlier attempt keeps that one, with a warning.
 
     Args:
         before_write: called immediately before the write; raises if this job may not write there.
@@ -44,7 +44,7 @@ def write_json(uri: str, value: Any, before_write: Callable[[], None] = storage.
 
 
 def replace(uri: str, content: bytes, before_write: Callable[[], None] = storage.unconditionally) -> None:
-    """Write an object, or keep that of an earlier launch, with a warning, where the bucket lets nobody overwrite it.
+    """Write an object, or keep that of an earlier attempt, with a warning, where the bucket lets nobody overwrite it.
 
     Args:
         before_write: called immediately before the write; raises if this job may not write there.
@@ -60,5 +60,5 @@ def replace(uri: str, content: bytes, before_write: Callable[[], None] = storage
         if not storage.exists(uri):
             raise
         log.warning(
-            "%s was not updated and holds the values of an earlier launch, because overwriting failed: %s", uri, error
+            "%s was not updated and holds the values of an earlier attempt, because overwriting failed: %s", uri, error
         )

@@ -117,9 +117,19 @@ def version(details: dict[str, Any]) -> int:
 
 def _list_folder(store: Store, folder: str) -> list[dict[str, Any]]:
     try:
-        return store.list_folder(folder)
+        listing = store.list_folder(folder)
+        if store.is_async and any(_is_unnamed(details, folder) for details in listing):
+            # Of folder//file a bucket's filesystem names the folder again, and cannot list what is in it.
+            listing += store.fs.find(folder, prefix="/", detail=True).values()
+        return listing
     finally:
         store.fs.invalidate_cache(folder)  # else it would keep the listing of the whole bucket
+
+
+def _is_unnamed(details: dict[str, Any], folder: str) -> bool:
+    """Whether an entry of a folder's listing is a folder with an empty name in it."""
+    is_object = any(details.get(name) is not None for name in ("generation", "ETag", "etag"))
+    return details["type"] == "directory" and details["name"].rstrip("/") == folder and not is_object
 
 
 def _uri_of(uri: str, root: str, folder: str) -> str:

@@ -164,7 +164,7 @@ def _on_xla(settings: dict[str, Any], run_dir: str) -> dict[str, Any]:
 
 
 def _processes(settings: dict[str, Any]) -> dict[str, Any]:
-    """As many as torchrun started, and one without it."""
+    """As many as the launcher started, and one without it."""
     world_size, local_world_size = ranks.world_size(), ranks.local_world_size()
     if uses_cuda(str(settings.get("accelerator"))) and torch.cuda.device_count() > local_world_size:
         log.warning(
@@ -175,7 +175,7 @@ def _processes(settings: dict[str, Any]) -> dict[str, Any]:
     if uses_cuda(str(settings.get("accelerator"))) and torch.cuda.device_count() < local_world_size:
         raise ConfigError(
             f"{local_world_size} processes on this machine share {torch.cuda.device_count()} GPU(s), and each needs "
-            "one of its own. Start fewer: torchrun --nproc-per-node=gpu, or LAUNCH_PROCESSES; or take "
+            "one of its own. Start fewer by LAUNCH_PROCESSES or torchrun --nproc-per-node=gpu, or take "
             "--trainer.accelerator=cpu."
         )
     if world_size % local_world_size:

@@ -10,6 +10,7 @@ from typing import Any
 
 from job.cli import COMMANDS, run_command
 from job.cli.arguments import FLAGS
+from job.cli.known_options import FILE
 from job.cli.parser import ParserMixin
 
 GOLDEN = Path(__file__).with_name("options.txt")
@@ -52,6 +53,15 @@ def command_line() -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def option_names() -> str:
+    """The names of all options of the commands that build a Trainer, a command per line."""
+    lines = []
+    for command in (name for name, each in COMMANDS.items() if each.on_ranks):
+        names = {name[2:] for name in parser_of(command)._option_string_actions if name.startswith("--")}
+        lines.append(" ".join([command, *sorted(names)]))
+    return "\n".join(lines) + "\n"
+
+
 def _lines(action: argparse.Action) -> list[str]:
     names = [name.removeprefix("--") for name in action.option_strings if name.startswith("--")]
     # Options that jsonargparse adds for a class or a group, and by which a list grows.
@@ -82,3 +92,4 @@ def type_name(kind: Any) -> str:
 
 if __name__ == "__main__":
     GOLDEN.write_text(command_line())
+    FILE.write_text(option_names())

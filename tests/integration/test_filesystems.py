@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TINY, options, picture_files, run_well, scalars, zip_of
+from support import TINY, index_parts, options, picture_files, read, run_well, scalars, zip_of
 
 from job import checkpoint, storage
 from job.cli import main
@@ -27,6 +28,45 @@ def test_s3_to_s3(s3: str) -> None:
     assert not storage.exists(f"{s3}/run/lease.json")
     shown = run_well("predict", "--ckpt", f"{s3}/run", "--input", f"{s3}/colours/red/000.jpg")
     assert "red/000.jpg" in shown.stdout
+
+
+def test_an_s3_compatible_store_without_credentials(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the documentation says it: endpoint and anonymous access by environment variables of fsspec."""
+    fs, _ = storage.filesystem(s3)
+    fs.mkdir("public", acl="public-read")
+    for key, content in picture_files(["blue", "red"], 10).items():
+        fs.pipe_file(f"public/colours/{key}", content, ACL="public-read")
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    settings = {**TINY, "data.root": "s3://public/colours", "trainer.max_epochs": 1, "run_dir": tmp_path / "run"}
+    result = run_well(
+        "fit",
+        *options(settings, **{"data.cache_dir": tmp_path / "cache"}),
+        fresh=True,
+        FSSPEC_S3_ENDPOINT_URL=endpoint,
+        FSSPEC_S3_ANON="true",
+    )
+    assert "2 classes; images: train 16, val 4" in result.stderr
+
+
+def test_a_requester_pays_bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request of ours says that the requester pays, as s3fs's own do."""
+    storage.write_many(f"{s3}/paid", {"a.jpg": b"content"})
+    sent: list[tuple[str, object]] = []
+    reader = storage.Reader(f"{s3}/paid")
+    fs = type(reader.store.fs)(requester_pays=True, skip_instance_cache=True)
+    original = fs._call_s3
+
+    async def call(method: str, *args: Any, **kwargs: Any) -> Any:
+        sent.append((method, kwargs.get("RequestPayer")))
+        return await original(method, *args, **kwargs)
+
+    fs._call_s3 = call
+    reader.store.fs = fs
+    assert reader.read("a.jpg") == b"content"
+    assert sent == [("get_object", "requester")]
 
 
 def test_an_archive_by_its_url(tmp_path: Path) -> None:
@@ -100,3 +140,13 @@ def test_an_s3_object_is_held_against_its_etag(s3: str, caplog: pytest.LogCaptur
     assert calls == ["get_object"] * 3
     assert f"ETags below {s3}/checked are not MD5 checksums" in caplog.text
     del other.store.fs._call_s3
+
+
+def test_doubled_slashes_in_a_bucket(s3: str) -> None:
+    """Tools that join paths carelessly make folders with empty names."""
+    files = picture_files(["blue", "red"], 2)
+    storage.write_many(f"{s3}/doubled", {f"/train/{key.replace('/', '//')}": each for key, each in files.items()})
+    index = index_parts(f"{s3}/doubled")["train"]
+    assert index.classes == ("blue", "red")
+    assert sorted(index.keys) == [f"/train/{key.replace('/', '//')}" for key in sorted(files)]
+    assert sorted(read(index, [0, 1, 2, 3])) == sorted(files.values())

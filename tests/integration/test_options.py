@@ -12,7 +12,8 @@ import pytest
 from pytorch_lightning import callbacks
 from support import TINY, options, run_here
 
-from job.config.trainer_options import _SUPPORTED_CALLBACKS, RESERVED
+from job.config.reserved import RESERVED
+from job.config.trainer_options import _SUPPORTED_CALLBACKS
 
 pytestmark = pytest.mark.integration
 

@@ -146,7 +146,7 @@ def test_nothing_that_a_saved_configuration_names_is_run(
         (b"seed_everything: !!python/object/apply:os.system ['true']\n", "tag"),
         (b"seed_everything: 0\nseed_everything: 1\n", "occurs twice"),
         (b"model: {hidden: many}\n", "model.hidden: Expected `array`, got `str`"),
-        (b"model: {head: 3}\n", "has the key 'model.head', which this version of the job does not know"),
+        (b"model: {head: 3}\n", "has the key 'model.head', which this version of job does not know"),
         (b"data: {image_size: 1.5}\n", "data.image_size: Expected `int`"),
         (b"[" * 100_000, "levels deep"),
         (b"a: " + b"9" * 100_000, "a number of 100,000 characters"),

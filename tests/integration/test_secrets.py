@@ -127,7 +127,7 @@ def test_a_rotated_signature_changes_no_index_and_no_cache(server: str, tmp_path
     result = run_here("fit", *settings("2", 2))
     assert result.returncode == 0, result.output
     assert "settings changed" not in result.output.replace("trainer.max_epochs: 1 → 2", "").replace(
-        "settings changed since the last launch: \n", ""
+        "settings changed since the last attempt: \n", ""
     )
     assert sorted((tmp_path / "run/index").rglob("*")) == indexes
     assert sorted((tmp_path / "cache").rglob("*")) == cached

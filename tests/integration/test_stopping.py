@@ -78,7 +78,7 @@ def test_an_unexpected_error_has_a_code_and_a_line_of_its_own(colours: Path, tmp
         assert done.output.splitlines()[-1].startswith("job: unexpected error: KeyError: 'lost'.")
     done = run_here(*arguments)
     assert done.returncode == 2
-    assert "5 consecutive launches ended without a new checkpoint" in done.output
+    assert "5 consecutive attempts ended without a new checkpoint" in done.output
     assert "KeyError: 'lost'" in done.output
 
 

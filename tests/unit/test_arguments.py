@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 from support import TINY, options, run_here
 
+from job import argparse_internals
+from job.api import fit
 from job.cli import launch
 from job.cli.arguments import DATA_ALIASES, FLAGS, TRAINING_ALIASES, canonical_arguments
 from job.cli.help import COMMON, common_help
@@ -48,6 +51,13 @@ def test_canonical_arguments(args: list[str], expected: list[str]) -> None:
     assert canonical(*args) == expected
 
 
+def test_the_options_of_a_parser_are_listed() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    one, two = parser.add_argument("--one"), parser.add_argument("-t", "--two.three")
+    assert argparse_internals.actions(parser) == [one, two]
+    assert argparse_internals.option_names(parser) == {"one", "two.three"}
+
+
 def test_an_option_of_the_command_is_not_an_alias() -> None:
     args = ["--batch_size", "8"]
     assert canonical_arguments(args, options={"batch_size"}, aliases=DATA_ALIASES) == ["--batch_size=8"]
@@ -81,6 +91,21 @@ def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(name in str(caught.value) for name in recipe_names())
     (tmp_path / "head").write_text("{}")
     assert canonical("--config", "head") == ["--config=head"]
+
+
+def test_a_recipe_named_by_a_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JOB_CONFIG", "demo")
+    for args in (["--run_dir=x", "--data.root=y"], {"run_dir": "x", "data": {"root": "y"}}):
+        assert TrainingCLI("fit", args).model_config.backbone == "timm/tf_efficientnet_lite0"
+    monkeypatch.setenv("JOB_CONFIG", "heed")
+    with pytest.raises(ConfigError, match="no recipe 'heed'"):
+        TrainingCLI("fit", ["--run_dir=x", "--data.root=y"])
+
+
+def test_training_from_python_takes_no_grace(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"grace is 3\.0, but job\.fit never ends the process"):
+        fit({"run_dir": str(tmp_path / "run"), "data": {"root": str(tmp_path)}, "grace": 3.0})
 
 
 @pytest.fixture(scope="module", params=["fit", "tune", "validate", "test"])

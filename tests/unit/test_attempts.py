@@ -25,7 +25,7 @@ def test_starts_that_fail_alike_end_with_the_cause(tmp_path: Path) -> None:
     for _ in range(attempts.MAX_FAILED):
         start(tmp_path, RuntimeError("no luck\nat all"))
     with pytest.raises(
-        ConfigError, match=r"(?s)5 consecutive launches .* after step 7.* RuntimeError: no luck.*attempts\.json"
+        ConfigError, match=r"(?s)5 consecutive attempts .* after step 7.* RuntimeError: no luck.*attempts\.json"
     ):
         attempts.begin(str(tmp_path), 7, "a")
     (tmp_path / attempts.FILE).unlink()
@@ -53,7 +53,7 @@ def test_starts_that_vanish_are_bounded_too(tmp_path: Path) -> None:
     for _ in range(attempts.MAX_LOST - 1):
         attempts.begin(str(tmp_path), 7, "a")  # killed: its end is not recorded
     start(tmp_path, RankLost("another rank"))
-    with pytest.raises(ConfigError, match="20 consecutive launches"):
+    with pytest.raises(ConfigError, match="20 consecutive attempts"):
         attempts.begin(str(tmp_path), 7, "a")
 
 

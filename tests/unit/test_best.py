@@ -56,14 +56,20 @@ def manifest(step: int, loss: float, validation: str = "a", monitor: str = "val/
 
 
 def test_the_newest_checkpoints_metric_ranks_all() -> None:
-    found = [manifest(1, 0.1, monitor="val/accuracy"), manifest(2, 0.3), manifest(3, 0.2)]
-    assert [m.global_step for m in ranked(found)] == [1, 3, 2]
+    manifests = [manifest(1, 0.1, monitor="val/accuracy"), manifest(2, 0.3), manifest(3, 0.2)]
+    assert [m.global_step for m in ranked(manifests)] == [1, 3, 2]
 
 
 def test_other_validation_samples_start_the_ranking_anew_and_keep_the_best_of_before() -> None:
-    found = [manifest(1, 0.1), manifest(2, 0.2), manifest(3, 0.4, "b"), manifest(4, 0.3, "b"), manifest(5, 0.5, "b")]
-    assert [m.global_step for m in ranked(found)] == [4, 3, 5]
-    gone = Retention(CheckpointSettings(monitor="val/loss", keep_last=1, keep_best=1), "").superseded(found)
+    manifests = [
+        manifest(1, 0.1),
+        manifest(2, 0.2),
+        manifest(3, 0.4, "b"),
+        manifest(4, 0.3, "b"),
+        manifest(5, 0.5, "b"),
+    ]
+    assert [m.global_step for m in ranked(manifests)] == [4, 3, 5]
+    gone = Retention(CheckpointSettings(monitor="val/loss", keep_last=1, keep_best=1), "").superseded(manifests)
     assert [m.global_step for m in gone] == [2, 3]
 
 
@@ -167,11 +173,11 @@ def test_the_report_leads_with_the_checkpoint_that_predicts(tmp_path: Path, colo
     done = fit(tmp_path, colours, model__optimizer=optimizer, checkpoint__monitor="val/loss", checkpoint__keep_last=9)
     assert done.returncode == 0, done.output
     report = json.loads((tmp_path / "run/report.json").read_text(), parse_constant=pytest.fail)
-    found = checkpoint.manifests(str(tmp_path / "run"))
-    best = min(found, key=lambda m: m.metrics["val/loss"] or 0)
+    manifests = checkpoint.manifests(str(tmp_path / "run"))
+    best = min(manifests, key=lambda m: m.metrics["val/loss"] or 0)
     assert checkpoint.resolve(str(tmp_path / "run")).endswith(best.file)
     assert report["metrics"] == report["checkpoints"]["best"]["metrics"] == best.metrics
-    assert report["checkpoints"]["last"]["metrics"] == found[-1].metrics
+    assert report["checkpoints"]["last"]["metrics"] == manifests[-1].metrics
     assert sum(map(sum, report["confusion_matrix"]["counts"])) == 8
     assert re.search(r"best checkpoint.*last checkpoint", done.output, re.DOTALL)
 

@@ -241,7 +241,9 @@ def test_parts_by_their_usual_names(pack: Pack, names: dict[str, str], tmp_path:
         (["train", "training", "val"], "both train/ and training/"),
         (["trainA", "trainB", "testA"], "trainA/"),
         (["train", "val", "dev"], "both dev/ and val/"),
-        (["val", "test"], "no train/ folder"),
+        (["val", "test"], "val/ and test/ but no train/ folder"),
+        (["train", "holdout"], "train/ and holdout/ with folders of the same names"),
+        (["public", "private"], "private/ and public/, and each of them a/ and b/: which are the classes"),
         (["cats_train", "cats_test", "dogs_train", "dogs_test"], "cats_test/"),
         (["train", "train_extra"], "train/ and train_extra/"),
     ],
@@ -251,7 +253,7 @@ def test_parts_that_are_not_clear_are_refused_with_a_question(names: list[str], 
     with pytest.raises(DataError) as caught:
         index_parts(uri)
     assert told in str(caught.value)
-    assert "--data.train" in str(caught.value) or "no train/" in str(caught.value)
+    assert "--data.train" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -276,12 +278,35 @@ def test_parts_below_classes(pack: Pack, tmp_path: Path) -> None:
         index_parts(mixed)
 
 
+def test_a_flat_test_folder_beside_classes_is_no_class_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(DataError, match=r"test/ beside bus/ and car/, which may be classes: is it one, too"):
+        index_of(on_disk({f"{name}/0.jpg": IMAGE for name in ("bus", "car", "test")}, tmp_path / "test"))
+    index_of(on_disk({f"{name}/0.jpg": IMAGE for name in ("bus", "car", "train")}, tmp_path / "train"))
+    assert "train/ is taken for a class" in caplog.text
+
+
+def test_a_part_given_by_itself(tmp_path: Path) -> None:
+    """What is asked about a root is answered by naming it as one part."""
+    nested = on_disk(classes("left/") | classes("right/"), tmp_path / "nested")
+    assert index_parts(nested, layout="classes")["all"].classes == ("left", "right")
+    whole = on_disk(classes("d/train/") | classes("d/val/"), tmp_path / "whole")
+    with pytest.raises(DataError, match=r"holds train/ and val/: give it by --data\.root"):
+        index_parts(whole, layout="classes")
+
+
+def test_classes_that_differ_by_case(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index_of(on_disk(classes(names="abA"), tmp_path))
+    assert "the classes A, a differ by upper and lower case only" in caplog.text
+
+
 def test_images_outside_the_parts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = {**classes("d/train/"), **classes("d/val/"), **classes("d/unsup/"), "banner.png": IMAGE, "d/x.png": IMAGE}
     info = build_info(on_disk(files, tmp_path), tmp_path)
     assert {part: each.rows for part, each in info.parts.items()} == {"train": 4, "val": 4}
     assert left_out(info) == {"images outside the folders of the parts": 6}
-    assert "for example unsup/" in caplog.text
+    assert "for example d/unsup/" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -317,6 +342,7 @@ def test_words_of_parts(folder: str, part: str | None) -> None:
         ({"test/0.jpg": IMAGE, "test/1.jpg": IMAGE}, r"2 image\(s\) outside any class folder"),
         ({"test/unknown/0.jpg": IMAGE}, r"1 image\(s\) of .* are of class unknown"),
         ({"test/x/0.jpg": IMAGE, "test/a/0.jpg": IMAGE, "test/1.jpg": IMAGE}, "outside any class folder"),
+        ({"test1/a/0.jpg": IMAGE, "test2/a/0.jpg": IMAGE}, "both test1/ and test2/"),
         ({"test/sample.txt": b"x"}, "no image under"),
     ],
 )

@@ -14,6 +14,7 @@ from support import index_of, index_parts, picture_files, read, tar_of, write_fi
 from job.data.index.build import build
 from job.data.index.file import load_index_info
 from job.data.index.index import Index
+from job.data.index.left_out import ARCHIVES
 from job.data.index.parts import Layout
 from job.data.index.store import publish_index
 from job.errors import DataError
@@ -102,6 +103,18 @@ def test_archives_of_class_folders(tmp_path: Path) -> None:
     assert labels(index_of(tmp_path / "shards")) == ["blue"] * 3 + ["red"] * 3
 
 
+@pytest.mark.parametrize("pattern", ["*.tar", "{train,val,test}-0.tar"])
+def test_a_pattern_of_several_parts(pattern: str, tmp_path: Path) -> None:
+    write_files(tmp_path, {"train-0.tar": shard(0), "val-0.tar": tar_of({}), "test-0.tar": tar_of(FILES)})
+    write_files(tmp_path, {"val-0.tar": shard(3)})
+    parts = index_parts(f"{tmp_path}/{pattern}")
+    assert {name: len(index) for name, index in parts.items()} == {"train": 3, "val": 3}
+    only = index_parts(f"{tmp_path}/{{val-0,val-0}}.tar", layout="classes")
+    assert len(only["all"]) == 6
+    write_files(tmp_path, {"c/train.zip": zip_of(FILES), "c/val.zip": zip_of(FILES)})
+    assert index_parts(f"{tmp_path}/c/*.zip").keys() == {"train", "val"}
+
+
 def test_numbered_archives_of_bare_images_are_no_classes(tmp_path: Path) -> None:
     for names in (["shard-0", "shard-1"], ["00000", "00001"]):
         root = tmp_path / names[0]
@@ -125,7 +138,7 @@ def test_trains_beside_buses_are_a_class(tmp_path: Path) -> None:
 def test_archives_beside_images_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_files(tmp_path / "data", {**FILES, "extra.zip": zip_of(FILES)})
     with caplog.at_level(logging.WARNING):
-        assert left_out(tmp_path / "data", tmp_path)["archives beside images, which are not read"] == 1
+        assert left_out(tmp_path / "data", tmp_path) == {ARCHIVES: 1}
     assert "extra.zip" in caplog.text
 
 
@@ -162,14 +175,17 @@ def test_a_folder_of_tfrecords(tmp_path: Path) -> None:
     }
 
 
-def test_a_saved_index_of_a_folder_of_archives_is_compared_with_them(tmp_path: Path) -> None:
+def test_a_saved_index_of_a_folder_of_archives_is_compared_with_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root, folder = tmp_path / "data", tmp_path / "index"
     folder.mkdir()
     write_files(root, {f"{n:05}.tar": shard(3 * n) for n in range(2)})
     build({"root": [str(root)]}, folder, "", "parts")
     publish_index(folder, str(root / ".index"))
-    assert index_of(root).created == Index(folder, "train").created
-    assert len(index_of(root)) == 6
+    with caplog.at_level(logging.INFO):
+        assert len(index_of(root)) == 6
+    assert "using the index of" in caplog.text
     write_files(root, {"00002.tar": shard(6)})
     assert len(index_of(root)) == 9
 

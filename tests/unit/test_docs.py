@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import configparser
 import importlib
+import inspect
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import fsspec
 import pytest
 import torch
 import yaml
@@ -174,8 +176,23 @@ def check_tensorboard(words: list[str], options: Callable[[list[str]], None]) ->
     assert words[1].endswith("/tensorboard")
 
 
+def check_export(words: list[str], options: Callable[[list[str]], None]) -> None:
+    """Options of filesystems by environment variables, as fsspec reads them."""
+    for word in words:
+        name = word.partition("=")[0]
+        prefix, protocol, option = name.lower().split("_", 2)
+        assert prefix == "fsspec"
+        parameters = {
+            parameter
+            for base in fsspec.get_filesystem_class(protocol).__mro__
+            for parameter in inspect.signature(base.__init__).parameters
+        }
+        assert option in parameters, name
+
+
 CHECKS: dict[str, Callable[[list[str], Callable[[list[str]], None]], None]] = {
     "python": check_python,
+    "export": check_export,
     "torchrun": check_torchrun,
     "make": check_make,
     "kubectl": check_kubectl,
@@ -209,6 +226,14 @@ def test_a_wrong_command_is_not(line: str, options: Callable[[list[str]], None])
     words = shlex.split(line)
     with pytest.raises((AssertionError, ConfigError, SystemExit)):
         CHECKS[words[0]](words[1:], options)
+
+
+def test_options_of_filesystems_have_the_names_of_fsspec() -> None:
+    words = re.findall(r"FSSPEC_(?:S3|GS)_\w+", (REPOSITORY / "docs" / "data.md").read_text())
+    assert len(words) >= 5
+    check_export(words, lambda _: None)
+    with pytest.raises(AssertionError):
+        check_export(["FSSPEC_S3_ENDPOINT=x"], lambda _: None)
 
 
 def test_every_block_has_a_language_that_is_checked() -> None:

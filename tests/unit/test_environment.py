@@ -109,8 +109,8 @@ MULTISLICE = {  # and in a pod of a JobSet with two slices
 )
 def test_every_platform_is_recognised(environment: dict[str, str], expected: tuple[object, ...]) -> None:
     node = find_node(environment)
-    found = (node.platform, node.nodes, node.node_rank, node.host, node.port, node.processes, node.run_id)
-    assert found == expected
+    fields = (node.platform, node.nodes, node.node_rank, node.host, node.port, node.processes, node.run_id)
+    assert fields == expected
     assert all(environment[name] == value for name, value in node.evidence.items())
     assert node.platform in str(node)
     for name in node.evidence:
@@ -118,7 +118,7 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"),
+    ("environment", "message"),
     [
         ({**INDEXED, **TRAINJOB}, "(Kubeflow, Indexed Job) are set"),
         ({**INDEXED, **vertex("workerpool0", 0)}, "(Vertex AI, Indexed Job) are set"),
@@ -147,10 +147,10 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
         ({"PET_NNODES": "1", "PET_NPROC_PER_NODE": "0"}, "PET_NPROC_PER_NODE=0: at least one process"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(environment: dict[str, str], told: str) -> None:
+def test_what_cannot_be_meant_is_refused(environment: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         find_node(environment)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
@@ -174,7 +174,7 @@ def test_ranks_of_torchrun_or_one_process(environment: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"),
+    ("environment", "message"),
     [
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4: this is one of several processes, but RANK, LOCAL_RANK"),
         ({"RANK": "1"}, "RANK=1: this is one of several processes, but WORLD_SIZE"),
@@ -189,10 +189,10 @@ def test_ranks_of_torchrun_or_one_process(environment: dict[str, str]) -> None:
         (PYTORCHJOB, "RANK=1, WORLD_SIZE=2: this is one of several"),
     ],
 )
-def test_variables_of_other_launchers_are_refused(environment: dict[str, str], told: str) -> None:
+def test_variables_of_other_launchers_are_refused(environment: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         require_ranks(environment)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_options_of_torch_elastic() -> None:

@@ -20,10 +20,10 @@ from job.train.lr_finder import LRFinder
 
 
 def finder(losses: list[float]) -> LRFinder:
-    found = LRFinder(1e-6, 1.0, 100)
-    found.rates = np.geomspace(1e-6, 1.0, 100)[: len(losses)].tolist()
-    found.losses = losses
-    return found
+    finder = LRFinder(1e-6, 1.0, 100)
+    finder.rates = np.geomspace(1e-6, 1.0, 100)[: len(losses)].tolist()
+    finder.losses = losses
+    return finder
 
 
 def test_the_rate_at_which_the_loss_falls_fastest() -> None:
@@ -54,14 +54,14 @@ def test_memory_is_foretold_and_the_network_left_as_it_was() -> None:
     module.enter_stage(Stage.HEAD)
     before = {name: value.clone() for name, value in module.net.state_dict().items()}
     trainer = SimpleNamespace(precision_plugin=Precision())
-    found = BatchSizeFinder()
-    found.on_train_start(trainer, module)  # type: ignore[arg-type]
+    finder = BatchSizeFinder()
+    finder.on_train_start(trainer, module)  # type: ignore[arg-type]
     assert module.stage == Stage.HEAD
     assert all(torch.equal(value, before[name]) for name, value in module.net.state_dict().items())
     assert not any(parameter.requires_grad for parameter in module.net.backbone.parameters())
-    assert found.per_rank % 8 == 0
+    assert finder.per_rank % 8 == 0
 
     module.enter_stage(Stage.ALL)  # 256 images of about 2.5 MB, far beyond what was measured
     small, large = (_peak(trainer, module, size) for size in (32, 256))  # type: ignore[arg-type]
-    assert 0.7 < (large - small) / (224 * found.bytes_each) < 1.4
-    assert found.per_rank * found.bytes_each > 1e9  # of the memory of any machine that runs this
+    assert 0.7 < (large - small) / (224 * finder.bytes_each) < 1.4
+    assert finder.per_rank * finder.bytes_each > 1e9  # of the memory of any machine that runs this

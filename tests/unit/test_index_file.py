@@ -308,7 +308,7 @@ def test_an_index_without_a_training_part_is_named(tmp_path: Path) -> None:
         index_parts(tmp_path / "index" / "index.json")
 
 
-@pytest.mark.parametrize("reader", ["index.json", "index.arrow", "features", "csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("reader", ["index.json", "index.arrow", "labels.arrow", "features", "csv", "jsonl", "parquet"])
 def test_mutants_end_in_one_message(reader: str, tmp_path: Path) -> None:
     """In a process of its own: a crash in a parser written in C would be the end of it."""
     done = subprocess.run(

@@ -77,18 +77,18 @@ def test_the_loop_has_what_the_subclass_overrides(tmp_path: Path) -> None:
 
 def test_lightnings_signal_handlers_are_off(tmp_path: Path) -> None:
     class Handler(Callback):
-        found: Any = None
+        handler: Any = None
 
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            self.found = signal.getsignal(signal.SIGTERM)
+            self.handler = signal.getsignal(signal.SIGTERM)
 
     before, with_handlers, without = signal.getsignal(signal.SIGTERM), Handler(), Handler()
     trainer_of(tmp_path, with_handlers).fit(BoringModel())
-    assert with_handlers.found is not before, "the work-around is no longer needed"
+    assert with_handlers.handler is not before, "the work-around is no longer needed"
     trainer = trainer_of(tmp_path, without)
     internals.disable_signal_handlers(trainer)
     trainer.fit(BoringModel())
-    assert without.found is before
+    assert without.handler is before
 
 
 def test_each_step_of_a_restore_runs_within_the_context(tmp_path: Path) -> None:
@@ -178,6 +178,15 @@ def test_bf16_of_this_cpu() -> None:
         assert callable(torch.cpu._is_amx_tile_supported)
         assert callable(torch.cpu._is_avx512_bf16_supported)
     assert isinstance(torch_internals.cpu_multiplies_bf16(), bool)
+
+
+@pytest.mark.parametrize(("value", "flagged"), [(1.0, 0.0), (float("nan"), 1.0), (float("-inf"), 1.0), (3e38, 0.0)])
+def test_gradients_that_are_not_finite_are_flagged(value: float, flagged: float) -> None:
+    tensors, flag = [torch.ones(3), torch.tensor([1.0, value])], torch.zeros(())
+    before = [tensor.clone() for tensor in tensors]
+    torch_internals.flag_not_finite(tensors, flag, torch.ones(()))
+    assert flag.item() == flagged
+    assert all(torch.equal(a, b) or value != value for a, b in zip(tensors, before, strict=True))
 
 
 def test_seconds_of_compiling() -> None:

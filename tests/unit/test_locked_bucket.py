@@ -73,7 +73,7 @@ def test_a_report_that_cannot_be_replaced_is_kept(run_dir: str, caplog: pytest.L
     write_json(f"{run_dir}/report.json", {"a": float("nan")})
     write_json(f"{run_dir}/report.json", {"a": 2})
     assert json.loads(storage.read_bytes(f"{run_dir}/report.json")) == {"a": None}
-    assert "holds the values of an earlier launch" in caplog.text
+    assert "holds the values of an earlier attempt" in caplog.text
 
 
 def records(path: Path, *starts: dict[str, Any]) -> str:

@@ -140,9 +140,15 @@ def test_train_bn_trains_batch_norm_alone() -> None:
 
 def test_one_logit_gives_two_probabilities() -> None:
     logits = torch.tensor([[-3.0], [0.0], [3.0]])
+<<<<<<< HEAD
     found = ClassificationTask.probabilities(logits)
     assert torch.allclose(found.sum(dim=1), torch.ones(3))
     assert found.argmax(dim=1)[[0, 2]].tolist() == [0, 1]
+=======
+    predicted = probabilities(logits)
+    assert torch.allclose(predicted.sum(dim=1), torch.ones(3))
+    assert predicted.argmax(dim=1)[[0, 2]].tolist() == [0, 1]
+>>>>>>> h-house
     labels = torch.tensor([0, 1, 1])
-    expected = nn.functional.nll_loss(found.log(), labels, reduction="none")
+    expected = nn.functional.nll_loss(predicted.log(), labels, reduction="none")
     assert torch.allclose(per_sample_loss(logits, labels), expected)

@@ -12,12 +12,14 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, f1_score, multilabel_confusion_matrix
-from support import index_parts, write_files
+from support import index_parts, tar_of, write_files
 
+from job.checkpoint import confusion
 from job.data.index.build import build, split
 from job.data.index.file import SCHEMA, SEVERAL_LABELS_SCHEMA, load_index_info, verify_parts
 from job.data.index.index import Index
@@ -47,7 +49,7 @@ def test_an_index_holds_several_labels_only_where_the_data_does(tmp_path: Path) 
     index = index_of(tmp_path / "several", [*LISTS, "green"])
     assert index.has_several_labels
     assert index.classes == ("blue", "green", "red")
-    samples, labels = index.label_lists
+    samples, labels = index.label_lists()
     assert samples.tolist() == [0, 1, 1, 3, 3, 3, 4, 5, 6, 7, 8]
     assert labels.tolist() == [2, 0, 2, 0, 1, 2, 0, 2, 1, 2, 1]
     assert index.multi_hot_of(np.array([3, 2, 1, 1])).tolist() == [[1, 1, 1], [0, 0, 0], [1, 0, 1], [1, 0, 1]]
@@ -76,7 +78,7 @@ def test_a_saved_index_keeps_the_labels(tmp_path: Path) -> None:
     saved.mkdir()
     build({"root": [str(data)]}, saved, "", "parts")
     again = index_parts(saved / "index.json")["train"]
-    assert [each.tolist() for each in again.label_lists] == [each.tolist() for each in first.label_lists]
+    assert [each.tolist() for each in again.label_lists()] == [each.tolist() for each in first.label_lists()]
     assert again.fingerprint() == first.fingerprint()
     changed = index_of(tmp_path / "changed", [["red", "green"], *LISTS[1:]])
     assert changed.fingerprint() != first.fingerprint()
@@ -116,6 +118,26 @@ def test_damaged_labels_are_refused(labels: list[Any], message: str, tmp_path: P
         verify_parts(Path(index.folder), msgspec.structs.replace(info, parts={"train": part}), "")
 
 
+@pytest.mark.parametrize("form", ["parquet", "tar"])
+def test_lists_of_labels_in_other_formats(form: str, tmp_path: Path) -> None:
+    if form == "parquet":
+        rows = pa.table({"uri": [f"{n}.jpg" for n in range(len(LISTS))], "label": LISTS})
+        pq.write_table(rows, tmp_path / "data.parquet")
+    else:
+        labels = {f"{n}.json": json.dumps({"labels": each}).encode() for n, each in enumerate(LISTS)}
+        files = {**labels, **{f"{n}.jpg": b"x" for n in range(len(LISTS))}}
+        (tmp_path / "data.tar").write_bytes(tar_of(dict(sorted(files.items()))))
+    index = index_parts(tmp_path / f"data.{form}")["train"]
+    expected = [[int(name in labels) for name in ("blue", "green", "red")] for labels in LISTS]
+    assert index.multi_hot_of(np.arange(len(LISTS))).tolist() == expected
+
+
+def test_a_null_in_place_of_a_list_is_no_empty_list(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"uri": ["0.jpg", "1.jpg"], "label": [["red", "blue"], None]}), tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"row 1 \(from 0\) has no label"):
+        index_parts(tmp_path / "data.parquet")
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -124,7 +146,7 @@ def test_damaged_labels_are_refused(labels: list[Any], message: str, tmp_path: P
         ([["red", None], ["blue"]], "holds an empty one"),
         ([[["red"]], ["blue"]], "row 0"),
         ([["a" * 2000], ["b"]], "2,000 characters"),
-        ([[], []], "has no class: at least one is needed"),
+        ([[], []], "no image of .* has a label"),
     ],
 )
 def test_lists_of_labels_that_mean_nothing_are_refused(labels: list[Any], message: str, tmp_path: Path) -> None:
@@ -148,8 +170,8 @@ def test_each_label_is_in_both_parts_of_a_split(tmp_path: Path) -> None:
     assert (train.class_counts()[alone], val.class_counts()[alone]) == (1, 0)
     for label in range(1, 5):
         assert val.class_counts()[label] == pytest.approx(0.2 * counts[label], rel=0.1, abs=1)
-    without = 1001 - len(np.unique(whole.label_lists[0]))
-    assert len(val) - len(np.unique(val.label_lists[0])) == round(0.2 * without)
+    without = 1001 - len(np.unique(whole.label_lists()[0]))
+    assert len(val) - len(np.unique(val.label_lists()[0])) == round(0.2 * without)
 
 
 def test_the_split_follows_from_the_keys(tmp_path: Path) -> None:
@@ -342,3 +364,24 @@ def test_only_a_multilabel_network_has_thresholds() -> None:
     assert decode_spec(DESCRIPTION, "it").thresholds == []
     old = {name: value for name, value in DESCRIPTION.items() if name not in ("task", "format")}
     assert decode_spec(old, "it").task == "classification"
+
+
+def test_a_damaged_confusion_file_is_refused(tmp_path: Path) -> None:
+    counts = torch.tensor([[[5, 1], [2, 3]], [[0, 0], [1, 10]]])
+    content = confusion.encode(counts)
+    path = tmp_path / "counts"
+    path.write_bytes(content)
+    read = confusion.read(str(path), confusion.describe(content, 2))
+    assert read.tolist() == counts.tolist()
+    assert confusion.as_json(read, 2) == {
+        "true_negatives": [5, 0],
+        "false_positives": [1, 0],
+        "false_negatives": [2, 1],
+        "true_positives": [3, 10],
+    }
+    assert confusion.as_json(np.zeros((20_000, 2, 2), np.int64), 20_000, "uri") == {"file": "uri", "classes": 20_000}
+    for wrong, classes in ((counts, 3), (-counts, 2)):
+        content = confusion.encode(wrong)
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="counts"):
+            confusion.read(str(path), confusion.describe(content, classes))

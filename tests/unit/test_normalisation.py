@@ -46,14 +46,14 @@ def test_pretrained_networks_expect_the_default_normalisation(name: str, monkeyp
     options = {"weights": None, "init_weights": False}
     state = torchvision.models.get_model(name, **options).state_dict()
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: state)
-    theirs = torchvision.models.get_model(name, weights="DEFAULT").eval()
-    theirs.fc = torch.nn.Identity()
-    ours = build_backbone(name, "DEFAULT").eval()
+    reference = torchvision.models.get_model(name, weights="DEFAULT").eval()
+    reference.fc = torch.nn.Identity()
+    backbone = build_backbone(name, "DEFAULT").eval()
     images = torch.rand(2, 3, 96, 96)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in IMAGENET)
     with torch.no_grad():
-        expected = theirs((images - mean) / std)
-        assert torch.allclose(ours((images - 0.5) / 0.5), expected, atol=1e-4)
+        expected = reference((images - mean) / std)
+        assert torch.allclose(backbone((images - 0.5) / 0.5), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "mnasnet0_5", "efficientnet_b0"])

@@ -165,10 +165,10 @@ def test_optimizers_update_in_one_pass_unless_told_otherwise(kind: type[torch.op
         optimizer.step()
         return optimizer, torch.cat([parameter.detach().flatten() for parameter in made.net.parameters()])
 
-    ours, updated = step()
-    theirs, expected = step(fused=False)
-    assert {group["fused"] for group in ours.param_groups} == {True}
-    assert {group["fused"] for group in theirs.param_groups} == {False}
+    fused_optimizer, updated = step()
+    plain_optimizer, expected = step(fused=False)
+    assert {group["fused"] for group in fused_optimizer.param_groups} == {True}
+    assert {group["fused"] for group in plain_optimizer.param_groups} == {False}
     assert torch.allclose(updated, expected, atol=1e-6)
     assert not step(foreach=True)[0].param_groups[0]["fused"]
 

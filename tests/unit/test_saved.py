@@ -20,10 +20,15 @@ FILES = picture_files(["blue", "red"], 6)
 @pytest.fixture
 def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The URIs that were listed."""
-    found: list[str] = []
+    listed: list[str] = []
     list_pages = storage.list_pages
+<<<<<<< HEAD
     monkeypatch.setattr(storage, "list_pages", lambda uri, *a, **k: (found.append(uri), list_pages(uri, *a, **k))[1])
     return found
+=======
+    monkeypatch.setattr(storage, "list_pages", lambda uri: (listed.append(uri), list_pages(uri))[1])
+    return listed
+>>>>>>> h-house
 
 
 @pytest.mark.parametrize(
@@ -131,6 +136,35 @@ def test_an_index_notices_what_came_and_went(
     assert ("green" in index.classes) == (change is add_class)
     with pytest.raises(DataError, match="out of date"):
         index_parts(f"{root}/.index/index.json")
+
+
+def test_an_index_notices_other_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a table beside the images, which stay what they were."""
+    root = write_files(tmp_path / "data", {f"{n}.jpg": picture((1, 2, 3), n) for n in range(4)})
+    for labels in ("aabb", "abab", "abac"):
+        rows = "".join(f"{n}.jpg,{label}\n" for n, label in enumerate(labels))
+        (root / "metadata.csv").write_text(f"file_name,label\n{rows}")
+        index = index_parts(root)["train"]
+        assert "".join(index.classes[label] for label in index.labels) == labels
+        main(str(root))
+    assert caplog.text.count("out of date") == 2
+
+
+@pytest.mark.parametrize("change", ["add", "remove"])
+def test_an_index_of_shards_notices_another_one(change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pattern = f"{tmp_path}/s-*.tar"
+    for number in range(3):
+        (tmp_path / f"s-{number}.tar").write_bytes(tar_of(picture_files(["blue", "red"], 2, seed=number)))
+    main(pattern)
+    caplog.set_level(logging.INFO)
+    assert len(index_parts(pattern)["train"]) == 12
+    assert "using the index of" in caplog.text
+    if change == "add":
+        (tmp_path / "s-3.tar").write_bytes(tar_of(picture_files(["blue", "red"], 2, seed=3)))
+    else:
+        (tmp_path / "s-2.tar").unlink()
+    assert len(index_parts(pattern)["train"]) == {"add": 16, "remove": 8}[change]
+    assert "out of date: 3 archives were there then" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["{", '{"format": 0}', "{}"])

@@ -105,7 +105,7 @@ PLATEAU = "pytorch_lightning.cli.ReduceLROnPlateau"
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (
             {"model.lr_scheduler": scheduler(ONE_CYCLE, max_lr=0.1, total_steps=11), "model.lr_interval": "step"},
@@ -145,11 +145,11 @@ PLATEAU = "pytorch_lightning.cli.ReduceLROnPlateau"
     ],
 )
 def test_what_cannot_work_is_refused_before_training(
-    changes: dict[str, object], told: str, colours: Path, tmp_path: Path
+    changes: dict[str, object], message: str, colours: Path, tmp_path: Path
 ) -> None:
     ended = run_here("fit", *options({**TINY, **changes}, data__root=colours, run_dir=tmp_path / "run"))
     assert ended.returncode == 2, ended.output
-    assert told in ended.output
+    assert message in ended.output
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -94,10 +94,9 @@ def test_names_of_members_lead_nowhere(kind: str, tmp_path: Path) -> None:
     """Nothing is unpacked: a name that climbs is a name."""
     files = {f"a/{c}/../../../{c}.jpg": b"x" for c in "xy"}
     (tmp_path / f"evil.{kind}").write_bytes(zip_of(files) if kind == "zip" else tar_of(files))
-    before = sorted(tmp_path.parent.rglob("*"))
     index = index_of(tmp_path / f"evil.{kind}", "images")
     assert read(index, [0, 1]) == [b"x", b"x"]
-    assert sorted(tmp_path.parent.rglob("*")) == before
+    assert not list(tmp_path.parent.rglob("[xy].jpg"))
 
 
 def test_links_and_other_files_are_left_out(tmp_path: Path) -> None:

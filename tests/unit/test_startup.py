@@ -56,6 +56,8 @@ def imported(*args: object, code: int, **variables: str) -> set[str]:
         (["launch", "--help"], 0),
         (["launch", "fti"], 2),
         (["fit", "--help"], 0),
+        (["fit", "--data.rot", "x"], 2),
+        (["launch", "fit", "--data.rot", "x"], 2),
         (["launch", "fit", "--help"], 0),
         (["tune", "--help"], 0),
         (["validate", "--help"], 0),

@@ -222,7 +222,7 @@ def test_parquet_files_with_images(tmp_path: Path) -> None:
 def test_other_parquet_files_with_images(tmp_path: Path) -> None:
     images = [FILES[name] for name in NAMES]
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    masks = pa.array([{"bytes": b"\x89PNG", "path": None}] * 4, kind)
+    masks = pa.array([{"bytes": b"\x89PNG\r\n\x1a\n", "path": None}] * 4, kind)
     table = {"img": images, "mask": masks, "fine_label": ["x", "y", "x", "y"]}
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pa.table(table), path)

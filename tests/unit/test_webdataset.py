@@ -62,6 +62,14 @@ def test_other_images_of_a_sample_are_left_out() -> None:
     assert labels_of({"cats/a.jpg": b"", "cats/a.seg.png": b""})[1] == []
 
 
+def test_labels_that_lie_elsewhere_are_counted() -> None:
+    files = {"a.jpg": b"", "b.jpg": b"", "a.cls": b"0", "b.cls": b"1", "notes.json": b'{"version": 1}'}
+    assert labels_of(files) == (
+        {"a.jpg": None, "b.jpg": None},
+        ["2 labels with no image of their name beside them"],
+    )
+
+
 @pytest.mark.parametrize(
     "files",
     [

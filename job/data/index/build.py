@@ -166,7 +166,7 @@ def _held_out_by_label(index: Index, fraction: float, seed: int) -> npt.NDArray[
     training sample. It has a validation sample, too, unless there is only one, or rarer labels decided otherwise.
     """
     hashes = _hashes(index, seed)
-    samples, labels = index.label_lists
+    samples, labels = index.label_lists()
     order = np.argsort(labels, kind="stable")
     counts = index.class_counts()
     members = np.split(samples[order], counts.cumsum()[:-1])

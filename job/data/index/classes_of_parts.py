@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 
 from job.data.index.layout import Part, class_order
 from job.errors import DataError
@@ -39,6 +40,8 @@ def settle(parts: dict[str, list[Part]], *, test_given: bool) -> dict[str, str]:
     if len(train) < (1 if any(part.several_labels for part in parts["train"]) else 2):
         name = escape(next(iter(train)))
         raise DataError(f"{parts['train'][0].root} has a single class ({name}): at least two classes are needed.")
+    if alike := _alike(train):
+        log.warning("%s: the classes %s differ by upper and lower case only", parts["train"][0].root, ", ".join(alike))
     absent = {}
     for name in [each for each in parts if each != "train"]:
         contents = parts[name]
@@ -61,6 +64,14 @@ def settle(parts: dict[str, list[Part]], *, test_given: bool) -> dict[str, str]:
         elif lacking := class_order(train.keys() - images.keys()):
             log.warning("the %s part has no image of %s: metrics there leave it out", name, _listed(lacking))
     return absent
+
+
+def _alike(names: Iterable[str]) -> list[str]:
+    """The first classes whose names differ by case only."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.casefold(), []).append(name)
+    return next((sorted(group) for group in groups.values() if len(group) > 1), [])
 
 
 def _images(contents: list[Part]) -> Counter[str]:

@@ -21,7 +21,6 @@ from job.data.index.sources.base import LISTING
 from job.data.index.sources.columns import NAMES, Columns, MissingColumn
 from job.errors import DataError
 
-ARCHIVES_BESIDE_IMAGES = "archives beside images, which are not read"
 UNNAMED = "images that no metadata file names"
 UNLABELLED_METADATA = "metadata files without a column of labels"
 MOST_ARCHIVES = 1 << 20
@@ -66,15 +65,13 @@ def find_collection(uri: str, listed: Callable[[], Iterable[pa.Table]], context:
     Args:
         uri: of the folder.
         listed: returns its files, in tables of :data:`job.data.index.listing.NAMED`.
-        context: settings of the listing; counts what is left out.
+        context: settings of the listing.
 
     Raises:
         DataError: it is not clear what the files mean.
     """
     archives, metadata, has_images = _survey(listed())
     if has_images:
-        if len(archives) and not pc.all(pc.match_substring_regex(archives["name"], _PARQUET)).as_py():
-            context.left_out.add(ARCHIVES_BESIDE_IMAGES, archives["key"][0].as_py(), len(archives))
         if not len(metadata) or not context.labelled:
             return None
         return Collection(metadata, False, functools.partial(_labelled_by_metadata, uri, metadata, listed))
@@ -102,6 +99,29 @@ def tables_of(
     with ThreadPoolExecutor(ARCHIVES_AT_ONCE) as pool:
         for start in range(0, len(each), ARCHIVES_AT_ONCE):
             yield from pool.map(tables, *zip(*each[start : start + ARCHIVES_AT_ONCE], strict=True))
+
+
+def parts_of_pattern(uri: str, sources: list[Source]) -> list[str | None]:
+    """Parts of the sources that a pattern stands for, by their names; None for all if these name less than two.
+
+    Raises:
+        DataError: some of them have a part and others have none.
+    """
+    names = ["/".join(storage.join(source.uri).split("?")[0].split("/")[-2:]) for source in sources]
+    parts = [shelf.part for shelf in _shelves(uri, names)]
+    return parts if len({*parts}) > 1 else [None] * len(parts)
+
+
+def for_part(context: ListingContext, part: str | None) -> ListingContext:
+    """The context for listing one part: labels of a test part are not needed."""
+    return replace(context, labelled=False) if part == "test" else context
+
+
+def in_part(rows: pa.Table, part: str | None) -> pa.Table:
+    """A table of :data:`LISTING` whose rows are in ``part``, where they do not name another one."""
+    if part is None:
+        return rows
+    return rows.set_column(rows.column_names.index("part"), "part", pc.fill_null(rows["part"], part))
 
 
 def is_archive(names: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
@@ -153,8 +173,7 @@ def _archives(
     sources = [_source(storage.join(uri, key), version) for key, version in zip(keys, versions, strict=True)]
     first = len(context.sources)
     context.sources.extend(sources)
-    # Nobody needs labels of a test part.
-    contexts = [replace(context, labelled=context.labelled and shelf.part != "test") for shelf in shelves]
+    contexts = [for_part(context, shelf.part) for shelf in shelves]
     numbers = range(first, first + len(sources))
     for shelf, source, tables in zip(shelves, sources, tables_of(sources, numbers, contexts), strict=True):
         all_meant = format_of(source).samples == "elsewhere"
@@ -162,10 +181,7 @@ def _archives(
         for table in tables:
             if prefix is None:
                 prefix = shelf.flat_prefix if not all_meant and _is_flat(table) else shelf.prefix
-            if shelf.part is not None:
-                part = pc.fill_null(table["part"], shelf.part)
-                table = table.set_column(table.column_names.index("part"), "part", part)
-            yield Found(table, prefix, all_meant)
+            yield Found(in_part(table, shelf.part), prefix, all_meant)
 
 
 class _Shelf(NamedTuple):
@@ -261,12 +277,9 @@ def _labelled_by_metadata(
         context.sources.append(table)
         try:
             for rows in format_of(table).rows(table, place, labelled):
-                if part is not None:
-                    filled = pc.fill_null(rows["part"], part)
-                    rows = rows.set_column(rows.column_names.index("part"), "part", filled)
                 folder = key.rpartition("/")[0]
                 named.append(_hashes(f"{folder}/{each}" if folder else each for each in rows["key"].to_pylist()))
-                yield Found(rows, f"{folder}/" if folder else "", all_meant=True)
+                yield Found(in_part(rows, part), f"{folder}/" if folder else "", all_meant=True)
         except MissingColumn:
             del context.sources[place:]
             context.left_out.add(UNLABELLED_METADATA, key)

@@ -14,14 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from job.data.index.bounded import BoundedWriter
+from job.data.index.magic import HEAD_BYTES, image_suffix
 from job.errors import DataError, first_line
 
 GROUP_BYTES = 1 << 30
 """Bytes of a row group, uncompressed."""
 ROWS_AT_ONCE = 16
 _LARGEST_COPY_ROWS = 1 << 31
-_SUFFIXES = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"RIFF", "webp"))
-_TIFF = (b"II*\0", b"MM\0*")
 
 
 def open_parquet(file: object) -> pyarrow.parquet.ParquetFile:
@@ -93,14 +92,8 @@ class EmbeddedImages:
     def key(self, row: int) -> str:
         """The name of an image: its row, and the suffix of its format."""
         start = int(self.offsets[row])
-        return f"{row:07d}.{suffix_of(self._file[start : start + min(int(self.sizes[row]), 12)].tobytes())}"
-
-
-def suffix_of(head: bytes) -> str:
-    """The suffix of an image by its first 12 bytes; jpg if they are unknown."""
-    if head[:4] in _TIFF:
-        return "tiff"
-    return next((suffix for magic, suffix in _SUFFIXES if head.startswith(magic)), "jpg")
+        head = self._file[start : start + min(int(self.sizes[row]), HEAD_BYTES)].tobytes()
+        return f"{row:07d}.{image_suffix(head) or 'jpg'}"
 
 
 def _images(parquet: pyarrow.parquet.ParquetFile, column: str) -> Iterator[list[bytes]]:

@@ -66,10 +66,11 @@ def _has_same_images(
         return True
     current = _listed(root, scratch, context)
     if (current.images, current.digest) != (state.images, state.digest):
+        what = "images, archives and tables of labels"
         difference = (
-            f"{root} had {state.images:,} images then and has {current.images:,} now"
+            f"{root} had {state.images:,} {what} then and has {current.images:,} now"
             if current.images != state.images
-            else f"some of the {state.images:,} images in {root} were replaced or renamed since"
+            else f"some of {state.images:,} {what} in {root} were replaced or renamed since"
         )
         log.warning("%s was made %s and is out of date: %s", uri, info.created, difference)
         return False

@@ -127,7 +127,6 @@ class Index:
         """int64, same shape: the class numbers of some samples, without reading all."""
         return self._values("label", samples)
 
-    @functools.cached_property
     def label_lists(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """Labels of all samples of data with several: (sample ids, class numbers), one pair per label, in order."""
         samples, numbers = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
@@ -139,21 +138,27 @@ class Index:
 
     def class_counts(self) -> npt.NDArray[np.int64]:
         """int64 [C], the number of samples of each class."""
-        labels = self.label_lists[1] if self.has_several_labels else self.labels[self.labels >= 0]
-        return np.bincount(labels, minlength=len(self.classes)).astype(np.int64)
+        counts = np.zeros(len(self.classes), np.int64)
+        for batch in self._batches:
+            labels = (batch.column("labels").flatten() if self.has_several_labels else batch.column("label")).to_numpy()
+            counts += np.bincount(labels[labels >= 0], minlength=len(counts))
+        return counts
 
     def rarest_labels(self) -> npt.NDArray[np.int32]:
         """int32 [len(self)], the class of each sample that the fewest samples have; -1 where there is none."""
         if not self.has_several_labels:
             return self.labels
-        samples, labels = self.label_lists
-        rarity = np.empty(len(self.classes), np.int32)  # place of each class, the rarest first
-        rarity[np.argsort(self.class_counts(), kind="stable")] = np.arange(len(self.classes), dtype=np.int32)
-        none = len(self.classes)
-        places = np.full(len(self), none, np.int32)
-        np.minimum.at(places, samples, rarity[labels])
-        by_place = np.append(np.argsort(rarity), -1).astype(np.int32)
-        return by_place[places]
+        order = np.argsort(self.class_counts(), kind="stable").astype(np.int32)  # the rarest class first
+        ranks = np.empty_like(order)
+        ranks[order] = np.arange(len(order), dtype=np.int32)
+        order = np.append(order, np.int32(-1))
+        parts = [np.empty(0, np.int32)]
+        for batch in self._batches:
+            column = batch.column("labels")
+            lowest = np.full(len(batch), len(ranks), np.int32)
+            np.minimum.at(lowest, column.value_parent_indices().to_numpy(), ranks[column.flatten().to_numpy()])
+            parts.append(order[lowest])
+        return np.concatenate(parts)
 
     def multi_hot_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """uint8 [len(samples), C]: 1 for each label of some samples of data with several."""

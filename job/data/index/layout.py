@@ -7,9 +7,10 @@ time.
 from __future__ import annotations
 
 import functools
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,10 +19,12 @@ from job import storage
 from job.data.index.folders import Folder, FolderTree, folder_tree, walk
 from job.data.index.left_out import NO_IMAGES, LeftOut
 from job.data.index.listing import Listing
-from job.data.index.part_names import PARTS, part_of, recognise
+from job.data.index.part_names import PARTS, Recognised, part_of, recognise
 from job.data.index.sources.base import LISTING
 from job.errors import DataError
 from job.process.terminal import escape
+
+log = logging.getLogger(__name__)
 
 _SEPARATELY = "Give the parts by --data.train, --data.val and --data.test."
 
@@ -76,20 +79,37 @@ def find_parts(listing: Listing, left_out: LeftOut) -> dict[str, Part]:
     if level is None:
         return _without_part_folders(listing, tree, left_out)
     path, folder, folders = level
+    root = _root(listing, path)
     if "train" not in folders:
-        raise DataError(f"{_root(listing, path)} holds {', '.join(folders.values())} but no train/ folder.")
-    outside = tree.root.total - sum(folder.children[name].total for name in folders.values())
-    beside = [f"{name}/" for name in folder.with_images() if name not in folders.values()]
-    left_out.add("images outside the folders of the parts", (beside or [path or listing.uri])[0], outside)
+        named = [name for names in folders.values() for name in names]
+        raise DataError(f"{root} holds {_listed(named)} but no train/ folder. {_SEPARATELY}")
     parts: dict[str, Part] = {}
-    for part, name in folders.items():
+    used = 0
+    for part, names in folders.items():
         known = set(parts["train"].images) if "train" in parts else set()
         try:
-            parts[part] = _class_folders(listing, tree, _join(path, name), folder.children[name], left_out, known)
+            if len(names) > 1:
+                raise DataError(f"{root} holds both {_listed(names)}: which one is the {part} part? {_SEPARATELY}")
+            child = folder.children[names[0]]
+            parts[part] = _class_folders(listing, tree, _join(path, names[0]), child, left_out, known)
+            used += child.total
         except DataError as error:
             if part != "test":
                 raise
-            parts[part] = Part(_root(listing, _join(path, name)), {}, lambda: iter(()), str(error))
+            total = sum(folder.children[name].total for name in names)
+            left_out.add("images of a test part that cannot be used", f"{_join(path, names[0])}/", total)
+            parts[part] = Part(root, {}, lambda: iter(()), str(error))
+            used += total
+    beside = [name for name in folder.with_images() if all(name not in names for names in folders.values())]
+    if "val" not in folders:
+        for name in beside:
+            if len(parts["train"].images.keys() & set(folder.children[name].with_images())) > 1:
+                raise DataError(
+                    f"{root} holds {_listed([folders['train'][0], name])} with folders of the same names: what is "
+                    f"{escape(name)}/ for? {_SEPARATELY}"
+                )
+    example = f"{_join(path, beside[0])}/" if beside else root
+    left_out.add("images outside the folders of the parts", example, tree.root.total - used)
     return parts
 
 
@@ -105,6 +125,9 @@ def class_folders(listing: Listing, left_out: LeftOut) -> Part:
             raise DataError(f"{listing.uri} has a split column with {', '.join(parts)}: give it by --data.root.")
         return next(iter(parts.values()))
     tree = folder_tree(listing)
+    path, folder = _unwrapped("", tree.root, set())
+    if _has_train(folder) and all(folder.children[name].is_nested for name in folder.with_images()):
+        raise DataError(f"{_root(listing, path)} holds {_listed(folder.with_images())}: give it by --data.root.")
     return _class_folders(listing, tree, "", tree.root, left_out, set())
 
 
@@ -164,8 +187,8 @@ def _labelled_parts(listing: Listing) -> dict[str, Part]:
     return parts
 
 
-def _level_of_parts(listing: Listing, tree: FolderTree) -> tuple[str, Folder, dict[str, str]] | None:
-    """Where the folders of the parts lie side by side: (path, folder, folder's name by part); None: nowhere.
+def _level_of_parts(listing: Listing, tree: FolderTree) -> tuple[str, Folder, dict[str, list[str]]] | None:
+    """Where the folders of the parts lie side by side: (path, folder, names of folders by part); None: nowhere.
 
     Raises:
         DataError: folders sound like parts, but it is not clear which.
@@ -188,16 +211,21 @@ def _has_train(folder: Folder) -> bool:
     return len(found) > 1 and "train" in found
 
 
-def _part_folders(listing: Listing, path: str, folder: Folder) -> dict[str, str]:
-    """The folders of the parts in one folder, by part; empty if there are none."""
+def _part_folders(listing: Listing, path: str, folder: Folder) -> dict[str, list[str]]:
+    """Names of the folders of the parts in one folder, by part; empty if there are none."""
     full = folder.with_images()
     found = recognise(full)
     root = _root(listing, path)
     nested = [name for name in full if folder.children[name].is_nested]
     named = [name for names in found.folders.values() for name in names]
     if len(named) == 1 and len(full) > 1 and named[0] not in nested:
-        found = replace(found, folders={}, unclear=[])  # pictures of trains, say, beside those of buses
-        named = []
+        if named[0].lower() != "train":
+            raise DataError(
+                f"{root} holds {escape(named[0])}/ beside {_listed([name for name in full if name != named[0]])}, "
+                f"which may be classes: is it one, too? {_SEPARATELY}"
+            )
+        log.warning("%s: %s/ is taken for a class, since it holds images, as other folders do", root, named[0])
+        found, named = Recognised({}, []), []
     unclear = [name for name in found.unclear if name in nested]
     questionable = unclear if named or len(unclear) > 1 else []
     # A test part is not needed beside the others.
@@ -207,13 +235,10 @@ def _part_folders(listing: Listing, path: str, folder: Folder) -> dict[str, str]
             f"{root} holds {_listed([*named, *questionable])}: which of them are for training, and which for "
             f"validation? {_SEPARATELY}"
         )
-    for part, names in found.folders.items():
-        if len(names) > 1:
-            raise DataError(f"{root} holds both {_listed(names)}: which one is the {part} part? {_SEPARATELY}")
-    folders = {part: names[0] for part, names in found.folders.items()}
+    folders = dict(found.folders)
     if folders:  # a part whose folder is empty is no part, but its absence is to be explained
         for part, names in recognise(folder.without_images()).folders.items():
-            folders.setdefault(part, names[0])
+            folders.setdefault(part, names[:1])
     return {part: folders[part] for part in PARTS if part in folders}
 
 
@@ -229,6 +254,7 @@ def _without_part_folders(listing: Listing, tree: FolderTree, left_out: LeftOut)
         if (part := part_of(inner)) is not None:
             parts.setdefault(part, []).append(inner)
     if len(parts) < 2:
+        _require_classes(listing, path, folder)
         return {"train": _class_folders(listing, tree, path, folder, left_out, set())}
     root = _root(listing, path)
     others = sorted(below.keys() - {inner for names in parts.values() for inner in names})
@@ -247,6 +273,20 @@ def _without_part_folders(listing: Listing, tree: FolderTree, left_out: LeftOut)
             classes = {_join(path, f"{name}/{inner}"): (name, each) for name, each in held.items()}
             found[part] = _part(f"{root} ({inner}/)", listing, tree, classes)
     return found
+
+
+def _require_classes(listing: Listing, path: str, folder: Folder) -> None:
+    """Refuse a few folders that all hold the same folders: these may be the classes, and those the parts."""
+    names = folder.with_images()
+    inner = {tuple(folder.children[name].with_images()) for name in names}
+    if 2 <= len(names) <= 3 and len(inner) == 1 and all(folder.children[name].is_nested for name in names):
+        (same,) = inner
+        if len(same) > 1:
+            raise DataError(
+                f"{_root(listing, path)} holds {_listed(names)}, and each of them {_listed(list(same))}: which are the "
+                f"classes? Give {_listed(names)} by --data.train and --data.val if they are parts, and "
+                f"{_root(listing, path)} by --data.train if they are classes."
+            )
 
 
 def _class_folders(

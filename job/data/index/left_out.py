@@ -13,6 +13,7 @@ MOST_KINDS = 64
 HIDDEN = "hidden files and folders"
 COMPANIONS = "notes and metadata"
 NOT_IMAGES = "files without an image's suffix"
+ARCHIVES = "archives beside images or in archives, which are not read"
 REPLACED = "members that a later one of the same name replaces"
 COPIES = "copies under another spelling of the same name"
 NOT_UTF8 = "files whose names are not UTF-8"

@@ -5,7 +5,6 @@ This is the boundary at which keys of all sources get their names, and at which 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +14,22 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from job.data.index import left_out, names
-from job.data.index.collection import Collection, Found, find_collection, tables_of
+from job.data.index.collection import (
+    Collection,
+    Found,
+    find_collection,
+    for_part,
+    in_part,
+    is_archive,
+    parts_of_pattern,
+    tables_of,
+)
 from job.data.index.duplicates import drop_duplicates
 from job.data.index.folder_state import FolderState
 from job.data.index.left_out import LeftOut
 from job.data.index.sources import SAVED_INDEX, ListingContext, Location, format_of
 from job.data.index.sources.base import IMAGE_PATTERN, LISTING
+from job.data.index.unsuffixed import mark_unsuffixed
 
 NAMED = LISTING.append(pa.field("name", pa.string())).append(pa.field("image", pa.bool_()))
 """Columns of a listing on disk: ``name`` is the normalised key (see :mod:`job.data.index.names`), ``image`` tells
@@ -59,22 +68,26 @@ def list_location(location: Location, target: Path, context: ListingContext, *, 
         open_archives: list the content of archives in a folder, not the folder alone.
     """
     kind, first = location.format.samples, len(context.sources)
-    trial = replace(context, left_out=LeftOut()) if kind == "objects" else context
+    trial = replace(context, left_out=LeftOut())
     meant, members = kind == "elsewhere", kind == "members"
-    unusual = _write(target, (Found(table, all_meant=meant) for table in _tables(location, trial)), trial)
+    unusual = _write(target, _tables(location, trial), trial)
     listing = Listing(location.uri, target)
+    collection = find_collection(location.uri, listing.tables, trial) if kind == "objects" else None
+    recounted: tuple[str, ...] = ()
+    if collection is not None and open_archives:
+        recounted = (left_out.COMPANIONS, left_out.ARCHIVES, left_out.NOT_IMAGES)
+    elif collection is None and not meant and mark_unsuffixed(target, listing.tables, context):
+        recounted = (left_out.NOT_IMAGES,)
+    for each in trial.left_out.kinds():
+        if each.kind not in recounted:
+            context.left_out.add(each.kind, each.example, each.count)
     if kind == "objects":
-        collection = find_collection(location.uri, listing.tables, trial)
         context.folders.append(_state(first, listing, collection))
-        opened = collection is not None and open_archives
-        for each in trial.left_out.kinds():
-            if not opened or each.kind not in (left_out.COMPANIONS, left_out.NOT_IMAGES):
-                context.left_out.add(each.kind, each.example, each.count)
-        if collection is not None and open_archives:
-            second = target.with_name(f"{target.name}-opened")
-            unusual = _write(second, collection.tables(context), context)
-            second.replace(target)
-            members, meant = collection.members, not collection.members
+    if collection is not None and open_archives:
+        second = target.with_name(f"{target.name}-opened")
+        unusual = _write(second, collection.tables(context), context)
+        second.replace(target)
+        members, meant = collection.members, not collection.members
     # Only an archive can hold a key twice, and only keys that are spelled unusually can share a name.
     if not meant and (members or unusual):
         drop_duplicates(target, context.left_out, members=members)
@@ -96,12 +109,12 @@ def _write(target: Path, tables: Iterable[Found], context: ListingContext) -> bo
 
 
 def _state(source: int, listing: Listing, collection: Collection | None) -> FolderState:
-    """The state of a folder: of its images, or of the archives that hold them."""
+    """The state of a folder: of its images, and of the archives that hold or the tables that label them."""
     state = FolderState(source)
     for table in listing.tables():
         images = table.filter(table["image"]).combine_chunks()
         state = state.including(*(images[name].combine_chunks() for name in ("key", "size", "version")))
-    if not state.images and collection is not None:
+    if collection is not None:
         files = collection.files.combine_chunks()
         state = state.including(*(files[name].combine_chunks() for name in ("key", "size", "version")))
     return state
@@ -137,7 +150,10 @@ def _named(table: pa.Table, context: ListingContext, *, all_meant: bool) -> tupl
         other = pc.and_(pc.invert(image), pc.invert(pc.ends_with(table["name"], "/")))
         known = pc.match_substring_regex(table["name"], left_out.COMPANION_PATTERN)
         _count(table.filter(pc.and_(other, known)), left_out.COMPANIONS, context)
-        _count(table.filter(pc.and_(other, pc.invert(known))), left_out.NOT_IMAGES, context)
+        other = pc.and_(other, pc.invert(known))
+        archive = is_archive(table["name"])
+        _count(table.filter(pc.and_(other, archive)), left_out.ARCHIVES, context)
+        _count(table.filter(pc.and_(other, pc.invert(archive))), left_out.NOT_IMAGES, context)
     return table.append_column("image", image), normalised is not keys
 
 
@@ -146,13 +162,18 @@ def _count(rows: pa.Table, kind: str, context: ListingContext) -> None:
         context.left_out.add(kind, rows["key"][0].as_py(), len(rows))
 
 
-def _tables(location: Location, context: ListingContext) -> Iterator[pa.Table]:
+def _tables(location: Location, context: ListingContext) -> Iterator[Found]:
     first = len(context.sources)
     sources = location.sources()
     context.sources.extend(sources)
+    meant = location.format.samples == "elsewhere"
     if len(sources) == 1:
-        yield from format_of(sources[0]).rows(sources[0], first, context)
+        for table in format_of(sources[0]).rows(sources[0], first, context):
+            yield Found(table, all_meant=meant)
         return
-
-    for tables in tables_of(sources, range(first, first + len(sources)), itertools.repeat(context, len(sources))):
-        yield from tables
+    parts = parts_of_pattern(location.uri, sources)
+    contexts = [for_part(context, part) for part in parts]
+    numbers = range(first, first + len(sources))
+    for part, tables in zip(parts, tables_of(sources, numbers, contexts), strict=True):
+        for table in tables:
+            yield Found(in_part(table, part), f"{part}/" if part else "", meant)

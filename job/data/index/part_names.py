@@ -11,6 +11,7 @@ _WORDS = {
     "train": "train",
     "training": "train",
     "trn": "train",
+    "trainval": "train",
     "val": "val",
     "valid": "val",
     "validate": "val",

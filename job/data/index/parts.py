@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from job import storage
+from job import redact, storage
 from job.data.index import layout
 from job.data.index.access import is_local_uri
-from job.data.index.file import DamagedIndex, OldFormat
+from job.data.index.file import DamagedIndex, IndexInfo, OldFormat
 from job.data.index.freshness import has_same_images
 from job.data.index.index import Index
 from job.data.index.layout import Part
@@ -88,7 +88,11 @@ def _saved_parts(location: Location, folder: Path, context: ListingContext) -> d
         raise DamagedIndex(f"{saved} names no class. Make it again by python -m job index.")
     indexes = {part: Index(folder, part, context.access) for part in info.parts}
     where, contents = storage.join(saved, INDEX_FILE), list(indexes.values())
-    if not (is_fresh(where, info, contents) and has_same_images(where, info, contents, folder / "listing", context)):
+    if not (
+        _has_same_archives(location, where, info)
+        and is_fresh(where, info, contents)
+        and has_same_images(where, info, contents, folder / "listing", context)
+    ):
         if location.is_saved_index:
             raise DataError(f"{uri} is out of date (see above). Make it again by python -m job index.")
         return None
@@ -116,6 +120,20 @@ def _saved_parts(location: Location, folder: Path, context: ListingContext) -> d
         rows, several = functools.partial(tables, index), index.has_several_labels
         parts[part] = Part(index.root, _images(index), rows, several_labels=several)
     return parts
+
+
+def _has_same_archives(location: Location, where: str, info: IndexInfo) -> bool:
+    """Whether a pattern still stands for the archives of an index; if not, a warning says so."""
+    if location.is_saved_index or location.format.samples != "members":
+        return True
+    now, then = ({source.uri for source in sources} for sources in (location.sources(), info.sources))
+    if now != then:
+        example = min(now ^ then)
+        log.warning(
+            "%s was made %s and is out of date: %d archives were there then, %d are now, for example %s differs",
+            *(where, info.created, len(then), len(now), redact.identity(example)),
+        )
+    return now == then
 
 
 def _images(index: Index) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fsspec.asyn import sync
 
 from job.storage.checksums import Checksum, etag_checksum, require_within
-from job.storage.fsspec_internals import s3_call, s3_call_sync
+from job.storage.fsspec_internals import s3_call, s3_call_sync, s3_payer
 from job.storage.stores.base import Store, Versioned
 
 
@@ -23,7 +23,7 @@ class S3(Store):
         """The whole object, and the MD5 in its ETag where it is encrypted by no key of the user's."""
         bucket, key, version = self.fs.split_path(path)
         options = {"VersionId": version} if version else {}
-        response = await s3_call(self.fs, "get_object", Bucket=bucket, Key=key, **options)
+        response = await s3_call(self.fs, "get_object", Bucket=bucket, Key=key, **options, **s3_payer(self.fs))
         body = response["Body"]
         try:
             require_within(response["ContentLength"], uri, largest)
@@ -82,7 +82,7 @@ class S3(Store):
 
     def _key(self, path: str) -> dict[str, str]:
         bucket, key, _ = self.fs.split_path(path)
-        return {"Bucket": bucket, "Key": key}
+        return {"Bucket": bucket, "Key": key, **s3_payer(self.fs)}
 
 
 def _is_condition_failed(error: OSError) -> bool:

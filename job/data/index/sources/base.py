@@ -20,7 +20,10 @@ from job.data.index.sources.columns import Columns
 from job.errors import DataError
 from job.process.terminal import escape
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+    *(".avif", ".jp2", ".heic", ".heif"),
+)
 IMAGE_PATTERN = rf"(?i)(^|/)[^/.][^/]*({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$"
 """Keys of images; hidden files (``._cat.jpg``) are none."""
 LONGEST_CLASS = 1024

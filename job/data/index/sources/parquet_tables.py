@@ -151,7 +151,7 @@ def _label_columns(
             texts = _named(pa.chunked_array([chunk.flatten()]), class_names).combine_chunks()
             lengths = pc.fill_null(pc.list_value_length(chunk), 0).cast(pa.int32())
             offsets = pc.cumulative_sum(pa.concat_arrays([pa.array([0], pa.int32()), lengths]))
-            lists.append(pa.ListArray.from_arrays(offsets, texts))
+            lists.append(pa.ListArray.from_arrays(offsets, texts, mask=chunk.is_null()))
         return _nulls(count), pa.chunked_array(lists, ROWS.field("labels").type)
     return _named(column, class_names), no_lists
 

@@ -9,8 +9,8 @@ from typing import IO, NamedTuple
 import google_crc32c
 
 from job.data.index.bounded import LARGEST_MEMBER
-from job.data.index.embedded_images import suffix_of
 from job.data.index.left_out import LeftOut
+from job.data.index.magic import HEAD_BYTES, image_suffix
 from job.data.index.sources.archive import Archive, Member
 from job.data.index.sources.base import LONGEST_CLASS, MOST_LABELS
 from job.errors import DataError
@@ -101,8 +101,8 @@ def _member(record: memoryview, offset: int, number: int) -> Member | str:
         return f"has {len(places)} values of {image}, not one image."
     (place,) = places
     label = _label(record, features)
-    head = record[place.start : place.start + 12].tobytes()
-    key = f"{number:07d}.{suffix_of(head)}"
+    head = record[place.start : place.start + min(place.size, HEAD_BYTES)].tobytes()
+    key = f"{number:07d}.{image_suffix(head) or 'jpg'}"
     member = Member(key, offset + place.start, place.size, 0, None)
     return member._replace(labels=label) if isinstance(label, tuple) else member._replace(label=label)
 

@@ -58,6 +58,8 @@ def labelled(uri: str, group: Group, left_out: LeftOut) -> Iterator[Member]:
     """
     labels = _by_stem(group.labels)
     images = [member for member in group.members if is_image(member.key)]
+    if labels and not images and (lost := [n for n, label in labels.values() if not isinstance(label, DataError)]):
+        left_out.add("labels with no image of their name beside them", lost[0], len(lost))
     if not labels or not images:
         yield from group.members
         return
