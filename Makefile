@@ -1,7 +1,8 @@
 # make demo       the main job, on this machine    make test       the tests, but for the image and the TPU path
 # make lint       style and types                  make unit       the quick tests
 # make container  the image, built and run         make xla        the tests of the TPU path, on XLA's CPU device
-# make test-all   test, container and xla          make golden     what tests compare with: manifests, options
+# make test-all   all tests                        make golden     what tests compare with: manifests, options
+# make processes  all but the image and TPU path
 # make benchmark-checkpoint, benchmark-data, benchmark-train   what each costs, against others
 # make benchmark-startup   CPU seconds that each command takes to start
 # make benchmark-gpu   whether everything works on a GPU, and how fast
@@ -14,7 +15,7 @@ VENV ?= .venv
 VENV_TPU ?= .venv-tpu
 DATA ?=
 
-.PHONY: demo test test-all unit xla container golden lint docs docs-serve reference
+.PHONY: demo test test-all processes unit xla container golden lint docs docs-serve reference
 .PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup
 .DELETE_ON_ERROR:
 
@@ -22,12 +23,15 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python -m job demo $(if $(DATA),--data "$(DATA)")
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n 2 --dist=loadgroup --maxschedchunk=2 -m "not container and not xla"
+	$(VENV)/bin/python -m pytest -n 2 --dist=loadgroup -m "not container and not xla and not long"
+
+processes: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -n 2 --dist=loadgroup -m "not container and not xla"
 
 # Building the image waits much, so it is done beside the other tests. It needs 20 GB while it is built: so torch-xla's
 # environment is made after it.
 test-all: $(VENV)/installed
-	$(MAKE) --jobs=2 test container
+	$(MAKE) --jobs=2 processes container
 	$(MAKE) xla
 
 unit: $(VENV)/installed

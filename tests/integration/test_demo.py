@@ -18,17 +18,30 @@ from job.demo.weights import efficientnet_lite0
 pytestmark = pytest.mark.integration
 
 
-def test_the_demo_learns_by_transfer(tmp_path: Path) -> None:
-    """At least 95 % after the demo's epochs; the same from scratch, with as many, is far behind."""
-    shown = run_well("demo", "--folder", tmp_path / "demo")
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's bucket, as a folder, after the demo."""
+    folder = tmp_path_factory.mktemp("demo")
+    shown = run_well("demo", "--folder", folder)
     assert "job predict --run_dir gs://demo/runs/digits" in shown.stdout
-    bucket = tmp_path / "demo" / "buckets" / "demo"
-    report = json.loads((bucket / "runs" / "digits" / "report.json").read_text())
-    assert report["world_size"] == 2
-    transfer = report["metrics"]["val/accuracy"]
-    assert transfer >= 0.95
+    return folder / "buckets" / "demo"
 
-    settings = {"data.root": bucket / "digits", "run_dir": tmp_path / "scratch", "model.weights": "none"}
+
+@pytest.mark.xdist_group("demo")
+def test_the_demo_learns_by_transfer(demo: Path) -> None:
+    """At least 95 % after the demo's epochs."""
+    report = json.loads((demo / "runs" / "digits" / "report.json").read_text())
+    assert report["world_size"] == 2
+    assert report["metrics"]["val/accuracy"] >= 0.95
+
+
+@pytest.mark.long
+@pytest.mark.xdist_group("demo")
+def test_the_demo_from_scratch_is_far_behind(demo: Path, tmp_path: Path) -> None:
+    """With as many epochs."""
+    report = json.loads((demo / "runs" / "digits" / "report.json").read_text())
+    transfer = report["metrics"]["val/accuracy"]
+    settings = {"data.root": demo / "digits", "run_dir": tmp_path / "scratch", "model.weights": "none"}
     run_well("fit", "--config", REPOSITORY / "job/recipes/demo.yaml", *options(settings), processes=2)
     scratch = json.loads((tmp_path / "scratch" / "report.json").read_text())["metrics"]["val/accuracy"]
     print(f"validation accuracy: transfer {transfer:.4f}, from scratch {scratch:.4f}")
