@@ -201,9 +201,14 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     (colours / "red" / os.fsdecode(b"\xff.jpg")).write_bytes(picture((1, 2, 3), 1))
     for args in (
         ["predict", "--ckpt", run_dir, "--input", colours],
+        ["fit", *options(TINY, data__root=colours, run_dir=tmp_path / "other", trainer__max_epochs=1)],
+    ):
+        result = run_here(*args)
+        assert result.returncode == 0
+        assert "files whose names are not UTF-8: 1" in result.output, result.output
+    for args in (
         ["predict", "--ckpt", run_dir, "--input", colours / "red" / os.fsdecode(b"\xff.jpg")],
         ["predict", "--ckpt", run_dir, "--input", odd],
-        ["fit", *options(TINY, data__root=colours, run_dir=tmp_path / "other")],
         ["fit", *options(TINY, data__root=odd, run_dir=tmp_path / "other")],
         ["fit", *options(TINY, data__root=colours, run_dir=odd)],
     ):

@@ -194,7 +194,7 @@ def test_what_is_left_out_is_said(pack: Pack, tmp_path: Path, caplog: pytest.Log
     assert left_out(info) == {"notes and metadata": 2, "hidden files and folders": 1}
     (line,) = [record for record in caplog.records if "left out" in record.message]
     assert line.levelno == logging.INFO
-    assert "1 hidden files and folders, for example b/Thumbs.db" in line.message
+    assert "hidden files and folders: 1, for example b/Thumbs.db" in line.message
     caplog.clear()
     uri = pack({**classes(), "a/clip.mp4": b"x", "b/0004": b"x"}, tmp_path / "more")
     info = build_info(uri, tmp_path)
@@ -206,7 +206,7 @@ def test_what_is_left_out_is_said(pack: Pack, tmp_path: Path, caplog: pytest.Log
 def test_prediction_says_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = index_of(on_disk({"0.jpg": IMAGE, "x/1.jpg": IMAGE, "x/2": b"x", ".git/3.jpg": IMAGE}, tmp_path), "images")
     assert len(index) == 2
-    assert "1 files without an image's suffix, for example x/2" in caplog.text
+    assert "files without an image's suffix: 1, for example x/2" in caplog.text
 
 
 def test_a_table_means_each_of_its_rows(tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ def test_messages_about_tables_do_not_speak_of_folders(tmp_path: Path) -> None:
 def test_empty_class_folders_are_named_and_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     info = build_info(on_disk({**classes(), "c/": b"", "d/notes.txt": b"x"}, tmp_path), tmp_path)
     assert info.classes == ["a", "b"]
-    assert "2 folders without an image, for example c/" in caplog.text
+    assert "folders without an image: 2, for example c/" in caplog.text
 
 
 def denied(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

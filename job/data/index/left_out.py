@@ -43,12 +43,12 @@ class LeftOutKind(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     example: Annotated[str, msgspec.Meta(max_length=65_536)]
 
     def __str__(self) -> str:
-        return f"{self.count:,} {self.kind}, for example {escape(self.example)}"
+        return f"{self.kind}: {self.count:,}, for example {escape(self.example)}"
 
 
 def summary(uri: str, kinds: list[LeftOutKind]) -> str:
     """One line that names what the listing of ``uri`` left out."""
-    return f"{uri}: left out {'; '.join(map(str, kinds))}"
+    return f"{uri}: left out: {'; '.join(map(str, kinds))}"
 
 
 class LeftOut:
