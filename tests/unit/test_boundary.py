@@ -442,7 +442,7 @@ def test_unreadable_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert sizes(alone) == {"train": 4}
     denied(monkeypatch, "private")
     assert left_out(build_info(parts, tmp_path)) == {"unreadable folders": 1}
-    assert "1 unreadable folders, for example private/" in caplog.text
+    assert "unreadable folders: 1, for example private/" in caplog.text
     with pytest.raises(DataError, match=r"private cannot be read .*may be a class"):
         index_parts(alone)
     denied(monkeypatch, "data")

@@ -328,3 +328,26 @@ def test_patterns_of_tables(tmp_path: Path) -> None:
     write_files(tmp_path, {f"{n}.csv": f"uri,label\n{n}.jpg,{'xy'[n]}\n".encode() for n in range(2)})
     index = index_of(f"{tmp_path}/*.csv")
     assert labels_of(index) == {"0.jpg": "x", "1.jpg": "y"}
+
+
+def test_an_image_that_is_named_again_counts_once(tmp_path: Path) -> None:
+    table = tmp_path / "a.csv"
+    table.write_text("uri,label\na.jpg,x\nb.jpg,y\n./a.jpg,x\na.jpg,x\n")
+    info = build({"root": [str(table)]}, tmp_path, str(tmp_path / "cache"), "parts")
+    assert Index(tmp_path, "train").keys == ["b.jpg", "a.jpg"]
+    assert [(each.kind, each.count) for each in info.left_out] == [("rows that name an image again", 2)]
+    info = build({"all": [str(table)]}, tmp_path, str(tmp_path / "cache"), "images")
+    assert info.parts["all"].rows == 4, "each row gets a prediction"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("x", "y"), (["x", "y"], ["x"]), (["x", "y"], "x")], ids=["labels", "lists", "both"]
+)
+def test_labels_of_one_image_that_contradict_each_other_are_refused(first: Any, second: Any, tmp_path: Path) -> None:
+    rows = [("a.jpg", first), ("b.jpg", "y"), ("c.jpg", "x"), ("a.jpg", second)]
+    lines = [json.dumps({"uri": uri, "label": label}) for uri, label in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"a\.jpg has the label .* in one row and .* in another"):
+        rows_of(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text("\n".join([*lines[:3], json.dumps({"uri": "a.jpg", "label": first})]))
+    build({"root": [str(tmp_path / "b.jsonl")]}, tmp_path, str(tmp_path / "cache"), "parts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-from job.data.index.left_out import COPIES, REPLACED, LeftOut
+from job.data.index.left_out import COPIES, REPEATED_ROWS, REPLACED, LeftOut
+from job.errors import DataError
+from job.process.terminal import escape
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
@@ -44,14 +47,57 @@ def drop_duplicates(path: Path, left_out: LeftOut, *, members: bool) -> None:
         _rewrite(pa.ipc.open_file(file), path, dropped, left_out, REPLACED if members else COPIES)
 
 
-def _hashes(reader: pa.ipc.RecordBatchFileReader, *, sizes: bool) -> npt.NDArray[np.uint64]:
-    """A hash of source and name per row, and of the size where it counts; each folder has one of its own."""
+def drop_repeated_rows(uri: str, path: Path, left_out: LeftOut) -> None:
+    """Leave one row per image and part in the listing of a table at ``path``, the last one.
+
+    Args:
+        uri: of the table, for messages.
+        path: of an Arrow file, which is written anew if there are repeated rows.
+        left_out: counts them.
+
+    Raises:
+        DataError: rows of one image have different labels.
+    """
+    with pa.memory_map(str(path)) as file:
+        reader = pa.ipc.open_file(file)
+        hashes = _hashes(reader, sizes=False, columns=("key", "part"))
+        order = np.argsort(hashes, kind="stable")
+        repeats = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+        if not len(repeats):
+            return
+        labels = _hashes(reader, sizes=False, columns=("class", "classes"))
+        differ = repeats[labels[order[repeats]] != labels[order[repeats + 1]]]
+        if len(differ):
+            raise _contradiction(uri, reader, sorted(order[differ[0] : differ[0] + 2].tolist()))
+        dropped = np.zeros(len(hashes), np.bool_)
+        dropped[order[repeats]] = True
+        _rewrite(reader, path, dropped, left_out, REPEATED_ROWS)
+
+
+def _contradiction(uri: str, reader: pa.ipc.RecordBatchFileReader, rows: list[int]) -> DataError:
+    start, values = 0, []
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number)
+        values += [batch.slice(row - start, 1).to_pylist()[0] for row in rows if start <= row < start + len(batch)]
+        start += len(batch)
+    first, second = (escape(str(value["class"] if value["classes"] is None else value["classes"])) for value in values)
+    return DataError(
+        f"{uri}: {escape(values[0]['key'])} has the label {first} in one row and {second} in another. Remove one, or "
+        "give several labels as a list."
+    )
+
+
+def _hashes(
+    reader: pa.ipc.RecordBatchFileReader, *, sizes: bool, columns: Sequence[str] = ("name",)
+) -> npt.NDArray[np.uint64]:
+    """A hash of source and ``columns`` per row, and of the size where it counts; each folder has one of its own."""
     # Python's hash of a string is keyed anew per process: nobody can make an archive whose names collide.
     found = []
     for number in range(reader.num_record_batches):
         batch = reader.get_batch(number)
-        hashes = np.fromiter(map(hash, batch.column("name").to_pylist()), np.int64, len(batch)).view(np.uint64)
-        hashes = hashes + batch.column("source").to_numpy().astype(np.uint64) * _ODD
+        hashes = batch.column("source").to_numpy().astype(np.uint64) * _ODD
+        for column in columns:
+            hashes = hashes * _ODD + _column_hashes(batch.column(column))
         if sizes:
             size = batch.column("size").to_numpy()
             hashes = hashes ^ (size.view(np.uint64) * _ODD)
@@ -59,6 +105,16 @@ def _hashes(reader: pa.ipc.RecordBatchFileReader, *, sizes: bool) -> npt.NDArray
             hashes[unknown] = np.arange(len(batch), dtype=np.uint64)[unknown] + np.uint64(number << 32)
         found.append(hashes)
     return np.concatenate([np.empty(0, np.uint64), *found])
+
+
+def _column_hashes(column: pa.Array) -> npt.NDArray[np.uint64]:
+    if column.null_count == len(column):
+        return np.zeros(len(column), np.uint64)
+    values = column.to_pylist()
+    if pa.types.is_list(column.type):
+        values = [None if value is None else tuple(sorted(value)) for value in values]
+    hashes = (0 if value is None else hash(value) for value in values)
+    return np.fromiter(hashes, np.int64, len(column)).view(np.uint64)
 
 
 def _rewrite(

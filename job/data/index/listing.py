@@ -24,7 +24,7 @@ from job.data.index.collection import (
     parts_of_pattern,
     tables_of,
 )
-from job.data.index.duplicates import drop_duplicates
+from job.data.index.duplicates import drop_duplicates, drop_repeated_rows
 from job.data.index.folder_state import FolderState
 from job.data.index.left_out import LeftOut
 from job.data.index.sources import SAVED_INDEX, ListingContext, Location, format_of
@@ -91,6 +91,8 @@ def list_location(location: Location, target: Path, context: ListingContext, *, 
     # Only an archive can hold a key twice, and only keys that are spelled unusually can share a name.
     if not meant and (members or unusual):
         drop_duplicates(target, context.left_out, members=members)
+    elif meant and context.labelled:
+        drop_repeated_rows(location.uri, target, context.left_out)
     return Listing(location.uri, target, tuple(names.normalise(pa.array(context.unreadable, pa.string())).to_pylist()))
 
 
