@@ -136,9 +136,9 @@ class Preprocessing:
         """
         if self.augment is None:
             return image.flip(-1) if self.flip and variant else image
-        # A transform may work in place, and another variant of this image may follow.
         try:
-            out = seeded(self.augment, image if self.variants is None else image.clone(), seed)
+            # A transform may work in place, and this image may follow again: another variant, or a repetition.
+            out = seeded(self.augment, image.clone(), seed)
         except Exception as error:
             raise ConfigError(
                 f"--data.augment raised {type(error).__name__} on an image of {image.shape[2]} x {image.shape[1]} "

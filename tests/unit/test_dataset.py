@@ -11,8 +11,13 @@ from torchvision.transforms import v2
 
 from job.data.augment import ResizeMode, resize
 from job.data.dataset import ImageDataset, Preprocessing
-from job.data.sampler import ResumableBatchSampler
+from job.data.sampler import BatchIndices, ResumableBatchSampler
 from job.errors import ConfigError, DataError
+
+
+class InvertInPlace(v2.Transform):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image.sub_(255).neg_()
 
 
 @pytest.mark.parametrize(
@@ -54,6 +59,18 @@ def test_reading_leaves_the_generators_alone(colours: Path) -> None:
     torch.manual_seed(5)
     dataset[sampler.batch(0, 0)]
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_repeated_image_is_not_changed_by_a_transform_in_place(colours: Path) -> None:
+    """Balanced sampling repeats an image within a batch, of which each rank reads other rows."""
+    preprocessing = Preprocessing(16, augment=v2.Compose([InvertInPlace(), v2.Resize([16, 16])]))
+    sampler = ResumableBatchSampler(40, 3, rank=0, world_size=1, seed=0, shuffle=False)
+    twice = BatchIndices(
+        0, 0, np.array([5, 5, 6]), np.ones(3, np.bool_), 3, repeats=np.array([0, 1, 0], dtype=np.int64)
+    )
+    images = ImageDataset(index_of(colours), sampler, preprocessing)[twice]["image"]
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
 
 
 def test_an_unreadable_sample_is_masked_and_named(tmp_path: Path) -> None:
