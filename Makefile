@@ -1,7 +1,7 @@
-# make demo       the main job, on this machine    make test       the tests, but for the image and the TPU path
+# make demo       the main job, on this machine    make test       the tests: no long ones, no image, no TPU path
 # make lint       style and types                  make unit       the quick tests
 # make container  the image, built and run         make xla        the tests of the TPU path, on XLA's CPU device
-# make test-all   all tests                        make golden     what tests compare with: manifests, options
+# make test-all   all tests                        make golden     generated files: manifests, lists of options
 # make processes  all but the image and TPU path
 # make benchmark-checkpoint, benchmark-data, benchmark-train   what each costs, against others
 # make benchmark-startup   CPU seconds that each command takes to start
