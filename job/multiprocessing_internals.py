@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 from multiprocessing import connection, forkserver, util
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ def fork_fork_server(preload: list[str]) -> None:
 
     ``multiprocessing`` starts a new interpreter, which imports torch again: seconds for each rank, at each restart. It
     means a child of a fork server to use that one (``ForkServer.ensure_running``), but starts another, because
-    ``_forkserver_pid`` is not set (Python 3.11 to 3.13).
+    ``_forkserver_pid`` is not set (Python 3.11 to 3.13). From 3.14 on a fork server wants a key of its clients, and
+    ``multiprocessing`` starts its own.
 
     Args:
         preload: modules that the server imports.
     """
+    if sys.version_info >= (3, 14):
+        return
     state: Any = forkserver._forkserver
     untyped: Any = connection
     with socket.socket(socket.AF_UNIX) as listener:

@@ -113,15 +113,15 @@ class Predictor:
         Raises:
             DataError: one of them is no readable image.
         """
-        found: list[Prediction] = []
+        predictions: list[Prediction] = []
         batch: list[Tensor] = []
         for image in images:
             image_size = self.net.image_size
             batch.append(resize(_to_tensor(image, image_size, self.max_image_pixels), image_size, self.resize))
             if len(batch) == batch_size:
-                found += self.predict_batch(torch.stack(batch))
+                predictions += self.predict_batch(torch.stack(batch))
                 batch = []
-        return found + (self.predict_batch(torch.stack(batch)) if batch else [])
+        return predictions + (self.predict_batch(torch.stack(batch)) if batch else [])
 
     @torch.inference_mode()
     def predict_batch(self, images: Tensor) -> list[Prediction]:

@@ -40,7 +40,7 @@ def main(
         columns: names of a table's columns, as uri=NAME,label=NAME,split=NAME (any of them). Default: the usual names.
     """
     access = from_options(allow, [uri], "--allow")
-    named = columns_from_option(columns, "--columns")
+    table_columns = columns_from_option(columns, "--columns")
     target = output or resolve(uri).index_uri
     cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
     with tempfile.TemporaryDirectory() as scratch:
@@ -49,10 +49,10 @@ def main(
             Path(scratch),
             cache,
             "parts",
-            request={"columns": str(named)} if str(named) else None,
+            request={"columns": str(table_columns)} if str(table_columns) else None,
             force_listing=True,
             access=access,
-            columns=named,
+            columns=table_columns,
         )
         publish_index(Path(scratch), target)
     parts = ", ".join(f"{name} {part.rows:,}" for name, part in info.parts.items())

@@ -79,13 +79,13 @@ def main(
 
     rank, world_size = ranks.rank(), ranks.world_size()
     access = from_options(allow, [input], "--allow")
-    named = columns_from_option(columns, "--columns")
+    table_columns = columns_from_option(columns, "--columns")
     cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
     predictor = load(checkpoint_uri, tta=tta, max_image_pixels=max_image_pixels)
     unreadable: list[BadSample] = []
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        build({"all": [input]}, Path(folder), cache, "images", access=access, columns=named)
+        build({"all": [input]}, Path(folder), cache, "images", access=access, columns=table_columns)
         index = Index(folder, "all", access)
         for sample, prediction in predict_index(
             predictor, index, batch_size=batch_size, num_workers=num_workers, cache_dir=cache, unreadable=unreadable

@@ -101,7 +101,11 @@ def _transparent_value(image: Image.Image, content: bytes) -> int | tuple[int, .
 
 
 def _from_sixteen_bits(image: Image.Image, content: bytes) -> Callable[[Image.Image], Pixels]:
-    largest = max(int(_values(band).max(initial=0)) for _, band in _bands(image))
+    values_of_bands = (_values(band) for _, band in _bands(image))
+    extremes = [(int(values.min(initial=0)), int(values.max(initial=0))) for values in values_of_bands]
+    largest = max(high for _, high in extremes)
+    if largest >= 2**16 or min(low for low, _ in extremes) < 0:  # an image made in memory: mode I has 32 bits
+        return _from_range(image)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         bits = _tag(image, _BITS)
         candidates: tuple[float, ...] = _CONTAINERS if bits == 16 else (bits,)
@@ -160,7 +164,8 @@ def _values(band: Image.Image) -> npt.NDArray[np.int64]:
 
 def _signed_values(band: Image.Image, image: Image.Image) -> npt.NDArray[np.float64]:
     values = np.asarray(band)
-    if band.mode == "I" and _tag(image, _SAMPLE_FORMAT) in (0, _UNSIGNED):
+    is_tiff = isinstance(image, TiffImagePlugin.TiffImageFile)
+    if band.mode == "I" and is_tiff and _tag(image, _SAMPLE_FORMAT) in (0, _UNSIGNED):
         values = values.view(np.uint32)
     with np.errstate(invalid="ignore"):  # signalling NaNs
         return values.astype(np.float64)

@@ -6,9 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
 from support import REPOSITORY, environment
+
+from job.multiprocessing_internals import fork_fork_server
 
 SCRIPT = """
 import multiprocessing, os, signal, sys
@@ -56,3 +60,10 @@ def test_children_come_from_a_fork_of_this_process(tmp_path: Path) -> None:
     while alive(server := servers.copy().pop()):
         assert time.monotonic() < deadline, f"the server {server} outlives its clients"
         time.sleep(0.05)
+
+
+def test_a_python_whose_fork_servers_want_a_key_starts_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 14, 0, "final", 0))
+    before = dict(vars(forkserver._forkserver))  # type: ignore[attr-defined]
+    fork_fork_server([])
+    assert vars(forkserver._forkserver) == before  # type: ignore[attr-defined]

@@ -145,6 +145,13 @@ def test_greyscale_of_every_depth(content: bytes, expected: np.ndarray | None) -
     assert np.array_equal(found, expected), np.abs(found.astype(int) - expected).max()
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 1_000_000), (-500, 500), (0, 2**31 - 1)])
+def test_an_image_of_32_bits_in_memory(low: int, high: int) -> None:
+    ramp = np.linspace(low, high, 256).astype(np.int32).reshape(16, 16)
+    grey = pixels.to_rgb(Image.fromarray(ramp))[:, :, 0].ravel().astype(int)
+    assert abs(grey - np.arange(256)).max() <= 1
+
+
 def test_values_that_are_not_finite() -> None:
     content = tiff(with_nan(UNIT), 32, t339=(3, 3))
     found = grey(content)
