@@ -188,7 +188,10 @@ class Checkpointer(Checkpoint):
         metrics = {name: float(value) for name, value in measured.items() if name.startswith("val/")}
         if metrics and self.settings.metric not in metrics:
             known = ", ".join(sorted(metrics)[:20])
-            raise ConfigError(f"--checkpoint.monitor {self.settings.metric!r} is not logged. There are: {known}.")
+            raise ConfigError(
+                f"--checkpoint.monitor {self.settings.metric!r} is not logged. There are: {known}. A metric that is "
+                "undefined for the validation images is left out, as val/mAP where none of them has a label."
+            )
         checkpoint[FORMAT_KEY] = FORMAT
         checkpoint[MANIFEST_KEY] = {
             **self._next,

@@ -248,3 +248,16 @@ def test_metrics_of_other_steps_are_not_a_checkpoints(tmp_path: Path, colours: P
     keeper._save(FakeTrainer(), epoch=0, batch=5)  # type: ignore[arg-type]
     keeper._save(FakeTrainer(), epoch=0, batch=5)  # type: ignore[arg-type]
     assert [name.rpartition("/")[2] for name in names] == ["epoch=000-step=00000005-validated.ckpt"]
+
+
+def test_a_metric_that_is_undefined_for_the_validation_images_is_explained(tmp_path: Path) -> None:
+    """Multi-label validation without any label has a loss and no mAP."""
+    keeper = Checkpointer(CheckpointSettings(monitor="val/mAP"), str(tmp_path), BackgroundCheckpointIO(), Preemption(1))
+    keeper._validated_at = 5
+
+    class FakeTrainer:
+        global_step, validating = 5, False
+        callback_metrics = {"val/loss": 0.5, "train/loss": 0.5}
+
+    with pytest.raises(ConfigError, match=r"There are: val/loss\. A metric that is undefined"):
+        keeper.on_save_checkpoint(FakeTrainer(), None, {})  # type: ignore[arg-type]
