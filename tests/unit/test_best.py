@@ -256,8 +256,9 @@ def test_a_metric_that_is_undefined_for_the_validation_images_is_explained(tmp_p
     keeper._validated_at = 5
 
     class FakeTrainer:
-        global_step, validating = 5, False
-        callback_metrics = {"val/loss": 0.5, "train/loss": 0.5}
+        def __init__(self) -> None:
+            self.global_step, self.validating = 5, False
+            self.callback_metrics = {"val/loss": 0.5, "train/loss": 0.5}
 
     with pytest.raises(ConfigError, match=r"There are: val/loss\. A metric that is undefined"):
         keeper.on_save_checkpoint(FakeTrainer(), None, {})  # type: ignore[arg-type]
