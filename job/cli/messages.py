@@ -47,6 +47,8 @@ _CLASS = "the name of a class"
 _NO_CLASS = re.compile(r"Expected a dot import path string: (.*)")
 _NO_CALLABLE = re.compile(r"Type typing\.Callable\[.*\] expects a function or a callable class: (.*)\. Got value: .*")
 _RESTRICTION = re.compile(r"does not conform to restriction v\s*(>=|>|<=|<)\s*([\d.]+)")
+_NESTED = re.compile(r"NestedArg\(key='([\w.]+)', val='(.*)'\)")
+"""An argument of a class that an option names, as jsonargparse writes it."""
 _RESTRICTIONS = {">": "above", ">=": "at least", "<": "below", "<=": "at most"}
 
 
@@ -73,6 +75,11 @@ def _explain_value(key: str, body: str, known: Mapping[str, argparse.Action | No
     value = re.search(r"^\s*Given value: (.*)|Got value: (.*)", body, re.MULTILINE)
     given = _value_of(key, arguments) if value is None else (value[1] or value[2] or "").strip()
     expected, other = _expectations(body)
+    if nested := _NESTED.fullmatch(given):
+        start = f"{nested[1]} {nested[2]}: "
+        own = [line.removeprefix(start) for line in other if line.startswith(start)]
+        if own:  # the other alternatives of the option take no argument
+            return f"--{key}.{start}{' '.join(own)}"
     class_name = next(iter(_NO_CLASS.findall(body)), None)
     if class_name is not None:
         given = given or class_name.strip()
@@ -107,7 +114,7 @@ def _expectations(body: str) -> tuple[list[str], list[str]]:
         elif match := re.match(r"Not of type \w+: (.*)", line):
             other.append(_restriction(match[1]))
         elif line and not _is_noise(line):
-            other.append(line)
+            other.append(line.removesuffix("See --help.").strip())
     if "float" in kinds:  # a tensor where a number is possible is not for a command line
         kinds = [kind for kind in kinds if kind not in ("int", _CLASS)]
     if _CLASS in kinds:
@@ -118,7 +125,15 @@ def _expectations(body: str) -> tuple[list[str], list[str]]:
 
 
 def _is_noise(line: str) -> bool:
-    beginnings = ("Does not validate against any", "Subtypes:", "Errors:", "Given value", "Expected a path but", "Got ")
+    beginnings = (
+        "See --help.",
+        "Does not validate against any",
+        "Subtypes:",
+        "Errors:",
+        "Given value",
+        "Expected a path but",
+        "Got ",
+    )
     return line.startswith(beginnings)
 
 

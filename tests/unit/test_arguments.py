@@ -161,6 +161,10 @@ def test_aliases_reach_the_configuration() -> None:
         ("--resume yes", "--resume yes: expected one of auto, never, must."),
         ("--grace 0", "--grace 0: it must be above 0."),
         ("--model.mean 1", "--model.mean 1: expected a list, such as [1, 2] or null."),
+        (
+            "--model.lr_scheduler StepLR --model.lr_scheduler.step_size x",
+            "--model.lr_scheduler.step_size x: expected a whole number.\n    See --help.",
+        ),
         ("--model.optimizer AdmW", "Did you mean torch.optim.AdamW?"),
         ("--model.optimizer torch.optim.AdmW", "Did you mean torch.optim.AdamW?"),
         ("--model.lr_scheduler StepLr", "Did you mean torch.optim.lr_scheduler.StepLR?"),
@@ -177,7 +181,9 @@ def test_messages_say_what_is_expected(words: str, message: str, tmp_path: Path)
     done = run_here("fit", *options(TINY, data__root=tmp_path, run_dir=tmp_path / "run"), *words.split())
     assert done.returncode == 2
     assert message in done.output
-    assert not [word for word in ("Union", "<class", "typing.", "NoneType", "Traceback") if word in done.output]
+    assert not [
+        word for word in ("Union", "<class", "typing.", "NoneType", "NestedArg", "Traceback") if word in done.output
+    ]
 
 
 @pytest.mark.parametrize(
