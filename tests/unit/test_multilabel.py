@@ -66,6 +66,14 @@ def test_an_index_holds_several_labels_only_where_the_data_does(tmp_path: Path) 
     assert pa.ipc.open_file(str(Path(one.folder) / "train.arrow")).schema == SCHEMA
 
 
+@pytest.mark.parametrize("labels", [[[], ["a"], ["a", "b"]], [["a"], ["b"], ["a"]], ["a", "b", "a"], [[], [], []]])
+def test_labels_of_images_to_predict_are_not_used(labels: list[Any], tmp_path: Path) -> None:
+    build({"all": [str(table(tmp_path, labels))]}, tmp_path, str(tmp_path / "cache"), "images")
+    index = Index(tmp_path, "all")
+    assert (len(index), index.classes, index.has_several_labels) == (3, (), False)
+    assert index.labels.tolist() == [-1, -1, -1]
+
+
 def test_one_label_that_an_image_has_or_not_is_enough(tmp_path: Path) -> None:
     index = index_of(tmp_path, [["defect"], [], [], ["defect"]])
     assert index.multi_hot_of(np.arange(4)).tolist() == [[1], [0], [0], [1]]

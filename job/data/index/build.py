@@ -218,10 +218,10 @@ def _write_part(
     with PartWriter(path, several_labels=several_labels) as writer:
         for table in (table for part in contents for table in part.tables()):
             used |= set(pc.unique(table["source"]).to_pylist())
+            label = pa.array(np.full(len(table), -1, np.int32))
             if several_labels:
                 table = table.append_column("labels", _label_lists(table, names))
-                label = pa.array(np.full(len(table), -1, np.int32))
-            else:
+            elif classes:  # images to predict may have lists of labels, also empty ones, which are not used
                 label = pc.fill_null(pc.index_in(_single_classes(table), names), -1)
             writer.write(table.append_column("label", label))
         return writer.finish(", ".join(part.root for part in contents), shards=_all_in_shards(sources, used))
