@@ -49,7 +49,7 @@ index = Index(folder, "train")
 sampler = ResumableBatchSampler(len(index), 1024, rank=3, world_size=8, seed=0, shuffle=True)
 batch = ImageDataset(index, sampler, Preprocessing(8))[sampler.batch(0, 5)]
 told = {"samples": len(index), "seconds": time.monotonic() - began, "own": memory("Anonymous") - before}
-print(json.dumps({**told, "labels": sorted(set(batch["label"].tolist())), "bad": batch["bad"][0]}))
+print(json.dumps({**told, "labels": sorted(set(batch["label"].tolist())), "bad": batch["bad"][0].line}))
 """
 
 

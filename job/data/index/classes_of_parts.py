@@ -62,7 +62,7 @@ def settle(parts: dict[str, list[Part]], *, test_given: bool) -> dict[str, str]:
             absent[name] = problem
             del parts[name]
         elif lacking := class_order(train.keys() - images.keys()):
-            log.warning("the %s part has no image of %s: metrics there leave it out", name, _listed(lacking))
+            log.warning("the %s part has no image of %s, which its metrics leave out", name, _listed(lacking))
     return absent
 
 
