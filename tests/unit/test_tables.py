@@ -242,6 +242,24 @@ def test_other_parquet_files_with_images(tmp_path: Path) -> None:
     assert read(index_of(path), [0, 1], tmp_path / "cache") == [images[0], b""]
 
 
+@pytest.mark.parametrize("missing", [None, b""])
+def test_the_first_image_of_a_parquet_file_may_be_missing(missing: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    images = [missing, missing, FILES[NAMES[0]], FILES[NAMES[1]]]
+    for column in (images, [{"bytes": image, "path": f"{n}.jpg"} for n, image in enumerate(images)]):
+        pyarrow.parquet.write_table(pa.table({"image": column, "label": ["x", "y", "x", "y"]}), path)
+        assert read(index_of(path), [0, 2], tmp_path / "cache") == [b"", images[2]]
+
+
+def test_a_text_that_a_parquet_file_repeats_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few kilobytes of Parquet may say the same text very often."""
+    monkeypatch.setattr("job.data.index.sources.parquet_tables.LONGEST_VALUE", 1 << 10)
+    path, rows = tmp_path / "a.parquet", 1 << 13
+    pyarrow.parquet.write_table(pa.table({"uri": ["x" * 2000] * rows, "label": ["x"] * rows}), path)
+    with pytest.raises(DataError, match="a value has 2,000 bytes"):
+        index_of(path)
+
+
 def test_parquet_files_with_images_are_unpacked_within_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     large = pa.array([{"bytes": bytes(1 << 20), "path": ""}] * 20)
