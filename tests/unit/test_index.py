@@ -76,6 +76,14 @@ def test_other_layouts_are_refused_with_the_reason(tmp_path: Path) -> None:
     assert "no train/ folder" in fails("no-train", {f"val/{c}/1.jpg": IMAGE for c in "ab"})
 
 
+def test_folders_of_any_depth(tmp_path: Path) -> None:
+    for depth in (30, 31, 32, 33, 50):
+        root = tmp_path / str(depth)
+        write_files(root, {f"{name}/{'d/' * depth}{n}.jpg": b"" for name in ("a", "b") for n in range(2)})
+        index = index_of(root)
+        assert (len(index), index.classes) == (4, ("a", "b")), depth
+
+
 def test_a_class_too_small_to_split_is_named(tmp_path: Path) -> None:
     write_files(tmp_path, {"a/1.jpg": IMAGE, "a/2.jpg": IMAGE, "b/1.jpg": IMAGE})
     with pytest.raises(DataError, match="class 'b'"):
