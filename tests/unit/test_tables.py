@@ -167,6 +167,9 @@ def test_import_files_of_vertex_ai_in_csv(labels: str, tmp_path: Path) -> None:
     assert {name: len(index) for name, index in parts.items()} == {"train": 4, "val": 1, "test": 1}
     assert parts["train"].uri(1) == "gs://bucket/b.jpg"
     assert parts["train"].has_several_labels == ("," in labels)
+    (tmp_path / "c.csv").write_text(f"gs://bucket/a.jpg,{labels},train\ngs://bucket/b.jpg,y,test\n")
+    with pytest.raises(DataError, match="its last column names parts"):
+        index_parts(tmp_path / "c.csv")
     (tmp_path / "b.csv").write_text("gs://bucket/a.jpg,x,0.1,0.2,,,0.3,0.4,,\n")
     with pytest.raises(DataError, match="objects in images"):
         index_parts(tmp_path / "b.csv")

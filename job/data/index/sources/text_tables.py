@@ -168,6 +168,8 @@ def _read_headerless(file: _Rejoined, encoding: str, delimiter: str, skipped: in
                 raise ValueError(f"row {row} (from 0) holds coordinates: it is a table of objects in images")
             labels.append(several if len(several) > 1 else several[0] if several else None)
             row += 1
+        if labels and all(isinstance(each, list) and is_part(each[-1]) for each in labels):
+            raise ValueError("its last column names parts: it needs a header, for example path,label,split")
         yield text_table(uris, labels, splits)  # type: ignore[arg-type]
 
 
