@@ -126,7 +126,8 @@ def _column_hashes(column: pa.Array) -> npt.NDArray[np.uint64]:
     if column.null_count == len(column):
         return np.zeros(len(column), np.uint64)
     if pa.types.is_integer(column.type):
-        return column.to_numpy().astype(np.uint64)
+        numbers: npt.NDArray[np.uint64] = column.to_numpy().astype(np.uint64)
+        return numbers
     values = column.to_pylist()
     if pa.types.is_list(column.type):
         values = [None if value is None else tuple(sorted(value)) for value in values]

@@ -26,6 +26,7 @@ from job.process.terminal import escape
 
 log = logging.getLogger(__name__)
 
+_TABLE = r"(?i)\.(csv|tsv|jsonl|ndjson|parquet)(\.gz|\.bz2|\.xz|\.zst)?$"
 _SEPARATELY = "Give the parts by --data.train, --data.val and --data.test."
 
 
@@ -82,7 +83,9 @@ def find_parts(listing: Listing, left_out: LeftOut) -> dict[str, Part]:
     root = _root(listing, path)
     if "train" not in folders:
         named = [name for names in folders.values() for name in names]
-        raise DataError(f"{root} holds {_listed(named)} but no train/ folder. {_SEPARATELY}")
+        has_others = len(folder.with_images()) > len(named)
+        as_classes = f" If its folders are classes, give {root} by --data.train." if has_others else ""
+        raise DataError(f"{root} holds {_listed(named)} but no train/ folder. {_SEPARATELY}{as_classes}")
     parts: dict[str, Part] = {}
     used = 0
     for part, names in folders.items():
@@ -314,7 +317,7 @@ def _class_folders(
     if folder.images:
         raise DataError(
             f"{root} holds {folder.images:,} image(s) outside any class folder, for example "
-            f"{_example(listing, tree, path)}. Expected CLASS/*.jpg: one folder per class."
+            f"{_example(listing, tree, path)}. Expected CLASS/*.jpg: one folder per class.{_table_hint(listing)}"
         )
     _count_empty(path, folder, left_out)
     return _part(
@@ -378,6 +381,21 @@ def _example(listing: Listing, tree: FolderTree, path: str) -> str:
         if len(keys):
             return str(keys[0].as_py())
     return path
+
+
+def _table_hint(listing: Listing) -> str:
+    """How to use a table among the files of a listing, the uppermost one; none if there is no table."""
+    names: list[str] = []
+    for table in listing.tables():
+        is_table = pc.and_(pc.match_substring_regex(table["name"], _TABLE), pc.less(table["offset"], 0))
+        names += table["key"].filter(is_table).to_pylist()
+        names = sorted(names, key=lambda name: (name.count("/"), name))[:1]
+    if not names:
+        return ""
+    return (
+        f" If {storage.join(listing.uri, names[0])} has their labels, give it as the data: one row per image, with its "
+        "path from the table's folder, and its label (--data.columns names the columns)."
+    )
 
 
 def _root(listing: Listing, path: str) -> str:
