@@ -89,6 +89,12 @@ def test_a_table_beside_images_without_folders_is_named(tmp_path: Path) -> None:
         index_parts(tmp_path / "a.tar")
 
 
+def test_a_file_of_another_format_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.rar").write_bytes(b"Rar!")
+    with pytest.raises(DataError, match=r"a\.rar is a file, and its suffix is that of no archive"):
+        index_parts(tmp_path / "a.rar")
+
+
 def test_what_was_left_out_of_refused_data_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.tar").write_bytes(tar_of({"inner.zip": b""}))
     with pytest.raises(DataError, match="no image"):
