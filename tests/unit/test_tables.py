@@ -337,6 +337,17 @@ def test_malformed_tables_are_refused_within_bounds(name: str, content: bytes, m
     assert time.monotonic() - began < 10
 
 
+def test_images_of_json_lines_may_be_objects(tmp_path: Path) -> None:
+    lines = [
+        {"image": {"path": name, "bytes": None}, "label": label} for name, label in zip(NAMES, "xyxy", strict=True)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(rows_of(tmp_path / "a.jsonl")) == NAMES
+    (tmp_path / "a.jsonl").write_text('{"image": {"bytes": "AA=="}, "label": "x"}')
+    with pytest.raises(DataError, match="row 0 \\(from 0\\) has no uri"):
+        rows_of(tmp_path / "a.jsonl")
+
+
 def test_a_field_may_come_late(tmp_path: Path) -> None:
     lines = [{"uri": f"{n}.jpg", "label": "xy"[n % 2], "pad": "p" * 1000} for n in range(6000)]
     lines[-1] |= {"split": "val"}

@@ -28,6 +28,12 @@ _ML_USE = "aiplatform.googleapis.com/ml_use"
 Scalar = str | int | float | bool | None
 
 
+class _Image(msgspec.Struct):
+    """An image as Hugging Face describes it; other fields are ignored."""
+
+    path: Scalar = None
+
+
 class _Annotation(msgspec.Struct):
     displayName: Scalar = None
 
@@ -248,7 +254,7 @@ class _LineReader:
         value = next((value for value in values if value is not None), None)
         if isinstance(value, list):
             return [_text(each) for each in value]
-        return _text(value)
+        return _text(value.path if isinstance(value, _Image) else value)
 
     def _decoded(self, content: bytes, row: int) -> list[msgspec.Struct]:
         try:
@@ -274,7 +280,7 @@ def _line_reader(uri: str, content: bytes, columns: Columns, *, labelled: bool) 
     for role in ("uri", "label", "split"):
         chosen = getattr(found, role)
         fields[role] = [f"{role}_{number}" for number in range(1 if chosen else len(NAMES[role]))]
-        kind: Any = Scalar | list[Scalar] if role == "label" else Scalar
+        kind: Any = {"uri": Scalar | _Image, "label": Scalar | list[Scalar], "split": Scalar}[role]
         types += [
             (attribute, name, kind)
             for attribute, name in zip(fields[role], [chosen] if chosen else NAMES[role], strict=True)
