@@ -261,7 +261,7 @@ def test_metadata_without_labels_is_left_out(tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_files(root, {**FILES, "metadata.jsonl": metadata("jsonl", dict.fromkeys(FILES, "a caption"), "text")})
     assert labels(index_of(root)) == ["blue"] * 3 + ["red"] * 3
-    assert left_out(root, tmp_path)["metadata files without a column of labels"] == 1
+    assert left_out(root, tmp_path) == {"metadata files without a column of labels": 1}
     write_files(root, {"metadata.jsonl": b"{"})
     with pytest.raises(DataError, match=r"metadata\.jsonl cannot be read"):
         index_of(root)

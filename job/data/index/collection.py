@@ -291,7 +291,7 @@ def _labelled_by_metadata(
     known = np.concatenate([np.empty(0, np.int64), *named])
     for table in listed():
         if not len(known):
-            yield Found(table.select(LISTING.names))
+            yield Found(_without(table, metadata).select(LISTING.names))
             continue
         images = table.filter(table["image"])
         missing = images.filter(pa.array(~np.isin(_hashes(images["key"].to_pylist()), known)))
@@ -336,8 +336,11 @@ def _folders(names: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _others(table: pa.Table, files: pa.Table) -> pa.Table:
     """The files of a listing that are neither images nor among ``files``."""
-    used = pc.is_in(table["key"], files["key"].combine_chunks())
-    return table.filter(pc.invert(pc.or_(table["image"], used))).select(LISTING.names)
+    return _without(table.filter(pc.invert(table["image"])), files).select(LISTING.names)
+
+
+def _without(table: pa.Table, files: pa.Table) -> pa.Table:
+    return table.filter(pc.invert(pc.is_in(table["key"], files["key"].combine_chunks())))
 
 
 def _hashes(names: Iterable[str]) -> np.ndarray:
