@@ -17,7 +17,7 @@ from job.data.index.sources.columns import Columns
 from job.data.index.sources.table_rows import ROWS
 from job.data.index.sources.text_tables import require_columns
 
-BATCH_ROWS = 1 << 13
+BATCH_ROWS = 1 << 14
 LONGEST_VALUE = 4 * LONGEST_KEY
 """Bytes of the longest text that is read: Parquet stores a value that is repeated only once."""
 ROWS_CHECKED = 64
