@@ -102,7 +102,8 @@ def index_reader(folder: Path, name: str, *, several: bool = False) -> tuple[byt
     root, index = images(folder / "data"), folder / "index"
     index.mkdir()
     if several:
-        lines = [{"uri": f"blue/{n % 8}.png", "label": [str(c) for c in range(4) if n >> c & 1]} for n in range(16)]
+        labels = [[str(c) for c in range(4) if n >> c & 1] for n in range(16)]
+        lines = [{"uri": f"{'red' if n & 8 else 'blue'}/{n % 8}.png", "label": labels[n]} for n in range(16)]
         root = root / "table.jsonl"
         root.write_text("\n".join(map(json.dumps, lines)))
     build({"root": [str(root)]}, index, "", "parts")

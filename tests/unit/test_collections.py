@@ -16,6 +16,7 @@ from job.data.index.file import load_index_info
 from job.data.index.index import Index
 from job.data.index.left_out import ARCHIVES
 from job.data.index.parts import Layout
+from job.data.index.sources.columns import Columns
 from job.data.index.store import publish_index
 from job.errors import DataError
 
@@ -225,11 +226,42 @@ def test_metadata_in_the_folders_of_parts(tmp_path: Path) -> None:
     assert parts["val"].uri(2) == f"{tmp_path}/data/validation/sub/2.jpg"
 
 
+@pytest.mark.parametrize("folder", ["", "data/"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_metadata_above_the_folders_of_parts(folder: str, absolute: bool, tmp_path: Path) -> None:
+    """No image of a test/ folder is trained on, unless a split column says so."""
+    names = {"test/3.jpg": "y", "train/0.jpg": "x", "train/1.jpg": "y", "val/2.jpg": "x"}
+    root = tmp_path / "data"
+    write_files(root, {f"{folder}{name}": IMAGES[n] for n, name in enumerate(names)})
+    write_files(root, {f"{folder}metadata.csv": metadata("csv", names)})
+    assert {part: index.keys for part, index in index_parts(root).items()} == {
+        "train": ["train/0.jpg", "train/1.jpg"],
+        "val": ["val/2.jpg"],
+        "test": ["test/3.jpg"],
+    }
+    again = {name.removeprefix("train/"): label for name, label in names.items() if name.startswith("train/")}
+    if absolute:
+        again = {f"{root}/{folder}train/{name}": label for name, label in again.items()}
+    write_files(root, {f"{folder}train/metadata.csv": metadata("csv", again)})
+    assert len(index_parts(root)["train"]) == 2
+    assert left_out(root, tmp_path)["rows that name an image again"] == 2
+    write_files(root, {f"{folder}train/metadata.csv": metadata("csv", dict.fromkeys(again, "z"))})
+    with pytest.raises(DataError, match=r"0.jpg has the label x in one row and z in another"):
+        index_of(root)
+
+
+def test_a_column_that_metadata_lacks_is_named(tmp_path: Path) -> None:
+    write_files(tmp_path, {**FILES, "metadata.csv": metadata("csv", dict.fromkeys(FILES, "x"))})
+    (tmp_path / ".index").mkdir()
+    with pytest.raises(DataError, match="has no column species; it has file_name, label"):
+        build({"root": [str(tmp_path)]}, tmp_path / ".index", str(tmp_path), "parts", columns=Columns(label="species"))
+
+
 def test_metadata_without_labels_is_left_out(tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_files(root, {**FILES, "metadata.jsonl": metadata("jsonl", dict.fromkeys(FILES, "a caption"), "text")})
     assert labels(index_of(root)) == ["blue"] * 3 + ["red"] * 3
-    assert left_out(root, tmp_path)["metadata files without a column of labels"] == 1
+    assert left_out(root, tmp_path) == {"metadata files without a column of labels": 1}
     write_files(root, {"metadata.jsonl": b"{"})
     with pytest.raises(DataError, match=r"metadata\.jsonl cannot be read"):
         index_of(root)

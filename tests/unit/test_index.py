@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import index_of, index_parts, picture, picture_files, read, write_files
+from support import index_of, index_parts, picture, picture_files, read, tar_of, write_files
 
 from job import storage
 from job.data.index.build import build, split
@@ -74,6 +74,40 @@ def test_other_layouts_are_refused_with_the_reason(tmp_path: Path) -> None:
         "both", {f"{p}/{c}/1.jpg": IMAGE for p in ("train", "val", "validation") for c in "ab"}
     )
     assert "no train/ folder" in fails("no-train", {f"val/{c}/1.jpg": IMAGE for c in "ab"})
+    stages = {f"{c}/1.jpg": IMAGE for c in ("dev", "prod", "test")}
+    assert "If its folders are classes, give" in fails("stages", stages)
+    assert index_of(tmp_path / "stages", layout="classes").classes == ("dev", "prod", "test")
+
+
+def test_a_table_beside_images_without_folders_is_named(tmp_path: Path) -> None:
+    files = {"train/1.jpg": IMAGE, "train/2.jpg": IMAGE, "test/3.jpg": IMAGE}
+    root = write_files(tmp_path / "data", {**files, "train.csv": b"id,label\n1,a\n2,b\n", "test/a.csv": b""})
+    with pytest.raises(DataError, match=rf"If {root}/train\.csv has their labels, give it"):
+        index_parts(root)
+    (tmp_path / "a.tar").write_bytes(tar_of({"1.jpg": IMAGE, "train.csv": b""}))
+    with pytest.raises(DataError, match=r"one folder per class\.$"):
+        index_parts(tmp_path / "a.tar")
+
+
+def test_a_file_of_another_format_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.rar").write_bytes(b"Rar!")
+    with pytest.raises(DataError, match=r"a\.rar is a file, and its suffix is that of no archive"):
+        index_parts(tmp_path / "a.rar")
+
+
+def test_what_was_left_out_of_refused_data_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_of({"inner.zip": b""}))
+    with pytest.raises(DataError, match="no image"):
+        index_parts(tmp_path / "a.tar")
+    assert "for example inner.zip" in caplog.text
+
+
+def test_folders_of_any_depth(tmp_path: Path) -> None:
+    for depth in (30, 31, 32, 33, 50):
+        root = tmp_path / str(depth)
+        write_files(root, {f"{name}/{'d/' * depth}{n}.jpg": b"" for name in ("a", "b") for n in range(2)})
+        index = index_of(root)
+        assert (len(index), index.classes) == (4, ("a", "b")), depth
 
 
 def test_a_class_too_small_to_split_is_named(tmp_path: Path) -> None:

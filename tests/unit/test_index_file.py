@@ -44,6 +44,13 @@ def change(folder: Path, changed: Callable[[dict[str, Any]], object]) -> None:
     (folder / "index.json").write_text(json.dumps(told))
 
 
+def test_a_folder_has_one_state(folder: Path) -> None:
+    """Each state costs a listing of the folder."""
+    change(folder, lambda info: info["folders"].append(info["folders"][0]))
+    with pytest.raises(DataError, match="a folder has two states"):
+        local_index(str(folder), folder)
+
+
 def write_part(folder: Path, table: pa.Table, compression: str | None = None) -> None:
     """Rewrite the training part, with the hash and size that belong to it."""
     path = folder / "train.arrow"

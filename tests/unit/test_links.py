@@ -203,3 +203,12 @@ def test_a_listing_of_a_tar_holds_few_bytes_per_member() -> None:
     tracemalloc.stop()
     assert count == 5_000
     assert peak < 2 << 20
+
+
+def test_the_example_of_a_kind_does_not_depend_on_the_order() -> None:
+    """Archives are listed by several threads."""
+    for names in (["b", "a", "c"], ["c", "b", "a"]):
+        left_out = LeftOut()
+        for name in names:
+            left_out.add("kind", name)
+        assert [(kind.count, kind.example) for kind in left_out.kinds()] == [(3, "a")]

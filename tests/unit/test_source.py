@@ -165,6 +165,7 @@ def test_an_unwritable_cache_is_named(tmp_path: Path) -> None:
 def test_patterns_name_shards(tmp_path: Path) -> None:
     assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand_braces("{x,y}-{0..1}.tar") == ["x-0.tar", "x-1.tar", "y-0.tar", "y-1.tar"]
+    assert expand_braces("{v1}/{{id}}.tar") == ["{v1}/{{id}}.tar"]
     write_files(tmp_path, {f"s-{n}.tar": tar_of(FILES) for n in range(3)})
     sources = resolve(f"{tmp_path}/s-*.tar").sources()
     assert [source.uri for source in sources] == [f"{tmp_path}/s-{n}.tar" for n in range(3)]

@@ -167,6 +167,9 @@ def test_import_files_of_vertex_ai_in_csv(labels: str, tmp_path: Path) -> None:
     assert {name: len(index) for name, index in parts.items()} == {"train": 4, "val": 1, "test": 1}
     assert parts["train"].uri(1) == "gs://bucket/b.jpg"
     assert parts["train"].has_several_labels == ("," in labels)
+    (tmp_path / "c.csv").write_text(f"gs://bucket/a.jpg,{labels},train\ngs://bucket/b.jpg,y,test\n")
+    with pytest.raises(DataError, match="its last column names parts"):
+        index_parts(tmp_path / "c.csv")
     (tmp_path / "b.csv").write_text("gs://bucket/a.jpg,x,0.1,0.2,,,0.3,0.4,,\n")
     with pytest.raises(DataError, match="objects in images"):
         index_parts(tmp_path / "b.csv")
@@ -242,6 +245,24 @@ def test_other_parquet_files_with_images(tmp_path: Path) -> None:
     assert read(index_of(path), [0, 1], tmp_path / "cache") == [images[0], b""]
 
 
+@pytest.mark.parametrize("missing", [None, b""])
+def test_the_first_image_of_a_parquet_file_may_be_missing(missing: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    images = [missing, missing, FILES[NAMES[0]], FILES[NAMES[1]]]
+    for column in (images, [{"bytes": image, "path": f"{n}.jpg"} for n, image in enumerate(images)]):
+        pyarrow.parquet.write_table(pa.table({"image": column, "label": ["x", "y", "x", "y"]}), path)
+        assert read(index_of(path), [0, 2], tmp_path / "cache") == [b"", images[2]]
+
+
+def test_a_text_that_a_parquet_file_repeats_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few kilobytes of Parquet may say the same text very often."""
+    monkeypatch.setattr("job.data.index.sources.parquet_tables.LONGEST_VALUE", 1 << 10)
+    path, rows = tmp_path / "a.parquet", 1 << 13
+    pyarrow.parquet.write_table(pa.table({"uri": ["x" * 2000] * rows, "label": ["x"] * rows}), path)
+    with pytest.raises(DataError, match="a value has 2,000 bytes"):
+        index_of(path)
+
+
 def test_parquet_files_with_images_are_unpacked_within_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.parquet"
     large = pa.array([{"bytes": bytes(1 << 20), "path": ""}] * 20)
@@ -314,6 +335,17 @@ def test_malformed_tables_are_refused_within_bounds(name: str, content: bytes, m
     tracemalloc.stop()
     assert peak < 100 << 20
     assert time.monotonic() - began < 10
+
+
+def test_images_of_json_lines_may_be_objects(tmp_path: Path) -> None:
+    lines = [
+        {"image": {"path": name, "bytes": None}, "label": label} for name, label in zip(NAMES, "xyxy", strict=True)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert list(rows_of(tmp_path / "a.jsonl")) == NAMES
+    (tmp_path / "a.jsonl").write_text('{"image": {"bytes": "AA=="}, "label": "x"}')
+    with pytest.raises(DataError, match="row 0 \\(from 0\\) has no uri"):
+        rows_of(tmp_path / "a.jsonl")
 
 
 def test_a_field_may_come_late(tmp_path: Path) -> None:

@@ -78,15 +78,17 @@ def build(
                 labelled=layout_of != "images",
                 columns=columns or Columns(),
             )
-            listed = parts_of(
-                location, name, layout_of, Path(scratch) / str(number), context, force_listing=force_listing
-            )
+            try:
+                listed = parts_of(
+                    location, name, layout_of, Path(scratch) / str(number), context, force_listing=force_listing
+                )
+            finally:  # of data that is refused, what was left out may be what was meant
+                if kinds := context.left_out.kinds():
+                    level = logging.INFO if context.left_out.is_expected() else logging.WARNING
+                    log.log(level, "%s", summary(redact.identity(location.uri), kinds))
+                    left_out += kinds
             for part_name, part in listed.items():
                 parts.setdefault(part_name, []).append(part)
-            if kinds := context.left_out.kinds():
-                level = logging.INFO if context.left_out.is_expected() else logging.WARNING
-                log.log(level, "%s", summary(redact.identity(location.uri), kinds))
-                left_out += kinds
             folders += context.folders
         absent = classes_of_parts.settle(parts, test_given="test" in roots)
         classed = parts.get("train", chain(*parts.values()))

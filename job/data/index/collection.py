@@ -266,6 +266,7 @@ def _labelled_by_metadata(
     columns = context.columns
     if not columns.uri:
         columns = Columns(NAMES["uri"][1], columns.label, columns.split)
+    folders_of_parts = _folders_of_parts(listed())
     named: list[np.ndarray] = []
     for key, name, version in zip(
         *(metadata[column].to_pylist() for column in ("key", "name", "version")), strict=True
@@ -276,17 +277,21 @@ def _labelled_by_metadata(
         place = len(context.sources)
         context.sources.append(table)
         try:
+            folder = key.rpartition("/")[0]
             for rows in format_of(table).rows(table, place, labelled):
-                folder = key.rpartition("/")[0]
+                if part is None and folders_of_parts:
+                    rows = _in_parts_of_folders(rows, folders_of_parts, folder, storage.split(table.uri)[0], context)
                 named.append(_hashes(f"{folder}/{each}" if folder else each for each in rows["key"].to_pylist()))
                 yield Found(in_part(rows, part), f"{folder}/" if folder else "", all_meant=True)
         except MissingColumn:
+            if str(context.columns):  # the user's
+                raise
             del context.sources[place:]
             context.left_out.add(UNLABELLED_METADATA, key)
     known = np.concatenate([np.empty(0, np.int64), *named])
     for table in listed():
         if not len(known):
-            yield Found(table.select(LISTING.names))
+            yield Found(_without(table, metadata).select(LISTING.names))
             continue
         images = table.filter(table["image"])
         missing = images.filter(pa.array(~np.isin(_hashes(images["key"].to_pylist()), known)))
@@ -295,10 +300,47 @@ def _labelled_by_metadata(
         yield Found(_others(table, metadata))
 
 
+def _folders_of_parts(listed: Iterable[pa.Table]) -> dict[str, str]:
+    """Parts by the folders of a listing that mean one; empty where none is for training."""
+    parts: dict[str, str] = {}
+    for table in listed:
+        for folder in pc.unique(_folders(table.filter(table["image"])["name"])).to_pylist():
+            if (part := next((part for name in folder.split("/") if (part := part_of(name))), None)) is not None:
+                parts[folder] = part
+    return parts if "train" in parts.values() else {}
+
+
+def _in_parts_of_folders(
+    rows: pa.Table, parts: dict[str, str], folder: str, base: str, context: ListingContext
+) -> pa.Table:
+    """The rows of a metadata file, in the parts of the folders that their relative paths name.
+
+    Args:
+        rows: a table of :data:`LISTING`.
+        parts: see :func:`_folders_of_parts`.
+        folder: of the file, in the listing.
+        base: URI of that folder.
+        context: settings of the listing.
+    """
+    relative = pa.array([source.uri == base for source in context.sources])
+    names = _folders(rows["key"])
+    names = pc.binary_join_element_wise(folder, names, "/") if folder else names
+    places = pc.index_in(names, pa.array(list(parts)))
+    of_folders = pc.if_else(pc.take(relative, rows["source"]), pc.take(pa.array(list(parts.values())), places), None)
+    return rows.set_column(rows.column_names.index("part"), "part", pc.coalesce(rows["part"], of_folders))
+
+
+def _folders(names: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.replace_substring_regex(names, r"(?s)/?[^/]*$", "")
+
+
 def _others(table: pa.Table, files: pa.Table) -> pa.Table:
     """The files of a listing that are neither images nor among ``files``."""
-    used = pc.is_in(table["key"], files["key"].combine_chunks())
-    return table.filter(pc.invert(pc.or_(table["image"], used))).select(LISTING.names)
+    return _without(table.filter(pc.invert(table["image"])), files).select(LISTING.names)
+
+
+def _without(table: pa.Table, files: pa.Table) -> pa.Table:
+    return table.filter(pc.invert(pc.is_in(table["key"], files["key"].combine_chunks())))
 
 
 def _hashes(names: Iterable[str]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ def drop_duplicates(path: Path, left_out: LeftOut, *, members: bool) -> None:
         members: the rows are members of archives.
     """
     with pa.memory_map(str(path)) as file:
-        hashes = _hashes(pa.ipc.open_file(file), sizes=not members)
+        hashes = _file_hashes(pa.ipc.open_file(file), sizes=not members)
         ordered = np.sort(hashes)
         repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
         del ordered
@@ -47,12 +47,13 @@ def drop_duplicates(path: Path, left_out: LeftOut, *, members: bool) -> None:
         _rewrite(pa.ipc.open_file(file), path, dropped, left_out, REPLACED if members else COPIES)
 
 
-def drop_repeated_rows(uri: str, path: Path, left_out: LeftOut) -> None:
-    """Leave one row per image and part in the listing of a table at ``path``, the last one.
+def drop_repeated_rows(uri: str, path: Path, sources: Sequence[str], left_out: LeftOut) -> None:
+    """Leave one row per image and part in the listing of tables at ``path``, the last one.
 
     Args:
-        uri: of the table, for messages.
+        uri: of the table, or of the folder with the tables, for messages.
         path: of an Arrow file, which is written anew if there are repeated rows.
+        sources: URIs of the sources by number: two tables may name one image below different folders.
         left_out: counts them.
 
     Raises:
@@ -60,15 +61,22 @@ def drop_repeated_rows(uri: str, path: Path, left_out: LeftOut) -> None:
     """
     with pa.memory_map(str(path)) as file:
         reader = pa.ipc.open_file(file)
-        hashes = _hashes(reader, sizes=False, columns=("key", "part"))
+        folders = pa.array([source.rstrip("/") for source in sources], pa.string())
+
+        def places(batch: pa.RecordBatch) -> list[pa.Array]:
+            uris = pc.binary_join_element_wise(pc.take(folders, batch.column("source")), batch.column("key"), "/")
+            return [uris, pc.fill_null(batch.column("part"), "train")]
+
+        hashes = _hashes(reader, places)
         order = np.argsort(hashes, kind="stable")
         repeats = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
         if not len(repeats):
             return
-        labels = _hashes(reader, sizes=False, columns=("class", "classes"))
+        labels = _hashes(reader, lambda batch: [batch.column("class"), batch.column("classes")])
         differ = repeats[labels[order[repeats]] != labels[order[repeats + 1]]]
         if len(differ):
-            raise _contradiction(uri, reader, sorted(order[differ[0] : differ[0] + 2].tolist()))
+            first = differ[np.argmin(order[differ])]  # of rows, not of hashes, which differ from process to process
+            raise _contradiction(uri, reader, order[first : first + 2].tolist())
         dropped = np.zeros(len(hashes), np.bool_)
         dropped[order[repeats]] = True
         _rewrite(reader, path, dropped, left_out, REPEATED_ROWS)
@@ -87,29 +95,39 @@ def _contradiction(uri: str, reader: pa.ipc.RecordBatchFileReader, rows: list[in
     )
 
 
+def _file_hashes(reader: pa.ipc.RecordBatchFileReader, *, sizes: bool) -> npt.NDArray[np.uint64]:
+    """A hash of source and name per row, and of the size where it counts; each folder has one of its own."""
+    hashes = _hashes(reader, lambda batch: [batch.column("source"), batch.column("name")])
+    if sizes:
+        batches = [reader.get_batch(number).column("size") for number in range(reader.num_record_batches)]
+        size = np.concatenate([np.empty(0, np.int64), *(batch.to_numpy() for batch in batches)])
+        hashes = hashes ^ (size.view(np.uint64) * _ODD)
+        unknown = np.flatnonzero(size < 0)
+        hashes[unknown] = unknown.astype(np.uint64)
+    return hashes
+
+
 def _hashes(
-    reader: pa.ipc.RecordBatchFileReader, *, sizes: bool, columns: Sequence[str] = ("name",)
+    reader: pa.ipc.RecordBatchFileReader, columns: Callable[[pa.RecordBatch], list[pa.Array]]
 ) -> npt.NDArray[np.uint64]:
-    """A hash of source and ``columns`` per row, and of the size where it counts; each folder has one of its own."""
+    """A hash per row of some columns of its batch."""
     # Python's hash of a string is keyed anew per process: nobody can make an archive whose names collide.
-    found = []
+    batch_hashes = [np.empty(0, np.uint64)]
     for number in range(reader.num_record_batches):
         batch = reader.get_batch(number)
-        hashes = batch.column("source").to_numpy().astype(np.uint64) * _ODD
-        for column in columns:
-            hashes = hashes * _ODD + _column_hashes(batch.column(column))
-        if sizes:
-            size = batch.column("size").to_numpy()
-            hashes = hashes ^ (size.view(np.uint64) * _ODD)
-            unknown = size < 0
-            hashes[unknown] = np.arange(len(batch), dtype=np.uint64)[unknown] + np.uint64(number << 32)
-        found.append(hashes)
-    return np.concatenate([np.empty(0, np.uint64), *found])
+        hashes = np.zeros(len(batch), np.uint64)
+        for column in columns(batch):
+            hashes = hashes * _ODD + _column_hashes(column)
+        batch_hashes.append(hashes)
+    return np.concatenate(batch_hashes)
 
 
 def _column_hashes(column: pa.Array) -> npt.NDArray[np.uint64]:
     if column.null_count == len(column):
         return np.zeros(len(column), np.uint64)
+    if pa.types.is_integer(column.type):
+        numbers: npt.NDArray[np.uint64] = column.to_numpy().astype(np.uint64)
+        return numbers
     values = column.to_pylist()
     if pa.types.is_list(column.type):
         values = [None if value is None else tuple(sorted(value)) for value in values]

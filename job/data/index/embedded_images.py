@@ -6,30 +6,37 @@ Pages of a Parquet file are compressed, so that an image has no range of its own
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from job.data.index.bounded import BoundedWriter
+from job.data.index.bounded import LARGEST_MEMBER, BoundedWriter
 from job.data.index.magic import HEAD_BYTES, image_suffix
 from job.errors import DataError, first_line
 
 GROUP_BYTES = 1 << 30
 """Bytes of a row group, uncompressed."""
 ROWS_AT_ONCE = 16
+"""Images that are unpacked together, fewer where they may be large."""
 _LARGEST_COPY_ROWS = 1 << 31
 
 
-def open_parquet(file: object) -> pyarrow.parquet.ParquetFile:
+def open_parquet(file: object, dictionaries: Sequence[str] = ()) -> pyarrow.parquet.ParquetFile:
     """A Parquet file that is read in pieces.
+
+    Args:
+        file: its content.
+        dictionaries: columns of texts that are read as dictionaries: a value that is repeated is held once.
 
     Raises:
         ValueError: it is malformed (a :class:`pyarrow.ArrowInvalid`, too), or its row groups are too large.
     """
-    parquet = pyarrow.parquet.ParquetFile(pa.PythonFile(file, mode="r"), buffer_size=1 << 20)
+    parquet = pyarrow.parquet.ParquetFile(
+        pa.PythonFile(file, mode="r"), buffer_size=1 << 20, read_dictionary=list(dictionaries)
+    )
     for group in range(parquet.metadata.num_row_groups):
         # Not by column: pyarrow ends the process when it looks at one whose statistics are damaged.
         size = parquet.metadata.row_group(group).total_byte_size
@@ -98,7 +105,10 @@ class EmbeddedImages:
 
 def _images(parquet: pyarrow.parquet.ParquetFile, column: str) -> Iterator[list[bytes]]:
     is_struct = pa.types.is_struct(parquet.schema_arrow.field(column).type)
-    for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=[f"{column}.bytes" if is_struct else column]):
+    groups = (parquet.metadata.row_group(group).total_byte_size for group in range(parquet.metadata.num_row_groups))
+    # One value of a dictionary, as large as its row group, may be repeated in each row.
+    rows = min(max(LARGEST_MEMBER // max([1, *groups]), 1), ROWS_AT_ONCE)
+    for batch in parquet.iter_batches(rows, columns=[f"{column}.bytes" if is_struct else column]):
         batch.validate(full=True)
         values = batch.column(0)
         images = values.field("bytes") if is_struct else values

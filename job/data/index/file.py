@@ -107,6 +107,8 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             format_of(source)
         if any(folder.source >= len(self.sources) for folder in self.folders):
             raise ValueError("the state of a folder that is no source")
+        if len({folder.source for folder in self.folders}) < len(self.folders):
+            raise ValueError("a folder has two states")
 
     @property
     def schema(self) -> pa.Schema:

@@ -86,6 +86,8 @@ def folder_tree(listing: Listing) -> FolderTree:
             depth = min(depth, max(name.count("/") + 1 for name in counts)) - 1
             counts = _cut(counts, depth)
             characters = sum(map(len, counts))
+    if depth == _DEEPEST and any(name.count("/") >= depth for name in counts):
+        depth -= 1  # below it folder_of would not cut
     root = Folder()
     for name, images in counts.items():
         if name.count("/") >= depth:

@@ -26,6 +26,7 @@ from job.process.terminal import escape
 
 log = logging.getLogger(__name__)
 
+_TABLE = r"(?i)\.(csv|tsv|jsonl|ndjson|parquet)(\.gz|\.bz2|\.xz|\.zst)?$"
 _SEPARATELY = "Give the parts by --data.train, --data.val and --data.test."
 
 
@@ -82,7 +83,9 @@ def find_parts(listing: Listing, left_out: LeftOut) -> dict[str, Part]:
     root = _root(listing, path)
     if "train" not in folders:
         named = [name for names in folders.values() for name in names]
-        raise DataError(f"{root} holds {_listed(named)} but no train/ folder. {_SEPARATELY}")
+        has_others = len(folder.with_images()) > len(named)
+        as_classes = f" If its folders are classes, give {root} by --data.train." if has_others else ""
+        raise DataError(f"{root} holds {_listed(named)} but no train/ folder. {_SEPARATELY}{as_classes}")
     parts: dict[str, Part] = {}
     used = 0
     for part, names in folders.items():
@@ -207,17 +210,17 @@ def _level_of_parts(listing: Listing, tree: FolderTree) -> tuple[str, Folder, di
 
 def _has_train(folder: Folder) -> bool:
     """Whether a folder holds several parts, train among them."""
-    found = recognise(folder.with_images()).folders
-    return len(found) > 1 and "train" in found
+    recognised = recognise(folder.with_images()).folders
+    return len(recognised) > 1 and "train" in recognised
 
 
 def _part_folders(listing: Listing, path: str, folder: Folder) -> dict[str, list[str]]:
     """Names of the folders of the parts in one folder, by part; empty if there are none."""
     full = folder.with_images()
-    found = recognise(full)
+    recognised = recognise(full)
     root = _root(listing, path)
     nested = [name for name in full if folder.children[name].is_nested]
-    named = [name for names in found.folders.values() for name in names]
+    named = [name for names in recognised.folders.values() for name in names]
     if len(named) == 1 and len(full) > 1 and named[0] not in nested:
         if named[0].lower() != "train":
             raise DataError(
@@ -225,17 +228,17 @@ def _part_folders(listing: Listing, path: str, folder: Folder) -> dict[str, list
                 f"which may be classes: is it one, too? {_SEPARATELY}"
             )
         log.warning("%s: %s/ is taken for a class, since it holds images, as other folders do", root, named[0])
-        found, named = Recognised({}, []), []
-    unclear = [name for name in found.unclear if name in nested]
+        recognised, named = Recognised({}, []), []
+    unclear = [name for name in recognised.unclear if name in nested]
     questionable = unclear if named or len(unclear) > 1 else []
     # A test part is not needed beside the others.
-    complete = {"train", "val"} <= found.folders.keys() and all("test" in name.lower() for name in unclear)
+    complete = {"train", "val"} <= recognised.folders.keys() and all("test" in name.lower() for name in unclear)
     if questionable and not complete:
         raise DataError(
             f"{root} holds {_listed([*named, *questionable])}: which of them are for training, and which for "
             f"validation? {_SEPARATELY}"
         )
-    folders = dict(found.folders)
+    folders = dict(recognised.folders)
     if folders:  # a part whose folder is empty is no part, but its absence is to be explained
         for part, names in recognise(folder.without_images()).folders.items():
             folders.setdefault(part, names[:1])
@@ -265,14 +268,14 @@ def _without_part_folders(listing: Listing, tree: FolderTree, left_out: LeftOut)
             f"validation? Expected CLASS/train/*.jpg and CLASS/val/*.jpg, and no image beside them. {_SEPARATELY}"
         )
     _count_empty(path, folder, left_out)
-    found = {}
+    contents = {}
     for part in PARTS:
         if part in parts:
             (inner,) = parts[part]
             held = {name: folder.children[name].children[inner] for name in sorted(below[inner])}
             classes = {_join(path, f"{name}/{inner}"): (name, each) for name, each in held.items()}
-            found[part] = _part(f"{root} ({inner}/)", listing, tree, classes)
-    return found
+            contents[part] = _part(f"{root} ({inner}/)", listing, tree, classes)
+    return contents
 
 
 def _require_classes(listing: Listing, path: str, folder: Folder) -> None:
@@ -314,7 +317,7 @@ def _class_folders(
     if folder.images:
         raise DataError(
             f"{root} holds {folder.images:,} image(s) outside any class folder, for example "
-            f"{_example(listing, tree, path)}. Expected CLASS/*.jpg: one folder per class."
+            f"{_example(listing, tree, path)}. Expected CLASS/*.jpg: one folder per class.{_table_hint(listing)}"
         )
     _count_empty(path, folder, left_out)
     return _part(
@@ -378,6 +381,21 @@ def _example(listing: Listing, tree: FolderTree, path: str) -> str:
         if len(keys):
             return str(keys[0].as_py())
     return path
+
+
+def _table_hint(listing: Listing) -> str:
+    """How to use a table among the files of a listing, the uppermost one; none if there is no table."""
+    names: list[str] = []
+    for table in listing.tables():
+        is_table = pc.and_(pc.match_substring_regex(table["name"], _TABLE), pc.less(table["offset"], 0))
+        names += table["key"].filter(is_table).to_pylist()
+        names = sorted(names, key=lambda name: (name.count("/"), name))[:1]
+    if not names:
+        return ""
+    return (
+        f" If {storage.join(listing.uri, names[0])} has their labels, give it as the data: one row per image, with its "
+        "path from the table's folder, and its label (--data.columns names the columns)."
+    )
 
 
 def _root(listing: Listing, path: str) -> str:

@@ -60,12 +60,15 @@ class LeftOut:
         self._kinds: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, example: str, count: int = 1) -> None:
-        """Count ``count`` files of one kind; the first example of a kind is kept."""
+        """Count ``count`` files of one kind; the first example of a kind in alphabetical order is kept.
+
+        So it does not depend on which thread comes first.
+        """
         if not count:
             return
         with self._lock:
             before, first = self._kinds.get(kind, (0, example))
-            self._kinds[kind] = (before + count, first)
+            self._kinds[kind] = (before + count, min(first, example))
 
     def kinds(self) -> list[LeftOutKind]:
         """The kinds, the most frequent first."""

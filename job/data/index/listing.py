@@ -92,7 +92,7 @@ def list_location(location: Location, target: Path, context: ListingContext, *, 
     if not meant and (members or unusual):
         drop_duplicates(target, context.left_out, members=members)
     elif meant and context.labelled:
-        drop_repeated_rows(location.uri, target, context.left_out)
+        drop_repeated_rows(location.uri, target, [source.uri for source in context.sources], context.left_out)
     return Listing(location.uri, target, tuple(names.normalise(pa.array(context.unreadable, pa.string())).to_pylist()))
 
 

@@ -83,8 +83,11 @@ def format_of(source: Source) -> SourceFormat:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """``shard-{000..002}.tar`` → three names, ``{train,val}.tar`` → two, as in WebDataset and bash."""
-    braces = re.search(r"\{([^{}]*)\}", pattern)
+    """``shard-{000..002}.tar`` → three names, ``{train,val}.tar`` → two, as in WebDataset and bash.
+
+    Braces around anything else (``{v1}``) are part of the name.
+    """
+    braces = re.search(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}", pattern)
     if braces is None:
         return [pattern]
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])

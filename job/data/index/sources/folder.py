@@ -11,6 +11,7 @@ from job import storage
 from job.data.index.left_out import NOT_UTF8, UNREADABLE
 from job.data.index.names import is_hidden_name, is_utf8, printable
 from job.data.index.sources.base import ROWS, ListingContext, Source, SourceFormat, is_image, listing_rows
+from job.errors import DataError, StorageError
 from job.storage import Entry
 
 
@@ -34,12 +35,24 @@ class Folder(SourceFormat):
                 context.sources[number] = Source(folder, self.name)
                 yield listing_rows([key], number, [-1], [-1], [storage.version(details)])
                 return
-        pages = storage.list_pages(source.uri, is_hidden_name, pass_over_unreadable=True)
-        entries = (entry for page in pages for entry in page)
+        entries = _entries(source.uri)
         while chunk := list(itertools.islice(entries, ROWS)):
             if usable := _usable(chunk, context):
                 keys, sizes, versions, _ = zip(*usable, strict=True)
                 yield listing_rows(keys, number, [-1] * len(keys), sizes, versions)
+
+
+def _entries(uri: str) -> Iterator[Entry]:
+    try:
+        for page in storage.list_pages(uri, is_hidden_name, pass_over_unreadable=True):
+            yield from page
+    except StorageError as error:
+        if not isinstance(error.__cause__, NotADirectoryError):
+            raise
+        raise DataError(
+            f"{uri} is a file, and its suffix is that of no archive (.tar, .tar.gz, .zip, .tfrecord, …), table (.csv, "
+            ".tsv, .jsonl, .parquet) or image. Rename, unpack or convert it."
+        ) from error
 
 
 def _usable(entries: list[Entry], context: ListingContext) -> list[Entry]:

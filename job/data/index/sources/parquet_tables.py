@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -16,7 +17,11 @@ from job.data.index.sources.columns import Columns
 from job.data.index.sources.table_rows import ROWS
 from job.data.index.sources.text_tables import require_columns
 
-BATCH_ROWS = 1 << 16
+BATCH_ROWS = 1 << 14
+LONGEST_VALUE = 4 * LONGEST_KEY
+"""Bytes of the longest text that is read: Parquet stores a value that is repeated only once."""
+ROWS_CHECKED = 64
+"""Rows among which the first image is looked for: some may be missing."""
 LARGEST_METADATA = 1 << 24
 """Bytes of the description of features that Hugging Face puts into a file."""
 
@@ -75,7 +80,9 @@ def read_parquet(uri: str, file: IO[bytes], columns: Columns, *, labelled: bool,
     if not images:
         del paths["uri"]
     row = 0
-    for batch in _batches(parquet, list(paths.values())):
+    leaves = [parquet.schema.column(place).path for place in range(len(parquet.schema))]
+    texts = [leaf for leaf in leaves if any(f"{leaf}.".startswith(f"{path}.") for path in paths.values())]
+    for batch in _batches(open_parquet(file, texts), list(paths.values())):
         batch.validate(full=True)
         count = len(batch)
         values = {role: pa.chunked_array([_values(batch, path)]) for role, path in paths.items()}
@@ -108,13 +115,18 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _holds_images(parquet: pyarrow.parquet.ParquetFile, name: str) -> bool:
-    """Whether the first value of a column is an image rather than a path; texts are stored as bytes, too."""
+    """Whether the first value of a column is an image rather than a path; texts are stored as bytes, too.
+
+    Null and empty values are passed over.
+    """
     is_struct = pa.types.is_struct(parquet.schema_arrow.field(name).type)
-    for batch in parquet.iter_batches(1, columns=[f"{name}.bytes" if is_struct else name]):
+    batches = parquet.iter_batches(1, columns=[f"{name}.bytes" if is_struct else name])
+    for batch in itertools.islice(batches, ROWS_CHECKED):
         batch.validate(full=True)
         value = batch.column(0)[0].as_py()
         content = value["bytes"] if isinstance(value, dict) else value
-        return content is not None and not (len(content) <= LONGEST_KEY and _is_text(content))
+        if content:
+            return len(content) > LONGEST_KEY or not _is_text(content)
     return False
 
 
@@ -169,6 +181,13 @@ def _named(column: pa.ChunkedArray, class_names: list[str]) -> pa.ChunkedArray:
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_dictionary(column.type):
+        texts = column.type.value_type
+        if pa.types.is_string(texts) or pa.types.is_large_string(texts) or _is_binary(texts):
+            longest = max(
+                (pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0 for chunk in column.chunks), default=0
+            )
+            if longest > LONGEST_VALUE:
+                raise ValueError(f"a value has {longest:,} bytes, more than {LONGEST_VALUE:,}")
         column = column.cast(column.type.value_type)
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), None, column)

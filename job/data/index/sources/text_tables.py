@@ -28,6 +28,12 @@ _ML_USE = "aiplatform.googleapis.com/ml_use"
 Scalar = str | int | float | bool | None
 
 
+class _Image(msgspec.Struct):
+    """An image as Hugging Face describes it; other fields are ignored."""
+
+    path: Scalar = None
+
+
 class _Annotation(msgspec.Struct):
     displayName: Scalar = None
 
@@ -168,6 +174,8 @@ def _read_headerless(file: _Rejoined, encoding: str, delimiter: str, skipped: in
                 raise ValueError(f"row {row} (from 0) holds coordinates: it is a table of objects in images")
             labels.append(several if len(several) > 1 else several[0] if several else None)
             row += 1
+        if labels and all(isinstance(each, list) and is_part(each[-1]) for each in labels):
+            raise ValueError("its last column names parts: it needs a header, for example path,label,split")
         yield text_table(uris, labels, splits)  # type: ignore[arg-type]
 
 
@@ -246,7 +254,7 @@ class _LineReader:
         value = next((value for value in values if value is not None), None)
         if isinstance(value, list):
             return [_text(each) for each in value]
-        return _text(value)
+        return _text(value.path if isinstance(value, _Image) else value)
 
     def _decoded(self, content: bytes, row: int) -> list[msgspec.Struct]:
         try:
@@ -272,7 +280,7 @@ def _line_reader(uri: str, content: bytes, columns: Columns, *, labelled: bool) 
     for role in ("uri", "label", "split"):
         chosen = getattr(found, role)
         fields[role] = [f"{role}_{number}" for number in range(1 if chosen else len(NAMES[role]))]
-        kind: Any = Scalar | list[Scalar] if role == "label" else Scalar
+        kind: Any = {"uri": Scalar | _Image, "label": Scalar | list[Scalar], "split": Scalar}[role]
         types += [
             (attribute, name, kind)
             for attribute, name in zip(fields[role], [chosen] if chosen else NAMES[role], strict=True)
