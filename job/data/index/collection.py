@@ -30,18 +30,18 @@ _METADATA = r"(?i)(^|/)metadata\.(csv|tsv|jsonl|parquet)$"
 _PARQUET = r"(?i)\.parquet$"
 
 
-class Found(NamedTuple):
+class ListedRows(NamedTuple):
     """Rows of a folder.
 
     Attributes:
         rows: a table of :data:`LISTING`.
         prefix: goes before the normalised keys.
-        all_meant: each row is a sample, whatever its name.
+        all_samples: each row is a sample, whatever its name.
     """
 
     rows: pa.Table
     prefix: str = ""
-    all_meant: bool = False
+    all_samples: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Collection:
 
     files: pa.Table
     members: bool
-    tables: Callable[[ListingContext], Iterator[Found]]
+    tables: Callable[[ListingContext], Iterator[ListedRows]]
 
 
 def find_collection(uri: str, listed: Callable[[], Iterable[pa.Table]], context: ListingContext) -> Collection | None:
@@ -108,7 +108,7 @@ def parts_of_pattern(uri: str, sources: list[Source]) -> list[str | None]:
         DataError: some of them have a part and others have none.
     """
     names = ["/".join(storage.join(source.uri).split("?")[0].split("/")[-2:]) for source in sources]
-    parts = [shelf.part for shelf in _shelves(uri, names)]
+    parts = [placement.part for placement in _placements(uri, names)]
     return parts if len({*parts}) > 1 else [None] * len(parts)
 
 
@@ -159,32 +159,32 @@ def _survey(listed: Iterable[pa.Table]) -> tuple[pa.Table, pa.Table, bool]:
 
 def _archives(
     uri: str, archives: pa.Table, listed: Callable[[], Iterable[pa.Table]], context: ListingContext
-) -> Iterator[Found]:
+) -> Iterator[ListedRows]:
     """The samples in the archives of a folder.
 
     An archive stands for a folder: of its name if it holds nothing but images without labels (an archive per class),
     else of the part that its name means.
     """
     for table in listed():
-        yield Found(_others(table, archives))
+        yield ListedRows(_others(table, archives))
     archives = archives.sort_by("name")
     keys, names, versions = (archives[name].to_pylist() for name in ("key", "name", "version"))
-    shelves = _shelves(uri, names)
+    placements = _placements(uri, names)
     sources = [_source(storage.join(uri, key), version) for key, version in zip(keys, versions, strict=True)]
     first = len(context.sources)
     context.sources.extend(sources)
-    contexts = [for_part(context, shelf.part) for shelf in shelves]
+    contexts = [for_part(context, placement.part) for placement in placements]
     numbers = range(first, first + len(sources))
-    for shelf, source, tables in zip(shelves, sources, tables_of(sources, numbers, contexts), strict=True):
-        all_meant = format_of(source).samples == "elsewhere"
+    for placement, source, tables in zip(placements, sources, tables_of(sources, numbers, contexts), strict=True):
+        all_samples = format_of(source).samples == "elsewhere"
         prefix: str | None = None
         for table in tables:
             if prefix is None:
-                prefix = shelf.flat_prefix if not all_meant and _is_flat(table) else shelf.prefix
-            yield Found(in_part(table, shelf.part), prefix, all_meant)
+                prefix = placement.flat_prefix if not all_samples and _is_flat(table) else placement.prefix
+            yield ListedRows(in_part(table, placement.part), prefix, all_samples)
 
 
-class _Shelf(NamedTuple):
+class _Placement(NamedTuple):
     """Meaning of an archive's name.
 
     Attributes:
@@ -198,7 +198,7 @@ class _Shelf(NamedTuple):
     flat_prefix: str
 
 
-def _shelves(uri: str, names: list[str]) -> list[_Shelf]:
+def _placements(uri: str, names: list[str]) -> list[_Placement]:
     paths = [name.rpartition("/")[0] for name in names]
     stems = [_stem(name.rpartition("/")[2]) for name in names]
     words = [re.sub(r"[-_. ]?\d+([-_.]of[-_.]\d+)?$", "", stem) for stem in stems]
@@ -216,15 +216,15 @@ def _shelves(uri: str, names: list[str]) -> list[_Shelf]:
     if unknown:
         by_word = {}  # pictures of trains, say
     shards = {path for path in set(paths) if _are_shards([s for p, s in zip(paths, stems, strict=True) if p == path])}
-    shelves = []
+    placements = []
     for path, stem, word, part in zip(paths, stems, words, of_folder, strict=True):
         folder = f"{path}/" if path else ""
         if part is None and word in by_word:
             part, folder = by_word[word], f"{folder}{by_word[word]}/"
-            shelves.append(_Shelf(part, folder, folder))
+            placements.append(_Placement(part, folder, folder))
         else:
-            shelves.append(_Shelf(part, folder, folder if path in shards else f"{folder}{stem}/"))
-    return shelves
+            placements.append(_Placement(part, folder, folder if path in shards else f"{folder}{stem}/"))
+    return placements
 
 
 def _stem(name: str) -> str:
@@ -261,7 +261,7 @@ def _source(uri: str, version: int) -> Source:
 
 def _labelled_by_metadata(
     uri: str, metadata: pa.Table, listed: Callable[[], Iterable[pa.Table]], context: ListingContext
-) -> Iterator[Found]:
+) -> Iterator[ListedRows]:
     """The images that metadata files name, with their labels; the images of the folder if none has labels."""
     columns = context.columns
     if not columns.uri:
@@ -282,7 +282,7 @@ def _labelled_by_metadata(
                 if part is None and folders_of_parts:
                     rows = _in_parts_of_folders(rows, folders_of_parts, folder, storage.split(table.uri)[0], context)
                 named.append(_hashes(f"{folder}/{each}" if folder else each for each in rows["key"].to_pylist()))
-                yield Found(in_part(rows, part), f"{folder}/" if folder else "", all_meant=True)
+                yield ListedRows(in_part(rows, part), f"{folder}/" if folder else "", all_samples=True)
         except MissingColumn:
             if str(context.columns):  # the user's
                 raise
@@ -291,13 +291,13 @@ def _labelled_by_metadata(
     known = np.concatenate([np.empty(0, np.int64), *named])
     for table in listed():
         if not len(known):
-            yield Found(_without(table, metadata).select(LISTING.names))
+            yield ListedRows(_without(table, metadata).select(LISTING.names))
             continue
         images = table.filter(table["image"])
         missing = images.filter(pa.array(~np.isin(_hashes(images["key"].to_pylist()), known)))
         if len(missing):
             context.left_out.add(UNNAMED, missing["key"][0].as_py(), len(missing))
-        yield Found(_others(table, metadata))
+        yield ListedRows(_others(table, metadata))
 
 
 def _folders_of_parts(listed: Iterable[pa.Table]) -> dict[str, str]:

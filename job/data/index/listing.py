@@ -16,7 +16,7 @@ import pyarrow.ipc
 from job.data.index import left_out, names
 from job.data.index.collection import (
     Collection,
-    Found,
+    ListedRows,
     find_collection,
     for_part,
     in_part,
@@ -69,14 +69,14 @@ def list_location(location: Location, target: Path, context: ListingContext, *, 
     """
     kind, first = location.format.samples, len(context.sources)
     trial = replace(context, left_out=LeftOut())
-    meant, members = kind == "elsewhere", kind == "members"
+    all_samples, members = kind == "elsewhere", kind == "members"
     unusual = _write(target, _tables(location, trial), trial)
     listing = Listing(location.uri, target)
     collection = find_collection(location.uri, listing.tables, trial) if kind == "objects" else None
     recounted: tuple[str, ...] = ()
     if collection is not None and open_archives:
         recounted = (left_out.COMPANIONS, left_out.ARCHIVES, left_out.NOT_IMAGES)
-    elif collection is None and not meant and mark_unsuffixed(target, listing.tables, context):
+    elif collection is None and not all_samples and mark_unsuffixed(target, listing.tables, context):
         recounted = (left_out.NOT_IMAGES,)
     for each in trial.left_out.kinds():
         if each.kind not in recounted:
@@ -87,21 +87,21 @@ def list_location(location: Location, target: Path, context: ListingContext, *, 
         second = target.with_name(f"{target.name}-opened")
         unusual = _write(second, collection.tables(context), context)
         second.replace(target)
-        members, meant = collection.members, not collection.members
+        members, all_samples = collection.members, not collection.members
     # Only an archive can hold a key twice, and only keys that are spelled unusually can share a name.
-    if not meant and (members or unusual):
+    if not all_samples and (members or unusual):
         drop_duplicates(target, context.left_out, members=members)
-    elif meant and context.labelled:
+    elif all_samples and context.labelled:
         drop_repeated_rows(location.uri, target, [source.uri for source in context.sources], context.left_out)
     return Listing(location.uri, target, tuple(names.normalise(pa.array(context.unreadable, pa.string())).to_pylist()))
 
 
-def _write(target: Path, tables: Iterable[Found], context: ListingContext) -> bool:
+def _write(target: Path, tables: Iterable[ListedRows], context: ListingContext) -> bool:
     """Write a listing; returns whether some name differs from its key."""
     unusual = False
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, NAMED) as writer:
         for found in tables:
-            named, renamed = _named(found.rows, context, all_meant=found.all_meant)
+            named, renamed = _named(found.rows, context, all_samples=found.all_samples)
             if found.prefix:
                 prefixed = pc.binary_join_element_wise(found.prefix, named["name"], "")
                 named = named.set_column(named.column_names.index("name"), "name", prefixed)
@@ -122,11 +122,11 @@ def _state(source: int, listing: Listing, collection: Collection | None) -> Fold
     return state
 
 
-def _named(table: pa.Table, context: ListingContext, *, all_meant: bool) -> tuple[pa.Table, bool]:
+def _named(table: pa.Table, context: ListingContext, *, all_samples: bool) -> tuple[pa.Table, bool]:
     """A table of :data:`NAMED`, and whether some name differs from its key.
 
     Args:
-        all_meant: the rows are those of a table that someone wrote: each is a sample, whatever its name.
+        all_samples: the rows are those of a table that someone wrote: each is a sample, whatever its name.
     """
     table = table.combine_chunks()
     for column in ("class", "part"):
@@ -139,7 +139,7 @@ def _named(table: pa.Table, context: ListingContext, *, all_meant: bool) -> tupl
     keys = table["key"].combine_chunks()
     normalised = names.normalise(keys)
     table = table.append_column("name", normalised)
-    if all_meant:
+    if all_samples:
         return table.append_column("image", pa.repeat(True, len(table))), normalised is not keys
     hidden = names.is_hidden(normalised)
     if pc.any(hidden).as_py():
@@ -167,18 +167,18 @@ def _count(rows: pa.Table, kind: str, context: ListingContext) -> None:
         context.left_out.add(kind, rows["key"][0].as_py(), len(rows))
 
 
-def _tables(location: Location, context: ListingContext) -> Iterator[Found]:
+def _tables(location: Location, context: ListingContext) -> Iterator[ListedRows]:
     first = len(context.sources)
     sources = location.sources()
     context.sources.extend(sources)
-    meant = location.format.samples == "elsewhere"
+    all_samples = location.format.samples == "elsewhere"
     if len(sources) == 1:
         for table in format_of(sources[0]).rows(sources[0], first, context):
-            yield Found(table, all_meant=meant)
+            yield ListedRows(table, all_samples=all_samples)
         return
     parts = parts_of_pattern(location.uri, sources)
     contexts = [for_part(context, part) for part in parts]
     numbers = range(first, first + len(sources))
     for part, tables in zip(parts, tables_of(sources, numbers, contexts), strict=True):
         for table in tables:
-            yield Found(in_part(table, part), f"{part}/" if part else "", meant)
+            yield ListedRows(in_part(table, part), f"{part}/" if part else "", all_samples)
