@@ -124,6 +124,8 @@ class ImageDataModule(pl.LightningDataModule):
             raise ConfigError(f"--data.cache_gb must be at least 0 (0 disables the cache), not {cache_gb}.")
         uris_by_part = {"root": root} if root is not None else {"train": train, "val": val, "test": test}
         listed = {name: [uris] if isinstance(uris, str) else uris for name, uris in uris_by_part.items() if uris}
+        if not {"root", "train"} & listed.keys():
+            raise ConfigError(f"--data.{next(iter(uris_by_part))} is empty: give a path or URI of the images.")
         # Credentials are no part of what names the data: indexes and caches outlive them.
         self.uris = {name: [redact.remember(uri) for uri in uris] for name, uris in listed.items()}
         self.val_fraction = val_fraction

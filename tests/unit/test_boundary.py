@@ -10,6 +10,7 @@ import os
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from job.data.datamodule import ImageDataModule
 from job.data.index.build import build
 from job.data.index.file import IndexInfo
 from job.data.index.part_names import part_of
-from job.errors import DataError, StorageError
+from job.errors import ConfigError, DataError, StorageError
 from job.storage.stores.local import LocalDisk
 
 IMAGE = picture((1, 2, 3), 0)
@@ -521,3 +522,9 @@ def outcome(uri: str) -> dict[str, list[tuple[str, str]]] | str:
         part: sorted((key, index.classes[label]) for key, label in zip(index.keys, index.labels, strict=True))
         for part, index in parts.items()
     }
+
+
+@pytest.mark.parametrize("options", [{"root": ""}, {"root": []}, {"train": "", "val": "images"}])
+def test_an_empty_uri_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"--data\.{next(iter(options))} is empty"):
+        ImageDataModule(**options)
