@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from job import storage
 from job.data.index.bounded import compression_of
-from job.data.index.part_names import part_of, recognise
+from job.data.index.names import folder_of
+from job.data.index.part_names import part_of_path, recognise
 from job.data.index.sources import FORMATS, ListingContext, Source, format_of, resolve
 from job.data.index.sources.base import LISTING
 from job.data.index.sources.columns import NAMES, Columns, MissingColumn
@@ -202,7 +203,7 @@ def _placements(uri: str, names: list[str]) -> list[_Placement]:
     paths = [name.rpartition("/")[0] for name in names]
     stems = [_stem(name.rpartition("/")[2]) for name in names]
     words = [re.sub(r"[-_. ]?\d+([-_.]of[-_.]\d+)?$", "", stem) for stem in stems]
-    of_folder = [next((part for name in path.split("/") if (part := part_of(name))), None) for path in paths]
+    of_folder = [part_of_path(path) for path in paths]
     recognised = recognise({word for word, part in zip(words, of_folder, strict=True) if part is None}).folders
     by_word = {word: part for part, same in recognised.items() for word in same}
     unknown = [
@@ -272,7 +273,7 @@ def _labelled_by_metadata(
         *(metadata[column].to_pylist() for column in ("key", "name", "version")), strict=True
     ):
         table = _source(storage.join(uri, key), version)
-        part = next((part for folder in name.split("/")[:-1] if (part := part_of(folder))), None)
+        part = part_of_path(name.rpartition("/")[0])
         labelled = replace(context, columns=columns)
         place = len(context.sources)
         context.sources.append(table)
@@ -304,8 +305,8 @@ def _folders_of_parts(listed: Iterable[pa.Table]) -> dict[str, str]:
     """Parts by the folders of a listing that mean one; empty where none is for training."""
     parts: dict[str, str] = {}
     for table in listed:
-        for folder in pc.unique(_folders(table.filter(table["image"])["name"])).to_pylist():
-            if (part := next((part for name in folder.split("/") if (part := part_of(name))), None)) is not None:
+        for folder in pc.unique(folder_of(table.filter(table["image"])["name"])).to_pylist():
+            if (part := part_of_path(folder)) is not None:
                 parts[folder] = part
     return parts if "train" in parts.values() else {}
 
@@ -323,15 +324,11 @@ def _in_parts_of_folders(
         context: settings of the listing.
     """
     relative = pa.array([source.uri == base for source in context.sources])
-    names = _folders(rows["key"])
+    names = folder_of(rows["key"])
     names = pc.binary_join_element_wise(folder, names, "/") if folder else names
     places = pc.index_in(names, pa.array(list(parts)))
     of_folders = pc.if_else(pc.take(relative, rows["source"]), pc.take(pa.array(list(parts.values())), places), None)
     return rows.set_column(rows.column_names.index("part"), "part", pc.coalesce(rows["part"], of_folders))
-
-
-def _folders(names: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.replace_substring_regex(names, r"(?s)/?[^/]*$", "")
 
 
 def _others(table: pa.Table, files: pa.Table) -> pa.Table:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from job.data.index.listing import Listing
+from job.data.index.names import folder_of
 
 MOST_FOLDERS = 1 << 20
 MOST_CHARACTERS = 1 << 26
@@ -58,16 +59,15 @@ class FolderTree:
 
     def folders(self, names: pa.ChunkedArray) -> pa.ChunkedArray:
         """The folder of each name, as far as the tree tells folders apart."""
-        return folder_of(names, self.depth)
+        return _folder_of(names, self.depth)
 
 
-def folder_of(names: pa.ChunkedArray, depth: int = _DEEPEST) -> pa.ChunkedArray:
-    """The part of each name before its last slash, cut after ``depth`` folders; empty where there is none."""
+def _folder_of(names: pa.ChunkedArray, depth: int) -> pa.ChunkedArray:
+    """The folder of each name, cut after ``depth`` folders."""
     if depth < _DEEPEST:
         pattern = rf"(?s)^((?:[^/]*/){{0,{depth}}}).*"
         return pc.utf8_rtrim(pc.replace_substring_regex(names, pattern, r"\1"), "/")
-    pieces = pc.split_pattern(names, "/", max_splits=1, reverse=True)
-    return pc.if_else(pc.greater(pc.list_value_length(pieces), 1), pc.list_element(pieces, 0), "")
+    return folder_of(names)
 
 
 def folder_tree(listing: Listing) -> FolderTree:
@@ -75,7 +75,7 @@ def folder_tree(listing: Listing) -> FolderTree:
     counts: dict[str, int] = {}
     depth, characters = _DEEPEST, 0
     for table in listing.tables():
-        folders = folder_of(table["name"], depth)
+        folders = _folder_of(table["name"], depth)
         for folder in pc.unique(folders).to_pylist():
             if folder not in counts:
                 counts[folder] = 0
@@ -87,7 +87,7 @@ def folder_tree(listing: Listing) -> FolderTree:
             counts = _cut(counts, depth)
             characters = sum(map(len, counts))
     if depth == _DEEPEST and any(name.count("/") >= depth for name in counts):
-        depth -= 1  # below it folder_of would not cut
+        depth -= 1  # below it _folder_of would not cut
     root = Folder()
     for name, images in counts.items():
         if name.count("/") >= depth:

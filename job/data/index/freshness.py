@@ -14,11 +14,10 @@ import pyarrow.compute as pc
 from job import storage
 from job.data.index.file import IndexInfo
 from job.data.index.folder_state import FolderState
-from job.data.index.folders import folder_of
 from job.data.index.index import Index
 from job.data.index.left_out import LeftOut
 from job.data.index.listing import list_location
-from job.data.index.names import is_hidden_name
+from job.data.index.names import folder_of, is_hidden_name
 from job.data.index.sources import ListingContext, resolve
 from job.data.index.sources.base import is_image
 

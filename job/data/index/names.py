@@ -61,6 +61,12 @@ def normalise_label_lists(lists: pa.ListArray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pc.is_null(lists))
 
 
+def folder_of(names: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The part of each name before its last slash; empty where there is none."""
+    pieces = pc.split_pattern(names, "/", max_splits=1, reverse=True)
+    return pc.if_else(pc.greater(pc.list_value_length(pieces), 1), pc.list_element(pieces, 0), "")
+
+
 def is_hidden(names: pa.Array) -> pa.Array:
     """Whether some folder in a name, or the file itself, is hidden or belongs to a system; bool [N]."""
     return pc.match_substring_regex(names, _HIDDEN)

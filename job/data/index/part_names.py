@@ -60,6 +60,11 @@ def part_of(folder: str) -> str | None:
     return parts[0] if len(parts) == 1 and neutral else None
 
 
+def part_of_path(path: str) -> str | None:
+    """The part that the first folder of a path means which means one; None: none does."""
+    return next((part for folder in path.split("/") if (part := part_of(folder))), None)
+
+
 def recognise(folders: Iterable[str]) -> Recognised:
     """The parts among folders that lie side by side.
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from job import redact, storage
 from job.data.index.sources.base import ListingContext, Source, SourceFormat
 from job.data.index.sources.folder import Folder
-from job.data.index.sources.parquet_tables import ParquetImages
-from job.data.index.sources.table import Table
+from job.data.index.sources.table import ParquetImages, Table
 from job.data.index.sources.tar_archive import Tar
 from job.data.index.sources.tfrecord import TFRecord
 from job.data.index.sources.zip_archive import Zip

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 
 from job.data.index.embedded_images import open_parquet
-from job.data.index.sources.base import LONGEST_KEY, Source, SourceFormat
+from job.data.index.sources.base import LONGEST_KEY
 from job.data.index.sources.columns import Columns
 from job.data.index.sources.table_rows import ROWS
 from job.data.index.sources.text_tables import require_columns
@@ -24,18 +24,6 @@ ROWS_CHECKED = 64
 """Rows among which the first image is looked for: some may be missing."""
 LARGEST_METADATA = 1 << 24
 """Bytes of the description of features that Hugging Face puts into a file."""
-
-
-class ParquetImages(SourceFormat):
-    """The images in one column of a Parquet file; they are copied once per node."""
-
-    name = "parquet"
-    suffixes = ()  # found by the columns of a table
-    samples = "members"
-
-    def rows(self, source: Source, number: int, context: Any) -> Iterator[pa.Table]:
-        """Not listed by itself: :class:`job.data.index.sources.table.Table` lists it."""
-        raise NotImplementedError
 
 
 def image_column(parquet: pyarrow.parquet.ParquetFile, uri: str, columns: Columns) -> str:

@@ -44,9 +44,10 @@ class Table(SourceFormat):
 
     def rows(self, source: Source, number: int, context: ListingContext) -> Iterator[pa.Table]:
         """The entries of the table; their roots are appended to the sources."""
-        embedded = _embedded(source, context)
-        if embedded:
-            yield from _embedded_rows(source, embedded, context)
+        if column := _embedded(source, context):
+            images = Source(source.uri, ParquetImages.name, source.version, whole=True, column=column)
+            context.sources.append(images)
+            yield from ParquetImages().rows(images, len(context.sources) - 1, context)
             return
         numbers: dict[str, int] = {}
         resolver, row = Resolver(source.uri, context.access), 0
@@ -65,6 +66,29 @@ class Table(SourceFormat):
             yield listing_rows(
                 keys, places, unknown, unknown, [0] * count, label=label, labels=labels, parts=table["split"]
             )
+
+
+class ParquetImages(SourceFormat):
+    """The images in one column of a Parquet file, as members of its copy on this node."""
+
+    name = "parquet"
+    suffixes = ()  # a :class:`Table` finds them by its columns
+    samples = "members"
+
+    def rows(self, source: Source, number: int, context: ListingContext) -> Iterator[pa.Table]:
+        """The images, in the order of the file's rows."""
+        images = EmbeddedImages(materialise(source, context.cache_dir))
+        for rows in read_table(source.uri, context, images=False):
+            for start in range(0, len(rows), ROWS):
+                some = rows.slice(start, ROWS)
+                places = some["uri"].cast(pa.int64()).to_numpy()  # numbers of the rows
+                if len(places) and places[-1] >= len(images.sizes):
+                    raise DataError(f"{source.uri} changed while it was read. List it again.")
+                offsets, sizes = images.offsets[places], images.sizes[places]
+                keys = [images.key(place) for place in places.tolist()]
+                versions = [source.version] * len(keys)
+                label, labels, parts = some["label"], some["labels"], some["split"]
+                yield listing_rows(keys, number, offsets, sizes, versions, label=label, labels=labels, parts=parts)
 
 
 def read_table(uri: str, context: ListingContext, *, images: bool = True) -> Iterator[pa.Table]:
@@ -103,25 +127,6 @@ def _embedded(source: Source, context: ListingContext) -> str:
         return ""
     with storage.open_for_reading(source.uri) as file, _translated(source.uri):
         return image_column(open_parquet(file), source.uri, context.columns)
-
-
-def _embedded_rows(table: Source, column: str, context: ListingContext) -> Iterator[pa.Table]:
-    """The images that a Parquet file holds, as members of their copy on this node."""
-    number = len(context.sources)
-    source = Source(table.uri, "parquet", table.version, whole=True, column=column)
-    context.sources.append(source)
-    images = EmbeddedImages(materialise(source, context.cache_dir))
-    for rows in read_table(table.uri, context, images=False):
-        for start in range(0, len(rows), ROWS):
-            some = rows.slice(start, ROWS)
-            places = some["uri"].cast(pa.int64()).to_numpy()  # numbers of the rows
-            if len(places) and places[-1] >= len(images.sizes):
-                raise DataError(f"{table.uri} changed while it was read. List it again.")
-            offsets, sizes = images.offsets[places], images.sizes[places]
-            keys = [images.key(place) for place in places.tolist()]
-            versions = [table.version] * len(keys)
-            label, labels, parts = some["label"], some["labels"], some["split"]
-            yield listing_rows(keys, number, offsets, sizes, versions, label=label, labels=labels, parts=parts)
 
 
 @contextmanager
