@@ -29,6 +29,7 @@ from PIL import (
 )
 from torch import Tensor
 
+from job.data.index.magic import AVIF_BRANDS, HEIF_BRANDS
 from job.data.metadata import jpeg_orientation, orientation, without_metadata
 from job.data.pixels import MAX_IMAGE_PIXELS, Pixels, is_large, to_rgb
 from job.errors import DataError
@@ -68,8 +69,6 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM"
 TILE_WIDTH, TILE_HEIGHT = 322, 323
 _HEIF = "HEIF"
 _ISO_FILE = b"ftyp"
-_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
-_AVIF_BRANDS = {b"avif", b"avis"}
 _NOT_THIS_FORMAT = (SyntaxError, IndexError, TypeError, struct.error)
 """Exceptions by which Pillow's plugins decline a file."""
 
@@ -192,7 +191,7 @@ def _is_heif(content: bytes) -> bool:
         return False
     end = min(int.from_bytes(content[:4]), 256)
     brands = {content[8:12], *(content[place : place + 4] for place in range(16, end, 4))}
-    return not brands.isdisjoint(_HEIF_BRANDS) and brands.isdisjoint(_AVIF_BRANDS)
+    return not brands.isdisjoint(HEIF_BRANDS) and brands.isdisjoint(AVIF_BRANDS)
 
 
 @functools.cache

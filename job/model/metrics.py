@@ -73,8 +73,7 @@ class TaskMetrics(ABC):
             metric.reset()
 
     def choose_thresholds(self) -> None:
-        """Choose the thresholds, if the task has any, by the samples collected."""
-        self.thresholds = None
+        """Choose the thresholds by the samples collected; a task that predicts one class has none."""
 
     def description(self) -> dict[str, Any]:
         """Entries of the network's description in a checkpoint that a validation decides."""

@@ -13,7 +13,9 @@ _MAGIC = (
     (b"MM\0*", "tif"),
     (b"\0\0\0\x0cjP  ", "jp2"),
 )
-_BRANDS = {b"avif": "avif", b"avis": "avif", b"heic": "heic", b"heix": "heic", b"mif1": "heic", b"msf1": "heic"}
+HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"))
+AVIF_BRANDS = frozenset((b"avif", b"avis"))
+"""Brands of ISO base media files (``ftyp`` boxes) that are images."""
 
 
 def image_suffix(head: bytes) -> str | None:
@@ -23,5 +25,5 @@ def image_suffix(head: bytes) -> str | None:
     if head[:2] == b"BM" and head[6:10] == bytes(4):  # reserved bytes of a bitmap, unlike a text
         return "bmp"
     if head[4:8] == b"ftyp":
-        return _BRANDS.get(head[8:12])
+        return "avif" if head[8:12] in AVIF_BRANDS else "heic" if head[8:12] in HEIF_BRANDS else None
     return next((suffix for magic, suffix in _MAGIC if head.startswith(magic)), None)
