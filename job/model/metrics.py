@@ -72,8 +72,9 @@ class TaskMetrics(ABC):
         for metric in self._metrics:
             metric.reset()
 
+    @abstractmethod
     def choose_thresholds(self) -> None:
-        """Choose the thresholds by the samples collected; a task that predicts one class has none."""
+        """Choose the thresholds, if the task has any, by the samples collected."""
 
     def description(self) -> dict[str, Any]:
         """Entries of the network's description in a checkpoint that a validation decides."""
@@ -124,6 +125,9 @@ class EvaluationMetrics(TaskMetrics):
         """Names that :meth:`compute` may return."""
         per_class = [f"accuracy_of/{name}" for name in self.classes] if len(self.classes) <= PER_CLASS_LIMIT else []
         return ["loss", "accuracy", "f1", "auroc", *per_class]
+
+    def choose_thresholds(self) -> None:
+        """There are none: the most probable class is predicted."""
 
     def _add(self, losses: Tensor, probabilities: Tensor, labels: Tensor, mask: Tensor) -> None:
         self.loss.update(losses[mask])
