@@ -10,7 +10,6 @@ with versioning or soft delete, and a retention policy refuses them.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from argparse import Namespace
@@ -48,11 +47,6 @@ FLUSH_SECONDS = 5.0
 
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for a bucket that does not answer."""
-
-
-def events_uri(run_dir: str) -> str:
-    """``run_dir/tensorboard``, or the folder that Vertex AI reads for the TensorBoard instance of a job."""
-    return os.environ.get("AIP_TENSORBOARD_LOG_DIR") or storage.join(run_dir, "tensorboard")
 
 
 class BucketTensorBoardLogger(Logger):

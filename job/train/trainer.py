@@ -23,11 +23,12 @@ from job.features.callback import FeatureCache, FeatureSettings
 from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers
 from job.model.sync_batchnorm import require_synchronisable
 from job.monitoring.accounting import Accounting
+from job.monitoring.event_folders import events_uri
 from job.monitoring.profile import Profile
 from job.monitoring.progress import PlainProgress, TerminalProgress, log
 from job.monitoring.report import ReportWriter
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.tensorboard import BucketTensorBoardLogger, events_uri
+from job.monitoring.tensorboard import BucketTensorBoardLogger
 from job.monitoring.vertex import VertexMetricReporter
 from job.resilience.lease import Lease
 from job.resilience.lease_check import LeaseCheck
