@@ -57,15 +57,15 @@ class Server:
     """The server of this process, which ends with it."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _REQUEST_BYTES)
         self.variables = {name: environment.get(name) for name in FIXED}
         removed = ("PYTHONPATH", "STORAGE_EMULATOR_HOST")
-        with theirs:
+        with server_end:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, __file__, str(server_end.fileno())],
                 env={name: value for name, value in environment.items() if name not in removed},
-                pass_fds=[theirs.fileno()],
+                pass_fds=[server_end.fileno()],
                 stdout=subprocess.DEVNULL,
             )
 
@@ -270,20 +270,20 @@ def prepare_rank_server() -> None:
     """
     from multiprocessing import util
 
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _REQUEST_BYTES)
+    client_end, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    client_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _REQUEST_BYTES)
     pid = os.fork()
     if pid == 0:
-        ours.close()
-        _run_rank_server(theirs)
-    theirs.close()
+        client_end.close()
+        _run_rank_server(server_end)
+    server_end.close()
     spawn = util.spawnv_passfds
 
     def fork(path: bytes, args: list[str], descriptors: list[int]) -> int:
-        if "multiprocessing.forkserver" not in args[-1] or ours.fileno() < 0:
+        if "multiprocessing.forkserver" not in args[-1] or client_end.fileno() < 0:
             return int(spawn(path, args, descriptors))
-        with ours:
-            _send(ours, {"code": args[-1], "numbers": descriptors, "environment": dict(os.environ)}, descriptors)
+        with client_end:
+            _send(client_end, {"code": args[-1], "numbers": descriptors, "environment": dict(os.environ)}, descriptors)
         return pid
 
     util.spawnv_passfds = fork  # type: ignore[assignment]

@@ -50,12 +50,14 @@ INDEXES = Path(os.environ.get("TEST_INDEXES") or f"{tempfile.gettempdir()}/job-t
 COLOURS = {"blue": (30, 60, 200), "green": (20, 160, 60), "red": (200, 40, 30)}
 
 
-def picture(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 32), form: str = "JPEG") -> bytes:
+def picture(
+    colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 32), file_format: str = "JPEG"
+) -> bytes:
     """A noisy picture of one colour: learnable, and no two alike."""
     noise = np.random.default_rng(seed).normal(0, 25, (size[1], size[0], 3))
     pixels = (np.asarray(colour) + noise).clip(0, 255).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, form)
+    Image.fromarray(pixels).save(buffer, file_format)
     return buffer.getvalue()
 
 
@@ -126,18 +128,18 @@ def read(index: Index, samples: list[int], cache_dir: object = "") -> list[bytes
 
 
 def contents(fetcher: Fetcher, fetched: list[Fetched]) -> list[bytes | DataError]:
-    found: list[bytes | DataError] = []
+    results: list[bytes | DataError] = []
     for each in fetched:
         try:
-            found.append(fetcher.content(each))
+            results.append(fetcher.content(each))
         except DataError as error:
-            found.append(error)
-    return found
+            results.append(error)
+    return results
 
 
-def options(settings: dict[str, object], **more: object) -> list[str]:
+def options(settings: dict[str, object], **changes: object) -> list[str]:
     """Settings as command-line options; ``a__b`` stands for ``a.b``."""
-    merged = {**settings, **{name.replace("__", "."): value for name, value in more.items()}}
+    merged = {**settings, **{name.replace("__", "."): value for name, value in changes.items()}}
     return [f"--{name}={value}" for name, value in merged.items()]
 
 
@@ -246,10 +248,10 @@ def run_here(*args: object, threads: int = 1) -> Outcome:
     return Outcome(code, output.getvalue())
 
 
-def fit_here(folder: Path, **more: object) -> Path:
+def fit_here(folder: Path, **changes: object) -> Path:
     """run_dir of a fit, in this process, on two classes of 10 pictures."""
     colours = write_files(folder / "colours", picture_files(["blue", "red"], 10))
-    result = run_here("fit", *options(TINY, data__root=colours, run_dir=folder / "run", **more))
+    result = run_here("fit", *options(TINY, data__root=colours, run_dir=folder / "run", **changes))
     assert result.returncode == 0, result.output
     return folder / "run"
 

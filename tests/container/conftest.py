@@ -47,8 +47,8 @@ def image(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
     PyPI has torch with CUDA alone: so it is larger here than with the index that the Dockerfile names.
     """
-    if given := os.environ.get("JOB_TEST_IMAGE"):
-        yield given
+    if built := os.environ.get("JOB_TEST_IMAGE"):
+        yield built
         return
     dockerfile = REPOSITORY / "docker" / "Dockerfile"
     base = re.search(r"^ARG BASE=(\S+)$", dockerfile.read_text(), re.MULTILINE)

@@ -30,9 +30,9 @@ class Podman:
     def call(self, *words: object, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run any command; with ``check`` its failure is the test's, with what it printed."""
         line = [str(word) for word in words]
-        done = subprocess.run(line, capture_output=True, text=True, env=self.environment, timeout=timeout)
-        assert not check or done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done
+        result = subprocess.run(line, capture_output=True, text=True, env=self.environment, timeout=timeout)
+        assert not check or result.returncode == 0, f"{line}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+        return result
 
 
 @dataclass
@@ -95,8 +95,8 @@ class Cluster:
 
     def log(self, name: str) -> str:
         """What it has printed."""
-        done = self.podman("logs", name, check=False)
-        return done.stdout + done.stderr
+        result = self.podman("logs", name, check=False)
+        return result.stdout + result.stderr
 
     def wait_for(self, name: str, text: str, seconds: float = 240) -> None:
         """Wait until the container has printed ``text``."""

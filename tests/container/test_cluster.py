@@ -57,9 +57,9 @@ def test_preempted_and_resumed(cluster: Cluster, bucket: str) -> None:
 
 def test_the_model_predicts(cluster: Cluster, bucket: str) -> None:
     assert "│ good" in run_job(cluster, "checkpoints", "verify", RUN_DIR)
-    told = run_job(cluster, "predict", "--ckpt", RUN_DIR, "--input", "gs://demo/digits/7")
-    answers = {label: int(count) for label, count in re.findall(r"(\d) (\d+)", told.partition("In all: ")[2])}
-    assert sum(answers.values()) == 179, told
+    output = run_job(cluster, "predict", "--ckpt", RUN_DIR, "--input", "gs://demo/digits/7")
+    answers = {label: int(count) for label, count in re.findall(r"(\d) (\d+)", output.partition("In all: ")[2])}
+    assert sum(answers.values()) == 179, output
     assert answers["7"] / 179 > 0.9
 
 
@@ -84,5 +84,5 @@ def test_tensorboard_reads_it_from_the_bucket(cluster: Cluster, bucket: str) -> 
             time.sleep(1)
         print(json.dumps(runs))
     """
-    told = cluster.podman("exec", name, "python", "-c", script).stdout
-    assert "val/accuracy" in told, told + cluster.log(name)
+    runs = cluster.podman("exec", name, "python", "-c", script).stdout
+    assert "val/accuracy" in runs, runs + cluster.log(name)

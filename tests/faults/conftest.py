@@ -19,13 +19,13 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyProxy]:
     """A GCS server behind a proxy, with a bucket ``gs://faults`` that holds the pictures."""
     port = free_port()
     with gcs_server(tmp_path_factory.mktemp("faults") / "buckets", public_host=f"127.0.0.1:{port}") as backend:
-        found = FaultyProxy(backend, port)
-        storage.use_gcs_emulator(found.url)
+        faulty = FaultyProxy(backend, port)
+        storage.use_gcs_emulator(faulty.url)
         storage.filesystem("gs://faults")[0].clear_instance_cache()
         create_bucket("gs://faults")
         storage.write_many("gs://faults/colours", picture_files(["blue", "red"], 20))
-        yield found
-        found.stop()
+        yield faulty
+        faulty.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -39,10 +39,10 @@ def main(rounds: int) -> None:
         for number in range(rounds):
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            place = f"gs://tests/{number}" if number % 5 else f"{folder}/run"
-            result = _contend(place, folder)
+            run_dir = f"gs://tests/{number}" if number % 5 else f"{folder}/run"
+            result = _contend(run_dir, folder)
             counts.update(result)
-            print(number, place, result, flush=True)
+            print(number, run_dir, result, flush=True)
         print(dict(counts))
 
 
@@ -121,18 +121,18 @@ def _record(path: Path) -> None:
 
     Lease.acquire, Lease.require_held = acquire_and_note, require_and_note  # type: ignore[method-assign]
 
-    def recorded(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+    def recorded(function: Callable[..., Any], position: int) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
-            if not str(args[place]).endswith("lease.json"):
-                note("wrote", getattr(state, "allowed", 0), time.time(), args[place])
+            if not str(args[position]).endswith("lease.json"):
+                note("wrote", getattr(state, "allowed", 0), time.time(), args[position])
             state.allowed = 0
             return result
 
         return call
 
-    for name, place in (("write_bytes", 0), ("upload", 1)):
-        setattr(storage, name, recorded(getattr(storage, name), place))
+    for name, position in (("write_bytes", 0), ("upload", 1)):
+        setattr(storage, name, recorded(getattr(storage, name), position))
 
 
 def _check(run_dir: str) -> None:

@@ -19,8 +19,8 @@ SETTINGS: dict[str, object] = {
 STEPS = list(range(3 * 8))
 
 
-def fit_options(run_dir: str, **more: object) -> list[str]:
-    return ["fit", *options(SETTINGS, **{"data__root": "gs://faults/colours", "run_dir": run_dir, **more})]
+def fit_options(run_dir: str, **changes: object) -> list[str]:
+    return ["fit", *options(SETTINGS, **{"data__root": "gs://faults/colours", "run_dir": run_dir, **changes})]
 
 
 def sabotage(marker: Path, **settings: object) -> str:
@@ -128,7 +128,7 @@ def descendants(pid: int) -> list[int]:
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found
+    pids = [pid]
+    for one in pids:
+        pids += [child for child, parent in parents.items() if parent == one]
+    return pids

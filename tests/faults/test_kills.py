@@ -119,39 +119,39 @@ def test_two_jobs_on_one_run_dir(run_dir: str, tmp_path: Path) -> None:
 
 def test_another_world_size(run_dir: str, tmp_path: Path) -> None:
     """Preempted with 2 processes, gone on with 1 and with 4: the losses are the same to rounding."""
-    more = {
+    settings = {
         "model__backbone": "timm/test_vit",
         "model__optimizer": "{class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}",
         "data__image_size": 160,
     }
-    whole = str(tmp_path / "whole")
-    run_well(*fit_options(whole, **more), processes=2)
-    expected = [value for _, value in scalars(whole)["train/loss"]]
+    without_faults = str(tmp_path / "whole")
+    run_well(*fit_options(without_faults, **settings), processes=2)
+    expected = [value for _, value in scalars(without_faults)["train/loss"]]
     for processes in (1, 4):
         one = f"{run_dir}/{processes}"
         plot = sabotage(tmp_path / f"marker{processes}", step=11, rank=1)
-        first = Job(tmp_path / "log", *fit_options(one, trainer__callbacks=plot, **more), processes=2)
+        first = Job(tmp_path / "log", *fit_options(one, trainer__callbacks=plot, **settings), processes=2)
         assert first.wait() != 0
-        run_well(*fit_options(one, **more), processes=processes)
-        found = scalars(one)["train/loss"]
-        assert [step for step, _ in found] == STEPS
-        assert [value for _, value in found] == pytest.approx(expected, rel=1e-4)
+        run_well(*fit_options(one, **settings), processes=processes)
+        losses = scalars(one)["train/loss"]
+        assert [step for step, _ in losses] == STEPS
+        assert [value for _, value in losses] == pytest.approx(expected, rel=1e-4)
 
 
 def test_elastic_nodes_come_and_go(run_dir: str, tmp_path: Path) -> None:
     """Two torchrun agents as two nodes: one dies, the other goes on alone, a new one is taken in."""
     port = free_port()
-    more = {
+    settings = {
         "model__backbone": "timm/test_vit",
         "model__optimizer": "{class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}",
         "data__image_size": 160,
         "trainer__max_epochs": 20,
     }
-    whole = str(tmp_path / "whole")
-    run_well(*fit_options(whole, **more), processes=1)
+    without_faults = str(tmp_path / "whole")
+    run_well(*fit_options(without_faults, **settings), processes=1)
 
     pace = "[{class_path: saboteur.Pace, init_args: {seconds: 0.15}}]"
-    arguments = fit_options(run_dir, trainer__callbacks=pace, **more)
+    arguments = fit_options(run_dir, trainer__callbacks=pace, **settings)
     first = Job.node(tmp_path / "first", *arguments, port=port)
     wait_until_served(port)  # the node that is there first keeps the rendezvous
     second = Job.node(tmp_path / "second", *arguments, port=port)
@@ -165,7 +165,7 @@ def test_elastic_nodes_come_and_go(run_dir: str, tmp_path: Path) -> None:
     assert worlds[0] == 2
     assert 1 in worlds
     assert worlds[-1] == 2, worlds
-    found = scalars(run_dir)["train/loss"]
-    expected = scalars(whole)["train/loss"]
-    assert [step for step, _ in found] == [step for step, _ in expected]
-    assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-3, abs=1e-4)
+    losses = scalars(run_dir)["train/loss"]
+    expected = scalars(without_faults)["train/loss"]
+    assert [step for step, _ in losses] == [step for step, _ in expected]
+    assert [value for _, value in losses] == pytest.approx([value for _, value in expected], rel=1e-3, abs=1e-4)

@@ -37,9 +37,9 @@ def test_a_bucket_that_is_gone_for_good(run_dir: str, tmp_path: Path, proxy: Fau
     proxy.answer_503_for(3600, match="uploadType")
     assert job.wait(300) == 75, job.output
     assert "Traceback" not in job.output
-    found = re.search(r"The state is kept in (\S+)\.", job.output)
-    assert found is not None, job.output
-    assert "state_dict" in torch.load(found.group(1), weights_only=True)
+    match = re.search(r"The state is kept in (\S+)\.", job.output)
+    assert match is not None, job.output
+    assert "state_dict" in torch.load(match.group(1), weights_only=True)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def assert_nothing_lost(run_dir: str, uninterrupted: str, starts: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "target", "place"),
+    ("rank", "target", "phase"),
     [
         (0, "rank", "training"),
         (1, "rank", "training"),
@@ -39,12 +39,12 @@ def assert_nothing_lost(run_dir: str, uninterrupted: str, starts: int) -> None:
 )
 @pytest.mark.parametrize("name", ["SIGTERM"])
 def test_a_signal_to_any_rank_saves_and_stops_all(
-    rank: int, target: str, place: str, name: str, run_dir: str, uninterrupted: str, tmp_path: Path
+    rank: int, target: str, phase: str, name: str, run_dir: str, uninterrupted: str, tmp_path: Path
 ) -> None:
-    seed = f"{name} {rank} {target} {place}"
+    seed = f"{name} {rank} {target} {phase}"
     step = random.Random(seed).randint(1, len(STEPS) - 3)
     print(f"signal at step {step}, by seed {seed!r}")
-    plot = sabotage(tmp_path / "marker", step=step, rank=rank, name=name, target=target, place=place)
+    plot = sabotage(tmp_path / "marker", step=step, rank=rank, name=name, target=target, phase=phase)
     arguments = fit_options(run_dir, trainer__callbacks=plot)
     first = Job(tmp_path / "log", *arguments, processes=2, fresh=target == "launcher")
     assert first.wait() != 0

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.integration
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's bucket, as a folder, after the demo."""
     folder = tmp_path_factory.mktemp("demo")
-    shown = run_well("demo", "--folder", folder)
-    assert "job predict --run_dir gs://demo/runs/digits" in shown.stdout
+    result = run_well("demo", "--folder", folder)
+    assert "job predict --run_dir gs://demo/runs/digits" in result.stdout
     return folder / "buckets" / "demo"
 
 

@@ -26,8 +26,8 @@ def test_s3_to_s3(s3: str) -> None:
     assert [step for step, _ in scalars(f"{s3}/run")["train/loss"]] == list(range(12))
     assert checkpoint.manifests(f"{s3}/run")[-1].global_step == 12
     assert not storage.exists(f"{s3}/run/lease.json")
-    shown = run_well("predict", "--ckpt", f"{s3}/run", "--input", f"{s3}/colours/red/000.jpg")
-    assert "red/000.jpg" in shown.stdout
+    result = run_well("predict", "--ckpt", f"{s3}/run", "--input", f"{s3}/colours/red/000.jpg")
+    assert "red/000.jpg" in result.stdout
 
 
 def test_an_s3_compatible_store_without_credentials(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,19 +54,19 @@ def test_an_s3_compatible_store_without_credentials(s3: str, tmp_path: Path, mon
 def test_a_requester_pays_bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every request of ours says that the requester pays, as s3fs's own do."""
     storage.write_many(f"{s3}/paid", {"a.jpg": b"content"})
-    sent: list[tuple[str, object]] = []
+    requests: list[tuple[str, object]] = []
     reader = storage.Reader(f"{s3}/paid")
     fs = type(reader.store.fs)(requester_pays=True, skip_instance_cache=True)
     original = fs._call_s3
 
     async def call(method: str, *args: Any, **kwargs: Any) -> Any:
-        sent.append((method, kwargs.get("RequestPayer")))
+        requests.append((method, kwargs.get("RequestPayer")))
         return await original(method, *args, **kwargs)
 
     fs._call_s3 = call
     reader.store.fs = fs
     assert reader.read("a.jpg") == b"content"
-    assert sent == [("get_object", "requester")]
+    assert requests == [("get_object", "requester")]
 
 
 def test_an_archive_by_its_url(tmp_path: Path) -> None:
@@ -117,8 +117,8 @@ def test_an_s3_object_is_held_against_its_etag(s3: str, caplog: pytest.LogCaptur
     calls: list[str] = []
 
     def reader(flips: int, etag: str | None) -> storage.Reader:
-        found = storage.Reader(f"{s3}/checked")
-        original = type(found.store.fs)._call_s3.__get__(found.store.fs)
+        reader = storage.Reader(f"{s3}/checked")
+        original = type(reader.store.fs)._call_s3.__get__(reader.store.fs)
 
         async def call(method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
             calls.append(method)
@@ -127,8 +127,8 @@ def test_an_s3_object_is_held_against_its_etag(s3: str, caplog: pytest.LogCaptur
                 answer["Body"] = FlippedBody(answer["Body"])
             return {**answer, "ETag": etag or answer["ETag"]}
 
-        found.store.fs._call_s3 = call
-        return found
+        reader.store.fs._call_s3 = call
+        return reader
 
     assert reader(1, None).read("a.jpg") == b"content"
     assert calls == ["get_object"] * 2

@@ -27,8 +27,8 @@ def test_one_two_and_four_processes_give_the_same_losses(colours: Path, tmp_path
     for processes in (1, 2, 4):
         run_dir = str(tmp_path / str(processes))
         run_well("fit", *options(settings, data__root=colours, run_dir=run_dir), processes=processes)
-        found = scalars(run_dir)
-        losses[processes] = [value for _, value in found["train/loss"]] + [value for _, value in found["val/loss"]]
+        curves = scalars(run_dir)
+        losses[processes] = [value for _, value in curves["train/loss"]] + [value for _, value in curves["val/loss"]]
     assert len(losses[1]) == 8 * 3 + 8
     assert losses[2] == pytest.approx(losses[1], rel=1e-4)
     assert losses[4] == pytest.approx(losses[1], rel=1e-4)
@@ -87,13 +87,14 @@ def test_a_recipe_of_everything_learns_and_resumes_bit_for_bit(colours: Path, tm
     run_well("fit", *settings, "--run_dir", parts, "--trainer.max_epochs=2", processes=2)
     run_well("fit", *settings, "--run_dir", parts, processes=2)
     assert_same_weights(whole, parts)
-    found = scalars(whole)
-    assert found["train/loss"] == scalars(parts)["train/loss"]
-    assert found["val/accuracy"][-1][1] >= 0.9
+    curves = scalars(whole)
+    assert curves["train/loss"] == scalars(parts)["train/loss"]
+    assert curves["val/accuracy"][-1][1] >= 0.9
     run_well("validate", "--run_dir", whole, "--ckpt", f"{whole}/checkpoints/last")
-    again = json.loads((tmp_path / "whole" / "validate.json").read_text())["metrics"]["val/loss"]
-    assert again == pytest.approx(found["val/loss"][-1][1], rel=1e-5)  # of the average, not of the last step's weights
+    repeated = json.loads((tmp_path / "whole" / "validate.json").read_text())["metrics"]["val/loss"]
+    # The metrics are those of the averaged weights, not of the last step's.
+    assert repeated == pytest.approx(curves["val/loss"][-1][1], rel=1e-5)
     assert checkpoint.load(checkpoint.resolve(f"{whole}/checkpoints/last"))["training_weights"]
-    rates = [value for _, value in found["lr-AdamW/pg1"]]
+    rates = [value for _, value in curves["lr-AdamW/pg1"]]
     assert rates.index(max(rates)) == 4
-    assert len([tag for tag in found if tag.startswith("lr-AdamW/pg") and tag[-1].isdigit()]) == 2 * (1 + 8)
+    assert len([tag for tag in curves if tag.startswith("lr-AdamW/pg") and tag[-1].isdigit()]) == 2 * (1 + 8)

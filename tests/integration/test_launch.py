@@ -35,19 +35,19 @@ KUBEFLOW = {
 
 
 @pytest.mark.parametrize(
-    ("variables", "told"),
+    ("variables", "message"),
     [({"LAUNCH_PROCESSES": "2"}, "plain: alone (LAUNCH_PROCESSES=2)"), (KUBEFLOW, "Kubeflow: alone (PET_NNODES=1")],
     ids=["plain", "kubeflow"],
 )
-def test_alone_with_two_processes(variables: dict[str, str], told: str, colours: Path, tmp_path: Path) -> None:
-    done = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), fresh=True, **variables)
-    assert done.returncode == 0, done.stderr
-    assert told in done.stderr
-    assert "2 process(es)" in done.stdout
+def test_alone_with_two_processes(variables: dict[str, str], message: str, colours: Path, tmp_path: Path) -> None:
+    result = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), fresh=True, **variables)
+    assert result.returncode == 0, result.stderr
+    assert message in result.stderr
+    assert "2 process(es)" in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("settings", "variables", "code", "told"),
+    ("settings", "variables", "code", "message"),
     [
         ({"data.root": "/no/such/folder"}, {}, 2, "no such bucket, object or folder"),
         ({}, {"JOB_COMPLETION_INDEX": "3"}, 2, "LAUNCH_NODES does not say how many"),
@@ -55,27 +55,27 @@ def test_alone_with_two_processes(variables: dict[str, str], told: str, colours:
     ],
 )
 def test_the_exit_code_is_the_ranks_own(
-    settings: dict[str, object], variables: dict[str, str], code: int, told: str, tmp_path: Path
+    settings: dict[str, object], variables: dict[str, str], code: int, message: str, tmp_path: Path
 ) -> None:
     arguments = options({**TINY, "data.root": "x", "run_dir": tmp_path / "run", **settings})
-    done = run("launch", "fit", *arguments, LAUNCH_PROCESSES="2", **variables)
-    assert done.returncode == code, done.stderr
-    assert told in done.stderr
+    result = run("launch", "fit", *arguments, LAUNCH_PROCESSES="2", **variables)
+    assert result.returncode == code, result.stderr
+    assert message in result.stderr
 
 
 def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
     """torch elastic restarts the ranks, which would make the same mistake again."""
     arguments = options({**TINY, "data.root": "/no/such/folder", "run_dir": tmp_path / "run"})
-    done = run("launch", "fit", *arguments, LAUNCH_PROCESSES="2", LAUNCH_RESTARTS="2")
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("job: error (rank 0)") == 1
-    assert "Traceback" not in done.stderr
+    result = run("launch", "fit", *arguments, LAUNCH_PROCESSES="2", LAUNCH_RESTARTS="2")
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("job: error (rank 0)") == 1
+    assert "Traceback" not in result.stderr
 
 
 def test_a_command_that_is_none() -> None:
-    done = run("launch", "--data.root", "x")
-    assert done.returncode == 2
-    assert "launch takes another command" in done.stderr
+    result = run("launch", "--data.root", "x")
+    assert result.returncode == 2
+    assert "launch takes another command" in result.stderr
 
 
 def rank_processes(launcher: int) -> list[int]:
@@ -208,9 +208,9 @@ def test_two_pods_of_an_indexed_job_train_together(pods: list[list[str]], colour
             )
         time.sleep(3 if n else 0)
     codes = [process.wait(180) for process in processes]
-    told = "\n".join(log.read_text() for log in logs)
-    assert codes == [0, 0], told
-    assert "Indexed Job: node 1 of 2, meeting at train-0.train:29400" in told
+    output = "\n".join(log.read_text() for log in logs)
+    assert codes == [0, 0], output
+    assert "Indexed Job: node 1 of 2, meeting at train-0.train:29400" in output
     run_well("fit", *options(TINY, data__root=colours, run_dir=tmp_path / "alone"))
     together, alone = scalars(str(tmp_path / "run")), scalars(str(tmp_path / "alone"))
     assert [step for step, _ in together["train/loss"]] == [step for step, _ in alone["train/loss"]]
@@ -228,9 +228,9 @@ def test_a_trial_of_vertex_ai(colours: Path, tmp_path: Path) -> None:
         "AIP_TENSORBOARD_LOG_DIR": str(tmp_path / "vertex" / "tensorboard"),
         "LAUNCH_PROCESSES": "2",
     }
-    done = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), **variables)
-    assert done.returncode == 0, done.stderr
-    assert "Vertex AI: alone" in done.stderr
+    result = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), **variables)
+    assert result.returncode == 0, result.stderr
+    assert "Vertex AI: alone" in result.stderr
     assert not (tmp_path / "run" / "tensorboard").exists()
     lines = (tmp_path / "hypertune" / "output.metrics").read_text().splitlines()
     reported = [json.loads(line) for line in lines]

@@ -30,8 +30,8 @@ def colours(tmp_path: Path) -> Path:
 def config(run_dir: Path, colours: Path, **more: Any) -> dict[str, Any]:
     """The tiny run as a mapping in the form of config.yaml; ``a__b`` stands for ``a: {b: …}``."""
     tree: dict[str, Any] = {"run_dir": run_dir}
-    given = {name.replace("__", "."): value for name, value in more.items()}
-    for name, value in {**TINY, "trainer.max_epochs": 1, "data.root": colours, **given}.items():
+    overrides = {name.replace("__", "."): value for name, value in more.items()}
+    for name, value in {**TINY, "trainer.max_epochs": 1, "data.root": colours, **overrides}.items():
         *groups, option = name.split(".")
         level = tree
         for group in groups:
@@ -61,12 +61,12 @@ def test_a_saved_configuration_is_one_that_fit_takes(colours: Path, tmp_path: Pa
     """From a file, as the verb does: both give the same weights."""
     job.fit(config(tmp_path / "run", colours))
     saved = tmp_path / "run" / "config.yaml"
-    again = tmp_path / "again.yaml"
-    again.write_text(saved.read_text().replace(str(tmp_path / "run"), str(tmp_path / "again")))
-    job.fit(again)
-    ended = run_here("fit", "--config", saved, "--run_dir", tmp_path / "verb", threads=torch.get_num_threads())
-    assert ended.returncode == 0, ended.output
-    assert "Finished" in ended.output
+    edited = tmp_path / "again.yaml"
+    edited.write_text(saved.read_text().replace(str(tmp_path / "run"), str(tmp_path / "again")))
+    job.fit(edited)
+    outcome = run_here("fit", "--config", saved, "--run_dir", tmp_path / "verb", threads=torch.get_num_threads())
+    assert outcome.returncode == 0, outcome.output
+    assert "Finished" in outcome.output
     assert_same_weights(str(tmp_path / "run"), str(tmp_path / "again"))
     assert_same_weights(str(tmp_path / "run"), str(tmp_path / "verb"))
 

@@ -55,41 +55,41 @@ def spelt(marker: Path) -> dict[str, tuple[str, object]]:
     rest = {"class_path": "subprocess.Popen", "dict_kwargs": {"args": f"touch {marker}", "shell": True}}
     ddp = "pytorch_lightning.strategies.DDPStrategy"
     lambda_ = "torchvision.transforms.v2.Lambda"
-    own = {"class_path": "planted.Planted", "init_args": {"path": str(marker)}}
+    planted = {"class_path": "planted.Planted", "init_args": {"path": str(marker)}}
     return {
         "strategy's object": ("trainer.strategy", {"class_path": ddp, "init_args": {"ddp_comm_state": shell}}),
         "flat arguments": ("trainer.strategy", {"class_path": ddp, "init_args": {"ddp_comm_state": flat}}),
         "dict_kwargs": ("trainer.strategy", {"class_path": ddp, "dict_kwargs": {"anything": rest}}),
         "short name": ("trainer.strategy", {"class_path": "DDPStrategy", "init_args": {"ddp_comm_state": shell}}),
-        "callback": ("trainer.callbacks", [own]),
-        "one callback": ("trainer.callbacks", own),
+        "callback": ("trainer.callbacks", [planted]),
+        "one callback": ("trainer.callbacks", planted),
         "bare callback": ("trainer.callbacks", "planted.Planted"),
-        "plugin": ("trainer.plugins", [own]),
-        "logger in profiler": ("trainer.profiler", own),
-        "accelerator": ("trainer.accelerator", own),
-        "precision": ("trainer.precision", own),
-        "optimizer": ("model.optimizer", own),
+        "plugin": ("trainer.plugins", [planted]),
+        "logger in profiler": ("trainer.profiler", planted),
+        "accelerator": ("trainer.accelerator", planted),
+        "precision": ("trainer.precision", planted),
+        "optimizer": ("model.optimizer", planted),
         "bare optimizer": ("model.optimizer", "planted.Planted"),
         "optimizer's argument": ("model.optimizer", {"class_path": "torch.optim.SGD", "init_args": {"lr": shell}}),
-        "scheduler": ("model.lr_scheduler", own),
+        "scheduler": ("model.lr_scheduler", planted),
         "callable by its path": (
             "model.lr_scheduler",
             {"class_path": "torch.optim.lr_scheduler.LambdaLR", "init_args": {"lr_lambda": "planted.run"}},
         ),
-        "transform": ("data.augment", own),
+        "transform": ("data.augment", planted),
         "transform's callable": ("data.augment", {"class_path": lambda_, "init_args": {"lambd": "planted.run"}}),
         "nested transform": (
             "data.augment",
-            {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": [shell, own]}},
+            {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": [shell, planted]}},
         ),
-        "plain parameter": ("model.hidden", own),
-        "list": ("model.hidden", [own]),
-        "string": ("model.backbone", own),
+        "plain parameter": ("model.hidden", planted),
+        "list": ("model.hidden", [planted]),
+        "string": ("model.backbone", planted),
         "float": ("data.val_fraction", shell),
-        "data": ("data.root", [own]),
-        "monitor": ("checkpoint.monitor", own),
-        "seed": ("seed_everything", own),
-        "section": ("model", own),
+        "data": ("data.root", [planted]),
+        "monitor": ("checkpoint.monitor", planted),
+        "seed": ("seed_everything", planted),
+        "section": ("model", planted),
         "file as section": ("trainer", "/etc/passwd"),
         "config in the file": ("config", "planted.yaml"),
         "path mark": ("data.__path__", "/etc/passwd"),
@@ -180,9 +180,9 @@ def test_a_configuration_that_cannot_be_read_is_not_taken_for_a_missing_one(vali
 
 
 def test_the_users_own_configuration_is_taken_in_its_place(validated, tmp_path: Path, finished: Path) -> None:
-    own = tmp_path / "own.yaml"
-    own.write_text((finished / "config.yaml").read_text())
-    result = validated(None, b"\xff", "--config", own)
+    user_config = tmp_path / "own.yaml"
+    user_config.write_text((finished / "config.yaml").read_text())
+    result = validated(None, b"\xff", "--config", user_config)
     assert result.returncode == 0, result.output
 
 

@@ -61,10 +61,10 @@ def test_a_fit_saves_and_the_same_command_goes_on(name: str, code: int, colours:
 def test_a_measurement_ends_with_one_line(colours: Path, tmp_path: Path) -> None:
     arguments = options(TINY, data__root=colours, run_dir=tmp_path / "run", trainer__max_epochs=1)
     assert run_here("fit", *arguments).returncode == 0
-    done = run_here("validate", *arguments, f"--trainer.callbacks={interrupting('SIGINT')}")
-    assert done.returncode == 130, done.output
-    assert done.output.endswith("\njob: stopped by SIGINT.\n")
-    assert "Traceback" not in done.output
+    outcome = run_here("validate", *arguments, f"--trainer.callbacks={interrupting('SIGINT')}")
+    assert outcome.returncode == 130, outcome.output
+    assert outcome.output.endswith("\njob: stopped by SIGINT.\n")
+    assert "Traceback" not in outcome.output
 
 
 def test_an_unexpected_error_has_a_code_and_a_line_of_its_own(colours: Path, tmp_path: Path) -> None:
@@ -72,14 +72,14 @@ def test_an_unexpected_error_has_a_code_and_a_line_of_its_own(colours: Path, tmp
     broken = json.dumps([{"class_path": "test_stopping.Broken"}])
     arguments = ["fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), f"--trainer.callbacks={broken}"]
     for _ in range(attempts.MAX_FAILED):
-        done = run_here(*arguments)
-        assert done.returncode == 70, done.output
-        assert "Traceback" in done.output
-        assert done.output.splitlines()[-1].startswith("job: unexpected error: KeyError: 'lost'.")
-    done = run_here(*arguments)
-    assert done.returncode == 2
-    assert "5 consecutive attempts ended without a new checkpoint" in done.output
-    assert "KeyError: 'lost'" in done.output
+        outcome = run_here(*arguments)
+        assert outcome.returncode == 70, outcome.output
+        assert "Traceback" in outcome.output
+        assert outcome.output.splitlines()[-1].startswith("job: unexpected error: KeyError: 'lost'.")
+    outcome = run_here(*arguments)
+    assert outcome.returncode == 2
+    assert "5 consecutive attempts ended without a new checkpoint" in outcome.output
+    assert "KeyError: 'lost'" in outcome.output
 
 
 class Broken(Callback):

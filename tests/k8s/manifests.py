@@ -31,10 +31,10 @@ Manifest = dict[str, Any]
 @functools.cache
 def render(name: str) -> str:
     """What ``kubectl apply -k`` would send."""
-    done = subprocess.run(["kubectl", "kustomize", str(KUSTOMIZATIONS[name])], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr, done.stderr  # warnings of what is deprecated
-    return done.stdout
+    result = subprocess.run(["kubectl", "kustomize", str(KUSTOMIZATIONS[name])], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr, result.stderr  # warnings of what is deprecated
+    return result.stdout
 
 
 def rendered(name: str) -> list[Manifest]:
@@ -65,7 +65,7 @@ def environment_of(container: Manifest, fields: dict[str, str]) -> dict[str, str
     values: dict[str, str] = {}
     for variable in container.get("env", []):
         if "value" in variable:
-            values[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], variable["value"])
+            values[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], variable["value"])
         else:
             values[variable["name"]] = fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
     return values

@@ -87,10 +87,10 @@ def test_what_any_table_may_name(table: str, entry: str) -> None:
     ],
 )
 def test_a_table_elsewhere_names_neither_local_files_nor_rarer_filesystems(table: str, entry: str) -> None:
-    found = problem(table, entry)
-    assert "row 7" in found
-    assert redact(entry) in found
-    assert "--data.allow" in found
+    results = problem(table, entry)
+    assert "row 7" in results
+    assert redact(entry) in results
+    assert "--data.allow" in results
 
 
 def test_a_table_names_its_own_filesystem() -> None:
@@ -141,9 +141,9 @@ INTERNAL = [
 @pytest.mark.parametrize("table", [REMOTE, LOCAL])
 @pytest.mark.parametrize("entry", [*INTERNAL, "http:///a.jpg", "http://[::1/a.jpg"])
 def test_no_table_names_an_internal_address(table: str, entry: str) -> None:
-    found = problem(table, entry)
-    assert "row 7" in found
-    assert "--data.allow" in found
+    message = problem(table, entry)
+    assert "row 7" in message
+    assert "--data.allow" in message
     if entry in INTERNAL:
         host = entry.split("/")[2]
         assert problem(table, entry, from_options(host.split("#")[0].rpartition("@")[2], [table])) == ""
@@ -193,10 +193,10 @@ def test_an_index_names_no_more_than_what_is_allowed() -> None:
     access.require_sources(["/mnt/images"], "gs://b/run/index", local=False)
 
 
-@pytest.mark.parametrize("wrong", ["", " 127.0.0.1", "simplecache::file:///", "a b", "[::1"])
-def test_allow_takes_hosts_and_prefixes(wrong: str) -> None:
+@pytest.mark.parametrize("value", ["", " 127.0.0.1", "simplecache::file:///", "a b", "[::1"])
+def test_allow_takes_hosts_and_prefixes(value: str) -> None:
     with pytest.raises(ConfigError, match=r"--data\.allow"):
-        from_options(wrong, [])
+        from_options(value, [])
 
 
 def test_addresses() -> None:
@@ -265,13 +265,13 @@ def test_redirects_and_names_lead_to_no_internal_address(
         folder = tmp_path / "-".join(("index", *allow)).replace(":", "_")
         folder.mkdir()
         build({"root": [str(tmp_path / "t.csv")]}, folder, str(tmp_path), "parts", access=access)
-        index, found = Index(folder, "train", access), []
+        index, message = Index(folder, "train", access), []
         for sample in range(3):
             try:
-                found.append(read(index, [sample])[0])
+                message.append(read(index, [sample])[0])
             except DataError as error:
-                found.append(str(error))
-        return found
+                message.append(str(error))
+        return message
 
     first, redirected, named = contents()
     assert first == picture((9, 9, 9), 1)
@@ -332,10 +332,10 @@ def test_a_runs_index_reads_what_the_command_line_names(tmp_path: Path, monkeypa
 
     start()
     (entry,) = [file for file in storage.list_files("memory://access/run") if file.key.endswith(".json")]
-    told = json.loads(storage.read_bytes(f"memory://access/run/{entry.key}"))
+    info = json.loads(storage.read_bytes(f"memory://access/run/{entry.key}"))
     start()
     for uri, reason in (("/etc", "is a local file"), ("http://169.254.169.254/x", "link-local")):
-        told["sources"][0]["uri"] = uri
-        storage.write_text(f"memory://access/run/{entry.key}", json.dumps(told))
+        info["sources"][0]["uri"] = uri
+        storage.write_text(f"memory://access/run/{entry.key}", json.dumps(info))
         with pytest.raises(DataError, match=reason):
             start()

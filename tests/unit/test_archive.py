@@ -158,19 +158,19 @@ def test_gzip_is_unpacked_within_limits(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_damaged_archive_ends_in_a_message(suffix: str, tmp_path: Path) -> None:
     """Through the index and the reading of samples; nothing but DataError and StorageError comes out."""
     rng = random.Random(suffix)
-    sound = zip_of(FILES) if suffix == "zip" else tar_of({**FILES, **LABELLED})
-    sound = gzip.compress(sound) if suffix == "tar.gz" else sound
+    intact = zip_of(FILES) if suffix == "zip" else tar_of({**FILES, **LABELLED})
+    intact = gzip.compress(intact) if suffix == "tar.gz" else intact
     path = tmp_path / f"archive.{suffix}"
     refused = 0
     for _ in range(60):
-        content = bytearray(sound)
+        content = bytearray(intact)
         for _ in range(rng.randint(1, 4)):
             # A zip's directory stands at its end, tar's headers everywhere.
             first = max(len(content) - 300, 0) if suffix == "zip" and rng.random() < 0.7 else 0
-            place = rng.randrange(first, len(content))
+            position = rng.randrange(first, len(content))
             if suffix == "tar":
-                place = place // 512 * 512 + rng.choice([0, 124, 130, 156, 257, 345])
-            content[place : place + 4] = rng.choice([rng.randbytes(4), b"\xff" * 4, b"\x80\0\0\0"])
+                position = position // 512 * 512 + rng.choice([0, 124, 130, 156, 257, 345])
+            content[position : position + 4] = rng.choice([rng.randbytes(4), b"\xff" * 4, b"\x80\0\0\0"])
         path.write_bytes(content)
         try:
             index = index_of(path, layout="images")
@@ -187,23 +187,23 @@ def test_a_file_too_large_for_an_image_is_a_bad_sample(tmp_path: Path, monkeypat
     (tmp_path / "red" / "b.jpg").write_bytes(bytes(5001))
     (tmp_path / "list.csv").write_text("uri,label\nred/a.jpg,red\nred/b.jpg,red\n")
     for uri in (tmp_path / "red", tmp_path / "list.csv"):
-        found = read(index_of(uri, layout="images"), [0, 1])
-        assert found[0] == FILES["red/000.jpg"]
-        assert "larger than 5,000 bytes" in str(found[1])
+        samples = read(index_of(uri, layout="images"), [0, 1])
+        assert samples[0] == FILES["red/000.jpg"]
+        assert "larger than 5,000 bytes" in str(samples[1])
 
 
 def test_a_pipe_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("uri,label\npipe.jpg,red\n")
     os.mkfifo(tmp_path / "pipe.jpg")
-    (found,) = read(index_of(tmp_path / "list.csv", layout="images"), [0])
-    assert isinstance(found, DataError)
-    assert str(found).startswith("cannot be read: it is no regular file")
+    (sample,) = read(index_of(tmp_path / "list.csv", layout="images"), [0])
+    assert isinstance(sample, DataError)
+    assert str(sample).startswith("cannot be read: it is no regular file")
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "manifest"])
 def test_what_is_read_ahead_is_bounded(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of images that deflate well, and of images whose size no listing tells."""
-    blank = picture((0, 0, 0), 0, form="BMP")
+    blank = picture((0, 0, 0), 0, file_format="BMP")
     large = blank + bytes(200_000)  # what lies behind a bitmap does not matter
     files = {f"red/{n:03}.bmp": large for n in range(64)}
     for name, content in files.items():

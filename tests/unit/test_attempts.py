@@ -44,9 +44,9 @@ def test_what_does_not_count(error: BaseException, tmp_path: Path) -> None:
     start(tmp_path, RuntimeError("once"))
     for _ in range(3 * attempts.MAX_LOST):
         start(tmp_path, error)
-    found = attempts.read(str(tmp_path))
-    assert found is not None
-    assert (found.failed, found.lost) == (1, 0)
+    attempt = attempts.read(str(tmp_path))
+    assert attempt is not None
+    assert (attempt.failed, attempt.lost) == (1, 0)
 
 
 def test_starts_that_vanish_are_bounded_too(tmp_path: Path) -> None:

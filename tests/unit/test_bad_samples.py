@@ -55,9 +55,9 @@ def test_a_limit_is_a_number_or_a_share(value: int | str, sizes: dict[str, int],
     bad = {("train", sample): f"gs://b/{sample}.jpg is damaged" for sample in range(allowed)}
     limit.require_few(bad, sizes, "--data.max_bad_samples")
     bad["train", allowed] = "gs://b/last.jpg is damaged"
-    with pytest.raises(DataError, match=rf"^{allowed + 1} unreadable .*, {allowed} .*allowed:\n") as caught:
+    with pytest.raises(DataError, match=rf"^{allowed + 1} unreadable .*, {allowed} .*allowed:\n") as excinfo:
         limit.require_few(bad, sizes, "--data.max_bad_samples")
-    assert "is damaged\nRepair or remove them, or allow some by --data.max_bad_samples." in str(caught.value)
+    assert "is damaged\nRepair or remove them, or allow some by --data.max_bad_samples." in str(excinfo.value)
 
 
 @pytest.mark.parametrize("value", [-1, 0.5, "0.5", "100%", "%", "1e3", "1/2", "", True, "-1%", "\u0663", "9" * 20])

@@ -91,16 +91,16 @@ def stopping(**settings: object) -> str:
 def test_an_early_stopped_run_stays_ended_until_its_callback_changes(tmp_path: Path, colours: Path) -> None:
     first = fit(tmp_path, colours, trainer__callbacks=stopping(), trainer__max_epochs=9)
     assert first.returncode == 0, first.output
-    ended, report = steps(tmp_path), json.loads((tmp_path / "run/report.json").read_text())
-    assert ended[-1] == (2, 0, 8)
-    again = fit(tmp_path, colours, trainer__callbacks=stopping(), trainer__max_epochs=9)
-    assert steps(tmp_path) == ended
-    assert "stopped this run after epoch" in again.output
-    assert "larger patience" in again.output
+    steps_before, report = steps(tmp_path), json.loads((tmp_path / "run/report.json").read_text())
+    assert steps_before[-1] == (2, 0, 8)
+    repeated = fit(tmp_path, colours, trainer__callbacks=stopping(), trainer__max_epochs=9)
+    assert steps(tmp_path) == steps_before
+    assert "stopped this run after epoch" in repeated.output
+    assert "larger patience" in repeated.output
     assert json.loads((tmp_path / "run/report.json").read_text()) == report  # with its images/s
-    more = fit(tmp_path, colours, trainer__callbacks=stopping(patience=3), trainer__max_epochs=9)
-    assert more.returncode == 0, more.output
-    assert "EarlyStopping's patience was 1, is 3" in more.output
+    continued = fit(tmp_path, colours, trainer__callbacks=stopping(patience=3), trainer__max_epochs=9)
+    assert continued.returncode == 0, continued.output
+    assert "EarlyStopping's patience was 1, is 3" in continued.output
     assert steps(tmp_path)[-1] == (4, 0, 16)  # patience 3 held, not the 1 of the checkpoint
 
 
@@ -161,17 +161,19 @@ def test_other_validation_samples_are_named(tmp_path: Path, colours: Path) -> No
             trainer__max_epochs=epochs,
             features__use="never",
         )
-        done = run_here("fit", *settings)
-        assert done.returncode == 0, done.output
-    assert "the validation samples changed from 40 images" in done.output
+        outcome = run_here("fit", *settings)
+        assert outcome.returncode == 0, outcome.output
+    assert "the validation samples changed from 40 images" in outcome.output
     assert len(ranked(checkpoint.manifests(str(tmp_path / "run")))) == 1
 
 
 def test_the_report_leads_with_the_checkpoint_that_predicts(tmp_path: Path, colours: Path) -> None:
     """With a learning rate so high that the loss rises, the best is not the last."""
     optimizer = "{class_path: torch.optim.SGD, init_args: {lr: 3.0}}"
-    done = fit(tmp_path, colours, model__optimizer=optimizer, checkpoint__monitor="val/loss", checkpoint__keep_last=9)
-    assert done.returncode == 0, done.output
+    outcome = fit(
+        tmp_path, colours, model__optimizer=optimizer, checkpoint__monitor="val/loss", checkpoint__keep_last=9
+    )
+    assert outcome.returncode == 0, outcome.output
     report = json.loads((tmp_path / "run/report.json").read_text(), parse_constant=pytest.fail)
     manifests = checkpoint.manifests(str(tmp_path / "run"))
     best = min(manifests, key=lambda m: m.metrics["val/loss"] or 0)
@@ -179,7 +181,7 @@ def test_the_report_leads_with_the_checkpoint_that_predicts(tmp_path: Path, colo
     assert report["metrics"] == report["checkpoints"]["best"]["metrics"] == best.metrics
     assert report["checkpoints"]["last"]["metrics"] == manifests[-1].metrics
     assert sum(map(sum, report["confusion_matrix"]["counts"])) == 8
-    assert re.search(r"best checkpoint.*last checkpoint", done.output, re.DOTALL)
+    assert re.search(r"best checkpoint.*last checkpoint", outcome.output, re.DOTALL)
 
 
 def test_images_per_second_counts_images_that_were_trained_on(
@@ -224,8 +226,8 @@ class Score:
 def test_what_is_saved_can_be_loaded(tmp_path: Path, colours: Path) -> None:
     callbacks = json.dumps([{"class_path": "test_best.NumpyScore"}])
     for epochs in (1, 2):
-        done = fit(tmp_path, colours, trainer__callbacks=callbacks, trainer__max_epochs=epochs)
-        assert done.returncode == 0, done.output
+        outcome = fit(tmp_path, colours, trainer__callbacks=callbacks, trainer__max_epochs=epochs)
+        assert outcome.returncode == 0, outcome.output
     hostile = callbacks.replace("}", ', "init_args": {"hostile": true}}')
     refused = fit(tmp_path / "other", colours, trainer__callbacks=hostile)
     assert refused.returncode == 2, refused.output

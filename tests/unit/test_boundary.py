@@ -249,7 +249,7 @@ def test_parts_by_their_usual_names(pack: Pack, names: dict[str, str], tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         (["set1_train", "set2_train"], "set1_train/ and set2_train/"),
         (["fold1", "fold2", "fold3"], "fold1/, fold2/ and fold3/"),
@@ -264,12 +264,12 @@ def test_parts_by_their_usual_names(pack: Pack, names: dict[str, str], tmp_path:
         (["train", "train_extra"], "train/ and train_extra/"),
     ],
 )
-def test_parts_that_are_not_clear_are_refused_with_a_question(names: list[str], told: str, tmp_path: Path) -> None:
+def test_parts_that_are_not_clear_are_refused_with_a_question(names: list[str], message: str, tmp_path: Path) -> None:
     uri = on_disk({key: IMAGE for name in names for key in classes(f"{name}/")}, tmp_path)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError) as excinfo:
         index_parts(uri)
-    assert told in str(caught.value)
-    assert "--data.train" in str(caught.value)
+    assert message in str(excinfo.value)
+    assert "--data.train" in str(excinfo.value)
 
 
 @pytest.mark.parametrize(
@@ -409,13 +409,13 @@ def test_a_class_that_training_lacks_is_an_error(tmp_path: Path) -> None:
 def test_messages_about_tables_do_not_speak_of_folders(tmp_path: Path) -> None:
     table = tmp_path / "l.csv"
     table.write_text("uri,label,split\n0.jpg,a,train\n1.jpg,b,train\n2.jpg,c,val\n")
-    with pytest.raises(DataError, match="are of class c") as caught:
+    with pytest.raises(DataError, match="are of class c") as excinfo:
         index_parts(table)
-    assert "folder" not in str(caught.value)
+    assert "folder" not in str(excinfo.value)
     table.write_text("uri,label\n0.jpg,a\n1.jpg,a\n")
-    with pytest.raises(DataError, match=r"a single class \(a\)") as caught:
+    with pytest.raises(DataError, match=r"a single class \(a\)") as excinfo:
         index_parts(table)
-    assert "folder" not in str(caught.value)
+    assert "folder" not in str(excinfo.value)
 
 
 def test_empty_class_folders_are_named_and_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

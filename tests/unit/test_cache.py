@@ -80,7 +80,7 @@ def test_writers_that_are_killed_leave_a_cache_that_is_right_and_bounded(tmp_pat
         "    assert found in (None, content(number)), number\n"
         "    cache.put(str(number), content(number))\n"
     )
-    most = 0
+    largest = 0
 
     def start(seed: int) -> subprocess.Popen[str]:
         line = [sys.executable, "-c", code, str(seed)]
@@ -94,7 +94,7 @@ def test_writers_that_are_killed_leave_a_cache_that_is_right_and_bounded(tmp_pat
         for number in range(4):
             deadline = time.monotonic() + 1
             while time.monotonic() < deadline:
-                most = max(most, stored_bytes(tmp_path / "cache"))
+                largest = max(largest, stored_bytes(tmp_path / "cache"))
             assert [writer.poll() for writer in writers] == [-signal.SIGKILL] * min(number, 2) + [None] * (
                 4 - min(number, 2)
             )
@@ -105,7 +105,7 @@ def test_writers_that_are_killed_leave_a_cache_that_is_right_and_bounded(tmp_pat
         for writer in writers:
             writer.kill()
             writer.wait()
-    assert limit / 2 < most <= limit + 5 * (ACCOUNTED_BYTES + 21_000)
+    assert limit / 2 < largest <= limit + 5 * (ACCOUNTED_BYTES + 21_000)
     cache = opened(tmp_path / "cache", limit)
     assert stored_bytes(tmp_path / "cache") <= limit
     assert all(cache.get(str(number)) in (None, content(number)) for number in range(400))

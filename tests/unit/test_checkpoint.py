@@ -90,9 +90,9 @@ def test_a_bad_newest_checkpoint_is_named_and_an_older_one_used(
         manifest.write_bytes(manifest.read_bytes()[:50])
     else:
         newest.unlink()
-    found = checkpoint.newest_verified(run_dir)
-    assert found is not None
-    assert found.global_step == 10
+    verified = checkpoint.newest_verified(run_dir)
+    assert verified is not None
+    assert verified.global_step == 10
     if damage != "no manifest":  # that one was never finished: nothing went wrong
         assert "step=00000020" in caplog.text
     if damage in ("truncated", "halved", "flipped"):
@@ -113,9 +113,9 @@ def test_a_failed_upload_is_raised_and_the_state_kept(tmp_path: Path, monkeypatc
     (tmp_path / "file").write_text("in the way")
     io = BackgroundCheckpointIO(upload_seconds=1)
     io.save_checkpoint(state(10), f"{tmp_path}/file/checkpoints/epoch=000-step=00000010.ckpt")
-    with pytest.raises(StorageError, match="could not be saved") as caught:
+    with pytest.raises(StorageError, match="could not be saved") as excinfo:
         io.wait()
-    kept = Path(str(caught.value).rpartition("kept in ")[2].rstrip("."))
+    kept = Path(str(excinfo.value).rpartition("kept in ")[2].rstrip("."))
     assert torch.load(kept, weights_only=True)["state_dict"]["w"][0] == 10
     assert (kept.stat().st_mode & 0o777, kept.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     io.wait()  # raised once

@@ -122,20 +122,20 @@ def test_manifests_of_format_1_are_read(run_dir: str) -> None:
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=40), st.integers(0, 10**6), st.integers(0, 60))
-def test_mutated_manifests_give_a_manifest_or_a_message(patch: bytes, place: int, removed: int) -> None:
-    good = encode_manifest(
+def test_mutated_manifests_give_a_manifest_or_a_message(patch: bytes, position: int, removed: int) -> None:
+    intact = encode_manifest(
         Manifest("epoch=001-step=00000004.ckpt", 9, "0" * 64, 1, 0, 4, "val/loss", "min", {"val/loss": 0.5})
     )
-    start = place % len(good)
-    content = good[:start] + patch + good[start + removed :]
+    start = position % len(intact)
+    content = intact[:start] + patch + intact[start + removed :]
     try:
-        found = decode_manifest("m.json", content)
+        manifest = decode_manifest("m.json", content)
     except CheckpointError as error:
         assert "m.json" in str(error)
     else:
-        assert found.file.startswith("epoch=")
-        assert "/" not in found.file
-        assert 0 <= found.global_step < 2**53
+        assert manifest.file.startswith("epoch=")
+        assert "/" not in manifest.file
+        assert 0 <= manifest.global_step < 2**53
 
 
 @pytest.mark.parametrize("content", [b"[" * 200_000, b'{"format": ' * 99_000, b"\xff\xfe", b"null", b"{}", b""])
@@ -170,10 +170,10 @@ def test_confusion_matrices_lie_beside_their_checkpoint(run_dir: str) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_confusion_files_that_agree_with_their_manifest_may_hold_anything(data: st.DataObject) -> None:
-    good = confusion.encode(torch.tensor([[4, 1], [0, 3]]))
-    content = bytearray(good)
-    for place in data.draw(st.lists(st.integers(0, len(good) - 1), max_size=8)):
-        content[place] = data.draw(st.integers(0, 255))
+    intact = confusion.encode(torch.tensor([[4, 1], [0, 3]]))
+    content = bytearray(intact)
+    for position in data.draw(st.lists(st.integers(0, len(intact) - 1), max_size=8)):
+        content[position] = data.draw(st.integers(0, 255))
     uri = "memory://confusion/file"
     storage.write_bytes(uri, bytes(content))
     try:
@@ -185,8 +185,8 @@ def test_confusion_files_that_agree_with_their_manifest_may_hold_anything(data: 
 
 
 def test_few_classes_are_reported_whole_and_many_by_cell() -> None:
-    few = confusion.as_json(confusion.cells(torch.tensor([[4, 1], [0, 3]])), 2)
-    assert few["counts"] == [[4, 1], [0, 3]]
+    small = confusion.as_json(confusion.cells(torch.tensor([[4, 1], [0, 3]])), 2)
+    assert small["counts"] == [[4, 1], [0, 3]]
     many = confusion.as_json(confusion.cells(torch.eye(5000, dtype=torch.int64)), 5000, "uri")
     assert many["true_predicted_count"][7] == [7, 7, 1]
     assert len(msgspec.json.encode(many)) < 200_000
@@ -201,8 +201,8 @@ def mutated(value: Any, dice: random.Random) -> Any:
             return {k: v for k, v in value.items() if k != key}
         return {**value, key: mutated(value[key], dice)}
     if isinstance(value, list) and value and dice.random() < 0.9:
-        place = dice.randrange(len(value))
-        return [*value[:place], mutated(value[place], dice), *value[place + 1 :]]
+        position = dice.randrange(len(value))
+        return [*value[:position], mutated(value[position], dice), *value[position + 1 :]]
     return other
 
 

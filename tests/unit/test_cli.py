@@ -38,9 +38,9 @@ def test_a_misspelt_option_is_refused_before_anything_is_imported(args: list[str
     if expected is None:
         require_known_options("fit", args)
         return
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         require_known_options("fit", args)
-    assert str(caught.value) == expected
+    assert str(excinfo.value) == expected
 
 
 def test_types_are_written_alike_whatever_typing_has_cached() -> None:

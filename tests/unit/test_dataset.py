@@ -32,15 +32,15 @@ def test_augmentation_depends_on_seed_epoch_and_sample_alone(preprocessing: Prep
     index = index_of(colours)
 
     def images(world_size: int, seed: int = 3, epoch: int = 1) -> dict[int, torch.Tensor]:
-        found = {}
+        images_by_sample = {}
         for rank in range(world_size):
             sampler = ResumableBatchSampler(len(index), 8, rank=rank, world_size=world_size, seed=0, shuffle=True)
             sampler.set_epoch(epoch)
             dataset = ImageDataset(index, sampler, preprocessing, seed=seed)
             for plan in sampler:
                 batch = dataset[plan]
-                found.update(zip(batch["sample"].tolist(), batch["image"], strict=True))
-        return found
+                images_by_sample.update(zip(batch["sample"].tolist(), batch["image"], strict=True))
+        return images_by_sample
 
     torch.manual_seed(1)
     first = images(1)
@@ -99,8 +99,8 @@ def test_torchvisions_own_policies(transform: v2.Transform, colours: Path) -> No
     sampler = ResumableBatchSampler(40, 40, rank=0, world_size=1, seed=0, shuffle=False)
     batch = ImageDataset(index_of(colours), sampler, preprocessing)[sampler.batch(0, 0)]
     assert batch["error"] is None
-    again = ImageDataset(index_of(colours), sampler, preprocessing)[sampler.batch(0, 0)]
-    assert torch.equal(batch["image"], again["image"])
+    reread = ImageDataset(index_of(colours), sampler, preprocessing)[sampler.batch(0, 0)]
+    assert torch.equal(batch["image"], reread["image"])
     other = ImageDataset(index_of(colours), sampler, preprocessing)[sampler.batch(1, 0)]
     assert not torch.equal(batch["image"], other["image"])
 
@@ -116,10 +116,10 @@ def test_resizing_is_torchvisions() -> None:
 def test_a_narrow_image_is_cropped_before_it_is_resized(shape: tuple[int, int], size: int) -> None:
     """With the same result as the other way round, within rounding, at the cost of its output."""
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)).permute(2, 0, 1)
-    found = resize(image, size, "crop")
+    resized = resize(image, size, "crop")
     expected = v2.functional.center_crop(v2.functional.resize(image, [size], antialias=True), [size, size])
-    assert found.shape == expected.shape
-    assert (found.int() - expected.int()).abs().max() <= 1
+    assert resized.shape == expected.shape
+    assert (resized.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["crop", "squash"])
@@ -127,16 +127,16 @@ def test_a_narrow_image_is_cropped_before_it_is_resized(shape: tuple[int, int], 
 def test_the_narrowest_images_cost_no_more_than_their_output(mode: ResizeMode, shape: tuple[int, ...]) -> None:
     image = torch.full((shape[1], shape[2], 3), 7, dtype=torch.uint8).permute(2, 0, 1)
     began = time.monotonic()
-    found = resize(image, 224, mode)
+    resized = resize(image, 224, mode)
     assert time.monotonic() - began < 2
-    assert found.shape == (3, 224, 224)
-    assert found.unique().tolist() == [7]
+    assert resized.shape == (3, 224, 224)
+    assert resized.unique().tolist() == [7]
 
 
 def test_squashing_a_very_long_image_keeps_its_order() -> None:
     ramp = (torch.arange(200_000) * 256 // 200_000).to(torch.uint8)
-    found = resize(ramp.repeat(3, 2, 1), 32, "squash")[0, 0]
-    assert (found.int() - (torch.arange(32) * 8 + 3.5)).abs().max() <= 2
+    resized = resize(ramp.repeat(3, 2, 1), 32, "squash")[0, 0]
+    assert (resized.int() - (torch.arange(32) * 8 + 3.5)).abs().max() <= 2
 
 
 def test_cached_features_of_earlier_releases_are_found() -> None:

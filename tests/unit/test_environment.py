@@ -148,9 +148,9 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
     ],
 )
 def test_what_cannot_be_meant_is_refused(environment: dict[str, str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         find_node(environment)
-    assert message in str(caught.value)
+    assert message in str(excinfo.value)
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
@@ -190,9 +190,9 @@ def test_ranks_of_torchrun_or_one_process(environment: dict[str, str]) -> None:
     ],
 )
 def test_variables_of_other_launchers_are_refused(environment: dict[str, str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         require_ranks(environment)
-    assert message in str(caught.value)
+    assert message in str(excinfo.value)
 
 
 def test_options_of_torch_elastic() -> None:

@@ -73,7 +73,7 @@ DUPLICATE = (
     ],
 )
 def test_collectives_that_fail(error: Exception, expected: type[Exception], message: str) -> None:
-    with pytest.raises(expected, match=message) as caught, _translate_failures():
+    with pytest.raises(expected, match=message) as excinfo, _translate_failures():
         raise error
-    assert caught.type is expected
-    assert caught.value is error or caught.value.__cause__ is error
+    assert excinfo.type is expected
+    assert excinfo.value is error or excinfo.value.__cause__ is error

@@ -93,14 +93,14 @@ def test_a_running_tensorboard_sees_each_event_once(bucket: str, tmp_path: Path)
         str(folder), event_file_loader.EventFileLoader, io_wrapper.IsTensorFlowEventsFile
     )
     logger = BucketTensorBoardLogger(bucket)
-    seen: list[int] = []
+    read_steps: list[int] = []
     for step in range(20):
         logger.log_metrics({"a": 1.0}, step)
         logger.publish()
         copy(bucket, folder)
-        seen += [event.step for event in watcher.Load() if event.HasField("summary")]
+        read_steps += [event.step for event in watcher.Load() if event.HasField("summary")]
     logger.finalize("success")
-    assert seen == list(range(20))
+    assert read_steps == list(range(20))
     assert not watcher.OutOfOrderWritesDetected()
 
 

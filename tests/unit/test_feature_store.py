@@ -31,10 +31,10 @@ def store_of(tmp_path: Path, width: int = 12, dtype: torch.dtype = torch.float32
 @pytest.fixture
 def store(tmp_path: Path) -> FeatureStore:
     """A store whose only chunk lies on node a and in the bucket."""
-    made = store_of(tmp_path)
-    made.save(0, torch.arange(32 * 12, dtype=torch.float32), torch.ones(32, dtype=torch.bool), {3: "no image"})
-    made.publish(0)
-    return made
+    store_on_a = store_of(tmp_path)
+    store_on_a.save(0, torch.arange(32 * 12, dtype=torch.float32), torch.ones(32, dtype=torch.bool), {3: "no image"})
+    store_on_a.publish(0)
+    return store_on_a
 
 
 def hashed(content: bytes, info: dict[str, Any]) -> bytes:

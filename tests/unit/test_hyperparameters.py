@@ -108,17 +108,17 @@ def test_a_run_starts_from_another_ones_backbone(which: str, trained: dict[str, 
 
 def test_a_run_dir_of_pretrained_weights_is_read_once(trained: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """For the backbone's weights and for the normalisation that they expect."""
-    read, read_bytes = list[str](), storage.read_bytes
+    read_uris, read_bytes = list[str](), storage.read_bytes
 
     def counted(uri: str) -> bytes:
-        read.append(uri)
+        read_uris.append(uri)
         return read_bytes(uri)
 
     monkeypatch.setattr(storage, "read_bytes", counted)
     config, weights = ModelConfig(backbone="timm/test_resnet"), read_pretrained(trained["run_dir"])
     net = build_classifier(config, weights, classes="ab", image_size=32, device_type="cpu")
     assert net.mean.flatten().tolist() == pytest.approx([0.4, 0.4, 0.4])
-    assert [uri for uri in read if uri.endswith(".ckpt")] == [checkpoint.resolve(trained["run_dir"])]
+    assert [uri for uri in read_uris if uri.endswith(".ckpt")] == [checkpoint.resolve(trained["run_dir"])]
 
 
 def test_lr_is_the_optimizers_learning_rate(trained: dict[str, str], tmp_path: Path) -> None:

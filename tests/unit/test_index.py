@@ -63,9 +63,9 @@ def test_split_is_stratified_and_stable(tmp_path: Path) -> None:
 def test_other_layouts_are_refused_with_the_reason(tmp_path: Path) -> None:
     def fails(name: str, files: dict[str, bytes]) -> str:
         folder = write_files(tmp_path / name, files)
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(DataError) as excinfo:
             index_parts(folder)
-        return str(caught.value)
+        return str(excinfo.value)
 
     assert "no image" in fails("none", {"a/readme.txt": b"x"})
     assert "a single class (a)" in fails("single", {"a/1.jpg": IMAGE})
@@ -149,9 +149,9 @@ def test_a_part_of_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_an_index_travels_as_a_path(colours: Path) -> None:
     index = index_of(colours)
-    sent = pickle.dumps(index)
-    assert len(sent) < 300
-    received = pickle.loads(sent)  # noqa: S301  (our own)
+    pickled = pickle.dumps(index)
+    assert len(pickled) < 300
+    received = pickle.loads(pickled)  # noqa: S301  (our own)
     assert received.keys == index.keys
     assert received.fingerprint() == index.fingerprint()
 

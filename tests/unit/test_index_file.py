@@ -39,9 +39,9 @@ def folder(tmp_path: Path) -> Path:
 
 def change(folder: Path, changed: Callable[[dict[str, Any]], object]) -> None:
     """Rewrite index.json."""
-    told = json.loads((folder / "index.json").read_bytes())
-    changed(told)
-    (folder / "index.json").write_text(json.dumps(told))
+    info = json.loads((folder / "index.json").read_bytes())
+    changed(info)
+    (folder / "index.json").write_text(json.dumps(info))
 
 
 def test_a_folder_has_one_state(folder: Path) -> None:
@@ -57,12 +57,12 @@ def write_part(folder: Path, table: pa.Table, compression: str | None = None) ->
     with pa.ipc.new_file(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
         writer.write_table(table)
 
-    def told(told: dict[str, Any]) -> None:
+    def update(update: dict[str, Any]) -> None:
         content = path.read_bytes()
         hashed = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "rows": len(table)}
-        told["parts"]["train"].update(hashed)
+        update["parts"]["train"].update(hashed)
 
-    change(folder, told)
+    change(folder, update)
 
 
 def part(**columns: list[Any]) -> pa.Table:
@@ -86,31 +86,31 @@ def refused(folder: Path) -> str:
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "/etc/x", "train\n", "", ".", "Train", "x" * 40])
 def test_part_names_are_plain(folder: Path, name: str) -> None:
-    change(folder, lambda told: told["parts"].update({name: told["parts"]["train"]}))
+    change(folder, lambda info: info["parts"].update({name: info["parts"]["train"]}))
     assert "index.json is no index" in refused(folder)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda told: told.update(more=1),
-        lambda told: told["parts"]["train"].update(more=1),
-        lambda told: told["sources"][0].update(kind="executable"),
-        lambda told: told["sources"][0].update(uri=["x"]),
-        lambda told: told["sources"][0].update(version=2**64),
-        lambda told: told["sources"][0].update(version=-1),
-        lambda told: told["sources"][0].update(uri="a\0b"),
-        lambda told: told["parts"]["train"].update(rows=-1),
-        lambda told: told["parts"]["train"].update(rows=10**19),
-        lambda told: told["parts"]["train"].update(run_length=0),
-        lambda told: told["parts"]["train"].update(run_length=10**9),
-        lambda told: told["parts"]["train"].update(mean_bytes=-1),
-        lambda told: told["parts"]["train"].update(sha256="x"),
-        lambda told: told.update(classes=["a", "a"]),
-        lambda told: told.update(classes=["a", 1]),
-        lambda told: told.update(parts={}),
-        lambda told: told.update(format="2"),
-        lambda told: told.pop("created"),
+        lambda info: info.update(more=1),
+        lambda info: info["parts"]["train"].update(more=1),
+        lambda info: info["sources"][0].update(kind="executable"),
+        lambda info: info["sources"][0].update(uri=["x"]),
+        lambda info: info["sources"][0].update(version=2**64),
+        lambda info: info["sources"][0].update(version=-1),
+        lambda info: info["sources"][0].update(uri="a\0b"),
+        lambda info: info["parts"]["train"].update(rows=-1),
+        lambda info: info["parts"]["train"].update(rows=10**19),
+        lambda info: info["parts"]["train"].update(run_length=0),
+        lambda info: info["parts"]["train"].update(run_length=10**9),
+        lambda info: info["parts"]["train"].update(mean_bytes=-1),
+        lambda info: info["parts"]["train"].update(sha256="x"),
+        lambda info: info.update(classes=["a", "a"]),
+        lambda info: info.update(classes=["a", 1]),
+        lambda info: info.update(parts={}),
+        lambda info: info.update(format="2"),
+        lambda info: info.pop("created"),
     ],
 )
 def test_index_json_has_a_schema(folder: Path, wrong: Callable[[dict[str, Any]], object]) -> None:
@@ -127,7 +127,7 @@ def test_no_json_gives_one_message(folder: Path, text: bytes) -> None:
 
 
 def test_a_newer_format_is_refused_by_name(folder: Path) -> None:
-    change(folder, lambda told: told.update(format=4, more=1))
+    change(folder, lambda info: info.update(format=4, more=1))
     assert "has format 4: a newer release of this package wrote it" in refused(folder)
 
 
@@ -155,31 +155,31 @@ def test_rows_are_checked(folder: Path, wrong: pa.Table, reason: str) -> None:
     write_part(folder, part())
     local_index(str(folder), folder.parent / "cache")
     write_part(folder, wrong)
-    found = refused(folder)
-    assert "train.arrow is damaged" in found
-    assert reason in found
+    message = refused(folder)
+    assert "train.arrow is damaged" in message
+    assert reason in message
 
 
 def test_members_lie_in_archives_and_their_names_mean_nothing(folder: Path) -> None:
-    change(folder, lambda told: told["sources"][0].update(kind="tar"))
+    change(folder, lambda info: info["sources"][0].update(kind="tar"))
     write_part(folder, part(key=["../x", "/y"], offset=[512, 0], size=[5, 5]))
     local_index(str(folder), folder.parent / "cache")
     for wrong in (part(), part(offset=[512, 0])):
         write_part(folder, wrong)
         assert "an archive's member has no" in refused(folder)
-    change(folder, lambda told: told["sources"][0].update(kind="manifest"))
+    change(folder, lambda info: info["sources"][0].update(kind="manifest"))
     write_part(folder, part(offset=[512, 0], size=[5, 5]))
     assert "train.arrow is damaged" in refused(folder)
 
 
 def test_keys_of_web_servers_do_not_climb(folder: Path) -> None:
-    change(folder, lambda told: told["sources"][0].update(uri="https://example.com/data"))
+    change(folder, lambda info: info["sources"][0].update(uri="https://example.com/data"))
     for key in ("a/../../b", "%2E%2e/b"):
         write_part(folder, part(key=[key, "b?x=../../y"]))
         assert "leads out" in refused(folder)
     write_part(folder, part(key=["a.jpg", "b?x=../../y"]))
     local_index(str(folder), folder.parent / "cache")
-    change(folder, lambda told: told["sources"][0].update(uri="gs://bucket"))
+    change(folder, lambda info: info["sources"][0].update(uri="gs://bucket"))
     write_part(folder, part(key=["a/../b", "c"]))  # a name like any other there
     local_index(str(folder), folder.parent / "cache")
 
@@ -266,10 +266,10 @@ def test_a_runs_damaged_index_is_made_again_and_a_newer_one_kept(
         arrow.unlink()
     else:
         wrong: dict[str, Callable[[dict[str, Any]], object]] = {
-            "older": lambda told: told.update(format=1),
-            "newer": lambda told: told.update(format=4),
-            "other": lambda told: told["request"].update(seed=7),
-            "no train": lambda told: told["parts"].pop("train"),
+            "older": lambda info: info.update(format=1),
+            "newer": lambda info: info.update(format=4),
+            "other": lambda info: info["request"].update(seed=7),
+            "no train": lambda info: info["parts"].pop("train"),
         }
         change(index, wrong[damage])
     if damage == "newer":
@@ -290,7 +290,7 @@ def test_an_older_index_beside_the_data_is_not_used_and_said_so(
 ) -> None:
     root = write_files(tmp_path / "data", FILES)
     main(str(root))
-    change(root / ".index", lambda told: told.update(format=1))
+    change(root / ".index", lambda info: info.update(format=1))
     assert len(index_parts(root)["train"]) == 8
     assert "older release" in caplog.text
     with pytest.raises(DataError, match="older release"):
@@ -310,7 +310,7 @@ def test_an_index_json_without_end_is_not_read(folder: Path) -> None:
 def test_an_index_without_a_training_part_is_named(tmp_path: Path) -> None:
     main(str(write_files(tmp_path / "data", FILES)), output=str(tmp_path / "index"))
     (tmp_path / "index" / "train.arrow").rename(tmp_path / "index" / "test.arrow")
-    change(tmp_path / "index", lambda told: told["parts"].update(test=told["parts"].pop("train")))
+    change(tmp_path / "index", lambda info: info["parts"].update(test=info["parts"].pop("train")))
     with pytest.raises(DataError, match="no training part"):
         index_parts(tmp_path / "index" / "index.json")
 
@@ -318,15 +318,15 @@ def test_an_index_without_a_training_part_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reader", ["index.json", "index.arrow", "labels.arrow", "features", "csv", "jsonl", "parquet"])
 def test_mutants_end_in_one_message(reader: str, tmp_path: Path) -> None:
     """In a process of its own: a crash in a parser written in C would be the end of it."""
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, REPOSITORY / "tests" / "mutants.py", reader, "150", tmp_path],
         env=environment(PYTHONPATH=f"{REPOSITORY}:{REPOSITORY / 'tests'}"),
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert f"{reader}: 150 mutants, 0 escaped" in done.stdout
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert f"{reader}: 150 mutants, 0 escaped" in result.stdout
 
 
 def test_a_marker_file_is_small_and_no_link(tmp_path: Path) -> None:

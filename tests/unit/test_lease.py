@@ -167,9 +167,9 @@ def test_an_outage_holds_writes_back_and_ends_the_run_in_time(
             lease.require_held()
         lease.raise_if_lost()  # training goes on
         advance(600)
-        with pytest.raises(LeaseExpired, match=r"could not be renewed for 6.. s") as caught:
+        with pytest.raises(LeaseExpired, match=r"could not be renewed for 6.. s") as excinfo:
             lease.raise_if_lost()
-        assert caught.value.exit_code == EXIT_RETRY
+        assert excinfo.value.exit_code == EXIT_RETRY
     lease.require_held()
     lease.raise_if_lost()
     lease.release()

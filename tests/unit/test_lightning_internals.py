@@ -44,8 +44,11 @@ class Recorder(Callback):
         self.events.append(("validated",))
 
     def between(self, trainer: pl.Trainer) -> None:
-        done, completed = internals.batches_done(trainer), trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        self.events.append(("between", internals.epochs_processed(trainer), done, completed, trainer.global_step))
+        batches, completed = (
+            internals.batches_done(trainer),
+            trainer.fit_loop.epoch_loop.batch_progress.current.completed,
+        )
+        self.events.append(("between", internals.epochs_processed(trainer), batches, completed, trainer.global_step))
 
 
 def test_step_hooks_run_after_a_steps_bookkeeping_and_before_the_next_batch(tmp_path: Path) -> None:

@@ -41,11 +41,11 @@ def tar_with(*members: tuple[str, bytes | tuple[bytes, str]]) -> bytes:
 def listed(content: bytes) -> tuple[dict[str, tuple[bytes, str | None]], dict[str, int]]:
     """(content, label) of the members by name, and the counts of what is left out."""
     left_out = LeftOut()
-    found = {
+    samples = {
         member.key: (content[member.offset : member.offset + member.size], member.label)
         for member in list_tar("a.tar", io.BytesIO(content), left_out)
     }
-    return found, {kind.kind: kind.count for kind in left_out.kinds()}
+    return samples, {kind.kind: kind.count for kind in left_out.kinds()}
 
 
 def zip_with(*members: tuple[str, bytes, int]) -> bytes:
@@ -61,11 +61,11 @@ def zip_with(*members: tuple[str, bytes, int]) -> bytes:
 
 def zip_listed(content: bytes) -> tuple[dict[str, bytes], dict[str, int]]:
     left_out = LeftOut()
-    found = {
+    samples = {
         member.key: zip_content(content[member.offset : member.offset + member.size], member.version)
         for member in list_zip("a.zip", io.BytesIO(content), left_out)
     }
-    return found, {kind.kind: kind.count for kind in left_out.kinds()}
+    return samples, {kind.kind: kind.count for kind in left_out.kinds()}
 
 
 def test_links_in_a_tar_are_the_files_that_they_name() -> None:

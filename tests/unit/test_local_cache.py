@@ -151,10 +151,10 @@ def test_an_unusable_cache_costs_the_cache_alone(
 
 def test_a_temporary_cache_of_somebody_else_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "tmp" / f"job-cache-{os.geteuid()}").symlink_to(write_files(tmp_path / "elsewhere", {"a": b""}))
-    found = usable_cache_dir(Path("/proc/job-cache"))
-    assert found.parent == tmp_path / "tmp"
-    assert not found.is_symlink()
-    shutil.rmtree(found)
+    usable = usable_cache_dir(Path("/proc/job-cache"))
+    assert usable.parent == tmp_path / "tmp"
+    assert not usable.is_symlink()
+    shutil.rmtree(usable)
 
 
 def test_an_existing_folder_keeps_its_permissions(tmp_path: Path) -> None:

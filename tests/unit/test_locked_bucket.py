@@ -85,10 +85,10 @@ def test_no_figure_of_the_accounting_is_negative() -> None:
     first = Attempt(began=0, ended=100, world_size=1, startup=10, features=60, step=20)
     overlapping = Attempt(began=5, ended=90, world_size=1, startup=80, step=30, recomputed=40)
     for starts in ([first], [first, overlapping], [overlapping], [Attempt(began=9, ended=9, world_size=1)]):
-        found = accounting.totals(starts)
-        assert min(found.values()) >= 0
-        assert sum(v for k, v in found.items() if k not in ("goodput", "wall")) == pytest.approx(found["wall"])
-        assert found["goodput"] <= 1
+        totals = accounting.totals(starts)
+        assert min(totals.values()) >= 0
+        assert sum(v for k, v in totals.items() if k not in ("goodput", "wall")) == pytest.approx(totals["wall"])
+        assert totals["goodput"] <= 1
     assert accounting.totals([first])["goodput"] == pytest.approx(0.8)  # features are no waste
 
 

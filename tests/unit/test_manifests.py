@@ -123,10 +123,10 @@ def test_is_valid(name: str) -> None:
 
 @needs_kubectl
 def test_the_validation_can_fail() -> None:
-    wrong = rendered("gpu")
-    of_kind(wrong, "Job")[0]["spec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
+    misspelt = rendered("gpu")
+    of_kind(misspelt, "Job")[0]["spec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
     with pytest.raises(kubernetes_validate.ValidationError):
-        validate(of_kind(wrong, "Job")[0])
+        validate(of_kind(misspelt, "Job")[0])
     for name, kind, where in (("tpu-multislice", "JobSet", "failurePolicy"), ("queues", "ClusterQueue", None)):
         manifest = of_kind(rendered(name), kind)[0]
         spec = manifest["spec"][where] if where else manifest["spec"]
@@ -163,8 +163,8 @@ def test_what_is_named_exists(name: str) -> None:
         ("PodDisruptionBudget", lambda spec: spec["selector"]["matchLabels"]),
     ):
         for manifest in of_kind(manifests, kind):
-            wanted = selector(manifest["spec"]).items()
-            assert any(wanted <= label.items() for label in labels), (kind, wanted)
+            required = selector(manifest["spec"]).items()
+            assert any(required <= label.items() for label in labels), (kind, required)
 
 
 @needs_kubectl
@@ -224,14 +224,14 @@ def test_the_launcher_understands_the_manifest(name: str) -> None:
 
 def _as_gke_adds(worker: int, slice_id: int, slices: int, hosts: int) -> dict[str, str]:
     names = [f"train-slice-{slice_id}-{n}.train" if slices > 1 else f"train-{n}.train" for n in range(hosts)]
-    found = {"TPU_WORKER_ID": str(worker), "TPU_WORKER_HOSTNAMES": ",".join(names)}
+    variables = {"TPU_WORKER_ID": str(worker), "TPU_WORKER_HOSTNAMES": ",".join(names)}
     if slices > 1:
-        found |= {
+        variables |= {
             "MEGASCALE_NUM_SLICES": str(slices),
             "MEGASCALE_SLICE_ID": str(slice_id),
             "MEGASCALE_COORDINATOR_ADDRESS": "train-slice-0-0.train:8080",
         }
-    return found
+    return variables
 
 
 @needs_kubectl
@@ -298,8 +298,8 @@ def test_the_command_is_one(name: str, tmp_path: Path) -> None:
     assert args[:2] == ["launch", "fit"]
     (config,) = of_kind(rendered(name), "ConfigMap")
     (tmp_path / "config.yaml").write_text(config["data"]["config.yaml"])
-    here = {"/etc/job/": f"{tmp_path}/", "/opt/app/": f"{REPOSITORY}/"}
-    for inside, outside in here.items():
+    folders = {"/etc/job/": f"{tmp_path}/", "/opt/app/": f"{REPOSITORY}/"}
+    for inside, outside in folders.items():
         args = [argument.replace(f"={inside}", f"={outside}") for argument in args]
     options = TrainingCLI("fit", args[2:]).config_init
     assert options["run_dir"].startswith("gs://")
@@ -318,8 +318,8 @@ def test_kueue_gets_the_whole_job() -> None:
     (group,) = cluster_queue["spec"]["resourceGroups"]
     assert group["flavors"][0]["name"] == flavour["metadata"]["name"]
     assert [resource["name"] for resource in group["flavors"][0]["resources"]] == group["coveredResources"]
-    asked = train_of("with-kueue")["resources"]["requests"]
-    assert set(asked) <= set(group["coveredResources"])  # Kueue leaves a Job suspended that asks for more
+    requests = train_of("with-kueue")["resources"]["requests"]
+    assert set(requests) <= set(group["coveredResources"])  # Kueue leaves a Job suspended that asks for more
     node_selector = pod_of(rendered("with-kueue"))["nodeSelector"]
     assert flavour["spec"]["nodeLabels"].items() <= node_selector.items()
 
@@ -359,12 +359,12 @@ def _example(parameter: Manifest) -> object:
 
 def test_what_to_fill_in_is_the_same_everywhere() -> None:
     """k8s/README.md replaces these words by sed; there must be no others, and none misspelt."""
-    known = {"PROJECT", "REGION", "BUCKET", "TENSORBOARD"}
+    placeholders = {"PROJECT", "REGION", "BUCKET", "TENSORBOARD"}
     for file in (REPOSITORY / "k8s").rglob("*.yaml"):
         lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
         for value in re.findall(r"(?:gs://|docker\.pkg\.dev/|@|projects/)\S*", "\n".join(lines)):
             for word in re.findall(r"\b[A-Z]{3,}\b", value):
-                assert word in known, (file, value)
+                assert word in placeholders, (file, value)
 
 
 GUIDE = (REPOSITORY / "k8s" / "README.md").read_text()
@@ -391,21 +391,21 @@ def test_the_guide_names_what_is_there() -> None:
 def test_kubectl_knows_the_guide_s_commands(line: str) -> None:
     """It refuses flags that it does not know before it prints help."""
     words = shlex.split(line, comments=True)
-    done = subprocess.run([*words, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Usage:" in done.stdout
+    result = subprocess.run([*words, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Usage:" in result.stdout
     assert subprocess.run([*words, "--selectr=x", "--help"], capture_output=True).returncode != 0
 
 
 def test_the_job_knows_the_guide_s_commands() -> None:
-    known: dict[str, str] = {}
+    help_texts: dict[str, str] = {}
     for line in COMMANDS:
         if line.startswith("python -m job "):
             verb, *words = line.split()[3:]
-            known.setdefault(verb, run(verb, "--help").stdout)
+            help_texts.setdefault(verb, run(verb, "--help").stdout)
             for option in re.findall(r"--[a-z_]+", " ".join(words)):
-                assert f"{option} " in known[verb], line
-    assert known
+                assert f"{option} " in help_texts[verb], line
+    assert help_texts
 
 
 def test_filling_in_leaves_nothing_open(tmp_path: Path) -> None:

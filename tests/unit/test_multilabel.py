@@ -85,9 +85,9 @@ def test_a_saved_index_keeps_the_labels(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     saved.mkdir()
     build({"root": [str(data)]}, saved, "", "parts")
-    again = index_parts(saved / "index.json")["train"]
-    assert [each.tolist() for each in again.label_lists()] == [each.tolist() for each in first.label_lists()]
-    assert again.fingerprint() == first.fingerprint()
+    reloaded = index_parts(saved / "index.json")["train"]
+    assert [each.tolist() for each in reloaded.label_lists()] == [each.tolist() for each in first.label_lists()]
+    assert reloaded.fingerprint() == first.fingerprint()
     changed = index_of(tmp_path / "changed", [["red", "green"], *LISTS[1:]])
     assert changed.fingerprint() != first.fingerprint()
 
@@ -227,14 +227,14 @@ def test_mixed_images_have_mixed_labels() -> None:
     torch.manual_seed(0)
     labels = torch.tensor([[1, 1, 0], [0, 0, 0]], dtype=torch.uint8)
     images = torch.stack([torch.full((3, 4, 4), 100, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8)])
-    seen: list[torch.Tensor] = []
+    shares: list[torch.Tensor] = []
 
     def forward(mixed: Any) -> torch.Tensor:
-        seen.append(mixed["image"][:, 0, 0, 0] / 100)
+        shares.append(mixed["image"][:, 0, 0, 0] / 100)
         return torch.zeros(2, 3)
 
     losses = task(mixup=1.0).training_losses(batch(labels, images), forward)  # type: ignore[arg-type]
-    share = seen[0]
+    share = shares[0]
     assert 0 < float(share[0]) < 1
     expected = F.binary_cross_entropy_with_logits(
         torch.zeros(2, 3), share[:, None] * torch.tensor([1.0, 1.0, 0.0]), reduction="none"
@@ -379,9 +379,9 @@ def test_a_damaged_confusion_file_is_refused(tmp_path: Path) -> None:
     content = confusion.encode(counts)
     path = tmp_path / "counts"
     path.write_bytes(content)
-    read = confusion.read(str(path), confusion.describe(content, 2))
-    assert read.tolist() == counts.tolist()
-    assert confusion.as_json(read, 2) == {
+    restored = confusion.read(str(path), confusion.describe(content, 2))
+    assert restored.tolist() == counts.tolist()
+    assert confusion.as_json(restored, 2) == {
         "true_negatives": [5, 0],
         "false_positives": [1, 0],
         "false_negatives": [2, 1],

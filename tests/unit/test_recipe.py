@@ -74,12 +74,12 @@ def test_mixing_keeps_targets_to_the_share_of_pixels(mixup: float, cutmix: float
 
 def model(**settings: object) -> TransferLearningModel:
     """With the network that the data would have it build."""
-    made = TransferLearningModel(backbone="timm/test_resnet", **settings)  # type: ignore[arg-type]
+    module = TransferLearningModel(backbone="timm/test_resnet", **settings)  # type: ignore[arg-type]
     backbone = build_backbone("timm/test_resnet")
-    made.net = Classifier(backbone, name="x", classes="ab", hidden=[4], image_size=32, mean=MEAN, std=STD)
+    module.net = Classifier(backbone, name="x", classes="ab", hidden=[4], image_size=32, mean=MEAN, std=STD)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    made.trainer = SimpleNamespace(strategy=strategy, max_epochs=15)  # type: ignore[assignment]
-    return made
+    module.trainer = SimpleNamespace(strategy=strategy, max_epochs=15)  # type: ignore[assignment]
+    return module
 
 
 @pytest.mark.parametrize("decays", [True, False])
@@ -182,24 +182,24 @@ def test_a_fused_optimizer_goes_on_from_moments_that_lie_otherwise_in_memory() -
             weight.grad = torch.randn(weight.shape).contiguous(memory_format=torch.channels_last)
             optimizer.step()
 
-    def made() -> tuple[torch.optim.Optimizer, nn.Parameter]:
+    def optimizer_and_weight() -> tuple[torch.optim.Optimizer, nn.Parameter]:
         weight = nn.Parameter(torch.zeros(4, 3, 5, 5).contiguous(memory_format=torch.channels_last))
         optimizer = torch.optim.Adam([weight], lr=0.1)
         fuse(optimizer, torch.device("cpu"))
         return optimizer, weight
 
-    whole, expected = made()
+    whole, expected = optimizer_and_weight()
     steps(whole, expected, range(4))
-    first, weight = made()
+    first, weight = optimizer_and_weight()
     steps(first, weight, range(2))
     saved = first.state_dict()
     for name in ("exp_avg", "exp_avg_sq"):
         saved["state"][0][name] = saved["state"][0][name].contiguous()
-    second, again = made()
+    second, resumed = optimizer_and_weight()
     second.load_state_dict(saved)
-    again.data.copy_(weight.data)
-    steps(second, again, range(2, 4))
-    assert torch.equal(again, expected)
+    resumed.data.copy_(weight.data)
+    steps(second, resumed, range(2, 4))
+    assert torch.equal(resumed, expected)
 
 
 def test_the_average_of_the_weights_is_followed_swapped_and_saved() -> None:

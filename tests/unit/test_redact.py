@@ -36,9 +36,9 @@ def nothing_known() -> Iterator[None]:
 )
 def test_identity_and_redaction(uri: str, plain: str) -> None:
     assert redact.identity(uri) == plain
-    shown = redact.redact(f"cannot read {uri}: 403")
-    assert "ret9" not in shown
-    assert redact.HIDDEN in shown
+    redacted = redact.redact(f"cannot read {uri}: 403")
+    assert "ret9" not in redacted
+    assert redact.HIDDEN in redacted
     assert redact.is_redacted(redact.redact(uri))
     assert redact.identity(redact.redact(uri)) == plain
     assert redact.remember(uri) == plain

@@ -114,21 +114,21 @@ def test_links_and_other_files_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
 def test_a_damaged_archive_is_named(name: str, tmp_path: Path) -> None:
-    whole = zip_of(FILES) if name == "a.zip" else tar_of(FILES, "w:gz" if name.endswith("gz") else "w")
-    (tmp_path / name).write_bytes(whole[: len(whole) // 2 + 100])
+    archive = zip_of(FILES) if name == "a.zip" else tar_of(FILES, "w:gz" if name.endswith("gz") else "w")
+    (tmp_path / name).write_bytes(archive[: len(archive) // 2 + 100])
     with pytest.raises(DataError, match=name):
         index_parts(tmp_path / name)
 
 
 def test_a_damaged_member_is_a_bad_sample(tmp_path: Path) -> None:
     """The directory is whole, one member's bytes are not."""
-    whole = zip_of(FILES)
-    place = whole.index(FILES["photos/train/red/001.jpg"]) + 300
-    (tmp_path / "a.zip").write_bytes(whole[:place] + b"?" + whole[place + 1 :])
-    contents = read(index_parts(tmp_path / "a.zip")["train"], [2, 3])
-    assert contents[0] == FILES["photos/train/red/000.jpg"]
-    assert isinstance(contents[1], DataError)
-    assert "CRC" in str(contents[1])
+    archive = zip_of(FILES)
+    position = archive.index(FILES["photos/train/red/001.jpg"]) + 300
+    (tmp_path / "a.zip").write_bytes(archive[:position] + b"?" + archive[position + 1 :])
+    samples = read(index_parts(tmp_path / "a.zip")["train"], [2, 3])
+    assert samples[0] == FILES["photos/train/red/000.jpg"]
+    assert isinstance(samples[1], DataError)
+    assert "CRC" in str(samples[1])
 
 
 def test_a_member_that_expands_without_end_is_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,9 +140,9 @@ def test_a_member_that_expands_without_end_is_a_bad_sample(tmp_path: Path, monke
 
 
 def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
-    whole = bytearray(zip_of(FILES))
-    whole[whole.index(b"PK\1\2") + 8] |= 1  # general purpose flag, bit 0, of the first member in the directory
-    (tmp_path / "a.zip").write_bytes(whole)
+    archive = bytearray(zip_of(FILES))
+    archive[archive.index(b"PK\1\2") + 8] |= 1  # general purpose flag, bit 0, of the first member in the directory
+    (tmp_path / "a.zip").write_bytes(archive)
     with pytest.raises(DataError, match="encrypted"):
         index_parts(tmp_path / "a.zip")
 
@@ -178,8 +178,8 @@ def test_patterns_name_shards(tmp_path: Path) -> None:
 
 
 def webdataset(count: int, label: object, start: int = 0, suffix: str = "cls") -> dict[str, bytes]:
-    contents = list(picture_files(["blue", "red"], count).values())
-    shuffled = [contents[(7 * n) % len(contents)] for n in range(len(contents))]
+    pictures = list(picture_files(["blue", "red"], count).values())
+    shuffled = [pictures[(7 * n) % len(pictures)] for n in range(len(pictures))]
     files = {}
     for n, content in enumerate(shuffled):
         files[f"{start + n:06d}.jpg"] = content
@@ -241,7 +241,7 @@ def test_manifests(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("picture,label\na.jpg,x\n", "has no column uri; it has picture, label"),
         ("uri,label\na.jpg,x\nb.jpg,\n", "row 1 .* has no label"),
@@ -250,14 +250,14 @@ def test_manifests(form: str, tmp_path: Path) -> None:
         ("", "cannot be read"),
     ],
 )
-def test_manifests_that_cannot_be_meant(content: str, told: str, tmp_path: Path) -> None:
+def test_manifests_that_cannot_be_meant(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         index_parts(tmp_path / "m.csv")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.jsonl", b'{"uri": "a.jpg", "label": "x", "more": ' + b"[" * 100_000 + b"\n", r"row 0 \(from 0\)"),
         ("b.jsonl", b'{"uri": "a.jpg", "label": "x"}\n{"uri": ["a"], "label": "x"}\n', r"row 1 \(from 0\)"),
@@ -275,9 +275,9 @@ def test_manifests_that_cannot_be_meant(content: str, told: str, tmp_path: Path)
         ("n.parquet", b"", "cannot be read"),
     ],
 )
-def test_malformed_manifests_give_one_message(name: str, content: bytes, told: str, tmp_path: Path) -> None:
+def test_malformed_manifests_give_one_message(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         index_parts(tmp_path / name)
 
 

@@ -71,9 +71,9 @@ def test_a_description_is_checked_before_memory_is_taken(changes: dict[str, Any]
     if changes == {"image_size": 4}:
         predict.load(uri)  # small images are fine for a network without positions
         return
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(CheckpointError, match=message) as excinfo:
         predict.load(uri)
-    assert str(caught.value).isprintable()
+    assert str(excinfo.value).isprintable()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
@@ -122,10 +122,10 @@ def test_what_cannot_be_described_is_not_trained() -> None:
 @pytest.mark.parametrize(("name", "size"), [("vit_b_32", 64), ("mnasnet0_5", 32), ("googlenet", 64)])
 def test_networks_come_back_from_their_description(name: str, size: int) -> None:
     net = classifier(name, size).eval()
-    again = from_spec(net.spec(), net.state_dict()).eval()
+    restored = from_spec(net.spec(), net.state_dict()).eval()
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     with torch.no_grad():
-        assert torch.equal(net(images), again(images))
+        assert torch.equal(net(images), restored(images))
 
 
 VALUES = st.recursive(

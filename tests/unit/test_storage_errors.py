@@ -83,6 +83,6 @@ def test_a_page_of_a_proxy_may_be_mended_by_a_restart(monkeypatch: pytest.Monkey
 
 
 def test_a_protocol_that_does_not_exist_is_a_mistake() -> None:
-    with pytest.raises(StorageError, match="cannot open gz://x") as caught:
+    with pytest.raises(StorageError, match="cannot open gz://x") as excinfo:
         storage.read_bytes("gz://x")
-    assert not isinstance(caught.value, StorageOutage)
+    assert not isinstance(excinfo.value, StorageOutage)

@@ -70,14 +70,14 @@ def test_excel_writes_utf16(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "a.csv") == rows_of(tmp_path / "b.csv") == {"a.jpg": "caf\xe9", "b.jpg": "y"}
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
-def test_labels_are_texts(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_format", ["csv", "jsonl", "parquet"])
+def test_labels_are_texts(file_format: str, tmp_path: Path) -> None:
     labels: list[Any] = ["007", "7", "2020-01-01", "true", "1.50", "None"]
     uris = [f"{n}.jpg" for n in range(len(labels))]
-    path = tmp_path / f"a.{form}"
-    if form == "csv":
+    path = tmp_path / f"a.{file_format}"
+    if file_format == "csv":
         path.write_text("uri,label\n" + "".join(f"{u},{v}\n" for u, v in zip(uris, labels, strict=True)))
-    elif form == "jsonl":
+    elif file_format == "jsonl":
         path.write_text("".join(json.dumps({"uri": u, "label": v}) + "\n" for u, v in zip(uris, labels, strict=True)))
     else:
         pyarrow.parquet.write_table(pa.table({"uri": uris, "label": labels}), path)
@@ -240,8 +240,8 @@ def test_other_parquet_files_with_images(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"image": linked, "label": ["x", "y", "x", "y"]}), path)
     assert list(rows_of(path)) == NAMES
     # Of a row without an image the sample is bad.
-    some = pa.array([{"bytes": images[0], "path": None}, {"bytes": None, "path": None}], kind)
-    pyarrow.parquet.write_table(pa.table({"image": some, "label": ["x", "y"]}), path)
+    images_with_null = pa.array([{"bytes": images[0], "path": None}, {"bytes": None, "path": None}], kind)
+    pyarrow.parquet.write_table(pa.table({"image": images_with_null, "label": ["x", "y"]}), path)
     assert read(index_of(path), [0, 1], tmp_path / "cache") == [images[0], b""]
 
 

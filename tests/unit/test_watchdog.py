@@ -50,9 +50,9 @@ def test_the_limit_is_that_of_the_progress(exits: list[int]) -> None:
     consistent = dog._waiting
 
     def and_then_a_save_begins() -> tuple[Progress, float]:
-        found = consistent()
+        state = consistent()
         dog._expect_anything("saving", 7)
-        return found
+        return state
 
     dog._waiting = and_then_a_save_begins  # type: ignore[method-assign]
     dog._watch()

@@ -140,11 +140,11 @@ def test_an_archive_that_expands_is_refused(tmp_path: Path) -> None:
 
 
 def test_messages_have_no_advice_of_torch_and_no_escape_codes(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(WeightsError) as excinfo:
         read_weights(saved({"a": io.StringIO("x")}, tmp_path / "w.pth"))
-    assert "\x1b" not in str(caught.value)
-    assert "weights_only" not in str(caught.value)
-    assert "_io.StringIO" in str(caught.value)
+    assert "\x1b" not in str(excinfo.value)
+    assert "weights_only" not in str(excinfo.value)
+    assert "_io.StringIO" in str(excinfo.value)
 
 
 SMALL = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -164,13 +164,13 @@ FILES = small_files()
 @settings(max_examples=150, deadline=None)
 @given(
     name=st.sampled_from(sorted(FILES)),
-    place=st.floats(0, 1, exclude_max=True),
+    position=st.floats(0, 1, exclude_max=True),
     removed=st.integers(0, 64),
     added=st.binary(max_size=16),
 )
-def test_damaged_files_end_in_one_message(name: str, place: float, removed: int, added: bytes) -> None:
+def test_damaged_files_end_in_one_message(name: str, position: float, removed: int, added: bytes) -> None:
     content = FILES[name]
-    start = int(place * len(content))
+    start = int(position * len(content))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content[:start] + added + content[start + removed :])
