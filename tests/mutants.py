@@ -1,4 +1,4 @@
-"""Damage files of a format and read them by the product's entry points: ``mutants.py READER COUNT FOLDER [SEED]``.
+"""Damage files of a format and read them by job's functions: ``mutants.py READER COUNT FOLDER [SEED]``.
 
 Prints how many mutants ended in anything else than success or a :class:`~job.errors.JobError`.
 """

@@ -29,7 +29,7 @@ def start_nodes(cluster: Cluster) -> list[str]:
 
 
 def run_job(cluster: Cluster, *args: str) -> str:
-    """Another command of the job in a container beside the bucket."""
+    """Run a command in a container on the bucket's network; return its output."""
     emulator = ["--env=STORAGE_EMULATOR_HOST=http://bucket:4443", "--env=GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT=false"]
     limits = ["--read-only", "--tmpfs=/tmp:rw,mode=1777", f"--network={cluster.network}"]
     return cluster.podman("run", "--rm", *emulator, *limits, cluster.image, *args, timeout=300).stdout
@@ -63,8 +63,8 @@ def test_the_model_predicts(cluster: Cluster, bucket: str) -> None:
     assert answers["7"] / 179 > 0.9
 
 
-def test_tensorboard_reads_it_from_the_bucket(cluster: Cluster, bucket: str) -> None:
-    """k8s/tensorboard's container, with this bucket in the place of its own."""
+def test_tensorboard_reads_events_from_the_bucket(cluster: Cluster, bucket: str) -> None:
+    """The container of k8s/tensorboard, with the test's bucket."""
     (deployment,) = of_kind(rendered("tensorboard"), "Deployment")
     pod = copy.deepcopy(deployment["spec"]["template"]["spec"])
     (container,) = pod["containers"]

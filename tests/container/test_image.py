@@ -1,4 +1,4 @@
-"""What is in the image, and what is not."""
+"""Contents of the image."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ LIMITS = [
 
 
 def inside(podman: Podman, image: str, script: str) -> str:
-    """What a shell in the image prints."""
+    """Return the output of a shell script in the image."""
     return podman("run", *LIMITS, "--entrypoint", '["sh", "-c"]', image, script).stdout
 
 
-def test_hadolint_has_nothing_to_say() -> None:
+def test_hadolint_reports_nothing() -> None:
     line = [Path(sys.executable).parent / "hadolint", REPOSITORY / "docker" / "Dockerfile"]
     result = subprocess.run(line, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_the_entrypoint_is_the_job(podman: Podman, image: str) -> None:
+def test_the_entrypoint_runs_job(podman: Podman, image: str) -> None:
     assert "python -m job COMMAND" in podman("run", *LIMITS, image).stdout
     result = podman("run", *LIMITS, image, "launch", "fit", "--run_dir=/tmp/run", "--data.root=/nowhere", check=False)
     assert result.returncode == 2
@@ -38,7 +38,7 @@ def test_the_entrypoint_is_the_job(podman: Podman, image: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_it_holds_no_tools(podman: Podman, image: str) -> None:
+def test_the_image_has_no_build_tools(podman: Podman, image: str) -> None:
     tools = "gcc cc make git /opt/venv/bin/pip"
     output = inside(podman, image, f"id -u; id -g; for tool in {tools}; do command -v $tool; done; ls -A /tmp; true")
     assert output.split() == ["10001", "10001"]
@@ -50,7 +50,7 @@ def test_it_holds_no_tools(podman: Podman, image: str) -> None:
     assert "\npytest\n" not in packages
 
 
-def test_it_says_what_it_is(podman: Podman, image: str) -> None:
+def test_image_labels_user_and_history(podman: Podman, image: str) -> None:
     (metadata,) = json.loads(podman("image", "inspect", image).stdout)
     labels, config = metadata["Labels"], metadata["Config"]
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
@@ -64,7 +64,7 @@ def test_it_says_what_it_is(podman: Podman, image: str) -> None:
     assert inside(podman, image, "cat /etc/pip.conf 2>/dev/null || true") == ""
 
 
-def test_its_bill_of_materials_is_what_was_pinned(podman: Podman, image: str) -> None:
+def test_installed_versions_are_the_pinned_ones(podman: Podman, image: str) -> None:
     sbom = json.loads(inside(podman, image, "cat /opt/venv/sbom.json"))
     installed = {
         item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in sbom["installed"]

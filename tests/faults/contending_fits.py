@@ -136,7 +136,7 @@ def _record(path: Path) -> None:
 
 
 def _check(run_dir: str) -> None:
-    """The run is complete, and its checkpoints are intact."""
+    """Assert that the run is complete and its checkpoints are intact."""
     manifests = checkpoint.manifests(run_dir)
     assert manifests[-1].global_step == 24, manifests
     for manifest in manifests:
@@ -174,12 +174,12 @@ def _fork(function: Callable[[], None], log: Path) -> int:
 
 
 def _in_child(function: Callable[[], None], log: Path) -> int:
-    """fsspec's connections do not survive a fork: this process has none."""
+    """Run the function in a forked process, since fsspec's connections do not survive a fork."""
     return os.waitstatus_to_exitcode(os.waitpid(_fork(function, log), 0)[1])
 
 
 def _in_child_float(function: Callable[[], float], path: Path) -> float:
-    """What the function returns; 0 if it fails, as for an object that the second fit has deleted since."""
+    """Return the function's result; 0 if it fails, as for an object that the second fit has deleted since."""
     if _in_child(lambda: print(function()), path):
         return 0.0
     return float(path.read_text().splitlines()[-1])

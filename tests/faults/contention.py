@@ -1,4 +1,4 @@
-"""Several processes contend for the lease of one run_dir, while whoever holds it is stopped and resumed.
+"""Several processes contend for the lease of one run_dir while its holder is stopped and resumed.
 
 By hand, on a GCS server and on a disk: ``python tests/faults/contention.py ROUNDS``.
 """
@@ -24,7 +24,7 @@ from job.demo.gcs_server import create_bucket, gcs_server
 
 @dataclass
 class Outcome:
-    """What the logs of all processes say.
+    """Counts from the logs of all processes.
 
     Attributes:
         takeovers: how often a lease passed from one process to another.
@@ -44,7 +44,7 @@ class Outcome:
 
 
 def contend(run_dir: str, folder: Path, rounds: int, *, processes: int = 3, seconds: float = 1.0) -> Outcome:
-    """Stop and resume whoever holds the lease, ``rounds`` times."""
+    """Stop and resume the holder of the lease, ``rounds`` times."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"p{number}" for number in range(processes)]
     logs = {name: folder / f"{name}.log" for name in names}

@@ -1,4 +1,4 @@
-"""A Lightning callback that does to its own process, once, what a cloud does to machines."""
+"""A Lightning callback that sends a signal to its own process, as a preemption does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading from a bucket in trouble: no sample is lost, doubled or damaged."""
+"""Reading from a faulty bucket: no sample is lost, repeated or damaged."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _sample(key: str) -> list[tuple[str, bytes]]:
 
 
 def an_epoch(index: Index, workers: int, world_size: int, cache: SampleCache | None = None) -> Counter[bytes]:
-    """How often each picture came, by its pixels and label, over all ranks."""
+    """Count each picture of an epoch, by its pixels and label, over all ranks."""
     counts: Counter[bytes] = Counter()
     for rank in range(world_size):
         sampler = ResumableBatchSampler(
@@ -72,15 +72,15 @@ def an_epoch(index: Index, workers: int, world_size: int, cache: SampleCache | N
 
 @pytest.fixture(scope="session")
 def expected(stored: dict[str, str]) -> Counter[bytes]:
-    """What comes when nothing is wrong."""
+    """Counts of an epoch without faults."""
     return an_epoch(index_of(stored["folder"]), 0, 1)
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "shards"])
-def test_every_sample_once_whatever_the_server_does(
+def test_every_sample_is_read_once_despite_server_faults(
     kind: str, stored: dict[str, str], expected: Counter[bytes], proxy: FaultyProxy
 ) -> None:
-    """It refuses, resets, cuts and stalls: half of all requests."""
+    """The server refuses, resets, cuts or stalls half of all requests."""
     index = index_of(stored[kind])
     assert len(expected) == len(FILES)
     dice = random.Random(3)
@@ -101,10 +101,8 @@ def test_every_sample_once_whatever_the_server_does(
     assert min(faults["429"] + faults["503"], faults["reset"], faults["cut"]) >= 1, faults
 
 
-def test_stragglers_are_asked_for_again(
-    stored: dict[str, str], proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One object in thirty stalls for ever when it is asked for first: only a second request beside it can end this."""
+def test_stragglers_are_hedged(stored: dict[str, str], proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first request of one object in thirty never ends: only a hedged request can return it."""
     index = index_of(stored["folder"])
     requested: set[str] = set()
     stalled: list[str] = []
@@ -137,7 +135,7 @@ def test_a_flipped_bit_is_requested_again(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first answer for each of a third of the objects is damaged; no further request is needed to notice."""
+    """The first response for a third of the objects is damaged; the checksum comes with the response."""
     storage.write_bytes("gs://faults/none.jpg", b"")
     manifest = tmp_path / "manifest.csv"
     rows = [f"{stored['folder']}/{key},{key.split('/')[0]}\n" for key in FILES] + ["gs://faults/none.jpg,red\n"]
@@ -162,8 +160,8 @@ def test_a_flipped_bit_is_requested_again(
     assert f"mismatches so far: {len(damaged_files)}" in caplog.text
 
 
-def test_damage_in_the_store_is_named(stored: dict[str, str], proxy: FaultyProxy) -> None:
-    """The same bytes twice are no accident of the transfer, but one bad sample."""
+def test_an_object_damaged_in_the_store_is_one_bad_sample(stored: dict[str, str], proxy: FaultyProxy) -> None:
+    """Two equal responses with a wrong checksum are one bad sample, not a transfer error."""
     index = index_of(stored["folder"])
     proxy.damage = lambda request: "flip" if "alt=media" in request.path_qs else None
     (error,) = read(index, [0])
@@ -189,7 +187,7 @@ def test_a_copy_of_an_archive_is_downloaded_again(
 
 
 @pytest.mark.parametrize("kind", ["zip", "shards"])
-def test_neighbours_are_read_at_once(kind: str, stored: dict[str, str], proxy: FaultyProxy) -> None:
+def test_adjacent_members_share_a_request(kind: str, stored: dict[str, str], proxy: FaultyProxy) -> None:
     index = index_of(stored[kind])
     before = len(proxy.requests)
     results = read(index, list(range(len(index))))
@@ -197,7 +195,7 @@ def test_neighbours_are_read_at_once(kind: str, stored: dict[str, str], proxy: F
     assert sorted(c for c in results if isinstance(c, bytes)) == sorted(FILES.values())
 
 
-def test_the_second_epoch_asks_the_bucket_for_nothing(
+def test_the_second_epoch_makes_no_requests(
     stored: dict[str, str], expected: Counter[bytes], proxy: FaultyProxy, tmp_path: Path
 ) -> None:
     cache = SampleCache(tmp_path / "cache", 10**9)
@@ -209,7 +207,7 @@ def test_the_second_epoch_asks_the_bucket_for_nothing(
     assert len(proxy.requests) == before
 
 
-def test_a_run_killed_in_mid_epoch_goes_on_elsewhere(
+def test_an_epoch_that_was_killed_resumes_at_another_world_size(
     stored: dict[str, str], expected: Counter[bytes], tmp_path: Path
 ) -> None:
     """SIGKILL of a loading process with its workers; the rest of the epoch by 3 ranks with other workers."""
@@ -245,10 +243,10 @@ def test_a_run_killed_in_mid_epoch_goes_on_elsewhere(
     assert sorted(samples) == list(range(len(index)))
 
 
-def test_a_bucket_that_is_gone_is_an_outage(
+def test_an_unavailable_bucket_is_an_outage(
     stored: dict[str, str], proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not a mistake of the user's: a restart may mend it, and the exit code will say so."""
+    """A transient error, whose exit code requests a restart."""
     monkeypatch.setattr("job.data.fetch.RETRY_SECONDS", 2.0)
     monkeypatch.setattr("job.data.fetch.ATTEMPT_SECONDS", 2.0)
     index = index_of(stored["folder"])

@@ -1,4 +1,4 @@
-"""Kept features of a frozen backbone: the same training as without them, whatever happens while they are computed."""
+"""Cached backbone features: training is bit-equal to training without them, also after faults."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def recomputed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
-    """run_dir of a run of so many processes that computes features anew in each epoch."""
+    """Function of the number of processes: run_dir of a run that recomputes features in each epoch."""
     run_dirs: dict[int, str] = {}
 
     def run_dir(processes: int) -> str:
@@ -54,7 +54,7 @@ def assert_same(run_dir: str, recomputed: str) -> None:
 
 
 def at_upload(proxy: FaultyProxy, number: int, action: Callable[[], None]) -> None:
-    """Act when the upload of that many whole chunks of the training part has begun."""
+    """Call ``action`` when the upload of the training part's chunk ``number`` has begun."""
     uploads: list[int] = []
 
     def fault(request: web.Request) -> None:
@@ -68,7 +68,7 @@ def at_upload(proxy: FaultyProxy, number: int, action: Callable[[], None]) -> No
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_while_computing_and_still_bit_equal(
+def test_a_kill_while_computing_features_resumes_bit_for_bit(
     processes: int,
     run_dir: str,
     images: Path,
@@ -76,7 +76,7 @@ def test_killed_while_computing_and_still_bit_equal(
     tmp_path: Path,
     proxy: FaultyProxy,
 ) -> None:
-    """The second start has an empty disk, as another node has: it finds in the bucket what the first one finished."""
+    """The second attempt has an empty disk, as on another node, and downloads the finished chunks from the bucket."""
     settings = {**SETTINGS, "data.root": images, "run_dir": run_dir}
     jobs: list[Job] = []
     at_upload(proxy, processes + 1, lambda: jobs[0].kill())
@@ -91,7 +91,7 @@ def test_killed_while_computing_and_still_bit_equal(
     assert_same(run_dir, recomputed(processes))
 
 
-def test_a_signal_while_computing(
+def test_sigterm_while_computing_features(
     run_dir: str, images: Path, recomputed: Callable[[int], str], tmp_path: Path, proxy: FaultyProxy
 ) -> None:
     arguments = options(SETTINGS, data__root=images, run_dir=run_dir, data__cache_dir=tmp_path)
@@ -105,7 +105,7 @@ def test_a_signal_while_computing(
     assert_same(run_dir, recomputed(1))
 
 
-def test_another_run_finds_them_and_a_damaged_one_is_computed_again(
+def test_features_are_shared_between_runs_and_damaged_ones_recomputed(
     run_dir: str, images: Path, recomputed: Callable[[int], str], tmp_path: Path
 ) -> None:
     shared = f"{run_dir}-shared"
@@ -131,7 +131,7 @@ def test_another_run_finds_them_and_a_damaged_one_is_computed_again(
     assert_same(f"{run_dir}/again", recomputed(1))
 
 
-def test_they_are_bounded_and_older_ones_make_room(images: Path, tmp_path: Path) -> None:
+def test_cached_features_are_bounded_and_the_oldest_evicted(images: Path, tmp_path: Path) -> None:
     settings = {**SETTINGS, "data.root": images, "data.cache_dir": tmp_path / "cache", "trainer.max_epochs": 3}
 
     def fit(name: str, **changes: object) -> str:
@@ -151,7 +151,7 @@ def test_they_are_bounded_and_older_ones_make_room(images: Path, tmp_path: Path)
     assert len(second - first) == 2
 
 
-def test_fixed_views_of_a_users_own_augmentation_and_an_unreadable_image(tmp_path: Path) -> None:
+def test_cached_features_of_augmented_views_with_an_unreadable_image(tmp_path: Path) -> None:
     files = picture_files(list(COLOURS), 60)
     files["blue/007.jpg"] = b"no image"
     crop = "{class_path: torchvision.transforms.v2.RandomResizedCrop, init_args: {size: [32, 32]}}"

@@ -1,4 +1,4 @@
-"""Signals: the state is saved, nothing is lost, and the end is the uninterrupted run's, bit for bit."""
+"""Signals: the state is saved, and the resumed run is bit-equal to the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_signal_to_any_rank_saves_and_stops_all(
 
 
 def test_a_signal_during_an_upload(run_dir: str, uninterrupted: str, tmp_path: Path, proxy: FaultyProxy) -> None:
-    """Uploads take 3 s each: that of step 10 is under way when the signal comes at step 12."""
+    """Uploads take 3 s each: the upload of step 10 is in progress at the signal of step 12."""
     proxy.delay = lambda request: (
         3.0 if "uploadType" in request.path_qs and (request.content_length or 0) > 10**5 else 0
     )
@@ -84,8 +84,10 @@ def test_one_process_alone_exits_with_the_documented_code(run_dir: str, tmp_path
     run_well(*fit_options(run_dir, trainer__callbacks=plot), PYTHONPATH=fault_environment()["PYTHONPATH"])
 
 
-def test_a_rank_that_cannot_save_in_time_ends_all_the_same(run_dir: str, tmp_path: Path, proxy: FaultyProxy) -> None:
-    """The bucket is gone from the signal on: the grace is kept, and the last committed checkpoint stands."""
+def test_a_rank_that_cannot_save_exits_when_the_grace_period_ends(
+    run_dir: str, tmp_path: Path, proxy: FaultyProxy
+) -> None:
+    """The bucket is unavailable after the signal: the grace period is kept, and so is the last committed checkpoint."""
     marker = tmp_path / "marker"
 
     def gone(request: web.Request) -> web.StreamResponse | None:

@@ -20,7 +20,7 @@ from gpu_machine import Machine, NotMeasured
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_on_a_gpu(check: Callable[[Machine], str], tmp_path: Path) -> None:
+def test_checks_on_a_gpu(check: Callable[[Machine], str], tmp_path: Path) -> None:
     try:
         check(Machine("cuda", quick=False, photos=None, scratch=tmp_path))
     except NotMeasured as reason:
@@ -29,7 +29,7 @@ def test_on_a_gpu(check: Callable[[Machine], str], tmp_path: Path) -> None:
 
 @pytest.mark.integration
 def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
-    """So that no minute of a GPU goes into finding a mistake in the script."""
+    """A run on the CPU finds mistakes in the script before a GPU is used."""
     line = [sys.executable, "benchmarks/gpu.py", "--device=cpu", "--quick", f"--out={tmp_path}"]
     result = subprocess.run(
         line, cwd=REPOSITORY, capture_output=True, text=True, timeout=800, env={**os.environ, "OMP_NUM_THREADS": "1"}

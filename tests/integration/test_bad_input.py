@@ -1,4 +1,4 @@
-"""What users get wrong: each has its own message, exit code 2 and no traceback."""
+"""Users' mistakes: each ends with a message and exit code 2, without a traceback."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Run the command line in this process; returns what it told the user."""
+    """Function that runs the command line in this process, and returns its stderr."""
 
     def call(*args: object) -> str:
         monkeypatch.setattr("sys.argv", ["job"])
@@ -45,7 +45,7 @@ def test_no_such_bucket_or_prefix(fails, gcs: str, tmp_path: Path) -> None:
         assert f"{uri}: no such bucket, object or folder" in fails(*fit(data__root=uri, run_dir=tmp_path / "run"))
 
 
-def test_no_rights(fails, gcs_forbidden: str, tmp_path: Path) -> None:
+def test_permission_denied(fails, gcs_forbidden: str, tmp_path: Path) -> None:
     message = fails(*fit(data__root=f"{gcs_forbidden}/data", run_dir=tmp_path / "run"))
     assert "permission denied" in message
     assert "roles/storage.objectUser" in message
@@ -53,7 +53,7 @@ def test_no_rights(fails, gcs_forbidden: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def gcs_forbidden() -> str:
-    """A bucket on a server that answers 403 to everything, as GCS does without rights."""
+    """A bucket on a server that answers every request with 403, as GCS does without permission."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Forbidding(BaseHTTPRequestHandler):
@@ -190,13 +190,11 @@ def test_misspelt_command(fails) -> None:
         ({"data__val": "/tmp"}, "--data.root already says where validation"),
     ],
 )
-def test_values_that_cannot_work(
-    fails, changes: dict[str, object], message: str, colours: Path, tmp_path: Path
-) -> None:
+def test_invalid_values(fails, changes: dict[str, object], message: str, colours: Path, tmp_path: Path) -> None:
     assert message in fails(*fit(data__root=colours, run_dir=tmp_path / "run", **changes))
 
 
-def test_nothing_to_predict_with(fails, colours: Path, tmp_path: Path) -> None:
+def test_predict_without_a_checkpoint(fails, colours: Path, tmp_path: Path) -> None:
     assert "Is this the run_dir of a fit?" in fails("predict", "--ckpt", tmp_path, "--input", colours)
     (tmp_path / "x.ckpt").write_bytes(b"not a checkpoint")
     assert "x.ckpt cannot be loaded safely" in fails("predict", "--ckpt", tmp_path / "x.ckpt", "--input", colours)

@@ -1,4 +1,4 @@
-"""A loss, gradient or weight that is not finite ends the run or is skipped, and is never saved."""
+"""Non-finite losses, gradients and weights end the run or skip the step, and are never saved."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_last_good_checkpoint_is_named_and_a_skipped_step_goes_on_from_it(
 
 
 def test_a_skipped_step_leaves_the_network_as_it_was(colours: Path, tmp_path: Path) -> None:
-    """Its statistics of batch normalisation; a batch of an accumulation skips the whole window."""
+    """Batch-norm statistics are unchanged too; one batch of an accumulation window skips the whole window."""
     settings = options(
         {**SETTINGS, "trainer.max_epochs": 1, "model.nonfinite": "skip", "data.global_batch_size": 4},
         data__root=colours,
@@ -104,7 +104,7 @@ def test_many_skipped_steps_in_a_row_end_the_run(colours: Path, tmp_path: Path) 
 def test_statistics_that_are_not_finite_are_not_saved(
     limit: float, value: str, message: str, colours: Path, tmp_path: Path
 ) -> None:
-    """The loss in training does not depend on them."""
+    """Running statistics do not affect the training loss."""
     outcome = run_here(
         *("fit", *options(SETTINGS, data__root=colours, run_dir=tmp_path / "run")),
         *(

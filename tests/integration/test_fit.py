@@ -1,4 +1,4 @@
-"""The main job on real processes, from a real GCS server and back to it."""
+"""Training in real processes, from a GCS server and back to it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STEPS = list(range(EPOCHS * 4))  # 32 of 40 images train, 8 a batch
 
 @pytest.fixture(scope="module")
 def fitted(gcs: str, gcs_colours: str) -> str:
-    """A run_dir in the bucket, from 2 processes."""
+    """run_dir in the bucket, of a run of 2 processes."""
     settings = options(TINY, data__root=gcs_colours, run_dir=f"{gcs}/fitted", trainer__max_epochs=EPOCHS)
     run_well("fit", *settings, processes=2)
     return f"{gcs}/fitted"
@@ -48,7 +48,7 @@ def test_every_logged_step_is_in_the_bucket(fitted: str) -> None:
     assert {"val/loss", "val/f1", "val/auroc", "val/accuracy_of/blue", "accounting/goodput"} <= curves.keys()
 
 
-def test_tensorboard_itself_reads_it_from_the_bucket(fitted: str) -> None:
+def test_tensorboard_reads_the_bucket(fitted: str) -> None:
     port = free_port()
     server = subprocess.Popen(
         # Its fast loader, written in Rust, knows the real GCS and no emulator.
@@ -99,8 +99,8 @@ def test_the_report_and_the_resolved_configuration(fitted: str) -> None:
     assert "backbone: timm/test_resnet" in config
 
 
-def test_a_learning_rate_and_a_batch_size_are_found(gcs: str, gcs_colours: str) -> None:
-    """By two processes, which take 60 steps over 16 epochs and leave one file; the options it prints are accepted."""
+def test_tune_suggests_a_learning_rate_and_a_batch_size(gcs: str, gcs_colours: str) -> None:
+    """Two processes take 60 steps over 16 epochs and write one file; the printed options are accepted."""
     run_dir = f"{gcs}/tuned"
     settings = {**TINY, "data.root": gcs_colours, "run_dir": run_dir, "model.milestones": "[]"}
     stdout = run_well("tune", *options(settings), "--lr_finder.steps=60", processes=2).stdout
@@ -159,14 +159,14 @@ def test_two_processes_predict_every_image_once(fitted: str, gcs: str, gcs_colou
     assert len(uris) == len(set(uris)) == 40
 
 
-def test_the_checkpoints_of_a_run(fitted: str) -> None:
+def test_checkpoints_commands(fitted: str) -> None:
     table = run_well("checkpoints", "ls", fitted).stdout
     assert "epoch=012-step=00000048.ckpt" in table
     assert "good" in run_well("checkpoints", "verify", fitted).stdout
     assert "0 leftover(s)" in run_well("checkpoints", "gc", fitted).stdout
 
 
-def test_validating_again_finds_the_same(fitted: str) -> None:
+def test_validate_reproduces_the_metrics(fitted: str) -> None:
     run_well("validate", "--run_dir", fitted, "--ckpt", f"{fitted}/checkpoints/last", processes=2)
     repeated = json.loads(storage.read_bytes(f"{fitted}/validate.json"))["metrics"]
     metrics = json.loads(storage.read_bytes(f"{fitted}/report.json"))["checkpoints"]["last"]["metrics"]
@@ -177,7 +177,7 @@ def test_validating_again_finds_the_same(fitted: str) -> None:
     assert averaged["val/loss"] == pytest.approx(metrics["val/loss"], abs=0.1)
 
 
-def test_a_finished_run_stays_finished(fitted: str) -> None:
+def test_fit_of_a_finished_run_changes_nothing(fitted: str) -> None:
     before = final_weights(fitted)
     result = run_well("fit", "--config", f"{fitted}/config.yaml", processes=2)
     assert "Finished" in result.stdout
@@ -186,7 +186,7 @@ def test_a_finished_run_stays_finished(fitted: str) -> None:
     assert [step for step, _ in scalars(fitted)["train/loss"]] == STEPS
 
 
-def test_a_run_is_not_started_over_by_mistake(fitted: str) -> None:
+def test_resume_never_refuses_an_existing_run(fitted: str) -> None:
     result = run("fit", "--config", f"{fitted}/config.yaml", "--resume=never")
     assert result.returncode == 2
     assert "--resume is never" in result.stderr
@@ -200,7 +200,7 @@ def test_a_run_is_not_started_over_by_mistake(fitted: str) -> None:
         ({"model__optimizer": "torch.optim.SGD"}, "model.optimizer was Adam"),
     ],
 )
-def test_going_on_with_other_settings_is_refused(fitted: str, changes: dict[str, object], message: str) -> None:
+def test_resuming_with_other_settings_is_refused(fitted: str, changes: dict[str, object], message: str) -> None:
     settings = {**changes, "trainer__max_epochs": EPOCHS + 1}
     result = run("fit", "--config", f"{fitted}/config.yaml", *options({}, **settings))
     assert result.returncode == 2
@@ -208,7 +208,7 @@ def test_going_on_with_other_settings_is_refused(fitted: str, changes: dict[str,
     assert "Traceback" not in result.stderr
 
 
-def test_going_on_with_other_images_is_refused(gcs: str, fitted: str, gcs_colours: str) -> None:
+def test_resuming_with_other_images_is_refused(gcs: str, fitted: str, gcs_colours: str) -> None:
     for entry in storage.list_files(gcs_colours):
         if not entry.is_dir:
             storage.write_bytes(f"{gcs}/more/{entry.key}", storage.read_bytes(f"{gcs_colours}/{entry.key}"))
@@ -218,7 +218,7 @@ def test_going_on_with_other_images_is_refused(gcs: str, fitted: str, gcs_colour
     assert "data.train was 32 images" in result.stderr
 
 
-def test_checkpoints_between_validations_claim_no_metrics(colours: Path, tmp_path: Path) -> None:
+def test_checkpoints_between_validations_have_no_metrics(colours: Path, tmp_path: Path) -> None:
     settings = {**TINY, "trainer.check_val_every_n_epoch": 2, "checkpoint.keep_last": 9, "checkpoint.every_n_steps": 3}
     result = run_well("fit", *options(settings, data__root=colours, run_dir=tmp_path / "run"))
     manifests = checkpoint.manifests(str(tmp_path / "run"))
@@ -260,7 +260,7 @@ def test_other_data_sets_and_optimizers_by_configuration(tmp_path: Path, colours
     assert all(later < earlier for earlier, later in itertools.pairwise(rates))
 
 
-def test_a_profile_tells_where_the_time_of_a_step_goes(gcs: str, gcs_colours: str) -> None:
+def test_profile_breaks_down_a_step(gcs: str, gcs_colours: str) -> None:
     run_dir = f"{gcs}/profile"
     settings = options(TINY, data__root=gcs_colours, run_dir=run_dir, model__milestones="[]", data__global_batch_size=4)
     result = run_well("fit", *settings, "--profile", processes=2)

@@ -1,4 +1,4 @@
-"""Processes that the tests fork are like those that ``python -m`` starts."""
+"""Processes forked by the tests behave like processes started by ``python -m``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_forked_process_is_like_a_new_one(session: bool, variables: dict[str, 
     assert forked[0] == 7
 
 
-def test_signals_reach_it_and_its_end_is_known(probe: Path) -> None:
+def test_a_forked_process_receives_signals_and_is_waited_for(probe: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         with (probe / "out").open("w") as file:
             process = start(

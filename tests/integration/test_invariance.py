@@ -1,4 +1,4 @@
-"""The training depends neither on how many processes run it nor on where it was interrupted."""
+"""Training does not depend on the number of processes or on interruptions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_one_two_and_four_processes_give_the_same_losses(colours: Path, tmp_path: Path) -> None:
-    """Frozen, then with half and all of the backbone training; layer norm, since batch norm sees local batches."""
+    """For a frozen, a half and a fully trained backbone, with layer norm: batch norm depends on local batches."""
     settings = {
         **TINY,
         "model.backbone": "timm/test_vit",
@@ -35,8 +35,8 @@ def test_one_two_and_four_processes_give_the_same_losses(colours: Path, tmp_path
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_interrupted_at_an_epochs_end_and_resumed_is_uninterrupted(epochs: int, colours: Path, tmp_path: Path) -> None:
-    """At either milestone: the stage of unfreezing, the optimizer and the order must all come back."""
+def test_a_resume_at_an_epochs_end_is_bit_equal(epochs: int, colours: Path, tmp_path: Path) -> None:
+    """At each milestone: the unfreezing stage, the optimizer and the order are restored."""
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     settings = options(TINY, data__root=colours, trainer__max_epochs=4, model__train_bn="true")
     run_well("fit", *settings, "--run_dir", whole, processes=2)
@@ -48,8 +48,8 @@ def test_interrupted_at_an_epochs_end_and_resumed_is_uninterrupted(epochs: int, 
         assert other[tag] == one[tag]
 
 
-def test_a_run_that_goes_on_at_another_precision_says_so(colours: Path, tmp_path: Path) -> None:
-    """Here from 16-bit products to 32 bits, as on a machine without units for them; both learn."""
+def test_resuming_at_another_precision_is_logged(colours: Path, tmp_path: Path) -> None:
+    """From bf16 to float32, as on a machine without bf16 units."""
     settings = options(TINY, data__root=colours, run_dir=tmp_path / "run", model__milestones="[]")
     first = run_well("fit", *settings, "--trainer.precision=bf16-mixed", "--trainer.max_epochs=2")
     assert "precision bf16-mixed" in first.stderr
@@ -61,7 +61,7 @@ def test_a_run_that_goes_on_at_another_precision_says_so(colours: Path, tmp_path
     assert sum(losses[-4:]) < sum(losses[:4])
 
 
-def test_a_recipe_of_everything_learns_and_resumes_bit_for_bit(colours: Path, tmp_path: Path) -> None:
+def test_a_recipe_with_all_options_learns_and_resumes_bit_for_bit(colours: Path, tmp_path: Path) -> None:
     settings = options(
         {
             **TINY,

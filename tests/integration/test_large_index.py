@@ -54,7 +54,7 @@ print(json.dumps({**told, "labels": sorted(set(batch["label"].tolist())), "bad":
 
 
 def told(code: str, folder: Path) -> dict[str, object]:
-    """What a process of its own printed."""
+    """Run code in a new process; return the JSON that it prints."""
     result = subprocess.run(
         [sys.executable, "-c", PREAMBLE + code, folder],
         cwd=REPOSITORY,

@@ -1,4 +1,4 @@
-"""Options and callbacks that --help lists work for two steps and a resume; others are refused by name."""
+"""Options and callbacks in --help work for two steps and a resume; others are refused."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_options_that_are_refused(changes: dict[str, object], message: str, colo
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_help_lists_what_works() -> None:
+def test_help_lists_only_supported_options() -> None:
     text = "".join(run_here("fit", "--help-all").output.split())
     for name in ("BackboneFinetuning", "ModelPruning", "FSDPStrategy", "DeepSpeed", "LBFGS", "16-true", "job.train."):
         assert name not in text

@@ -1,4 +1,4 @@
-"""Credentials in URIs reach the server and nothing else; names reach the terminal escaped."""
+"""Credentials in URIs are sent to the server only; names are escaped on the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PASSWORD = "correct-horse-battery"
 
 
 class Private(BaseHTTPRequestHandler):
-    """Serves files, and pages of links, to those who sign or have the password."""
+    """Serve files and pages of links to requests with the signature or the password."""
 
     files: ClassVar[dict[str, bytes]] = {}
     paths: ClassVar[list[str]] = []
@@ -97,7 +97,7 @@ def files_with_secrets(*folders: Path) -> list[Path]:
 
 @pytest.mark.parametrize("dataset", ["data/colours.zip", "data/table.csv", "data/images"])
 @pytest.mark.parametrize("kind", ["signed", "password"])
-def test_credentials_of_a_uri_are_written_nowhere(dataset: str, kind: str, server: str, tmp_path: Path) -> None:
+def test_credentials_of_a_uri_are_never_written(dataset: str, kind: str, server: str, tmp_path: Path) -> None:
     query = f"?sv=2024&sr=d&se=2030-01-01&sig={SIGNATURE}" if kind == "signed" else ""
     uri = f"http://me:{PASSWORD}@{server}/{dataset}" if kind == "password" else f"http://{server}/{dataset}{query}"
     run_dir, cache = tmp_path / "run", tmp_path / "cache"
@@ -133,7 +133,7 @@ def test_a_rotated_signature_changes_no_index_and_no_cache(server: str, tmp_path
     assert sorted((tmp_path / "cache").rglob("*")) == cached
 
 
-def test_the_option_to_give_again_is_named(server: str, tmp_path: Path) -> None:
+def test_the_message_names_the_option_to_repeat(server: str, tmp_path: Path) -> None:
     uri = f"http://{server}/data/colours.zip?sv=1&sig={SIGNATURE}"
     settings = options(TINY, data__root=uri, data__cache_dir=tmp_path / "cache", run_dir=tmp_path / "run")
     assert run_here("fit", *settings).returncode == 0
@@ -176,7 +176,7 @@ def assert_harmless(output: str) -> None:
     assert not re.search(r"^feed 00:00:00 forged", output, re.MULTILINE)
 
 
-def test_names_reach_the_terminal_escaped(hostile: Path, tmp_path: Path) -> None:
+def test_names_are_escaped_on_the_terminal(hostile: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "exp[lr=0.1]"
     (hostile / HOSTILE[0] / "bad\x1b[b]\n.png").write_bytes(b"text")
     changes = {"data__max_bad_samples": 1, "trainer__max_epochs": 1}

@@ -31,7 +31,7 @@ def mixed_picture(colours: tuple[str, ...], seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every combination of three colours twelve times, from none to all."""
+    """Twelve images of each subset of three colours."""
     folder = tmp_path_factory.mktemp("several")
     lines = []
     for number, colours in enumerate(COMBINATIONS * 12):
@@ -86,7 +86,7 @@ def test_several_labels_are_learned_and_predicted(run_dir: Path, table: Path) ->
     assert right > 80
 
 
-def test_validating_again_finds_the_same(run_dir: Path) -> None:
+def test_validate_reproduces_the_metrics(run_dir: Path) -> None:
     report = json.loads((run_dir / "report.json").read_text())
     result = run_here("validate", run_dir)
     assert result.returncode == 0, result.output
@@ -96,7 +96,7 @@ def test_validating_again_finds_the_same(run_dir: Path) -> None:
     assert repeated["confusion_matrix"].items() <= report["confusion_matrix"].items()
 
 
-def test_interrupted_and_resumed_is_uninterrupted(table: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bit_equal(table: Path, tmp_path: Path) -> None:
     everything = {
         "model.milestones": "[1,2]",
         "model.mixup": 0.2,

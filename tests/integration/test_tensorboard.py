@@ -1,4 +1,4 @@
-"""No event is lost: not to a bucket that cannot append, nor to an outage, an exception or a kill."""
+"""No event is lost: buckets without append, outages, exceptions and kills."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_events_are_published_while_the_run_goes_on(gcs: str) -> None:
     logger.finalize("success")
 
 
-def test_an_outage_delays_and_does_not_lose(gcs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_delays_events_and_loses_none(gcs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     logger = BucketTensorBoardLogger(f"{gcs}/outage/tensorboard", publish_seconds=1)
     logger.log_metrics({"a": 0.0}, 0)
     with monkeypatch.context() as outage:
@@ -55,9 +55,7 @@ def test_an_outage_delays_and_does_not_lose(gcs: str, monkeypatch: pytest.Monkey
     assert [step for step, _ in scalars(f"{gcs}/outage")["a"]] == list(range(300))
 
 
-def test_a_bucket_that_stays_away_is_told_with_the_place_of_the_events(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_permanent_outage_reports_where_the_events_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(tensorboard, "CLOSE_SECONDS", 1.0)
     logger = BucketTensorBoardLogger("memory://away/tensorboard")

@@ -26,7 +26,7 @@ LOCAL = "/data/t.csv"
 
 
 def problem(table: str, entry: str, access: Access | None = None) -> str:
-    """Why a table may not name an entry; the empty string if it may."""
+    """Return the reason why a table may not name an entry; empty if it may."""
     try:
         Resolver(table, access or Access(typed=(table,))).resolve(entry, 7)
     except DataError as error:
@@ -187,7 +187,7 @@ def test_the_user_may_allow_more(allow: str, entry: str, allowed: bool) -> None:
 
 
 def test_an_index_names_no_more_than_what_is_allowed() -> None:
-    """A later start checks the sources of the run's index again."""
+    """A later attempt checks the sources of the run's index again."""
     access = from_options("/mnt/images", [])
     assert Resolver("gs://b/t.csv", access).resolve("/mnt/images/cats/a.jpg", 0) == ("/mnt/images", "cats/a.jpg")
     access.require_sources(["/mnt/images"], "gs://b/run/index", local=False)
@@ -250,7 +250,7 @@ def server(serve: dict[str, bytes]) -> Iterator[str]:
 def test_redirects_and_names_lead_to_no_internal_address(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What no URI shows: where a server redirects to, and which address a name resolves to."""
+    """Targets of redirects and resolved addresses are checked too."""
     port = server.split(":")[1]
     uris = [f"http://{server}/a.jpg", f"http://{server}/away/b.jpg", f"http://named.example:{port}/c.jpg"]
     (tmp_path / "t.csv").write_text("uri,label\n" + "".join(f"{uri},{n % 2}\n" for n, uri in enumerate(uris)))
@@ -313,7 +313,7 @@ def test_the_guard_stays_within_its_context() -> None:
 
 
 def test_a_saved_index_is_bound_to_the_same_rules(tmp_path: Path) -> None:
-    """In a bucket it names no local files, whoever wrote it; for its own run it names what the command line does."""
+    """In a bucket it may not name local files; a run's own index may name the sources on the command line."""
     root = write_files(tmp_path / "data", picture_files(["blue", "red"], 6))
     main(str(root), output="memory://given/index")
     with pytest.raises(DataError, match=r"is a local file.*--data\.allow"):

@@ -1,4 +1,4 @@
-"""Manifests and state files as somebody else may have written them: data, checked where it is read."""
+"""Manifests and state files are untrusted data, validated where they are read."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def edit(run_dir: str, step: int, **changes: Any) -> Path:
         {"metrics": [1]},
     ],
 )
-def test_a_manifest_with_a_bad_field_is_named_and_left_alone(
+def test_a_manifest_with_a_bad_field_is_reported_and_kept(
     changes: dict[str, Any], run_dir: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(run_dir, state(10, 0.9), state(20, 0.5))
@@ -67,7 +67,7 @@ def test_a_manifest_with_a_bad_field_is_named_and_left_alone(
     assert checkpoint.resolve(run_dir).endswith("step=00000020.ckpt")
 
 
-def test_a_copied_checkpoint_is_not_the_best(run_dir: str) -> None:
+def test_a_copied_checkpoint_is_not_ranked(run_dir: str) -> None:
     save(run_dir, state(10, 0.9), state(20, 0.5))
     folder = Path(run_dir) / "checkpoints"
     for suffix in ("", ".json"):
@@ -86,7 +86,7 @@ def test_a_newer_format_is_refused_by_name(changes: dict[str, Any], run_dir: str
             use(run_dir)
 
 
-def test_no_readable_manifest_is_not_no_checkpoint(run_dir: str) -> None:
+def test_a_run_without_a_readable_manifest_is_an_error(run_dir: str) -> None:
     save(run_dir, state(10), state(20))
     for path in Path(run_dir).glob("checkpoints/*.json"):
         path.write_bytes(path.read_bytes()[:-20])
@@ -122,7 +122,7 @@ def test_manifests_of_format_1_are_read(run_dir: str) -> None:
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=40), st.integers(0, 10**6), st.integers(0, 60))
-def test_mutated_manifests_give_a_manifest_or_a_message(patch: bytes, position: int, removed: int) -> None:
+def test_mutated_manifests_raise_only_checkpoint_errors(patch: bytes, position: int, removed: int) -> None:
     intact = encode_manifest(
         Manifest("epoch=001-step=00000004.ckpt", 9, "0" * 64, 1, 0, 4, "val/loss", "min", {"val/loss": 0.5})
     )
@@ -139,7 +139,7 @@ def test_mutated_manifests_give_a_manifest_or_a_message(patch: bytes, position: 
 
 
 @pytest.mark.parametrize("content", [b"[" * 200_000, b'{"format": ' * 99_000, b"\xff\xfe", b"null", b"{}", b""])
-def test_json_that_is_no_manifest(content: bytes) -> None:
+def test_json_that_is_not_a_manifest(content: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"m\.json is damaged"):
         decode_manifest("m.json", content)
 
@@ -224,7 +224,7 @@ MUTANTS = 25
 
 @pytest.mark.parametrize("seed", range(MUTANTS))
 def test_a_state_that_agrees_with_its_manifest_may_hold_anything(seed: int, trained: list[str], tmp_path: Path) -> None:
-    """One mutated entry, and a manifest that fits: trained on, or one message; never a traceback."""
+    """With one mutated entry and a matching manifest, training resumes or ends with a message, never a traceback."""
     dice = random.Random(seed)
     source = Path(next(o for o in trained if "--run_dir=" in o).split("=", 1)[1])
     shutil.copytree(source, tmp_path / "run")

@@ -229,7 +229,7 @@ def test_metadata_in_the_folders_of_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["", "data/"])
 @pytest.mark.parametrize("absolute", [False, True])
 def test_metadata_above_the_folders_of_parts(folder: str, absolute: bool, tmp_path: Path) -> None:
-    """No image of a test/ folder is trained on, unless a split column says so."""
+    """No image of a test/ folder is trained on, unless a split column assigns it."""
     names = {"test/3.jpg": "y", "train/0.jpg": "x", "train/1.jpg": "y", "val/2.jpg": "x"}
     root = tmp_path / "data"
     write_files(root, {f"{folder}{name}": IMAGES[n] for n, name in enumerate(names)})
@@ -250,14 +250,14 @@ def test_metadata_above_the_folders_of_parts(folder: str, absolute: bool, tmp_pa
         index_of(root)
 
 
-def test_a_column_that_metadata_lacks_is_named(tmp_path: Path) -> None:
+def test_a_column_missing_in_the_metadata_is_reported(tmp_path: Path) -> None:
     write_files(tmp_path, {**FILES, "metadata.csv": metadata("csv", dict.fromkeys(FILES, "x"))})
     (tmp_path / ".index").mkdir()
     with pytest.raises(DataError, match="has no column species; it has file_name, label"):
         build({"root": [str(tmp_path)]}, tmp_path / ".index", str(tmp_path), "parts", columns=Columns(label="species"))
 
 
-def test_metadata_without_labels_is_left_out(tmp_path: Path) -> None:
+def test_metadata_without_labels_is_skipped(tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_files(root, {**FILES, "metadata.jsonl": metadata("jsonl", dict.fromkeys(FILES, "a caption"), "text")})
     assert labels(index_of(root)) == ["blue"] * 3 + ["red"] * 3

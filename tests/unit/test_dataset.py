@@ -50,7 +50,7 @@ def test_augmentation_depends_on_seed_epoch_and_sample_alone(preprocessing: Prep
     assert any(not torch.equal(image, first[sample]) for sample, image in images(1, epoch=2).items())
 
 
-def test_reading_leaves_the_generators_alone(colours: Path) -> None:
+def test_reading_does_not_change_the_random_generators(colours: Path) -> None:
     preprocessing = Preprocessing(16, augment=v2.RandomCrop(16, pad_if_needed=True))
     sampler = ResumableBatchSampler(40, 8, rank=0, world_size=1, seed=0, shuffle=True)
     dataset = ImageDataset(index_of(colours), sampler, preprocessing)
@@ -62,7 +62,7 @@ def test_reading_leaves_the_generators_alone(colours: Path) -> None:
 
 
 def test_a_repeated_image_is_not_changed_by_a_transform_in_place(colours: Path) -> None:
-    """Balanced sampling repeats an image within a batch, of which each rank reads other rows."""
+    """Balanced sampling repeats an image within a batch, whose rows are spread over ranks."""
     preprocessing = Preprocessing(16, augment=v2.Compose([InvertInPlace(), v2.Resize([16, 16])]))
     sampler = ResumableBatchSampler(40, 3, rank=0, world_size=1, seed=0, shuffle=False)
     twice = BatchIndices(
@@ -73,7 +73,7 @@ def test_a_repeated_image_is_not_changed_by_a_transform_in_place(colours: Path) 
     assert not torch.equal(images[0], images[2])
 
 
-def test_an_unreadable_sample_is_masked_and_named(tmp_path: Path) -> None:
+def test_an_unreadable_sample_is_masked_and_reported(tmp_path: Path) -> None:
     files = {f"{c}/{n}.jpg": picture((9, 9, 9), n) for c in "ab" for n in range(2)}
     write_files(tmp_path, {**files, "a/1.jpg": b"no image"})
     sampler = ResumableBatchSampler(4, 4, rank=0, world_size=1, seed=0, shuffle=False)
@@ -94,7 +94,7 @@ def test_an_augmentation_of_the_wrong_shape_is_refused(colours: Path) -> None:
 
 @pytest.mark.parametrize("transform", [v2.RandAugment(), v2.TrivialAugmentWide(), v2.RandomErasing(p=1.0)])
 def test_torchvisions_own_policies(transform: v2.Transform, colours: Path) -> None:
-    """A function of the seed alone, for every sample's another."""
+    """Augmentation depends on the seed alone, and differs between samples."""
     preprocessing = Preprocessing(16, augment=v2.Compose([v2.Resize([16, 16]), transform]))
     sampler = ResumableBatchSampler(40, 40, rank=0, world_size=1, seed=0, shuffle=False)
     batch = ImageDataset(index_of(colours), sampler, preprocessing)[sampler.batch(0, 0)]
@@ -114,7 +114,7 @@ def test_resizing_is_torchvisions() -> None:
 @pytest.mark.parametrize("shape", [(30, 2200), (2300, 31), (1, 300), (300, 1), (3, 1000), (700, 46_000), (40, 2561)])
 @pytest.mark.parametrize("size", [16, 33, 64])
 def test_a_narrow_image_is_cropped_before_it_is_resized(shape: tuple[int, int], size: int) -> None:
-    """With the same result as the other way round, within rounding, at the cost of its output."""
+    """The result equals resizing first, up to rounding, at the cost of the output's size."""
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)).permute(2, 0, 1)
     resized = resize(image, size, "crop")
     expected = v2.functional.center_crop(v2.functional.resize(image, [size], antialias=True), [size, size])
@@ -140,7 +140,7 @@ def test_squashing_a_very_long_image_keeps_its_order() -> None:
 
 
 def test_cached_features_of_earlier_releases_are_found() -> None:
-    """Their folder is named after this text."""
+    """The folder's name is a hash of this text."""
     assert Preprocessing(16, "crop", flip=True).cache_key == (
         "View(image_size=16, resize='crop', augment=None, augment_views=None, flip=True)"
     )

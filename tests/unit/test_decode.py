@@ -57,7 +57,7 @@ def test_every_mode_becomes_rgb(content: bytes, expected: np.ndarray) -> None:
     assert np.array_equal(decoded.permute(1, 2, 0).numpy(), expected)
 
 
-def test_jpeg_is_what_pillow_reads() -> None:
+def test_jpegs_are_decoded_as_by_pillow() -> None:
     content = encoded(GRADIENT, "JPEG", quality=90)
     assert np.array_equal(decode(content).permute(1, 2, 0).numpy(), np.asarray(Image.open(io.BytesIO(content))))
 
@@ -96,7 +96,7 @@ FORMATS_WITH_ORIENTATION: list[tuple[str, dict[str, object]]] = [
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """The image as a viewer shows it."""
+    """Return the image as a viewer shows it."""
     ways = Image.Transpose
     order = (ways.FLIP_LEFT_RIGHT, ways.ROTATE_180, ways.FLIP_TOP_BOTTOM, ways.TRANSPOSE)
     method = dict(enumerate((*order, ways.ROTATE_270, ways.TRANSVERSE, ways.ROTATE_90), 2)).get(orientation)
@@ -104,7 +104,7 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def quarters(image: Image.Image) -> Image.Image:
-    """A different colour in each quarter, so that no two orientations look alike."""
+    """Return an image with a different colour per quarter, so that all orientations differ."""
     small = Image.new("RGB", (2, 2))
     small.putdata([(250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 240)])
     return small.resize(image.size, Image.Resampling.NEAREST)
@@ -113,7 +113,7 @@ def quarters(image: Image.Image) -> Image.Image:
 @pytest.mark.parametrize(("file_format", "options"), FORMATS_WITH_ORIENTATION)
 @pytest.mark.parametrize("source", ["exif", "xmp"])
 def test_every_format_stands_upright_once(file_format: str, options: dict[str, object], source: str) -> None:
-    """Some decoders turn the pixels by themselves."""
+    """Some decoders apply the orientation themselves."""
     image = quarters(GRADIENT)
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -139,7 +139,7 @@ def test_every_format_stands_upright_once(file_format: str, options: dict[str, o
 
 
 def test_an_avif_is_turned_by_its_own_property_alone() -> None:
-    """As browsers do; EXIF data beside it may contradict, or be malformed."""
+    """As in browsers; EXIF data may contradict it, or be malformed."""
     payload = segment([(0x10F, 3, 1, b"\6\0\0\0"), (0x11A, 3, 1, bytes(4))])
     content = encoded(GRADIENT, "AVIF", exif=payload)
     for tag in (b"\x12\1\3\0", b"\x0f\1\x0b\0"):
@@ -160,7 +160,7 @@ def test_a_heic_image_names_the_package_that_it_needs(monkeypatch: pytest.Monkey
 
 
 def test_a_heic_image_is_read_by_pillow_heif() -> None:
-    """Turned by the library, and not once more by EXIF."""
+    """The library applies the orientation, and EXIF does not apply it again."""
     heif = pytest.importorskip("pillow_heif")
     decoding._heif_format.cache_clear()
     with pytest.raises(DataError, match=r"is damaged|is no image"):
@@ -194,13 +194,13 @@ def test_a_heic_image_is_read_by_pillow_heif() -> None:
         (encoded(Image.new("1", (20_000, 20_000)), "PNG"), "decompression bomb"),
     ],
 )
-def test_what_is_no_image_is_refused(content: bytes, message: str) -> None:
+def test_files_that_are_not_images_are_refused(content: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         decode(content)
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """Smooth shapes and some noise, as photographs have."""
+    """Return an image with smooth shapes and noise, like a photograph."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / width * (70 - 9 * c)) * np.cos(y / height * (50 + 7 * c)) for c in range(3)]
     noise = np.random.default_rng(0).normal(0, 6, (height, width, 3))
@@ -252,8 +252,8 @@ def test_a_large_jpeg_is_scaled_while_decoded_and_a_small_one_is_not() -> None:
     ]
 
 
-def test_what_is_cut_or_changed_in_a_jpeg_is_as_pillow_has_it() -> None:
-    """A cut is damage; rubbish behind the image is not."""
+def test_damaged_jpegs_are_treated_as_by_pillow() -> None:
+    """A truncated file is damaged; bytes after the image are ignored."""
     content = encoded(photo(640, 427), "JPEG")
     with pytest.raises(DataError, match="is damaged"):
         decode(content[: len(content) * 2 // 3], 224)
@@ -272,7 +272,7 @@ def test_a_jpeg_bomb_is_refused_before_it_is_decoded() -> None:
 
 
 def test_only_listed_formats_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An EPS file would start Ghostscript, a PCX file is harmless; neither is a format to train on."""
+    """An EPS file would start Ghostscript; neither EPS nor PCX is supported."""
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
     for file_format in ("EPS", "PCX", "TGA", "ICNS"):
         with pytest.raises(DataError, match="is no image of a known format"):
@@ -284,7 +284,7 @@ def test_only_listed_formats_are_opened(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     "error", [MemoryError(), struct.error("x"), KeyError(7), RecursionError(), AttributeError(), DeprecationWarning()]
 )
-def test_whatever_a_decoder_raises_is_a_data_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_decoder_error_is_a_data_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(_: object) -> None:
         raise error
 
@@ -315,7 +315,7 @@ def png_chunk(name: bytes, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
 def test_random_exif_data_does_not_hide_an_image(file_format: str) -> None:
-    """Tags of any type, count and offset; where the orientation's own tag is sound, the image is turned by it."""
+    """Tags of any type, count and offset; a valid orientation tag is applied."""
     rng = random.Random(file_format)
     for _ in range(150):
         tags = [0x10F, 0x11A, 0x103, 0x8769, 0x8825, 0x927C, 0x201, rng.randrange(65536)]
@@ -364,7 +364,7 @@ def in_mode(mode: str) -> Image.Image:
 
 
 def damaged(intact: bytes, rng: random.Random) -> bytes:
-    """The file with bits flipped, a part overwritten, left out, moved or repeated, a size changed, or cut off."""
+    """Return a file with bits flipped, a part overwritten, removed, moved or repeated, a size changed, or truncated."""
     content = bytearray(intact)
     for _ in range(rng.randint(1, 4)):
         position = rng.randrange(min(len(content), rng.choice([60, 400, len(content)])))

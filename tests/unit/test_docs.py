@@ -73,7 +73,7 @@ BLOCKS = [block for page in [*PAGES, GUIDE] for block in blocks_of(page)]
 
 
 def commands_of(text: str) -> Iterator[list[str]]:
-    """The words of each line, without comments and leading assignments of variables."""
+    """Return the words of each line, without comments and leading assignments of variables."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -222,7 +222,7 @@ def test_a_command_is_accepted(words: list[str], options: Callable[[list[str]], 
         "pip install .[tim]",
     ],
 )
-def test_a_wrong_command_is_not(line: str, options: Callable[[list[str]], None]) -> None:
+def test_a_wrong_command_is_refused(line: str, options: Callable[[list[str]], None]) -> None:
     words = shlex.split(line)
     with pytest.raises((AssertionError, ConfigError, SystemExit)):
         CHECKS[words[0]](words[1:], options)
@@ -253,7 +253,7 @@ def test_a_yaml_block_is_valid(block: Block, options: Callable[[list[str]], None
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
-def test_a_python_block_uses_what_exists(block: Block) -> None:
+def test_a_python_block_uses_existing_names(block: Block) -> None:
     tree = ast.parse(block.text)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "job":
@@ -332,7 +332,7 @@ def test_the_readme_is_short_and_has_its_two_commands() -> None:
 
 
 def test_make_knows_its_targets() -> None:
-    """Make's own word on what the tests read from the Makefile."""
+    """``make --dry-run`` accepts the targets that the tests read from the Makefile."""
     assert {"demo", "test", "test-all", "lint", "docs"} <= TARGETS
     result = subprocess.run(["make", "--dry-run", *sorted(TARGETS)], capture_output=True, text=True, cwd=REPOSITORY)
     assert result.returncode == 0, result.stderr
@@ -392,7 +392,7 @@ def test_the_platforms_are_those_of_the_launcher() -> None:
     assert len(table.strip().splitlines()) - 2 == len(get_args(Platform)) - 1  # of a rank there is nothing to detect
 
 
-def test_the_example_of_a_loss_is_one() -> None:
+def test_the_example_loss_trains() -> None:
     (block,) = (block for block in BLOCKS if "def focal_loss" in block.text)
     namespace: dict[str, Any] = {}
     exec(block.text, namespace)
@@ -404,7 +404,7 @@ def test_the_example_of_a_loss_is_one() -> None:
 
 @pytest.mark.parametrize("name", ["walks.md", "extending.md"])
 def test_names_beside_a_file_are_in_it(name: str) -> None:
-    """Of functions and classes in the rows of a table whose file is given."""
+    """Functions and classes in table rows that name a file."""
     checked = 0
     for row in re.findall(r"^\|.*`job/.*\|$", (REPOSITORY / "docs" / name).read_text(), re.MULTILINE):
         code = re.findall(r"`([^`]*)`", row)

@@ -95,7 +95,7 @@ def test_a_file_of_another_format_is_named(tmp_path: Path) -> None:
         index_parts(tmp_path / "a.rar")
 
 
-def test_what_was_left_out_of_refused_data_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_files_of_refused_data_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.tar").write_bytes(tar_of({"inner.zip": b""}))
     with pytest.raises(DataError, match="no image"):
         index_parts(tmp_path / "a.tar")
@@ -136,7 +136,7 @@ def test_unlabelled_images(colours: Path) -> None:
 
 
 def test_a_part_of_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are found at their place whatever portions they were written in."""
+    """Row positions do not depend on the sizes of record batches."""
     monkeypatch.setattr("job.data.index.index.ROWS_PER_BATCH", 7)
     write_files(tmp_path, picture_files(["blue", "green", "red"], 10))
     index = index_of(tmp_path)
@@ -147,7 +147,7 @@ def test_a_part_of_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert index.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
 
 
-def test_an_index_travels_as_a_path(colours: Path) -> None:
+def test_an_index_is_pickled_as_its_path(colours: Path) -> None:
     index = index_of(colours)
     pickled = pickle.dumps(index)
     assert len(pickled) < 300

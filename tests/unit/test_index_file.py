@@ -1,4 +1,4 @@
-"""Indexes that somebody else wrote, or that were damaged: read as data, and refused by one message."""
+"""Untrusted and damaged indexes: refused with one message."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_folder_has_one_state(folder: Path) -> None:
 
 
 def write_part(folder: Path, table: pa.Table, compression: str | None = None) -> None:
-    """Rewrite the training part, with the hash and size that belong to it."""
+    """Rewrite the training part, and its hash and size in index.json."""
     path = folder / "train.arrow"
     with pa.ipc.new_file(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
         writer.write_table(table)
@@ -66,7 +66,7 @@ def write_part(folder: Path, table: pa.Table, compression: str | None = None) ->
 
 
 def part(**columns: list[Any]) -> pa.Table:
-    """Two rows as the index has them, with some columns replaced."""
+    """Two valid rows, with some columns replaced."""
     rows: dict[str, list[Any]] = {
         "key": ["blue/000.jpg", "red/000.jpg"],
         "source": [0, 0],
@@ -121,7 +121,7 @@ def test_index_json_has_a_schema(folder: Path, wrong: Callable[[dict[str, Any]],
 @pytest.mark.parametrize(
     "text", [b"", b"NaN", b"[" * 100_000, b'{"format": 3, "request": ' + b'{"a":' * 100_000, b"\xff"]
 )
-def test_no_json_gives_one_message(folder: Path, text: bytes) -> None:
+def test_invalid_json_gives_one_message(folder: Path, text: bytes) -> None:
     (folder / "index.json").write_bytes(text)
     assert "index.json is no index" in refused(folder)
 
@@ -190,7 +190,7 @@ def test_compressed_parts_are_refused_before_they_expand(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "gone", "rows"])
-def test_a_part_that_was_damaged_on_the_way_is_noticed(damage: str, tmp_path: Path) -> None:
+def test_a_part_damaged_in_transfer_is_noticed(damage: str, tmp_path: Path) -> None:
     main(str(write_files(tmp_path / "data", FILES)), output=f"memory://damage/{damage}")
     uri = f"memory://damage/{damage}/train.arrow"
     content = bytearray(storage.read_bytes(uri))
@@ -243,7 +243,7 @@ def test_a_copy_is_verified_once_and_again_when_it_changed(
 
 
 @pytest.mark.parametrize("damage", ["json", "arrow", "gone", "older", "newer", "other", "no train"])
-def test_a_runs_damaged_index_is_made_again_and_a_newer_one_kept(
+def test_a_runs_damaged_index_is_rebuilt_and_a_newer_one_kept(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root, run_dir = str(write_files(tmp_path / "data", FILES)), tmp_path / "run"
@@ -285,7 +285,7 @@ def test_a_runs_damaged_index_is_made_again_and_a_newer_one_kept(
     assert "made again" not in caplog.text
 
 
-def test_an_older_index_beside_the_data_is_not_used_and_said_so(
+def test_an_older_index_beside_the_data_is_ignored_with_a_message(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = write_files(tmp_path / "data", FILES)
@@ -297,7 +297,7 @@ def test_an_older_index_beside_the_data_is_not_used_and_said_so(
         index_parts(root / ".index" / "index.json")
 
 
-def test_an_index_json_without_end_is_not_read(folder: Path) -> None:
+def test_an_endless_index_json_is_not_read(folder: Path) -> None:
     (folder / "index.json").unlink()
     (folder / "index.json").symlink_to("/dev/zero")
     assert "no regular file" in refused(folder) or "not a regular file" in refused(folder)
@@ -317,7 +317,7 @@ def test_an_index_without_a_training_part_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reader", ["index.json", "index.arrow", "labels.arrow", "features", "csv", "jsonl", "parquet"])
 def test_mutants_end_in_one_message(reader: str, tmp_path: Path) -> None:
-    """In a process of its own: a crash in a parser written in C would be the end of it."""
+    """In a new process, since a parser in C may crash."""
     result = subprocess.run(
         [sys.executable, REPOSITORY / "tests" / "mutants.py", reader, "150", tmp_path],
         env=environment(PYTHONPATH=f"{REPOSITORY}:{REPOSITORY / 'tests'}"),
@@ -338,7 +338,7 @@ def test_a_marker_file_is_small_and_no_link(tmp_path: Path) -> None:
 
 
 def test_sources_of_archives_are_checked_after_a_listing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What this package writes it also takes."""
+    """An index that the package has written is accepted."""
     caplog.set_level(logging.INFO)
     (tmp_path / "a.tar").write_bytes(tar_of({f"x/{key}": content for key, content in FILES.items()}))
     main(str(tmp_path / "a.tar"))

@@ -1,4 +1,4 @@
-"""Links and other special members of archives."""
+"""Links and special members of archives."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tar_with(*members: tuple[str, bytes | tuple[bytes, str]]) -> bytes:
 
 
 def listed(content: bytes) -> tuple[dict[str, tuple[bytes, str | None]], dict[str, int]]:
-    """(content, label) of the members by name, and the counts of what is left out."""
+    """Return (content, label) of the members by name, and the counts of skipped files."""
     left_out = LeftOut()
     samples = {
         member.key: (content[member.offset : member.offset + member.size], member.label)
@@ -96,7 +96,7 @@ def test_a_link_means_the_last_file_of_that_name() -> None:
     assert listed(content)[0]["b.jpg"] == (b"new", None)
 
 
-def test_links_that_lead_nowhere_are_counted() -> None:
+def test_broken_links_are_counted() -> None:
     content = tar_with(
         ("1.jpg", b"x"),
         ("absolute.jpg", (SYMLINK, "/etc/passwd")),
@@ -176,7 +176,7 @@ def test_a_zip_behind_other_bytes_and_with_replaced_members() -> None:
 
 
 def test_names_in_utf8_without_the_flag_for_it() -> None:
-    """As macOS writes them."""
+    """As written by macOS."""
     content = zip_with(("caf\xe9/1.jpg", b"x", 0))
     flags = content.index(b"PK\1\2") + 8
     unflagged = content[:flags] + b"\0\0" + content[flags + 2 :]

@@ -42,7 +42,7 @@ IN_PROCESSES = v2.Compose([v2.Resize([8, 8]), v2.RandomVerticalFlip()])
 def test_stopped_at_any_batch_and_resumed_elsewhere_sees_the_rest(
     workers: int, world_size: int, augment: v2.Transform | None, colours: Path
 ) -> None:
-    """Stopped after 3 batches on one rank; the next start has other workers and another world size."""
+    """Stopped after 3 batches on one rank; resumed with other workers and another world size."""
     batch_size = 6 if world_size == 3 else 8
     first = loader(colours, 1, augment=augment, batch_size=batch_size)
     iterator = iter(first)
@@ -86,8 +86,8 @@ def test_threads_use_one_core_each_and_leave_the_others_theirs(colours: Path, mo
     torch.set_num_threads(before)
 
 
-def test_an_epoch_given_up_does_not_disturb_the_next(colours: Path) -> None:
-    """Lightning takes a first batch before it loads a loader's state, and then begins anew."""
+def test_an_abandoned_epoch_does_not_disturb_the_next(colours: Path) -> None:
+    """Lightning fetches a batch before it loads a loader's state, and then creates a new iterator."""
     threaded = loader(colours, 2)
     first = iter(threaded)
     next(first)

@@ -1,4 +1,4 @@
-"""Data with several labels per image, and the task that learns them."""
+"""Multi-label data, and the multi-label task."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LISTS: list[list[str]] = [["red"], ["red", "blue"], [], ["green", "blue", "red"]
 
 
 def table(folder: Path, labels: list[Any], name: str = "data.jsonl", **more: list[Any]) -> Path:
-    """A table of JSON lines with these labels; nothing reads its images."""
+    """Write a table of JSON lines with these labels; its images do not exist."""
     columns = {"uri": [f"{number:04d}.jpg" for number in range(len(labels))], "label": labels, **more}
     lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     write_files(folder, {name: "".join(json.dumps(line) + "\n" for line in lines).encode()})
@@ -254,7 +254,7 @@ def test_balanced_weights_are_bounded_positive_weights(tmp_path: Path) -> None:
 
 
 def scored(samples: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities, of which some are equal, and labels; the last class has none."""
+    """Return probabilities with ties, and labels; the last class has no positive sample."""
     generator = torch.Generator().manual_seed(seed)
     labels = (torch.rand(samples, classes, generator=generator) < 0.3).to(torch.uint8)
     labels[:, -1] = 0
@@ -329,7 +329,7 @@ def test_no_positive_sample_leaves_metrics_out() -> None:
     assert metrics.thresholds == [0.5, 0.5]
 
 
-def test_many_classes_have_no_metric_each() -> None:
+def test_many_classes_have_no_per_class_metrics() -> None:
     probabilities, labels = scored(50, 120)
     metrics = MultilabelMetrics([f"c{n}" for n in range(120)])
     metrics.update(torch.ones(50), probabilities, labels, torch.ones(50).bool())

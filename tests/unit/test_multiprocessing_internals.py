@@ -1,4 +1,4 @@
-"""What job relies on of the private API of multiprocessing: fails where a release of Python changes it."""
+"""Contract of job.multiprocessing_internals with the private API of multiprocessing."""
 
 from __future__ import annotations
 

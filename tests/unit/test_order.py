@@ -19,7 +19,7 @@ from job.data.sampler import (
 
 
 def samples_by_batch(size: int, batch: int, world_size: int, epoch: int = 0, shuffle: bool = True) -> list[list[int]]:
-    """Valid samples of each global batch, the ranks' slices joined."""
+    """Return the valid samples of each global batch, with the ranks' slices concatenated."""
     orders = [
         ResumableBatchSampler(size, batch, rank=rank, world_size=world_size, seed=7, shuffle=shuffle)
         for rank in range(world_size)
@@ -42,7 +42,7 @@ def test_permutation_looks_random() -> None:
     assert max(abs(h - 0.5) for h in halves) < 0.03
 
 
-def test_permutation_needs_no_memory_for_the_data_set() -> None:
+def test_permutation_takes_no_memory_per_sample() -> None:
     values = permute(np.arange(5), 10**12, "key")
     assert len(set(values.tolist())) == 5
     assert values.max() < 10**12
@@ -50,7 +50,7 @@ def test_permutation_needs_no_memory_for_the_data_set() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("size", [1, 23, 24, 25, 47, 101])
-def test_every_sample_exactly_once_an_epoch(size: int, world_size: int) -> None:
+def test_every_sample_exactly_once_per_epoch(size: int, world_size: int) -> None:
     batches = samples_by_batch(size, 24, world_size)
     assert sorted(s for batch in batches for s in batch) == list(range(size))
 
@@ -146,7 +146,7 @@ def test_each_class_is_drawn_equally_often() -> None:
         assert set(np.delete(counts, 3).tolist()) <= {200, 201}
 
 
-def test_a_sample_is_drawn_again_once_all_of_its_class_were() -> None:
+def test_classes_are_drawn_without_replacement() -> None:
     counts = np.zeros(1003, np.int64)
     for epoch in range(12):
         counts += np.bincount(drawn(epoch), minlength=1003)
@@ -183,7 +183,7 @@ def test_balanced_batches_can_start_anywhere() -> None:
     assert "_members" not in pickle.dumps(sampler).decode("latin1")  # other processes make it themselves
 
 
-def test_a_sample_that_comes_again_is_counted() -> None:
+def test_repeated_samples_are_counted() -> None:
     pairs: set[tuple[int, int]] = set()
     for epoch in range(3):
         for plan in balanced().batches(epoch, range(42)):

@@ -1,4 +1,4 @@
-"""Every pixel mode and bit depth, against values computed by numpy."""
+"""Every pixel mode and bit depth, compared with values computed by NumPy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def encoded(image: Image.Image, file_format: str, **options: object) -> bytes:
 
 
 def grey(content: bytes) -> np.ndarray:
-    """The decoded image, which must be grey, as [H, W]."""
+    """Decode a grey image; return [H, W]."""
     decoded = decode(content).numpy()
     assert (decoded[0] == decoded[1]).all()
     assert (decoded[0] == decoded[2]).all()
@@ -86,7 +86,7 @@ def tiff(values: np.ndarray, bits: int, photometric: int = 1, order: str = "<", 
 
 
 def packed_12_bits(values: np.ndarray) -> np.ndarray:
-    """Two samples in three bytes, as TIFF has them."""
+    """Pack two 12-bit samples into three bytes, as TIFF does."""
     first, second = values[:, ::2], values[:, 1::2]
     return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 2).reshape(len(values), -1)
 
@@ -202,7 +202,7 @@ def test_a_lab_tiff() -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 def test_a_transparent_grey_is_white(bits: int) -> None:
-    """The chunk tRNS has the value in the file's bits, Pillow's pixels are in 8."""
+    """The chunk tRNS has the file's bit depth, Pillow's pixels have 8 bits."""
     values = RAMP % 2**bits if bits < 16 else RAMP
     key = int(values[1, 3])
     decoded = grey(png(values, bits, 0, chunk(b"tRNS", struct.pack(">H", key))))
@@ -287,7 +287,7 @@ def test_a_pixel_type_that_is_not_supported_is_named() -> None:
     ],
 )
 def test_a_large_image_is_converted_in_bands(content: bytes, at_least: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same pixels; reduced by a box filter where it is to be resized."""
+    """The pixels are equal; before resizing they are reduced by a box filter."""
     whole = decode(content)
     monkeypatch.setattr(pixels, "LARGE", 1000)
     monkeypatch.setattr(pixels, "BAND_PIXELS", 500)
@@ -301,7 +301,7 @@ def test_a_large_image_is_converted_in_bands(content: bytes, at_least: int, monk
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000"])
 def test_the_limit_of_pixels_is_an_option(file_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow's own is global: neither is it applied, nor changed."""
+    """Pillow's global limit is neither applied nor changed."""
     content = encoded(Image.new("RGB", (100, 90)), file_format)
     assert decode(content, max_image_pixels=9000).shape == (3, 90, 100)
     with pytest.raises(DataError, match=r"decompression bomb: 100 x 90 pixels, more than max_image_pixels \(8,999\)"):

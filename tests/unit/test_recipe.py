@@ -1,4 +1,4 @@
-"""What a recipe is made of: targets, mixing, class weights, parameter groups, the schedule."""
+"""Parts of a recipe: targets, mixup and CutMix, class weights, parameter groups, the schedule."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_smoothing_is_torchs() -> None:
     assert torch.allclose(per_sample_loss(one, smoothed(labels % 2, 2, 0.2)), expected, atol=1e-6)
 
 
-def test_balanced_weights_average_to_one_and_make_classes_count_alike() -> None:
+def test_balanced_weights_average_to_one_and_equalise_classes() -> None:
     labels = np.array([0] * 60 + [1] * 30 + [2] * 10 + [-1] * 5, np.int32)
     weights = balanced_weights(labels, 3)
     counted = torch.from_numpy(labels[labels >= 0]).long()
@@ -58,8 +58,8 @@ def test_balanced_weights_average_to_one_and_make_classes_count_alike() -> None:
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)])
-def test_mixing_keeps_targets_to_the_share_of_pixels(mixup: float, cutmix: float) -> None:
-    """Pictures of one value each: the mean of the mixed one tells how much of each class is in it."""
+def test_mixed_targets_equal_the_share_of_pixels(mixup: float, cutmix: float) -> None:
+    """With constant images, the mean of a mixed image is the share of each class."""
     mix = mixing(mixup, cutmix)
     assert mix is not None
     for seed in range(10):
@@ -73,7 +73,7 @@ def test_mixing_keeps_targets_to_the_share_of_pixels(mixup: float, cutmix: float
 
 
 def model(**settings: object) -> TransferLearningModel:
-    """With the network that the data would have it build."""
+    """Return a module with the network that it would build for the data."""
     module = TransferLearningModel(backbone="timm/test_resnet", **settings)  # type: ignore[arg-type]
     backbone = build_backbone("timm/test_resnet")
     module.net = Classifier(backbone, name="x", classes="ab", hidden=[4], image_size=32, mean=MEAN, std=STD)
@@ -154,7 +154,7 @@ def test_a_loaded_state_is_fused_as_the_optimizer_that_loads_it(saved: bool | No
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
-def test_optimizers_update_in_one_pass_unless_told_otherwise(kind: type[torch.optim.Optimizer]) -> None:
+def test_optimizers_are_fused_by_default(kind: type[torch.optim.Optimizer]) -> None:
     def step(**settings: object) -> tuple[torch.optim.Optimizer, torch.Tensor]:
         made = model(optimizer=lambda p: kind(p, lr=0.1, **settings))  # type: ignore[call-arg]
         optimizer = made.configure_optimizers()["optimizer"]
@@ -173,8 +173,8 @@ def test_optimizers_update_in_one_pass_unless_told_otherwise(kind: type[torch.op
     assert not step(foreach=True)[0].param_groups[0]["fused"]
 
 
-def test_a_fused_optimizer_goes_on_from_moments_that_lie_otherwise_in_memory() -> None:
-    """Its kernels take parameters and moments by their place in memory."""
+def test_a_fused_optimizer_resumes_from_moments_in_another_memory_format() -> None:
+    """The kernels index parameters and moments by their memory position."""
 
     def steps(optimizer: torch.optim.Optimizer, weight: nn.Parameter, seeds: range) -> None:
         for seed in seeds:
@@ -202,7 +202,7 @@ def test_a_fused_optimizer_goes_on_from_moments_that_lie_otherwise_in_memory() -
     assert torch.equal(resumed, expected)
 
 
-def test_the_average_of_the_weights_is_followed_swapped_and_saved() -> None:
+def test_ema_weights_are_updated_swapped_and_saved() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     frozen = net[0].bias.clone()  # type: ignore[union-attr, operator]
     average = WeightAverage(net, 0.6)
@@ -230,7 +230,7 @@ def test_the_average_of_the_weights_is_followed_swapped_and_saved() -> None:
     assert all(torch.equal(again.averages[name], value) for name, value in average.averages.items())
 
 
-def test_the_average_follows_what_trains_and_nothing_else() -> None:
+def test_ema_averages_only_trained_parameters() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
     first, norm, _ = net
     first.requires_grad_(False)
@@ -251,7 +251,7 @@ def test_the_average_follows_what_trains_and_nothing_else() -> None:
     assert moved() == {"2.weight", "2.bias", "1.weight", "1.bias", "1.running_mean"}
 
 
-def test_a_class_of_nine_tenths_weighs_as_much_as_the_other() -> None:
+def test_a_majority_class_weighs_as_much_as_the_other() -> None:
     made = model(class_weights="balanced")
     labels = torch.tensor([0] * 9 + [1])
     made.trainer = SimpleNamespace(datamodule=SimpleNamespace(parts={"train": SimpleNamespace(labels=labels.numpy())}))  # type: ignore[assignment]
@@ -279,7 +279,7 @@ def test_the_schedule_rises_then_falls() -> None:
 
 
 @pytest.mark.parametrize(("warmup", "total", "final_factor"), [(-1, 5, 0.0), (5, 5, 0.0), (0, 5, 1.5)])
-def test_a_schedule_that_cannot_be_is_refused(warmup: int, total: int, final_factor: float) -> None:
+def test_an_impossible_schedule_is_refused(warmup: int, total: int, final_factor: float) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ConfigError, match="WarmupCosine needs"):
         WarmupCosine(optimizer, warmup, total, final_factor)
@@ -322,7 +322,7 @@ def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
 
 
 def test_each_hyperparameter_has_a_description() -> None:
-    """It is the help of its option."""
+    """The description is the option's help."""
     options = {action.dest: action.help for action in parser_of_model()._actions}
     for each in fields(ModelConfig):
         assert options[f"model.{each.name}"], each.name

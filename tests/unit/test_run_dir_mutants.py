@@ -1,4 +1,4 @@
-"""Damaged files of a run_dir end in a message or are healed; ``JOB_TEST_MUTANTS`` says how many are tried of each."""
+"""Damaged files of a run_dir end in a message or are replaced; ``JOB_TEST_MUTANTS`` sets the number per file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def look_at_checkpoints(run_dir: str) -> None:
 
 
 def look_at_state(run_dir: str) -> None:
-    """With a manifest that fits: whoever changes the one can change the other."""
+    """With a matching manifest, since an attacker can change both."""
     newest = max(Path(run_dir, "checkpoints").glob("*.ckpt"))
     manifest = newest.with_name(f"{newest.name}.json")
     content, fields = newest.read_bytes(), msgspec.json.decode(manifest.read_bytes())

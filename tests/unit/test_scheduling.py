@@ -1,4 +1,4 @@
-"""Schedulers that are as long as the run, keep the groups' rates, and are refused before they fail."""
+"""Schedulers: their length, the groups' learning rates, and refused settings."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_auto_is_the_whole_run(name: str, settings: dict[str, object]) -> None:
         "OneCycleLR",
     ],
 )
-def test_other_values_are_no_schedule(wrong: Any) -> None:
+def test_values_that_are_no_auto_schedule_are_refused(wrong: Any) -> None:
     with pytest.raises(ValueError):
         AutoSchedule.parse(wrong)
 
@@ -144,7 +144,7 @@ PLATEAU = "pytorch_lightning.cli.ReduceLROnPlateau"
         ({"model.optimizer": "torch.optim.SparseAdam"}, "SparseAdam cannot train this network"),
     ],
 )
-def test_what_cannot_work_is_refused_before_training(
+def test_incompatible_schedules_are_refused_before_training(
     changes: dict[str, object], message: str, colours: Path, tmp_path: Path
 ) -> None:
     outcome = run_here("fit", *options({**TINY, **changes}, data__root=colours, run_dir=tmp_path / "run"))

@@ -24,7 +24,7 @@ FILES = {f"photos/{part}/{key}": c for part in ("train", "val") for key, c in pi
 
 
 def deflated(files: dict[str, bytes]) -> bytes:
-    """A zip as a pipe gets it: sizes and checksums follow the content."""
+    """A streamed zip: sizes and checksums follow the content."""
 
     class Pipe(io.RawIOBase):
         content = b""
@@ -65,7 +65,7 @@ def test_archives_in_a_bucket_read_like_folders(name: str, content: bytes, tmp_p
     assert parts["train"].uri(3) == f"memory://archives/{name}/photos/train/red/001.jpg"
 
 
-def test_only_what_cannot_be_read_in_parts_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_compressed_tars_are_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive, cache = tmp_path / "a.tar.gz", tmp_path / "cache"
     archive.write_bytes(tar_of(FILES, "w:gz"))
     fetched = []
@@ -90,8 +90,8 @@ def test_only_what_cannot_be_read_in_parts_is_copied_once(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_names_of_members_lead_nowhere(kind: str, tmp_path: Path) -> None:
-    """Nothing is unpacked: a name that climbs is a name."""
+def test_member_names_are_never_paths(kind: str, tmp_path: Path) -> None:
+    """Nothing is unpacked, so ``..`` in a name has no effect."""
     files = {f"a/{c}/../../../{c}.jpg": b"x" for c in "xy"}
     (tmp_path / f"evil.{kind}").write_bytes(zip_of(files) if kind == "zip" else tar_of(files))
     index = index_of(tmp_path / f"evil.{kind}", "images")
@@ -99,7 +99,7 @@ def test_names_of_members_lead_nowhere(kind: str, tmp_path: Path) -> None:
     assert not list(tmp_path.parent.rglob("[xy].jpg"))
 
 
-def test_links_and_other_files_are_left_out(tmp_path: Path) -> None:
+def test_links_and_special_files_are_skipped(tmp_path: Path) -> None:
     buffer = io.BytesIO(tar_of(FILES))
     with tarfile.open(fileobj=buffer, mode="a") as archive:
         link = tarfile.TarInfo("photos/train/red/link.jpg")
@@ -121,7 +121,7 @@ def test_a_damaged_archive_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_a_damaged_member_is_a_bad_sample(tmp_path: Path) -> None:
-    """The directory is whole, one member's bytes are not."""
+    """The central directory is intact, one member is damaged."""
     archive = zip_of(FILES)
     position = archive.index(FILES["photos/train/red/001.jpg"]) + 300
     (tmp_path / "a.zip").write_bytes(archive[:position] + b"?" + archive[position + 1 :])
@@ -189,7 +189,7 @@ def webdataset(count: int, label: object, start: int = 0, suffix: str = "cls") -
 
 
 def test_webdataset_shards(tmp_path: Path) -> None:
-    """Labels of numbers are ordered as numbers; a read fetches neighbours, and the order keeps them together."""
+    """Numeric labels are sorted as numbers; adjacent members are read together."""
     shards = {f"t-{s:02d}.tar": tar_of(webdataset(10, lambda n: (5 * n) % 11, 100 * s)) for s in range(3)}
     write_files(tmp_path, shards)
     index = index_of(f"{tmp_path}/t-{{00..02}}.tar")
@@ -250,7 +250,7 @@ def test_manifests(form: str, tmp_path: Path) -> None:
         ("", "cannot be read"),
     ],
 )
-def test_manifests_that_cannot_be_meant(content: str, message: str, tmp_path: Path) -> None:
+def test_invalid_manifests_are_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text(content)
     with pytest.raises(DataError, match=message):
         index_parts(tmp_path / "m.csv")
@@ -282,7 +282,7 @@ def test_malformed_manifests_give_one_message(name: str, content: bytes, message
 
 
 def test_columns_of_other_types_are_read_or_refused(tmp_path: Path) -> None:
-    """Numbers are labels, too; a date or a text that looks like one stays what it is in JSON."""
+    """Numbers are labels; in JSON dates and numeric strings stay text."""
     uris = ["a.jpg", "b.jpg"]
     for number, labels in enumerate(
         (pa.array([1, 2]), pa.array([b"a", b"b"]), pa.array(["a", "b"], pa.large_string()))

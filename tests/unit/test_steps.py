@@ -45,7 +45,7 @@ def test_windows_hold_every_sample_once(accumulate: int, limit: int) -> None:
 
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_batches_that_are_accumulated_equal_larger_batches(scheduled: bool, tmp_path: Path) -> None:
-    """33 images, of which the last step has one; an accumulation of 4 ends the epoch with one batch of 1 in 3."""
+    """33 images, one of which is in the last step; with accumulation the last window has 3 batches."""
     data = write_files(tmp_path / "data", picture_files(["red", "blue", "green"], 14))
     (data / "green" / "013.jpg").unlink()
     schedule = [

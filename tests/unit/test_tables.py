@@ -1,4 +1,4 @@
-"""Tables as people have them: any names of columns, any other columns, and formats of other tools."""
+"""Tables with any column names, further columns, and formats of other tools."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_excel_writes_utf16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file_format", ["csv", "jsonl", "parquet"])
-def test_labels_are_texts(file_format: str, tmp_path: Path) -> None:
+def test_labels_are_read_as_text(file_format: str, tmp_path: Path) -> None:
     labels: list[Any] = ["007", "7", "2020-01-01", "true", "1.50", "None"]
     uris = [f"{n}.jpg" for n in range(len(labels))]
     path = tmp_path / f"a.{file_format}"
@@ -123,7 +123,7 @@ def test_splits_in_any_spelling(tmp_path: Path) -> None:
     assert Index(folder, "train").keys == ["a.jpg", "b.jpg", "f.jpg"]
 
 
-def test_two_candidates_are_refused_until_one_is_named(tmp_path: Path) -> None:
+def test_ambiguous_columns_are_refused_until_one_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("file_name,url,label,species\na.jpg,q,x,1\nb.jpg,q,y,2\n")
     with pytest.raises(DataError, match=r"file_name, url: which one is the uri\? .*--data\.columns uri=file_name"):
@@ -255,7 +255,7 @@ def test_the_first_image_of_a_parquet_file_may_be_missing(missing: bytes | None,
 
 
 def test_a_text_that_a_parquet_file_repeats_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few kilobytes of Parquet may say the same text very often."""
+    """A few kilobytes of Parquet may repeat a text very often."""
     monkeypatch.setattr("job.data.index.sources.parquet_tables.LONGEST_VALUE", 1 << 10)
     path, rows = tmp_path / "a.parquet", 1 << 13
     pyarrow.parquet.write_table(pa.table({"uri": ["x" * 2000] * rows, "label": ["x"] * rows}), path)
@@ -280,7 +280,7 @@ def test_parquet_files_with_images_are_unpacked_within_limits(tmp_path: Path, mo
 
 @pytest.mark.parametrize("column", ["missing", "number", "struct"])
 def test_an_index_may_name_no_other_column_than_one_of_images(column: str, tmp_path: Path) -> None:
-    """Indexes are data, too: others may have written them."""
+    """An index is untrusted data."""
     table = pa.table({"number": [1, 2], "struct": [{"a": 1}, {"a": 2}]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match="cannot be read"):
@@ -291,7 +291,7 @@ def test_an_index_may_name_no_other_column_than_one_of_images(column: str, tmp_p
     ("features", "labels"),
     [({"label": {"names": ["cat"]}}, [0, 1]), ({"label": {"names": ["cat", 5]}}, None), ([[]], None), (None, None)],
 )
-def test_class_names_that_do_not_fit(features: Any, labels: list[int] | None, tmp_path: Path) -> None:
+def test_class_names_that_do_not_match_the_labels(features: Any, labels: list[int] | None, tmp_path: Path) -> None:
     table = pa.table({"uri": ["a.jpg", "b.jpg"], "label": [0, 1]})
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")

@@ -22,7 +22,7 @@ def test_escape() -> None:
     assert terminal.escape("👩\u200d🔬") == "👩\u200d🔬"
 
 
-def test_tables_show_cells_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_show_cells_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.print_table(["name", "[b]"], [(HOSTILE, 1), ("[/]", None)], title="runs/exp[lr=0.1]", fold=True)
     output = capsys.readouterr().out
     assert "runs/exp[lr=0.1]" in output
@@ -31,7 +31,7 @@ def test_tables_show_cells_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     assert not set(output) & set("\x1b\x9b\u202e\udcff")
 
 
-def test_an_ascii_terminal_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ascii_terminal_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
     terminal.say(f"▶ {HOSTILE}")
@@ -41,7 +41,7 @@ def test_an_ascii_terminal_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def protected(monkeypatch: pytest.MonkeyPatch):
-    """Output as the command line has it; returns what a logger of its own writes."""
+    """Set the output up as the command line does; returns the output of a logger with a separate handler."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     logger = logging.getLogger("somebody.else's")

@@ -136,7 +136,7 @@ def test_malformed_records_are_refused_within_bounds(content: bytes, text: str) 
 
 
 def test_damaged_examples_end_in_a_message() -> None:
-    """Records with right checksums and wrong content."""
+    """Records with valid checksums and invalid content."""
     rng = random.Random(0)
     intact = example(image=b"x" * 40, label=[1, 2], image__class__text=b"cat")
     for _ in range(2000):

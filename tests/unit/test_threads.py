@@ -1,4 +1,4 @@
-"""A small head trains on one thread, everything else on all."""
+"""A small head trains on one thread, larger networks on all."""
 
 from __future__ import annotations
 

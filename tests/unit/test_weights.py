@@ -74,9 +74,7 @@ def test_training_scripts_checkpoints_are_read_as_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("section", ["model_ema", "state_dict_ema", "ema"])
-def test_averaged_weights_are_preferred_and_named(
-    section: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_ema_weights_are_preferred_and_logged(section: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = resnet_state()
     plain = {name: torch.zeros_like(value) for name, value in state.items()}
     averaged = prefixed(state, "module.") | {"n_averaged": torch.tensor(7)}
@@ -99,7 +97,7 @@ def test_layers_with_versions_load(tmp_path: Path) -> None:
     assert_loads(str(tmp_path / "w.safetensors"), state, "mnasnet0_5")
 
 
-def test_heads_that_timm_removes_are_left_over(tmp_path: Path) -> None:
+def test_heads_that_timm_removes_are_ignored(tmp_path: Path) -> None:
     import timm
 
     whole = timm.create_model("test_vit2", num_classes=5).state_dict()

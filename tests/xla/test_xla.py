@@ -1,4 +1,4 @@
-"""The XLA path on XLA's own CPU device, whose chips are virtual: what a TPU host runs, but for the TPU."""
+"""Training on XLA's CPU device with virtual chips, as on a TPU host."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ XLA_CPU = {"PJRT_DEVICE": "CPU", "PYTHONPATH": str(Path(__file__).parents[1] / "
 
 
 def fit(run_dir: str, colours: str, *, chips: int = 2, **changes: object) -> str:
-    """Train on ``chips`` virtual chips; returns what was printed."""
+    """Train on ``chips`` virtual chips; return the output."""
     arguments = options({**SETTINGS, **changes}, data__root=colours, run_dir=run_dir)
     result = run_well("fit", *arguments, CPU_NUM_DEVICES=str(chips), **XLA_CPU)
     return result.stdout + result.stderr
@@ -61,7 +61,7 @@ def on_xla(gcs: str, images: str) -> str:
 
 
 def test_two_chips_train_as_the_cpu(on_xla: str, on_cpu: str) -> None:
-    """Also the last batch, which is smaller; torch-xla's batch norm keeps a biased variance: 1e-3 at validation."""
+    """Including the last, smaller batch; torch-xla's batch norm keeps a biased variance, hence 1e-3 at validation."""
     xla, cpu = scalars(on_xla), scalars(on_cpu)
     assert [step for step, _ in xla["train/loss"]] == list(range(6))
     for tag in ("train/loss", "val/loss", "val/accuracy"):
@@ -77,8 +77,8 @@ def test_other_numbers_of_chips(chips: int, gcs: str, images: str, on_cpu: str) 
         assert [v for _, v in xla[tag]] == pytest.approx([v for _, v in cpu[tag]], rel=1e-3), tag
 
 
-def test_nothing_grows_with_steps(gcs: str, images: str) -> None:
-    """Neither compilations nor waits of the host: in epochs of 3 and of 16 steps, nothing logged within them."""
+def test_compilations_and_host_waits_do_not_grow_with_steps(gcs: str, images: str) -> None:
+    """Epochs of 3 and of 16 steps without logging have equally many compilations and host waits."""
     waits_per_epoch = []
     for size in (12, 2):
         run_dir = f"{gcs}/xla/steps-{size}"
@@ -97,7 +97,7 @@ def test_nothing_grows_with_steps(gcs: str, images: str) -> None:
 
 
 def test_a_second_start_finds_every_graph_compiled(gcs: str, images: str, on_xla: str) -> None:
-    """In the bucket, on another machine's disk; XLA's CPU device then cannot load them, which a TPU can."""
+    """In the bucket, as on another machine; unlike a TPU, XLA's CPU device cannot load them."""
     run_dir = f"{gcs}/xla/again"
     compiled = {file.key: file for file in storage.list_files(f"{on_xla}/xla")}
     assert len(compiled) == scalars(on_xla)["xla/cache_misses"][-1][1]
@@ -122,7 +122,7 @@ def test_stopped_and_resumed_is_bit_equal(gcs: str, images: str, on_xla: str, tm
     assert len(read(run_dir)) == 2
 
 
-def test_a_checkpoint_crosses_over_and_back(gcs: str, images: str, on_cpu: str) -> None:
+def test_a_checkpoint_moves_between_cpu_and_xla(gcs: str, images: str, on_cpu: str) -> None:
     """An epoch on the CPU, one on XLA, one on the CPU: as three on the CPU."""
     for name, accelerators in (("crossing", ("cpu", "tpu", "cpu")), ("staying", ("cpu", "cpu", "cpu"))):
         for epochs, accelerator in enumerate(accelerators, 1):
@@ -134,7 +134,7 @@ def test_a_checkpoint_crosses_over_and_back(gcs: str, images: str, on_cpu: str) 
         assert [v for _, v in crossing[tag]] == pytest.approx([v for _, v in staying[tag]], rel=1e-3), tag
 
 
-def test_its_model_predicts_and_is_measured_on_both(gcs: str, images: str, on_xla: str) -> None:
+def test_a_model_is_validated_alike_on_xla_and_cpu(gcs: str, images: str, on_xla: str) -> None:
     table_on_xla = run_well("validate", "--run_dir", on_xla, CPU_NUM_DEVICES="2", **XLA_CPU).stdout
     table_on_cpu = run_well("validate", "--run_dir", on_xla, "--trainer.accelerator", "cpu").stdout
     values = [
@@ -160,7 +160,7 @@ def test_a_trace_for_tensorboard(gcs: str, images: str) -> None:
 
 
 def test_bf16(gcs: str, images: str, on_cpu: str) -> None:
-    """Activations of 8 bits' precision: near, and not equal."""
+    """Losses are close to float32, and not equal."""
     run_dir = f"{gcs}/xla/bf16"
     assert "precision bf16-mixed" in fit(run_dir, images, **{"trainer.precision": "bf16-mixed"})
     xla, cpu = ([value for _, value in scalars(run)["train/loss"]] for run in (run_dir, on_cpu))
@@ -169,7 +169,7 @@ def test_bf16(gcs: str, images: str, on_cpu: str) -> None:
 
 
 def test_a_pod_of_a_tpu_host(gcs: str, images: str, on_xla: str) -> None:
-    """launch, in the environment that GKE makes: one process, whatever else is set."""
+    """``launch`` in GKE's environment starts one process."""
     variables = {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost", "JOB_COMPLETION_INDEX": "0"}
     run_dir = f"{gcs}/xla/launched"
     arguments = options(SETTINGS, data__root=images, run_dir=run_dir)
@@ -187,7 +187,7 @@ def test_a_pod_of_a_tpu_host(gcs: str, images: str, on_xla: str) -> None:
         ({}, 0, {"PJRT_DEVICE": "TPU"}, "this machine has no TPU"),
     ],
 )
-def test_mistakes(
+def test_mistakes_on_xla(
     changes: dict[str, object], processes: int, variables: dict[str, str], message: str, images: str, tmp_path: Path
 ) -> None:
     arguments = options({**SETTINGS, **changes}, data__root=images, run_dir=tmp_path / "run")
