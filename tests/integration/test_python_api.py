@@ -27,10 +27,10 @@ def colours(tmp_path: Path) -> Path:
     return write_files(tmp_path / "colours", picture_files(["blue", "red"], 10))
 
 
-def config(run_dir: Path, colours: Path, **more: Any) -> dict[str, Any]:
+def config(run_dir: Path, colours: Path, **changes: Any) -> dict[str, Any]:
     """Return the configuration of a tiny run as a mapping; ``a__b`` stands for ``a: {b: …}``."""
     tree: dict[str, Any] = {"run_dir": run_dir}
-    overrides = {name.replace("__", "."): value for name, value in more.items()}
+    overrides = {name.replace("__", "."): value for name, value in changes.items()}
     for name, value in {**TINY, "trainer.max_epochs": 1, "data.root": colours, **overrides}.items():
         *groups, option = name.split(".")
         level = tree

@@ -292,5 +292,5 @@ def test_a_saved_configuration_cannot_name_internal_addresses(
     assert key in result.output
     assert why in result.output
     assert result.returncode == (0 if key == "data.allow" else 2), result.output
-    again = validated(put(key, value), None, "--data.root", finished.parent / "colours")
-    assert again.returncode == 0, again.output
+    revalidated = validated(put(key, value), None, "--data.root", finished.parent / "colours")
+    assert revalidated.returncode == 0, revalidated.output

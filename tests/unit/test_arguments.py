@@ -206,11 +206,11 @@ def test_help_of_a_light_command_shows_no_union() -> None:
     assert "Union" not in parser.format_help()
 
 
-@pytest.mark.parametrize("form", [["RUN"], ["--run_dir", "RUN"], ["--run-dir=RUN"]], ids=" ".join)
+@pytest.mark.parametrize("spelling", [["RUN"], ["--run_dir", "RUN"], ["--run-dir=RUN"]], ids=" ".join)
 @pytest.mark.parametrize("command", ["validate", "test", "predict", "checkpoints"])
-def test_one_way_to_name_a_run(command: str, form: list[str], tmp_path: Path) -> None:
+def test_one_way_to_name_a_run(command: str, spelling: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    words = [word.replace("RUN", str(run_dir)) for word in form]
+    words = [word.replace("RUN", str(run_dir)) for word in spelling]
     before = ["ls"] if command == "checkpoints" else []
     extra = {"predict": ["--input", tmp_path], "validate": ["--data.root", tmp_path], "test": ["--data.root", tmp_path]}
     outcome = run_here(command, *before, *words, *extra.get(command, []))

@@ -417,8 +417,8 @@ def test_large_or_malformed_metadata_does_not_hide_an_image() -> None:
         assert np.array_equal(decode(plain[:33] + chunk + plain[33:]).permute(1, 2, 0).numpy(), rgb(GRADIENT))
         assert decode(plain[:33] + chunk + turned + plain[33:]).shape == (3, 64, 48)
     tiff = bytearray(encoded(GRADIENT, "TIFF", dpi=(72, 72), software="x" * 9))
-    place = tiff.index(struct.pack("<HHI", 0x11A, 5, 1))
-    tiff[place : place + 12] = struct.pack("<HHII", 0x11A, 2, 2**31, 8)
+    position = tiff.index(struct.pack("<HHI", 0x11A, 5, 1))
+    tiff[position : position + 12] = struct.pack("<HHII", 0x11A, 2, 2**31, 8)
     assert np.array_equal(decode(bytes(tiff)).permute(1, 2, 0).numpy(), rgb(GRADIENT))
 
 

@@ -91,7 +91,7 @@ def test_part_names_are_plain(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "damage",
     [
         lambda info: info.update(more=1),
         lambda info: info["parts"]["train"].update(more=1),
@@ -113,8 +113,8 @@ def test_part_names_are_plain(folder: Path, name: str) -> None:
         lambda info: info.pop("created"),
     ],
 )
-def test_index_json_has_a_schema(folder: Path, wrong: Callable[[dict[str, Any]], object]) -> None:
-    change(folder, wrong)
+def test_index_json_has_a_schema(folder: Path, damage: Callable[[dict[str, Any]], object]) -> None:
+    change(folder, damage)
     assert "python -m job index" in refused(folder)
 
 
@@ -132,7 +132,7 @@ def test_a_newer_format_is_refused_by_name(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "reason"),
+    ("rows", "reason"),
     [
         (part(source=[0, 1]), "source"),
         (part(source=[0, -1]), "source"),
@@ -151,10 +151,10 @@ def test_a_newer_format_is_refused_by_name(folder: Path) -> None:
         (part().set_column(0, "key", pa.array(["a", "b"], pa.large_string())), "its columns"),
     ],
 )
-def test_rows_are_checked(folder: Path, wrong: pa.Table, reason: str) -> None:
+def test_rows_are_checked(folder: Path, rows: pa.Table, reason: str) -> None:
     write_part(folder, part())
     local_index(str(folder), folder.parent / "cache")
-    write_part(folder, wrong)
+    write_part(folder, rows)
     message = refused(folder)
     assert "train.arrow is damaged" in message
     assert reason in message

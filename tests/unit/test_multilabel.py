@@ -126,16 +126,16 @@ def test_damaged_labels_are_refused(labels: list[Any], message: str, tmp_path: P
         verify_parts(Path(index.folder), msgspec.structs.replace(info, parts={"train": part}), "")
 
 
-@pytest.mark.parametrize("form", ["parquet", "tar"])
-def test_lists_of_labels_in_other_formats(form: str, tmp_path: Path) -> None:
-    if form == "parquet":
+@pytest.mark.parametrize("file_format", ["parquet", "tar"])
+def test_lists_of_labels_in_other_formats(file_format: str, tmp_path: Path) -> None:
+    if file_format == "parquet":
         rows = pa.table({"uri": [f"{n}.jpg" for n in range(len(LISTS))], "label": LISTS})
         pq.write_table(rows, tmp_path / "data.parquet")
     else:
         labels = {f"{n}.json": json.dumps({"labels": each}).encode() for n, each in enumerate(LISTS)}
         files = {**labels, **{f"{n}.jpg": b"x" for n in range(len(LISTS))}}
         (tmp_path / "data.tar").write_bytes(tar_of(dict(sorted(files.items()))))
-    index = index_parts(tmp_path / f"data.{form}")["train"]
+    index = index_parts(tmp_path / f"data.{file_format}")["train"]
     expected = [[int(name in labels) for name in ("blue", "green", "red")] for labels in LISTS]
     assert index.multi_hot_of(np.arange(len(LISTS))).tolist() == expected
 

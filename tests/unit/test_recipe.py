@@ -84,12 +84,12 @@ def model(**settings: object) -> TransferLearningModel:
 
 @pytest.mark.parametrize("decays", [True, False])
 def test_each_parameter_is_in_one_group_and_vectors_do_not_decay(decays: bool) -> None:
-    made = model(decay_norm_and_bias=decays, optimizer=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.05))
-    groups = made.configure_optimizers()["optimizer"].param_groups
+    module = model(decay_norm_and_bias=decays, optimizer=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.05))
+    groups = module.configure_optimizers()["optimizer"].param_groups
     assert len(groups) == (3 if decays else 6)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(grouped) == sorted(map(id, made.net.parameters()))
-    head = set(map(id, made.net.head.parameters()))
+    assert sorted(grouped) == sorted(map(id, module.net.parameters()))
+    head = set(map(id, module.net.head.parameters()))
     for group in groups:
         assert group["initial_lr"] == pytest.approx(0.1 if id(group["params"][0]) in head else 0.01)
         for parameter in group["params"]:
@@ -97,24 +97,24 @@ def test_each_parameter_is_in_one_group_and_vectors_do_not_decay(decays: bool) -
 
 
 def test_learning_rates_fall_from_the_head_to_the_first_layers() -> None:
-    made = model(backbone_lr_factor=0.5, first_lr_factor=0.1, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
-    groups = made.configure_optimizers()["optimizer"].param_groups
+    module = model(backbone_lr_factor=0.5, first_lr_factor=0.1, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    groups = module.configure_optimizers()["optimizer"].param_groups
     rates = [group["initial_lr"] for group in groups]
     assert rates[:2] == [1.0, 0.5]
     assert rates[-1] == pytest.approx(0.05)
     assert all(one > other for one, other in itertools.pairwise(rates))
-    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, made.net.parameters()))
-    first = next(iter(made.net.backbone.parameters()))
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, module.net.parameters()))
+    first = next(iter(module.net.backbone.parameters()))
     assert any(parameter is first for parameter in groups[-1]["params"])
 
 
 @pytest.mark.parametrize("factory", [torch.optim.SGD, partial(torch.optim.SGD, lr=7.0), lambda p: torch.optim.SGD(p)])
 def test_lr_overrides_the_optimizers_learning_rate(factory: OptimizerCallable) -> None:
-    made = model(lr=0.5, backbone_lr_factor=0.1, optimizer=factory)
-    groups = made.configure_optimizers()["optimizer"].param_groups
+    module = model(lr=0.5, backbone_lr_factor=0.1, optimizer=factory)
+    groups = module.configure_optimizers()["optimizer"].param_groups
     assert [group["lr"] for group in groups] == pytest.approx([0.5, 0.05, 0.05])
-    assert made.fingerprint() == model(optimizer=partial(torch.optim.SGD, lr=0.5)).fingerprint()
-    assert made.fingerprint() != model(lr=0.4, optimizer=factory).fingerprint()
+    assert module.fingerprint() == model(optimizer=partial(torch.optim.SGD, lr=0.5)).fingerprint()
+    assert module.fingerprint() != model(lr=0.4, optimizer=factory).fingerprint()
 
 
 def test_the_optimizer_is_created_once_besides_its_trial() -> None:
@@ -125,21 +125,21 @@ def test_the_optimizer_is_created_once_besides_its_trial() -> None:
         parameters.append(sum(p.numel() for group in optimizer.param_groups for p in group["params"]))
         return optimizer
 
-    made = model(optimizer=factory)
-    made.fingerprint()
-    made.configure_optimizers()
-    made.fingerprint()
+    module = model(optimizer=factory)
+    module.fingerprint()
+    module.configure_optimizers()
+    module.fingerprint()
     trial, trained = parameters
-    assert trial < 10 < trained == sum(p.numel() for p in made.net.head.parameters())
+    assert trial < 10 < trained == sum(p.numel() for p in module.net.head.parameters())
 
 
 def test_a_new_run_tries_the_optimizer_again() -> None:
-    made = model(lr_scheduler=AutoSchedule("CosineAnnealingLR", {"T_max": "auto"}))
-    first = made.fingerprint()
-    made.trainer.max_epochs = 30  # type: ignore[misc]
-    made.setup("fit")
+    module = model(lr_scheduler=AutoSchedule("CosineAnnealingLR", {"T_max": "auto"}))
+    first = module.fingerprint()
+    module.trainer.max_epochs = 30  # type: ignore[misc]
+    module.setup("fit")
     assert "'T_max': 15" in first["model.lr_scheduler"]
-    assert "'T_max': 30" in made.fingerprint()["model.lr_scheduler"]
+    assert "'T_max': 30" in module.fingerprint()["model.lr_scheduler"]
 
 
 @pytest.mark.parametrize(("saved", "loading"), [(True, None), (None, True), (False, True)])
@@ -156,14 +156,14 @@ def test_a_loaded_state_is_fused_as_the_optimizer_that_loads_it(saved: bool | No
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
 def test_optimizers_are_fused_by_default(kind: type[torch.optim.Optimizer]) -> None:
     def step(**settings: object) -> tuple[torch.optim.Optimizer, torch.Tensor]:
-        made = model(optimizer=lambda p: kind(p, lr=0.1, **settings))  # type: ignore[call-arg]
-        optimizer = made.configure_optimizers()["optimizer"]
+        module = model(optimizer=lambda p: kind(p, lr=0.1, **settings))  # type: ignore[call-arg]
+        optimizer = module.configure_optimizers()["optimizer"]
         torch.manual_seed(0)
-        for parameter in made.net.parameters():
+        for parameter in module.net.parameters():
             nn.init.ones_(parameter)
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-        return optimizer, torch.cat([parameter.detach().flatten() for parameter in made.net.parameters()])
+        return optimizer, torch.cat([parameter.detach().flatten() for parameter in module.net.parameters()])
 
     fused_optimizer, updated = step()
     plain_optimizer, expected = step(fused=False)
@@ -225,9 +225,9 @@ def test_ema_weights_are_updated_swapped_and_saved() -> None:
     average.swap(averaged=False)
     assert torch.equal(net[0].weight, trained)  # type: ignore[union-attr, arg-type]
 
-    again = WeightAverage(net, 0.6)
-    again.load(average.averages)
-    assert all(torch.equal(again.averages[name], value) for name, value in average.averages.items())
+    restored = WeightAverage(net, 0.6)
+    restored.load(average.averages)
+    assert all(torch.equal(restored.averages[name], value) for name, value in average.averages.items())
 
 
 def test_ema_averages_only_trained_parameters() -> None:
@@ -252,14 +252,16 @@ def test_ema_averages_only_trained_parameters() -> None:
 
 
 def test_a_majority_class_weighs_as_much_as_the_other() -> None:
-    made = model(class_weights="balanced")
+    module = model(class_weights="balanced")
     labels = torch.tensor([0] * 9 + [1])
-    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(parts={"train": SimpleNamespace(labels=labels.numpy())}))  # type: ignore[assignment]
-    nn.init.zeros_(made.net.head[-1].weight)  # type: ignore[arg-type]
-    nn.init.zeros_(made.net.head[-1].bias)  # type: ignore[arg-type]
+    module.trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(parts={"train": SimpleNamespace(labels=labels.numpy())})
+    )  # type: ignore[assignment]
+    nn.init.zeros_(module.net.head[-1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(module.net.head[-1].bias)  # type: ignore[arg-type]
     batch = {"image": torch.zeros(10, 3, 32, 32, dtype=torch.uint8), "label": labels}
     with torch.no_grad():
-        losses = made.eval().training_losses(batch)  # type: ignore[arg-type]
+        losses = module.eval().training_losses(batch)  # type: ignore[arg-type]
     assert losses[:9].sum() == pytest.approx(float(losses[9:].sum()), rel=1e-5)
     assert losses.mean() == pytest.approx(float(np.log(2)), rel=1e-5)
 

@@ -53,7 +53,7 @@ def test_auto_is_the_whole_run(name: str, settings: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "value",
     [
         {"class_path": "StepLR", "init_args": {"step_size": "auto"}},
         {"class_path": "OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": 5}},
@@ -64,9 +64,9 @@ def test_auto_is_the_whole_run(name: str, settings: dict[str, object]) -> None:
         "OneCycleLR",
     ],
 )
-def test_values_that_are_no_auto_schedule_are_refused(wrong: Any) -> None:
+def test_values_that_are_no_auto_schedule_are_refused(value: Any) -> None:
     with pytest.raises(ValueError):
-        AutoSchedule.parse(wrong)
+        AutoSchedule.parse(value)
 
 
 def test_rates_of_a_scheduler_are_the_heads_or_one_per_group() -> None:

@@ -218,18 +218,18 @@ def test_shards_sorted_by_class_are_read_sample_by_sample(tmp_path: Path) -> Non
     assert index_of(tmp_path / "s.tar").info.run_length == 1
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
-def test_manifests(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_format", ["csv", "jsonl", "parquet"])
+def test_manifests(file_format: str, tmp_path: Path) -> None:
     files = picture_files(["blue", "red"], 3)
     write_files(tmp_path, files)
     storage.write_bytes("memory://elsewhere/0.jpg", b"there")
     uris = [*files, "memory://elsewhere/0.jpg", str(tmp_path / "blue/000.jpg")]
     splits = ["train"] * 6 + ["validation", "val"]
     table = pa.table({"uri": uris, "label": ["007"] * 3 + ["7"] * 3 + ["007", "7"], "split": splits})
-    target = tmp_path / f"m.{form}"
-    if form == "csv":
+    target = tmp_path / f"m.{file_format}"
+    if file_format == "csv":
         pyarrow.csv.write_csv(table, target)
-    elif form == "parquet":
+    elif file_format == "parquet":
         pyarrow.parquet.write_table(table, target)
     else:
         target.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))

@@ -198,8 +198,8 @@ def test_import_files_of_vertex_ai_in_json_lines(tmp_path: Path) -> None:
 
 def hugging_face(path: Path, label: Any, rows: int = 4, **columns: Any) -> None:
     """A Parquet file as ``Dataset.push_to_hub`` writes it."""
-    contents = [FILES[NAMES[n % 4]] for n in range(rows)]
-    images = pa.array([{"bytes": content, "path": f"{n}.jpg"} for n, content in enumerate(contents)])
+    pictures = [FILES[NAMES[n % 4]] for n in range(rows)]
+    images = pa.array([{"bytes": content, "path": f"{n}.jpg"} for n, content in enumerate(pictures)])
     table = pa.table({"image": images, "label": label, **columns})
     names = {"names": ["cat", "dog"], "_type": "ClassLabel"}
     features = {
