@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any, cast, overload
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from job import checkpoint, redact, storage
@@ -16,19 +16,15 @@ from job.cluster import ranks
 from job.data.augment import ResizeMode, resize
 from job.data.bad_samples import BadSample
 from job.data.dataset import ImageDataset, Preprocessing
-from job.data.decode import decode
 from job.data.index.index import Index
 from job.data.loader import BatchLoader
-from job.data.pixels import MAX_IMAGE_PIXELS, to_rgb
+from job.data.pixels import MAX_IMAGE_PIXELS
+from job.data.python_images import PythonImage, is_one_image, pixels_of, pixels_of_each
 from job.data.sampler import ResumableBatchSampler
-from job.errors import DataError
+from job.errors import ConfigError
 from job.model.classifier import TTA, Classifier, from_spec, mean_over_flips
 from job.model.spec import decode_spec, net_state
 from job.model.tasks import TASKS
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -100,28 +96,41 @@ class Predictor:
         """Where the network runs."""
         return self.net.mean.device
 
+    @overload  # a string is one image, although it is an iterable of strings
+    def predict(self, images: PythonImage, batch_size: int = 32) -> Prediction: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def predict(self, images: Iterable[PythonImage], batch_size: int = 32) -> list[Prediction]: ...
+
     def predict(
-        self, images: Iterable[bytes | str | Image.Image | npt.NDArray[np.uint8] | Tensor], batch_size: int = 32
-    ) -> list[Prediction]:
-        """Classify images.
+        self, images: PythonImage | Iterable[PythonImage], batch_size: int = 32
+    ) -> Prediction | list[Prediction]:
+        """Classify one image, or several.
 
         Args:
-            images: each an encoded image (bytes), a URI or path, a Pillow image, a uint8 array [H, W, 3],
-                or a uint8 tensor [3, H, W].
+            images: an image, or any iterable of them. An image is a path or URI, the bytes of an image file, a file
+                open for reading, a Pillow image, an array [H, W] or [H, W, C], or a tensor [C, H, W], with 1, 3 or 4
+                channels of uint8 or of floats from 0 to 1. An array [N, H, W, C] or tensor [N, C, H, W] is N images.
             batch_size: images at a time.
+
+        Returns:
+            the prediction of one image; a list of them for several.
 
         Raises:
             DataError: one of them is no readable image.
+            StorageError: one of them cannot be read.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
+        size, limit = self.net.image_size, self.max_image_pixels
+        if is_one_image(images):
+            return self.predict_batch(resize(pixels_of(images, size, limit), size, self.resize)[None])[0]
         predictions: list[Prediction] = []
-        batch: list[Tensor] = []
-        for image in images:
-            image_size = self.net.image_size
-            batch.append(resize(_to_tensor(image, image_size, self.max_image_pixels), image_size, self.resize))
-            if len(batch) == batch_size:
-                predictions += self.predict_batch(torch.stack(batch))
-                batch = []
-        return predictions + (self.predict_batch(torch.stack(batch)) if batch else [])
+        several = cast("Iterable[PythonImage]", images)
+        pixels = (resize(each, size, self.resize) for each in pixels_of_each(several, size, limit))
+        while batch := list(islice(pixels, batch_size)):
+            predictions += self.predict_batch(torch.stack(batch))
+        return predictions
 
     @torch.inference_mode()
     def predict_batch(self, images: Tensor) -> list[Prediction]:
@@ -198,20 +207,3 @@ def predict_index(
         for sample, valid, prediction in zip(batch["sample"].tolist(), batch["mask"], predictions, strict=True):
             if valid:
                 yield sample, prediction
-
-
-def _to_tensor(
-    image: bytes | str | Image.Image | npt.NDArray[np.uint8] | Tensor, at_least: int, max_image_pixels: int
-) -> Tensor:
-    if isinstance(image, Tensor):
-        return image
-    if isinstance(image, str):
-        try:
-            return decode(storage.read_bytes(image), at_least, max_image_pixels)
-        except DataError as error:
-            raise DataError(f"{image} {error}.") from error
-    if isinstance(image, bytes):
-        return decode(image, at_least, max_image_pixels)
-    if isinstance(image, Image.Image):
-        return torch.from_numpy(to_rgb(image)).permute(2, 0, 1)
-    return torch.from_numpy(image.copy()).permute(2, 0, 1)

@@ -206,7 +206,7 @@ class Checkpointer(Checkpoint):
         checkpoint[STOPPED_KEY] = bool(trainer.should_stop)
         checkpoint[CALLBACKS_KEY] = callback_settings.settings_of_all(trainer.callbacks)  # type: ignore[attr-defined]
         if metrics:
-            checkpoint[CONFUSION_KEY] = pl_module.confusion
+            checkpoint[CONFUSION_KEY] = pl_module.evaluation.confusion  # type: ignore[union-attr]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

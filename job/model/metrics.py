@@ -18,6 +18,7 @@ from torchmetrics.classification import (
 )
 
 from job.model.auroc import BinnedAUROC
+from job.model.evaluation import Evaluation
 from job.model.spec import ClassifierSpec
 
 IGNORED = -1
@@ -63,8 +64,8 @@ class TaskMetrics(ABC):
         self._process(0 if losses.is_cpu else BATCHES_BEHIND)
 
     @abstractmethod
-    def compute(self) -> tuple[dict[str, float], Tensor]:
-        """Compute metrics and confusion matrix, the same on every rank; undefined metrics are omitted."""
+    def compute(self) -> Evaluation:
+        """Compute everything on all ranks together, the same result on each; undefined metrics are omitted."""
 
     def reset(self) -> None:
         """Clear all metrics."""
@@ -135,21 +136,18 @@ class EvaluationMetrics(TaskMetrics):
         for metric in (self.accuracy, self.f1, self.auroc, self.confusion):
             metric.update(probabilities, labels)
 
-    def compute(self) -> tuple[dict[str, float], Tensor]:
-        """Compute metrics and confusion matrix, the same on every rank.
+    def compute(self) -> Evaluation:
+        """Compute everything on all ranks together, the same result on each.
 
         A metric that is undefined for these samples is omitted: every metric without samples, the accuracy of a class
         without samples, AUROC of a single class. Macro F1 is the mean over the classes that have samples, macro AUROC
         over those that have positive and negative ones.
-
-        Returns:
-            metrics by name, and the confusion matrix, int64 [C, C] on the CPU; rows are true classes.
         """
         self._process(0)
         confusion: Tensor = self.confusion.compute().to("cpu", torch.int64)
         support, total = confusion.sum(dim=1), int(confusion.sum())
         if not total:
-            return {}, confusion
+            return Evaluation({}, confusion)
         values = {name: metric.compute().item() for name, metric in (("loss", self.loss), ("accuracy", self.accuracy))}
         # torchmetrics' own mean has a zero for a class without samples that was predicted for others.
         present = (support > 0).float()
@@ -162,4 +160,4 @@ class EvaluationMetrics(TaskMetrics):
             for name, value, count in zip(self.classes, per_class.tolist(), support.tolist(), strict=True):
                 if count:
                     values[f"accuracy_of/{name}"] = value
-        return values, confusion
+        return Evaluation(values, confusion)

@@ -27,6 +27,7 @@ from job.model.compile import compile_module
 from job.model.config import ModelConfig
 from job.model.divergence import DivergenceGuard
 from job.model.ema import WeightAverage, extract_averages
+from job.model.evaluation import Evaluation
 from job.model.freeze import Stage, apply_stage, stage_at
 from job.model.head import cpu_threads, is_small_head
 from job.model.loading import read_pretrained, restore_module
@@ -60,8 +61,7 @@ class TransferLearningModel(pl.LightningModule):
         net: the network; built by :meth:`configure_model`.
         stage: the layers that train now.
         guard: stops or skips steps that are not finite; None without ``check_finite``.
-        confusion: confusion matrix of the last evaluation, int64 [C, C], rows are true classes; of several labels
-            one per class, int64 [C, 2, 2].
+        evaluation: result of the last validation or test; None before the first.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class TransferLearningModel(pl.LightningModule):
         self.net: Classifier
         self.resize: str
         self.metrics: TaskMetrics
-        self.confusion = torch.empty(0, 0, dtype=torch.int64)
+        self.evaluation: Evaluation | None = None
         self._head_alone = False
         self._threads = torch.get_num_threads()
         self._compile_seconds = 0.0
@@ -414,8 +414,9 @@ class TransferLearningModel(pl.LightningModule):
         self.data.share_bad_samples()
         if part == "val" and self.trainer.state.fn == "fit":
             self.metrics.choose_thresholds()
-        values, self.confusion = self.metrics.compute()
+        self.evaluation = self.metrics.compute()
         self.metrics.reset()
+        values = self.evaluation.metrics
         loss = values.get("loss", 0.0)  # absent: no sample counted
         if not math.isfinite(loss):
             when = (

@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from job.model.auroc import BINS, LOG_ODDS, histogram_bins
+from job.model.evaluation import Evaluation
 from job.model.metrics import EXACT_CLASSES, EXACT_SAMPLES, PER_CLASS_LIMIT, TaskMetrics
 
 DEFAULT_THRESHOLD = 0.5
@@ -171,15 +172,12 @@ class MultilabelMetrics(TaskMetrics):
         self._process(0)
         self.thresholds = [ranking.best_threshold() for ranking in self.scores.rankings()]
 
-    def compute(self) -> tuple[dict[str, float], Tensor]:
-        """Compute metrics and counts per class, the same on every rank.
+    def compute(self) -> Evaluation:
+        """Compute everything on all ranks together, the same result on each.
 
         A metric that is undefined for these samples is omitted. Mean average precision and macro F1 are means over the
-        classes that have positive samples.
-
-        Returns:
-            metrics by name, and the confusion matrix of each class against the rest, int64 [C, 2, 2] on the CPU:
-            [[true negatives, false positives], [false negatives, true positives]].
+        classes that have positive samples. The confusion matrix of each class against the rest is
+        [[true negatives, false positives], [false negatives, true positives]].
         """
         self._process(0)
         confusion, precisions = np.zeros((len(self.classes), 2, 2), np.int64), np.zeros(len(self.classes))
@@ -187,7 +185,7 @@ class MultilabelMetrics(TaskMetrics):
             confusion[number] = ranking.confusion(self.thresholds[number])
             precisions[number] = ranking.average_precision()
         if not confusion.any():
-            return {}, torch.from_numpy(confusion)
+            return Evaluation({}, torch.from_numpy(confusion))
         false_positives, false_negatives, positives = confusion[:, 0, 1], confusion[:, 1, 0], confusion[:, 1, 1]
         values = {"loss": self.loss.compute().item()}
         present = ~np.isnan(precisions)
@@ -201,7 +199,7 @@ class MultilabelMetrics(TaskMetrics):
         if len(self.classes) <= PER_CLASS_LIMIT:
             named = zip(self.classes, precisions.tolist(), present.tolist(), strict=True)
             values |= {_precision_of(name): value for name, value, defined in named if defined}
-        return values, torch.from_numpy(confusion)
+        return Evaluation(values, torch.from_numpy(confusion))
 
     def _add(self, losses: Tensor, probabilities: Tensor, labels: Tensor, mask: Tensor) -> None:
         self.loss.update(losses[mask])

@@ -18,6 +18,7 @@ from job.model.config import ModelConfig
 from job.model.module import TransferLearningModel
 from job.model.tasks import TASKS
 from job.monitoring.report import Report, report_of
+from job.monitoring.settings import MonitoringSettings
 from job.monitoring.tensorboard import BucketTensorBoardLogger, events_uri
 from job.process import temporary
 from job.resilience import attempts
@@ -48,6 +49,7 @@ class FitSettings:
         checkpoint: when checkpoints are taken.
         features: whether the features of a frozen backbone are cached.
         watchdog: limits of a step.
+        monitoring: what TensorBoard and the report show.
         ends_hanging_process: let the watchdog end this process, not only print its stacks.
         ends_at_second_interrupt: end this process at a second Ctrl-C, instead of raising Stopped.
     """
@@ -61,6 +63,7 @@ class FitSettings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
     watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
+    monitoring: MonitoringSettings = field(default_factory=MonitoringSettings)
     ends_hanging_process: bool = True
     ends_at_second_interrupt: bool = True
 
@@ -111,6 +114,7 @@ def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Re
                 config=settings.config,
                 checkpoint=ranking,
                 features=settings.features,
+                monitoring=settings.monitoring,
                 profile=settings.profile,
                 io=io,
                 watchdog=watchdog,

@@ -26,6 +26,7 @@ from job.monitoring.accounting import Accounting
 from job.monitoring.profile import Profile
 from job.monitoring.progress import PlainProgress, TerminalProgress, log
 from job.monitoring.report import ReportWriter
+from job.monitoring.settings import MonitoringSettings
 from job.monitoring.tensorboard import BucketTensorBoardLogger, events_uri
 from job.monitoring.vertex import VertexMetricReporter
 from job.resilience.lease import Lease
@@ -44,6 +45,7 @@ def training_trainer(
     config: str,
     checkpoint: CheckpointSettings,
     features: FeatureSettings,
+    monitoring: MonitoringSettings,
     profile: bool,
     io: BackgroundCheckpointIO,
     watchdog: Watchdog,
@@ -59,6 +61,7 @@ def training_trainer(
         config: the resolved configuration, as YAML.
         checkpoint: when checkpoints are taken.
         features: whether the features of a frozen backbone are cached.
+        monitoring: what TensorBoard and the report show.
         profile: record a few steps by torch's profiler.
         io: writes checkpoints.
         watchdog: ends this process if it hangs.

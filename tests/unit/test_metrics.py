@@ -20,7 +20,8 @@ def test_metrics_ignore_masked_samples_and_agree_with_scikit_learn() -> None:
     metrics = EvaluationMetrics("abc")
     for part in torch.arange(60).chunk(4):
         metrics.update(losses[part], chances[part], labels[part], mask[part])
-    values, confusion = metrics.compute()
+    evaluation = metrics.compute()
+    values, confusion = evaluation.metrics, evaluation.confusion
     true, guess = labels[mask].numpy(), chances[mask].argmax(dim=1).numpy()
     assert values["accuracy"] == pytest.approx(accuracy_score(true, guess))
     assert values["f1"] == pytest.approx(f1_score(true, guess, average="macro"))
@@ -36,16 +37,16 @@ def test_undefined_metrics_are_absent() -> None:
     metrics = EvaluationMetrics("abc")
     chances, mask = torch.rand(4, 3).softmax(dim=1), torch.ones(4, dtype=torch.bool)
     metrics.update(torch.rand(4), chances, torch.ones(4, dtype=torch.int64), mask)
-    values, _ = metrics.compute()
+    values = metrics.compute().metrics
     assert set(values) == {"loss", "accuracy", "f1", "accuracy_of/b"}
     assert all(math.isfinite(value) for value in values.values())
     metrics.reset()
     metrics.update(torch.full((4,), math.nan), chances, torch.ones(4, dtype=torch.int64), ~mask)
-    assert metrics.compute()[0] == {}
+    assert metrics.compute().metrics == {}
     metrics.reset()
 
     metrics.update(torch.tensor([math.nan, 1, 1, 1]), chances, torch.tensor([0, 0, 1, 1]), mask)
-    values, _ = metrics.compute()
+    values = metrics.compute().metrics
     assert math.isnan(values["loss"])  # not the mean of the rest
     true = torch.tensor([0, 0, 1, 1])
     expected = [roc_auc_score(true == c, chances[:, c]) for c in (0, 1)]
@@ -63,7 +64,8 @@ def test_many_classes_have_no_per_class_metrics_and_a_binned_auroc() -> None:
     for part in torch.arange(4000).chunk(3):
         mask = torch.ones(len(part), dtype=torch.bool)
         metrics.update(torch.rand(len(part)), chances[part], labels[part], mask)
-    values, confusion = metrics.compute()
+    evaluation = metrics.compute()
+    values, confusion = evaluation.metrics, evaluation.confusion
     assert not [name for name in values if name.startswith("accuracy_of/")]
     assert confusion.shape == (120, 120)
     exact = roc_auc_score(labels, chances, multi_class="ovr")

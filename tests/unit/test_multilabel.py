@@ -269,7 +269,8 @@ def test_metrics_agree_with_scikit_learn(samples: int) -> None:
     metrics = MultilabelMetrics("abcd", samples=samples)
     for part in torch.arange(200).chunk(4):
         metrics.update(losses[part], probabilities[part], labels[part], mask[part])
-    values, confusion = metrics.compute()
+    evaluation = metrics.compute()
+    values, confusion = evaluation.metrics, evaluation.confusion
     scores, true = probabilities[mask].numpy(), labels[mask].numpy()
     precisions = [average_precision_score(true[:, c], scores[:, c]) for c in range(3)]
     assert values["mAP"] == pytest.approx(np.mean(precisions), abs=2e-3)
@@ -282,7 +283,7 @@ def test_metrics_agree_with_scikit_learn(samples: int) -> None:
     assert confusion.tolist() == multilabel_confusion_matrix(true, predicted).tolist()
 
     metrics.choose_thresholds()
-    chosen, _ = metrics.compute()
+    chosen = metrics.compute().metrics
     assert metrics.thresholds[3] == 0.5
     for c, threshold in enumerate(metrics.thresholds[:3]):
         best = max(f1_score(true[:, c], scores[:, c] >= score) for score in np.unique(scores[:, c]))
@@ -290,7 +291,7 @@ def test_metrics_agree_with_scikit_learn(samples: int) -> None:
     assert chosen["macro_f1"] > values["macro_f1"]
     metrics.reset()
     metrics.update(losses, probabilities, labels, torch.zeros(200, dtype=torch.bool))
-    assert metrics.compute()[0] == {}
+    assert metrics.compute().metrics == {}
 
 
 def test_binned_scores_are_within_their_bound() -> None:
@@ -317,7 +318,7 @@ def test_metrics_do_not_depend_on_the_order_of_samples() -> None:
         for part in order.chunk(7):
             metrics.update(torch.ones(len(part)), probabilities[part], labels[part], torch.ones_like(part).bool())
         metrics.choose_thresholds()
-        results.append((metrics.compute()[0], metrics.thresholds))
+        results.append((metrics.compute().metrics, metrics.thresholds))
     assert results[0] == results[1]
 
 
@@ -325,7 +326,7 @@ def test_no_positive_sample_leaves_metrics_out() -> None:
     metrics = MultilabelMetrics("ab")
     metrics.update(torch.ones(3), torch.full((3, 2), 0.1), torch.zeros(3, 2, dtype=torch.uint8), torch.ones(3).bool())
     metrics.choose_thresholds()
-    assert set(metrics.compute()[0]) == {"loss"}
+    assert set(metrics.compute().metrics) == {"loss"}
     assert metrics.thresholds == [0.5, 0.5]
 
 
@@ -333,7 +334,8 @@ def test_many_classes_have_no_per_class_metrics() -> None:
     probabilities, labels = scored(50, 120)
     metrics = MultilabelMetrics([f"c{n}" for n in range(120)])
     metrics.update(torch.ones(50), probabilities, labels, torch.ones(50).bool())
-    values, confusion = metrics.compute()
+    evaluation = metrics.compute()
+    values, confusion = evaluation.metrics, evaluation.confusion
     assert set(values) == {"loss", "mAP", "micro_f1", "macro_f1"}
     assert confusion.shape == (120, 2, 2)
     assert set(values) < set(MultilabelMetrics("ab").names)
@@ -344,7 +346,7 @@ def test_macro_f1_of_one_label_is_that_of_the_classes_with_samples() -> None:
     labels = torch.tensor([0, 0, 1, 1])
     probabilities = F.one_hot(torch.tensor([0, 2, 1, 1]), 3).float()
     metrics.update(torch.ones(4), probabilities, labels, torch.ones(4).bool())
-    assert metrics.compute()[0]["f1"] == pytest.approx((2 / 3 + 1) / 2)
+    assert metrics.compute().metrics["f1"] == pytest.approx((2 / 3 + 1) / 2)
 
 
 DESCRIPTION: dict[str, Any] = {
