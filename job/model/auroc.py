@@ -43,9 +43,9 @@ class BinnedAUROC(Metric):
         bins = histogram_bins(probabilities) + torch.arange(self.num_classes) * BINS
         size = self.num_classes * BINS
         every = torch.bincount(bins.flatten(), minlength=size)
-        own = torch.bincount(bins.gather(1, labels[:, None]).flatten(), minlength=size)
-        self.positives += own.view_as(self.positives)
-        self.negatives += (every - own).view_as(self.negatives)
+        positive_counts = torch.bincount(bins.gather(1, labels[:, None]).flatten(), minlength=size)
+        self.positives += positive_counts.view_as(self.positives)
+        self.negatives += (every - positive_counts).view_as(self.negatives)
 
     def compute(self) -> Tensor:
         """AUROC per class, float64 [C]; NaN for a class without positive or without negative samples."""

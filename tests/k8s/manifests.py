@@ -1,4 +1,4 @@
-"""What the kustomizations render to: ``python tests/k8s/manifests.py`` writes the golden renderings anew."""
+"""Render the kustomizations; ``python tests/k8s/manifests.py`` rewrites the golden files."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ Manifest = dict[str, Any]
 
 @functools.cache
 def render(name: str) -> str:
-    """What ``kubectl apply -k`` would send."""
-    done = subprocess.run(["kubectl", "kustomize", str(KUSTOMIZATIONS[name])], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr, done.stderr  # warnings of what is deprecated
-    return done.stdout
+    """Return the YAML that ``kubectl apply -k`` would send."""
+    result = subprocess.run(["kubectl", "kustomize", str(KUSTOMIZATIONS[name])], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr, result.stderr  # warnings of what is deprecated
+    return result.stdout
 
 
 def rendered(name: str) -> list[Manifest]:
-    """The same, parsed."""
+    """Return the parsed manifests."""
     return list(yaml.safe_load_all(render(name)))
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
-    """Those of one kind."""
+    """Return the manifests of one kind."""
     return [manifest for manifest in manifests if manifest["kind"] == kind]
 
 
 def job_of(manifests: list[Manifest]) -> Manifest:
-    """The Job's spec, be it a JobSet's."""
+    """Return the spec of the Job, or of the JobSet's Job."""
     if jobs := of_kind(manifests, "Job"):
         return dict(jobs[0]["spec"])
     jobset = of_kind(manifests, "JobSet")[0]
@@ -56,16 +56,16 @@ def job_of(manifests: list[Manifest]) -> Manifest:
 
 
 def pod_of(manifests: list[Manifest]) -> Manifest:
-    """The pod's spec of the Job or JobSet."""
+    """Return the pod spec of the Job or JobSet."""
     return dict(job_of(manifests)["template"]["spec"])
 
 
 def environment_of(container: Manifest, fields: dict[str, str]) -> dict[str, str]:
-    """The container's variables, as kubelet sets them: each may use those before it, ``fields`` are the pod's own."""
+    """Return the container's environment as the kubelet sets it; ``fields`` are the pod's downward-API fields."""
     values: dict[str, str] = {}
     for variable in container.get("env", []):
         if "value" in variable:
-            values[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], variable["value"])
+            values[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], variable["value"])
         else:
             values[variable["name"]] = fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
     return values

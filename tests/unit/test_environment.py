@@ -15,7 +15,7 @@ VERTEX_CLUSTER = {"workerpool0": ["cmle-training-workerpool0-ab-0:2222"], "worke
 
 
 def vertex(kind: str, index: int, cluster: dict[str, list[str]] = VERTEX_CLUSTER) -> dict[str, str]:
-    """As the documentation shows it, and what Vertex sets besides for PyTorch."""
+    """The variables in Vertex AI's documentation, and those it sets for PyTorch."""
     spec = {"cluster": cluster, "environment": "cloud", "task": {"type": kind, "index": index}, "job": "{}"}
     torchs = {"MASTER_ADDR": "x", "MASTER_PORT": "2222", "WORLD_SIZE": "3", "RANK": "1"}  # counting machines
     return {"CLUSTER_SPEC": json.dumps(spec), "CLOUD_ML_JOB_ID": "4242", **torchs}
@@ -147,10 +147,10 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
         ({"PET_NNODES": "1", "PET_NPROC_PER_NODE": "0"}, "PET_NPROC_PER_NODE=0: at least one process"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(environment: dict[str, str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_invalid_environments_are_refused(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as excinfo:
         find_node(environment)
-    assert message in str(caught.value)
+    assert message in str(excinfo.value)
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
@@ -190,9 +190,9 @@ def test_ranks_of_torchrun_or_one_process(environment: dict[str, str]) -> None:
     ],
 )
 def test_variables_of_other_launchers_are_refused(environment: dict[str, str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         require_ranks(environment)
-    assert message in str(caught.value)
+    assert message in str(excinfo.value)
 
 
 def test_options_of_torch_elastic() -> None:
@@ -235,11 +235,11 @@ def test_one_exit_code_for_all_ranks(codes: list[int], expected: int) -> None:
     [([75], [2], 2), ([75], [70], 70), ([-9], [70], 75), ([255], [70], 75), ([-9], [2], 2)],
 )
 def test_mistakes_of_other_ranks(codes: list[int], mistakes: list[int], expected: int) -> None:
-    """An unexpected exception after the death of another rank is its consequence."""
+    """An unexpected exception after the loss of another rank is its consequence."""
     assert exit_code(codes, mistakes) == expected
 
 
-def test_variables_that_torchrun_would_take_are_named() -> None:
+def test_variables_that_torchrun_would_read_are_reported() -> None:
     assert ignored_variables({"PET_NNODES": "1", "PET_MONITOR_INTERVAL": "5"}) == ["PET_MONITOR_INTERVAL"]
 
 
@@ -258,7 +258,7 @@ def test_variables_that_torchrun_would_take_are_named() -> None:
 def test_a_container_s_cpu_limit_counts(
     files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Threads beyond it would only wait. The files of both versions of control groups, as the kernel writes them."""
+    """The limit is read from the kernel's files of cgroup v1 and v2."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -266,7 +266,7 @@ def test_a_container_s_cpu_limit_counts(
     assert cores(tmp_path) == expected
 
 
-def test_a_name_that_never_comes_is_told() -> None:
+def test_a_coordinator_without_a_dns_record_is_reported() -> None:
     wait_for_address("localhost", 5)
     with pytest.raises(RankLost, match=r"the coordinator no-such-node-0\.invalid has no DNS record"):
         wait_for_address("no-such-node-0.invalid", 0)

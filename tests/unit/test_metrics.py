@@ -1,4 +1,4 @@
-"""What is measured, against scikit-learn."""
+"""Metrics, compared with scikit-learn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from job.model.auroc import BinnedAUROC
 from job.model.metrics import EvaluationMetrics
 
 
-def test_metrics_leave_masked_samples_out_and_agree_with_scikit_learn() -> None:
+def test_metrics_ignore_masked_samples_and_agree_with_scikit_learn() -> None:
     torch.manual_seed(0)
     chances, labels, losses = torch.rand(60, 3).softmax(dim=1), torch.randint(0, 3, (60,)), torch.rand(60)
     mask = torch.rand(60) > 0.2
@@ -32,8 +32,8 @@ def test_metrics_leave_masked_samples_out_and_agree_with_scikit_learn() -> None:
     assert values["accuracy_of/b"] == pytest.approx((confusion[1, 1] / confusion[1].sum()).item())
 
 
-def test_metrics_that_the_samples_do_not_define_are_absent() -> None:
-    """One class present: no AUROC (torchmetrics gives 0); no sample: no metric at all."""
+def test_undefined_metrics_are_absent() -> None:
+    """With one class present there is no AUROC (torchmetrics returns 0); without samples no metric."""
     metrics = EvaluationMetrics("abc")
     chances, mask = torch.rand(4, 3).softmax(dim=1), torch.ones(4, dtype=torch.bool)
     metrics.update(torch.rand(4), chances, torch.ones(4, dtype=torch.int64), mask)
@@ -53,7 +53,7 @@ def test_metrics_that_the_samples_do_not_define_are_absent() -> None:
     assert values["auroc"] == pytest.approx(np.mean(expected))
 
 
-def test_many_classes_have_no_metric_each_and_auroc_is_binned_within_its_bound() -> None:
+def test_many_classes_have_no_per_class_metrics_and_a_binned_auroc() -> None:
     torch.manual_seed(0)
     labels = torch.randint(0, 120, (4000,))
     logits = torch.randn(4000, 120)

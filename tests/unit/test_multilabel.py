@@ -1,4 +1,4 @@
-"""Data with several labels per image, and the task that learns them."""
+"""Multi-label data, and the multi-label task."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LISTS: list[list[str]] = [["red"], ["red", "blue"], [], ["green", "blue", "red"]
 
 
 def table(folder: Path, labels: list[Any], name: str = "data.jsonl", **more: list[Any]) -> Path:
-    """A table of JSON lines with these labels; nothing reads its images."""
+    """Write a table of JSON lines with these labels; its images do not exist."""
     columns = {"uri": [f"{number:04d}.jpg" for number in range(len(labels))], "label": labels, **more}
     lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     write_files(folder, {name: "".join(json.dumps(line) + "\n" for line in lines).encode()})
@@ -85,9 +85,9 @@ def test_a_saved_index_keeps_the_labels(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     saved.mkdir()
     build({"root": [str(data)]}, saved, "", "parts")
-    again = index_parts(saved / "index.json")["train"]
-    assert [each.tolist() for each in again.label_lists()] == [each.tolist() for each in first.label_lists()]
-    assert again.fingerprint() == first.fingerprint()
+    reloaded = index_parts(saved / "index.json")["train"]
+    assert [each.tolist() for each in reloaded.label_lists()] == [each.tolist() for each in first.label_lists()]
+    assert reloaded.fingerprint() == first.fingerprint()
     changed = index_of(tmp_path / "changed", [["red", "green"], *LISTS[1:]])
     assert changed.fingerprint() != first.fingerprint()
 
@@ -126,16 +126,16 @@ def test_damaged_labels_are_refused(labels: list[Any], message: str, tmp_path: P
         verify_parts(Path(index.folder), msgspec.structs.replace(info, parts={"train": part}), "")
 
 
-@pytest.mark.parametrize("form", ["parquet", "tar"])
-def test_lists_of_labels_in_other_formats(form: str, tmp_path: Path) -> None:
-    if form == "parquet":
+@pytest.mark.parametrize("file_format", ["parquet", "tar"])
+def test_lists_of_labels_in_other_formats(file_format: str, tmp_path: Path) -> None:
+    if file_format == "parquet":
         rows = pa.table({"uri": [f"{n}.jpg" for n in range(len(LISTS))], "label": LISTS})
         pq.write_table(rows, tmp_path / "data.parquet")
     else:
         labels = {f"{n}.json": json.dumps({"labels": each}).encode() for n, each in enumerate(LISTS)}
         files = {**labels, **{f"{n}.jpg": b"x" for n in range(len(LISTS))}}
         (tmp_path / "data.tar").write_bytes(tar_of(dict(sorted(files.items()))))
-    index = index_parts(tmp_path / f"data.{form}")["train"]
+    index = index_parts(tmp_path / f"data.{file_format}")["train"]
     expected = [[int(name in labels) for name in ("blue", "green", "red")] for labels in LISTS]
     assert index.multi_hot_of(np.arange(len(LISTS))).tolist() == expected
 
@@ -227,14 +227,14 @@ def test_mixed_images_have_mixed_labels() -> None:
     torch.manual_seed(0)
     labels = torch.tensor([[1, 1, 0], [0, 0, 0]], dtype=torch.uint8)
     images = torch.stack([torch.full((3, 4, 4), 100, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8)])
-    seen: list[torch.Tensor] = []
+    shares: list[torch.Tensor] = []
 
     def forward(mixed: Any) -> torch.Tensor:
-        seen.append(mixed["image"][:, 0, 0, 0] / 100)
+        shares.append(mixed["image"][:, 0, 0, 0] / 100)
         return torch.zeros(2, 3)
 
     losses = task(mixup=1.0).training_losses(batch(labels, images), forward)  # type: ignore[arg-type]
-    share = seen[0]
+    share = shares[0]
     assert 0 < float(share[0]) < 1
     expected = F.binary_cross_entropy_with_logits(
         torch.zeros(2, 3), share[:, None] * torch.tensor([1.0, 1.0, 0.0]), reduction="none"
@@ -254,7 +254,7 @@ def test_balanced_weights_are_bounded_positive_weights(tmp_path: Path) -> None:
 
 
 def scored(samples: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities, of which some are equal, and labels; the last class has none."""
+    """Return probabilities with ties, and labels; the last class has no positive sample."""
     generator = torch.Generator().manual_seed(seed)
     labels = (torch.rand(samples, classes, generator=generator) < 0.3).to(torch.uint8)
     labels[:, -1] = 0
@@ -330,7 +330,7 @@ def test_no_positive_sample_leaves_metrics_out() -> None:
     assert metrics.thresholds == [0.5, 0.5]
 
 
-def test_many_classes_have_no_metric_each() -> None:
+def test_many_classes_have_no_per_class_metrics() -> None:
     probabilities, labels = scored(50, 120)
     metrics = MultilabelMetrics([f"c{n}" for n in range(120)])
     metrics.update(torch.ones(50), probabilities, labels, torch.ones(50).bool())
@@ -381,9 +381,9 @@ def test_a_damaged_confusion_file_is_refused(tmp_path: Path) -> None:
     content = confusion.encode(counts)
     path = tmp_path / "counts"
     path.write_bytes(content)
-    read = confusion.read(str(path), confusion.describe(content, 2))
-    assert read.tolist() == counts.tolist()
-    assert confusion.as_json(read, 2) == {
+    restored = confusion.read(str(path), confusion.describe(content, 2))
+    assert restored.tolist() == counts.tolist()
+    assert confusion.as_json(restored, 2) == {
         "true_negatives": [5, 0],
         "false_positives": [1, 0],
         "false_negatives": [2, 1],
