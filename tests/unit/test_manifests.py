@@ -20,10 +20,12 @@ import yaml
 from google.cloud.aiplatform_v1.types import CustomJobSpec, HyperparameterTuningJob
 from google.protobuf import json_format
 from k8s.manifests import (
+    COMPLETION_INDEX,
     GOLDEN,
     KUSTOMIZATIONS,
     REPOSITORY,
     Manifest,
+    arguments_of,
     environment_of,
     job_of,
     of_kind,
@@ -38,7 +40,7 @@ from job.cluster.environment import DEFAULT_PORT, find_node
 from job.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 
 VERTEX = sorted((REPOSITORY / "k8s" / "vertex").glob("*.yaml"))
-TRAINING = [name for name in KUSTOMIZATIONS if name not in ("tensorboard", "queues")]
+TRAINING = [name for name in KUSTOMIZATIONS if name not in ("tensorboard", "queues", "trainer")]
 VERSIONS = ("1.35", "1.36", "1.37")
 CHIPS_PER_HOST = {"4x4": 4, "2x4": 8}
 """https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: 2x4 comes as one host of eight chips, too."""
@@ -83,6 +85,9 @@ def validate(manifest: Manifest) -> None:
     schema = strict(SCHEMAS[key])
     schema["properties"]["metadata"] = {"type": "object"}
     jsonschema.validate(manifest, schema, cls=jsonschema.Draft202012Validator)
+    if manifest["kind"] == "ClusterTrainingRuntime":
+        template = manifest["spec"]["template"]
+        validate({"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": {}, **template})
 
 
 def quantity(text: str | int) -> float:
@@ -127,10 +132,16 @@ def test_the_validation_can_fail() -> None:
     of_kind(misspelt, "Job")[0]["spec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
     with pytest.raises(kubernetes_validate.ValidationError):
         validate(of_kind(misspelt, "Job")[0])
-    for name, kind, where in (("tpu-multislice", "JobSet", "failurePolicy"), ("queues", "ClusterQueue", None)):
+    for name, kind, where in (
+        ("tpu-multislice", "JobSet", "failurePolicy"),
+        ("queues", "ClusterQueue", None),
+        ("trainjob", "TrainJob", "trainer"),
+        ("trainer", "ClusterTrainingRuntime", "mlPolicy"),
+        ("trainer", "ClusterTrainingRuntime", "template"),
+    ):
         manifest = of_kind(rendered(name), kind)[0]
         spec = manifest["spec"][where] if where else manifest["spec"]
-        spec["maxRestart"] = 3
+        (spec["spec"] if where == "template" else spec)["maxRestart"] = 3
         with pytest.raises(jsonschema.ValidationError, match="maxRestart"):
             validate(manifest)
 
@@ -203,15 +214,21 @@ def test_the_launcher_understands_the_manifest(name: str) -> None:
     nodes = []
     for slice_id in range(slices):
         for index in range(job["completions"]):
-            environment = {"JOB_COMPLETION_INDEX": str(index), **environment_of(pod["containers"][0], FIELDS)}
+            fields = {**FIELDS, COMPLETION_INDEX: str(index)}
+            environment = {"JOB_COMPLETION_INDEX": str(index), **environment_of(pod["containers"][0], fields)}
             if "google.com/tpu" in pod["containers"][0]["resources"]["limits"]:
                 environment |= _as_gke_adds(index, slice_id, slices, job["completions"])
             nodes.append(find_node(environment))
     assert [node.node_rank for node in nodes] == list(range(slices * job["completions"]))
     assert {node.nodes for node in nodes} == {len(nodes)}
     assert {node.run_id for node in nodes} == {"the-uid"}
-    assert {node.port for node in nodes} == {DEFAULT_PORT}
-    if not jobset:
+    if of_kind(manifests, "TrainJob"):
+        assert {(node.platform, node.host, node.port) for node in nodes} == {
+            ("Kubeflow", "train-node-0-0.train", 29500)
+        }
+    else:
+        assert {node.port for node in nodes} == {DEFAULT_PORT}
+    if of_kind(manifests, "Job"):
         (service,) = (s for s in of_kind(manifests, "Service") if s["spec"].get("clusterIP") == "None")
         assert pod["subdomain"] == service["metadata"]["name"]
         assert service["spec"]["publishNotReadyAddresses"] is True
@@ -243,7 +260,10 @@ def test_exit_codes_and_grace(name: str) -> None:
     assert rules == {"FailJob": [EXIT_USER_ERROR], "Ignore": [EXIT_PREEMPTED]}
     assert job["podReplacementPolicy"] == "Failed"
     assert job["activeDeadlineSeconds"] > 0
-    grace = float(options_of(pod["containers"][0]["args"])["grace"])
+    (container,) = pod["containers"]
+    rules_of_the_container = [rule["onExitCodes"]["containerName"] for rule in job["podFailurePolicy"]["rules"][:2]]
+    assert set(rules_of_the_container) == {container["name"]}
+    grace = float(options_of(arguments_of(container))["grace"])
     assert 2 <= pod["terminationGracePeriodSeconds"] - grace <= 10
     if "spot" in name:
         assert pod["terminationGracePeriodSeconds"] <= 15
@@ -291,10 +311,29 @@ def test_a_jobset_s_pods_are_those_of_a_job() -> None:
 
 
 @needs_kubectl
+def test_the_pods_of_a_trainjob_are_those_of_a_job() -> None:
+    """The runtime's pod template is written out, too; Trainer keeps its container's command, and adds arguments."""
+    job, trainjob = pod_of(rendered("gpu-multinode")), pod_of(rendered("trainjob"))
+    containers = [pod["containers"][0] for pod in (job, trainjob)]
+    assert containers[1]["command"][:3] == ["dumb-init", "--single-child", "--"]  # as the image's entry point
+    run_dir = "--run_dir=gs://BUCKET/runs/1"
+    assert [*arguments_of(containers[0]), run_dir] == arguments_of(containers[1])
+    for pod, container in zip((job, trainjob), containers, strict=True):
+        for key in ("name", "env", "args", "command"):
+            container.pop(key, None)
+        # JobSet sets the subdomain. A runtime serves several runs at once, which label selectors do not tell apart.
+        for key in ("subdomain", "affinity", "topologySpreadConstraints"):
+            pod.pop(key, None)
+        pod["volumes"] = [volume for volume in pod["volumes"] if volume["name"] != "config"]
+        pod["volumes"].sort(key=lambda volume: volume["name"])
+    assert job == trainjob
+
+
+@needs_kubectl
 @pytest.mark.parametrize("name", TRAINING)
 def test_the_command_is_parsed(name: str, tmp_path: Path) -> None:
-    """The arguments and the ConfigMap's file are parsed by job's parser."""
-    args = train_of(name)["args"]
+    """Its arguments and the ConfigMap's file, parsed by the job's own parser."""
+    args = arguments_of(train_of(name))
     assert args[:2] == ["launch", "fit"]
     (config,) = of_kind(rendered(name), "ConfigMap")
     (tmp_path / "config.yaml").write_text(config["data"]["config.yaml"])
