@@ -148,17 +148,6 @@ def test_predicting_from_the_bucket(fitted: str, gcs: str) -> None:
     assert {line["uri"]: line["probabilities"] for line in averaged} != by_uri
 
 
-def test_two_processes_predict_every_image_once(fitted: str, gcs: str, gcs_colours: str) -> None:
-    output = f"{gcs}/parts/p.jsonl"
-    run_well("predict", "--ckpt", fitted, "--input", gcs_colours, "--output", output, processes=2)
-    uris = [
-        json.loads(line)["uri"]
-        for entry in storage.list_files(f"{gcs}/parts")
-        for line in storage.read_bytes(f"{gcs}/parts/{entry.key}").splitlines()
-    ]
-    assert len(uris) == len(set(uris)) == 40
-
-
 def test_the_checkpoints_of_a_run(fitted: str) -> None:
     listed = run_well("checkpoints", "ls", fitted).stdout
     assert "epoch=012-step=00000048.ckpt" in listed

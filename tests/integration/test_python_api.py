@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support import REPOSITORY, TINY, assert_same_weights, environment, picture, picture_files, run_here, write_files
+from PIL import Image
+from support import REPOSITORY, TINY, assert_same_weights, environment, picture_files, run_here, write_files
 
 import job
 from job.errors import ConfigError, JobError
@@ -53,8 +55,16 @@ def test_fit_load_and_predict(colours: Path, tmp_path: Path) -> None:
     assert report.metrics["val/accuracy"] is not None
     assert report.best == report.last
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report.content
-    (prediction,) = job.load(report.run_dir).predict([picture((30, 60, 200), 1)])
+    predictor = job.load(report.run_dir)
+    image = next(colours.glob("**/*.jpg"))
+    (prediction,) = predictor.predict([image])
     assert prediction.label in report.classes
+    with image.open("rb") as file, Image.open(image) as opened:
+        for same in (image, str(image), image.read_bytes(), file, opened, np.array(opened)):
+            assert predictor.predict(same).probabilities == pytest.approx(prediction.probabilities)
+        batch = np.array([opened] * 3)
+    assert [each.label for each in predictor.predict(batch, batch_size=2)] == [prediction.label] * 3
+    assert predictor.predict([]) == []
 
 
 def test_a_saved_configuration_is_one_that_fit_takes(colours: Path, tmp_path: Path) -> None:

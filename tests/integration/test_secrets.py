@@ -189,7 +189,7 @@ def test_names_reach_the_terminal_escaped(hostile: Path, tmp_path: Path) -> None
     assert result.returncode == 2
     assert "1 unreadable image(s)" in result.output
     assert_harmless(result.output)
-    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4 * len(HOSTILE)
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4 * len(HOSTILE) + 1
     assert run_here("checkpoints", "ls", run_dir).returncode == 0
 
 
