@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from job.data.index.index import Index
 from job.data.index.sources.columns import from_option as columns_from_option
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.errors import ConfigError
+from job.process import logs
 from job.process.terminal import print_table, say
 from job.storage.local_cache import default_cache_dir, usable_cache_dir
 
@@ -96,7 +97,7 @@ def main(
     if output is not None:
         part = output if world_size == 1 else f"{output}.part-{rank:05d}-of-{world_size:05d}"
         storage.write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        say(f"{len(lines)} predictions in {part}", file=sys.stderr)
+        logs.report(f"{len(lines)} predictions in {part}", logging.INFO)
     bad.add(unreadable, {index.part: len(lines) + len(unreadable)})
 
 

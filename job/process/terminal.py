@@ -52,6 +52,11 @@ def clean(text: str) -> str:
     return escape(redact(text), newlines=True)
 
 
+def clean_lines(text: str) -> str:
+    """A text of several lines, redacted, each line escaped, for a format in which no line can pass for a record."""
+    return "\n".join(escape(line) for line in redact(text.expandtabs(4)).split("\n"))
+
+
 def say(text: str, *, file: TextIO | None = None) -> None:
     """Print a message; characters that the terminal cannot encode are escaped."""
     stream = file or sys.stdout
@@ -95,7 +100,7 @@ class SafeFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The text of a record; a second line is indented."""
-        return clean(self.inner.format(record))
+        return clean(self.inner.format(record).rstrip("\n"))
 
 
 def protect_output() -> None:
@@ -119,7 +124,8 @@ _python_format_warning = warnings.formatwarning
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    return clean(_python_format_warning(message, category, filename, lineno, line).rstrip("\n")) + "\n"
+    # Without the line of the source, which says less than the message.
+    return clean(_python_format_warning(message, category, filename, lineno, line or "").rstrip("\n")) + "\n"
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
