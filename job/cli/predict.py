@@ -21,6 +21,7 @@ from job.data.index.sources.columns import from_option as columns_from_option
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.errors import ConfigError
 from job.process import logs
+from job.process.progress import Progress
 from job.process.terminal import print_table, say
 from job.storage.local_cache import default_cache_dir, usable_cache_dir
 
@@ -88,10 +89,13 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         build({"all": [input]}, Path(folder), cache, "images", access=access, columns=table_columns)
         index = Index(folder, "all", access)
-        for sample, prediction in predict_index(
-            predictor, index, batch_size=batch_size, num_workers=num_workers, cache_dir=cache, unreadable=unreadable
-        ):
-            lines.append({"uri": index.uri(sample), **prediction.as_json()})
+        share = len(range(rank, len(index), world_size))
+        with Progress("predict", "images", share, is_shown=rank == 0) as progress:
+            for sample, prediction in predict_index(
+                predictor, index, batch_size=batch_size, num_workers=num_workers, cache_dir=cache, unreadable=unreadable
+            ):
+                lines.append({"uri": index.uri(sample), **prediction.as_json()})
+                progress.update(min(len(lines) + len(unreadable), share))
     if rank == 0:
         _print_table(lines, predictor.classes)
     if output is not None:
@@ -107,7 +111,7 @@ def _print_table(lines: list[dict[str, Any]], classes: Sequence[str]) -> None:
     for line, names in zip(lines[:ROWS_SHOWN], labels, strict=False):
         chances = ", ".join(f"{line['probabilities'][name]:.4f}" for name in names)
         rows.append((line["uri"], ", ".join(names) or "-", chances or "-"))
-    print_table(["image", "class", "probability"], rows, right=["probability"], fold=True)
+    print_table(["image", "class", "probability"], rows, right=["probability"])
     if len(lines) > ROWS_SHOWN:
         totals = Counter(name for names in labels for name in names)
         counts = ", ".join(f"{name} {totals[name]}" for name in classes)

@@ -249,7 +249,7 @@ def print_summary(result: Report) -> None:
         ("time", _where_time_went(report["seconds"], report["starts"])),
         ("run_dir", run_dir),
     ]
-    print_table(["", ""], rows, title="Finished", fold=True)
+    print_table(["", ""], rows, title="Finished")
     say("Next:")
     say(f"  tensorboard --logdir {shlex.quote(events_uri(run_dir))}")
     say(f"  python -m job predict --run_dir {shlex.quote(run_dir)} --input IMAGE_OR_FOLDER")

@@ -33,7 +33,7 @@ def test_a_bucket_that_is_gone_for_good(run_dir: str, tmp_path: Path, proxy: Fau
     """The end is not a good one, and says where the state is."""
     arguments = fit_options(run_dir, checkpoint__upload_seconds=2, checkpoint__every_n_steps=1)
     job = Job(tmp_path / "log", *arguments, module="impatient", TMPDIR=str(tmp_path))
-    job.wait_for("epoch 0")
+    job.wait_for("epoch 1/")
     proxy.answer_503_for(3600, match="uploadType")
     assert job.wait(300) == 75, job.output
     assert "Traceback" not in job.output

@@ -23,7 +23,7 @@ def test_escape() -> None:
 
 
 def test_tables_show_cells_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.print_table(["name", "[b]"], [(HOSTILE, 1), ("[/]", None)], title="runs/exp[lr=0.1]", fold=True)
+    terminal.print_table(["name", "[b]"], [(HOSTILE, 1), ("[/]", None)], title="runs/exp[lr=0.1]")
     shown = capsys.readouterr().out
     assert "runs/exp[lr=0.1]" in shown
     assert ":smile:" in shown
