@@ -62,16 +62,26 @@ class _Stretch:
         batches: batches done.
         images: images in them, over all ranks.
         paused: seconds within that time in which something else was done.
+        paused_at: monotonic time from which on something else is done.
     """
 
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
     batches: int = 0
     images: int = 0
     paused: float = 0.0
+    paused_at: float | None = None
 
     def add(self, batch: Batch) -> None:
         self.batches += 1
         self.images += int(batch["global_size"])
+
+    def pause(self) -> None:
+        self.paused_at = time.monotonic()
+
+    def resume(self) -> None:
+        if self.paused_at is not None:
+            self.paused += time.monotonic() - self.paused_at
+            self.paused_at = None
 
     @property
     def elapsed(self) -> float:
@@ -80,7 +90,8 @@ class _Stretch:
     @property
     def seconds(self) -> float:
         """Seconds in which batches were done."""
-        return max(self.elapsed - self.paused, 1e-9)
+        end = time.monotonic() if self.paused_at is None else self.paused_at
+        return max(end - self.began - self.paused, 1e-9)
 
     @property
     def images_per_second(self) -> float | None:
@@ -146,6 +157,8 @@ class TrainerProgress(ProgressBar):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a validation."""
         self._evaluation = _Stretch()
+        if self._epoch is not None:
+            self._epoch.pause()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a test."""
@@ -186,7 +199,7 @@ class TrainerProgress(ProgressBar):
             return
         self._validated = True
         if self._epoch is not None:
-            self._epoch.paused += self._evaluation.elapsed
+            self._epoch.resume()
         if not trainer.is_last_batch:
             metrics = _values(trainer, "val/")
             line = "  ".join([_epoch_name(trainer, trainer.current_epoch), _step(trainer), *_words(metrics)])
@@ -224,8 +237,11 @@ class TrainerProgress(ProgressBar):
 
     def _evaluation_status(self, trainer: pl.Trainer, task: str, total: int) -> Status:
         evaluation = self._evaluation
-        left: float | None = evaluation.seconds / evaluation.batches * (total - evaluation.batches)
+        each = evaluation.seconds / evaluation.batches
+        left: float | None = each * (total - evaluation.batches)
         if trainer.state.fn == "fit":
+            if self._batch_seconds is None:  # no epoch has ended
+                self._extra_seconds = each * total
             task = f"{_epoch_name(trainer, trainer.current_epoch)}  {task}"
             batches = int(trainer.num_training_batches) - self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
             rest = self._seconds_left(trainer, batches, trainer.current_epoch, validating=True)
