@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from typing import Any
 
 import pytorch_lightning as pl
@@ -26,7 +26,7 @@ from job.monitoring.accounting import Accounting
 from job.monitoring.event_folders import events_uri
 from job.monitoring.hyperparameters import HyperparameterWriter
 from job.monitoring.profile import Profile
-from job.monitoring.progress import PlainProgress, TerminalProgress, log
+from job.monitoring.progress import LogPosition, TrainerProgress, TuningProgress
 from job.monitoring.recorder import ValidationRecorder
 from job.monitoring.report.files import EarlierReport
 from job.monitoring.report.writer import ReportWriter
@@ -42,6 +42,8 @@ from job.resilience.watchdog import Watchdog
 from job.train.batch_size_finder import BatchSizeFinder
 from job.train.lr_finder import LRFinder
 from job.train.precision import announce, automatic_precision, uses_cuda
+
+log = logging.getLogger(__name__)
 
 
 def training_trainer(
@@ -127,7 +129,7 @@ def tuning_trainer(settings: dict[str, Any], run_dir: str, rates: LRFinder, batc
     if xla.is_wanted(str(settings.get("accelerator"))):
         raise ConfigError("tune does not work on XLA, which would compile every step: use a CPU or a GPU.")
     fixed = {"max_epochs": -1, "max_steps": rates.steps, "limit_val_batches": 0, "enable_checkpointing": False}
-    return _trainer({**settings, **fixed}, [batches, rates], [], None, run_dir)
+    return _trainer({**settings, **fixed}, [batches, rates], [], None, run_dir, TuningProgress())
 
 
 def _trainer(
@@ -136,6 +138,7 @@ def _trainer(
     plugins: list[Any],
     logger: BucketTensorBoardLogger | None,
     run_dir: str,
+    progress: TrainerProgress | None = None,
 ) -> pl.Trainer:
     on_xla = xla.is_wanted(str(settings.get("accelerator")))
     settings = {**settings, "callbacks": [*listed(settings.get("callbacks")), *callbacks]}
@@ -146,7 +149,8 @@ def _trainer(
         plugins = [*plugins, cluster_environment()]
     has_progress_bar = any(isinstance(callback, ProgressBar) for callback in settings["callbacks"])
     if settings.pop("enable_progress_bar", None) is not False and not has_progress_bar:
-        settings["callbacks"].append(TerminalProgress() if sys.stderr.isatty() else PlainProgress())
+        settings["callbacks"].append(progress or TrainerProgress())
+    settings["callbacks"].append(LogPosition())
     trainer = pl.Trainer(
         **{
             **settings,
