@@ -57,17 +57,17 @@ def find_repeated_images(index: Index, cache_dir: str) -> RepeatedImages | None:
     values, counts = np.unique(sizes[sizes > 0], return_counts=True)
     if not len(counts) or counts.max() < max(FEWEST, SMALLEST_SHARE * len(sizes)):
         return None
-    size = int(values[counts.argmax()])
-    candidates = np.flatnonzero(sizes == size)
+    candidates = np.flatnonzero(sizes == values[counts.argmax()])
     chosen = candidates[np.linspace(0, len(candidates) - 1, READ).astype(np.int64)]
     fetcher = Fetcher(index, cache_dir)
-    samples: dict[bytes, list[int]] = {}
+    samples: dict[tuple[bytes, int], list[int]] = {}
     for sample, fetched in zip(chosen.tolist(), fetcher.start(chosen).result(), strict=True):
         try:
-            samples.setdefault(hashlib.sha256(fetcher.content(fetched)).digest(), []).append(sample)
+            content = fetcher.content(fetched)
         except DataError:
             continue  # training reports it
-    same = max(samples.values(), key=len, default=[])
+        samples.setdefault((hashlib.sha256(content).digest(), len(content)), []).append(sample)
+    (_, size), same = max(samples.items(), key=lambda item: len(item[1]), default=((b"", 0), []))
     if len(same) < SAME:
         return None
     count = round(len(candidates) * len(same) / READ * len(index) / len(sizes))
