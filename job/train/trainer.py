@@ -40,6 +40,7 @@ from job.resilience.lease_check import LeaseCheck
 from job.resilience.preemption import Preemption
 from job.resilience.watchdog import Watchdog
 from job.train.batch_size_finder import BatchSizeFinder
+from job.train.early_stopping import make_early_stopping
 from job.train.lr_finder import LRFinder
 from job.train.precision import announce, automatic_precision, uses_cuda
 
@@ -54,6 +55,7 @@ def training_trainer(
     checkpoint: CheckpointSettings,
     features: FeatureSettings,
     monitoring: MonitoringSettings,
+    early_stopping: int,
     profile: bool,
     io: BackgroundCheckpointIO,
     watchdog: Watchdog,
@@ -70,6 +72,7 @@ def training_trainer(
         checkpoint: when checkpoints are taken.
         features: whether the features of a frozen backbone are cached.
         monitoring: what TensorBoard and the report show.
+        early_stopping: validations without a better checkpoint after which training ends; 0 disables.
         profile: record a few steps by torch's profiler.
         io: writes checkpoints.
         watchdog: ends this process if it hangs.
@@ -99,6 +102,8 @@ def training_trainer(
         LeaseCheck(lease),
         checkpointer,
     ]
+    if early_stopping:
+        callbacks.append(make_early_stopping(early_stopping, checkpoint))
     if not xla.is_wanted(str(settings.get("accelerator"))):  # its batches lie in shares on the chips
         callbacks.append(cache)
     step_hooks: list[StepHook] = [accounting.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps]
