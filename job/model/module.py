@@ -315,7 +315,7 @@ class TransferLearningModel(pl.LightningModule):
         stage = stage_at(self.current_epoch, self.config.milestones)
         if stage == self.stage:
             return
-        log.info("epoch %d: training %s", self.current_epoch, stage.name.lower().replace("_", " "))
+        log.info("epoch %d: training %s", self.current_epoch + 1, stage.name.lower().replace("_", " "))
         self.enter_stage(stage)
         if self._average is not None:
             self._average.set_trained(self.net)
