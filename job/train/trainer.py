@@ -7,7 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ProgressBar
+from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.strategies import DDPStrategy
 
 from job.checkpoint.callback import Checkpointer
@@ -20,11 +20,13 @@ from job.config.run_config import SavedConfig
 from job.config.trainer_options import cluster_environment, listed
 from job.errors import ConfigError
 from job.features.callback import FeatureCache, FeatureSettings
-from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers
+from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers, log_last_steps
 from job.model.sync_batchnorm import require_synchronisable
 from job.monitoring.accounting import Accounting
 from job.monitoring.event_folders import events_uri
+from job.monitoring.gradient_norm import GradientNorm
 from job.monitoring.hyperparameters import HyperparameterWriter
+from job.monitoring.learning_rates import LearningRates
 from job.monitoring.profile import Profile
 from job.monitoring.progress import LogPosition, TrainerProgress, TuningProgress
 from job.monitoring.recorder import ValidationRecorder
@@ -90,7 +92,8 @@ def training_trainer(
     )
     callbacks: list[Callback] = [
         SavedConfig(config, lease.require_held),
-        LearningRateMonitor(logging_interval="step"),
+        LearningRates(),
+        GradientNorm(monitoring.gradient_norm),
         accounting,
         recorder,
         SystemMonitor(),
@@ -114,6 +117,7 @@ def training_trainer(
     trainer = _trainer(settings, callbacks, [io], logger, run_dir)
     disable_signal_handlers(trainer)
     add_step_hooks(trainer, step_hooks)
+    log_last_steps(trainer)
     check_restored(trainer)
     return trainer
 
