@@ -23,13 +23,17 @@ from job.features.callback import FeatureCache, FeatureSettings
 from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers
 from job.model.sync_batchnorm import require_synchronisable
 from job.monitoring.accounting import Accounting
+from job.monitoring.event_folders import events_uri
+from job.monitoring.hyperparameters import HyperparameterWriter
 from job.monitoring.profile import Profile
 from job.monitoring.progress import PlainProgress, TerminalProgress, log
 from job.monitoring.recorder import ValidationRecorder
 from job.monitoring.report.files import EarlierReport
 from job.monitoring.report.writer import ReportWriter
+from job.monitoring.run_text import RunText
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.tensorboard import BucketTensorBoardLogger, events_uri
+from job.monitoring.system import SystemMonitor
+from job.monitoring.tensorboard import BucketTensorBoardLogger
 from job.monitoring.vertex import VertexMetricReporter
 from job.resilience.lease import Lease
 from job.resilience.lease_check import LeaseCheck
@@ -76,14 +80,18 @@ def training_trainer(
     accounting = Accounting(checkpointer, cache, lease.require_held)
     earlier = EarlierReport(run_dir)
     recorder = ValidationRecorder(accounting, earlier.history)
+    report = ReportWriter(
+        accounting, recorder, earlier, settings=monitoring, config=config, before_write=lease.require_held
+    )
     callbacks: list[Callback] = [
         SavedConfig(config, lease.require_held),
         LearningRateMonitor(logging_interval="step"),
         accounting,
         recorder,
-        ReportWriter(
-            accounting, recorder, earlier, settings=monitoring, config=config, before_write=lease.require_held
-        ),
+        SystemMonitor(),
+        HyperparameterWriter(config, checkpoint, logger),
+        report,
+        RunText(config, report, logger),
         VertexMetricReporter(checkpoint.metric),
         watchdog,
         LeaseCheck(lease),

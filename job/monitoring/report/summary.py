@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from job import storage
+from job.monitoring.event_folders import tensorboard_argument
 from job.monitoring.report.content import CheckpointEntry, Report, ReportContent
 from job.monitoring.report.files import PAGE
 from job.process.terminal import print_table, say
@@ -22,12 +23,10 @@ TITLES = {
 
 def print_summary(result: Report) -> None:
     """Print metrics, where everything is, and the commands to type next."""
-    from job.monitoring.tensorboard import events_uri  # imports torch, without which the command ``report`` starts
-
     print_results(result.reported, result.run_dir)
     run_dir = result.run_dir
     say("Next:")
-    say(f"  tensorboard --logdir {shlex.quote(events_uri(run_dir))}")
+    say(f"  python -m job tensorboard {shlex.quote(tensorboard_argument(run_dir))}")
     say(f"  python -m job predict --run_dir {shlex.quote(run_dir)} --input IMAGE_OR_FOLDER")
 
 
