@@ -22,7 +22,6 @@ import yaml
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers.logger import Logger
-from torch.utils.tensorboard import SummaryWriter
 
 from job import storage
 from job.errors import JobError, LeaseError, StorageError, StorageOutage
@@ -84,7 +83,7 @@ class BucketTensorBoardLogger(Logger):
         self.purge_step = purge_step
         self.publish_seconds = max(publish_seconds, 1.0)
         self.before_write = before_write
-        self._writer: SummaryWriter | None = None
+        self._writer: EventWriter | None = None
         self._files: EventFiles | None = None
         self._names: dict[Path, str] = {}
         self._last_number: int | None = None
@@ -112,7 +111,7 @@ class BucketTensorBoardLogger(Logger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> SummaryWriter:
+    def experiment(self) -> EventWriter:
         """The ``SummaryWriter``, for images, histograms and text."""
         with self._opening:
             if self._writer is None:
@@ -188,7 +187,7 @@ class BucketTensorBoardLogger(Logger):
             temporary.remove(self._files.folder)
             self._files = None
 
-    def _open(self) -> SummaryWriter:
+    def _open(self) -> EventWriter:
         local = self._is_local
         if self._files is None:
             folder = Path(storage.filesystem(self.uri)[1]) if local else temporary.folder("tensorboard")

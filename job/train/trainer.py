@@ -23,6 +23,7 @@ from job.features.callback import FeatureCache, FeatureSettings
 from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers
 from job.model.sync_batchnorm import require_synchronisable
 from job.monitoring.accounting import Accounting
+from job.monitoring.pictures import Pictures
 from job.monitoring.profile import Profile
 from job.monitoring.progress import PlainProgress, TerminalProgress, log
 from job.monitoring.report import ReportWriter
@@ -77,6 +78,7 @@ def training_trainer(
         LearningRateMonitor(logging_interval="step"),
         accounting,
         ReportWriter(accounting, lease.require_held),
+        Pictures(monitoring, logger),
         VertexMetricReporter(checkpoint.metric),
         watchdog,
         LeaseCheck(lease),
