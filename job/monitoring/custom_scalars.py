@@ -12,8 +12,8 @@ def layout() -> dict[str, dict[str, list[Any]]]:
             "loss": _lines("(train|val)/loss$"),
             "accuracy": _lines("(train|val)/(accuracy|top5_accuracy|mAP)$"),
             "F1 and AUROC": _lines("val/(f1|macro_f1|micro_f1|auroc)$"),
-            "calibration error": _lines("val/(ece|calibration_error)$"),
-            "accuracy per class": _lines("val/accuracy_of/"),
+            "calibration error": _lines("val/ece$"),
+            "accuracy per class": _lines("val/(accuracy|average_precision)_of/"),
         },
         "Training": {
             "learning rate": _lines("lr(/|-)"),

@@ -339,7 +339,7 @@ def test_the_layout_shows_training_and_validation_in_one_chart(tmp_path: Path) -
         chart["title"]: {
             tag
             for expression in chart["multiline"]["tag"]
-            for tag in plugin.scalars_impl(CONTEXT, ".", expression, "")["payload"]
+            for tag in plugin.scalars_impl(CONTEXT, ".", expression, "")["tag_to_events"]
         }
         for chart in category["chart"]
     }
