@@ -1,4 +1,4 @@
-"""Distributed image-classification training that survives the cloud."""
+"""Distributed training of image classifiers from object stores, with exact resume after preemption."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self.parts["train"].classes
 
     def setup(self, stage: str) -> None:
-        """List the data on rank 0, or find its list in run_dir, and give it, or the error, to every rank."""
+        """Index the data on rank 0, or load the index from run_dir, and broadcast it, or the error, to all ranks."""
         self._check_batch_size()
         if self.parts:
             return

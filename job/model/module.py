@@ -69,7 +69,7 @@ class TransferLearningModel(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.config = ModelConfig(**options)
-        self.save_hyperparameters(self.config.plain_values(), logger=False)  # SavedConfig logs the configuration
+        self.save_hyperparameters(self.config.plain_values(), logger=False)  # HyperparameterWriter does
         guard = DivergenceGuard(self.config.nonfinite, self.config.max_skipped_steps) if check_finite else None
         self.guard: DivergenceGuard | None = guard
         self.tta = tta

@@ -125,7 +125,11 @@ class EventWriter(SummaryWriter):
             global_step: step value to record.
         """
         image = Summary.Image(width=size[0], height=size[1], colorspace=3, encoded_image_string=content)
-        self._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), global_step)
+        self.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), global_step)
+
+    def add_summary(self, summary: Summary, step: int) -> None:
+        """Add what a plugin of TensorBoard shows."""
+        self._event_files.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _get_file_writer(self) -> FileWriter:
         attributes: Any = self  # torch declares them as None

@@ -25,7 +25,7 @@ from job.data.dataset import Batch
 from job.errors import JobError
 from job.monitoring import accounting
 from job.monitoring.accounting import Accounting
-from job.monitoring.tensorboard import events_uri
+from job.monitoring.event_folders import tensorboard_argument
 from job.process.terminal import print_table, say
 from job.storage.format_version import MALFORMED
 from job.storage.json_files import read_limited, write_json
@@ -251,7 +251,7 @@ def print_summary(result: Report) -> None:
     ]
     print_table(["", ""], rows, title="Finished", fold=True)
     say("Next:")
-    say(f"  tensorboard --logdir {shlex.quote(events_uri(run_dir))}")
+    say(f"  python -m job tensorboard {shlex.quote(tensorboard_argument(run_dir))}")
     say(f"  python -m job predict --run_dir {shlex.quote(run_dir)} --input IMAGE_OR_FOLDER")
 
 

@@ -23,12 +23,16 @@ from job.features.callback import FeatureCache, FeatureSettings
 from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers
 from job.model.sync_batchnorm import require_synchronisable
 from job.monitoring.accounting import Accounting
+from job.monitoring.event_folders import events_uri
+from job.monitoring.hyperparameters import HyperparameterWriter
 from job.monitoring.pictures import Pictures
 from job.monitoring.profile import Profile
 from job.monitoring.progress import PlainProgress, TerminalProgress, log
 from job.monitoring.report import ReportWriter
+from job.monitoring.run_text import RunText
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.tensorboard import BucketTensorBoardLogger, events_uri
+from job.monitoring.system import SystemMonitor
+from job.monitoring.tensorboard import BucketTensorBoardLogger
 from job.monitoring.vertex import VertexMetricReporter
 from job.resilience.lease import Lease
 from job.resilience.lease_check import LeaseCheck
@@ -73,11 +77,15 @@ def training_trainer(
     checkpointer = Checkpointer(checkpoint, run_dir, io, preemption)
     cache = FeatureCache(features, preemption, watchdog, lease)
     accounting = Accounting(checkpointer, cache, lease.require_held)
+    report = ReportWriter(accounting, lease.require_held)
     callbacks: list[Callback] = [
         SavedConfig(config, lease.require_held),
         LearningRateMonitor(logging_interval="step"),
         accounting,
-        ReportWriter(accounting, lease.require_held),
+        SystemMonitor(),
+        HyperparameterWriter(config, checkpoint, logger),
+        report,
+        RunText(config, report, logger),
         Pictures(monitoring, logger),
         VertexMetricReporter(checkpoint.metric),
         watchdog,
