@@ -28,7 +28,9 @@ from job.monitoring.hyperparameters import HyperparameterWriter
 from job.monitoring.pictures import Pictures
 from job.monitoring.profile import Profile
 from job.monitoring.progress import PlainProgress, TerminalProgress, log
-from job.monitoring.report import ReportWriter
+from job.monitoring.recorder import ValidationRecorder
+from job.monitoring.report.files import EarlierReport
+from job.monitoring.report.writer import ReportWriter
 from job.monitoring.run_text import RunText
 from job.monitoring.settings import MonitoringSettings
 from job.monitoring.system import SystemMonitor
@@ -77,11 +79,16 @@ def training_trainer(
     checkpointer = Checkpointer(checkpoint, run_dir, io, preemption)
     cache = FeatureCache(features, preemption, watchdog, lease)
     accounting = Accounting(checkpointer, cache, lease.require_held)
-    report = ReportWriter(accounting, lease.require_held)
+    earlier = EarlierReport(run_dir)
+    recorder = ValidationRecorder(accounting, earlier.history)
+    report = ReportWriter(
+        accounting, recorder, earlier, settings=monitoring, config=config, before_write=lease.require_held
+    )
     callbacks: list[Callback] = [
         SavedConfig(config, lease.require_held),
         LearningRateMonitor(logging_interval="step"),
         accounting,
+        recorder,
         SystemMonitor(),
         HyperparameterWriter(config, checkpoint, logger),
         report,
@@ -96,9 +103,9 @@ def training_trainer(
         callbacks.append(cache)
     step_hooks: list[StepHook] = [accounting.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps]
     if profile:
-        recorder = Profile(checkpointer, lease.require_held)
-        callbacks.append(recorder)
-        step_hooks.insert(0, recorder.between_steps)
+        profiler = Profile(checkpointer, lease.require_held)
+        callbacks.append(profiler)
+        step_hooks.insert(0, profiler.between_steps)
     trainer = _trainer(settings, callbacks, [io], logger, run_dir)
     disable_signal_handlers(trainer)
     add_step_hooks(trainer, step_hooks)

@@ -20,7 +20,7 @@ from job.checkpoint.ranking import implied_mode, ranked
 from job.checkpoint.retention import Retention
 from job.checkpoint.settings import CheckpointSettings
 from job.errors import ConfigError
-from job.monitoring.report import ReportWriter
+from job.monitoring.report.writer import ReportWriter
 from job.resilience.preemption import Preemption
 
 
@@ -192,7 +192,7 @@ def test_images_per_second_counts_images_that_were_trained_on(
     write = ReportWriter.on_fit_end
 
     def count(self: ReportWriter, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        counted.append(self.train_images)
+        counted.append(self.recorder.train_images)
         write(self, trainer, module)
 
     monkeypatch.setattr(ReportWriter, "on_fit_end", count)
