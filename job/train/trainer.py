@@ -27,6 +27,7 @@ from job.monitoring.event_folders import events_uri
 from job.monitoring.gradient_norm import GradientNorm
 from job.monitoring.hyperparameters import HyperparameterWriter
 from job.monitoring.learning_rates import LearningRates
+from job.monitoring.pictures import Pictures
 from job.monitoring.profile import Profile
 from job.monitoring.progress import LogPosition, TrainerProgress, TuningProgress
 from job.monitoring.recorder import ValidationRecorder
@@ -100,6 +101,7 @@ def training_trainer(
         HyperparameterWriter(config, checkpoint, logger),
         report,
         RunText(config, report, logger),
+        Pictures(monitoring, logger),
         VertexMetricReporter(checkpoint.metric),
         watchdog,
         LeaseCheck(lease),
