@@ -187,9 +187,9 @@ class Checkpointer(Checkpoint):
         measured = trainer.callback_metrics if self._validated_at == trainer.global_step else {}
         metrics = {name: float(value) for name, value in measured.items() if name.startswith("val/")}
         if metrics and self.settings.metric not in metrics:
-            known = ", ".join(sorted(metrics)[:20])
+            names = ", ".join(sorted(metrics)[:20])
             raise ConfigError(
-                f"--checkpoint.monitor {self.settings.metric!r} is not logged. There are: {known}. A metric that is "
+                f"--checkpoint.monitor {self.settings.metric!r} is not logged. There are: {names}. A metric that is "
                 "undefined for the validation images is left out, as val/mAP where none of them has a label."
             )
         checkpoint[FORMAT_KEY] = FORMAT
@@ -228,7 +228,7 @@ class Checkpointer(Checkpoint):
         self._restore_callbacks(trainer, checkpoint, manifest.epoch)
 
     def _restore_callbacks(self, trainer: pl.Trainer, checkpoint: dict[str, Any], epoch: int) -> None:
-        """Let the configured settings of callbacks hold; a run that a callback ended by the same ones stays ended."""
+        """Keep the configured settings of callbacks; a run stopped by a callback with equal settings stays stopped."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         current = callback_settings.settings_of_all(callbacks)
         callback_settings.keep_configured(checkpoint["callbacks"], callbacks)
@@ -253,5 +253,5 @@ class Checkpointer(Checkpoint):
     def _compatibility(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Settings that a run which resumes must share, by name."""
         data, module = image_data(trainer), cast("Fingerprinted", trainer.lightning_module)
-        own = {"trainer.accumulate_grad_batches": callback_settings.accumulation(trainer)}
-        return {**data.fingerprint(), **module.fingerprint(), **own}
+        accumulation = {"trainer.accumulate_grad_batches": callback_settings.accumulation(trainer)}
+        return {**data.fingerprint(), **module.fingerprint(), **accumulation}

@@ -1,4 +1,4 @@
-"""Settings of the user's callbacks: compared between starts, and held against what a checkpoint restores."""
+"""Settings of the user's callbacks, compared with those of earlier attempts and of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Restoring a checkpoint into a run: its entries are checked, and whatever they hold, an error is one message."""
+"""Restoring a checkpoint into a run: its entries are untrusted, and any error is one message."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _PER_PARAMETER = frozenset(
 
 
 def check_restored(trainer: pl.Trainer) -> None:
-    """Check a checkpoint's entries, which may be anything, and translate the errors of restoring them.
+    """Check a checkpoint's untrusted entries, and translate the errors of restoring them.
 
     A fit checks all that it resumes from.
     """
@@ -77,7 +77,7 @@ def check_restored(trainer: pl.Trainer) -> None:
 
 
 def require_resumable(uri: str, checkpoint: dict[str, Any], expected_loops: dict[str, Any]) -> None:
-    """Check all that a run goes on from, before Lightning restores it.
+    """Check all entries that a resume uses, before Lightning restores them.
 
     Args:
         uri: the checkpoint, for the message.
@@ -174,7 +174,7 @@ def _is_group(group: Any) -> bool:
 
 
 def _require_same_structure(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Hold the states of optimizers and schedulers, which are taken over whole, against those of this run."""
+    """Compare the structure of optimizer and scheduler states, which are restored whole, with this run's."""
     groups = [optimizer.state_dict()["param_groups"] for optimizer in trainer.optimizers]
     saved = [state["param_groups"] for state in checkpoint["optimizer_states"]]
     if different := difference(groups, saved):

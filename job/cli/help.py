@@ -5,6 +5,8 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 
+from job.process.logs import HELP
+
 WIDTH = 110
 _COLUMN = 30
 
@@ -133,6 +135,8 @@ def common_help(command: str) -> str:
         for option in group:
             lines += _lines(option)
     lines += [
+        "",
+        HELP,
         "",
         f"All options: python -m job {command} --help-all. A class's own: python -m job {command} "
         "--model.optimizer.help AdamW.",

@@ -147,7 +147,8 @@ def call_with_options(
     """Call ``function`` with its parameters as options.
 
     Args:
-        positional: parameters that may be given without their name, in this order.
+        positional: parameters that may be given without their name, in this order; the last may end with "+", for a
+            list of all that remain.
     """
     parser = function_parser(command, function, positional)
     function(**parser.parse_args(args).as_dict())
@@ -155,7 +156,8 @@ def call_with_options(
 
 def function_parser(command: str, function: Callable[..., None], positional: Sequence[str] = ()) -> Parser:
     """The parser of a command whose options are the parameters of ``function``."""
-    words = ["python -m job", command, *(name.upper() for name in positional), "[options]"]
+    names = [f"{name.removesuffix('s+')}…" if name.endswith("+") else name for name in positional]
+    words = ["python -m job", command, *(name.upper() for name in names), "[options]"]
     parser = Parser(
         prog=f"python -m job {command}",
         usage=" ".join(words),

@@ -69,7 +69,7 @@ class TransferLearningModel(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.config = ModelConfig(**options)
-        self.save_hyperparameters(self.config.plain_values(), logger=False)  # SavedConfig logs the configuration
+        self.save_hyperparameters(self.config.plain_values(), logger=False)  # HyperparameterWriter does
         guard = DivergenceGuard(self.config.nonfinite, self.config.max_skipped_steps) if check_finite else None
         self.guard: DivergenceGuard | None = guard
         self.tta = tta
@@ -286,7 +286,7 @@ class TransferLearningModel(pl.LightningModule):
         stage = stage_at(self.current_epoch, self.config.milestones)
         if stage == self.stage:
             return
-        log.info("epoch %d: training %s", self.current_epoch, stage.name.lower().replace("_", " "))
+        log.info("epoch %d: training %s", self.current_epoch + 1, stage.name.lower().replace("_", " "))
         self.enter_stage(stage)
         if self._average is not None:
             self._average.set_trained(self.net)

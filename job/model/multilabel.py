@@ -52,6 +52,7 @@ class MultilabelTask(Task):
             "probabilities": self.probabilities(logits),
             "labels": targets.to(torch.uint8),
             "mask": batch["mask"],
+            "samples": batch["sample"],
         }
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The optimizer: parameter groups with learning rates and weight decay of their own, trial runs, fused updates."""
+"""The optimizer: parameter groups with separate learning rates and weight decay, trial runs, fused updates."""
 
 from __future__ import annotations
 
@@ -190,8 +190,8 @@ def _optimizer_errors(factory: Any) -> Iterator[None]:
 def add_groups(optimizer: Optimizer, groups: list[ParameterGroup]) -> None:
     """Add parameter groups, with learning rates relative to the optimizer's."""
     for parameters, factor, decays in groups:
-        more = {} if decays else {"weight_decay": 0.0}
-        optimizer.add_param_group({"params": parameters, "lr": optimizer.defaults["lr"] * factor, **more})
+        overrides = {} if decays else {"weight_decay": 0.0}
+        optimizer.add_param_group({"params": parameters, "lr": optimizer.defaults["lr"] * factor, **overrides})
 
 
 def fuse(optimizer: Optimizer, device: torch.device) -> None:

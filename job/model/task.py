@@ -107,6 +107,7 @@ class ClassificationTask(Task):
             "probabilities": self.probabilities(logits),
             "labels": batch["label"],
             "mask": batch["mask"],
+            "samples": batch["sample"],
         }
 
     @staticmethod

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import google_crc32c
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata  # type: ignore[import-untyped]
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 
 PREFIX = "events.out.tfevents."
@@ -113,6 +114,10 @@ class EventWriter(SummaryWriter):
         self._event_files = files
         super().__init__(str(files.folder))
         files.add_event(Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add_summary(self, summary: Summary, step: int) -> None:
+        """Add what a plugin of TensorBoard shows."""
+        self._event_files.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _get_file_writer(self) -> FileWriter:
         attributes: Any = self  # torch declares them as None

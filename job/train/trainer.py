@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,11 +23,17 @@ from job.features.callback import FeatureCache, FeatureSettings
 from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers
 from job.model.sync_batchnorm import require_synchronisable
 from job.monitoring.accounting import Accounting
+from job.monitoring.event_folders import events_uri
+from job.monitoring.hyperparameters import HyperparameterWriter
 from job.monitoring.profile import Profile
-from job.monitoring.progress import PlainProgress, TerminalProgress, log
-from job.monitoring.report import ReportWriter
+from job.monitoring.progress import LogPosition, TrainerProgress, TuningProgress
+from job.monitoring.recorder import ValidationRecorder
+from job.monitoring.report.files import EarlierReport
+from job.monitoring.report.writer import ReportWriter
+from job.monitoring.run_text import RunText
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.tensorboard import BucketTensorBoardLogger, events_uri
+from job.monitoring.system import SystemMonitor
+from job.monitoring.tensorboard import BucketTensorBoardLogger
 from job.monitoring.vertex import VertexMetricReporter
 from job.resilience.lease import Lease
 from job.resilience.lease_check import LeaseCheck
@@ -37,6 +43,8 @@ from job.train.batch_size_finder import BatchSizeFinder
 from job.train.early_stopping import make_early_stopping
 from job.train.lr_finder import LRFinder
 from job.train.precision import announce, automatic_precision, uses_cuda
+
+log = logging.getLogger(__name__)
 
 
 def training_trainer(
@@ -75,11 +83,20 @@ def training_trainer(
     checkpointer = Checkpointer(checkpoint, run_dir, io, preemption)
     cache = FeatureCache(features, preemption, watchdog, lease)
     accounting = Accounting(checkpointer, cache, lease.require_held)
+    earlier = EarlierReport(run_dir)
+    recorder = ValidationRecorder(accounting, earlier.history)
+    report = ReportWriter(
+        accounting, recorder, earlier, settings=monitoring, config=config, before_write=lease.require_held
+    )
     callbacks: list[Callback] = [
         SavedConfig(config, lease.require_held),
         LearningRateMonitor(logging_interval="step"),
         accounting,
-        ReportWriter(accounting, lease.require_held),
+        recorder,
+        SystemMonitor(),
+        HyperparameterWriter(config, checkpoint, logger),
+        report,
+        RunText(config, report, logger),
         VertexMetricReporter(checkpoint.metric),
         watchdog,
         LeaseCheck(lease),
@@ -91,9 +108,9 @@ def training_trainer(
         callbacks.append(cache)
     step_hooks: list[StepHook] = [accounting.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps]
     if profile:
-        recorder = Profile(checkpointer, lease.require_held)
-        callbacks.append(recorder)
-        step_hooks.insert(0, recorder.between_steps)
+        profiler = Profile(checkpointer, lease.require_held)
+        callbacks.append(profiler)
+        step_hooks.insert(0, profiler.between_steps)
     trainer = _trainer(settings, callbacks, [io], logger, run_dir)
     disable_signal_handlers(trainer)
     add_step_hooks(trainer, step_hooks)
@@ -117,7 +134,7 @@ def tuning_trainer(settings: dict[str, Any], run_dir: str, rates: LRFinder, batc
     if xla.is_wanted(str(settings.get("accelerator"))):
         raise ConfigError("tune does not work on XLA, which would compile every step: use a CPU or a GPU.")
     fixed = {"max_epochs": -1, "max_steps": rates.steps, "limit_val_batches": 0, "enable_checkpointing": False}
-    return _trainer({**settings, **fixed}, [batches, rates], [], None, run_dir)
+    return _trainer({**settings, **fixed}, [batches, rates], [], None, run_dir, TuningProgress())
 
 
 def _trainer(
@@ -126,6 +143,7 @@ def _trainer(
     plugins: list[Any],
     logger: BucketTensorBoardLogger | None,
     run_dir: str,
+    progress: TrainerProgress | None = None,
 ) -> pl.Trainer:
     on_xla = xla.is_wanted(str(settings.get("accelerator")))
     settings = {**settings, "callbacks": [*listed(settings.get("callbacks")), *callbacks]}
@@ -136,7 +154,8 @@ def _trainer(
         plugins = [*plugins, cluster_environment()]
     has_progress_bar = any(isinstance(callback, ProgressBar) for callback in settings["callbacks"])
     if settings.pop("enable_progress_bar", None) is not False and not has_progress_bar:
-        settings["callbacks"].append(TerminalProgress() if sys.stderr.isatty() else PlainProgress())
+        settings["callbacks"].append(progress or TrainerProgress())
+    settings["callbacks"].append(LogPosition())
     trainer = pl.Trainer(
         **{
             **settings,

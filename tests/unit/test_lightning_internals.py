@@ -1,4 +1,4 @@
-"""What job relies on of the private API of Lightning and torch: fails where a release changes it."""
+"""Contract of job.lightning_internals and job.torch_internals with the private API of Lightning and torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def trainer_of(folder: Path, *callbacks: Callback, **settings: Any) -> pl.Traine
 
 
 class Recorder(Callback):
-    """Notes the order of hooks."""
+    """Record the order of hooks."""
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
@@ -44,8 +44,11 @@ class Recorder(Callback):
         self.events.append(("validated",))
 
     def between(self, trainer: pl.Trainer) -> None:
-        done, completed = internals.batches_done(trainer), trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        self.events.append(("between", internals.epochs_processed(trainer), done, completed, trainer.global_step))
+        batches, completed = (
+            internals.batches_done(trainer),
+            trainer.fit_loop.epoch_loop.batch_progress.current.completed,
+        )
+        self.events.append(("between", internals.epochs_processed(trainer), batches, completed, trainer.global_step))
 
 
 def test_step_hooks_run_after_a_steps_bookkeeping_and_before_the_next_batch(tmp_path: Path) -> None:
@@ -147,7 +150,7 @@ def test_a_validation_marked_unfinished_is_run_again_and_the_steps_before_it_are
     assert recorder.events[:3] == [("validated",), ("between", 0, 2, 2, 2), ("batch end", 3)]
 
 
-def test_whether_a_steps_values_are_written(tmp_path: Path) -> None:
+def test_steps_that_are_logged(tmp_path: Path) -> None:
     due: list[bool] = []
 
     class Note(Callback):
