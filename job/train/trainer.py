@@ -23,6 +23,7 @@ from job.features.callback import FeatureCache, FeatureSettings
 from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers
 from job.model.sync_batchnorm import require_synchronisable
 from job.monitoring.accounting import Accounting
+from job.monitoring.advisor import Advisor
 from job.monitoring.event_folders import events_uri
 from job.monitoring.hyperparameters import HyperparameterWriter
 from job.monitoring.profile import Profile
@@ -85,14 +86,22 @@ def training_trainer(
     accounting = Accounting(checkpointer, cache, lease.require_held)
     earlier = EarlierReport(run_dir)
     recorder = ValidationRecorder(accounting, earlier.history)
+    advisor = Advisor(lambda: recorder.records)
     report = ReportWriter(
-        accounting, recorder, earlier, settings=monitoring, config=config, before_write=lease.require_held
+        accounting,
+        recorder,
+        earlier,
+        settings=monitoring,
+        config=config,
+        advice=lambda: advisor.advice,
+        before_write=lease.require_held,
     )
     callbacks: list[Callback] = [
         SavedConfig(config, lease.require_held),
         LearningRateMonitor(logging_interval="step"),
         accounting,
         recorder,
+        advisor,
         SystemMonitor(),
         HyperparameterWriter(config, checkpoint, logger),
         report,
