@@ -29,6 +29,7 @@ from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, Preempted, StorageError
 from job.features.store import FeatureStore, content_hash, weights_hash
 from job.model.module import TransferLearningModel
+from job.process.progress import Progress
 from job.resilience.flags import AsyncFlags
 from job.resilience.lease import Lease
 from job.resilience.preemption import Preemption
@@ -37,7 +38,6 @@ from job.resilience.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 FOLDER = "features"
-PROGRESS_SECONDS = 10.0
 WORTH_A_HINT = 3
 """Frozen epochs from which on the log says why nothing is cached."""
 
@@ -139,9 +139,13 @@ class FeatureCache(Callback):
             dataset = data.dataset(part, ResumableBatchSampler(1, 1, rank=0, world_size=1, seed=0, shuffle=False))
             root = self.settings.uri or storage.join(trainer.default_root_dir, FOLDER)
             store = FeatureStore(dataset, folder, storage.join(root, key), example.shape[1], example.dtype)
-            known = ranks.from_rank_zero(lambda store=store: len(store.published() | store.on_disk()))  # type: ignore[misc]
-            work = len(store.index) * store.variants * (1 - known / max(len(store), 1))
-            if self.settings.use == "auto" and work >= frozen * batches * data.global_batch_size and known < len(store):
+            finished = ranks.from_rank_zero(lambda store=store: len(store.published() | store.on_disk()))  # type: ignore[misc]
+            work = len(store.index) * store.variants * (1 - finished / max(len(store), 1))
+            if (
+                self.settings.use == "auto"
+                and work >= frozen * batches * data.global_batch_size
+                and finished < len(store)
+            ):
                 continue
             stores[part] = store
         if not stores:
@@ -153,10 +157,10 @@ class FeatureCache(Callback):
         return stores
 
     def _key(self, trainer: pl.Trainer, module: TransferLearningModel, part: str, weights: str) -> str:
-        """Everything that a feature follows from, as a hash."""
+        """Hash of everything that the features depend on."""
         data = image_data(trainer)
         preprocessing = data.preprocessing(part)
-        what = (
+        values = (
             weights,
             ranks.from_rank_zero(lambda: content_hash(data.parts[part])),
             module.net.spec()["mean"],
@@ -169,10 +173,10 @@ class FeatureCache(Callback):
             str(module.net.memory_format),
             torch.__version__,
         )
-        return hashlib.sha256(repr(what).encode()).hexdigest()[:20]
+        return hashlib.sha256(repr(values).encode()).hexdigest()[:20]
 
     def _no_room(self, cache_dir: Path, folders: set[Path], needed: int) -> str:
-        """Delete other features to make room; returns why there is too little, the same on all ranks."""
+        """Delete older features to make room; returns the reason if that is not enough, the same on all ranks."""
         problem = set()
         if ranks.local_rank() == 0:
             cache_dir.mkdir(parents=True, exist_ok=True)
@@ -187,18 +191,18 @@ class FeatureCache(Callback):
         return " ".join(sorted(ranks.union(problem)))
 
     def _missing(self, stores: dict[str, FeatureStore]) -> dict[str, list[int]]:
-        """Chunks that no node has, by part; what is only in the bucket or only on a disk is copied to the other."""
+        """Chunks to compute, by part; chunks only in the bucket or only on a disk are copied to the other."""
         missing = {}
         for part, store in stores.items():
             published = ranks.from_rank_zero(store.published)
             here = store.on_disk() if ranks.local_rank() == 0 else set()
             for chunk in sorted(here - published):
                 store.publish(chunk, self.lease.require_held)
-            wanted = sorted(published - here) if ranks.local_rank() == 0 else []
-            damaged = {chunk for chunk in wanted if not store.fetch(chunk, self.lease.require_held)}
-            known = published | {int(chunk) for chunk in ranks.union({str(chunk) for chunk in here})}
-            damaged_anywhere = known & {int(chunk) for chunk in ranks.union({str(chunk) for chunk in damaged})}
-            if absent := sorted(set(range(len(store))) - known | damaged_anywhere):
+            missing_here = sorted(published - here) if ranks.local_rank() == 0 else []
+            damaged = {chunk for chunk in missing_here if not store.fetch(chunk, self.lease.require_held)}
+            stored = published | {int(chunk) for chunk in ranks.union({str(chunk) for chunk in here})}
+            damaged_anywhere = stored & {int(chunk) for chunk in ranks.union({str(chunk) for chunk in damaged})}
+            if absent := sorted(set(range(len(store))) - stored | damaged_anywhere):
                 missing[part] = absent
         return missing
 
@@ -226,9 +230,15 @@ class FeatureCache(Callback):
             "computing the features of the frozen backbone once: %s",
             ", ".join(f"{part} {len(c)} of {len(stores[part])} chunks" for part, c in missing.items()),
         )
-        flags, logged_at = AsyncFlags(1), time.monotonic()
+        images = sum(
+            len(stores[part].samples(chunk)) * stores[part].variants
+            for part, chunks in missing.items()
+            for chunk in chunks
+        )
+        flags = AsyncFlags(1)
         work = self._batches(trainer, module, stores, shares[ranks.rank()])
-        with contextlib.closing(work):
+        progress = Progress("features", "images", images, is_shown=trainer.is_global_zero)
+        with contextlib.closing(work), progress:
             for number in range(rounds):
                 next(work, None)
                 self.watchdog.beat("computing features", trainer.global_step)
@@ -239,9 +249,7 @@ class FeatureCache(Callback):
                         "stopped on request while the backbone's features were computed. The same command goes on "
                         "from there."
                     )
-                if time.monotonic() - logged_at >= PROGRESS_SECONDS:
-                    logged_at = time.monotonic()
-                    log.info("features: batch %d of %d", number + 1, rounds)
+                progress.update(images * (number + 1) // rounds)
             next(work, None)  # the last chunk is saved when its last batch is over
             flags.drain()
         ranks.union(set())  # a barrier: no rank looks for chunks before all are written
@@ -283,7 +291,7 @@ class FeatureCache(Callback):
 
 
 def _features(trainer: pl.Trainer, module: TransferLearningModel, images: Tensor) -> Tensor:
-    """What the backbone gives in a training step, at its precision: float [B, F]."""
+    """Features as in a training step, at its precision: float [B, F]."""
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         return module.net.features(images)
 

@@ -113,9 +113,9 @@ def _whole_state(name: str, image_size: int | None) -> set[str]:
 
 
 def _torchvision(name: str, pretrained: bool, image_size: int | None) -> nn.Module:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=3)
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        close = difflib.get_close_matches(name.lower(), names, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else " Examples: resnet50, efficientnet_b0, vit_b_16."
         raise ConfigError(f"unknown backbone {name!r}.{hint} timm's are named timm/NAME.")
     options: dict[str, Any] = {}

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from job import redact
 from job.data.datamodule import ImageDataModule, image_data
 from job.data.index.file import load_index_info
-from job.monitoring.report import ReportWriter
+from job.monitoring.report.writer import ReportWriter
 from job.monitoring.tensorboard import BucketTensorBoardLogger
 from job.process.terminal import escape
 
@@ -48,8 +49,9 @@ class RunText(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what came of it."""
-        if trainer.is_global_zero and self.report.content:
-            self.logger.add_text("run/report", report_text(self.report.content), trainer.global_step)
+        if trainer.is_global_zero and self.report.content is not None:
+            content = msgspec.to_builtins(self.report.content)
+            self.logger.add_text("run/report", report_text(content), trainer.global_step)
 
 
 def configuration_text(config: str) -> str:
