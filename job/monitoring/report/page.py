@@ -30,7 +30,14 @@ CONFIGURATION_CHARACTERS = 60_000
 MOST_LR_GROUPS = 8
 
 HEADLINES = ("accuracy", "top5_accuracy", "mAP", "f1", "macro_f1", "auroc", "loss", "ece")
-LABELS = {"f1": "F1", "macro_f1": "macro F1", "micro_f1": "micro F1", "auroc": "AUROC", "ece": "ECE", "top5_accuracy": "top-5 accuracy"}
+LABELS = {
+    "f1": "F1",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "auroc": "AUROC",
+    "ece": "ECE",
+    "top5_accuracy": "top-5 accuracy",
+}
 CHARTS = (
     ("Loss", ("train/loss", "val/loss")),
     ("Accuracy", ("train/accuracy", "val/accuracy", "val/top5_accuracy")),
