@@ -21,8 +21,8 @@ def tpu_chips() -> int:
 def to_host(state: Any) -> Any:
     """A copy of a state in host memory, by one transfer; the public ``xm.save`` writes it to a file as well.
 
-    Checkpoints are written by a thread while the next step changes the tensors. No upstream issue is known that asks for
-    a public form; https://github.com/pytorch/xla/issues/5585 is about its use of memory.
+    Checkpoints are written by a thread while the next step changes the tensors. No upstream issue is known that asks
+    for a public form; https://github.com/pytorch/xla/issues/5585 is about its use of memory.
     """
     import torch_xla.core.xla_model as xm
 
