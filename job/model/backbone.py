@@ -18,7 +18,7 @@ from job.model.weights import PretrainedWeights, load_weights
 
 TIMM = "timm/"
 CONVERTS_IMAGES = ("googlenet", "inception_v3")
-"""Architectures of torchvision whose forward, with pretrained weights, converts ImageNet's normalisation to the weights'."""
+"""Architectures of torchvision that, with pretrained weights, convert ImageNet's normalisation to the weights' own."""
 
 
 def build_backbone(name: str, weights: str | PretrainedWeights = "none", image_size: int | None = None) -> nn.Module:
