@@ -89,11 +89,6 @@ def epochs_processed(trainer: pl.Trainer) -> int:
     return int(progress.current.processed)
 
 
-def logs_are_due(trainer: pl.Trainer) -> bool:
-    """Whether Lightning will write this step's values: a value that it would drop need not be reduced over ranks."""
-    return trainer._logger_connector.should_update_logs
-
-
 def starts_processes(strategy: Strategy) -> bool:
     """Whether a DDP strategy forks or spawns its ranks, which the launcher has started already."""
     return getattr(strategy, "_start_method", "popen") != "popen"

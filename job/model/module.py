@@ -21,7 +21,6 @@ from job.data.datamodule import ImageDataModule, image_data
 from job.data.dataset import Batch
 from job.data.sampler import sample_seed
 from job.errors import ConfigError, DivergedError
-from job.lightning_internals import logs_are_due
 from job.model.classifier import TTA, Classifier, build_classifier, mean_over_flips
 from job.model.compile import compile_module
 from job.model.config import ModelConfig
@@ -36,7 +35,7 @@ from job.model.metrics import TaskMetrics
 from job.model.optimizer import OptimizerTrial, fuse, make_optimizer, make_scheduler, parameter_groups
 from job.model.scheduling import plateau_settings
 from job.model.spec import decode_spec, net_state, require_same_network, require_state
-from job.model.steps import accumulation, optimizer_steps, window_samples
+from job.model.steps import accumulation, logs_are_due, optimizer_steps, window_samples
 from job.model.task import Task
 from job.model.tasks import TASKS
 from job.model.weights import versioned

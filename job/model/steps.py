@@ -46,3 +46,12 @@ def window_samples(batch_idx: int, accumulate: int, batches: int, size: int, glo
     first = batch_idx - batch_idx % accumulate
     last = min(first + accumulate, batches)
     return min(last * global_batch_size, size) - first * global_batch_size
+
+
+def logs_are_due(trainer: pl.Trainer) -> bool:
+    """Whether Lightning will write this step's values: a value that it would drop need not be reduced over ranks.
+
+    Called before the optimizer step is counted.
+    """
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and ((trainer.global_step + 1) % every == 0 or trainer.should_stop)

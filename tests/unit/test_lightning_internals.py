@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,17 +142,6 @@ def test_a_validation_marked_unfinished_is_run_again_and_the_steps_before_it_are
     assert recorder.events[:3] == [("validated",), ("between", 0, 2, 2, 2), ("batch end", 3)]
 
 
-def test_steps_that_are_logged(tmp_path: Path) -> None:
-    due: list[bool] = []
-
-    class Note(Callback):
-        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-            due.append(internals.logs_are_due(trainer))
-
-    trainer_of(tmp_path, Note(), max_epochs=1, log_every_n_steps=2).fit(BoringModel())
-    assert due == [False, True, False, True]
-
-
 def test_strategies_that_start_processes() -> None:
     assert not internals.starts_processes(DDPStrategy())
     assert internals.starts_processes(DDPStrategy(start_method="spawn"))
@@ -167,13 +155,6 @@ def test_a_second_connection_to_the_store(monkeypatch: pytest.MonkeyPatch) -> No
         assert dist.distributed_c10d._get_default_store().get("pulse") == b"1"
     finally:
         dist.destroy_process_group()
-
-
-def test_bf16_of_this_cpu() -> None:
-    if os.uname().machine == "x86_64":
-        assert callable(torch.cpu._is_amx_tile_supported)
-        assert callable(torch.cpu._is_avx512_bf16_supported)
-    assert isinstance(torch_internals.cpu_multiplies_bf16(), bool)
 
 
 @pytest.mark.parametrize(("value", "flagged"), [(1.0, 0.0), (float("nan"), 1.0), (float("-inf"), 1.0), (3e38, 0.0)])
