@@ -11,8 +11,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.strategies import Strategy
+from pytorch_lightning.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from torch.optim import Optimizer
 
 StepHook = Callable[[pl.Trainer], None]
 RestoreContext = Callable[[str, str, dict[str, Any]], AbstractContextManager[None]]
@@ -87,6 +90,39 @@ def epochs_processed(trainer: pl.Trainer) -> int:
     """Epochs trained; ``current_epoch`` counts one later, after loader processes of the next have begun to fetch."""
     progress: Any = trainer.fit_loop.epoch_progress
     return int(progress.current.processed)
+
+
+def logs_are_due(trainer: pl.Trainer) -> bool:
+    """Whether Lightning will write this step's values: a value that it would drop need not be reduced over ranks."""
+    return trainer._logger_connector.should_update_logs
+
+
+def log_last_steps(trainer: pl.Trainer) -> None:
+    """Let Lightning also write the values of the last step of each epoch.
+
+    It asks for them at every ``log_every_n_steps``-th step alone (trainer/connectors/logger_connector).
+    """
+    trainer._logger_connector.__class__ = LoggerConnector
+
+
+class LoggerConnector(_LoggerConnector):
+    """Lightning's connector with the rule of :func:`log_last_steps`."""
+
+    @property
+    def should_update_logs(self) -> bool:
+        """Whether values of this step are written."""
+        trainer: Any = self.trainer
+        ends_epoch = trainer.training and trainer.is_last_batch and trainer.log_every_n_steps > 0
+        return super().should_update_logs or ends_epoch
+
+
+def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """Factor of the gradients before an optimizer step: that of a GradScaler, if the optimizer itself divides by it.
+
+    Lightning divides for other optimizers (plugins/precision/amp.py, ``optimizer_step``).
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None and _optimizer_handles_unscaling(optimizer) else 1.0
 
 
 def starts_processes(strategy: Strategy) -> bool:

@@ -244,8 +244,8 @@ class Checkpointer(Checkpoint):
             trainer.should_stop = True
             if epoch >= (trainer.min_epochs or 0):
                 log.warning(
-                    "a callback (%s) stopped this run after epoch %d; it is complete. To continue training, change the "
-                    "callback's settings in --trainer.callbacks, for example to a larger patience, or remove it.",
+                    "a callback (%s) stopped this run after epoch %d; it is complete. To continue training, choose a "
+                    "larger patience by --early_stopping or in --trainer.callbacks, or remove the callback.",
                     ", ".join(current),
                     epoch,
                 )

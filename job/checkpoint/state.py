@@ -64,8 +64,8 @@ def require_lightning_version(uri: str, checkpoint: dict[str, Any]) -> None:
     """Check the entry by which Lightning migrates checkpoints of its earlier versions.
 
     Raises:
-        CheckpointError: it is no version from 2.0 on: this package wrote its first checkpoints with one, and Lightning
-            migrates only older ones.
+        CheckpointError: it is no version from 2.0 on, with which the first checkpoints of this package were written,
+            and from which on Lightning migrates nothing.
     """
     saved = checkpoint.get("pytorch-lightning_version")
     try:

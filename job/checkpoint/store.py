@@ -168,6 +168,18 @@ def load(uri: str) -> dict[str, Any]:
     return require_checkpoint(uri, load_tensors(content, uri, error_type=CheckpointError))
 
 
+def sha256(uri: str) -> str:
+    """SHA-256 of the checkpoint at ``uri``, in hexadecimal: of its manifest where it has one.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+        StorageError: neither can be read.
+    """
+    if storage.exists(manifest_uri(uri)):
+        return decode_manifest(manifest_uri(uri), read_limited(manifest_uri(uri), MAX_BYTES)).sha256
+    return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+
+
 def verify(run_dir: str, manifest: Manifest) -> None:
     """Read a checkpoint's bytes and compare them with its manifest.
 

@@ -14,6 +14,11 @@ def accumulation(trainer: pl.Trainer, epoch: int) -> int:
     return trainer.accumulate_grad_batches
 
 
+def completes_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether an optimizer step follows the batch that trains now."""
+    return trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
 def batches_per_epoch(trainer: pl.Trainer, size: int, global_batch_size: int) -> int:
     """Batches of an epoch over ``size`` samples, within ``limit_train_batches``."""
     batches = -(-size // global_batch_size)
@@ -46,12 +51,3 @@ def window_samples(batch_idx: int, accumulate: int, batches: int, size: int, glo
     first = batch_idx - batch_idx % accumulate
     last = min(first + accumulate, batches)
     return min(last * global_batch_size, size) - first * global_batch_size
-
-
-def logs_are_due(trainer: pl.Trainer) -> bool:
-    """Whether Lightning will write this step's values: a value that it would drop need not be reduced over ranks.
-
-    Called before the optimizer step is counted.
-    """
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and ((trainer.global_step + 1) % every == 0 or trainer.should_stop)

@@ -45,7 +45,7 @@ def test_every_logged_step_is_in_the_bucket(fitted: str) -> None:
     assert [step for step, _ in curves["train/loss"]] == STEPS
     assert [step for step, _ in curves["lr-Adam/pg1"]] == STEPS
     assert [step for step, _ in curves["val/accuracy"]] == STEPS[3::4]
-    assert {"val/loss", "val/f1", "val/auroc", "val/accuracy_of/blue", "accounting/goodput"} <= curves.keys()
+    assert {"val/loss", "val/f1", "val/auroc", "val/accuracy_of/blue", "wall_time/goodput"} <= curves.keys()
 
 
 def test_tensorboard_reads_the_bucket(fitted: str) -> None:
@@ -146,17 +146,6 @@ def test_predicting_from_the_bucket(fitted: str, gcs: str) -> None:
     one, flipped = predictor.predict([image]), predictor.predict([image.flip(-1)])
     assert one[0].probabilities == pytest.approx(flipped[0].probabilities, abs=1e-5)
     assert {line["uri"]: line["probabilities"] for line in averaged} != by_uri
-
-
-def test_two_processes_predict_every_image_once(fitted: str, gcs: str, gcs_colours: str) -> None:
-    output = f"{gcs}/parts/p.jsonl"
-    run_well("predict", "--ckpt", fitted, "--input", gcs_colours, "--output", output, processes=2)
-    uris = [
-        json.loads(line)["uri"]
-        for entry in storage.list_files(f"{gcs}/parts")
-        for line in storage.read_bytes(f"{gcs}/parts/{entry.key}").splitlines()
-    ]
-    assert len(uris) == len(set(uris)) == 40
 
 
 def test_checkpoints_commands(fitted: str) -> None:

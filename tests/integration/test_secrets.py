@@ -191,7 +191,7 @@ def test_names_are_escaped_on_the_terminal(hostile: Path, tmp_path: Path) -> Non
     assert result.returncode == 2
     assert "1 unreadable image(s)" in result.output
     assert_harmless(result.output)
-    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4 * len(HOSTILE)
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4 * len(HOSTILE) + 1
     assert run_here("checkpoints", "ls", run_dir).returncode == 0
 
 

@@ -64,7 +64,7 @@ def test_several_labels_are_learned_and_predicted(run_dir: Path, table: Path) ->
     report = json.loads((run_dir / "report.json").read_text())
     assert report["metrics"]["val/mAP"] > 0.9
     assert report["metrics"]["val/macro_f1"] > 0.9
-    assert report["checkpoints"]["best"]["val/mAP"] == max(value for _, value in scalars(str(run_dir))["val/mAP"])
+    assert report["checkpoints"]["best"]["value"] == max(value for _, value in scalars(str(run_dir))["val/mAP"])
     counts = report["confusion_matrix"]
     assert [sum(column) for column in zip(*(counts[name] for name in counts if name != "file"), strict=True)] == [
         report["images"]["val"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import subprocess
@@ -19,6 +20,7 @@ KUSTOMIZATIONS = {
             *(REPOSITORY / "k8s" / "overlays").iterdir(),
             REPOSITORY / "k8s" / "tensorboard",
             REPOSITORY / "k8s" / "queues",
+            REPOSITORY / "k8s" / "trainer",
             *Path(__file__).parent.glob("with-*"),
         ]
     )
@@ -26,6 +28,7 @@ KUSTOMIZATIONS = {
 """Every kustomization that can be applied, by name; the ``with-`` ones put a component on an overlay."""
 
 Manifest = dict[str, Any]
+COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 
 @functools.cache
@@ -48,11 +51,42 @@ def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
 
 
 def job_of(manifests: list[Manifest]) -> Manifest:
-    """Return the spec of the Job, or of the JobSet's Job."""
+    """The Job's spec, be it a JobSet's, or that of the JobSet that Kubeflow Trainer makes of a TrainJob."""
     if jobs := of_kind(manifests, "Job"):
         return dict(jobs[0]["spec"])
+    if trainjobs := of_kind(manifests, "TrainJob"):
+        return _trainer_job(trainjobs[0])
     jobset = of_kind(manifests, "JobSet")[0]
     return dict(jobset["spec"]["replicatedJobs"][0]["template"]["spec"])
+
+
+def _trainer_job(trainjob: Manifest) -> Manifest:
+    """What Trainer v2.3.0 makes of the runtime's job "node": torch.go, jobset.go and builder.go of its plugins."""
+    (runtime,) = of_kind(rendered("trainer"), "ClusterTrainingRuntime")
+    assert runtime["metadata"]["name"] == trainjob["spec"]["runtimeRef"]["name"]
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert replicated["name"] == "node"
+    assert replicated["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"] == "trainer"
+    job: Manifest = copy.deepcopy(replicated["template"]["spec"])
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["name"] == "node"
+    name, trainer = trainjob["metadata"]["name"], trainjob["spec"]["trainer"]
+    job["parallelism"] = job["completions"] = trainer["numNodes"]
+    container["args"] = trainer.get("args", container.get("args", []))
+    container["env"] += [
+        {"name": "PET_NNODES", "value": str(trainer["numNodes"])},
+        {"name": "PET_NPROC_PER_NODE", "value": "auto"},  # on nodes with GPUs
+        {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": COMPLETION_INDEX}}},
+        {"name": "PET_MASTER_ADDR", "value": f"{name}-node-0-0.{name}"},
+        {"name": "PET_MASTER_PORT", "value": "29500"},
+    ]
+    return job
+
+
+def arguments_of(container: Manifest) -> list[str]:
+    """The arguments of ``python -m job``: the container's, after those in its command, if it has one."""
+    command = container.get("command", ["job"])
+    return [*command[command.index("job") + 1 :], *container.get("args", [])]
 
 
 def pod_of(manifests: list[Manifest]) -> Manifest:

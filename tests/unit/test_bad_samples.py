@@ -274,7 +274,9 @@ def test_predict_names_and_counts_unreadable_images(trained: Path, tmp_path: Pat
     allowed = run_here(*command, "--max_bad_samples", "20%")
     assert allowed.returncode == 0, allowed.output
     assert f"bad sample: {trained}/gone.jpg does not exist" in allowed.output
-    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [line["uri"] for line in lines if line.get("error") == "does not exist"] == [f"{trained}/gone.jpg"]
+    assert sum("label" in line for line in lines) == 4
     small = run_here(*command, "--max_bad_samples=5", "--max_image_pixels=1279")
     assert small.returncode == 0, small.output
     assert "40 x 32 pixels, more than max_image_pixels" in small.output

@@ -142,6 +142,17 @@ def test_a_validation_marked_unfinished_is_run_again_and_the_steps_before_it_are
     assert recorder.events[:3] == [("validated",), ("between", 0, 2, 2, 2), ("batch end", 3)]
 
 
+def test_steps_that_are_logged(tmp_path: Path) -> None:
+    due: list[bool] = []
+
+    class Note(Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+            due.append(internals.logs_are_due(trainer))
+
+    trainer_of(tmp_path, Note(), max_epochs=1, log_every_n_steps=2).fit(BoringModel())
+    assert due == [False, True, False, True]
+
+
 def test_strategies_that_start_processes() -> None:
     assert not internals.starts_processes(DDPStrategy())
     assert internals.starts_processes(DDPStrategy(start_method="spawn"))

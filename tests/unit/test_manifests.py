@@ -20,10 +20,12 @@ import yaml
 from google.cloud.aiplatform_v1.types import CustomJobSpec, HyperparameterTuningJob
 from google.protobuf import json_format
 from k8s.manifests import (
+    COMPLETION_INDEX,
     GOLDEN,
     KUSTOMIZATIONS,
     REPOSITORY,
     Manifest,
+    arguments_of,
     environment_of,
     job_of,
     of_kind,
@@ -34,11 +36,13 @@ from k8s.manifests import (
 from support import run
 
 from job.cli.training import TrainingCLI
+from job.cluster import machines
 from job.cluster.environment import DEFAULT_PORT, find_node
+from job.cluster.machines import GIB, SYSTEM_PODS, Resources, allocatable_storage
 from job.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 
 VERTEX = sorted((REPOSITORY / "k8s" / "vertex").glob("*.yaml"))
-TRAINING = [name for name in KUSTOMIZATIONS if name not in ("tensorboard", "queues")]
+TRAINING = [name for name in KUSTOMIZATIONS if name not in ("tensorboard", "queues", "trainer")]
 VERSIONS = ("1.35", "1.36", "1.37")
 CHIPS_PER_HOST = {"4x4": 4, "2x4": 8}
 """https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: 2x4 comes as one host of eight chips, too."""
@@ -83,6 +87,9 @@ def validate(manifest: Manifest) -> None:
     schema = strict(SCHEMAS[key])
     schema["properties"]["metadata"] = {"type": "object"}
     jsonschema.validate(manifest, schema, cls=jsonschema.Draft202012Validator)
+    if manifest["kind"] == "ClusterTrainingRuntime":
+        template = manifest["spec"]["template"]
+        validate({"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": {}, **template})
 
 
 def quantity(text: str | int) -> float:
@@ -127,10 +134,16 @@ def test_the_validation_can_fail() -> None:
     of_kind(misspelt, "Job")[0]["spec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
     with pytest.raises(kubernetes_validate.ValidationError):
         validate(of_kind(misspelt, "Job")[0])
-    for name, kind, where in (("tpu-multislice", "JobSet", "failurePolicy"), ("queues", "ClusterQueue", None)):
+    for name, kind, where in (
+        ("tpu-multislice", "JobSet", "failurePolicy"),
+        ("queues", "ClusterQueue", None),
+        ("trainjob", "TrainJob", "trainer"),
+        ("trainer", "ClusterTrainingRuntime", "mlPolicy"),
+        ("trainer", "ClusterTrainingRuntime", "template"),
+    ):
         manifest = of_kind(rendered(name), kind)[0]
         spec = manifest["spec"][where] if where else manifest["spec"]
-        spec["maxRestart"] = 3
+        (spec["spec"] if where == "template" else spec)["maxRestart"] = 3
         with pytest.raises(jsonschema.ValidationError, match="maxRestart"):
             validate(manifest)
 
@@ -203,15 +216,21 @@ def test_the_launcher_understands_the_manifest(name: str) -> None:
     nodes = []
     for slice_id in range(slices):
         for index in range(job["completions"]):
-            environment = {"JOB_COMPLETION_INDEX": str(index), **environment_of(pod["containers"][0], FIELDS)}
+            fields = {**FIELDS, COMPLETION_INDEX: str(index)}
+            environment = {"JOB_COMPLETION_INDEX": str(index), **environment_of(pod["containers"][0], fields)}
             if "google.com/tpu" in pod["containers"][0]["resources"]["limits"]:
                 environment |= _as_gke_adds(index, slice_id, slices, job["completions"])
             nodes.append(find_node(environment))
     assert [node.node_rank for node in nodes] == list(range(slices * job["completions"]))
     assert {node.nodes for node in nodes} == {len(nodes)}
     assert {node.run_id for node in nodes} == {"the-uid"}
-    assert {node.port for node in nodes} == {DEFAULT_PORT}
-    if not jobset:
+    if of_kind(manifests, "TrainJob"):
+        assert {(node.platform, node.host, node.port) for node in nodes} == {
+            ("Kubeflow", "train-node-0-0.train", 29500)
+        }
+    else:
+        assert {node.port for node in nodes} == {DEFAULT_PORT}
+    if of_kind(manifests, "Job"):
         (service,) = (s for s in of_kind(manifests, "Service") if s["spec"].get("clusterIP") == "None")
         assert pod["subdomain"] == service["metadata"]["name"]
         assert service["spec"]["publishNotReadyAddresses"] is True
@@ -243,7 +262,10 @@ def test_exit_codes_and_grace(name: str) -> None:
     assert rules == {"FailJob": [EXIT_USER_ERROR], "Ignore": [EXIT_PREEMPTED]}
     assert job["podReplacementPolicy"] == "Failed"
     assert job["activeDeadlineSeconds"] > 0
-    grace = float(options_of(pod["containers"][0]["args"])["grace"])
+    (container,) = pod["containers"]
+    rules_of_the_container = [rule["onExitCodes"]["containerName"] for rule in job["podFailurePolicy"]["rules"][:2]]
+    assert set(rules_of_the_container) == {container["name"]}
+    grace = float(options_of(arguments_of(container))["grace"])
     assert 2 <= pod["terminationGracePeriodSeconds"] - grace <= 10
     if "spot" in name:
         assert pod["terminationGracePeriodSeconds"] <= 15
@@ -259,8 +281,10 @@ def test_volumes_are_large_enough(name: str) -> None:
     data = yaml.safe_load(config["data"]["config.yaml"])["data"]
     sizes = {path: quantity(v["emptyDir"]["sizeLimit"]) for path, v in paths.items() if "emptyDir" in v}
     assert sizes[data["cache_dir"]] >= data["cache_gb"] * 1e9
-    limits = train["resources"]["limits"]
+    limits, requests = train["resources"]["limits"], train["resources"]["requests"]
     assert quantity(limits["ephemeral-storage"]) >= sizes["/tmp"] + sizes[data["cache_dir"]]
+    # A pod that uses more than it requests is the first to be evicted when the node's disk is full.
+    assert quantity(requests["ephemeral-storage"]) >= sizes["/tmp"] + sizes[data["cache_dir"]]
     # NCCL maps some 33 MB a pair of GPUs; gloo and the loader's threads nothing.
     assert paths["/dev/shm"]["emptyDir"]["medium"] == "Memory"
     gpus = int(limits.get("nvidia.com/gpu", 0))
@@ -291,10 +315,29 @@ def test_a_jobset_s_pods_are_those_of_a_job() -> None:
 
 
 @needs_kubectl
+def test_the_pods_of_a_trainjob_are_those_of_a_job() -> None:
+    """The runtime's pod template is written out, too; Trainer keeps its container's command, and adds arguments."""
+    job, trainjob = pod_of(rendered("gpu-multinode")), pod_of(rendered("trainjob"))
+    containers = [pod["containers"][0] for pod in (job, trainjob)]
+    assert containers[1]["command"][:3] == ["dumb-init", "--single-child", "--"]  # as the image's entry point
+    run_dir = "--run_dir=gs://BUCKET/runs/1"
+    assert [*arguments_of(containers[0]), run_dir] == arguments_of(containers[1])
+    for pod, container in zip((job, trainjob), containers, strict=True):
+        for key in ("name", "env", "args", "command"):
+            container.pop(key, None)
+        # JobSet sets the subdomain. A runtime serves several runs at once, which label selectors do not tell apart.
+        for key in ("subdomain", "affinity", "topologySpreadConstraints"):
+            pod.pop(key, None)
+        pod["volumes"] = [volume for volume in pod["volumes"] if volume["name"] != "config"]
+        pod["volumes"].sort(key=lambda volume: volume["name"])
+    assert job == trainjob
+
+
+@needs_kubectl
 @pytest.mark.parametrize("name", TRAINING)
 def test_the_command_is_parsed(name: str, tmp_path: Path) -> None:
-    """The arguments and the ConfigMap's file are parsed by job's parser."""
-    args = train_of(name)["args"]
+    """Its arguments and the ConfigMap's file, parsed by the job's own parser."""
+    args = arguments_of(train_of(name))
     assert args[:2] == ["launch", "fit"]
     (config,) = of_kind(rendered(name), "ConfigMap")
     (tmp_path / "config.yaml").write_text(config["data"]["config.yaml"])
@@ -384,6 +427,95 @@ def test_the_guide_names_every_overlay() -> None:
     assert named == overlays | components - {"components/tpu"} | {"tensorboard", "vertex/*.yaml"}
     for path in re.findall(r"\b(?:k8s|docker)/[\w./-]+", "\n".join(COMMANDS)):
         assert (REPOSITORY / path.rstrip(".")).exists(), path
+
+
+NODE_POOLS = {
+    name: dict(re.findall(r"--([\w-]+)=(\S+)", re.sub(r"\\\n", " ", command)))
+    for comment, command in re.findall(
+        r"^# (.*)\n(gcloud container node-pools create (?:.*\\\n)*.*)$", GUIDE, re.MULTILINE
+    )
+    for part in comment.split(";")
+    for name in re.findall(r"[\w-]+", re.split(r"[:(]", part)[0])
+}
+"""Options of the ``node-pools create`` line of each overlay, which the comment above it names."""
+
+
+def requests_of(pod: Manifest, *, of: str = "requests") -> Resources:
+    """The sum over the pod's containers of what the scheduler looks at."""
+    amounts = [container["resources"][of] for container in pod["containers"]]
+    cpus, memory, storage = (
+        sum(quantity(amount.get(name, 0)) for amount in amounts) for name in ("cpu", "memory", "ephemeral-storage")
+    )
+    return Resources(cpus, memory, storage)
+
+
+def assert_fits(pods: list[Resources], node: Resources, system: Resources) -> None:
+    for name in ("cpus", "memory", "ephemeral_storage"):
+        wanted = sum(getattr(pod, name) for pod in [*pods, system])
+        assert wanted <= getattr(node, name), (name, wanted, getattr(node, name))
+
+
+def test_there_is_a_node_pool_for_every_overlay() -> None:
+    overlays = {folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir()}
+    assert set(NODE_POOLS) == overlays - {"cpu-local"}
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", NODE_POOLS)
+def test_pods_fit_on_the_nodes_of_the_guide(name: str) -> None:
+    """The scheduler would leave them pending otherwise: ``Insufficient ephemeral-storage``."""
+    pod, train, pool = pod_of(rendered(name)), train_of(name), NODE_POOLS[name]
+    machine = machines.machines()[pool["machine-type"]]
+    node = machine.allocatable(int(pool["disk-size"]))
+    assert_fits([requests_of(pod)], node, SYSTEM_PODS)
+    assert requests_of(pod, of="limits").ephemeral_storage <= node.ephemeral_storage - SYSTEM_PODS.ephemeral_storage
+    gpus, chips = (train["resources"]["limits"].get(kind, 0) for kind in ("nvidia.com/gpu", "google.com/tpu"))
+    assert gpus + chips == machine.accelerators
+    label = "cloud.google.com/gke-accelerator" if gpus else "cloud.google.com/gke-tpu-accelerator"
+    assert pod["nodeSelector"][label] == machine.accelerator
+    if gpus:
+        assert pool["accelerator"].startswith(f"type={machine.accelerator},count={machine.accelerators},")
+    assert job_of(rendered(name))["completions"] <= int(pool.get("max-nodes", pool["num-nodes"]))
+    if job_of(rendered(name))["completions"] > 1 and chips:
+        assert pool["tpu-topology"] == pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+
+
+@needs_kubectl
+def test_the_gpu_overlay_s_pods_fit_on_an_a3_too() -> None:
+    """As a comment in the overlay says."""
+    machine = machines.machines()["a3-highgpu-8g"]
+    assert f"{machine.name} eight {machine.accelerator}" in (REPOSITORY / "k8s/overlays/gpu/job.yaml").read_text()
+    assert_fits([requests_of(pod_of(rendered("gpu")))], machine.allocatable(200), SYSTEM_PODS)
+
+
+@needs_kubectl
+def test_tensorboard_fits_on_the_cluster_s_first_node() -> None:
+    (machine,) = re.findall(r"--num-nodes=1 --machine-type=(\S+)", GUIDE)
+    pods = [deployment["spec"]["template"]["spec"] for deployment in of_kind(rendered("tensorboard"), "Deployment")]
+    node = machines.machines()[machine].allocatable(100)
+    assert_fits([requests_of(pod) for pod in pods], node, SYSTEM_PODS)
+
+
+@needs_kubectl
+def test_the_demo_fits_on_two_cpus() -> None:
+    """And on 4 GB of memory: minikube with its default drivers, which reserves nothing.
+
+    kube-system requests there what kubeadm's static pods, CoreDNS and the network plugin request: API server 250m,
+    controller manager 200m, scheduler 100m, etcd 100m and 100Mi, CoreDNS 100m and 70Mi, kindnet 100m and 50Mi.
+    """
+    assert "minikube start --cpus=2 --memory=4g" in GUIDE
+    manifests = rendered("cpu-local")
+    train = requests_of(pod_of(manifests))
+    (bucket,) = (deployment["spec"]["template"]["spec"] for deployment in of_kind(manifests, "Deployment"))
+    pods = [train] * job_of(manifests)["completions"] + [requests_of(bucket)]
+    kernel = 0.05 * 4 * GIB
+    node = Resources(cpus=2, memory=4 * GIB - kernel, ephemeral_storage=15 * GIB)
+    assert_fits(pods, node, Resources(cpus=0.85, memory=220 * 2**20, ephemeral_storage=0))
+
+
+def test_the_guide_s_table_of_disks() -> None:
+    sizes, storage = (re.findall(r"\d+", row) for row in re.findall(r"^\| (?:disk size|requestable).*", GUIDE, re.M))
+    assert [int(text) for text in storage] == [int(allocatable_storage(int(size)) / GIB) for size in sizes]
 
 
 @needs_kubectl

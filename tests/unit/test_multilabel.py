@@ -27,7 +27,8 @@ from job.errors import CheckpointError, DataError
 from job.model.config import ModelConfig
 from job.model.metrics import EvaluationMetrics
 from job.model.multilabel import MultilabelTask, positive_weights
-from job.model.multilabel_metrics import BinnedScores, CollectedScores, MultilabelMetrics
+from job.model.multilabel_metrics import MultilabelMetrics
+from job.model.scores import BinnedScores, CollectedScores
 from job.model.spec import decode_spec
 
 LISTS: list[list[str]] = [["red"], ["red", "blue"], [], ["green", "blue", "red"], ["blue"], ["red"], ["green"], ["red"]]
@@ -197,7 +198,8 @@ def test_the_split_follows_from_the_keys(tmp_path: Path) -> None:
 def batch(labels: torch.Tensor, images: torch.Tensor | None = None) -> dict[str, Any]:
     """A batch of multi-hot labels, or of single ones."""
     of = {"labels": labels} if labels.ndim == 2 else {"label": labels}
-    return {**of, "mask": torch.ones(len(labels), dtype=torch.bool), **({} if images is None else {"image": images})}
+    more = {} if images is None else {"image": images}
+    return {**of, "mask": torch.ones(len(labels), dtype=torch.bool), "sample": torch.arange(len(labels)), **more}
 
 
 def task(index: Index | None = None, classes: int = 3, **options: Any) -> MultilabelTask:
@@ -268,7 +270,7 @@ def test_metrics_agree_with_scikit_learn(samples: int) -> None:
     losses, mask = torch.rand(200), torch.rand(200) > 0.2
     metrics = MultilabelMetrics("abcd", samples=samples)
     for part in torch.arange(200).chunk(4):
-        metrics.update(losses[part], probabilities[part], labels[part], mask[part])
+        metrics.update(losses[part], probabilities[part], labels[part], mask[part], part)
     evaluation = metrics.compute()
     values, confusion = evaluation.metrics, evaluation.confusion
     scores, true = probabilities[mask].numpy(), labels[mask].numpy()
@@ -290,7 +292,7 @@ def test_metrics_agree_with_scikit_learn(samples: int) -> None:
         assert f1_score(true[:, c], scores[:, c] >= threshold) == pytest.approx(best)
     assert chosen["macro_f1"] > values["macro_f1"]
     metrics.reset()
-    metrics.update(losses, probabilities, labels, torch.zeros(200, dtype=torch.bool))
+    metrics.update(losses, probabilities, labels, torch.zeros(200, dtype=torch.bool), torch.arange(200))
     assert metrics.compute().metrics == {}
 
 
@@ -316,7 +318,8 @@ def test_metrics_do_not_depend_on_the_order_of_samples() -> None:
     for order in (torch.arange(300), torch.randperm(300)):
         metrics = MultilabelMetrics("abc")
         for part in order.chunk(7):
-            metrics.update(torch.ones(len(part)), probabilities[part], labels[part], torch.ones_like(part).bool())
+            mask = torch.ones_like(part).bool()
+            metrics.update(torch.ones(len(part)), probabilities[part], labels[part], mask, part)
         metrics.choose_thresholds()
         results.append((metrics.compute().metrics, metrics.thresholds))
     assert results[0] == results[1]
@@ -324,19 +327,20 @@ def test_metrics_do_not_depend_on_the_order_of_samples() -> None:
 
 def test_no_positive_sample_leaves_metrics_out() -> None:
     metrics = MultilabelMetrics("ab")
-    metrics.update(torch.ones(3), torch.full((3, 2), 0.1), torch.zeros(3, 2, dtype=torch.uint8), torch.ones(3).bool())
+    labels, mask = torch.zeros(3, 2, dtype=torch.uint8), torch.ones(3).bool()
+    metrics.update(torch.ones(3), torch.full((3, 2), 0.1), labels, mask, torch.arange(3))
     metrics.choose_thresholds()
-    assert set(metrics.compute().metrics) == {"loss"}
+    assert set(metrics.compute().metrics) == {"loss", "ece"}
     assert metrics.thresholds == [0.5, 0.5]
 
 
 def test_many_classes_have_no_per_class_metrics() -> None:
     probabilities, labels = scored(50, 120)
     metrics = MultilabelMetrics([f"c{n}" for n in range(120)])
-    metrics.update(torch.ones(50), probabilities, labels, torch.ones(50).bool())
+    metrics.update(torch.ones(50), probabilities, labels, torch.ones(50).bool(), torch.arange(50))
     evaluation = metrics.compute()
     values, confusion = evaluation.metrics, evaluation.confusion
-    assert set(values) == {"loss", "mAP", "micro_f1", "macro_f1"}
+    assert set(values) == {"loss", "mAP", "micro_f1", "macro_f1", "ece"}
     assert confusion.shape == (120, 2, 2)
     assert set(values) < set(MultilabelMetrics("ab").names)
 
@@ -345,7 +349,7 @@ def test_macro_f1_of_one_label_is_that_of_the_classes_with_samples() -> None:
     metrics = EvaluationMetrics("abc")
     labels = torch.tensor([0, 0, 1, 1])
     probabilities = F.one_hot(torch.tensor([0, 2, 1, 1]), 3).float()
-    metrics.update(torch.ones(4), probabilities, labels, torch.ones(4).bool())
+    metrics.update(torch.ones(4), probabilities, labels, torch.ones(4).bool(), torch.arange(4))
     assert metrics.compute().metrics["f1"] == pytest.approx((2 / 3 + 1) / 2)
 
 

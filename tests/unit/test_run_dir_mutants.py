@@ -20,7 +20,9 @@ from job import checkpoint
 from job.config import run_config as config
 from job.config import saved_config
 from job.errors import JobError
-from job.monitoring import accounting, report
+from job.monitoring import accounting
+from job.monitoring.report.files import EarlierReport
+from job.monitoring.report.page import render
 from job.resilience import attempts
 from job.resilience.lease_file import parse
 
@@ -64,13 +66,19 @@ def look_at_lease(run_dir: str) -> None:
     parse(run_dir, Path(run_dir, "lease.json").read_bytes())
 
 
+def look_at_report(run_dir: str) -> None:
+    """As a fit that resumes does, which shows it again."""
+    if (content := EarlierReport(run_dir).content) is not None:
+        assert "<script" not in render(content, {})
+
+
 READERS: dict[str, tuple[str, Callable[[str], object]]] = {
     "manifest": ("checkpoints/*.ckpt.json", look_at_checkpoints),
     "state": ("checkpoints/*.ckpt", look_at_state),
     "confusion": ("checkpoints/*.safetensors", look_at_confusion),
     "accounting": ("accounting.json", accounting.read),
     "attempts": ("attempts.json", attempts.read),
-    "report": ("report.json", lambda run_dir: report._figures_of_training(f"{run_dir}/report.json")),
+    "report": ("report.json", look_at_report),
     "config, validate": ("config.yaml", saved_config.read_saved_config),
     "config, fit": ("config.yaml", lambda run_dir: config.save_config(run_dir, "data: {}\n")),
     "lease": ("lease.json", look_at_lease),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
-from pytorch_lightning.demos.boring_classes import BoringModel
-from pytorch_lightning.loggers import CSVLogger
 from support import TINY, final_weights, options, picture_files, run_here, write_files
 
 from job import checkpoint
-from job.model.steps import accumulation, batches_per_epoch, logs_are_due, optimizer_steps, window_samples
+from job.model.steps import accumulation, batches_per_epoch, optimizer_steps, window_samples
 
 
 def trainer(**settings: Any) -> Any:
@@ -34,43 +30,6 @@ def test_the_steps_of_a_run() -> None:
     assert batches_per_epoch(trainer(limit_train_batches=2), 33, 8) == 2
     assert batches_per_epoch(trainer(limit_train_batches=0.5), 33, 8) == 2
     assert [accumulation(trainer(callbacks=[schedule]), epoch) for epoch in range(4)] == [1, 1, 4, 4]
-
-
-class LoggingModel(BoringModel):
-    """Log a value in each step, and note the steps in which Lightning should write it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.due: set[int] = set()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.log("value", float(batch_idx))
-        if logs_are_due(self.trainer):
-            self.due.add(self.trainer.global_step)
-        return super().training_step(batch, batch_idx)
-
-
-@pytest.mark.parametrize("every", [0, 1, 3])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_values_are_due_in_the_steps_that_lightning_writes(every: int, accumulate: int, tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path, "", "")
-    run = Trainer(
-        logger=logger,
-        max_epochs=2,
-        limit_train_batches=7,
-        limit_val_batches=0,
-        log_every_n_steps=every,
-        accumulate_grad_batches=accumulate,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    module = LoggingModel()
-    run.fit(module)
-    file = tmp_path / "metrics.csv"
-    rows = list(csv.DictReader(file.open())) if file.exists() else []
-    assert module.due == {int(row["step"]) for row in rows}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 4, 9])

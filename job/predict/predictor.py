@@ -1,8 +1,8 @@
-"""Classify images with a checkpoint, from Python; :mod:`job.cli.predict` is the command line."""
+"""A trained network that classifies images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast, overload
@@ -10,18 +10,13 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
-from job import checkpoint, redact, storage
+from job import checkpoint, redact
 from job.checkpoint.state import CLASSIFIER_KEY
 from job.cluster import ranks
 from job.data.augment import ResizeMode, resize
-from job.data.bad_samples import BadSample
-from job.data.dataset import ImageDataset, Preprocessing
-from job.data.index.index import Index
-from job.data.loader import BatchLoader
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.data.python_images import PythonImage, is_one_image, pixels_of, pixels_of_each
-from job.data.sampler import ResumableBatchSampler
-from job.errors import ConfigError
+from job.errors import ConfigError, DivergedError
 from job.model.classifier import TTA, Classifier, from_spec, mean_over_flips
 from job.model.spec import decode_spec, net_state
 from job.model.tasks import TASKS
@@ -70,6 +65,7 @@ class Predictor:
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
         thresholds: of a multi-label network: probability of each class from which it is predicted. Empty: 0.5.
         max_image_pixels: height times width of the largest image to decode.
+        fingerprint: the first 16 hexadecimal digits of the checkpoint's SHA-256.
     """
 
     def __init__(
@@ -79,10 +75,12 @@ class Predictor:
         tta: TTA = "none",
         thresholds: Sequence[float] = (),
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        fingerprint: str = "",
     ) -> None:
         self.net = net.eval()
         self.tta = tta
         self.max_image_pixels = max_image_pixels
+        self.fingerprint = fingerprint
         self.thresholds = tuple(thresholds or [0.5] * len(net.classes))
         self.resize: ResizeMode = "crop" if resize == "crop" else "squash"
 
@@ -134,10 +132,19 @@ class Predictor:
 
     @torch.inference_mode()
     def predict_batch(self, images: Tensor) -> list[Prediction]:
-        """Classify prepared images, uint8 [B, 3, S, S]."""
+        """Classify prepared images, uint8 [B, 3, S, S].
+
+        Raises:
+            DivergedError: the network's outputs are not finite.
+        """
         images = images.to(self.device)
         logits = mean_over_flips(self.net, images) if self.tta == "hflip" else self.net(images)
-        return [self._prediction(row) for row in TASKS[self.net.task].probabilities(logits).cpu()]
+        probabilities = TASKS[self.net.task].probabilities(logits).cpu()
+        if not probabilities.isfinite().all():
+            raise DivergedError(
+                "the network's outputs are not finite: its weights have diverged. Use another checkpoint."
+            )
+        return [self._prediction(row) for row in probabilities]
 
     def _prediction(self, row: Tensor) -> Prediction:
         values = row.tolist()
@@ -153,7 +160,8 @@ def load(uri: str, device: str | None = None, tta: TTA = "none", max_image_pixel
 
     Args:
         uri: a checkpoint file, or a run_dir (its best checkpoint).
-        device: a torch device; default: CUDA where there is one, else the CPU.
+        device: a torch device; default: the GPU of this rank (LOCAL_RANK, or the first), where CUDA has one, else the
+            CPU.
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
         max_image_pixels: height times width of the largest image to decode; default: 178,956,970, as in Pillow.
 
@@ -162,48 +170,10 @@ def load(uri: str, device: str | None = None, tta: TTA = "none", max_image_pixel
     """
     uri = checkpoint.resolve(redact.remember(uri))
     saved = checkpoint.load(uri)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        gpus = torch.cuda.device_count()
+        device = f"cuda:{ranks.local_rank() % gpus}" if gpus else "cpu"
     net = from_spec(saved[CLASSIFIER_KEY], net_state(saved, uri), source=uri, device_type=torch.device(device).type)
     spec = decode_spec(saved[CLASSIFIER_KEY], uri)
-    return Predictor(net.to(device), spec.resize, tta, spec.thresholds, max_image_pixels)
-
-
-def predict_index(
-    predictor: Predictor,
-    index: Index,
-    *,
-    batch_size: int,
-    num_workers: int,
-    cache_dir: str,
-    unreadable: list[BadSample],
-) -> Iterator[tuple[int, Prediction]]:
-    """Classify this rank's share of the images in an index.
-
-    Args:
-        unreadable: receives the images that cannot be read.
-
-    Yields:
-        (sample, prediction) of each readable image, in the order of the index.
-    """
-    sampler = ResumableBatchSampler(
-        len(index),
-        batch_size * ranks.world_size(),
-        rank=ranks.rank(),
-        world_size=ranks.world_size(),
-        seed=0,
-        shuffle=False,
-    )
-    preprocessing = Preprocessing(
-        predictor.net.image_size, predictor.resize, max_image_pixels=predictor.max_image_pixels
-    )
-    dataset = ImageDataset(index, sampler, preprocessing, cache_dir=cache_dir)
-    # A store inside this process cannot be read from loader processes.
-    workers = 0 if any(map(storage.is_process_local, index.stores)) else num_workers
-    for batch in BatchLoader(dataset, workers):
-        if batch["error"] is not None:
-            raise batch["error"]
-        unreadable += batch["bad"]
-        predictions = predictor.predict_batch(batch["image"])
-        for sample, valid, prediction in zip(batch["sample"].tolist(), batch["mask"], predictions, strict=True):
-            if valid:
-                yield sample, prediction
+    fingerprint = checkpoint.sha256(uri)[:16]
+    return Predictor(net.to(device), spec.resize, tta, spec.thresholds, max_image_pixels, fingerprint)
