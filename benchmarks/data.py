@@ -191,14 +191,14 @@ class Contest:
                 table.add_row(title, place, "failed")
                 continue
             limit = limit or result.first
-            shown = (
+            cells = (
                 f"{result.first:,.0f}",
                 f"{result.second:,.0f}",
                 f"{result.megabytes:,.0f} MB",
                 f"{result.second / limit:.2f}",
             )
-            table.add_row(title, place, *shown)
-            print(title, place, *shown, file=sys.stderr, flush=True)
+            table.add_row(title, place, *cells)
+            print(title, place, *cells, file=sys.stderr, flush=True)
         return table
 
 

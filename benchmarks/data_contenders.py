@@ -75,7 +75,7 @@ def limit(uri: str, workers: int) -> list[float]:
     """Decoding and resizing from memory: the upper bound of a loader with as many processes."""
     import multiprocessing
 
-    contents = [path.read_bytes() for path in Path(uri).glob("*/*.jpg")]
+    jpegs = [path.read_bytes() for path in Path(uri).glob("*/*.jpg")]
     results = multiprocessing.Queue()
 
     def work(part: list[bytes]) -> None:
@@ -91,7 +91,7 @@ def limit(uri: str, workers: int) -> list[float]:
         results.put(len(part) / (time.monotonic() - began))
 
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(contents[n::workers],)) for n in range(workers)]
+    processes = [context.Process(target=work, args=(jpegs[n::workers],)) for n in range(workers)]
     for process in processes:
         process.start()
     speed = sum(results.get() for _ in processes)

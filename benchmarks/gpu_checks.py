@@ -23,10 +23,10 @@ FAULTS = str(Path(__file__).parents[1] / "tests" / "faults")
 
 def stages(machine: Machine) -> str:
     """Train head, last layers and all layers at the default precision."""
-    more = {"model.milestones": "[2,4]", "trainer.max_epochs": 6}
-    output = machine.run_successfully("fit", *machine.settings(machine.scratch / "stages", **more))
-    for wanted in ("training last layers", "training all", "precision"):
-        assert wanted in output, f"{wanted!r} is not in the log"
+    changes = {"model.milestones": "[2,4]", "trainer.max_epochs": 6}
+    output = machine.run_successfully("fit", *machine.settings(machine.scratch / "stages", **changes))
+    for expected in ("training last layers", "training all", "precision"):
+        assert expected in output, f"{expected!r} is not in the log"
     losses = [value for _, value in scalars(str(machine.scratch / "stages"))["train/loss"]]
     assert len(losses) == 24, losses  # 4 steps per epoch
     assert sum(losses[-4:]) < sum(losses[:4]), losses
@@ -42,8 +42,8 @@ def cached_features(machine: Machine) -> str:
         losses = []
         for use in ("always", "never"):
             run_dir = machine.scratch / f"features-{use}-{precision}"
-            more = {"features.use": use, "model.milestones": "[9]", "trainer.precision": precision}
-            machine.run_successfully("fit", *machine.settings(run_dir, **more))
+            changes = {"features.use": use, "model.milestones": "[9]", "trainer.precision": precision}
+            machine.run_successfully("fit", *machine.settings(run_dir, **changes))
             losses.append([value for _, value in scalars(str(run_dir))["val/loss"]])
         worst = max(abs(one - other) for one, other in zip(*losses, strict=True))
         limit = bound if machine.device == "cuda" else 0.0
@@ -56,8 +56,8 @@ def checkpoints_across_devices(machine: Machine) -> str:
     """Continue a run on the CPU, on this device and on the CPU again."""
     run_dir, steps = machine.scratch / "across", []
     for epochs, accelerator in enumerate(("cpu", machine.accelerator, "cpu"), 1):
-        more = {"trainer.accelerator": accelerator, "trainer.max_epochs": epochs, "trainer.precision": "32-true"}
-        machine.run_successfully("fit", *machine.settings(run_dir, **more))
+        changes = {"trainer.accelerator": accelerator, "trainer.max_epochs": epochs, "trainer.precision": "32-true"}
+        machine.run_successfully("fit", *machine.settings(run_dir, **changes))
         steps.append(max(step for step, _ in scalars(str(run_dir))["train/loss"]))
     assert steps == [3, 7, 11], steps  # 64 training images in batches of 16, steps counted from 0
     return "12 steps, 4 on each"
@@ -65,18 +65,18 @@ def checkpoints_across_devices(machine: Machine) -> str:
 
 def stop_and_resume(machine: Machine) -> str:
     """Stop a run by SIGTERM and resume it; its weights equal those of an uninterrupted run."""
-    whole, stopped = machine.scratch / "whole", machine.scratch / "stopped"
-    more = {"trainer.max_epochs": 6, "trainer.deterministic": "true", "checkpoint.keep_last": 1}
-    ended = machine.run_in_process("fit", *machine.settings(whole, **more), **DETERMINISTIC)
-    assert ended.returncode == 0, ended.output[-2000:]
+    uninterrupted, stopped = machine.scratch / "whole", machine.scratch / "stopped"
+    changes = {"trainer.max_epochs": 6, "trainer.deterministic": "true", "checkpoint.keep_last": 1}
+    outcome = machine.run_in_process("fit", *machine.settings(uninterrupted, **changes), **DETERMINISTIC)
+    assert outcome.returncode == 0, outcome.output[-2000:]
     callback = {"class_path": "saboteur.Saboteur", "init_args": {"marker": f"{stopped}.marker", "step": 13}}
-    settings = machine.settings(stopped, **more, trainer__callbacks=json.dumps([callback]))
-    ended = machine.run_in_process("fit", *settings, **DETERMINISTIC, PYTHONPATH=FAULTS)
-    assert ended.returncode == 143, f"exit code {ended.returncode}: {ended.output[-2000:]}"
-    ended = machine.run_in_process("fit", *machine.settings(stopped, **more), **DETERMINISTIC)
-    assert ended.returncode == 0, ended.output[-2000:]
-    assert "resuming after step" in ended.output, ended.output[-2000:]
-    one, other = final_weights(str(whole)), final_weights(str(stopped))
+    settings = machine.settings(stopped, **changes, trainer__callbacks=json.dumps([callback]))
+    outcome = machine.run_in_process("fit", *settings, **DETERMINISTIC, PYTHONPATH=FAULTS)
+    assert outcome.returncode == 143, f"exit code {outcome.returncode}: {outcome.output[-2000:]}"
+    outcome = machine.run_in_process("fit", *machine.settings(stopped, **changes), **DETERMINISTIC)
+    assert outcome.returncode == 0, outcome.output[-2000:]
+    assert "resuming after step" in outcome.output, outcome.output[-2000:]
+    one, other = final_weights(str(uninterrupted)), final_weights(str(stopped))
     different = [name for name, value in one.items() if not torch.equal(value, other[name])]
     assert not different, f"{len(different)} of {len(one)} tensors differ, for example {different[0]}"
     return f"{len(one)} tensors equal bit for bit"
@@ -130,8 +130,8 @@ def predict(machine: Machine) -> str:
     run_dir = machine.scratch / "predict"
     machine.run_successfully("fit", *machine.settings(run_dir, trainer__precision="32-true"))
     images = [str(path) for path in sorted(machine.colours.glob("*/*.jpg"))]
-    here, cpu = (job.load(str(run_dir), device).predict(images) for device in (machine.device, "cpu"))
-    pairs = zip(here, cpu, strict=True)
+    on_device, on_cpu = (job.load(str(run_dir), device).predict(images) for device in (machine.device, "cpu"))
+    pairs = zip(on_device, on_cpu, strict=True)
     worst = max(
         abs(one.probabilities[name] - other.probabilities[name]) for one, other in pairs for name in ("blue", "red")
     )
@@ -157,10 +157,10 @@ def no_visible_device(machine: Machine) -> str:
     assert "Traceback" not in outcome.output, outcome.output[-1000:]
     if machine.device == "cuda":
         settings = machine.settings(machine.scratch / "shown", trainer__accelerator="auto", trainer__max_epochs=1)
-        for devices, where in (("", "CPU thread"), ("0", torch.cuda.get_device_name(0))):
+        for devices, log_text in (("", "CPU thread"), ("0", torch.cuda.get_device_name(0))):
             outcome = machine.run_in_process("fit", *settings, CUDA_VISIBLE_DEVICES=devices)
             assert outcome.returncode == 0, outcome.output[-1000:]
-            assert where in outcome.output, f"{where!r} is not in the log"
+            assert log_text in outcome.output, f"{log_text!r} is not in the log"
     return "refused with 2 where a GPU was demanded"
 
 
@@ -176,8 +176,8 @@ def two_processes_on_one_gpu(machine: Machine) -> str:
 
 
 def _one_step(machine: Machine, run_dir: Path, batch: int) -> list[str]:
-    more = {"data.global_batch_size": batch, "trainer.limit_train_batches": 1, "trainer.max_epochs": 1}
-    return machine.speed_settings(run_dir, "resnet50", **more)
+    changes = {"data.global_batch_size": batch, "trainer.limit_train_batches": 1, "trainer.max_epochs": 1}
+    return machine.speed_settings(run_dir, "resnet50", **changes)
 
 
 CHECKS: tuple[Callable[[Machine], str], ...] = (

@@ -68,7 +68,7 @@ class Machine:
     @cached_property
     def photographs(self) -> Path:
         """train/ with :data:`PHOTOGRAPHS` images (256 if quick) and validation/, for the measurements."""
-        target, wanted = self.scratch / "photographs", 256 if self.quick else PHOTOGRAPHS
+        target, number = self.scratch / "photographs", 256 if self.quick else PHOTOGRAPHS
         source = self.photos
         if source is None:
             source = self.scratch / "generated"
@@ -76,7 +76,7 @@ class Machine:
                 write_files(source / part, picture_files(["blue", "red"], count))
         for part in ("train", "validation"):
             files = sorted((source / part).glob("*/*.jpg"))
-            copies = -(-wanted // len(files)) if part == "train" else 1
+            copies = -(-number // len(files)) if part == "train" else 1
             for file in files:
                 for copy in range(copies):
                     copied = target / part / file.parent.name / f"{copy:03d}-{file.name}"
@@ -84,7 +84,7 @@ class Machine:
                     shutil.copyfile(file, copied)
         return target
 
-    def settings(self, run_dir: Path, **more: object) -> list[str]:
+    def settings(self, run_dir: Path, **changes: object) -> list[str]:
         """Options of a short fit on :attr:`colours`."""
         small: dict[str, object] = {
             "run_dir": run_dir,
@@ -103,9 +103,9 @@ class Machine:
         }
         if self.quick:
             small["trainer.precision"] = "32-true"  # most CPUs emulate bf16, eight times as slow
-        return options(small, **more)
+        return options(small, **changes)
 
-    def speed_settings(self, run_dir: Path, backbone: str, **more: object) -> list[str]:
+    def speed_settings(self, run_dir: Path, backbone: str, **changes: object) -> list[str]:
         """Options of a fit on :attr:`photographs`, without validation."""
         settings: dict[str, object] = {
             "run_dir": run_dir,
@@ -120,7 +120,7 @@ class Machine:
             "trainer.accelerator": self.accelerator,
             "trainer.precision": self.precision,
         }
-        return options(settings, **more)
+        return options(settings, **changes)
 
     @property
     def batch(self) -> int:
@@ -146,8 +146,8 @@ class Machine:
 
     def run_in_process(self, *args: object, **variables: str) -> Outcome:
         """Run a command in its own process."""
-        ended = run(*args, timeout=300, fresh=not self.quick, **variables)
-        return Outcome(ended.returncode, ended.stdout + ended.stderr)
+        result = run(*args, timeout=300, fresh=not self.quick, **variables)
+        return Outcome(result.returncode, result.stdout + result.stderr)
 
 
 def needs_cuda(machine: Machine, why: str) -> None:

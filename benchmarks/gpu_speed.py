@@ -65,8 +65,8 @@ def loader(machine: Machine) -> Iterator[Row]:
     counts = [count for count in WORKERS if count <= machine.cores][: 1 if machine.quick else None]
     folder = _class_folders(machine, 256 if machine.quick else 3000)
     for count in counts:
-        limit, own = (_contender(name, folder, count) for name in ("limit", "job"))
-        yield Row(f"loader, {count} worker(s)", own[-1], "images/s", limit[0], "decode processes")
+        limit, job_speed = (_contender(name, folder, count) for name in ("limit", "job"))
+        yield Row(f"loader, {count} worker(s)", job_speed[-1], "images/s", limit[0], "decode processes")
 
 
 def features(machine: Machine) -> Iterator[Row]:
@@ -76,8 +76,8 @@ def features(machine: Machine) -> Iterator[Row]:
     for name in FEATURES_OF[: 1 if machine.quick else None]:
         forward = _bare_loop(machine, name, trains=False)
         run_dir = machine.scratch / f"features-{name}"
-        more = {"model.milestones": "[1]", "trainer.max_epochs": 1, "features.use": "always"}
-        machine.run_successfully("fit", *machine.speed_settings(run_dir, name, **more))
+        changes = {"model.milestones": "[1]", "trainer.max_epochs": 1, "features.use": "always"}
+        machine.run_successfully("fit", *machine.speed_settings(run_dir, name, **changes))
         report = read_json(run_dir / "report.json")
         seconds, images = report["seconds"], report["images"]
         assert isinstance(seconds, dict)
@@ -109,11 +109,11 @@ def host_waits(machine: Machine) -> Iterator[Row]:
             machine.scratch / f"waits-{epochs}", trainer__max_epochs=epochs, trainer__log_every_n_steps=50
         )
         torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as recorded:
             warnings.simplefilter("always")
             machine.run_successfully("fit", *settings, "--model.milestones=[]", "--trainer.limit_val_batches=0")
         torch.cuda.set_sync_debug_mode("default")
-        counts[epochs] = sum("synchronizing" in str(one.message) for one in caught)
+        counts[epochs] = sum("synchronizing" in str(one.message) for one in recorded)
     yield Row("host waits, an epoch of 4 steps", (counts[3] - counts[1]) / 8, "per step")
 
 
@@ -137,8 +137,8 @@ def time_to_accuracy(machine: Machine) -> Iterator[Row]:
         "trainer.accelerator": machine.accelerator,
     }
     began = time.time()
-    ended = machine.run_in_process("fit", *options(settings))
-    assert ended.returncode == 0, ended.output[-2000:]
+    result = machine.run_in_process("fit", *options(settings))
+    assert result.returncode == 0, result.output[-2000:]
     at = next((wall - began for value, wall in _accuracies(run_dir) if value >= 0.98), None)
     if at is None:
         raise NotMeasured(f"98 % was not reached: {max(value for value, _ in _accuracies(run_dir)):.4f}")
@@ -155,8 +155,8 @@ def checkpoint_stall(machine: Machine) -> Iterator[Row]:
         torch.save(state, machine.scratch / "stock.pt")
         stock = time.monotonic() - began
         stalls = background_save(state, str(machine.scratch / f"stall-{megabytes}"))
-        own = statistics.median(stalls[1:])
-        yield Row(f"checkpoint stall, {megabytes} MB", 1000 * own, "ms", 1000 * stock, "torch.save to the disk")
+        job_stall = statistics.median(stalls[1:])
+        yield Row(f"checkpoint stall, {megabytes} MB", 1000 * job_stall, "ms", 1000 * stock, "torch.save to the disk")
 
 
 def compiled(machine: Machine) -> Iterator[Row]:
@@ -180,11 +180,11 @@ MEASUREMENTS: tuple[Callable[[Machine], Iterator[Row]], ...] = (
 )
 
 
-def _trained(machine: Machine, backbone: str, name: str, **more: object) -> tuple[float, float | None]:
+def _trained(machine: Machine, backbone: str, name: str, **changes: object) -> tuple[float, float | None]:
     """Train three epochs; return images per second of the last one, and GPU utilisation in percent."""
     run_dir = machine.scratch / name
     with _utilisation(machine) as samples:
-        machine.run_successfully("fit", *machine.speed_settings(run_dir, backbone, trainer__max_epochs=3, **more))
+        machine.run_successfully("fit", *machine.speed_settings(run_dir, backbone, trainer__max_epochs=3, **changes))
     speed = scalars(str(run_dir))["train/images_per_second"][-1][1]
     steady = samples[len(samples) // 2 : -5]  # the first half starts up and fills caches, the last 0.5 s shut down
     return speed, statistics.fmean(steady) if steady else None
@@ -328,11 +328,11 @@ def _contender(name: str, folder: Path, workers: int) -> list[float]:
     """Run a contender of data_contenders.py in its own process; return images per second in two epochs."""
     line = [sys.executable, str(HERE / "data_contenders.py"), name, str(folder), str(workers)]
     path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ended = subprocess.run(
+    result = subprocess.run(
         line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     )
-    results = [text.removeprefix("RESULT ") for text in ended.stdout.splitlines() if text.startswith("RESULT ")]
-    assert results, ended.stderr[-2000:]
+    results = [text.removeprefix("RESULT ") for text in result.stdout.splitlines() if text.startswith("RESULT ")]
+    assert results, result.stderr[-2000:]
     speeds: list[float] = json.loads(results[0])
     return speeds
 

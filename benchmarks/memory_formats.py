@@ -156,8 +156,8 @@ def try_layouts(name: str, options: argparse.Namespace, pipe: Any) -> None:
         outputs[label] = (features, gradient)
     (one, grad), (other, other_grad) = outputs["default"], outputs["channels_last"]
     errors = {"features": relative_error(one, other), "gradient": relative_error(grad, other_grad)}
-    wrong = [key for key, value in errors.items() if not value <= TOLERANCE[key]]
-    result = f"{wrong[0]} differ" if wrong else "ok"
+    exceeded = [key for key, value in errors.items() if not value <= TOLERANCE[key]]
+    result = f"{exceeded[0]} differ" if exceeded else "ok"
     pipe.write(json.dumps({"result": result, **{key: f"{value:.1e}" for key, value in errors.items()}}) + "\n")
 
 

@@ -43,8 +43,8 @@ def photographs(folder: Path, train: int, validation: int) -> Path:
     with zipfile.ZipFile(ARCHIVE) as archive:
         for name in sorted(archive.namelist()):
             part, _, file = name.rpartition("/")
-            wanted = train if "/train/" in name else validation
-            if file.endswith(".jpg") and counts.get(part, 0) < wanted // 2:
+            limit = train if "/train/" in name else validation
+            if file.endswith(".jpg") and counts.get(part, 0) < limit // 2:
                 counts[part] = counts.get(part, 0) + 1
                 archive.extract(name, folder)
     return folder / "cats_and_dogs_filtered"
@@ -72,12 +72,12 @@ def job_fit(run_dir: Path, processes: int, *options: str) -> dict[str, Any]:
     seconds = time.time() - began
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
-    known = events.Tags()["scalars"]
+    tags = events.Tags()["scalars"]
     report = json.loads((run_dir / "report.json").read_text())
     return {
         "speeds": [event.value for event in events.Scalars("train/images_per_second")],
         "accuracies": [(e.value, e.wall_time - began) for e in events.Scalars("val/accuracy")]
-        if "val/accuracy" in known
+        if "val/accuracy" in tags
         else [],
         "seconds": seconds,
         "features": report["seconds"]["features"],
@@ -153,7 +153,7 @@ def accuracy_table(folder: Path, data: Path) -> Table:
         validate=True,
     )["epochs"]
     half = "[0.5,0.5,0.5]"
-    own = job_fit(
+    job_run = job_fit(
         folder / "accuracy",
         2,
         *(f"--data.root={data}", f"--model.backbone={BACKBONE}", f"--model.weights={weights}"),
@@ -162,11 +162,13 @@ def accuracy_table(folder: Path, data: Path) -> Table:
         *(f"--data.global_batch_size={BATCH}", "--trainer.accelerator=cpu"),
     )
     goal = peer[-1]["accuracy"]
-    reached = next((at for value, at in own["accuracies"] if value >= goal), None)
+    reached = next((at for value, at in job_run["accuracies"] if value >= goal), None)
     table = Table("", "accuracy", "seconds", title=f"{BACKBONE}, frozen: time to an accuracy", title_justify="left")
     table.add_row(f"tutorial, {FROZEN_EPOCHS} epochs", f"{goal:.4f}", f"{peer[-1]['at']:.0f}")
     table.add_row("job, at the same accuracy", f"{goal:.4f}", f"{reached:.0f}" if reached else "not reached")
-    table.add_row(f"job, {4 * FROZEN_EPOCHS} epochs", f"{own['accuracies'][-1][0]:.4f}", f"{own['seconds']:.0f}")
+    table.add_row(
+        f"job, {4 * FROZEN_EPOCHS} epochs", f"{job_run['accuracies'][-1][0]:.4f}", f"{job_run['seconds']:.0f}"
+    )
     if reached:
         table.caption = f"{peer[-1]['at'] / reached:.1f} times faster"
     return table

@@ -1,4 +1,4 @@
-"""Distributed image-classification training that survives the cloud."""
+"""Distributed training of image classifiers from object stores, with exact resume after preemption."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from job.data.datamodule import ImageDataModule
     from job.errors import JobError
     from job.model.module import TransferLearningModel
-    from job.monitoring.report import Report
+    from job.monitoring.report.content import Report
     from job.predict import MultilabelPrediction, Prediction, Predictor, load
 
 __all__ = [
@@ -31,7 +31,7 @@ _MODULES = {
     "MultilabelPrediction": "job.predict",
     "Prediction": "job.predict",
     "Predictor": "job.predict",
-    "Report": "job.monitoring.report",
+    "Report": "job.monitoring.report.content",
     "TransferLearningModel": "job.model.module",
     "fit": "job.api",
     "load": "job.predict",

@@ -11,7 +11,7 @@ from job.cli.training import TrainingCLI
 from job.cluster import ranks
 from job.cluster.environment import require_ranks
 from job.errors import EXIT_INTERRUPTED, ConfigError, Preempted
-from job.monitoring.report import Report
+from job.monitoring.report.content import Report
 from job.process.signals import Stopped
 from job.train import fit as training
 from job.train.errors import translate_errors

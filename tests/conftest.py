@@ -1,4 +1,4 @@
-"""Real data, in folders and on a real GCS server."""
+"""Fixtures: images in folders and on a real GCS server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stop_signals_as_in_a_terminal() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A node's cache that neither the user nor other sessions have."""
+    """A cache folder for this session of tests only."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         environment.setenv("TEST_INDEXES", str(INDEXES))  # for processes that tests start

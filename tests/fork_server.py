@@ -1,4 +1,4 @@
-"""``python -m job`` in processes that are forked from one that has imported everything, as the launcher's ranks are.
+"""A fork server: ``python -m job`` in processes forked from one with all imports done.
 
 A start costs 0.1 s of CPU instead of 6. For tests of what a run does; the start of the interpreter itself, imports, and
 variables that are read while a library is imported need a process of their own (``fresh=True`` in :mod:`support`).
@@ -54,18 +54,18 @@ _server: Server | None = None
 
 
 class Server:
-    """The server of this process, which ends with it."""
+    """A fork server that ends with this process."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _REQUEST_BYTES)
         self.variables = {name: environment.get(name) for name in FIXED}
         removed = ("PYTHONPATH", "STORAGE_EMULATOR_HOST")
-        with theirs:
+        with server_end:
             self.process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, __file__, str(server_end.fileno())],
                 env={name: value for name, value in environment.items() if name not in removed},
-                pass_fds=[theirs.fileno()],
+                pass_fds=[server_end.fileno()],
                 stdout=subprocess.DEVNULL,
             )
 
@@ -137,11 +137,11 @@ class Process:
         self._ended.set()
 
     def poll(self) -> int | None:
-        """Its exit code, or None while it runs."""
+        """Return the exit code, or None while the process runs."""
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end; returns the exit code.
+        """Wait for the process to exit; return its exit code.
 
         Raises:
             subprocess.TimeoutExpired: it has not ended in ``timeout`` seconds.
@@ -152,7 +152,7 @@ class Process:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
+        """Send a signal to the process, unless it has exited."""
         if self.returncode is None:
             os.kill(self.pid, number)
 
@@ -182,7 +182,7 @@ def _receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
 
 
 def serve(channel: socket.socket) -> dict[str, Any]:
-    """Fork at each request; returns the request, and only in a child. The server itself never returns."""
+    """Fork at each request; return the request in the child only."""
     running: dict[int, tuple[int, int]] = {}  # process ID and pipe for the answers, by pidfd
     poll = select.poll()
     poll.register(channel, select.POLLIN)
@@ -223,7 +223,7 @@ def _answer(pipe: int, number: int) -> None:
 
 
 def _move(descriptors: dict[int, int]) -> None:
-    """Give descriptors the numbers that are the values."""
+    """Renumber file descriptors: keys to values."""
     above = max(256, *descriptors.values()) + 1
     copies = {os.dup2(old, above + n): new for n, (old, new) in enumerate(descriptors.items())}
     for old in descriptors:
@@ -234,7 +234,7 @@ def _move(descriptors: dict[int, int]) -> None:
 
 
 def become(request: dict[str, Any], site_path: list[str]) -> None:
-    """Make this forked process what a new interpreter would be."""
+    """Reset this forked process to the state of a new interpreter."""
     os.chdir(request["cwd"])
     set_environment(request["environment"])
     python_path = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
@@ -247,7 +247,7 @@ def become(request: dict[str, Any], site_path: list[str]) -> None:
 
 
 def set_environment(variables: dict[str, str]) -> None:
-    """Replace all environment variables, and what modules have made of them."""
+    """Replace all environment variables, and the state that modules derive from them."""
     import tempfile
 
     from job import storage
@@ -270,20 +270,20 @@ def prepare_rank_server() -> None:
     """
     from multiprocessing import util
 
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _REQUEST_BYTES)
+    client_end, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    client_end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _REQUEST_BYTES)
     pid = os.fork()
     if pid == 0:
-        ours.close()
-        _run_rank_server(theirs)
-    theirs.close()
+        client_end.close()
+        _run_rank_server(server_end)
+    server_end.close()
     spawn = util.spawnv_passfds
 
     def fork(path: bytes, args: list[str], descriptors: list[int]) -> int:
-        if "multiprocessing.forkserver" not in args[-1] or ours.fileno() < 0:
+        if "multiprocessing.forkserver" not in args[-1] or client_end.fileno() < 0:
             return int(spawn(path, args, descriptors))
-        with ours:
-            _send(ours, {"code": args[-1], "numbers": descriptors, "environment": dict(os.environ)}, descriptors)
+        with client_end:
+            _send(client_end, {"code": args[-1], "numbers": descriptors, "environment": dict(os.environ)}, descriptors)
         return pid
 
     util.spawnv_passfds = fork  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""A bucket that exists as a rule alone: ``generated://CLASSESxIMAGES`` has so many folders of so many images."""
+"""A generated bucket: ``generated://CLASSESxIMAGES`` lists CLASSES folders of IMAGES images each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fsspec.spec import AbstractFileSystem
 
 
 class GeneratedFileSystem(AbstractFileSystem):
-    """Lists like a bucket; every image has its number as content."""
+    """A read-only filesystem; the content of an image is its number."""
 
     protocol = "generated"
     cachable = False

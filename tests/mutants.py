@@ -1,4 +1,4 @@
-"""Damage files of a format and read them by the product's entry points: ``mutants.py READER COUNT FOLDER [SEED]``.
+"""Damage files of a format and read them by job's functions: ``mutants.py READER COUNT FOLDER [SEED]``.
 
 Prints how many mutants ended in anything else than success or a :class:`~job.errors.JobError`.
 """
@@ -51,24 +51,24 @@ def mutant(content: bytes, dice: random.Random) -> bytes:
     """``content`` with a few bits flipped, bytes replaced, parts cut, repeated or moved."""
     data = bytearray(content)
     for _ in range(dice.choice((1, 1, 1, 2, 4, 16))):
-        place, kind = dice.randrange(len(data) + 1), dice.randrange(8)
-        end = min(len(data), place + dice.choice((1, 2, 4, 8, 64, 512)))
-        if kind == 0 and place < len(data):
-            data[place] ^= 1 << dice.randrange(8)
-        elif kind == 1 and place < len(data):
-            data[place] = dice.choice((0, 1, 0x7F, 0x80, 0xFF))
+        start, kind = dice.randrange(len(data) + 1), dice.randrange(8)
+        end = min(len(data), start + dice.choice((1, 2, 4, 8, 64, 512)))
+        if kind == 0 and start < len(data):
+            data[start] ^= 1 << dice.randrange(8)
+        elif kind == 1 and start < len(data):
+            data[start] = dice.choice((0, 1, 0x7F, 0x80, 0xFF))
         elif kind == 2:
-            data[place:end] = dice.randbytes(end - place)
+            data[start:end] = dice.randbytes(end - start)
         elif kind == 3:
-            del data[place:end]
+            del data[start:end]
         elif kind == 4:
-            data[place:place] = dice.choice(TOKENS)
+            data[start:start] = dice.choice(TOKENS)
         elif kind == 5:
-            data[place:end] = dice.choice((b"\xff", b"\0", b"\x7f")) * (end - place)
+            data[start:end] = dice.choice((b"\xff", b"\0", b"\x7f")) * (end - start)
         elif kind == 6:
-            data[place:place] = data[place:end] * dice.choice((1, 3))
+            data[start:start] = data[start:end] * dice.choice((1, 3))
         elif kind == 7 and dice.random() < 0.3:
-            del data[place:]
+            del data[start:]
     return bytes(data)
 
 
@@ -112,15 +112,15 @@ def index_reader(folder: Path, name: str, *, several: bool = False) -> tuple[byt
     def read(content: bytes) -> None:
         (index / name).write_bytes(content)
         if name != "index.json":  # whoever changes the one can change the other
-            told = json.loads(original)
-            told["parts"]["train"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-            (index / "index.json").write_text(json.dumps(told))
+            info = json.loads(original)
+            info["parts"]["train"] |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            (index / "index.json").write_text(json.dumps(info))
         use_index(index, folder / "cache")
 
     return (index / name).read_bytes(), read
 
 
-def table_reader(folder: Path, form: str) -> tuple[bytes, Callable[[bytes], None]]:
+def table_reader(folder: Path, suffix: str) -> tuple[bytes, Callable[[bytes], None]]:
     rows = [
         {
             "uri": f"images/{n}.jpg",
@@ -131,19 +131,19 @@ def table_reader(folder: Path, form: str) -> tuple[bytes, Callable[[bytes], None
         for n in range(ROWS)
     ]
     buffer = io.BytesIO()
-    if form == "parquet":
+    if suffix == "parquet":
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows), buffer, compression="snappy")
-    elif form == "csv":
+    elif suffix == "csv":
         lines = [f'"{row["uri"]}",{row["label"]},{row["split"]},{n}' for n, row in enumerate(rows)]
         buffer.write("\n".join(["uri,label,split,more", *lines, ""]).encode())
     else:
         buffer.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def read(content: bytes) -> None:
-        (folder / f"t.{form}").write_bytes(content)
+        (folder / f"t.{suffix}").write_bytes(content)
         target = folder / "built"
         target.mkdir(exist_ok=True)
-        info = build({"root": [str(folder / f"t.{form}")]}, target, "", "parts")
+        info = build({"root": [str(folder / f"t.{suffix}")]}, target, "", "parts")
         if "val" not in info.parts:
             split(target, 0.2, 0)
         use_index(target, folder / "cache")
@@ -164,24 +164,24 @@ def feature_reader(folder: Path, name: str) -> tuple[bytes, Callable[[bytes], No
     def store() -> FeatureStore:
         return FeatureStore(dataset, folder / "here" / "x", str(folder / "there"), 12, torch.float32)  # type: ignore[arg-type]
 
-    made = store()
-    made.save(0, torch.randn(32, 12), torch.ones(32, dtype=torch.bool), {3: "cannot be read"})
-    made.publish(0)
+    original_store = store()
+    original_store.save(0, torch.randn(32, 12), torch.ones(32, dtype=torch.bool), {3: "cannot be read"})
+    original_store.publish(0)
     chunk, manifest = folder / "there" / "train-000000.safetensors", folder / "there" / "train-000000.json"
-    original, told = chunk.read_bytes(), json.loads(manifest.read_bytes())
+    original, info = chunk.read_bytes(), json.loads(manifest.read_bytes())
     dice = random.Random(0)
 
     def read(content: bytes) -> None:
         if dice.random() < 0.3:
-            manifest.write_bytes(mutant(json.dumps(told).encode(), dice))
+            manifest.write_bytes(mutant(json.dumps(info).encode(), dice))
         else:
             changed = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-            manifest.write_text(json.dumps({**told, **changed}))
+            manifest.write_text(json.dumps({**info, **changed}))
         chunk.write_bytes(content)
-        again = store()
-        if again.published() and again.fetch(0):
-            again.open()
-            again.on_disk()
+        reopened = store()
+        if reopened.published() and reopened.fetch(0):
+            reopened.open()
+            reopened.on_disk()
 
     return original, read
 

@@ -1,4 +1,4 @@
-"""Real images, real processes, TensorBoard's own reader: what the tests are made of."""
+"""Test helpers: images, processes, TensorBoard's own reader."""
 
 from __future__ import annotations
 
@@ -50,17 +50,19 @@ INDEXES = Path(os.environ.get("TEST_INDEXES") or f"{tempfile.gettempdir()}/job-t
 COLOURS = {"blue": (30, 60, 200), "green": (20, 160, 60), "red": (200, 40, 30)}
 
 
-def picture(colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 32), form: str = "JPEG") -> bytes:
-    """A noisy picture of one colour: learnable, and no two alike."""
+def picture(
+    colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (40, 32), file_format: str = "JPEG"
+) -> bytes:
+    """Return a noisy image of one colour; each seed gives another image."""
     noise = np.random.default_rng(seed).normal(0, 25, (size[1], size[0], 3))
     pixels = (np.asarray(colour) + noise).clip(0, 255).astype(np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, form)
+    Image.fromarray(pixels).save(buffer, file_format)
     return buffer.getvalue()
 
 
 class Explosive:
-    """Unpickled, it runs code: it makes the file ``path``."""
+    """An object whose unpickling runs code: it creates the file ``path``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,7 +72,7 @@ class Explosive:
 
 
 def picture_files(classes: list[str], count: int, seed: int = 0) -> dict[str, bytes]:
-    """``CLASS/NNN.jpg`` for ``count`` pictures a class."""
+    """Return ``CLASS/NNN.jpg`` for ``count`` pictures per class."""
     return {
         f"{name}/{n:03d}.jpg": picture(COLOURS[name], seed + 1000 * c + n)
         for c, name in enumerate(classes)
@@ -105,7 +107,7 @@ def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
 
 
 def index_parts(*uris: object, layout: Layout = "parts") -> dict[str, Index]:
-    """The parts of a data set, their index in a folder that the end of the tests removes."""
+    """Index a data set in a folder that is removed after the tests; return its parts."""
     INDEXES.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=INDEXES))
     name = "root" if layout == "parts" else "all"
@@ -114,40 +116,40 @@ def index_parts(*uris: object, layout: Layout = "parts") -> dict[str, Index]:
 
 
 def index_of(uri: object, layout: Layout = "parts") -> Index:
-    """A data set of one part."""
+    """Index a data set of one part."""
     (index,) = index_parts(uri, layout=layout).values()
     return index
 
 
 def read(index: Index, samples: list[int], cache_dir: object = "") -> list[bytes | DataError]:
-    """What samples consist of, or why they cannot be had."""
+    """Read samples: the content of each, or its error."""
     fetcher = Fetcher(index, str(cache_dir))
     return contents(fetcher, fetcher.start(np.asarray(samples)).result())
 
 
 def contents(fetcher: Fetcher, fetched: list[Fetched]) -> list[bytes | DataError]:
-    found: list[bytes | DataError] = []
+    results: list[bytes | DataError] = []
     for each in fetched:
         try:
-            found.append(fetcher.content(each))
+            results.append(fetcher.content(each))
         except DataError as error:
-            found.append(error)
-    return found
+            results.append(error)
+    return results
 
 
-def options(settings: dict[str, object], **more: object) -> list[str]:
-    """Settings as command-line options; ``a__b`` stands for ``a.b``."""
-    merged = {**settings, **{name.replace("__", "."): value for name, value in more.items()}}
+def options(settings: dict[str, object], **changes: object) -> list[str]:
+    """Return settings as command-line options; ``a__b`` stands for ``a.b``."""
+    merged = {**settings, **{name.replace("__", "."): value for name, value in changes.items()}}
     return [f"--{name}={value}" for name, value in merged.items()]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """One thread a process: two share two cores, and sums come out bit for bit."""
+    """Return environment variables with one thread per process, so that sums are bit-equal."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
 
 
 def command(*args: object, processes: int = 0, restarts: int = 0) -> list[str]:
-    """``python -m job …``, by its launcher when ``processes`` is given."""
+    """Return the command ``python -m job …``, with the launcher when ``processes`` is given."""
     job = [sys.executable, "-m", "job"]
     if processes:
         job = ["env", f"LAUNCH_PROCESSES={processes}", f"LAUNCH_RESTARTS={restarts}", *job, "launch"]
@@ -196,7 +198,7 @@ def start(
 def run(
     *args: object, processes: int = 0, timeout: float = 600, fresh: bool = False, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run it to its end, whatever that is."""
+    """Run ``python -m job ARGS`` until it exits."""
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         process = start(
             *args, stdout=stdout, stderr=stderr, processes=processes, fresh=fresh, variables=environment(**variables)
@@ -214,7 +216,7 @@ def run(
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended.
+    """Result of a command.
 
     Attributes:
         returncode: its exit code.
@@ -226,7 +228,7 @@ class Outcome:
 
 
 def run_here(*args: object, threads: int = 1) -> Outcome:
-    """``python -m job ARGS`` in this process, which saves the imports: 10 s of CPU.
+    """Run ``python -m job ARGS`` in this process, which saves 10 CPU seconds of imports.
 
     For what ends in a message, and for short runs in one process. Tests of signals, ranks and environment variables
     need :func:`run`. An exception that would be a traceback is raised.
@@ -246,10 +248,10 @@ def run_here(*args: object, threads: int = 1) -> Outcome:
     return Outcome(code, output.getvalue())
 
 
-def fit_here(folder: Path, **more: object) -> Path:
-    """run_dir of a fit, in this process, on two classes of 10 pictures."""
+def fit_here(folder: Path, **changes: object) -> Path:
+    """Run a fit in this process on two classes of 10 pictures; return its run_dir."""
     colours = write_files(folder / "colours", picture_files(["blue", "red"], 10))
-    result = run_here("fit", *options(TINY, data__root=colours, run_dir=folder / "run", **more))
+    result = run_here("fit", *options(TINY, data__root=colours, run_dir=folder / "run", **changes))
     assert result.returncode == 0, result.output
     return folder / "run"
 
@@ -257,14 +259,14 @@ def fit_here(folder: Path, **more: object) -> Path:
 def run_well(
     *args: object, processes: int = 0, fresh: bool = False, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run it to its end, which must be a good one."""
+    """Run ``python -m job ARGS`` and require exit code 0."""
     result = run(*args, processes=processes, fresh=fresh, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 
 
 def scalars(run_dir: str) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of every scalar, as TensorBoard's own reader finds them below ``run_dir``."""
+    """Return (step, value) of every scalar below ``run_dir``, read by TensorBoard's own reader."""
     with tempfile.TemporaryDirectory() as folder:
         for key in (entry.key for entry in storage.list_files(f"{run_dir}/tensorboard") if "tfevents" in entry.key):
             storage.download(f"{run_dir}/tensorboard/{key}", Path(folder) / key)
@@ -274,13 +276,13 @@ def scalars(run_dir: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def final_weights(run_dir: str) -> dict[str, torch.Tensor]:
-    """What the newest checkpoint holds of the network."""
+    """Return the network's state dict in the newest checkpoint."""
     state: dict[str, torch.Tensor] = checkpoint.load(checkpoint.resolve(f"{run_dir}/checkpoints/last"))["state_dict"]
     return state
 
 
 def assert_same_weights(one: str, other: str) -> None:
-    """The newest checkpoints of two runs agree bit for bit."""
+    """Assert that the newest checkpoints of two runs are bit-equal."""
     first, second = final_weights(one), final_weights(other)
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]

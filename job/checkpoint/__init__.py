@@ -17,6 +17,7 @@ from job.checkpoint.store import (
     remove,
     resolve,
     scan,
+    sha256,
     uncommitted,
     verify,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "remove",
     "resolve",
     "scan",
+    "sha256",
     "uncommitted",
     "verify",
 ]

@@ -28,7 +28,7 @@ from job.checkpoint.store import FOLDER, SUFFIX
 from job.cluster import ranks
 from job.data.datamodule import image_data
 from job.errors import CheckpointError, ConfigError, Preempted
-from job.lightning_internals import batches_done, mark_validation_unfinished
+from job.lightning_internals import mark_validation_unfinished
 from job.resilience.flags import AsyncFlags
 from job.resilience.preemption import Preemption
 
@@ -83,7 +83,7 @@ class Checkpointer(Checkpoint):
 
     def between_steps(self, trainer: pl.Trainer) -> None:
         """Save if a checkpoint is due; stop if any rank has received a signal."""
-        batches = batches_done(trainer)
+        batches = trainer.fit_loop.batch_idx + 1
         due = self._exchange_flags() | self._steps_are_over(trainer.global_step)
         accumulating = batches % trainer.accumulate_grad_batches != 0
         if self._stopping and self._saved is not None and self._saved[0] == trainer.global_step:
@@ -109,7 +109,7 @@ class Checkpointer(Checkpoint):
             return
         self._exchange_flags()
         if self._stopping:
-            self._save(trainer, epoch=trainer.current_epoch, batch=batches_done(trainer))
+            self._save(trainer, epoch=trainer.current_epoch, batch=trainer.fit_loop.batch_idx + 1)
             self._stop(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -187,9 +187,9 @@ class Checkpointer(Checkpoint):
         measured = trainer.callback_metrics if self._validated_at == trainer.global_step else {}
         metrics = {name: float(value) for name, value in measured.items() if name.startswith("val/")}
         if metrics and self.settings.metric not in metrics:
-            known = ", ".join(sorted(metrics)[:20])
+            names = ", ".join(sorted(metrics)[:20])
             raise ConfigError(
-                f"--checkpoint.monitor {self.settings.metric!r} is not logged. There are: {known}. A metric that is "
+                f"--checkpoint.monitor {self.settings.metric!r} is not logged. There are: {names}. A metric that is "
                 "undefined for the validation images is left out, as val/mAP where none of them has a label."
             )
         checkpoint[FORMAT_KEY] = FORMAT
@@ -206,7 +206,7 @@ class Checkpointer(Checkpoint):
         checkpoint[STOPPED_KEY] = bool(trainer.should_stop)
         checkpoint[CALLBACKS_KEY] = callback_settings.settings_of_all(trainer.callbacks)  # type: ignore[attr-defined]
         if metrics:
-            checkpoint[CONFUSION_KEY] = pl_module.confusion
+            checkpoint[CONFUSION_KEY] = pl_module.evaluation.confusion  # type: ignore[union-attr]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -228,7 +228,7 @@ class Checkpointer(Checkpoint):
         self._restore_callbacks(trainer, checkpoint, manifest.epoch)
 
     def _restore_callbacks(self, trainer: pl.Trainer, checkpoint: dict[str, Any], epoch: int) -> None:
-        """Let the configured settings of callbacks hold; a run that a callback ended by the same ones stays ended."""
+        """Keep the configured settings of callbacks; a run stopped by a callback with equal settings stays stopped."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         current = callback_settings.settings_of_all(callbacks)
         callback_settings.keep_configured(checkpoint["callbacks"], callbacks)
@@ -244,8 +244,8 @@ class Checkpointer(Checkpoint):
             trainer.should_stop = True
             if epoch >= (trainer.min_epochs or 0):
                 log.warning(
-                    "a callback (%s) stopped this run after epoch %d; it is complete. To continue training, change the "
-                    "callback's settings in --trainer.callbacks, for example to a larger patience, or remove it.",
+                    "a callback (%s) stopped this run after epoch %d; it is complete. To continue training, choose a "
+                    "larger patience by --early_stopping or in --trainer.callbacks, or remove the callback.",
                     ", ".join(current),
                     epoch,
                 )
@@ -253,5 +253,5 @@ class Checkpointer(Checkpoint):
     def _compatibility(self, trainer: pl.Trainer) -> dict[str, Any]:
         """Settings that a run which resumes must share, by name."""
         data, module = image_data(trainer), cast("Fingerprinted", trainer.lightning_module)
-        own = {"trainer.accumulate_grad_batches": callback_settings.accumulation(trainer)}
-        return {**data.fingerprint(), **module.fingerprint(), **own}
+        accumulation = {"trainer.accumulate_grad_batches": callback_settings.accumulation(trainer)}
+        return {**data.fingerprint(), **module.fingerprint(), **accumulation}

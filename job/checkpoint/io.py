@@ -91,7 +91,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         checkpoint.remove(str(path))
 
     def raise_failure(self) -> None:
-        """Raise what an upload that failed for good raised: a :class:`~job.errors.StorageError` as a rule."""
+        """Raise the exception of an upload that failed permanently, usually a :class:`~job.errors.StorageError`."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -130,10 +130,10 @@ class BackgroundCheckpointIO(CheckpointIO):
             self._buffers.append(buffer)
             return buffer
 
-        taken: dict[str, Any] = apply_to_collection(checkpoint, (Tensor, np.generic, enum.Enum, Path), copy)
+        copied: dict[str, Any] = apply_to_collection(checkpoint, (Tensor, np.generic, enum.Enum, Path), copy)
         if any(buffer.is_pinned() for buffer in self._buffers):
             torch.cuda.synchronize()
-        return taken
+        return copied
 
     def _write(self, snapshot: dict[str, Any], matrix: Tensor | None, uri: str) -> None:
         staged: Path | None = None
@@ -173,7 +173,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         self._retry(lambda: storage.write_bytes(uri, content, self.before_write), waiting)
 
     def _upload(self, staged: Path, uri: str) -> str:
-        """Upload the state; returns its URI, which has another name where the bucket keeps the object that has it."""
+        """Upload the state; returns its URI, with another name where the bucket does not let an object be replaced."""
         names: list[str] = []
         self._retry(lambda: names.append(checkpoint.free_name(uri)), f"the checkpoint {uri} waits")
         name = names[0]
@@ -195,7 +195,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         self._retry(lambda: storage.upload(staged, uri, self.before_write), waiting)
 
     def _stage(self, snapshot: dict[str, Any], name: str) -> Path:
-        """Write the state to a local file, from which it is uploaded, and which stays if that fails."""
+        """Write the state to a local file, which is kept if its upload fails."""
         folder = None
         try:
             folder = temporary.folder("checkpoint")
@@ -241,7 +241,7 @@ _SAFE = (type(None), bool, int, float, complex, str, bytes, Tensor, torch.Size, 
 
 
 def _unsafe(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(path, value) of what a safe loader may refuse."""
+    """(path, value) of values that a safe loader may refuse."""
     if isinstance(value, (dict, list, tuple, set)) and type(value) in (dict, OrderedDict, Counter, list, tuple, set):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _unsafe(item, (*path, str(key)))

@@ -145,14 +145,14 @@ def decode_manifest(uri: str, content: bytes) -> Manifest:
 
 
 def _unknown_fields(content: bytes) -> list[str]:
-    """Further fields of a manifest that has all those of this version; of one that has not, they are damage."""
+    """Unknown fields of a manifest that has all required ones; none for other manifests, which are damaged."""
     try:
         fields = msgspec.json.decode(content, type=dict)
     except MALFORMED:
         return []
-    known = Manifest if "format" in fields else _Format1
-    required = set(known.__struct_fields__[: len(known.__struct_fields__) - len(known.__struct_defaults__)])
-    return sorted(fields.keys() - set(known.__struct_fields__)) if required <= fields.keys() else []
+    schema = Manifest if "format" in fields else _Format1
+    required = set(schema.__struct_fields__[: len(schema.__struct_fields__) - len(schema.__struct_defaults__)])
+    return sorted(fields.keys() - set(schema.__struct_fields__)) if required <= fields.keys() else []
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

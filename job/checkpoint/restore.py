@@ -1,4 +1,4 @@
-"""Restoring a checkpoint into a run: its entries are checked, and whatever they hold, an error is one message."""
+"""Restoring a checkpoint into a run: its entries are untrusted, and any error is one message."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from job.checkpoint.state import (
     manifest_entry,
 )
 from job.errors import CheckpointError, first_line
-from job.lightning_internals import around_restore, loop_counters
+from job.lightning_internals import RESTORE_STEPS, around_restore, loop_counters
 
 _RESTORE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 _PER_PARAMETER = frozenset(
@@ -47,19 +47,18 @@ _PER_PARAMETER = frozenset(
 
 
 def check_restored(trainer: pl.Trainer) -> None:
-    """Check a checkpoint's entries, which may be anything, and translate the errors of restoring them.
+    """Check a checkpoint's untrusted entries, and translate the errors of restoring them.
 
-    A fit checks all that it resumes from.
+    A fit checks all that it resumes from, before the first entry is restored.
     """
-
-    def check(path: str, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == "fit":
-            require_resumable(path, checkpoint, trainer.fit_loop.state_dict())
 
     @contextlib.contextmanager
     def checked(step: str, path: str, checkpoint: dict[str, Any]) -> Iterator[None]:
+        resumes = trainer.state.fn == "fit" and bool(checkpoint)
         try:
-            if step == "restore_training_state" and trainer.state.fn == "fit" and checkpoint:
+            if step == RESTORE_STEPS[0] and resumes:
+                require_resumable(path, checkpoint, trainer.fit_loop.state_dict())
+            if step == "restore_training_state" and resumes:
                 _require_same_structure(trainer, checkpoint)
             yield
             if step == "restore_training_state":
@@ -73,11 +72,11 @@ def check_restored(trainer: pl.Trainer) -> None:
                 "Use an older checkpoint, or the settings that it was written with."
             ) from error
 
-    around_restore(trainer, check, checked)
+    around_restore(trainer, checked)
 
 
 def require_resumable(uri: str, checkpoint: dict[str, Any], expected_loops: dict[str, Any]) -> None:
-    """Check all that a run goes on from, before Lightning restores it.
+    """Check all entries that a resume uses, before Lightning restores them.
 
     Args:
         uri: the checkpoint, for the message.
@@ -174,7 +173,7 @@ def _is_group(group: Any) -> bool:
 
 
 def _require_same_structure(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Hold the states of optimizers and schedulers, which are taken over whole, against those of this run."""
+    """Compare the structure of optimizer and scheduler states, which are restored whole, with this run's."""
     groups = [optimizer.state_dict()["param_groups"] for optimizer in trainer.optimizers]
     saved = [state["param_groups"] for state in checkpoint["optimizer_states"]]
     if different := difference(groups, saved):

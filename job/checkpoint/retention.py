@@ -23,7 +23,7 @@ SECONDS_BETWEEN_REFUSED_REMOVALS = 3600.0
 
 
 class Retention:
-    """Deletes superseded checkpoints; a bucket that refuses it costs room, not the run.
+    """Deletes superseded checkpoints; if the bucket refuses that, warns and continues.
 
     Args:
         settings: say which are kept.
@@ -74,7 +74,7 @@ class Retention:
 
 
 def compare_ranking(trainer: pl.Trainer, run_dir: str, settings: CheckpointSettings) -> None:
-    """Warn where earlier checkpoints of a run were ranked by something else.
+    """Warn if earlier checkpoints of a run were ranked by another metric or on other samples.
 
     Raises:
         CheckpointError: none of them holds the metric.
@@ -87,9 +87,9 @@ def compare_ranking(trainer: pl.Trainer, run_dir: str, settings: CheckpointSetti
     if not measured:
         return
     if not any(monitor in m.metrics for m in measured):
-        known = ", ".join(sorted({name for m in measured for name in m.metrics})[:20])
+        names = ", ".join(sorted({name for m in measured for name in m.metrics})[:20])
         raise CheckpointError(
-            f"the checkpoints in {run_dir} hold no {monitor!r} to be ranked by. They hold: {known}. "
+            f"the checkpoints in {run_dir} hold no {monitor!r} to be ranked by. They hold: {names}. "
             "Choose one of these by --checkpoint.monitor, or another --run_dir."
         )
     before = measured[-1]

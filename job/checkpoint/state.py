@@ -22,7 +22,7 @@ STOPPED_KEY = "stopped"
 CALLBACKS_KEY = "callback_settings"
 """Settings of the user's callbacks, by callback."""
 CLASSIFIER_KEY = "classifier"
-"""What prediction needs to build the network: :class:`~job.model.spec.ClassifierSpec`."""
+"""Description of the network for prediction: :class:`~job.model.spec.ClassifierSpec`."""
 PRECISION_KEY = "precision"
 """Precision of the Trainer."""
 SKIPPED_STEPS_KEY = "skipped_steps"
@@ -64,11 +64,12 @@ def require_lightning_version(uri: str, checkpoint: dict[str, Any]) -> None:
     """Check the entry by which Lightning migrates checkpoints of its earlier versions.
 
     Raises:
-        CheckpointError: it is no version from 2 on, which the first checkpoints of this package were written with.
+        CheckpointError: it is no version from 2.0 on, with which the first checkpoints of this package were written,
+            and from which on Lightning migrates nothing.
     """
     saved = checkpoint.get("pytorch-lightning_version")
     try:
-        usable = isinstance(saved, str) and len(saved) < 100 and Version(saved).major >= 2
+        usable = isinstance(saved, str) and len(saved) < 100 and Version(saved) >= Version("2")
     except InvalidVersion:
         usable = False
     if not usable:

@@ -129,7 +129,7 @@ def uncommitted(run_dir: str) -> list[str]:
 
 
 def resolve(uri: str) -> str:
-    """The state file that a user's ``--ckpt`` means.
+    """The state file that ``--ckpt`` refers to.
 
     A ``….ckpt`` file is itself; ``RUN_DIR/checkpoints/best`` and ``…/last`` are chosen by the
     manifests; a run_dir means its best.
@@ -168,8 +168,20 @@ def load(uri: str) -> dict[str, Any]:
     return require_checkpoint(uri, load_tensors(content, uri, error_type=CheckpointError))
 
 
+def sha256(uri: str) -> str:
+    """SHA-256 of the checkpoint at ``uri``, in hexadecimal: of its manifest where it has one.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+        StorageError: neither can be read.
+    """
+    if storage.exists(manifest_uri(uri)):
+        return decode_manifest(manifest_uri(uri), read_limited(manifest_uri(uri), MAX_BYTES)).sha256
+    return hashlib.sha256(storage.read_bytes(uri)).hexdigest()
+
+
 def verify(run_dir: str, manifest: Manifest) -> None:
-    """Read a checkpoint's bytes and hold them against its manifest.
+    """Read a checkpoint's bytes and compare them with its manifest.
 
     Raises:
         CheckpointError: they differ.
@@ -250,7 +262,7 @@ def confusion_uri(run_dir: str, manifest: Manifest) -> str:
 
 
 def remove(uri: str) -> None:
-    """Delete the checkpoint at ``uri``, its manifest first: a state file alone is none."""
+    """Delete the checkpoint at ``uri``, its manifest first: without it the state file is not a checkpoint."""
     storage.remove(manifest_uri(uri))
     storage.remove(uri + confusion.SUFFIX)
     storage.remove(uri)

@@ -11,12 +11,13 @@ TRAINING_ALIASES = {
     "epochs": "trainer.max_epochs",
     "max_epochs": "trainer.max_epochs",
     "batch_size": "data.global_batch_size",
+    "patience": "early_stopping",
 }
 """Short names of common options of fit."""
 DATA_ALIASES = {"batch_size": "data.global_batch_size"}
 """Short names of common options of tune, validate and test."""
 
-FLAGS = frozenset(["help", "help-all", "version", "print_config", "profile"])
+FLAGS = frozenset(["help", "help-all", "version", "print_config", "profile", "json"])
 """Options without a value; every other option takes the next argument, unless its value follows an equals sign."""
 _SHORT = {"-c": "--config", "-h": "--help"}
 
@@ -35,7 +36,7 @@ def canonical_arguments(
         options: names of the parser's options, without dashes.
         aliases: option by alias; an option of the parser itself takes precedence.
         positional: options that may be given without their name, in this order. The first ones are skipped if
-            the command line gives them by name.
+            the command line gives them by name. A name that ends with "+", the last, takes all that remain.
     """
     aliases = aliases or {}
     canonical: list[str] = []
@@ -58,7 +59,9 @@ def canonical_arguments(
         if name == "config" and equals:
             value = resolve_config(value)
         canonical.append(f"--{name}{equals}{value}")
-    names = [name for name in positional if name not in given]
+    names = [name for name in positional if name.rstrip("+") not in given]
+    if names and names[-1].endswith("+"):  # jsonargparse appends to a list by the same sign
+        names += names[-1:] * (len(bare) - len(names))
     canonical += [f"--{name}={value}" for name, value in zip(names, bare, strict=False)]
     return canonical + bare[len(names) :]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def main(folder: str = ".demo", data: str | None = None, processes: int = 2, fre
                 _run(["predict", "--run_dir", run_dir, "--input", uri])
         announce(
             f"The bucket stays in {folder}/buckets, where its objects are plain files:\n"
-            f"  tensorboard --logdir {folder}/buckets/{run_dir.removeprefix('gs://')}/tensorboard"
+            f"  python -m job tensorboard {shlex.quote(f'{folder}/buckets/' + run_dir.removeprefix('gs://'))}"
         )
 
 

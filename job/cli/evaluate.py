@@ -53,7 +53,8 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
         if trainer.is_global_zero:
             rows = [(name, f"{value:.4f}") for name, value in results[0].items()]
             print_table(["metric", "value"], rows, title=f"{verb} {uri}", right=["value"])
-            matrix = model.confusion
+            assert model.evaluation is not None  # each evaluation ends with one
+            matrix = model.evaluation.confusion
             counts = confusion.as_json(confusion.cells(matrix), len(matrix))
             write_json(
                 storage.join(options["run_dir"], f"{verb}.json"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
-from job.monitoring.report import print_summary
+from job.monitoring.report.summary import print_summary
 from job.train.fit import fit as train
 
 

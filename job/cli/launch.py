@@ -29,7 +29,8 @@ environment variables to set:
   LAUNCH_RESTARTS     Number of times that failed ranks are restarted in place. Default: 0.
   LAUNCH_NODES        Number of nodes of an Indexed Job. Default: 1.
   LAUNCH_COORDINATOR  HOST or HOST:PORT of node 0 of an Indexed Job with several nodes.
-  LAUNCH_ID           Name that distinguishes this job from others with the same coordinator (Indexed Job, TPU).
+  LAUNCH_ID           Name that distinguishes this job from others with the same coordinator (Indexed Job, TPU,
+                      Kubeflow).
   JOB_LOG             text, json or auto, as --log; JOB_LOG_SECONDS is --log_seconds.
   OMP_NUM_THREADS     CPU threads per process. Default: the CPU cores of the container, divided by the processes.
 

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from job import redact
 from job.argparse_internals import actions, option_names
 from job.cli import messages
-from job.cli.arguments import canonical_arguments
+from job.cli.arguments import FLAGS, canonical_arguments
 from job.config import bounded_yaml
 from job.config.import_policy import denied_message, require_permitted, set_parsing_rules
 from job.config.recipes import resolve_config
@@ -147,7 +147,8 @@ def call_with_options(
     """Call ``function`` with its parameters as options.
 
     Args:
-        positional: parameters that may be given without their name, in this order.
+        positional: parameters that may be given without their name, in this order; the last may end with "+", for a
+            list of all that remain.
     """
     parser = function_parser(command, function, positional)
     function(**parser.parse_args(args).as_dict())
@@ -155,7 +156,8 @@ def call_with_options(
 
 def function_parser(command: str, function: Callable[..., None], positional: Sequence[str] = ()) -> Parser:
     """The parser of a command whose options are the parameters of ``function``."""
-    words = ["python -m job", command, *(name.upper() for name in positional), "[options]"]
+    names = [f"{name.removesuffix('s+')}…" if name.endswith("+") else name for name in positional]
+    words = ["python -m job", command, *(name.upper() for name in names), "[options]"]
     parser = Parser(
         prog=f"python -m job {command}",
         usage=" ".join(words),
@@ -164,4 +166,7 @@ def function_parser(command: str, function: Callable[..., None], positional: Seq
         positional=positional,
     )
     parser.add_function_arguments(function)
+    for action in actions(parser):
+        if action.dest in FLAGS and action.default is False:
+            action.nargs, action.const = "?", True  # --json alone, as well as --json=false
     return parser

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from job import storage
+from job import redact, storage
 from job.cli.parser import call_with_options
 from job.cluster import ranks
-from job.data.bad_samples import BadSample, BadSampleLimit, BadSamples
-from job.data.index.access import from_options
+from job.data.bad_samples import BadSampleLimit, BadSamples
+from job.data.index.access import from_options, is_local_uri
 from job.data.index.build import build
+from job.data.index.file import load_index_info
 from job.data.index.index import Index
 from job.data.index.sources.columns import from_option as columns_from_option
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.errors import ConfigError
 from job.process import logs
-from job.process.progress import Progress
-from job.process.terminal import print_table, say
+from job.process.cpus import available_cpus
 from job.storage.local_cache import default_cache_dir, usable_cache_dir
 
-ROWS_SHOWN = 20
-"""Predictions shown on the terminal; all of them go to --output."""
+FileFormat = Literal["jsonl", "parquet"]
+SUFFIXES: dict[str, FileFormat] = {".jsonl": "jsonl", ".parquet": "parquet"}
+INDEX_PART = "all"
 
 
 def predict(args: list[str]) -> None:
@@ -39,8 +37,10 @@ def main(
     run_dir: str | None = None,
     ckpt: str | None = None,
     output: str | None = None,
+    format: FileFormat = "parquet",
+    top_k: int | None = None,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     cache_dir: str | None = None,
     max_bad_samples: int | str = 0,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
@@ -54,13 +54,15 @@ def main(
         input: URI of an image, a folder or prefix, a .zip, .tar or .tar.gz, shards, or a table.
         run_dir: folder of the run; its best checkpoint is used unless --ckpt names another one.
         ckpt: checkpoint file, RUN_DIR/checkpoints/last, or a run_dir, which means its best checkpoint.
-        output: URI of a JSON lines file to write: one object per readable image. With several processes
-            (torchrun), each writes its part, ``….part-RANK-of-WORLD``.
+        output: URI of a .jsonl or .parquet file, or of a folder. A folder is written in parts, by any number of
+            processes; the same command continues what was interrupted.
+        format: of the parts of a folder.
+        top_k: number of most probable classes whose probabilities are written. Default: all.
         batch_size: images per batch.
-        num_workers: number of loader processes.
+        num_workers: number of decoding threads. Default: one per CPU core, divided among the ranks of the node.
         cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
-        max_bad_samples: unreadable images to tolerate per process: a number, or a share of the images ("0.5%"). Each
-            is named; above the limit the command fails.
+        max_bad_samples: unreadable images to tolerate: a number, or a share of the images ("0.5%"). Each is named, and
+            is a row with an error; above the limit the command fails once all images are done.
         max_image_pixels: height times width of the largest image; a larger one is unreadable. Default: 178956970, as
             in Pillow.
         tta: test-time augmentation: hflip averages predictions over horizontal flips.
@@ -68,51 +70,75 @@ def main(
             or a list of them.
         columns: name of the column of a table that names the images, as uri=NAME. Default: the usual names.
     """
-    if batch_size < 1:
-        raise ConfigError(f"--batch_size must be at least 1, not {batch_size}.")
-    if max_image_pixels < 1:
-        raise ConfigError(f"--max_image_pixels must be at least 1, not {max_image_pixels}.")
-    bad = BadSamples(BadSampleLimit.parse(max_bad_samples, "--max_bad_samples"), "--max_bad_samples")
+    for name, value in (("batch_size", batch_size), ("max_image_pixels", max_image_pixels), ("top_k", top_k)):
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1, not {value}.")
+    limit = BadSampleLimit.parse(max_bad_samples, "--max_bad_samples")
     checkpoint_uri = ckpt or run_dir
     if checkpoint_uri is None:
         raise ConfigError("predict needs a checkpoint. Give --run_dir or --ckpt.")
+    file_format = None if output is None else _file_format(output)
+    if output is None and ranks.world_size() > 1:
+        raise ConfigError("several processes need a folder for their predictions. Give --output FOLDER.")
     # torch takes seconds to import: not for --help or a misspelt option.
-    from job.predict import load, predict_index
+    from job.predict.predictor import load
+    from job.predict.run import Reading, predict_to_file, predict_to_folder
+    from job.predict.summary import Totals
+    from job.predict.terminal import print_totals, show
+    from job.predict.work import prepare
 
-    rank, world_size = ranks.rank(), ranks.world_size()
     access = from_options(allow, [input], "--allow")
     table_columns = columns_from_option(columns, "--columns")
-    cache = str(usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser()))
+    cache = usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser())
     predictor = load(checkpoint_uri, tta=tta, max_image_pixels=max_image_pixels)
-    unreadable: list[BadSample] = []
-    lines: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        build({"all": [input]}, Path(folder), cache, "images", access=access, columns=table_columns)
-        index = Index(folder, "all", access)
-        share = len(range(rank, len(index), world_size))
-        with Progress("predict", "images", share, is_shown=rank == 0) as progress:
-            for sample, prediction in predict_index(
-                predictor, index, batch_size=batch_size, num_workers=num_workers, cache_dir=cache, unreadable=unreadable
-            ):
-                lines.append({"uri": index.uri(sample), **prediction.as_json()})
-                progress.update(min(len(lines) + len(unreadable), share))
-    if rank == 0:
-        _print_table(lines, predictor.classes)
+    threads = max(available_cpus() // ranks.local_world_size(), 1) if num_workers is None else num_workers
+    reading = Reading(batch_size, threads, str(cache))
+
+    def list_images(folder: Path) -> None:
+        build({INDEX_PART: [input]}, folder, str(cache), "images", access=access, columns=table_columns)
+
+    if output is not None and file_format is None:
+        request = {
+            "input": redact.identity(input),
+            "model": predictor.fingerprint,
+            "format": format,
+            "top_k": top_k,
+            "tta": tta,
+            "max_image_pixels": max_image_pixels,
+            "columns": columns,
+        }
+        work, folder = prepare(output, request, list_images, batch_size, cache)
+        sources = [source.uri for source in load_index_info(folder).sources]
+        access.require_sources(sources, output, local=is_local_uri(input))
+        index = Index(folder, INDEX_PART, access)
+        own = sum(len(work.samples_of(part)) for part in range(ranks.rank(), work.parts, ranks.world_size()))
+        show(predict_to_folder(predictor, index, reading, output, work, format, top_k), own)
+        if ranks.rank():
+            return
+        totals = Totals.of_folder(output, work, format)
+        totals.write(output, work, predictor.fingerprint)
+    else:
+        with tempfile.TemporaryDirectory(prefix="job-index-") as scratch:
+            list_images(Path(scratch))
+            index = Index(scratch, INDEX_PART, access)
+            batches = predict_to_file(predictor, index, reading, output, file_format or "jsonl", top_k)
+            totals = show(batches, len(index))
+    print_totals(totals, predictor.classes)
     if output is not None:
-        part = output if world_size == 1 else f"{output}.part-{rank:05d}-of-{world_size:05d}"
-        storage.write_text(part, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        logs.report(f"{len(lines)} predictions in {part}", logging.INFO)
-    bad.add(unreadable, {index.part: len(lines) + len(unreadable)})
+        logs.report(f"{totals.images - len(totals.unreadable)} predictions in {output}", logging.INFO)
+    BadSamples(limit, "--max_bad_samples").add(totals.unreadable, {INDEX_PART: totals.images})
 
 
-def _print_table(lines: list[dict[str, Any]], classes: Sequence[str]) -> None:
-    labels = [line["labels"] if "labels" in line else [line["label"]] for line in lines]
-    rows = []
-    for line, names in zip(lines[:ROWS_SHOWN], labels, strict=False):
-        chances = ", ".join(f"{line['probabilities'][name]:.4f}" for name in names)
-        rows.append((line["uri"], ", ".join(names) or "-", chances or "-"))
-    print_table(["image", "class", "probability"], rows, right=["probability"])
-    if len(lines) > ROWS_SHOWN:
-        totals = Counter(name for names in labels for name in names)
-        counts = ", ".join(f"{name} {totals[name]}" for name in classes)
-        say(f"… and {len(lines) - ROWS_SHOWN} more. In all: {counts}")
+def _file_format(output: str) -> FileFormat | None:
+    """The format of a single file, by its suffix; None for a folder.
+
+    Raises:
+        ConfigError: the suffix is that of another format, or there are several processes.
+    """
+    suffix = Path(storage.basename(output)).suffix.lower()
+    form = SUFFIXES.get(suffix)
+    if form is None and suffix in (".csv", ".json", ".txt", ".tsv", ".xlsx", ".gz", ".zip"):
+        raise ConfigError(f"--output {output}: predictions are written as .jsonl or .parquet, or into a folder.")
+    if form is not None and ranks.world_size() > 1:
+        raise ConfigError(f"several processes cannot write one file, --output {output}. Give a folder.")
+    return form

@@ -23,6 +23,7 @@ from job.data.datamodule import ImageDataModule
 from job.features.callback import FeatureSettings
 from job.model.config import ModelConfig
 from job.model.module import TransferLearningModel
+from job.monitoring.settings import MonitoringSettings
 from job.resilience.watchdog import WatchdogSettings
 from job.train.fit import FitSettings
 from job.train.lr_finder import LRFinder
@@ -125,12 +126,19 @@ class TrainingCLI(LightningCLI):
                 "about 30 s in total, and torch elastic kills ranks 30 s after a SIGTERM.",
             )
             parser.add_argument(
+                "--early_stopping",
+                type=int,
+                default=0,
+                help="Stop after this many validations in a row without a better --checkpoint.monitor. 0 disables.",
+            )
+            parser.add_argument(
                 "--profile",
                 action="store_true",
                 help="Record ten steps with torch.profiler to run_dir/profile, and print a summary.",
             )
             parser.add_class_arguments(WatchdogSettings, "watchdog")
             parser.add_class_arguments(FeatureSettings, "features", sub_configs=True)
+            parser.add_class_arguments(MonitoringSettings, "monitoring", sub_configs=True)
         elif self.verb == "tune":
             parser.add_lightning_class_args(LRFinder, "lr_finder")
         else:
@@ -166,7 +174,17 @@ class TrainingCLI(LightningCLI):
     def fit_settings(self) -> FitSettings:
         """The settings of fit besides model and data."""
         options = self.config_init
-        names = ("run_dir", "resume", "grace", "profile", "checkpoint", "features", "watchdog")
+        names = (
+            "run_dir",
+            "resume",
+            "grace",
+            "profile",
+            "checkpoint",
+            "features",
+            "watchdog",
+            "monitoring",
+            "early_stopping",
+        )
         return FitSettings(
             trainer=dict(options["trainer"]), config=self.config_yaml(), **{name: options[name] for name in names}
         )
@@ -174,7 +192,7 @@ class TrainingCLI(LightningCLI):
     def config_yaml(self) -> str:
         """The resolved configuration, for ``--config``; per-attempt options are excluded."""
         config = self.config.clone()
-        for name in ("resume", "grace", "profile", "watchdog", "features"):
+        for name in ("resume", "grace", "profile", "watchdog", "features", "monitoring"):
             config.pop(name, None)
         text: str = self.parser.dump(config, skip_none=False, skip_validation=True)
         return text

@@ -10,7 +10,7 @@ from job.cli.evaluate import EVALUATION_TIMEOUT
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
 from job.model.module import TransferLearningModel
-from job.monitoring.report import print_suggestions
+from job.monitoring.report.summary import print_suggestions
 from job.storage.json_files import write_json
 from job.train.batch_size_finder import BatchSizeFinder
 from job.train.errors import translate_errors

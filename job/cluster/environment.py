@@ -1,11 +1,17 @@
 """Detect the platform, the nodes and the node rank from environment variables.
 
-Sources: torchrun (https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables), Kubeflow
-Trainer's PET_ variables (the PyTorchJob API sets them, too), Vertex AI's CLUSTER_SPEC
-(https://cloud.google.com/vertex-ai/docs/training/distributed-training#cluster-variables), Kubernetes' Indexed
-Job (JOB_COMPLETION_INDEX; https://kubernetes.io/docs/concepts/workloads/controllers/job/#completion-mode), TPU hosts
-as GKE marks them (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES, and for several slices MEGASCALE_*;
-https://cloud.google.com/kubernetes-engine/docs/concepts/tpus).
+Sources:
+
+- torchrun: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables
+- Kubeflow Trainer 2.3 (kubeflow/trainer, pkg/runtime/framework/plugins/torch/torch.go): PET_ variables, in the pods of
+  a JobSet, whose Jobs are Indexed (kubernetes-sigs/jobset, pkg/webhooks/jobset_webhook.go).
+- PyTorchJob of Kubeflow's Training Operator 1.9 (kubeflow/training-operator, pkg/controller.v1/pytorch/envvar.go,
+  master.go, elastic.go): PET_ variables, and RANK of the node; RANK and WORLD_SIZE are not torchrun's there.
+- Vertex AI: https://cloud.google.com/vertex-ai/docs/training/distributed-training#cluster-variables, and the tests of
+  its client (googleapis/python-aiplatform, TestClusterSpec).
+- Indexed Job: https://kubernetes.io/docs/concepts/workloads/controllers/job/#completion-mode
+- TPU hosts on GKE: https://cloud.google.com/kubernetes-engine/docs/concepts/tpus. The source of GKE's webhook is not
+  public; that of its sibling for Ray is (ai-on-gke/kuberay-tpu-webhook, main.go).
 """
 
 from __future__ import annotations
@@ -26,8 +32,14 @@ _MARKER_VARIABLES: dict[str, Platform] = {
     "JOB_COMPLETION_INDEX": "Indexed Job",
 }
 """The variable by which each platform is recognised."""
-_MAY_COEXIST = {"TPU", "Indexed Job"}
-"""TPU hosts are pods of an Indexed Job or a JobSet, whose index is within their slice: the TPU variables win."""
+_MAY_COEXIST: tuple[Platform, ...] = ("TPU", "Kubeflow", "Indexed Job")
+"""Platforms whose variables stand together in one pod, in the order in which they are preferred.
+
+JobSet makes Indexed Jobs, so the pods of Kubeflow Trainer have a JOB_COMPLETION_INDEX, too. TPU hosts are pods of an
+Indexed Job or a JobSet, whose index is within their slice.
+"""
+_VERTEX_POOLS = ("workerpool0", "workerpool1")
+"""Worker pools that train: one machine, node 0, and all others."""
 
 _KUBEFLOW_VARIABLES = (
     *("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"),
@@ -87,13 +99,14 @@ def find_node(environment: Mapping[str, str]) -> Node:
     if "LOCAL_RANK" in environment:
         return _torchrun_worker(environment)
     platforms = {name: platform for name, platform in _MARKER_VARIABLES.items() if name in environment}
-    if len(platforms) > 1 and set(platforms.values()) != _MAY_COEXIST:
+    if len(platforms) > 1 and not set(platforms.values()) <= set(_MAY_COEXIST):
         raise ConfigError(
             f"the environment variables of several platforms ({', '.join(platforms.values())}) are set: "
             f"{', '.join(platforms)}. Unset those of the other platforms."
         )
-    readers = {"Kubeflow": _kubeflow, "Vertex AI": _vertex, "TPU": _tpu, "Indexed Job": _indexed_job}
-    node = readers[next(iter(platforms.values()))](environment) if platforms else _plain(environment)
+    readers = {"Vertex AI": _vertex, "TPU": _tpu, "Kubeflow": _kubeflow, "Indexed Job": _indexed_job}
+    read = next((readers[platform] for platform in readers if platform in platforms.values()), _plain)
+    node = read(environment)
     if not 0 <= node.node_rank < node.nodes:
         settings = _settings(environment, *node.evidence)
         raise ConfigError(f"there is no node {node.node_rank} of {node.nodes} ({settings}).")
@@ -181,7 +194,15 @@ def _torchrun_worker(environment: Mapping[str, str]) -> Node:
 
 
 def _kubeflow(environment: Mapping[str, str]) -> Node:
+    """Trainer's torch plugin and PyTorchJob; PET_NODE_RANK of the former is its pod's JOB_COMPLETION_INDEX."""
+    if ":" in environment["PET_NNODES"]:
+        raise ConfigError(
+            f"PET_NNODES must be a number, not {environment['PET_NNODES']!r}: all nodes train from the start. Remove "
+            "the PyTorchJob's elasticPolicy."
+        )
     nodes = _number(environment, "PET_NNODES")
+    _require_equal(environment, "PET_NODE_RANK", "JOB_COMPLETION_INDEX")
+    _require_equal(environment, "PET_NNODES", "LAUNCH_NODES")
     host, port = environment.get("PET_MASTER_ADDR", ""), environment.get("PET_MASTER_PORT", "")
     if not host and "PET_RDZV_ENDPOINT" in environment:
         host, _, port = environment["PET_RDZV_ENDPOINT"].partition(":")
@@ -199,27 +220,31 @@ def _kubeflow(environment: Mapping[str, str]) -> Node:
         host=host or "localhost",
         port=_port(host, port),
         processes=_processes(environment) or (int(processes) if processes.isdecimal() else 0),
-        run_id=environment.get("PET_RDZV_ID", ""),
-        evidence=_present(environment, *_KUBEFLOW_VARIABLES, "LAUNCH_PROCESSES"),
+        run_id=environment.get("PET_RDZV_ID") or environment.get("LAUNCH_ID", ""),
+        evidence=_present(environment, *_KUBEFLOW_VARIABLES, "LAUNCH_ID", "LAUNCH_PROCESSES"),
     )
 
 
 def _vertex(environment: Mapping[str, str]) -> Node:
-    """Worker pools in their order: pool 0 is one machine, node 0; pool 1 are the others.
+    """Pool 0 is one machine, node 0; pool 1 are the others.
 
-    Pools 2 and 3 are parameter servers and evaluators of other frameworks, and not used here.
+    Pools 2 and 3 (parameter servers or Vertex AI's Reduction Server, evaluators) run other programs.
     """
     try:
         spec = json.loads(environment["CLUSTER_SPEC"])
-        pools, task = spec["cluster"], spec["task"]
-        hosts = [host for pool in sorted(pools) for host in pools[pool]]
-        before = sum(len(pools[pool]) for pool in sorted(pools) if pool < task["type"])
-        node_rank = before + int(task["index"])
+        pools, pool, index = spec["cluster"], spec["task"]["type"], int(spec["task"]["index"])
+        hosts = [host for name in _VERTEX_POOLS for host in pools.get(name, [])]
+        node_rank = index if pool == _VERTEX_POOLS[0] else index + len(pools[_VERTEX_POOLS[0]])
         name, _, port = hosts[0].partition(":")
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(
             f"CLUSTER_SPEC is not as Vertex AI sets it ({error!r}): {environment['CLUSTER_SPEC']}"
         ) from error
+    if pool not in _VERTEX_POOLS:
+        raise ConfigError(
+            f"CLUSTER_SPEC: this machine is of {pool}, and only {' and '.join(_VERTEX_POOLS)} train. Move its replicas "
+            "to the second of workerPoolSpecs."
+        )
     return Node(
         "Vertex AI",
         nodes=len(hosts),
@@ -311,6 +336,11 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 def _require(environment: Mapping[str, str], whose: str, *names: str) -> None:
     if missing := [name for name in names if name not in environment]:
         raise ConfigError(f"{whose} needs {', '.join(missing)}, which is not set.")
+
+
+def _require_equal(environment: Mapping[str, str], one: str, other: str) -> None:
+    if one in environment and other in environment and _number(environment, one) != _number(environment, other):
+        raise ConfigError(f"{_settings(environment, one, other)}: these contradict one another. Unset {other}.")
 
 
 def _present(environment: Mapping[str, str], *names: str) -> dict[str, str]:

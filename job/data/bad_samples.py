@@ -120,9 +120,9 @@ class BadSamples:
         Raises:
             DataError: there are too many, on all ranks.
         """
-        known = {BadSample(*place, line) for place, line in self._lines.items()}
+        own_samples = {BadSample(*place, line) for place, line in self._lines.items()}
         # Ranks may have read a sample at different times, with different errors.
-        self._lines = {(part, sample): line for part, sample, line in sorted(ranks.union(known), reverse=True)}
+        self._lines = {(part, sample): line for part, sample, line in sorted(ranks.union(own_samples), reverse=True)}
         self.limit.require_few(self._lines, sizes, self.option)
 
 

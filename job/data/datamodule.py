@@ -25,6 +25,7 @@ from job.data.index.access import from_options
 from job.data.index.build import build, split
 from job.data.index.file import load_index_info
 from job.data.index.index import Index
+from job.data.index.left_out import LeftOutKind
 from job.data.index.local_copy import materialise
 from job.data.index.parts import Layout
 from job.data.index.sources.columns import from_option as columns_from_option
@@ -146,6 +147,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.seed = seed
         self.parts: dict[str, Index] = {}
         self.absent_parts: dict[str, str] = {}
+        self.left_out: list[LeftOutKind] = []
         self.is_cache_usable = True
         self.cache: SampleCache | None = None
         self.features: dict[str, FeatureStore] = {}
@@ -156,7 +158,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self.parts["train"].classes
 
     def setup(self, stage: str) -> None:
-        """List the data on rank 0, or find its list in run_dir, and give it, or the error, to every rank."""
+        """Index the data on rank 0, or load the index from run_dir, and broadcast it, or the error, to all ranks."""
         self._check_batch_size()
         if self.parts:
             return
@@ -167,6 +169,7 @@ class ImageDataModule(pl.LightningDataModule):
         info = load_index_info(folder)
         self.parts = {part: Index(folder, part, self.access) for part in info.parts}
         self.absent_parts = info.absent
+        self.left_out = info.left_out
         for source in info.sources:
             materialise(source, str(self.cache_dir), self.access)
         self._open_cache()

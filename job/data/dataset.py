@@ -267,9 +267,9 @@ class ImageDataset(Dataset[Batch]):
             current = under_way
             if portion is not None:
                 under_way = self._opened_fetcher().start(portion)
-            contents = current.result()
-            self._mean_bytes = sum(each.size for each in contents) / max(len(contents), 1)
-            yield from contents
+            fetched = current.result()
+            self._mean_bytes = sum(each.size for each in fetched) / max(len(fetched), 1)
+            yield from fetched
 
     def _portions(self, samples: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
         """``samples`` in portions of about :data:`BYTES_AT_ONCE`; most batches are one."""
@@ -303,18 +303,18 @@ class ImageDataset(Dataset[Batch]):
                 for ahead in self._ahead.values():
                     ahead.future.cancel()
                 self._ahead = {}
-            wanted = self._ahead.pop((indices.epoch, indices.batch), None)
-            if wanted is None:
+            portion = self._ahead.pop((indices.epoch, indices.batch), None)
+            if portion is None:
                 first, *rest = self._portions(indices.samples)
-                wanted = _Ahead(fetcher.start(first), 0, rest)
-            held = sum(ahead.size() for ahead in self._ahead.values())
+                portion = _Ahead(fetcher.start(first), 0, rest)
+            bytes_ahead = sum(ahead.size() for ahead in self._ahead.values())
             for number in following:
                 if (indices.epoch, number) in self._ahead:
                     continue
                 first, *rest = self._portions(self.sampler.batch(indices.epoch, number).samples)
                 size = int(self._sizes(first).sum())
-                if held and held + size > BYTES_AHEAD:
+                if bytes_ahead and bytes_ahead + size > BYTES_AHEAD:
                     break
                 self._ahead[indices.epoch, number] = _Ahead(fetcher.start(first), size, rest)
-                held += size
-        return wanted.future, wanted.rest
+                bytes_ahead += size
+        return portion.future, portion.rest

@@ -120,6 +120,20 @@ def decode(content: bytes, at_least: int = 0, max_image_pixels: int = MAX_IMAGE_
         raise _damaged(content, error) from error
 
 
+def from_pillow(image: Image.Image) -> Tensor:
+    """A Pillow image as uint8 [3, H, W], as :func:`decode` returns that of its file.
+
+    Raises:
+        DataError: its file is damaged, or it has no finite value.
+    """
+    try:
+        return torch.from_numpy(_turned(to_rgb(image), orientation(image))).permute(2, 0, 1)
+    except DataError:
+        raise
+    except Exception as error:  # reads the rest of the file
+        raise _damaged(b"", error) from error
+
+
 def _jpeg(content: bytes, at_least: int, max_image_pixels: int) -> Pixels | None:
     """uint8 [H, W, 3]; None for files that Pillow should decode: damaged ones and CMYK."""
     try:

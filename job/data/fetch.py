@@ -123,24 +123,24 @@ class Fetcher:
         return content
 
     def _read(self, samples: list[int]) -> list[Fetched]:
-        wanted = dict(zip(samples, self.index.rows(samples), strict=True))
-        found: dict[int, Fetched] = {}
+        places = dict(zip(samples, self.index.rows(samples), strict=True))
+        fetched: dict[int, Fetched] = {}
         far: dict[int, Sample] = {}
-        for number, sample in wanted.items():
+        for number, sample in places.items():
             reader = self._reader(sample.source)
             if sample.size > LARGEST_MEMBER:
-                found[number] = Fetched(sample, _too_large(sample.size))
+                fetched[number] = Fetched(sample, _too_large(sample.size))
             elif reader.is_local:
-                found[number] = Fetched(sample, self._read_here(reader, sample))
+                fetched[number] = Fetched(sample, self._read_here(reader, sample))
             elif (cached := self.cache.get(self._cache_key(sample)) if self.cache else None) is not None:
-                found[number] = Fetched(sample, cached)
+                fetched[number] = Fetched(sample, cached)
             else:
                 far[number] = sample
         for number, raw in (self._fetch_all(far) if far else {}).items():
             sample = far[number]
             raw = self._checked(sample, raw)
-            found[number] = Fetched(sample, raw, self._store(sample, raw))
-        return [found[number] for number in samples]
+            fetched[number] = Fetched(sample, raw, self._store(sample, raw))
+        return [fetched[number] for number in samples]
 
     def _read_here(self, reader: storage.Reader, sample: Sample) -> bytes | DataError:
         try:
@@ -149,29 +149,29 @@ class Fetcher:
             return self._bad_sample(error, sample.source, sample.key, sample.offset)
         return self._checked(sample, raw)
 
-    def _fetch_all(self, wanted: dict[int, Sample]) -> dict[int, bytes | DataError]:
+    def _fetch_all(self, places: dict[int, Sample]) -> dict[int, bytes | DataError]:
         """The bytes of samples in buckets, by number."""
-        ranges = joined(wanted)
-        contents: dict[Range, bytes | DataError] = {
+        ranges = joined(places)
+        responses: dict[Range, bytes | DataError] = {
             one: self._read_waiting(one) for one in ranges if not self._reader(one.source).is_async
         }
-        if remote := [one for one in ranges if one not in contents]:
+        if remote := [one for one in ranges if one not in responses]:
 
             async def gathered() -> list[bytes | DataError]:
                 return await asyncio.gather(*(self._fetch(one) for one in remote))
 
             answers = asyncio.run_coroutine_threadsafe(gathered(), self._reader(remote[0].source).loop)
-            contents |= zip(remote, answers.result(), strict=True)
-        found: dict[int, bytes | DataError] = {}
-        for one, content in contents.items():
+            responses |= zip(remote, answers.result(), strict=True)
+        results: dict[int, bytes | DataError] = {}
+        for one, content in responses.items():
             for number in one.samples:
-                sample = wanted[number]
+                sample = places[number]
                 start = sample.offset - one.offset
                 if sample.offset >= 0 and isinstance(content, bytes):
-                    found[number] = content[start : start + sample.size]
+                    results[number] = content[start : start + sample.size]
                 else:
-                    found[number] = content
-        return found
+                    results[number] = content
+        return results
 
     def _read_waiting(self, one: Range) -> bytes | DataError:
         try:
@@ -213,15 +213,15 @@ class Fetcher:
         )
         try:
             while tasks:
-                left = deadline - time.monotonic()
+                remaining = deadline - time.monotonic()
                 done, tasks = await asyncio.wait(
-                    tasks, timeout=min(left, patience), return_when=asyncio.FIRST_COMPLETED
+                    tasks, timeout=min(remaining, patience), return_when=asyncio.FIRST_COMPLETED
                 )
                 for task in done:
                     if (error := task.exception()) is None:
                         return task.result()
                     failure = error
-                if not done and left <= patience:
+                if not done and remaining <= patience:
                     break
                 if not done and self._hedged <= HEDGE_SHARE * self._requests:
                     self._hedged += 1
@@ -272,16 +272,16 @@ class Fetcher:
         uri = storage.join(self.index.sources[source].uri, key)
         return DataError(f"cannot be read: {str(error).removeprefix(f'cannot read {uri}: ')}")
 
-    def _changed(self, source: int, offset: int, found: int, expected: int) -> DataError:
-        """The error for one object that has changed since it was listed; of an archive all places are wrong.
+    def _changed(self, source: int, offset: int, size: int, expected: int) -> DataError:
+        """The error for one object that has changed since it was listed; in an archive all offsets are wrong.
 
         Raises:
             StorageError: it is an archive.
         """
         if offset < 0:
-            return DataError(f"has changed since it was listed: {found:,} bytes, {expected:,} then")
+            return DataError(f"has changed since it was listed: {size:,} bytes, {expected:,} then")
         raise StorageError(
-            f"{self.index.sources[source].uri} gives {found:,} bytes, {expected:,} when it was listed: the data "
+            f"{self.index.sources[source].uri} gives {size:,} bytes, {expected:,} when it was listed: the data "
             "changed under the run. Put it back, or start a new run_dir (and make a saved index again by "
             "python -m job index)."
         )

@@ -160,7 +160,7 @@ def _one_core_threads(count: int) -> ThreadPoolExecutor:
 
 @contextlib.contextmanager
 def _without_main(dataset: ImageDataset) -> Iterator[None]:
-    """Keep worker processes that start here from importing the main script, which would run again without its guard.
+    """Keep worker processes from importing the main script, which would run again if it has no ``__main__`` guard.
 
     They need it only for a transform that is defined in it.
     """

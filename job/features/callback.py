@@ -139,9 +139,13 @@ class FeatureCache(Callback):
             dataset = data.dataset(part, ResumableBatchSampler(1, 1, rank=0, world_size=1, seed=0, shuffle=False))
             root = self.settings.uri or storage.join(trainer.default_root_dir, FOLDER)
             store = FeatureStore(dataset, folder, storage.join(root, key), example.shape[1], example.dtype)
-            known = ranks.from_rank_zero(lambda store=store: len(store.published() | store.on_disk()))  # type: ignore[misc]
-            work = len(store.index) * store.variants * (1 - known / max(len(store), 1))
-            if self.settings.use == "auto" and work >= frozen * batches * data.global_batch_size and known < len(store):
+            finished = ranks.from_rank_zero(lambda store=store: len(store.published() | store.on_disk()))  # type: ignore[misc]
+            work = len(store.index) * store.variants * (1 - finished / max(len(store), 1))
+            if (
+                self.settings.use == "auto"
+                and work >= frozen * batches * data.global_batch_size
+                and finished < len(store)
+            ):
                 continue
             stores[part] = store
         if not stores:
@@ -153,10 +157,10 @@ class FeatureCache(Callback):
         return stores
 
     def _key(self, trainer: pl.Trainer, module: TransferLearningModel, part: str, weights: str) -> str:
-        """Everything that a feature follows from, as a hash."""
+        """Hash of everything that the features depend on."""
         data = image_data(trainer)
         preprocessing = data.preprocessing(part)
-        what = (
+        values = (
             weights,
             ranks.from_rank_zero(lambda: content_hash(data.parts[part])),
             module.net.spec()["mean"],
@@ -169,10 +173,10 @@ class FeatureCache(Callback):
             str(module.net.memory_format),
             torch.__version__,
         )
-        return hashlib.sha256(repr(what).encode()).hexdigest()[:20]
+        return hashlib.sha256(repr(values).encode()).hexdigest()[:20]
 
     def _no_room(self, cache_dir: Path, folders: set[Path], needed: int) -> str:
-        """Delete other features to make room; returns why there is too little, the same on all ranks."""
+        """Delete older features to make room; returns the reason if that is not enough, the same on all ranks."""
         problem = set()
         if ranks.local_rank() == 0:
             cache_dir.mkdir(parents=True, exist_ok=True)
@@ -187,18 +191,18 @@ class FeatureCache(Callback):
         return " ".join(sorted(ranks.union(problem)))
 
     def _missing(self, stores: dict[str, FeatureStore]) -> dict[str, list[int]]:
-        """Chunks that no node has, by part; what is only in the bucket or only on a disk is copied to the other."""
+        """Chunks to compute, by part; chunks only in the bucket or only on a disk are copied to the other."""
         missing = {}
         for part, store in stores.items():
             published = ranks.from_rank_zero(store.published)
             here = store.on_disk() if ranks.local_rank() == 0 else set()
             for chunk in sorted(here - published):
                 store.publish(chunk, self.lease.require_held)
-            wanted = sorted(published - here) if ranks.local_rank() == 0 else []
-            damaged = {chunk for chunk in wanted if not store.fetch(chunk, self.lease.require_held)}
-            known = published | {int(chunk) for chunk in ranks.union({str(chunk) for chunk in here})}
-            damaged_anywhere = known & {int(chunk) for chunk in ranks.union({str(chunk) for chunk in damaged})}
-            if absent := sorted(set(range(len(store))) - known | damaged_anywhere):
+            missing_here = sorted(published - here) if ranks.local_rank() == 0 else []
+            damaged = {chunk for chunk in missing_here if not store.fetch(chunk, self.lease.require_held)}
+            stored = published | {int(chunk) for chunk in ranks.union({str(chunk) for chunk in here})}
+            damaged_anywhere = stored & {int(chunk) for chunk in ranks.union({str(chunk) for chunk in damaged})}
+            if absent := sorted(set(range(len(store))) - stored | damaged_anywhere):
                 missing[part] = absent
         return missing
 
@@ -287,7 +291,7 @@ class FeatureCache(Callback):
 
 
 def _features(trainer: pl.Trainer, module: TransferLearningModel, images: Tensor) -> Tensor:
-    """What the backbone gives in a training step, at its precision: float [B, F]."""
+    """Features as in a training step, at its precision: float [B, F]."""
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         return module.net.features(images)
 

@@ -61,7 +61,7 @@ class FeatureStore:
         self._dtype = dtype
         self._valid = torch.empty(0, self.variants, dtype=torch.bool)  # [samples, variants]
         self._bad: dict[int, str] = {}
-        self._sound: set[int] = set()
+        self._intact: set[int] = set()
 
     def __len__(self) -> int:
         return -(-len(self.index) // self.chunk_size)
@@ -79,7 +79,7 @@ class FeatureStore:
 
     def on_disk(self) -> set[int]:
         """Chunks on this node, with verified hashes; a damaged one is removed."""
-        return {chunk for chunk in range(len(self)) if self._is_sound(chunk)}
+        return {chunk for chunk in range(len(self)) if self._is_intact(chunk)}
 
     def save(self, chunk: int, features: Tensor, valid: Tensor, bad: dict[int, str]) -> None:
         """Write a chunk to this node's disk.
@@ -134,7 +134,7 @@ class FeatureStore:
             if len(content) != info.bytes or hashlib.sha256(content).hexdigest() != info.sha256:
                 raise DamagedChunk("its SHA-256 differs from the one beside it")
             self._write(chunk, content, text)
-            if self._is_sound(chunk):
+            if self._is_intact(chunk):
                 return True
         except NewerFormat:
             raise
@@ -211,11 +211,11 @@ class FeatureStore:
     def _manifest_path(self, chunk: int) -> Path:
         return self.folder / self._manifest_name(chunk)
 
-    def _is_sound(self, chunk: int) -> bool:
+    def _is_intact(self, chunk: int) -> bool:
         path, manifest = self._path(chunk), self._manifest_path(chunk)
         if not manifest.exists():
             return False
-        if chunk in self._sound:
+        if chunk in self._intact:
             return True
         try:
             info, _ = self._read_manifest(chunk, str(manifest))
@@ -229,7 +229,7 @@ class FeatureStore:
             manifest.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             return False
-        self._sound.add(chunk)
+        self._intact.add(chunk)
         return True
 
     def _read_manifest(self, chunk: int, uri: str) -> tuple[ChunkInfo, bytes]:

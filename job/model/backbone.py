@@ -13,9 +13,9 @@ import torchvision
 from torch import nn
 
 from job.errors import ConfigError, JobError, WeightsError
-from job.process.log_format import can_redraw
 from job.model.skeleton import WithoutMemory
 from job.model.weights import PretrainedWeights, load_weights
+from job.process.log_format import can_redraw
 
 TIMM = "timm/"
 CONVERTS_IMAGES = ("googlenet", "inception_v3")
@@ -114,9 +114,9 @@ def _whole_state(name: str, image_size: int | None) -> set[str]:
 
 
 def _torchvision(name: str, pretrained: bool, image_size: int | None) -> nn.Module:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=3)
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        close = difflib.get_close_matches(name.lower(), names, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else " Examples: resnet50, efficientnet_b0, vit_b_16."
         raise ConfigError(f"unknown backbone {name!r}.{hint} timm's are named timm/NAME.")
     options: dict[str, Any] = {}

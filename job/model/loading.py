@@ -120,7 +120,7 @@ def restore_module(cls: type[Module], uri: str, device: torch.device, overrides:
     saved = checkpoint.load(uri)
     spec = decode_spec(saved[CLASSIFIER_KEY], uri)
     net = from_spec(saved[CLASSIFIER_KEY], net_state(saved, uri), source=uri, device_type=device.type)
-    known = {each.name for each in fields(ModelConfig)} | set(inspect.signature(cls.__init__).parameters)
+    parameters = {each.name for each in fields(ModelConfig)} | set(inspect.signature(cls.__init__).parameters)
     hyperparameters = saved.get("hyper_parameters")
     arguments = {**(hyperparameters if isinstance(hyperparameters, Mapping) else {}), **overrides}
     described = {
@@ -131,7 +131,7 @@ def restore_module(cls: type[Module], uri: str, device: torch.device, overrides:
         "std": spec.std,
     }
     try:
-        module = cls(**{**{name: value for name, value in arguments.items() if name in known}, **described})
+        module = cls(**{**{name: value for name, value in arguments.items() if name in parameters}, **described})
     except (TypeError, ValueError, ConfigError) as error:
         raise CheckpointError(f"the hyperparameters of {uri} cannot be used: {printable(str(error))}") from error
     module.net = net

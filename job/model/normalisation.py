@@ -38,9 +38,9 @@ def default_normalisation(backbone: str, weights: str | PretrainedWeights) -> No
     """
     if isinstance(weights, PretrainedWeights) and weights.classifier is not None:
         return Normalisation(weights.classifier.mean, weights.classifier.std, f"the run of {weights.uri}")
-    known = _timm(backbone.removeprefix(TIMM)) if backbone.startswith(TIMM) else _torchvision(backbone)
-    if known is not None:
-        return Normalisation(*known, f"the pretrained weights of {backbone}")
+    channels = _timm(backbone.removeprefix(TIMM)) if backbone.startswith(TIMM) else _torchvision(backbone)
+    if channels is not None:
+        return Normalisation(*channels, f"the pretrained weights of {backbone}")
     return Normalisation(IMAGENET_MEAN, IMAGENET_STD, "ImageNet")
 
 

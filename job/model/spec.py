@@ -136,5 +136,7 @@ def require_state(state: Mapping[str, Any], expected: Mapping[str, tuple[int, ..
         if name in state and tuple(state[name].shape) != tuple(shape)
     ]
     if problems:
-        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise CheckpointError(f"{source} does not fit the network that it describes: {printable(problems[0])}{more}.")
+        further = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f"{source} does not fit the network that it describes: {printable(problems[0])}{further}."
+        )

@@ -31,6 +31,9 @@ from job.storage.json_files import read_limited
 log = logging.getLogger(__name__)
 
 FILE = "accounting.json"
+SCALARS = "wall_time"
+"""Group of the scalars, whose name TensorBoard sorts after those of training and validation."""
+
 FORMAT = 2
 """Version of a record; 1 had no ``format`` field."""
 
@@ -132,6 +135,14 @@ def totals(attempts: list[Attempt]) -> dict[str, float]:
     return {"goodput": goodput, "wall": wall, **sums, "other": max(wall - accounted, 0.0)}
 
 
+def shares(attempts: list[Attempt]) -> dict[str, float]:
+    """Goodput, and each part of :func:`totals` as a share of ``wall``, from 0 to 1."""
+    seconds = totals(attempts)
+    goodput, wall = seconds.pop("goodput"), seconds.pop("wall")
+    seconds["recomputed"] = seconds.pop("lost")
+    return {"goodput": goodput, **{name: value / wall if wall else 0.0 for name, value in seconds.items()}}
+
+
 class Accounting(Callback):
     """Measures this attempt, and writes ``accounting.json`` on rank 0.
 
@@ -217,11 +228,11 @@ class Accounting(Callback):
         self.attempt.validation += time.monotonic() - self._validation_began
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the totals so far."""
+        """Log the shares so far."""
         self._end_step(trainer)
         if trainer.is_global_zero:
             self._refresh()
-            values = {f"accounting/{name}": value for name, value in totals(self.attempts).items()}
+            values = {f"{SCALARS}/{name}": value for name, value in shares(self.attempts).items()}
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step - 1)
 

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import google_crc32c
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog, SourceMetadata  # type: ignore[import-untyped]
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 
 PREFIX = "events.out.tfevents."
@@ -113,6 +114,22 @@ class EventWriter(SummaryWriter):
         self._event_files = files
         super().__init__(str(files.folder))
         files.add_event(Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add_encoded_image(self, tag: str, content: bytes, size: tuple[int, int], global_step: int) -> None:
+        """Add the content of a PNG or JPEG file as it is; ``add_image`` would encode pixels as PNG.
+
+        Args:
+            tag: data identifier.
+            content: of the file.
+            size: width and height, in pixels.
+            global_step: step value to record.
+        """
+        image = Summary.Image(width=size[0], height=size[1], colorspace=3, encoded_image_string=content)
+        self.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), global_step)
+
+    def add_summary(self, summary: Summary, step: int) -> None:
+        """Add what a plugin of TensorBoard shows."""
+        self._event_files.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def _get_file_writer(self) -> FileWriter:
         attributes: Any = self  # torch declares them as None

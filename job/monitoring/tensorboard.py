@@ -10,7 +10,6 @@ with versioning or soft delete, and a retention policy refuses them.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from argparse import Namespace
@@ -18,15 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers.logger import Logger
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from tensorboard.plugins.text.summary_v2 import text_pb  # type: ignore[import-untyped]
 
-from job import storage
+from job import redact, storage
 from job.errors import JobError, LeaseError, StorageError, StorageOutage
 from job.monitoring.events import PREFIX, EventFiles, EventWriter, number_of, renumbered
+from job.monitoring.hparams_summary import plain_values, session_start
 from job.process import temporary
 from job.process.periodic import Periodic, call_within
 
@@ -48,11 +48,6 @@ FLUSH_SECONDS = 5.0
 
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for a bucket that does not answer."""
-
-
-def events_uri(run_dir: str) -> str:
-    """``run_dir/tensorboard``, or the folder that Vertex AI reads for the TensorBoard instance of a job."""
-    return os.environ.get("AIP_TENSORBOARD_LOG_DIR") or storage.join(run_dir, "tensorboard")
 
 
 class BucketTensorBoardLogger(Logger):
@@ -84,7 +79,7 @@ class BucketTensorBoardLogger(Logger):
         self.purge_step = purge_step
         self.publish_seconds = max(publish_seconds, 1.0)
         self.before_write = before_write
-        self._writer: SummaryWriter | None = None
+        self._writer: EventWriter | None = None
         self._files: EventFiles | None = None
         self._names: dict[Path, str] = {}
         self._last_number: int | None = None
@@ -112,7 +107,7 @@ class BucketTensorBoardLogger(Logger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> SummaryWriter:
+    def experiment(self) -> EventWriter:
         """The ``SummaryWriter``, for images, histograms and text."""
         with self._opening:
             if self._writer is None:
@@ -127,10 +122,19 @@ class BucketTensorBoardLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Add the configuration as text."""
-        plain = dict(vars(params) if isinstance(params, Namespace) else params)  # Lightning's hparams are a subclass
-        text = yaml.safe_dump(plain, sort_keys=False)
-        self.experiment.add_text("config", "```yaml\n" + text + "```", self.purge_step)
+        """Write the row of this run in the HPARAMS tab; TensorBoard keeps the first one that it reads."""
+        plain = dict(vars(params) if isinstance(params, Namespace) else params)
+        self.add_summary(session_start(plain_values(plain), redact.identity(self.uri)), self.purge_step)
+
+    @rank_zero_only
+    def add_summary(self, summary: Summary, step: int) -> None:
+        """Add what a plugin of TensorBoard shows."""
+        self.experiment.add_summary(summary, step)
+
+    @rank_zero_only
+    def add_text(self, tag: str, markdown: str, step: int) -> None:
+        """Add Markdown under this very tag, where ``SummaryWriter.add_text`` would append to it."""
+        self.add_summary(text_pb(tag, markdown), step)
 
     def save(self) -> None:
         """Nothing: Lightning calls this for every line it logs, and training must not wait for a bucket."""
@@ -188,7 +192,7 @@ class BucketTensorBoardLogger(Logger):
             temporary.remove(self._files.folder)
             self._files = None
 
-    def _open(self) -> SummaryWriter:
+    def _open(self) -> EventWriter:
         local = self._is_local
         if self._files is None:
             folder = Path(storage.filesystem(self.uri)[1]) if local else temporary.folder("tensorboard")

@@ -11,7 +11,7 @@ from job.process import temporary
 
 
 def end_process(code: int) -> NoReturn:
-    """End the process now: threads and process groups of a run that failed may wait for what never comes."""
+    """End the process now: threads and process groups of a failed run may wait forever."""
     flush_output()
     temporary.remove_all()
     os._exit(code)

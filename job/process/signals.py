@@ -178,8 +178,8 @@ class StopSignals:
         poll = select.poll()
         poll.register(self._reader, select.POLLIN | select.POLLHUP)
         while True:
-            left = None if self._deadline is None else max(self._deadline - time.monotonic(), 0)
-            if not poll.poll(None if left is None else 1000 * left) and self._deadline is not None:
+            remaining = None if self._deadline is None else max(self._deadline - time.monotonic(), 0)
+            if not poll.poll(None if remaining is None else 1000 * remaining) and self._deadline is not None:
                 self._end(
                     f"could not stop cleanly within {self.grace or 0:.0f} s of the signal: a restart resumes from "
                     "the last committed checkpoint, if there is one.",

@@ -1,4 +1,4 @@
-"""Temporary folders that are deleted however a process ends, and whose owner is known while it lives.
+"""Temporary folders that are deleted however a process ends, each with a record of its owner.
 
 A folder ``job-KIND-XXXXXXXX`` in ``TMPDIR`` holds a file that its process keeps locked. The kernel drops the lock of a
 killed process, so that :func:`delete_stale` of a later attempt deletes them, even from another container that shares

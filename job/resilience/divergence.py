@@ -13,7 +13,7 @@ from job.errors import DivergedError
 
 @contextlib.contextmanager
 def last_checkpoint_named(run_dir: str, io: BackgroundCheckpointIO) -> Iterator[None]:
-    """Add the last good checkpoint and the ways to go on to a :class:`~job.errors.DivergedError`.
+    """Add the last good checkpoint and the ways to continue to a :class:`~job.errors.DivergedError`.
 
     Raises:
         DivergedError: with all of it, the same on every rank.

@@ -326,7 +326,7 @@ class Lease:
 
 
 def _clock() -> float:
-    """Seconds that go on while the machine is suspended and the process stopped."""
+    """Seconds of a clock that runs while the machine is suspended or the process stopped."""
     if hasattr(time, "CLOCK_BOOTTIME"):
         return time.clock_gettime(time.CLOCK_BOOTTIME)
     return time.monotonic()

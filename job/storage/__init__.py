@@ -1,4 +1,4 @@
-"""Files on any fsspec filesystem: the only package that knows buckets from disks.
+"""Files on any fsspec filesystem: the only package that distinguishes buckets from disks.
 
 Every function takes a URI (``gs://``, ``s3://``, ``http(s)://``, ``memory://``, ``file://``) or a
 plain path, and raises :class:`~job.errors.StorageError` with that URI in it, or its kind

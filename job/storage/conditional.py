@@ -58,7 +58,7 @@ def remove_if(uri: str, version: str) -> bool:
 
 
 def weakness(uri: str) -> str | None:
-    """What conditional writes at ``uri`` do not protect from, as a clause for a message; None: they are complete."""
+    """Limit of the protection by conditional writes at ``uri``, as a clause for a message; None: there is none."""
     store, path = store_of(uri)
     with translate_errors(uri, "write"):
         return store.conditional_write_weakness(path)

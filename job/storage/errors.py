@@ -35,7 +35,7 @@ class NotFound(StorageError):
 
 
 class Kind(enum.Enum):
-    """What kind of failure an exception reports."""
+    """Kinds of storage failures."""
 
     DENIED = "the account may not do this"
     MISSING = "there is no such object"

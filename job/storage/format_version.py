@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 
 MALFORMED = (ValueError, RecursionError)
-"""What msgspec raises of content that is no JSON, nests too deep or does not have the expected type."""
+"""Exceptions of msgspec for content that is not JSON, nests too deep or does not have the expected type."""
 
 
 class Versioned(msgspec.Struct, frozen=True):

@@ -204,7 +204,7 @@ def download_verified(uri: str, target: Path) -> None:
 
 
 def retry(action: Callable[[], None], seconds: float, waiting: str) -> None:
-    """Do ``action``, again and again for ``seconds`` while the bucket is in trouble, with jittered backoff.
+    """Call ``action``; retry transient errors for ``seconds``, with jittered backoff.
 
     The filesystems themselves retry a request several times first.
 

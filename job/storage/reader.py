@@ -56,7 +56,7 @@ class Reader:
         """
         with translate_errors(self._uri(key), "read"), translate_unknown():
             if self.is_async:
-                content: bytes = sync(self.loop, self._fetch_until_sound, key, start, length)
+                content: bytes = sync(self.loop, self._fetch_verified, key, start, length)
                 return content
             return self.store.read(self._path(key), self._uri(key), start, length, self.largest)
 
@@ -77,7 +77,7 @@ class Reader:
                 return await self._fetch_whole(key, size)
             return await self.store.fetch_range(self._path(key), start, length)
 
-    async def _fetch_until_sound(self, key: str, start: int, length: int | None) -> bytes:
+    async def _fetch_verified(self, key: str, start: int, length: int | None) -> bytes:
         """:meth:`fetch`; content that does not match its checksum is requested again."""
         for pause in (0.1, 1.0, 4.0):
             try:

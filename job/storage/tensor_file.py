@@ -63,8 +63,8 @@ def _below_root(name: str) -> str:
 def _reason(error: Exception) -> str:
     """One line, without torch's advice to load unsafely and without escape sequences."""
     text = str(error)
-    if found := re.search(r"GLOBAL ([\w.]+)", text):
-        return f"it holds an object made by {found[1]}, and only tensors and plain values are loaded."
+    if match := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it holds an object made by {match[1]}, and only tensors and plain values are loaded."
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [line for line in text.splitlines() if line.strip() and "weights_only" not in line]
     line = printable((lines or [""])[0])
@@ -73,5 +73,5 @@ def _reason(error: Exception) -> str:
 
 def printable(text: str, length: int = 200) -> str:
     """Text from a file for a message, with line breaks and control characters escaped."""
-    shown = escape(text[:length])
-    return shown if len(text) <= length else f"{shown}…"
+    escaped = escape(text[:length])
+    return escaped if len(text) <= length else f"{escaped}…"

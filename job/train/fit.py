@@ -17,14 +17,18 @@ from job.features.callback import FeatureSettings
 from job.model.config import ModelConfig
 from job.model.module import TransferLearningModel
 from job.model.tasks import TASKS
-from job.monitoring.report import Report, report_of
-from job.monitoring.tensorboard import BucketTensorBoardLogger, events_uri
+from job.monitoring.event_folders import events_uri
+from job.monitoring.report.content import Report
+from job.monitoring.report.writer import report_of
+from job.monitoring.settings import MonitoringSettings
+from job.monitoring.tensorboard import BucketTensorBoardLogger
 from job.process import temporary
 from job.resilience import attempts
 from job.resilience.divergence import last_checkpoint_named
 from job.resilience.lease import Lease
 from job.resilience.preemption import Preemption
 from job.resilience.watchdog import Watchdog, WatchdogSettings
+from job.train.early_stopping import require_possible
 from job.train.errors import translate_errors
 from job.train.trainer import training_trainer
 
@@ -48,6 +52,8 @@ class FitSettings:
         checkpoint: when checkpoints are taken.
         features: whether the features of a frozen backbone are cached.
         watchdog: limits of a step.
+        monitoring: what TensorBoard and the report show.
+        early_stopping: validations in a row without a better checkpoint after which training ends; 0 disables.
         ends_hanging_process: let the watchdog end this process, not only print its stacks.
         ends_at_second_interrupt: end this process at a second Ctrl-C, instead of raising Stopped.
     """
@@ -61,8 +67,13 @@ class FitSettings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
     watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
+    monitoring: MonitoringSettings = field(default_factory=MonitoringSettings)
+    early_stopping: int = 0
     ends_hanging_process: bool = True
     ends_at_second_interrupt: bool = True
+
+    def __post_init__(self) -> None:
+        require_possible(self.early_stopping, self.trainer)
 
 
 def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Report:
@@ -111,6 +122,8 @@ def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Re
                 config=settings.config,
                 checkpoint=ranking,
                 features=settings.features,
+                monitoring=settings.monitoring,
+                early_stopping=settings.early_stopping,
                 profile=settings.profile,
                 io=io,
                 watchdog=watchdog,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ProgressBar
+from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.strategies import DDPStrategy
 
 from job.checkpoint.callback import Checkpointer
@@ -20,19 +20,31 @@ from job.config.run_config import SavedConfig
 from job.config.trainer_options import cluster_environment, listed
 from job.errors import ConfigError
 from job.features.callback import FeatureCache, FeatureSettings
-from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers
+from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers, log_last_steps
 from job.model.sync_batchnorm import require_synchronisable
 from job.monitoring.accounting import Accounting
+from job.monitoring.advisor import Advisor
+from job.monitoring.event_folders import events_uri
+from job.monitoring.gradient_norm import GradientNorm
+from job.monitoring.hyperparameters import HyperparameterWriter
+from job.monitoring.learning_rates import LearningRates
+from job.monitoring.pictures import Pictures
 from job.monitoring.profile import Profile
 from job.monitoring.progress import LogPosition, TrainerProgress, TuningProgress
-from job.monitoring.report import ReportWriter
-from job.monitoring.tensorboard import BucketTensorBoardLogger, events_uri
+from job.monitoring.recorder import ValidationRecorder
+from job.monitoring.report.files import EarlierReport
+from job.monitoring.report.writer import ReportWriter
+from job.monitoring.run_text import RunText
+from job.monitoring.settings import MonitoringSettings
+from job.monitoring.system import SystemMonitor
+from job.monitoring.tensorboard import BucketTensorBoardLogger
 from job.monitoring.vertex import VertexMetricReporter
 from job.resilience.lease import Lease
 from job.resilience.lease_check import LeaseCheck
 from job.resilience.preemption import Preemption
 from job.resilience.watchdog import Watchdog
 from job.train.batch_size_finder import BatchSizeFinder
+from job.train.early_stopping import make_early_stopping
 from job.train.lr_finder import LRFinder
 from job.train.precision import announce, automatic_precision, uses_cuda
 
@@ -46,6 +58,8 @@ def training_trainer(
     config: str,
     checkpoint: CheckpointSettings,
     features: FeatureSettings,
+    monitoring: MonitoringSettings,
+    early_stopping: int,
     profile: bool,
     io: BackgroundCheckpointIO,
     watchdog: Watchdog,
@@ -61,6 +75,8 @@ def training_trainer(
         config: the resolved configuration, as YAML.
         checkpoint: when checkpoints are taken.
         features: whether the features of a frozen backbone are cached.
+        monitoring: what TensorBoard and the report show.
+        early_stopping: validations without a better checkpoint after which training ends; 0 disables.
         profile: record a few steps by torch's profiler.
         io: writes checkpoints.
         watchdog: ends this process if it hangs.
@@ -71,26 +87,48 @@ def training_trainer(
     checkpointer = Checkpointer(checkpoint, run_dir, io, preemption)
     cache = FeatureCache(features, preemption, watchdog, lease)
     accounting = Accounting(checkpointer, cache, lease.require_held)
+    earlier = EarlierReport(run_dir)
+    recorder = ValidationRecorder(accounting, earlier.history)
+    advisor = Advisor(lambda: recorder.records)
+    report = ReportWriter(
+        accounting,
+        recorder,
+        earlier,
+        settings=monitoring,
+        config=config,
+        advice=lambda: advisor.advice,
+        before_write=lease.require_held,
+    )
     callbacks: list[Callback] = [
         SavedConfig(config, lease.require_held),
-        LearningRateMonitor(logging_interval="step"),
+        LearningRates(),
+        GradientNorm(monitoring.gradient_norm),
         accounting,
-        ReportWriter(accounting, lease.require_held),
+        recorder,
+        advisor,
+        SystemMonitor(),
+        HyperparameterWriter(config, checkpoint, logger),
+        report,
+        RunText(config, report, logger),
+        Pictures(monitoring, logger),
         VertexMetricReporter(checkpoint.metric),
         watchdog,
         LeaseCheck(lease),
         checkpointer,
     ]
+    if early_stopping:
+        callbacks.append(make_early_stopping(early_stopping, checkpoint))
     if not xla.is_wanted(str(settings.get("accelerator"))):  # its batches lie in shares on the chips
         callbacks.append(cache)
     step_hooks: list[StepHook] = [accounting.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps]
     if profile:
-        recorder = Profile(checkpointer, lease.require_held)
-        callbacks.append(recorder)
-        step_hooks.insert(0, recorder.between_steps)
+        profiler = Profile(checkpointer, lease.require_held)
+        callbacks.append(profiler)
+        step_hooks.insert(0, profiler.between_steps)
     trainer = _trainer(settings, callbacks, [io], logger, run_dir)
     disable_signal_handlers(trainer)
     add_step_hooks(trainer, step_hooks)
+    log_last_steps(trainer)
     check_restored(trainer)
     return trainer
 

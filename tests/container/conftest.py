@@ -1,4 +1,4 @@
-"""The cpu image, built from the real Dockerfile, and pods of the real manifests as containers that know one another."""
+"""Fixtures: the CPU image, built from the Dockerfile, and the pods of the manifests as containers on one network."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def podman(tmp_path_factory: pytest.TempPathFactory) -> Podman:
-    """Podman and buildah with a configuration that also works inside of a container."""
+    """Podman and buildah, configured to run also inside a container."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     file = tmp_path_factory.mktemp("podman") / "containers.conf"
     file.write_text(
@@ -43,12 +43,12 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Podman:
 
 @pytest.fixture(scope="session")
 def image(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The cpu target, removed afterwards; ``JOB_TEST_IMAGE`` names one that is built already.
+    """The image's cpu target, removed afterwards; ``JOB_TEST_IMAGE`` names a prebuilt one.
 
     PyPI has torch with CUDA alone: so it is larger here than with the index that the Dockerfile names.
     """
-    if given := os.environ.get("JOB_TEST_IMAGE"):
-        yield given
+    if built := os.environ.get("JOB_TEST_IMAGE"):
+        yield built
         return
     dockerfile = REPOSITORY / "docker" / "Dockerfile"
     base = re.search(r"^ARG BASE=(\S+)$", dockerfile.read_text(), re.MULTILINE)
@@ -69,7 +69,7 @@ def image(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def stand_in(podman: Podman, name: str, folder: Path) -> None:
-    """Debian with its own Python under the base image's name, for where no registry is in reach."""
+    """Tag a Debian image with the base image's name, for machines without access to a registry."""
     root = folder / "root"
     packages = "ca-certificates,python3,python3-pip,python3-venv"
     podman.call("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", root, timeout=600)
@@ -80,7 +80,7 @@ def stand_in(podman: Podman, name: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cluster(podman: Podman, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """An empty one; at the end all its containers are removed."""
+    """A network without containers; at the end all containers are removed."""
     cluster = Cluster(podman, image, tmp_path_factory.mktemp("volumes"))
     podman("network", "create", cluster.network)
     yield cluster

@@ -28,11 +28,11 @@ class Podman:
         return self.call("podman", *words, check=check, timeout=timeout)
 
     def call(self, *words: object, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run any command; with ``check`` its failure is the test's, with what it printed."""
+        """Run a command; with ``check``, fail the test with its output if it fails."""
         line = [str(word) for word in words]
-        done = subprocess.run(line, capture_output=True, text=True, env=self.environment, timeout=timeout)
-        assert not check or done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done
+        result = subprocess.run(line, capture_output=True, text=True, env=self.environment, timeout=timeout)
+        assert not check or result.returncode == 0, f"{line}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+        return result
 
 
 @dataclass
@@ -90,13 +90,13 @@ class Cluster:
         return hostname
 
     def remove(self, name: str) -> None:
-        """Take the container away, as when its pod is replaced."""
+        """Remove the container, as when its pod is replaced."""
         self.podman("rm", "--force", "--time", 0, name, check=False)
 
     def log(self, name: str) -> str:
-        """What it has printed."""
-        done = self.podman("logs", name, check=False)
-        return done.stdout + done.stderr
+        """Return the container's output."""
+        result = self.podman("logs", name, check=False)
+        return result.stdout + result.stderr
 
     def wait_for(self, name: str, text: str, seconds: float = 240) -> None:
         """Wait until the container has printed ``text``."""
@@ -108,5 +108,5 @@ class Cluster:
             time.sleep(0.5)
 
     def exit_code(self, name: str, seconds: float = 300) -> int:
-        """Wait for its end."""
+        """Wait for the container to exit; return its exit code."""
         return int(self.podman("wait", name, timeout=seconds).stdout)

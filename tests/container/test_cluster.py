@@ -29,7 +29,7 @@ def start_nodes(cluster: Cluster) -> list[str]:
 
 
 def run_job(cluster: Cluster, *args: str) -> str:
-    """Another command of the job in a container beside the bucket."""
+    """Run a command in a container on the bucket's network; return its output."""
     emulator = ["--env=STORAGE_EMULATOR_HOST=http://bucket:4443", "--env=GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT=false"]
     limits = ["--read-only", "--tmpfs=/tmp:rw,mode=1777", f"--network={cluster.network}"]
     return cluster.podman("run", "--rm", *emulator, *limits, cluster.image, *args, timeout=300).stdout
@@ -57,14 +57,14 @@ def test_preempted_and_resumed(cluster: Cluster, bucket: str) -> None:
 
 def test_the_model_predicts(cluster: Cluster, bucket: str) -> None:
     assert "│ good" in run_job(cluster, "checkpoints", "verify", RUN_DIR)
-    told = run_job(cluster, "predict", "--ckpt", RUN_DIR, "--input", "gs://demo/digits/7")
-    answers = {label: int(count) for label, count in re.findall(r"(\d) (\d+)", told.partition("In all: ")[2])}
-    assert sum(answers.values()) == 179, told
+    output = run_job(cluster, "predict", "--ckpt", RUN_DIR, "--input", "gs://demo/digits/7")
+    answers = {label: int(count) for label, count in re.findall(r"(\d) (\d+)", output.partition("In all: ")[2])}
+    assert sum(answers.values()) == 179, output
     assert answers["7"] / 179 > 0.9
 
 
-def test_tensorboard_reads_it_from_the_bucket(cluster: Cluster, bucket: str) -> None:
-    """k8s/tensorboard's container, with this bucket in the place of its own."""
+def test_tensorboard_reads_events_from_the_bucket(cluster: Cluster, bucket: str) -> None:
+    """The container of k8s/tensorboard, with the test's bucket."""
     (deployment,) = of_kind(rendered("tensorboard"), "Deployment")
     pod = copy.deepcopy(deployment["spec"]["template"]["spec"])
     (container,) = pod["containers"]
@@ -84,5 +84,5 @@ def test_tensorboard_reads_it_from_the_bucket(cluster: Cluster, bucket: str) -> 
             time.sleep(1)
         print(json.dumps(runs))
     """
-    told = cluster.podman("exec", name, "python", "-c", script).stdout
-    assert "val/accuracy" in told, told + cluster.log(name)
+    runs = cluster.podman("exec", name, "python", "-c", script).stdout
+    assert "val/accuracy" in runs, runs + cluster.log(name)

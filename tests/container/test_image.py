@@ -1,4 +1,4 @@
-"""What is in the image, and what is not."""
+"""Contents of the image."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ LIMITS = [
 
 
 def inside(podman: Podman, image: str, script: str) -> str:
-    """What a shell in the image prints."""
+    """Return the output of a shell script in the image."""
     return podman("run", *LIMITS, "--entrypoint", '["sh", "-c"]', image, script).stdout
 
 
-def test_hadolint_has_nothing_to_say() -> None:
+def test_hadolint_reports_nothing() -> None:
     line = [Path(sys.executable).parent / "hadolint", REPOSITORY / "docker" / "Dockerfile"]
-    done = subprocess.run(line, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    result = subprocess.run(line, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_the_entrypoint_is_the_job(podman: Podman, image: str) -> None:
+def test_the_entrypoint_runs_job(podman: Podman, image: str) -> None:
     assert "python -m job COMMAND" in podman("run", *LIMITS, image).stdout
-    done = podman("run", *LIMITS, image, "launch", "fit", "--run_dir=/tmp/run", "--data.root=/nowhere", check=False)
-    assert done.returncode == 2
-    assert "/nowhere" in done.stderr
-    assert "Traceback" not in done.stderr
+    result = podman("run", *LIMITS, image, "launch", "fit", "--run_dir=/tmp/run", "--data.root=/nowhere", check=False)
+    assert result.returncode == 2
+    assert "/nowhere" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
-def test_it_holds_no_tools(podman: Podman, image: str) -> None:
+def test_the_image_has_no_build_tools(podman: Podman, image: str) -> None:
     tools = "gcc cc make git /opt/venv/bin/pip"
-    found = inside(podman, image, f"id -u; id -g; for tool in {tools}; do command -v $tool; done; ls -A /tmp; true")
-    assert found.split() == ["10001", "10001"]
+    output = inside(podman, image, f"id -u; id -g; for tool in {tools}; do command -v $tool; done; ls -A /tmp; true")
+    assert output.split() == ["10001", "10001"]
     assert inside(podman, image, "command -v python") == "/opt/venv/bin/python\n"
     assert inside(podman, image, "touch /x || echo read-only").strip() == "read-only"
     packages = inside(podman, image, "ls /opt/venv/lib/python3.11/site-packages /opt/app")
@@ -50,29 +50,29 @@ def test_it_holds_no_tools(podman: Podman, image: str) -> None:
     assert "\npytest\n" not in packages
 
 
-def test_it_says_what_it_is(podman: Podman, image: str) -> None:
-    (described,) = json.loads(podman("image", "inspect", image).stdout)
-    labels, config = described["Labels"], described["Config"]
+def test_image_labels_user_and_history(podman: Podman, image: str) -> None:
+    (metadata,) = json.loads(podman("image", "inspect", image).stdout)
+    labels, config = metadata["Labels"], metadata["Config"]
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
     assert labels["org.opencontainers.image.revision"] == "abc"
     assert config["User"] == "10001:10001"
     assert config["Entrypoint"][0] == "dumb-init"
     assert "Healthcheck" not in config
-    history = json.dumps([described["History"], config["Env"]])
+    history = json.dumps([metadata["History"], config["Env"]])
     for secret in ("index-url=", "@", "TOKEN", "PASSWORD"):
         assert secret not in history
     assert inside(podman, image, "cat /etc/pip.conf 2>/dev/null || true") == ""
 
 
-def test_its_bill_of_materials_is_what_was_pinned(podman: Podman, image: str) -> None:
-    bill = json.loads(inside(podman, image, "cat /opt/venv/sbom.json"))
-    held = {
-        item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in bill["installed"]
+def test_installed_versions_are_the_pinned_ones(podman: Podman, image: str) -> None:
+    sbom = json.loads(inside(podman, image, "cat /opt/venv/sbom.json"))
+    installed = {
+        item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in sbom["installed"]
     }
     lines = (REPOSITORY / "constraints.txt").read_text().lower().splitlines()
     pinned = dict(line.split("==") for line in lines if "==" in line)
     pinned = {name.replace("_", "-"): version for name, version in pinned.items()}
-    assert held.keys() >= {"torch", "torchvision", "pytorch-lightning", "gcsfs", "tensorboard", "dumb-init"}
-    assert {n: v.partition("+")[0] for n, v in held.items()} == {n: pinned.get(n) for n in held}
+    assert installed.keys() >= {"torch", "torchvision", "pytorch-lightning", "gcsfs", "tensorboard", "dumb-init"}
+    assert {n: v.partition("+")[0] for n, v in installed.items()} == {n: pinned.get(n) for n in installed}
     sizes = inside(podman, image, "du -sm /opt/venv /opt/app | sort -n").split()
     assert int(sizes[0]) <= 4, "the layer of the code alone is small"

@@ -1,4 +1,4 @@
-"""A bucket that misbehaves on request, and the uninterrupted run that others are held against."""
+"""Fixtures: a bucket behind a faulty proxy, and an uninterrupted run as reference."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyProxy]:
     """A GCS server behind a proxy, with a bucket ``gs://faults`` that holds the pictures."""
     port = free_port()
     with gcs_server(tmp_path_factory.mktemp("faults") / "buckets", public_host=f"127.0.0.1:{port}") as backend:
-        found = FaultyProxy(backend, port)
-        storage.use_gcs_emulator(found.url)
+        faulty = FaultyProxy(backend, port)
+        storage.use_gcs_emulator(faulty.url)
         storage.filesystem("gs://faults")[0].clear_instance_cache()
         create_bucket("gs://faults")
         storage.write_many("gs://faults/colours", picture_files(["blue", "red"], 20))
-        yield found
-        found.stop()
+        yield faulty
+        faulty.stop()
 
 
 @pytest.fixture(autouse=True)
 def healthy(proxy: FaultyProxy) -> Iterator[None]:
-    """Every test begins and ends with a bucket that works."""
+    """Disable the proxy's faults before and after each test."""
     yield
     proxy.fault = lambda request: None
     proxy.damage = lambda request: None
@@ -39,7 +39,7 @@ def healthy(proxy: FaultyProxy) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """run_dir of a run of 2 processes that nothing happened to."""
+    """run_dir of an uninterrupted run of 2 processes."""
     root = tmp_path_factory.mktemp("uninterrupted")
     data = write_files(root / "colours", picture_files(["blue", "red"], 20))
     run_well("fit", *options(SETTINGS, data__root=data, run_dir=root / "run"), processes=2)
@@ -48,5 +48,5 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def run_dir(request: pytest.FixtureRequest) -> str:
-    """A folder of its own in the bucket for each test."""
+    """An empty folder of the bucket."""
     return "gs://faults/" + re.sub(r"\W+", "-", request.node.name)

@@ -39,10 +39,10 @@ def main(rounds: int) -> None:
         for number in range(rounds):
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            place = f"gs://tests/{number}" if number % 5 else f"{folder}/run"
-            result = _contend(place, folder)
+            run_dir = f"gs://tests/{number}" if number % 5 else f"{folder}/run"
+            result = _contend(run_dir, folder)
             counts.update(result)
-            print(number, place, result, flush=True)
+            print(number, run_dir, result, flush=True)
         print(dict(counts))
 
 
@@ -121,22 +121,22 @@ def _record(path: Path) -> None:
 
     Lease.acquire, Lease.require_held = acquire_and_note, require_and_note  # type: ignore[method-assign]
 
-    def recorded(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+    def recorded(function: Callable[..., Any], position: int) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
-            if not str(args[place]).endswith("lease.json"):
-                note("wrote", getattr(state, "allowed", 0), time.time(), args[place])
+            if not str(args[position]).endswith("lease.json"):
+                note("wrote", getattr(state, "allowed", 0), time.time(), args[position])
             state.allowed = 0
             return result
 
         return call
 
-    for name, place in (("write_bytes", 0), ("upload", 1)):
-        setattr(storage, name, recorded(getattr(storage, name), place))
+    for name, position in (("write_bytes", 0), ("upload", 1)):
+        setattr(storage, name, recorded(getattr(storage, name), position))
 
 
 def _check(run_dir: str) -> None:
-    """The run is complete, and its checkpoints are intact."""
+    """Assert that the run is complete and its checkpoints are intact."""
     manifests = checkpoint.manifests(run_dir)
     assert manifests[-1].global_step == 24, manifests
     for manifest in manifests:
@@ -174,12 +174,12 @@ def _fork(function: Callable[[], None], log: Path) -> int:
 
 
 def _in_child(function: Callable[[], None], log: Path) -> int:
-    """fsspec's connections do not survive a fork: this process has none."""
+    """Run the function in a forked process, since fsspec's connections do not survive a fork."""
     return os.waitstatus_to_exitcode(os.waitpid(_fork(function, log), 0)[1])
 
 
 def _in_child_float(function: Callable[[], float], path: Path) -> float:
-    """What the function returns; 0 if it fails, as for an object that the second fit has deleted since."""
+    """Return the function's result; 0 if it fails, as for an object that the second fit has deleted since."""
     if _in_child(lambda: print(function()), path):
         return 0.0
     return float(path.read_text().splitlines()[-1])

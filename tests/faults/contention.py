@@ -1,4 +1,4 @@
-"""Several processes contend for the lease of one run_dir, while whoever holds it is stopped and resumed.
+"""Several processes contend for the lease of one run_dir while its holder is stopped and resumed.
 
 By hand, on a GCS server and on a disk: ``python tests/faults/contention.py ROUNDS``.
 """
@@ -24,7 +24,7 @@ from job.demo.gcs_server import create_bucket, gcs_server
 
 @dataclass
 class Outcome:
-    """What the logs of all processes say.
+    """Counts from the logs of all processes.
 
     Attributes:
         takeovers: how often a lease passed from one process to another.
@@ -44,7 +44,7 @@ class Outcome:
 
 
 def contend(run_dir: str, folder: Path, rounds: int, *, processes: int = 3, seconds: float = 1.0) -> Outcome:
-    """Stop and resume whoever holds the lease, ``rounds`` times."""
+    """Stop and resume the holder of the lease, ``rounds`` times."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"p{number}" for number in range(processes)]
     logs = {name: folder / f"{name}.log" for name in names}
@@ -106,15 +106,15 @@ def _evaluate(run_dir: str, logs: dict[str, Path]) -> Outcome:
     acquired = sorted((e[1][0], name) for name, log in logs.items() for e in _events(log) if e[0] == "acquired")
     outcome = Outcome(sum(a[1] != b[1] for a, b in itertools.pairwise(acquired)), 0)
     for name, log in logs.items():
-        own = None
+        acquired_at = None
         for kind, times in _events(log):
             if kind == "acquired":
-                own = times[0]
+                acquired_at = times[0]
             elif kind == "wrote":
-                assert own is not None
+                assert acquired_at is not None
                 outcome.writes += 1
                 # The first other process that acquired the lease since this one did.
-                end = min((at for at, other in acquired if at > own and other != name), default=float("inf"))
+                end = min((at for at, other in acquired if at > acquired_at and other != name), default=float("inf"))
                 outcome.late += times[0] > end
                 if times[0] <= end < times[1]:
                     outcome.in_flight += 1
@@ -133,5 +133,5 @@ if __name__ == "__main__":
         create_bucket("gs://tests")
         for place in ("gs://tests/run", f"{scratch}/run"):
             began = time.monotonic()
-            found = contend(place, Path(scratch) / f"logs{len(place)}", int(sys.argv[1]))
-            print(f"{place}: {found}, {time.monotonic() - began:.0f} s", flush=True)
+            totals = contend(place, Path(scratch) / f"logs{len(place)}", int(sys.argv[1]))
+            print(f"{place}: {totals}, {time.monotonic() - began:.0f} s", flush=True)

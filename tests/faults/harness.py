@@ -1,4 +1,4 @@
-"""Jobs that faults are done to."""
+"""Jobs for fault injection."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SETTINGS: dict[str, object] = {
 STEPS = list(range(3 * 8))
 
 
-def fit_options(run_dir: str, **more: object) -> list[str]:
-    return ["fit", *options(SETTINGS, **{"data__root": "gs://faults/colours", "run_dir": run_dir, **more})]
+def fit_options(run_dir: str, **changes: object) -> list[str]:
+    return ["fit", *options(SETTINGS, **{"data__root": "gs://faults/colours", "run_dir": run_dir, **changes})]
 
 
 def sabotage(marker: Path, **settings: object) -> str:
-    """A value for ``--trainer.callbacks``."""
+    """Return a value for ``--trainer.callbacks`` that adds a Saboteur."""
     arguments = ", ".join(f"{name}: {value}" for name, value in {"marker": marker, **settings}.items())
     return f"[{{class_path: saboteur.Saboteur, init_args: {{{arguments}}}}}]"
 
@@ -58,7 +58,7 @@ class Job:
 
     @classmethod
     def node(cls, log: Path, *arguments: object, port: int) -> Job:
-        """One of up to two elastic nodes, which meet at ``port``."""
+        """Start one of up to two elastic nodes whose rendezvous is at ``port``."""
         torchrun = [
             *("--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=5"),
             *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic-test"),
@@ -74,7 +74,7 @@ class Job:
 
     @classmethod
     def with_lease(cls, log: Path, seconds: float, *arguments: object) -> Job:
-        """One process whose lease lives for ``seconds``."""
+        """Start one process whose lease is valid for ``seconds``."""
         return cls(log, seconds, *arguments, module="short_lease")
 
     @property
@@ -82,7 +82,7 @@ class Job:
         return self.log.read_text()
 
     def wait(self, timeout: float = 180) -> int:
-        """Its exit code."""
+        """Wait for the process to exit; return its exit code."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -90,7 +90,7 @@ class Job:
             raise AssertionError(f"it did not end in {timeout} s:\n{self.output}") from None
 
     def wait_for(self, text: str, timeout: float = 120) -> None:
-        """Wait until its output has ``text``."""
+        """Wait until the output contains ``text``."""
         deadline = time.monotonic() + timeout
         while text not in self.output:
             assert self.process.poll() is None, self.output
@@ -98,7 +98,7 @@ class Job:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """SIGKILL to all its processes, loaders included: the machine is gone."""
+        """Send SIGKILL to all processes of the job, as if the machine were lost."""
         for pid in descendants(self.process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 9)
@@ -110,7 +110,7 @@ def fault_environment(**variables: str) -> dict[str, str]:
 
 
 def wait_until_served(port: int) -> None:
-    """Wait until somebody listens on this port of loopback."""
+    """Wait until a server listens on this port of localhost."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -121,14 +121,14 @@ def wait_until_served(port: int) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """``pid`` and all processes below it."""
+    """Return ``pid`` and the PIDs of its descendants."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found
+    pids = [pid]
+    for one in pids:
+        pids += [child for child, parent in parents.items() if parent == one]
+    return pids

@@ -1,4 +1,4 @@
-"""A proxy in front of a GCS server, which misbehaves on request."""
+"""A proxy in front of a GCS server that injects faults."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class FaultyProxy:
         assert self._started.wait(30)
 
     def answer_503_for(self, seconds: float, match: str = "") -> None:
-        """From the first request that contains ``match`` on, answer all such ones with 503 for a while."""
+        """Answer requests that contain ``match`` with 503 for ``seconds`` after the first of them."""
         began: list[float] = []
 
         def fault(request: web.Request) -> web.StreamResponse | None:

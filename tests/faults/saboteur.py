@@ -1,4 +1,4 @@
-"""A Lightning callback that does to its own process, once, what a cloud does to machines."""
+"""A Lightning callback that sends a signal to its own process, as a preemption does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Saboteur(Callback):
         rank: whom.
         name: the signal.
         target: "rank" or "launcher".
-        place: "training" or "validation".
+        phase: "training" or "validation".
         times: how often, once a start, ``step`` further each time.
     """
 
@@ -32,7 +32,7 @@ class Saboteur(Callback):
         rank: int = 0,
         name: str = "SIGTERM",
         target: str = "rank",
-        place: str = "training",
+        phase: str = "training",
         times: int = 1,
     ) -> None:
         self.marker = Path(marker)
@@ -40,7 +40,7 @@ class Saboteur(Callback):
         self.rank = rank
         self.signal = signal.Signals[name]
         self.target = target
-        self.place = place
+        self.phase = phase
         self.times = times
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -49,11 +49,11 @@ class Saboteur(Callback):
     def on_validation_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         self._strike(trainer, "validation")
 
-    def _strike(self, trainer: pl.Trainer, place: str) -> None:
-        struck = len(self.marker.read_text()) if self.marker.exists() else 0
-        due = trainer.global_step >= self.step * (struck + 1) and struck < self.times
-        if due and place == self.place and trainer.global_rank == self.rank:
-            self.marker.write_text("x" * (struck + 1))
+    def _strike(self, trainer: pl.Trainer, phase: str) -> None:
+        strikes = len(self.marker.read_text()) if self.marker.exists() else 0
+        due = trainer.global_step >= self.step * (strikes + 1) and strikes < self.times
+        if due and phase == self.phase and trainer.global_rank == self.rank:
+            self.marker.write_text("x" * (strikes + 1))
             os.kill(os.getpid() if self.target == "rank" else _launcher(), self.signal)
 
 

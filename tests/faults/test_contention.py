@@ -22,11 +22,11 @@ def test_a_process_that_was_stopped_writes_nothing_after_another_has_the_lease(
     place: str, run_dir: str, tmp_path: Path
 ) -> None:
     """tests/faults/contention.py has the long version."""
-    found = contend(run_dir if place == "bucket" else str(tmp_path / "run"), tmp_path / "logs", rounds=3)
-    assert found.takeovers >= 3 - found.blocked
-    assert found.blocked <= (place == "disk")
-    assert found.writes > 20
-    assert found.late == 0
+    outcome = contend(run_dir if place == "bucket" else str(tmp_path / "run"), tmp_path / "logs", rounds=3)
+    assert outcome.takeovers >= 3 - outcome.blocked
+    assert outcome.blocked <= (place == "disk")
+    assert outcome.writes > 20
+    assert outcome.late == 0
 
 
 def test_a_fit_that_is_stopped_and_resumed_leaves_the_run_to_another(run_dir: str, tmp_path: Path) -> None:

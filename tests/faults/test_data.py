@@ -1,4 +1,4 @@
-"""Reading from a bucket in trouble: no sample is lost, doubled or damaged."""
+"""Reading from a faulty bucket: no sample is lost, repeated or damaged."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _sample(key: str) -> list[tuple[str, bytes]]:
 
 
 def an_epoch(index: Index, workers: int, world_size: int, cache: SampleCache | None = None) -> Counter[bytes]:
-    """How often each picture came, by its pixels and label, over all ranks."""
-    seen: Counter[bytes] = Counter()
+    """Count each picture of an epoch, by its pixels and label, over all ranks."""
+    counts: Counter[bytes] = Counter()
     for rank in range(world_size):
         sampler = ResumableBatchSampler(
             len(index), 24, rank=rank, world_size=world_size, seed=0, shuffle=True, run_length=3
@@ -66,54 +66,52 @@ def an_epoch(index: Index, workers: int, world_size: int, cache: SampleCache | N
             assert not batch["bad"]
             for image, label, valid in zip(batch["image"], batch["label"].tolist(), batch["mask"], strict=True):
                 if valid:
-                    seen[image.numpy().tobytes() + bytes([label])] += 1
-    return seen
+                    counts[image.numpy().tobytes() + bytes([label])] += 1
+    return counts
 
 
 @pytest.fixture(scope="session")
 def expected(stored: dict[str, str]) -> Counter[bytes]:
-    """What comes when nothing is wrong."""
+    """Counts of an epoch without faults."""
     return an_epoch(index_of(stored["folder"]), 0, 1)
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "shards"])
-def test_every_sample_once_whatever_the_server_does(
+def test_every_sample_is_read_once_despite_server_faults(
     kind: str, stored: dict[str, str], expected: Counter[bytes], proxy: FaultyProxy
 ) -> None:
-    """It refuses, resets, cuts and stalls: half of all requests."""
+    """The server refuses, resets, cuts or stalls half of all requests."""
     index = index_of(stored[kind])
     assert len(expected) == len(FILES)
     dice = random.Random(3)
-    done: Counter[str] = Counter()
+    faults: Counter[str] = Counter()
 
     def refused(request: web.Request) -> web.StreamResponse | None:
         status = dice.choice([429, 503, 200, 200, 200, 200])
-        done[f"{status}"] += 1
+        faults[f"{status}"] += 1
         return None if status == 200 else web.Response(status=status)
 
     def damaged(request: web.Request) -> str | None:
-        what = dice.choice(["reset", "cut", None, None] + ["stall"] * (dice.random() < 0.05))
-        done[f"{what}"] += 1
-        return what
+        damage = dice.choice(["reset", "cut", None, None] + ["stall"] * (dice.random() < 0.05))
+        faults[f"{damage}"] += 1
+        return damage
 
     proxy.fault, proxy.damage = refused, damaged  # type: ignore[assignment]
     assert an_epoch(index, workers=2, world_size=1) == expected
-    assert min(done["429"] + done["503"], done["reset"], done["cut"]) >= 1, done
+    assert min(faults["429"] + faults["503"], faults["reset"], faults["cut"]) >= 1, faults
 
 
-def test_stragglers_are_asked_for_again(
-    stored: dict[str, str], proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One object in thirty stalls for ever when it is asked for first: only a second request beside it can end this."""
+def test_stragglers_are_hedged(stored: dict[str, str], proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first request of one object in thirty never ends: only a hedged request can return it."""
     index = index_of(stored["folder"])
-    seen: set[str] = set()
+    requested: set[str] = set()
     stalled: list[str] = []
 
     def damaged(request: web.Request) -> str | None:
-        if request.path in seen:
+        if request.path in requested:
             return None
-        seen.add(request.path)
-        if len(seen) % 30:
+        requested.add(request.path)
+        if len(requested) % 30:
             return None
         stalled.append(request.path)
         return "stall"
@@ -123,8 +121,8 @@ def test_stragglers_are_asked_for_again(
     monkeypatch.setattr(fetch, "ATTEMPT_SECONDS", 3600.0)
     monkeypatch.setattr(fetch, "HEDGE_SHARE", 1.0)  # a busy machine is late with others, too
     proxy.damage = damaged  # type: ignore[assignment]
-    found = contents(fetcher, fetcher.start(torch.arange(len(FILES)).numpy()).result())
-    assert found == [FILES[key] for key in index.keys]
+    results = contents(fetcher, fetcher.start(torch.arange(len(FILES)).numpy()).result())
+    assert results == [FILES[key] for key in index.keys]
     assert len(stalled) == len(FILES) // 30
 
 
@@ -137,7 +135,7 @@ def test_a_flipped_bit_is_requested_again(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The first answer for each of a third of the objects is damaged; no further request is needed to notice."""
+    """The first response for a third of the objects is damaged; the checksum comes with the response."""
     storage.write_bytes("gs://faults/none.jpg", b"")
     manifest = tmp_path / "manifest.csv"
     rows = [f"{stored['folder']}/{key},{key.split('/')[0]}\n" for key in FILES] + ["gs://faults/none.jpg,red\n"]
@@ -154,16 +152,16 @@ def test_a_flipped_bit_is_requested_again(
     monkeypatch.setattr(fetch, "HEDGE_SHARE", -1.0)  # a busy machine's second requests are not counted
     before = len(proxy.requests)
     proxy.damage = damaged  # type: ignore[assignment]
-    found = read(index, list(range(len(index))))
-    assert sorted(map(bytes, found)) == sorted([*FILES.values(), *([] if listed else [b""])])  # type: ignore[arg-type]
+    results = read(index, list(range(len(index))))
+    assert sorted(map(bytes, results)) == sorted([*FILES.values(), *([] if listed else [b""])])  # type: ignore[arg-type]
     damaged_files = [path for path in flipped if not path.endswith("none.jpg")]
     assert len(damaged_files) > 10
     assert len(proxy.requests) - before == len(index) + len(damaged_files)
     assert f"mismatches so far: {len(damaged_files)}" in caplog.text
 
 
-def test_damage_in_the_store_is_named(stored: dict[str, str], proxy: FaultyProxy) -> None:
-    """The same bytes twice are no accident of the transfer, but one bad sample."""
+def test_an_object_damaged_in_the_store_is_one_bad_sample(stored: dict[str, str], proxy: FaultyProxy) -> None:
+    """Two equal responses with a wrong checksum are one bad sample, not a transfer error."""
     index = index_of(stored["folder"])
     proxy.damage = lambda request: "flip" if "alt=media" in request.path_qs else None
     (error,) = read(index, [0])
@@ -189,15 +187,15 @@ def test_a_copy_of_an_archive_is_downloaded_again(
 
 
 @pytest.mark.parametrize("kind", ["zip", "shards"])
-def test_neighbours_are_read_at_once(kind: str, stored: dict[str, str], proxy: FaultyProxy) -> None:
+def test_adjacent_members_share_a_request(kind: str, stored: dict[str, str], proxy: FaultyProxy) -> None:
     index = index_of(stored[kind])
     before = len(proxy.requests)
-    found = read(index, list(range(len(index))))
+    results = read(index, list(range(len(index))))
     assert len(proxy.requests) - before <= len(index.sources)
-    assert sorted(c for c in found if isinstance(c, bytes)) == sorted(FILES.values())
+    assert sorted(c for c in results if isinstance(c, bytes)) == sorted(FILES.values())
 
 
-def test_the_second_epoch_asks_the_bucket_for_nothing(
+def test_the_second_epoch_makes_no_requests(
     stored: dict[str, str], expected: Counter[bytes], proxy: FaultyProxy, tmp_path: Path
 ) -> None:
     cache = SampleCache(tmp_path / "cache", 10**9)
@@ -209,7 +207,7 @@ def test_the_second_epoch_asks_the_bucket_for_nothing(
     assert len(proxy.requests) == before
 
 
-def test_a_run_killed_in_mid_epoch_goes_on_elsewhere(
+def test_an_epoch_that_was_killed_resumes_at_another_world_size(
     stored: dict[str, str], expected: Counter[bytes], tmp_path: Path
 ) -> None:
     """SIGKILL of a loading process with its workers; the rest of the epoch by 3 ranks with other workers."""
@@ -235,20 +233,20 @@ def test_a_run_killed_in_mid_epoch_goes_on_elsewhere(
     lines = [process.stdout.readline().split() for _ in range(2)]
     process.send_signal(signal.SIGKILL)
     process.wait()
-    taken = [int(sample) for line in lines for sample in line[1:]]
+    samples = [int(sample) for line in lines for sample in line[1:]]
     for rank in range(3):
         sampler = ResumableBatchSampler(len(index), 24, rank=rank, world_size=3, seed=0, shuffle=True)
-        rest = BatchLoader(ImageDataset(index, sampler, Preprocessing(32)), 1)
-        rest.load_state_dict({"batch": int(lines[-1][0])})
-        for batch in rest:
-            taken += batch["sample"][batch["mask"]].tolist()
-    assert sorted(taken) == list(range(len(index)))
+        loader = BatchLoader(ImageDataset(index, sampler, Preprocessing(32)), 1)
+        loader.load_state_dict({"batch": int(lines[-1][0])})
+        for batch in loader:
+            samples += batch["sample"][batch["mask"]].tolist()
+    assert sorted(samples) == list(range(len(index)))
 
 
-def test_a_bucket_that_is_gone_is_an_outage(
+def test_an_unavailable_bucket_is_an_outage(
     stored: dict[str, str], proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not a mistake of the user's: a restart may mend it, and the exit code will say so."""
+    """A transient error, whose exit code requests a restart."""
     monkeypatch.setattr("job.data.fetch.RETRY_SECONDS", 2.0)
     monkeypatch.setattr("job.data.fetch.ATTEMPT_SECONDS", 2.0)
     index = index_of(stored["folder"])
@@ -263,8 +261,8 @@ def test_an_image_that_changes_under_the_run_is_one_bad_sample(proxy: FaultyProx
     storage.write_many("gs://faults/changing", picture_files(["blue", "red"], 2))
     index = index_of("gs://faults/changing")
     storage.write_bytes("gs://faults/changing/red/001.jpg", b"shorter")
-    found = read(index, [0, 1, 2, 3])
-    assert [type(each) for each in found] == [bytes, bytes, bytes, DataError]
-    assert "has changed since it was listed: 7 bytes" in str(found[3])
+    results = read(index, [0, 1, 2, 3])
+    assert [type(each) for each in results] == [bytes, bytes, bytes, DataError]
+    assert "has changed since it was listed: 7 bytes" in str(results[3])
     storage.remove("gs://faults/changing/red/001.jpg")
     assert str(read(index, [3])[0]) == "does not exist"

@@ -1,4 +1,4 @@
-"""Kept features of a frozen backbone: the same training as without them, whatever happens while they are computed."""
+"""Cached backbone features: training is bit-equal to training without them, also after faults."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def recomputed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
-    """run_dir of a run of so many processes that computes features anew in each epoch."""
-    found: dict[int, str] = {}
+    """Function of the number of processes: run_dir of a run that recomputes features in each epoch."""
+    run_dirs: dict[int, str] = {}
 
     def run_dir(processes: int) -> str:
-        if processes not in found:
-            found[processes] = str(tmp_path_factory.mktemp("recomputed"))
-            arguments = options(SETTINGS, data__root=images, run_dir=found[processes], features__use="never")
+        if processes not in run_dirs:
+            run_dirs[processes] = str(tmp_path_factory.mktemp("recomputed"))
+            arguments = options(SETTINGS, data__root=images, run_dir=run_dirs[processes], features__use="never")
             run_well("fit", *arguments, processes=processes)
-        return found[processes]
+        return run_dirs[processes]
 
     return run_dir
 
@@ -54,13 +54,13 @@ def assert_same(run_dir: str, recomputed: str) -> None:
 
 
 def at_upload(proxy: FaultyProxy, number: int, action: Callable[[], None]) -> None:
-    """Act when the upload of that many whole chunks of the training part has begun."""
-    seen: list[int] = []
+    """Call ``action`` when the upload of the training part's chunk ``number`` has begun."""
+    uploads: list[int] = []
 
     def fault(request: web.Request) -> None:
         if "uploadType" in request.path_qs and (request.content_length or 0) > 150_000:
-            seen.append(1)
-            if len(seen) == number:
+            uploads.append(1)
+            if len(uploads) == number:
                 proxy.fault = lambda request: None
                 action()
 
@@ -68,7 +68,7 @@ def at_upload(proxy: FaultyProxy, number: int, action: Callable[[], None]) -> No
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_while_computing_and_still_bit_equal(
+def test_a_kill_while_computing_features_resumes_bit_for_bit(
     processes: int,
     run_dir: str,
     images: Path,
@@ -76,7 +76,7 @@ def test_killed_while_computing_and_still_bit_equal(
     tmp_path: Path,
     proxy: FaultyProxy,
 ) -> None:
-    """The second start has an empty disk, as another node has: it finds in the bucket what the first one finished."""
+    """The second attempt has an empty disk, as on another node, and downloads the finished chunks from the bucket."""
     settings = {**SETTINGS, "data.root": images, "run_dir": run_dir}
     jobs: list[Job] = []
     at_upload(proxy, processes + 1, lambda: jobs[0].kill())
@@ -84,14 +84,14 @@ def test_killed_while_computing_and_still_bit_equal(
     assert jobs[0].wait() != 0
     assert f"{COMPUTING}train 5 of 5 chunks, val 2 of 2 chunks" in jobs[0].output
     kept = [file.key.rpartition("/")[2] for file in storage.list_files(f"{run_dir}/features")]
-    left = len([name for name in kept if name.startswith("train") and name.endswith(".json")])
-    assert 1 <= left < 5
-    done = run_well("fit", *options(settings, data__cache_dir=tmp_path / "2"), processes=processes)
-    assert f"{COMPUTING}train {5 - left} of 5 chunks, val 2 of 2 chunks" in done.stderr
+    finished = len([name for name in kept if name.startswith("train") and name.endswith(".json")])
+    assert 1 <= finished < 5
+    resumed = run_well("fit", *options(settings, data__cache_dir=tmp_path / "2"), processes=processes)
+    assert f"{COMPUTING}train {5 - finished} of 5 chunks, val 2 of 2 chunks" in resumed.stderr
     assert_same(run_dir, recomputed(processes))
 
 
-def test_a_signal_while_computing(
+def test_sigterm_while_computing_features(
     run_dir: str, images: Path, recomputed: Callable[[int], str], tmp_path: Path, proxy: FaultyProxy
 ) -> None:
     arguments = options(SETTINGS, data__root=images, run_dir=run_dir, data__cache_dir=tmp_path)
@@ -105,14 +105,14 @@ def test_a_signal_while_computing(
     assert_same(run_dir, recomputed(1))
 
 
-def test_another_run_finds_them_and_a_damaged_one_is_computed_again(
+def test_features_are_shared_between_runs_and_damaged_ones_recomputed(
     run_dir: str, images: Path, recomputed: Callable[[int], str], tmp_path: Path
 ) -> None:
     shared = f"{run_dir}-shared"
     settings = {**SETTINGS, "data.root": images, "features.uri": shared}
 
-    def fit(name: str, cache: str, **more: object) -> str:
-        arguments = options(settings, run_dir=f"{run_dir}/{name}", data__cache_dir=tmp_path / cache, **more)
+    def fit(name: str, cache: str, **changes: object) -> str:
+        arguments = options(settings, run_dir=f"{run_dir}/{name}", data__cache_dir=tmp_path / cache, **changes)
         return run_well("fit", *arguments).stderr
 
     assert COMPUTING in fit("first", "a", **{"trainer.log_every_n_steps": 7})
@@ -125,17 +125,17 @@ def test_another_run_finds_them_and_a_damaged_one_is_computed_again(
     content[-1000] ^= 1
     storage.write_bytes(f"{shared}/{path.parent.name}/{path.name}", bytes(content))
     path.write_bytes(content[:-1000])
-    mended = fit("again", "a")
-    assert mended.count("is damaged and is computed or fetched again") == 2
-    assert f"{COMPUTING}train 1 of 5 chunks\n" in mended
+    repaired = fit("again", "a")
+    assert repaired.count("is damaged and is computed or fetched again") == 2
+    assert f"{COMPUTING}train 1 of 5 chunks\n" in repaired
     assert_same(f"{run_dir}/again", recomputed(1))
 
 
-def test_they_are_bounded_and_older_ones_make_room(images: Path, tmp_path: Path) -> None:
+def test_cached_features_are_bounded_and_the_oldest_evicted(images: Path, tmp_path: Path) -> None:
     settings = {**SETTINGS, "data.root": images, "data.cache_dir": tmp_path / "cache", "trainer.max_epochs": 3}
 
-    def fit(name: str, **more: object) -> str:
-        return run_well("fit", *options(settings, run_dir=tmp_path / name, **more)).stderr
+    def fit(name: str, **changes: object) -> str:
+        return run_well("fit", *options(settings, run_dir=tmp_path / name, **changes)).stderr
 
     assert "features are not cached: they need 0.00104 GB, --features.max_gb allows 0.0005" in fit(
         "none", features__max_gb=0.0005
@@ -151,7 +151,7 @@ def test_they_are_bounded_and_older_ones_make_room(images: Path, tmp_path: Path)
     assert len(second - first) == 2
 
 
-def test_fixed_views_of_a_users_own_augmentation_and_an_unreadable_image(tmp_path: Path) -> None:
+def test_cached_features_of_augmented_views_with_an_unreadable_image(tmp_path: Path) -> None:
     files = picture_files(list(COLOURS), 60)
     files["blue/007.jpg"] = b"no image"
     crop = "{class_path: torchvision.transforms.v2.RandomResizedCrop, init_args: {size: [32, 32]}}"
@@ -163,11 +163,11 @@ def test_fixed_views_of_a_users_own_augmentation_and_an_unreadable_image(tmp_pat
         "trainer.max_epochs": 3,
     }
 
-    def fit(name: str, **more: object) -> str:
-        return run_well("fit", *options(settings, run_dir=tmp_path / name, **more)).stderr
+    def fit(name: str, **changes: object) -> str:
+        return run_well("fit", *options(settings, run_dir=tmp_path / name, **changes)).stderr
 
-    told = fit("endless")
-    assert "limit the variants by --data.augment_views=1" in told
+    log = fit("endless")
+    assert "limit the variants by --data.augment_views=1" in log
     fit("recomputed", **{"data.augment_views": 2, "features.use": "never"})
     kept = fit("kept", **{"data.augment_views": 2})
     assert f"{COMPUTING}train 1 of 1 chunks" in kept

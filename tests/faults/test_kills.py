@@ -1,4 +1,4 @@
-"""Deaths, hangs and restarts: the job ends or goes on by itself, and comes to the uninterrupted run's end."""
+"""Kills, hangs and restarts: the job exits or recovers, and its result equals the uninterrupted run's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_a_rank_that_is_killed_restarts_the_job(run_dir: str, uninterrupted: str, tmp_path: Path) -> None:
-    """torchrun starts all ranks again; they go on from the last committed checkpoint."""
+    """torchrun restarts all ranks, which resume from the last committed checkpoint."""
     plot = sabotage(tmp_path / "marker", step=13, rank=1, name="SIGKILL")
     job = Job(tmp_path / "log", *fit_options(run_dir, trainer__callbacks=plot), processes=2, restarts=1, fresh=True)
     assert job.wait() == 0, job.output
@@ -41,7 +41,7 @@ def test_three_kills_in_a_row(run_dir: str, uninterrupted: str, tmp_path: Path) 
     assert scalars(run_dir)["train/loss"] == scalars(uninterrupted)["train/loss"]
 
 
-def test_a_hanging_rank_is_found_named_and_ended(run_dir: str, uninterrupted: str, tmp_path: Path) -> None:
+def test_a_hanging_rank_is_reported_and_terminated(run_dir: str, uninterrupted: str, tmp_path: Path) -> None:
     plot = sabotage(tmp_path / "marker", step=13, rank=1, name="SIGSTOP")
     arguments = fit_options(run_dir, trainer__callbacks=plot, watchdog__min_seconds=8, watchdog__startup_seconds=60)
     job = Job(tmp_path / "log", *arguments, processes=2, restarts=1)
@@ -103,7 +103,7 @@ def test_a_damaged_newest_checkpoint(run_dir: str, uninterrupted: str, tmp_path:
 
 
 def test_two_jobs_on_one_run_dir(run_dir: str, tmp_path: Path) -> None:
-    """The second is refused, while the first is not disturbed."""
+    """The second job is refused; the first is not disturbed."""
     slow = fit_options(run_dir, trainer__max_epochs=60)
     first = Job(tmp_path / "log", *slow, processes=2)
     first.wait_for("epoch 2: training")
@@ -118,40 +118,40 @@ def test_two_jobs_on_one_run_dir(run_dir: str, tmp_path: Path) -> None:
 
 
 def test_another_world_size(run_dir: str, tmp_path: Path) -> None:
-    """Preempted with 2 processes, gone on with 1 and with 4: the losses are the same to rounding."""
-    more = {
+    """Preempted with 2 processes, resumed with 1 and with 4: the losses are equal up to rounding."""
+    settings = {
         "model__backbone": "timm/test_vit",
         "model__optimizer": "{class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}",
         "data__image_size": 160,
     }
-    whole = str(tmp_path / "whole")
-    run_well(*fit_options(whole, **more), processes=2)
-    expected = [value for _, value in scalars(whole)["train/loss"]]
+    without_faults = str(tmp_path / "whole")
+    run_well(*fit_options(without_faults, **settings), processes=2)
+    expected = [value for _, value in scalars(without_faults)["train/loss"]]
     for processes in (1, 4):
         one = f"{run_dir}/{processes}"
         plot = sabotage(tmp_path / f"marker{processes}", step=11, rank=1)
-        first = Job(tmp_path / "log", *fit_options(one, trainer__callbacks=plot, **more), processes=2)
+        first = Job(tmp_path / "log", *fit_options(one, trainer__callbacks=plot, **settings), processes=2)
         assert first.wait() != 0
-        run_well(*fit_options(one, **more), processes=processes)
-        found = scalars(one)["train/loss"]
-        assert [step for step, _ in found] == STEPS
-        assert [value for _, value in found] == pytest.approx(expected, rel=1e-4)
+        run_well(*fit_options(one, **settings), processes=processes)
+        losses = scalars(one)["train/loss"]
+        assert [step for step, _ in losses] == STEPS
+        assert [value for _, value in losses] == pytest.approx(expected, rel=1e-4)
 
 
-def test_elastic_nodes_come_and_go(run_dir: str, tmp_path: Path) -> None:
-    """Two torchrun agents as two nodes: one dies, the other goes on alone, a new one is taken in."""
+def test_elastic_nodes_leave_and_join(run_dir: str, tmp_path: Path) -> None:
+    """Two torchrun agents as two nodes: one is killed, the other continues alone, a new one joins."""
     port = free_port()
-    more = {
+    settings = {
         "model__backbone": "timm/test_vit",
         "model__optimizer": "{class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}",
         "data__image_size": 160,
         "trainer__max_epochs": 20,
     }
-    whole = str(tmp_path / "whole")
-    run_well(*fit_options(whole, **more), processes=1)
+    without_faults = str(tmp_path / "whole")
+    run_well(*fit_options(without_faults, **settings), processes=1)
 
     pace = "[{class_path: saboteur.Pace, init_args: {seconds: 0.15}}]"
-    arguments = fit_options(run_dir, trainer__callbacks=pace, **more)
+    arguments = fit_options(run_dir, trainer__callbacks=pace, **settings)
     first = Job.node(tmp_path / "first", *arguments, port=port)
     wait_until_served(port)  # the node that is there first keeps the rendezvous
     second = Job.node(tmp_path / "second", *arguments, port=port)
@@ -165,7 +165,7 @@ def test_elastic_nodes_come_and_go(run_dir: str, tmp_path: Path) -> None:
     assert worlds[0] == 2
     assert 1 in worlds
     assert worlds[-1] == 2, worlds
-    found = scalars(run_dir)["train/loss"]
-    expected = scalars(whole)["train/loss"]
-    assert [step for step, _ in found] == [step for step, _ in expected]
-    assert [value for _, value in found] == pytest.approx([value for _, value in expected], rel=1e-3, abs=1e-4)
+    losses = scalars(run_dir)["train/loss"]
+    expected = scalars(without_faults)["train/loss"]
+    assert [step for step, _ in losses] == [step for step, _ in expected]
+    assert [value for _, value in losses] == pytest.approx([value for _, value in expected], rel=1e-3, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Buckets and disks in trouble: work goes on if it can, and nothing that was committed is lost."""
+"""Outages of buckets and full disks: the run continues if possible, and no committed state is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from job import checkpoint
 pytestmark = pytest.mark.integration
 
 
-def test_a_bucket_that_answers_503_for_a_while(
+def test_a_temporary_outage_only_delays_the_run(
     run_dir: str, uninterrupted: str, tmp_path: Path, proxy: FaultyProxy
 ) -> None:
     proxy.answer_503_for(8, match="uploadType")  # every write, from the first on
@@ -29,17 +29,17 @@ def test_a_bucket_that_answers_503_for_a_while(
     assert scalars(run_dir)["train/loss"] == scalars(uninterrupted)["train/loss"]
 
 
-def test_a_bucket_that_is_gone_for_good(run_dir: str, tmp_path: Path, proxy: FaultyProxy) -> None:
-    """The end is not a good one, and says where the state is."""
+def test_a_permanent_outage_keeps_the_state_on_the_disk(run_dir: str, tmp_path: Path, proxy: FaultyProxy) -> None:
+    """The run fails and its message names the folder of the state."""
     arguments = fit_options(run_dir, checkpoint__upload_seconds=2, checkpoint__every_n_steps=1)
     job = Job(tmp_path / "log", *arguments, module="impatient", TMPDIR=str(tmp_path))
     job.wait_for("epoch 1/")
     proxy.answer_503_for(3600, match="uploadType")
     assert job.wait(300) == 75, job.output
     assert "Traceback" not in job.output
-    found = re.search(r"The state is kept in (\S+)\.", job.output)
-    assert found is not None, job.output
-    assert "state_dict" in torch.load(found.group(1), weights_only=True)
+    match = re.search(r"The state is kept in (\S+)\.", job.output)
+    assert match is not None, job.output
+    assert "state_dict" in torch.load(match.group(1), weights_only=True)
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_no_room_in_the_cache(full_disk: Path, tmp_path: Path) -> None:
-    """Of what must be there (a copy of an archive that cannot be read in parts)."""
+def test_no_space_for_the_copy_of_an_archive(full_disk: Path, tmp_path: Path) -> None:
+    """The copy of an archive that cannot be read in parts is required."""
     (tmp_path / "c.tar.gz").write_bytes(tar_of(picture_files(["blue", "red"], 60), "w:gz"))
     arguments = options(TINY, data__root=tmp_path / "c.tar.gz", data__cache_dir=full_disk, run_dir=tmp_path / "run")
     result = run("fit", *arguments)
@@ -66,7 +66,7 @@ def test_no_room_in_the_cache(full_disk: Path, tmp_path: Path) -> None:
     assert not [entry for entry in full_disk.glob("archives/**/*") if entry.is_file() and entry.stat().st_size > 0]
 
 
-def test_a_cache_that_is_full_costs_no_more_than_the_cache(full_disk: Path, run_dir: str, uninterrupted: str) -> None:
+def test_a_full_disk_disables_only_the_cache(full_disk: Path, run_dir: str, uninterrupted: str) -> None:
     result = run(
         "fit", *options(SETTINGS, data__root="gs://faults/colours", data__cache_dir=full_disk, run_dir=run_dir)
     )
@@ -75,7 +75,7 @@ def test_a_cache_that_is_full_costs_no_more_than_the_cache(full_disk: Path, run_
     assert len(scalars(run_dir)["train/loss"]) == len(STEPS)
 
 
-def test_no_room_to_stage_a_checkpoint(full_disk: Path, colours: Path, tmp_path: Path) -> None:
+def test_no_space_to_stage_a_checkpoint(full_disk: Path, colours: Path, tmp_path: Path) -> None:
     result = run("fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), TMPDIR=str(full_disk))
     assert result.returncode != 0
     assert "set TMPDIR to a larger disk" in result.stderr

@@ -1,4 +1,4 @@
-"""Signals: the state is saved, nothing is lost, and the end is the uninterrupted run's, bit for bit."""
+"""Signals: the state is saved, and the resumed run is bit-equal to the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def assert_nothing_lost(run_dir: str, uninterrupted: str, starts: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "target", "place"),
+    ("rank", "target", "phase"),
     [
         (0, "rank", "training"),
         (1, "rank", "training"),
@@ -39,12 +39,12 @@ def assert_nothing_lost(run_dir: str, uninterrupted: str, starts: int) -> None:
 )
 @pytest.mark.parametrize("name", ["SIGTERM"])
 def test_a_signal_to_any_rank_saves_and_stops_all(
-    rank: int, target: str, place: str, name: str, run_dir: str, uninterrupted: str, tmp_path: Path
+    rank: int, target: str, phase: str, name: str, run_dir: str, uninterrupted: str, tmp_path: Path
 ) -> None:
-    seed = f"{name} {rank} {target} {place}"
+    seed = f"{name} {rank} {target} {phase}"
     step = random.Random(seed).randint(1, len(STEPS) - 3)
     print(f"signal at step {step}, by seed {seed!r}")
-    plot = sabotage(tmp_path / "marker", step=step, rank=rank, name=name, target=target, place=place)
+    plot = sabotage(tmp_path / "marker", step=step, rank=rank, name=name, target=target, phase=phase)
     arguments = fit_options(run_dir, trainer__callbacks=plot)
     first = Job(tmp_path / "log", *arguments, processes=2, fresh=target == "launcher")
     assert first.wait() != 0
@@ -61,7 +61,7 @@ def test_a_signal_to_any_rank_saves_and_stops_all(
 
 
 def test_a_signal_during_an_upload(run_dir: str, uninterrupted: str, tmp_path: Path, proxy: FaultyProxy) -> None:
-    """Uploads take 3 s each: that of step 10 is under way when the signal comes at step 12."""
+    """Uploads take 3 s each: the upload of step 10 is in progress at the signal of step 12."""
     proxy.delay = lambda request: (
         3.0 if "uploadType" in request.path_qs and (request.content_length or 0) > 10**5 else 0
     )
@@ -84,8 +84,10 @@ def test_one_process_alone_exits_with_the_documented_code(run_dir: str, tmp_path
     run_well(*fit_options(run_dir, trainer__callbacks=plot), PYTHONPATH=fault_environment()["PYTHONPATH"])
 
 
-def test_a_rank_that_cannot_save_in_time_ends_all_the_same(run_dir: str, tmp_path: Path, proxy: FaultyProxy) -> None:
-    """The bucket is gone from the signal on: the grace is kept, and the last committed checkpoint stands."""
+def test_a_rank_that_cannot_save_exits_when_the_grace_period_ends(
+    run_dir: str, tmp_path: Path, proxy: FaultyProxy
+) -> None:
+    """The bucket is unavailable after the signal: the grace period is kept, and so is the last committed checkpoint."""
     marker = tmp_path / "marker"
 
     def gone(request: web.Request) -> web.StreamResponse | None:

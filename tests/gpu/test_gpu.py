@@ -20,7 +20,7 @@ from gpu_machine import Machine, NotMeasured
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_on_a_gpu(check: Callable[[Machine], str], tmp_path: Path) -> None:
+def test_checks_on_a_gpu(check: Callable[[Machine], str], tmp_path: Path) -> None:
     try:
         check(Machine("cuda", quick=False, photos=None, scratch=tmp_path))
     except NotMeasured as reason:
@@ -29,12 +29,12 @@ def test_on_a_gpu(check: Callable[[Machine], str], tmp_path: Path) -> None:
 
 @pytest.mark.integration
 def test_the_script_runs_on_a_cpu(tmp_path: Path) -> None:
-    """So that no minute of a GPU goes into finding a mistake in the script."""
+    """A run on the CPU finds mistakes in the script before a GPU is used."""
     line = [sys.executable, "benchmarks/gpu.py", "--device=cpu", "--quick", f"--out={tmp_path}"]
-    ended = subprocess.run(
+    result = subprocess.run(
         line, cwd=REPOSITORY, capture_output=True, text=True, timeout=800, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     results = json.loads((tmp_path / "gpu.json").read_text())
     skipped = {name: check["detail"] for name, check in results["checks"].items() if check["state"] != "passed"}
     assert all("CUDA" in why for why in skipped.values()), skipped

@@ -1,4 +1,4 @@
-"""What users get wrong: each has its own message, exit code 2 and no traceback."""
+"""Users' mistakes: each ends with a message and exit code 2, without a traceback."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Run the command line in this process; returns what it told the user."""
+    """Function that runs the command line in this process, and returns its stderr."""
 
     def call(*args: object) -> str:
         monkeypatch.setattr("sys.argv", ["job"])
-        with pytest.raises(SystemExit) as caught:
+        with pytest.raises(SystemExit) as excinfo:
             main([str(arg) for arg in args])
-        told = capsys.readouterr().err
-        assert caught.value.code == 2, told
-        assert "Traceback" not in told
-        assert told.startswith("job: error: ") or "\njob: error: " in told
+        stderr = capsys.readouterr().err
+        assert excinfo.value.code == 2, stderr
+        assert "Traceback" not in stderr
+        assert stderr.startswith("job: error: ") or "\njob: error: " in stderr
         # It would end this process, a notebook say, twenty minutes later.
         assert "watchdog" not in [thread.name for thread in threading.enumerate()]
-        return told
+        return stderr
 
     return call
 
@@ -45,15 +45,15 @@ def test_no_such_bucket_or_prefix(fails, gcs: str, tmp_path: Path) -> None:
         assert f"{uri}: no such bucket, object or folder" in fails(*fit(data__root=uri, run_dir=tmp_path / "run"))
 
 
-def test_no_rights(fails, gcs_forbidden: str, tmp_path: Path) -> None:
-    told = fails(*fit(data__root=f"{gcs_forbidden}/data", run_dir=tmp_path / "run"))
-    assert "permission denied" in told
-    assert "roles/storage.objectUser" in told
+def test_permission_denied(fails, gcs_forbidden: str, tmp_path: Path) -> None:
+    message = fails(*fit(data__root=f"{gcs_forbidden}/data", run_dir=tmp_path / "run"))
+    assert "permission denied" in message
+    assert "roles/storage.objectUser" in message
 
 
 @pytest.fixture
 def gcs_forbidden() -> str:
-    """A bucket on a server that answers 403 to everything, as GCS does without rights."""
+    """A bucket on a server that answers every request with 403, as GCS does without permission."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     class Forbidding(BaseHTTPRequestHandler):
@@ -85,29 +85,29 @@ def gcs_forbidden() -> str:
 def test_empty_training_class(fails, colours: Path, tmp_path: Path) -> None:
     (colours / "green").mkdir()
     other = write_files(tmp_path / "val", picture_files(["blue", "green"], 2))
-    told = fails(*fit(data__train=colours, data__val=other, run_dir=tmp_path / "run"))
-    assert "2 image(s)" in told
-    assert "class green" in told
+    message = fails(*fit(data__train=colours, data__val=other, run_dir=tmp_path / "run"))
+    assert "2 image(s)" in message
+    assert "class green" in message
 
 
 def test_classes_that_differ(fails, colours: Path, tmp_path: Path) -> None:
     other = write_files(tmp_path / "val", picture_files(["blue", "green"], 2))
-    told = fails(*fit(data__train=colours, data__val=other, run_dir=tmp_path / "run"))
-    assert f"2 image(s) of {other} are of class green, of which {colours} has none; it has class red instead" in told
+    message = fails(*fit(data__train=colours, data__val=other, run_dir=tmp_path / "run"))
+    assert f"2 image(s) of {other} are of class green, of which {colours} has none; it has class red instead" in message
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "reason"),
     [
         (picture((200, 40, 30), 1)[:400], "red/000.jpg is damaged"),
         (b"I am a text file", "red/000.jpg is no image of a known format"),
         (b"", "red/000.jpg is empty"),
     ],
 )
-def test_unreadable_image(fails, content: bytes, told: str, colours: Path, tmp_path: Path) -> None:
+def test_unreadable_image(fails, content: bytes, reason: str, colours: Path, tmp_path: Path) -> None:
     (colours / "red" / "000.jpg").write_bytes(content)
     message = fails(*fit(data__root=colours, run_dir=tmp_path / "run"))
-    assert told in message
+    assert reason in message
     assert "--data.max_bad_samples" in message
 
 
@@ -122,27 +122,29 @@ def test_unreadable_images_within_the_limit_are_left_out(colours: Path, tmp_path
 
 def test_damaged_archive(fails, tmp_path: Path) -> None:
     (tmp_path / "data.zip").write_bytes(b"PK no zip at all")
-    told = fails(*fit(data__root=tmp_path / "data.zip", run_dir=tmp_path / "run", data__cache_dir=tmp_path / "cache"))
-    assert f"{tmp_path}/data.zip is not a readable archive" in told
+    message = fails(
+        *fit(data__root=tmp_path / "data.zip", run_dir=tmp_path / "run", data__cache_dir=tmp_path / "cache")
+    )
+    assert f"{tmp_path}/data.zip is not a readable archive" in message
 
 
 def test_unknown_backbone(fails, colours: Path, tmp_path: Path) -> None:
-    told = fails(*fit(data__root=colours, run_dir=tmp_path / "run", model__backbone="resnet_50"))
-    assert "unknown backbone 'resnet_50'. Did you mean resnet50" in told
+    message = fails(*fit(data__root=colours, run_dir=tmp_path / "run", model__backbone="resnet_50"))
+    assert "unknown backbone 'resnet_50'. Did you mean resnet50" in message
 
 
 def test_weights_of_another_architecture(fails, colours: Path, tmp_path: Path) -> None:
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "w.pth")
-    told = fails(*fit(data__root=colours, run_dir=tmp_path / "run", model__weights=tmp_path / "w.pth"))
-    assert "do not fit the backbone timm/test_resnet" in told
+    message = fails(*fit(data__root=colours, run_dir=tmp_path / "run", model__weights=tmp_path / "w.pth"))
+    assert "do not fit the backbone timm/test_resnet" in message
 
 
 def test_weights_that_cannot_be_downloaded(fails, colours: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     settings = {"model__backbone": "resnet18", "model__weights": "DEFAULT"}
-    told = fails(*fit(data__root=colours, run_dir=tmp_path / "run", **settings))
-    assert "Give --model.weights the URI of a state dict" in told
+    message = fails(*fit(data__root=colours, run_dir=tmp_path / "run", **settings))
+    assert "Give --model.weights the URI of a state dict" in message
 
 
 def test_batch_size_that_does_not_divide(colours: Path, tmp_path: Path) -> None:
@@ -156,14 +158,14 @@ def test_run_dir_that_cannot_be_written(fails, colours: Path) -> None:
 
 
 def test_misspelt_option(fails, colours: Path, tmp_path: Path) -> None:
-    told = fails("fit", "--data.root", colours, "--run_dir", tmp_path, "--model.backbon", "resnet18")
-    assert "Did you mean --model.backbone?" in told
+    message = fails("fit", "--data.root", colours, "--run_dir", tmp_path, "--model.backbon", "resnet18")
+    assert "Did you mean --model.backbone?" in message
 
 
 def test_misspelt_key_in_a_file(fails, colours: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("data:\n  global_batchsize: 4\n")
-    told = fails("fit", "--config", tmp_path / "c.yaml", "--data.root", colours, "--run_dir", tmp_path / "run")
-    assert "Did you mean --data.global_batch_size?" in told
+    message = fails("fit", "--config", tmp_path / "c.yaml", "--data.root", colours, "--run_dir", tmp_path / "run")
+    assert "Did you mean --data.global_batch_size?" in message
 
 
 def test_misspelt_command(fails) -> None:
@@ -171,7 +173,7 @@ def test_misspelt_command(fails) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"data__val_fraction": 1.5}, "--data.val_fraction must be above 0.0 and below 1.0"),
         ({"model__milestones": "[5,2]"}, "--model.milestones must be at most two epochs in rising order"),
@@ -188,11 +190,11 @@ def test_misspelt_command(fails) -> None:
         ({"data__val": "/tmp"}, "--data.root already says where validation"),
     ],
 )
-def test_values_that_cannot_work(fails, changes: dict[str, object], told: str, colours: Path, tmp_path: Path) -> None:
-    assert told in fails(*fit(data__root=colours, run_dir=tmp_path / "run", **changes))
+def test_invalid_values(fails, changes: dict[str, object], message: str, colours: Path, tmp_path: Path) -> None:
+    assert message in fails(*fit(data__root=colours, run_dir=tmp_path / "run", **changes))
 
 
-def test_nothing_to_predict_with(fails, colours: Path, tmp_path: Path) -> None:
+def test_predict_without_a_checkpoint(fails, colours: Path, tmp_path: Path) -> None:
     assert "Is this the run_dir of a fit?" in fails("predict", "--ckpt", tmp_path, "--input", colours)
     (tmp_path / "x.ckpt").write_bytes(b"not a checkpoint")
     assert "x.ckpt cannot be loaded safely" in fails("predict", "--ckpt", tmp_path / "x.ckpt", "--input", colours)
@@ -202,11 +204,11 @@ def test_help_and_the_resolved_configuration(capsys: pytest.CaptureFixture[str])
     for args, text in ((["--help"], "fit"), (["fit", "--help"], "--batch_size")):
         main(args)
         assert text in capsys.readouterr().out
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         main(["fit", "--help-all"])
-    assert caught.value.code == 0
+    assert excinfo.value.code == 0
     assert "--data.global_batch_size" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(SystemExit) as excinfo:
         main(["fit", "--data.root", "x", "--run_dir", "y", "--print_config"])
-    assert caught.value.code == 0
+    assert excinfo.value.code == 0
     assert "global_batch_size: 32" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Conditional writes on a real GCS server, an S3 server, a disk and in memory; among threads and processes."""
+"""Conditional writes to a GCS server, an S3 server, a disk and memory; by threads and processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_only_the_version_that_was_read_is_overwritten(uri: str) -> None:
-    """Would notice if gcsfs or s3fs dropped the condition."""
+    """Fails if gcsfs or s3fs drop the condition."""
     assert conditional.weakness(uri) is None
     assert conditional.read_versioned(uri) is None
     first = conditional.write_if(uri, b"first", None)
@@ -77,7 +77,7 @@ def test_of_several_writers_one_wins(uri: str) -> None:
 
 
 def test_processes_count_together_on_a_disk(tmp_path: Path) -> None:
-    """Each adds one by compare and swap; also while the lock's file is deleted now and then."""
+    """Each adds one by compare-and-swap, also while the lock file is deleted now and then."""
     code = """
 import sys
 from job.storage import conditional

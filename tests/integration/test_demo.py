@@ -22,8 +22,8 @@ pytestmark = pytest.mark.integration
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's bucket, as a folder, after the demo."""
     folder = tmp_path_factory.mktemp("demo")
-    shown = run_well("demo", "--folder", folder)
-    assert "job predict --run_dir gs://demo/runs/digits" in shown.stdout
+    result = run_well("demo", "--folder", folder)
+    assert "job predict --run_dir gs://demo/runs/digits" in result.stdout
     return folder / "buckets" / "demo"
 
 
@@ -37,8 +37,8 @@ def test_the_demo_learns_by_transfer(demo: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.xdist_group("demo")
-def test_the_demo_from_scratch_is_far_behind(demo: Path, tmp_path: Path) -> None:
-    """With as many epochs."""
+def test_the_demo_without_pretrained_weights_is_far_less_accurate(demo: Path, tmp_path: Path) -> None:
+    """Trained for the same number of epochs."""
     report = json.loads((demo / "runs" / "digits" / "report.json").read_text())
     transfer = report["metrics"]["val/accuracy"]
     settings = {"data.root": demo / "digits", "run_dir": tmp_path / "scratch", "model.weights": "none"}

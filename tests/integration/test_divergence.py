@@ -1,4 +1,4 @@
-"""A loss, gradient or weight that is not finite ends the run or is skipped, and is never saved."""
+"""Non-finite losses, gradients and weights end the run or skip the step, and are never saved."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from job import checkpoint
 SETTINGS = {**TINY, "model.milestones": "[]", "trainer.max_epochs": 3}  # 4 steps per epoch
 
 
-def poisoned(**how: object) -> str:
-    return json.dumps([{"class_path": "poison.Poison", "init_args": how}])
+def poisoned(**settings: object) -> str:
+    return json.dumps([{"class_path": "poison.Poison", "init_args": settings}])
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -29,36 +29,38 @@ def strict(path: Path) -> dict[str, object]:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    found: dict[str, object] = json.loads(path.read_bytes(), parse_constant=refuse)
-    return found
+    values: dict[str, object] = json.loads(path.read_bytes(), parse_constant=refuse)
+    return values
 
 
 def test_a_learning_rate_far_too_high_ends_the_run_before_its_first_checkpoint(colours: Path, tmp_path: Path) -> None:
     optimizer = "{class_path: torch.optim.SGD, init_args: {lr: 1.0e30}}"
-    ended = run_here(
+    outcome = run_here(
         "fit", *options({**SETTINGS, "model.optimizer": optimizer}, data__root=colours, run_dir=tmp_path / "run")
     )
-    assert ended.returncode == 2, ended.output
-    assert "training diverged: the gradients were not finite at step 1 (epoch 0, batch 1)" in ended.output
-    assert "There is no checkpoint yet" in ended.output
+    assert outcome.returncode == 2, outcome.output
+    assert "training diverged: the gradients were not finite at step 1 (epoch 0, batch 1)" in outcome.output
+    assert "There is no checkpoint yet" in outcome.output
     assert not steps(tmp_path / "run")
 
 
-@pytest.mark.parametrize("more", [{}, {"model.milestones": "[9]"}, {"model.ema": 0.9}], ids=["all", "features", "ema"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"model.milestones": "[9]"}, {"model.ema": 0.9}], ids=["all", "features", "ema"]
+)
 def test_the_last_good_checkpoint_is_named_and_a_skipped_step_goes_on_from_it(
-    more: dict[str, object], colours: Path, tmp_path: Path
+    changes: dict[str, object], colours: Path, tmp_path: Path
 ) -> None:
-    settings = options({**SETTINGS, **more}, data__root=colours, run_dir=tmp_path / "run")
+    settings = options({**SETTINGS, **changes}, data__root=colours, run_dir=tmp_path / "run")
     poison = f"--trainer.callbacks={poisoned(first=5)}"
     for _ in range(2):  # a restart ends alike
-        ended = run_here("fit", *settings, poison)
-        assert ended.returncode == 2, ended.output
-        assert "not finite at step 5 (epoch 1, batch 1)" in ended.output
-        assert f"The last good checkpoint is {tmp_path}/run/checkpoints/epoch=001-step=00000004.ckpt" in ended.output
+        outcome = run_here("fit", *settings, poison)
+        assert outcome.returncode == 2, outcome.output
+        assert "not finite at step 5 (epoch 1, batch 1)" in outcome.output
+        assert f"The last good checkpoint is {tmp_path}/run/checkpoints/epoch=001-step=00000004.ckpt" in outcome.output
         assert steps(tmp_path / "run") == [4]
-    ended = run_here("fit", *settings, poison, "--model.nonfinite=skip")
-    assert ended.returncode == 0, ended.output
-    assert "the step is skipped" in ended.output
+    outcome = run_here("fit", *settings, poison, "--model.nonfinite=skip")
+    assert outcome.returncode == 0, outcome.output
+    assert "the step is skipped" in outcome.output
     assert steps(tmp_path / "run")[-1] == 12
     assert_finite(tmp_path / "run")
     assert strict(tmp_path / "run" / "report.json")["skipped_steps"] == 1
@@ -66,17 +68,17 @@ def test_the_last_good_checkpoint_is_named_and_a_skipped_step_goes_on_from_it(
 
 
 def test_a_skipped_step_leaves_the_network_as_it_was(colours: Path, tmp_path: Path) -> None:
-    """Its statistics of batch normalisation; a batch of an accumulation skips the whole window."""
+    """Batch-norm statistics are unchanged too; one batch of an accumulation window skips the whole window."""
     settings = options(
         {**SETTINGS, "trainer.max_epochs": 1, "model.nonfinite": "skip", "data.global_batch_size": 4},
         data__root=colours,
     )
     for name, skipped, poison in (("all", 4, {"first": 0, "count": 8}), ("one", 1, {"first": 2})):
-        ended = run_here(
+        outcome = run_here(
             *("fit", *settings, f"--run_dir={tmp_path}/{name}", "--trainer.accumulate_grad_batches=2"),
             *(f"--trainer.callbacks={poisoned(**poison)}",),
         )
-        assert ended.returncode == 0, ended.output
+        assert outcome.returncode == 0, outcome.output
         assert_finite(tmp_path / name)
         assert strict(tmp_path / name / "report.json")["skipped_steps"] == skipped
     untrained = {k: v for k, v in final_weights(f"{tmp_path}/all").items() if "running_" in k}
@@ -85,39 +87,39 @@ def test_a_skipped_step_leaves_the_network_as_it_was(colours: Path, tmp_path: Pa
 
 
 def test_many_skipped_steps_in_a_row_end_the_run(colours: Path, tmp_path: Path) -> None:
-    ended = run_here(
+    outcome = run_here(
         *("fit", *options(SETTINGS, data__root=colours, run_dir=tmp_path / "run"), "--model.nonfinite=skip"),
         *("--model.max_skipped_steps=3", f"--trainer.callbacks={poisoned(first=5, count=99)}"),
     )
-    assert ended.returncode == 2
-    assert "in 4 consecutive steps, the last at step 8" in ended.output
+    assert outcome.returncode == 2
+    assert "in 4 consecutive steps, the last at step 8" in outcome.output
     assert steps(tmp_path / "run") == [4, 8]
     assert_finite(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
-    ("limit", "value", "told"),
+    ("limit", "value", "message"),
     [(0.0, "inf", "held values that are not finite at step 8"), (1.0, "nan", "val/loss is nan at step 8")],
 )
 def test_statistics_that_are_not_finite_are_not_saved(
-    limit: float, value: str, told: str, colours: Path, tmp_path: Path
+    limit: float, value: str, message: str, colours: Path, tmp_path: Path
 ) -> None:
-    """The loss in training does not depend on them."""
-    ended = run_here(
+    """Running statistics do not affect the training loss."""
+    outcome = run_here(
         *("fit", *options(SETTINGS, data__root=colours, run_dir=tmp_path / "run")),
         *(
             f"--trainer.limit_val_batches={limit}",
             f"--trainer.callbacks={poisoned(first=5, value=value, statistic=True)}",
         ),
     )
-    assert ended.returncode == 2, ended.output
-    assert told in ended.output
-    assert "step=00000004.ckpt" in ended.output
+    assert outcome.returncode == 2, outcome.output
+    assert message in outcome.output
+    assert "step=00000004.ckpt" in outcome.output
     assert steps(tmp_path / "run") == [4]
 
 
 def test_a_sweep_of_learning_rates_diverges_on_purpose(colours: Path, tmp_path: Path) -> None:
-    ended = run_here(
+    outcome = run_here(
         *("tune", *options(SETTINGS, data__root=colours, run_dir=tmp_path / "run")),
         *(
             "--lr_finder.lowest=1e-4",
@@ -126,7 +128,7 @@ def test_a_sweep_of_learning_rates_diverges_on_purpose(colours: Path, tmp_path: 
             f"--trainer.callbacks={poisoned(first=25)}",
         ),
     )
-    assert ended.returncode == 0, ended.output
+    assert outcome.returncode == 0, outcome.output
     assert None in strict(tmp_path / "run" / "tune.json")["losses"]  # type: ignore[operator]
 
 
@@ -134,13 +136,13 @@ def test_a_sweep_of_learning_rates_diverges_on_purpose(colours: Path, tmp_path: 
 def test_all_ranks_end_together(colours: Path, tmp_path: Path) -> None:
     settings = options(SETTINGS, data__root=colours, run_dir=tmp_path / "run")
     path = environment(PYTHONPATH=str(Path(__file__).parents[1] / "faults"))["PYTHONPATH"]
-    ended = run(
+    outcome = run(
         *("fit", *settings, f"--trainer.callbacks={poisoned(first=5, rank=1)}"),
         processes=2,
         timeout=120,
         PYTHONPATH=path,
     )
-    assert ended.returncode != 0
+    assert outcome.returncode != 0
     for rank in (0, 1):
-        assert f"job: error (rank {rank}): training diverged: the gradients were not finite at step 5" in ended.stderr
+        assert f"job: error (rank {rank}): training diverged: the gradients were not finite at step 5" in outcome.stderr
     assert steps(tmp_path / "run") == [4]

@@ -1,4 +1,4 @@
-"""The same job on other filesystems than GCS: S3 (a real server process), HTTP, memory."""
+"""Training on filesystems other than GCS: S3 (a server process), HTTP, memory."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_s3_to_s3(s3: str) -> None:
     assert [step for step, _ in scalars(f"{s3}/run")["train/loss"]] == list(range(12))
     assert checkpoint.manifests(f"{s3}/run")[-1].global_step == 12
     assert not storage.exists(f"{s3}/run/lease.json")
-    shown = run_well("predict", "--ckpt", f"{s3}/run", "--input", f"{s3}/colours/red/000.jpg")
-    assert "red/000.jpg" in shown.stdout
+    result = run_well("predict", "--ckpt", f"{s3}/run", "--input", f"{s3}/colours/red/000.jpg")
+    assert "red/000.jpg" in result.stdout
 
 
 def test_an_s3_compatible_store_without_credentials(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the documentation says it: endpoint and anonymous access by environment variables of fsspec."""
+    """Endpoint and anonymous access are set by fsspec's environment variables, as documented."""
     fs, _ = storage.filesystem(s3)
     fs.mkdir("public", acl="public-read")
     for key, content in picture_files(["blue", "red"], 10).items():
@@ -52,25 +52,25 @@ def test_an_s3_compatible_store_without_credentials(s3: str, tmp_path: Path, mon
 
 
 def test_a_requester_pays_bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every request of ours says that the requester pays, as s3fs's own do."""
+    """Requests of job.storage set RequestPayer, as those of s3fs do."""
     storage.write_many(f"{s3}/paid", {"a.jpg": b"content"})
-    sent: list[tuple[str, object]] = []
+    requests: list[tuple[str, object]] = []
     reader = storage.Reader(f"{s3}/paid")
     fs = type(reader.store.fs)(requester_pays=True, skip_instance_cache=True)
     original = fs._call_s3
 
     async def call(method: str, *args: Any, **kwargs: Any) -> Any:
-        sent.append((method, kwargs.get("RequestPayer")))
+        requests.append((method, kwargs.get("RequestPayer")))
         return await original(method, *args, **kwargs)
 
     fs._call_s3 = call
     reader.store.fs = fs
     assert reader.read("a.jpg") == b"content"
-    assert sent == [("get_object", "requester")]
+    assert requests == [("get_object", "requester")]
 
 
 def test_an_archive_by_its_url(tmp_path: Path) -> None:
-    """As the tutorial's is published: train/ and validation/ in a folder that wraps all, beside a script."""
+    """The layout of the tutorial's archive: train/ and validation/ in one folder, beside a script."""
     parts = {"train": 10, "validation": 4}
     files = {f"w/{part}/{k}": c for part, n in parts.items() for k, c in picture_files(["blue", "red"], n).items()}
     (tmp_path / "site").mkdir()
@@ -112,13 +112,13 @@ class FlippedBody:
 
 
 def test_an_s3_object_is_held_against_its_etag(s3: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A flipped bit is requested again; an ETag that is no MD5, as some stores have, shows in two equal answers."""
+    """A damaged object is requested again; an ETag that is not an MD5 is recognised by two equal responses."""
     storage.write_many(f"{s3}/checked", {"a.jpg": b"content", "b.jpg": b"content"})
     calls: list[str] = []
 
     def reader(flips: int, etag: str | None) -> storage.Reader:
-        found = storage.Reader(f"{s3}/checked")
-        original = type(found.store.fs)._call_s3.__get__(found.store.fs)
+        reader = storage.Reader(f"{s3}/checked")
+        original = type(reader.store.fs)._call_s3.__get__(reader.store.fs)
 
         async def call(method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
             calls.append(method)
@@ -127,8 +127,8 @@ def test_an_s3_object_is_held_against_its_etag(s3: str, caplog: pytest.LogCaptur
                 answer["Body"] = FlippedBody(answer["Body"])
             return {**answer, "ETag": etag or answer["ETag"]}
 
-        found.store.fs._call_s3 = call
-        return found
+        reader.store.fs._call_s3 = call
+        return reader
 
     assert reader(1, None).read("a.jpg") == b"content"
     assert calls == ["get_object"] * 2
@@ -143,7 +143,7 @@ def test_an_s3_object_is_held_against_its_etag(s3: str, caplog: pytest.LogCaptur
 
 
 def test_doubled_slashes_in_a_bucket(s3: str) -> None:
-    """Tools that join paths carelessly make folders with empty names."""
+    """Tools that join paths carelessly create folders with empty names."""
     files = picture_files(["blue", "red"], 2)
     storage.write_many(f"{s3}/doubled", {f"/train/{key.replace('/', '//')}": each for key, each in files.items()})
     index = index_parts(f"{s3}/doubled")["train"]

@@ -1,4 +1,4 @@
-"""The main job on real processes, from a real GCS server and back to it."""
+"""Training in real processes, from a GCS server and back to it."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ STEPS = list(range(EPOCHS * 4))  # 32 of 40 images train, 8 a batch
 
 @pytest.fixture(scope="module")
 def fitted(gcs: str, gcs_colours: str) -> str:
-    """A run_dir in the bucket, from 2 processes."""
+    """run_dir in the bucket, of a run of 2 processes."""
     settings = options(TINY, data__root=gcs_colours, run_dir=f"{gcs}/fitted", trainer__max_epochs=EPOCHS)
     run_well("fit", *settings, processes=2)
     return f"{gcs}/fitted"
 
 
 def test_every_logged_step_is_in_the_bucket(fitted: str) -> None:
-    found = scalars(fitted)
-    assert [step for step, _ in found["train/loss"]] == STEPS
-    assert [step for step, _ in found["lr-Adam/pg1"]] == STEPS
-    assert [step for step, _ in found["val/accuracy"]] == STEPS[3::4]
-    assert {"val/loss", "val/f1", "val/auroc", "val/accuracy_of/blue", "accounting/goodput"} <= found.keys()
+    curves = scalars(fitted)
+    assert [step for step, _ in curves["train/loss"]] == STEPS
+    assert [step for step, _ in curves["lr-Adam/pg1"]] == STEPS
+    assert [step for step, _ in curves["val/accuracy"]] == STEPS[3::4]
+    assert {"val/loss", "val/f1", "val/auroc", "val/accuracy_of/blue", "wall_time/goodput"} <= curves.keys()
 
 
-def test_tensorboard_itself_reads_it_from_the_bucket(fitted: str) -> None:
+def test_tensorboard_reads_the_bucket(fitted: str) -> None:
     port = free_port()
     server = subprocess.Popen(
         # Its fast loader, written in Rust, knows the real GCS and no emulator.
@@ -66,18 +66,18 @@ def test_tensorboard_itself_reads_it_from_the_bucket(fitted: str) -> None:
     )
     try:
         query = urllib.parse.urlencode({"run": ".", "tag": "train/loss"})
-        found: list[list[float]] = []
+        points: list[list[float]] = []
         for _ in range(60):
             time.sleep(1)
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
                 url = f"http://127.0.0.1:{port}/data/plugin/scalars/scalars?{query}"
-                found = json.load(urllib.request.urlopen(url))
-                if len(found) == len(STEPS):
+                points = json.load(urllib.request.urlopen(url))
+                if len(points) == len(STEPS):
                     break
     finally:
         server.terminate()
         server.wait()
-    assert [step for _, step, _ in found] == STEPS
+    assert [step for _, step, _ in points] == STEPS
 
 
 def test_the_report_and_the_resolved_configuration(fitted: str) -> None:
@@ -99,21 +99,21 @@ def test_the_report_and_the_resolved_configuration(fitted: str) -> None:
     assert "backbone: timm/test_resnet" in config
 
 
-def test_a_learning_rate_and_a_batch_size_are_found(gcs: str, gcs_colours: str) -> None:
-    """By two processes, which take 60 steps over 16 epochs and leave one file; the options it prints are accepted."""
+def test_tune_suggests_a_learning_rate_and_a_batch_size(gcs: str, gcs_colours: str) -> None:
+    """Two processes take 60 steps over 16 epochs and write one file; the printed options are accepted."""
     run_dir = f"{gcs}/tuned"
     settings = {**TINY, "data.root": gcs_colours, "run_dir": run_dir, "model.milestones": "[]"}
-    shown = run_well("tune", *options(settings), "--lr_finder.steps=60", processes=2).stdout
-    found = json.loads(storage.read_bytes(f"{run_dir}/tune.json"))
-    assert 20 <= len(found["losses"]) == len(found["rates"]) <= 60
-    assert found["rates"][0] == pytest.approx(1e-6)
-    assert 1e-5 < found["lr"] < 0.5
-    assert found["global_batch_size_at_most"] % 16 == 0
+    stdout = run_well("tune", *options(settings), "--lr_finder.steps=60", processes=2).stdout
+    results = json.loads(storage.read_bytes(f"{run_dir}/tune.json"))
+    assert 20 <= len(results["losses"]) == len(results["rates"]) <= 60
+    assert results["rates"][0] == pytest.approx(1e-6)
+    assert 1e-5 < results["lr"] < 0.5
+    assert results["global_batch_size_at_most"] % 16 == 0
     assert not checkpoint.manifests(run_dir)
-    chosen = re.findall(r"^  (--\S+) '?(.*?)'?$", shown, re.MULTILINE)
+    chosen = re.findall(r"^  (--\S+) '?(.*?)'?$", stdout, re.MULTILINE)
     assert [name for name, _ in chosen] == ["--model.lr", "--data.global_batch_size"]
-    told = [word for pair in chosen for word in pair]
-    refused = run("fit", *options(settings), *told, "--trainer.max_epochs=1", "--data.root=gs://none")
+    arguments = [word for pair in chosen for word in pair]
+    refused = run("fit", *options(settings), *arguments, "--trainer.max_epochs=1", "--data.root=gs://none")
     assert "gs://none" in refused.stderr  # the options were read
 
 
@@ -121,20 +121,20 @@ def test_predicting_from_the_bucket(fitted: str, gcs: str) -> None:
     for name in ("blue", "red"):
         for n in range(6):
             storage.write_bytes(f"{gcs}/new/{name}{n}.jpg", picture(COLOURS[name], 9000 + n))
-    shown = run_well("predict", "--ckpt", fitted, "--input", f"{gcs}/new", "--output", f"{gcs}/predictions.jsonl")
-    assert f"{gcs}/new/blue0.jpg" in shown.stdout
+    result = run_well("predict", "--ckpt", fitted, "--input", f"{gcs}/new", "--output", f"{gcs}/predictions.jsonl")
+    assert f"{gcs}/new/blue0.jpg" in result.stdout
     lines = [json.loads(line) for line in storage.read_bytes(f"{gcs}/predictions.jsonl").splitlines()]
     assert len(lines) == 12
     assert all(sum(line["probabilities"].values()) == pytest.approx(1) for line in lines)
-    right = [line["label"] in line["uri"].rpartition("/")[2] for line in lines]
-    assert sum(right) >= 11
+    correct = [line["label"] in line["uri"].rpartition("/")[2] for line in lines]
+    assert sum(correct) >= 11
     assert {line["label"] for line in lines} == {"blue", "red"}  # one logit, two answers
 
     predictor = job.load(fitted)
     assert predictor.classes == ("blue", "red")
-    found = predictor.predict([f"{gcs}/new/red1.jpg", picture(COLOURS["red"], 9001)])
+    predictions = predictor.predict([f"{gcs}/new/red1.jpg", picture(COLOURS["red"], 9001)])
     by_uri = {line["uri"]: line["probabilities"] for line in lines}
-    for prediction in found:
+    for prediction in predictions:
         assert prediction.probabilities == pytest.approx(by_uri[f"{gcs}/new/red1.jpg"], abs=1e-5)
 
     run_well(
@@ -148,36 +148,25 @@ def test_predicting_from_the_bucket(fitted: str, gcs: str) -> None:
     assert {line["uri"]: line["probabilities"] for line in averaged} != by_uri
 
 
-def test_two_processes_predict_every_image_once(fitted: str, gcs: str, gcs_colours: str) -> None:
-    output = f"{gcs}/parts/p.jsonl"
-    run_well("predict", "--ckpt", fitted, "--input", gcs_colours, "--output", output, processes=2)
-    uris = [
-        json.loads(line)["uri"]
-        for entry in storage.list_files(f"{gcs}/parts")
-        for line in storage.read_bytes(f"{gcs}/parts/{entry.key}").splitlines()
-    ]
-    assert len(uris) == len(set(uris)) == 40
-
-
-def test_the_checkpoints_of_a_run(fitted: str) -> None:
-    listed = run_well("checkpoints", "ls", fitted).stdout
-    assert "epoch=012-step=00000048.ckpt" in listed
+def test_checkpoints_commands(fitted: str) -> None:
+    table = run_well("checkpoints", "ls", fitted).stdout
+    assert "epoch=012-step=00000048.ckpt" in table
     assert "good" in run_well("checkpoints", "verify", fitted).stdout
     assert "0 leftover(s)" in run_well("checkpoints", "gc", fitted).stdout
 
 
-def test_validating_again_finds_the_same(fitted: str) -> None:
+def test_validate_reproduces_the_metrics(fitted: str) -> None:
     run_well("validate", "--run_dir", fitted, "--ckpt", f"{fitted}/checkpoints/last", processes=2)
-    again = json.loads(storage.read_bytes(f"{fitted}/validate.json"))["metrics"]
+    repeated = json.loads(storage.read_bytes(f"{fitted}/validate.json"))["metrics"]
     metrics = json.loads(storage.read_bytes(f"{fitted}/report.json"))["checkpoints"]["last"]["metrics"]
-    assert again == pytest.approx(metrics, rel=1e-5)
+    assert repeated == pytest.approx(metrics, rel=1e-5)
     run_well("validate", fitted, "--tta", "hflip")
     averaged = json.loads(storage.read_bytes(f"{fitted}/validate.json"))["metrics"]
     assert averaged["val/loss"] != pytest.approx(metrics["val/loss"], rel=1e-4)
     assert averaged["val/loss"] == pytest.approx(metrics["val/loss"], abs=0.1)
 
 
-def test_a_finished_run_stays_finished(fitted: str) -> None:
+def test_fit_of_a_finished_run_changes_nothing(fitted: str) -> None:
     before = final_weights(fitted)
     result = run_well("fit", "--config", f"{fitted}/config.yaml", processes=2)
     assert "Finished" in result.stdout
@@ -186,29 +175,29 @@ def test_a_finished_run_stays_finished(fitted: str) -> None:
     assert [step for step, _ in scalars(fitted)["train/loss"]] == STEPS
 
 
-def test_a_run_is_not_started_over_by_mistake(fitted: str) -> None:
+def test_resume_never_refuses_an_existing_run(fitted: str) -> None:
     result = run("fit", "--config", f"{fitted}/config.yaml", "--resume=never")
     assert result.returncode == 2
     assert "--resume is never" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"data__global_batch_size": 4}, "data.global_batch_size was 8, is 4"),
         ({"model__hidden": "[9]"}, "hidden was [8], is [9]"),
         ({"model__optimizer": "torch.optim.SGD"}, "model.optimizer was Adam"),
     ],
 )
-def test_going_on_with_other_settings_is_refused(fitted: str, changes: dict[str, object], told: str) -> None:
-    more = {**changes, "trainer__max_epochs": EPOCHS + 1}
-    result = run("fit", "--config", f"{fitted}/config.yaml", *options({}, **more))
+def test_resuming_with_other_settings_is_refused(fitted: str, changes: dict[str, object], message: str) -> None:
+    settings = {**changes, "trainer__max_epochs": EPOCHS + 1}
+    result = run("fit", "--config", f"{fitted}/config.yaml", *options({}, **settings))
     assert result.returncode == 2
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_going_on_with_other_images_is_refused(gcs: str, fitted: str, gcs_colours: str) -> None:
+def test_resuming_with_other_images_is_refused(gcs: str, fitted: str, gcs_colours: str) -> None:
     for entry in storage.list_files(gcs_colours):
         if not entry.is_dir:
             storage.write_bytes(f"{gcs}/more/{entry.key}", storage.read_bytes(f"{gcs_colours}/{entry.key}"))
@@ -218,12 +207,12 @@ def test_going_on_with_other_images_is_refused(gcs: str, fitted: str, gcs_colour
     assert "data.train was 32 images" in result.stderr
 
 
-def test_checkpoints_between_validations_claim_no_metrics(colours: Path, tmp_path: Path) -> None:
+def test_checkpoints_between_validations_have_no_metrics(colours: Path, tmp_path: Path) -> None:
     settings = {**TINY, "trainer.check_val_every_n_epoch": 2, "checkpoint.keep_last": 9, "checkpoint.every_n_steps": 3}
     result = run_well("fit", *options(settings, data__root=colours, run_dir=tmp_path / "run"))
-    found = checkpoint.manifests(str(tmp_path / "run"))
-    assert [(m.epoch, m.global_step) for m in found if m.metrics] == [(2, 8)]
-    assert [m.global_step for m in found] == [3, 4, 6, 8, 9, 12]
+    manifests = checkpoint.manifests(str(tmp_path / "run"))
+    assert [(m.epoch, m.global_step) for m in manifests if m.metrics] == [(2, 8)]
+    assert [m.global_step for m in manifests] == [3, 4, 6, 8, 9, 12]
     assert "accuracy" in result.stdout
     off = run_well("fit", *options(TINY, data__root=colours, run_dir=tmp_path / "off", trainer__limit_val_batches=0))
     assert "Finished" in off.stdout
@@ -260,15 +249,15 @@ def test_other_data_sets_and_optimizers_by_configuration(tmp_path: Path, colours
     assert all(later < earlier for earlier, later in itertools.pairwise(rates))
 
 
-def test_a_profile_tells_where_the_time_of_a_step_goes(gcs: str, gcs_colours: str) -> None:
+def test_profile_breaks_down_a_step(gcs: str, gcs_colours: str) -> None:
     run_dir = f"{gcs}/profile"
     settings = options(TINY, data__root=gcs_colours, run_dir=run_dir, model__milestones="[]", data__global_batch_size=4)
-    done = run_well("fit", *settings, "--profile", processes=2)
-    (told,) = [line for line in done.stderr.splitlines() if "a step takes" in line]
+    result = run_well("fit", *settings, "--profile", processes=2)
+    (breakdown,) = [line for line in result.stderr.splitlines() if "a step takes" in line]
     names = ("data wait", "forward", "backward", "optimizer", "checkpoint", "other")
-    shares = [int(re.search(rf"{name} [\d.]+ \((\d+)%\)", told)[1]) for name in names]  # type: ignore[index]
+    shares = [int(re.search(rf"{name} [\d.]+ \((\d+)%\)", breakdown)[1]) for name in names]  # type: ignore[index]
     assert 97 <= sum(shares) <= 103
-    assert float(re.search(r"within them ([\d.]+) ms of communication", told)[1]) > 0  # type: ignore[index]
+    assert float(re.search(r"within them ([\d.]+) ms of communication", breakdown)[1]) > 0  # type: ignore[index]
     traces = [file.key for file in storage.list_files(f"{run_dir}/profile")]
     assert sorted(key.split("-")[0] for key in traces) == ["rank0", "rank1"]
     for key in traces:

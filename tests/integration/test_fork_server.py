@@ -1,4 +1,4 @@
-"""Processes that the tests fork are like those that ``python -m`` starts."""
+"""Processes forked by the tests behave like processes started by ``python -m``."""
 
 from __future__ import annotations
 
@@ -49,11 +49,9 @@ def probe(tmp_path: Path) -> Path:
 
 
 def probed(folder: Path, *, fresh: bool, session: bool, **variables: str) -> tuple[int, dict[str, Any]]:
-    given = environment(PYTHONPATH=str(folder / "modules"), TMPDIR=str(folder), **variables)
+    env = environment(PYTHONPATH=str(folder / "modules"), TMPDIR=str(folder), **variables)
     with (folder / "out").open("w") as file:
-        process = start(
-            "--a", 3, stdout=file, stderr=file, module="probe", fresh=fresh, session=session, variables=given
-        )
+        process = start("--a", 3, stdout=file, stderr=file, module="probe", fresh=fresh, session=session, variables=env)
         code = process.wait(60)
     line, end = (folder / "out").read_text().splitlines()
     assert end == "the end"
@@ -68,7 +66,7 @@ def test_a_forked_process_is_like_a_new_one(session: bool, variables: dict[str, 
     assert forked[0] == 7
 
 
-def test_signals_reach_it_and_its_end_is_known(probe: Path) -> None:
+def test_a_forked_process_receives_signals_and_is_waited_for(probe: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         with (probe / "out").open("w") as file:
             process = start(
@@ -94,7 +92,7 @@ def test_variables_that_libraries_read_need_a_new_interpreter() -> None:
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_the_command_line_gives_its_code_and_both_streams(fresh: bool) -> None:
-    ended = run("fti", fresh=fresh)
-    assert ended.returncode == 2
-    assert "Did you mean fit?" in ended.stderr
+    result = run("fti", fresh=fresh)
+    assert result.returncode == 2
+    assert "Did you mean fit?" in result.stderr
     assert run("--version", fresh=fresh).stdout.startswith("job ")

@@ -1,4 +1,4 @@
-"""The training depends neither on how many processes run it nor on where it was interrupted."""
+"""Training does not depend on the number of processes or on interruptions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.integration
 
 
 def test_one_two_and_four_processes_give_the_same_losses(colours: Path, tmp_path: Path) -> None:
-    """Frozen, then with half and all of the backbone training; layer norm, since batch norm sees local batches."""
+    """For a frozen, a half and a fully trained backbone, with layer norm: batch norm depends on local batches."""
     settings = {
         **TINY,
         "model.backbone": "timm/test_vit",
@@ -27,16 +27,16 @@ def test_one_two_and_four_processes_give_the_same_losses(colours: Path, tmp_path
     for processes in (1, 2, 4):
         run_dir = str(tmp_path / str(processes))
         run_well("fit", *options(settings, data__root=colours, run_dir=run_dir), processes=processes)
-        found = scalars(run_dir)
-        losses[processes] = [value for _, value in found["train/loss"]] + [value for _, value in found["val/loss"]]
+        curves = scalars(run_dir)
+        losses[processes] = [value for _, value in curves["train/loss"]] + [value for _, value in curves["val/loss"]]
     assert len(losses[1]) == 8 * 3 + 8
     assert losses[2] == pytest.approx(losses[1], rel=1e-4)
     assert losses[4] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_interrupted_at_an_epochs_end_and_resumed_is_uninterrupted(epochs: int, colours: Path, tmp_path: Path) -> None:
-    """At either milestone: the stage of unfreezing, the optimizer and the order must all come back."""
+def test_a_resume_at_an_epochs_end_is_bit_equal(epochs: int, colours: Path, tmp_path: Path) -> None:
+    """At each milestone: the unfreezing stage, the optimizer and the order are restored."""
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     settings = options(TINY, data__root=colours, trainer__max_epochs=4, model__train_bn="true")
     run_well("fit", *settings, "--run_dir", whole, processes=2)
@@ -48,8 +48,8 @@ def test_interrupted_at_an_epochs_end_and_resumed_is_uninterrupted(epochs: int, 
         assert other[tag] == one[tag]
 
 
-def test_a_run_that_goes_on_at_another_precision_says_so(colours: Path, tmp_path: Path) -> None:
-    """Here from 16-bit products to 32 bits, as on a machine without units for them; both learn."""
+def test_resuming_at_another_precision_is_logged(colours: Path, tmp_path: Path) -> None:
+    """From bf16 to float32, as on a machine without bf16 units."""
     settings = options(TINY, data__root=colours, run_dir=tmp_path / "run", model__milestones="[]")
     first = run_well("fit", *settings, "--trainer.precision=bf16-mixed", "--trainer.max_epochs=2")
     assert "precision bf16-mixed" in first.stderr
@@ -61,7 +61,7 @@ def test_a_run_that_goes_on_at_another_precision_says_so(colours: Path, tmp_path
     assert sum(losses[-4:]) < sum(losses[:4])
 
 
-def test_a_recipe_of_everything_learns_and_resumes_bit_for_bit(colours: Path, tmp_path: Path) -> None:
+def test_a_recipe_with_all_options_learns_and_resumes_bit_for_bit(colours: Path, tmp_path: Path) -> None:
     settings = options(
         {
             **TINY,
@@ -87,13 +87,14 @@ def test_a_recipe_of_everything_learns_and_resumes_bit_for_bit(colours: Path, tm
     run_well("fit", *settings, "--run_dir", parts, "--trainer.max_epochs=2", processes=2)
     run_well("fit", *settings, "--run_dir", parts, processes=2)
     assert_same_weights(whole, parts)
-    found = scalars(whole)
-    assert found["train/loss"] == scalars(parts)["train/loss"]
-    assert found["val/accuracy"][-1][1] >= 0.9
+    curves = scalars(whole)
+    assert curves["train/loss"] == scalars(parts)["train/loss"]
+    assert curves["val/accuracy"][-1][1] >= 0.9
     run_well("validate", "--run_dir", whole, "--ckpt", f"{whole}/checkpoints/last")
-    again = json.loads((tmp_path / "whole" / "validate.json").read_text())["metrics"]["val/loss"]
-    assert again == pytest.approx(found["val/loss"][-1][1], rel=1e-5)  # of the average, not of the last step's weights
+    repeated = json.loads((tmp_path / "whole" / "validate.json").read_text())["metrics"]["val/loss"]
+    # The metrics are those of the averaged weights, not of the last step's.
+    assert repeated == pytest.approx(curves["val/loss"][-1][1], rel=1e-5)
     assert checkpoint.load(checkpoint.resolve(f"{whole}/checkpoints/last"))["training_weights"]
-    rates = [value for _, value in found["lr-AdamW/pg1"]]
+    rates = [value for _, value in curves["lr-AdamW/pg1"]]
     assert rates.index(max(rates)) == 4
-    assert len([tag for tag in found if tag.startswith("lr-AdamW/pg") and tag[-1].isdigit()]) == 2 * (1 + 8)
+    assert len([tag for tag in curves if tag.startswith("lr-AdamW/pg") and tag[-1].isdigit()]) == 2 * (1 + 8)

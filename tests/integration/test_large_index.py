@@ -54,8 +54,8 @@ print(json.dumps({**told, "labels": sorted(set(batch["label"].tolist())), "bad":
 
 
 def told(code: str, folder: Path) -> dict[str, object]:
-    """What a process of its own printed."""
-    done = subprocess.run(
+    """Run code in a new process; return the JSON that it prints."""
+    result = subprocess.run(
         [sys.executable, "-c", PREAMBLE + code, folder],
         cwd=REPOSITORY,
         env=environment(),
@@ -63,9 +63,9 @@ def told(code: str, folder: Path) -> dict[str, object]:
         text=True,
         timeout=500,
     )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, object] = json.loads(done.stdout)
-    return found
+    assert result.returncode == 0, result.stderr
+    figures: dict[str, object] = json.loads(result.stdout)
+    return figures
 
 
 def test_millions_of_samples(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a container runs: it finds out where it is, starts the ranks, and hands their exit code on."""
+"""``job launch``: detect the platform, start the ranks, return their exit code."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ KUBEFLOW = {
 
 
 @pytest.mark.parametrize(
-    ("variables", "told"),
+    ("variables", "message"),
     [({"LAUNCH_PROCESSES": "2"}, "plain: alone (LAUNCH_PROCESSES=2)"), (KUBEFLOW, "Kubeflow: alone (PET_NNODES=1")],
     ids=["plain", "kubeflow"],
 )
-def test_alone_with_two_processes(variables: dict[str, str], told: str, colours: Path, tmp_path: Path) -> None:
-    done = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), fresh=True, **variables)
-    assert done.returncode == 0, done.stderr
-    assert told in done.stderr
-    assert "2 process(es)" in done.stdout
+def test_one_node_with_two_processes(variables: dict[str, str], message: str, colours: Path, tmp_path: Path) -> None:
+    result = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), fresh=True, **variables)
+    assert result.returncode == 0, result.stderr
+    assert message in result.stderr
+    assert "2 process(es)" in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("settings", "variables", "code", "told"),
+    ("settings", "variables", "code", "message"),
     [
         ({"data.root": "/no/such/folder"}, {}, 2, "no such bucket, object or folder"),
         ({}, {"JOB_COMPLETION_INDEX": "3"}, 2, "LAUNCH_NODES does not say how many"),
@@ -55,31 +55,31 @@ def test_alone_with_two_processes(variables: dict[str, str], told: str, colours:
     ],
 )
 def test_the_exit_code_is_the_ranks_own(
-    settings: dict[str, object], variables: dict[str, str], code: int, told: str, tmp_path: Path
+    settings: dict[str, object], variables: dict[str, str], code: int, message: str, tmp_path: Path
 ) -> None:
     arguments = options({**TINY, "data.root": "x", "run_dir": tmp_path / "run", **settings})
-    done = run("launch", "fit", *arguments, LAUNCH_PROCESSES="2", **variables)
-    assert done.returncode == code, done.stderr
-    assert told in done.stderr
+    result = run("launch", "fit", *arguments, LAUNCH_PROCESSES="2", **variables)
+    assert result.returncode == code, result.stderr
+    assert message in result.stderr
 
 
-def test_a_mistake_is_reported_once(tmp_path: Path) -> None:
-    """torch elastic restarts the ranks, which would make the same mistake again."""
+def test_a_users_mistake_is_reported_once(tmp_path: Path) -> None:
+    """Restarting the ranks would repeat the mistake."""
     arguments = options({**TINY, "data.root": "/no/such/folder", "run_dir": tmp_path / "run"})
-    done = run("launch", "fit", *arguments, LAUNCH_PROCESSES="2", LAUNCH_RESTARTS="2")
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("job: error (rank 0)") == 1
-    assert "Traceback" not in done.stderr
+    result = run("launch", "fit", *arguments, LAUNCH_PROCESSES="2", LAUNCH_RESTARTS="2")
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("job: error (rank 0)") == 1
+    assert "Traceback" not in result.stderr
 
 
-def test_a_command_that_is_none() -> None:
-    done = run("launch", "--data.root", "x")
-    assert done.returncode == 2
-    assert "launch takes another command" in done.stderr
+def test_an_unknown_command() -> None:
+    result = run("launch", "--data.root", "x")
+    assert result.returncode == 2
+    assert "launch takes another command" in result.stderr
 
 
 def rank_processes(launcher: int) -> list[int]:
-    """The processes that a launcher's ranks are, by their name in ps."""
+    """Return the launcher's rank processes, by their name in ps."""
     names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in descendants(launcher)}
     return [pid for pid, name in names.items() if name.startswith("job rank ")]
 
@@ -111,7 +111,7 @@ def launched(colours: Path, tmp_path: Path, **variables: str) -> Iterator[tuple[
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, 75)])
 def test_signals(number: int, code: int, colours: Path, tmp_path: Path) -> None:
-    """SIGTERM to the launcher, as kubelet sends it, or a Ctrl-C; SIGKILL of a rank, as without memory."""
+    """SIGTERM to the launcher, as from the kubelet; Ctrl-C; SIGKILL of a rank, as from the OOM killer."""
     with launched(colours, tmp_path) as (process, log):
         ranks = rank_processes(process.pid)
         assert len(ranks) == 2
@@ -123,7 +123,7 @@ def test_signals(number: int, code: int, colours: Path, tmp_path: Path) -> None:
 
 
 def test_sigterm_to_all_processes(colours: Path, tmp_path: Path) -> None:
-    """As systemd and Slurm send it: the server that ranks are forked from must outlive them."""
+    """As systemd and Slurm send it: the fork server must outlive the ranks."""
     with launched(colours, tmp_path) as (process, log):
         for pid in [*descendants(process.pid), process.pid]:
             os.kill(pid, signal.SIGTERM)
@@ -143,7 +143,7 @@ def test_ranks_save_when_the_launcher_is_killed(colours: Path, tmp_path: Path) -
 
 
 def test_the_fork_server_is_killed(colours: Path, tmp_path: Path) -> None:
-    """The launcher cannot learn the ranks' exit codes any more: it waits until they have ended, and says: try again."""
+    """The ranks' exit codes are then unknown: the launcher waits for them and exits as for a transient error."""
     with launched(colours, tmp_path) as (process, log):
         ranks = rank_processes(process.pid)
         server = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
@@ -161,7 +161,7 @@ def test_a_requested_stop_is_not_restarted(colours: Path, tmp_path: Path) -> Non
 
 @pytest.fixture
 def pods() -> Iterator[list[list[str]]]:
-    """Two network namespaces with host names, wired to each other; yields what runs a command in each."""
+    """Two connected network namespaces with host names; yields command prefixes that run in each."""
     names = [f"job-pod-{n}-{os.getpid()}" for n in range(2)]
 
     def ip(*words: str) -> None:
@@ -190,7 +190,7 @@ def pods() -> Iterator[list[list[str]]]:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 def test_two_pods_of_an_indexed_job_train_together(pods: list[list[str]], colours: Path, tmp_path: Path) -> None:
-    """Each knows its index and the name of the first; the second comes first."""
+    """Each pod knows its index and the first pod's name; the second is started first."""
     arguments = options(TINY, data__root=colours, run_dir=tmp_path / "run")
     logs = [tmp_path / f"log-{n}" for n in range(2)]
     processes = []
@@ -208,9 +208,9 @@ def test_two_pods_of_an_indexed_job_train_together(pods: list[list[str]], colour
             )
         time.sleep(3 if n else 0)
     codes = [process.wait(180) for process in processes]
-    told = "\n".join(log.read_text() for log in logs)
-    assert codes == [0, 0], told
-    assert "Indexed Job: node 1 of 2, meeting at train-0.train:29400" in told
+    output = "\n".join(log.read_text() for log in logs)
+    assert codes == [0, 0], output
+    assert "Indexed Job: node 1 of 2, meeting at train-0.train:29400" in output
     run_well("fit", *options(TINY, data__root=colours, run_dir=tmp_path / "alone"))
     together, alone = scalars(str(tmp_path / "run")), scalars(str(tmp_path / "alone"))
     assert [step for step, _ in together["train/loss"]] == [step for step, _ in alone["train/loss"]]
@@ -241,7 +241,7 @@ def test_ranks_log_json_on_kubernetes(colours: Path, tmp_path: Path) -> None:
 
 
 def test_a_trial_of_vertex_ai(colours: Path, tmp_path: Path) -> None:
-    """Its metric lies where the tuner reads it, its events where the TensorBoard instance reads them."""
+    """The metric and the events are written where Vertex AI reads them."""
     spec = {"cluster": {"workerpool0": ["trial-0:2222"]}, "task": {"type": "workerpool0", "index": 0}}
     variables = {
         "CLUSTER_SPEC": json.dumps(spec),
@@ -250,9 +250,9 @@ def test_a_trial_of_vertex_ai(colours: Path, tmp_path: Path) -> None:
         "AIP_TENSORBOARD_LOG_DIR": str(tmp_path / "vertex" / "tensorboard"),
         "LAUNCH_PROCESSES": "2",
     }
-    done = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), **variables)
-    assert done.returncode == 0, done.stderr
-    assert "Vertex AI: alone" in done.stderr
+    result = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), **variables)
+    assert result.returncode == 0, result.stderr
+    assert "Vertex AI: alone" in result.stderr
     assert not (tmp_path / "run" / "tensorboard").exists()
     lines = (tmp_path / "hypertune" / "output.metrics").read_text().splitlines()
     reported = [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""Options and callbacks that --help lists work for two steps and a resume; others are refused by name."""
+"""Options and callbacks in --help work for two steps and a resume; others are refused."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def batch_size(batch: Any) -> int:
 def works(colours: Path, tmp_path: Path, **changes: object) -> None:
     for epochs in (1, 2):
         settings = {"data__root": colours, "run_dir": tmp_path / "run", "trainer__max_epochs": epochs, **changes}
-        done = run_here("fit", *options(SHORT, **settings))
-        assert done.returncode == 0, done.output
-        assert "Traceback" not in done.output
-    assert "resuming after step" in done.output
+        outcome = run_here("fit", *options(SHORT, **settings))
+        assert outcome.returncode == 0, outcome.output
+        assert "Traceback" not in outcome.output
+    assert "resuming after step" in outcome.output
 
 
 @pytest.mark.parametrize("kind", _SUPPORTED_CALLBACKS, ids=lambda kind: kind.__name__)
 def test_callbacks_that_help_lists(kind: type, colours: Path, tmp_path: Path) -> None:
     if kind is callbacks.DeviceStatsMonitor and importlib.util.find_spec("psutil") is None:
         pytest.skip("it needs psutil on a CPU")
-    given = {"class_path": f"pytorch_lightning.callbacks.{kind.__name__}", "init_args": ARGUMENTS.get(kind, {})}
-    works(colours, tmp_path, trainer__callbacks=json.dumps([given]))
+    entry = {"class_path": f"pytorch_lightning.callbacks.{kind.__name__}", "init_args": ARGUMENTS.get(kind, {})}
+    works(colours, tmp_path, trainer__callbacks=json.dumps([entry]))
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def callback(name: str, **arguments: object) -> str:
     ids=lambda value: " ".join(map(str, value.items()))[:60] if isinstance(value, dict) else None,
 )
 def test_options_that_are_refused(changes: dict[str, object], message: str, colours: Path, tmp_path: Path) -> None:
-    done = run_here("fit", *options(SHORT, **{"data__root": colours, "run_dir": tmp_path / "run", **changes}))
-    assert done.returncode == 2, done.output
-    assert message in done.output
-    assert "Traceback" not in done.output
+    outcome = run_here("fit", *options(SHORT, **{"data__root": colours, "run_dir": tmp_path / "run", **changes}))
+    assert outcome.returncode == 2, outcome.output
+    assert message in outcome.output
+    assert "Traceback" not in outcome.output
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_help_lists_what_works() -> None:
+def test_help_lists_only_supported_options() -> None:
     text = "".join(run_here("fit", "--help-all").output.split())
     for name in ("BackboneFinetuning", "ModelPruning", "FSDPStrategy", "DeepSpeed", "LBFGS", "16-true", "job.train."):
         assert name not in text

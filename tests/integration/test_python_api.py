@@ -1,4 +1,4 @@
-"""``job.fit`` and what else ``import job`` offers: in scripts and notebooks, where the process is not job's own."""
+"""The Python API, in scripts and notebooks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support import REPOSITORY, TINY, assert_same_weights, environment, picture, picture_files, run_here, write_files
+from PIL import Image
+from support import REPOSITORY, TINY, assert_same_weights, environment, picture_files, run_here, write_files
 
 import job
 from job.errors import ConfigError, JobError
@@ -27,11 +29,11 @@ def colours(tmp_path: Path) -> Path:
     return write_files(tmp_path / "colours", picture_files(["blue", "red"], 10))
 
 
-def config(run_dir: Path, colours: Path, **more: Any) -> dict[str, Any]:
-    """The tiny run as a mapping in the form of config.yaml; ``a__b`` stands for ``a: {b: …}``."""
+def config(run_dir: Path, colours: Path, **changes: Any) -> dict[str, Any]:
+    """Return the configuration of a tiny run as a mapping; ``a__b`` stands for ``a: {b: …}``."""
     tree: dict[str, Any] = {"run_dir": run_dir}
-    given = {name.replace("__", "."): value for name, value in more.items()}
-    for name, value in {**TINY, "trainer.max_epochs": 1, "data.root": colours, **given}.items():
+    overrides = {name.replace("__", "."): value for name, value in changes.items()}
+    for name, value in {**TINY, "trainer.max_epochs": 1, "data.root": colours, **overrides}.items():
         *groups, option = name.split(".")
         level = tree
         for group in groups:
@@ -53,20 +55,28 @@ def test_fit_load_and_predict(colours: Path, tmp_path: Path) -> None:
     assert report.metrics["val/accuracy"] is not None
     assert report.best == report.last
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report.content
-    (prediction,) = job.load(report.run_dir).predict([picture((30, 60, 200), 1)])
+    predictor = job.load(report.run_dir)
+    image = next(colours.glob("**/*.jpg"))
+    (prediction,) = predictor.predict([image])
     assert prediction.label in report.classes
+    with image.open("rb") as file, Image.open(image) as opened:
+        for same in (image, str(image), image.read_bytes(), file, opened, np.array(opened)):
+            assert predictor.predict(same).probabilities == pytest.approx(prediction.probabilities)
+        batch = np.array([opened] * 3)
+    assert [each.label for each in predictor.predict(batch, batch_size=2)] == [prediction.label] * 3
+    assert predictor.predict([]) == []
 
 
-def test_a_saved_configuration_is_one_that_fit_takes(colours: Path, tmp_path: Path) -> None:
-    """From a file, as the verb does: both give the same weights."""
+def test_fit_accepts_a_saved_configuration(colours: Path, tmp_path: Path) -> None:
+    """``job.fit`` of a file and the fit command give the same weights."""
     job.fit(config(tmp_path / "run", colours))
     saved = tmp_path / "run" / "config.yaml"
-    again = tmp_path / "again.yaml"
-    again.write_text(saved.read_text().replace(str(tmp_path / "run"), str(tmp_path / "again")))
-    job.fit(again)
-    ended = run_here("fit", "--config", saved, "--run_dir", tmp_path / "verb", threads=torch.get_num_threads())
-    assert ended.returncode == 0, ended.output
-    assert "Finished" in ended.output
+    edited = tmp_path / "again.yaml"
+    edited.write_text(saved.read_text().replace(str(tmp_path / "run"), str(tmp_path / "again")))
+    job.fit(edited)
+    outcome = run_here("fit", "--config", saved, "--run_dir", tmp_path / "verb", threads=torch.get_num_threads())
+    assert outcome.returncode == 0, outcome.output
+    assert "Finished" in outcome.output
     assert_same_weights(str(tmp_path / "run"), str(tmp_path / "again"))
     assert_same_weights(str(tmp_path / "run"), str(tmp_path / "verb"))
 
@@ -80,15 +90,15 @@ def test_a_saved_configuration_is_one_that_fit_takes(colours: Path, tmp_path: Pa
         ({"model__optimizer": {"class_path": "os.system"}}, "os.system is not allowed"),
     ],
 )
-def test_a_mistake_is_an_exception_and_no_exit(
+def test_a_users_mistake_raises_and_does_not_exit(
     changes: dict[str, Any], message: str, colours: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         job.fit(config(tmp_path / "run", colours, **changes))
 
 
-def test_a_run_goes_on_in_another_thread(colours: Path, tmp_path: Path) -> None:
-    """Python allows signal handlers in the main thread alone; a run resumes where an earlier one ended."""
+def test_fit_resumes_in_another_thread(colours: Path, tmp_path: Path) -> None:
+    """Outside the main thread no signal handlers are installed; the run resumes the earlier one."""
     job.fit(config(tmp_path / "run", colours))
     reports: list[job.Report] = []
     settings = config(tmp_path / "run", colours, trainer__max_epochs=2)
@@ -107,7 +117,7 @@ def test_without_affinity_all_cpus_count(monkeypatch: pytest.MonkeyPatch, colour
 
 
 def script(folder: Path, settings: dict[str, Any], body: str) -> subprocess.Popen[str]:
-    """A script without the guard of ``__main__``, as a notebook has none."""
+    """Run a script without an ``if __name__ == "__main__"`` guard, like a notebook."""
     path = folder / "script.py"
     (folder / "config.json").write_text(json.dumps(settings, default=str))
     start = "import json, job\nfrom job import checkpoint\nprint('began', flush=True)\n"
@@ -123,7 +133,7 @@ def script(folder: Path, settings: dict[str, Any], body: str) -> subprocess.Pope
     )
 
 
-def test_ctrl_c_saves_and_raises_and_the_process_lives_on(colours: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_raises_keyboard_interrupt(colours: Path, tmp_path: Path) -> None:
     endless = config(tmp_path / "run", colours, trainer__max_epochs=100000)
     process = script(
         tmp_path,
@@ -172,7 +182,7 @@ def test_importing_the_package_imports_neither_torch_nor_lightning() -> None:
 
 
 def test_a_second_ctrl_c_raises_at_once(colours: Path, tmp_path: Path) -> None:
-    """In a step that takes long: the first one waits for its end."""
+    """During a long step, whose end the first Ctrl-C waits for."""
     (tmp_path / "slow.py").write_text(
         "import time\nfrom pytorch_lightning.callbacks import Callback\n"
         "class Slow(Callback):\n"

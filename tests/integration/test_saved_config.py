@@ -1,4 +1,4 @@
-"""A run_dir's config.yaml is data: whatever stands in it, nothing of it is run."""
+"""A run_dir's config.yaml is data: no class that it names is run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def validated(finished: Path, tmp_path: Path) -> Callable[..., Outcome]:
-    """Validate with a config.yaml that somebody has changed."""
+    """Validate with a modified config.yaml."""
     original = (finished / "config.yaml").read_text()
 
     def call(change: Callable[[dict], object] | None = None, content: bytes | None = None, *args: object) -> Outcome:
@@ -55,41 +55,41 @@ def spelt(marker: Path) -> dict[str, tuple[str, object]]:
     rest = {"class_path": "subprocess.Popen", "dict_kwargs": {"args": f"touch {marker}", "shell": True}}
     ddp = "pytorch_lightning.strategies.DDPStrategy"
     lambda_ = "torchvision.transforms.v2.Lambda"
-    own = {"class_path": "planted.Planted", "init_args": {"path": str(marker)}}
+    planted = {"class_path": "planted.Planted", "init_args": {"path": str(marker)}}
     return {
         "strategy's object": ("trainer.strategy", {"class_path": ddp, "init_args": {"ddp_comm_state": shell}}),
         "flat arguments": ("trainer.strategy", {"class_path": ddp, "init_args": {"ddp_comm_state": flat}}),
         "dict_kwargs": ("trainer.strategy", {"class_path": ddp, "dict_kwargs": {"anything": rest}}),
         "short name": ("trainer.strategy", {"class_path": "DDPStrategy", "init_args": {"ddp_comm_state": shell}}),
-        "callback": ("trainer.callbacks", [own]),
-        "one callback": ("trainer.callbacks", own),
+        "callback": ("trainer.callbacks", [planted]),
+        "one callback": ("trainer.callbacks", planted),
         "bare callback": ("trainer.callbacks", "planted.Planted"),
-        "plugin": ("trainer.plugins", [own]),
-        "logger in profiler": ("trainer.profiler", own),
-        "accelerator": ("trainer.accelerator", own),
-        "precision": ("trainer.precision", own),
-        "optimizer": ("model.optimizer", own),
+        "plugin": ("trainer.plugins", [planted]),
+        "logger in profiler": ("trainer.profiler", planted),
+        "accelerator": ("trainer.accelerator", planted),
+        "precision": ("trainer.precision", planted),
+        "optimizer": ("model.optimizer", planted),
         "bare optimizer": ("model.optimizer", "planted.Planted"),
         "optimizer's argument": ("model.optimizer", {"class_path": "torch.optim.SGD", "init_args": {"lr": shell}}),
-        "scheduler": ("model.lr_scheduler", own),
+        "scheduler": ("model.lr_scheduler", planted),
         "callable by its path": (
             "model.lr_scheduler",
             {"class_path": "torch.optim.lr_scheduler.LambdaLR", "init_args": {"lr_lambda": "planted.run"}},
         ),
-        "transform": ("data.augment", own),
+        "transform": ("data.augment", planted),
         "transform's callable": ("data.augment", {"class_path": lambda_, "init_args": {"lambd": "planted.run"}}),
         "nested transform": (
             "data.augment",
-            {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": [shell, own]}},
+            {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": [shell, planted]}},
         ),
-        "plain parameter": ("model.hidden", own),
-        "list": ("model.hidden", [own]),
-        "string": ("model.backbone", own),
+        "plain parameter": ("model.hidden", planted),
+        "list": ("model.hidden", [planted]),
+        "string": ("model.backbone", planted),
         "float": ("data.val_fraction", shell),
-        "data": ("data.root", [own]),
-        "monitor": ("checkpoint.monitor", own),
-        "seed": ("seed_everything", own),
-        "section": ("model", own),
+        "data": ("data.root", [planted]),
+        "monitor": ("checkpoint.monitor", planted),
+        "seed": ("seed_everything", planted),
+        "section": ("model", planted),
         "file as section": ("trainer", "/etc/passwd"),
         "config in the file": ("config", "planted.yaml"),
         "path mark": ("data.__path__", "/etc/passwd"),
@@ -109,7 +109,7 @@ class Planted:
 
 
 @pytest.mark.parametrize("name", list(spelt(Path())))
-def test_nothing_that_a_saved_configuration_names_is_run(
+def test_no_class_named_in_a_saved_configuration_is_run(
     name: str, validated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marker = tmp_path / "marker"
@@ -167,7 +167,7 @@ def test_damaged_configurations(content: bytes, message: str, validated) -> None
     assert time.monotonic() - start < 5
 
 
-def test_a_configuration_that_cannot_be_read_is_not_taken_for_a_missing_one(validated, monkeypatch) -> None:
+def test_an_unreadable_configuration_is_an_error(validated, monkeypatch) -> None:
     def refused(path: object, *args: object, **kwargs: object) -> object:
         raise PermissionError(13, "Permission denied")
 
@@ -179,10 +179,10 @@ def test_a_configuration_that_cannot_be_read_is_not_taken_for_a_missing_one(vali
         storage.exists("/some/file")
 
 
-def test_the_users_own_configuration_is_taken_in_its_place(validated, tmp_path: Path, finished: Path) -> None:
-    own = tmp_path / "own.yaml"
-    own.write_text((finished / "config.yaml").read_text())
-    result = validated(None, b"\xff", "--config", own)
+def test_config_replaces_the_saved_configuration(validated, tmp_path: Path, finished: Path) -> None:
+    user_config = tmp_path / "own.yaml"
+    user_config.write_text((finished / "config.yaml").read_text())
+    result = validated(None, b"\xff", "--config", user_config)
     assert result.returncode == 0, result.output
 
 
@@ -190,7 +190,7 @@ DENIED = ("subprocess.Popen", "os.system", "builtins.exec", "functools.partial",
 
 
 @pytest.mark.parametrize("path", DENIED)
-def test_classes_that_no_trainer_needs_are_refused_on_the_command_line(path: str, tmp_path: Path) -> None:
+def test_classes_outside_the_import_policy_are_refused_on_the_command_line(path: str, tmp_path: Path) -> None:
     ddp = "pytorch_lightning.strategies.DDPStrategy"
     (tmp_path / "own.yaml").write_text(f"trainer: {{callbacks: [{{class_path: {path}}}]}}\n")
     for arguments in (
@@ -206,7 +206,7 @@ def test_classes_that_no_trainer_needs_are_refused_on_the_command_line(path: str
         assert f"{path} is not allowed in a configuration" in result.output, arguments
 
 
-def test_environment_variables_are_held_to_the_same_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_follow_the_import_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOB_TRAINER__STRATEGY", "{class_path: subprocess.Popen, init_args: {args: true}}")
     result = run_here("fit", "--data.root", tmp_path, "--run_dir", tmp_path / "run")
     assert result.returncode == 2
@@ -261,8 +261,8 @@ def test_a_damaged_configuration_does_not_stop_a_fit_and_is_kept(finished: Path,
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
 
 
-def test_in_a_process_of_its_own(finished: Path, tmp_path: Path) -> None:
-    """The issue's own case, once from the shell."""
+def test_a_command_in_a_saved_configuration_is_refused_by_the_shell_command(finished: Path, tmp_path: Path) -> None:
+    """``subprocess.Popen`` as ddp_comm_state, in a new process."""
     shell = {"class_path": "subprocess.Popen", "init_args": {"args": f"touch {tmp_path}/marker", "shell": True}}
     tree = yaml.safe_load((finished / "config.yaml").read_text())
     ddp = "pytorch_lightning.strategies.DDPStrategy"
@@ -285,12 +285,12 @@ def test_in_a_process_of_its_own(finished: Path, tmp_path: Path) -> None:
         ("data.allow", ["127.0.0.1"], "data.allow"),
     ],
 )
-def test_it_does_not_choose_internal_addresses(
+def test_a_saved_configuration_cannot_name_internal_addresses(
     validated: Callable[..., Outcome], finished: Path, key: str, value: object, why: str
 ) -> None:
     result = validated(put(key, value))
     assert key in result.output
     assert why in result.output
     assert result.returncode == (0 if key == "data.allow" else 2), result.output
-    again = validated(put(key, value), None, "--data.root", finished.parent / "colours")
-    assert again.returncode == 0, again.output
+    revalidated = validated(put(key, value), None, "--data.root", finished.parent / "colours")
+    assert revalidated.returncode == 0, revalidated.output

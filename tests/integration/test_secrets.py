@@ -1,4 +1,4 @@
-"""Credentials in URIs reach the server and nothing else; names reach the terminal escaped."""
+"""Credentials in URIs are sent to the server only; names are escaped on the terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PASSWORD = "correct-horse-battery"
 
 
 class Private(BaseHTTPRequestHandler):
-    """Serves files, and pages of links, to those who sign or have the password."""
+    """Serve files and pages of links to requests with the signature or the password."""
 
     files: ClassVar[dict[str, bytes]] = {}
     paths: ClassVar[list[str]] = []
@@ -53,14 +53,14 @@ class Private(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         status, total = 200, len(content)
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            status, content = 206, content[int(asked[1]) : int(asked[2] or total) + 1]
+        if byte_range := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            status, content = 206, content[int(byte_range[1]) : int(byte_range[2] or total) + 1]
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Accept-Ranges", "bytes")
         if status == 206:
-            self.send_header("Content-Range", f"bytes {asked[1]}-{int(asked[1]) + len(content) - 1}/{total}")
+            self.send_header("Content-Range", f"bytes {byte_range[1]}-{int(byte_range[1]) + len(content) - 1}/{total}")
         self.end_headers()
         if body:
             self.wfile.write(content)
@@ -95,11 +95,11 @@ def files_with_secrets(*folders: Path) -> list[Path]:
     return [path for path in files if any(s in path.read_bytes() or s in os.fsencode(path) for s in secrets)]
 
 
-@pytest.mark.parametrize("what", ["data/colours.zip", "data/table.csv", "data/images"])
+@pytest.mark.parametrize("dataset", ["data/colours.zip", "data/table.csv", "data/images"])
 @pytest.mark.parametrize("kind", ["signed", "password"])
-def test_credentials_of_a_uri_are_written_nowhere(what: str, kind: str, server: str, tmp_path: Path) -> None:
+def test_credentials_of_a_uri_are_never_written(dataset: str, kind: str, server: str, tmp_path: Path) -> None:
     query = f"?sv=2024&sr=d&se=2030-01-01&sig={SIGNATURE}" if kind == "signed" else ""
-    uri = f"http://me:{PASSWORD}@{server}/{what}" if kind == "password" else f"http://{server}/{what}{query}"
+    uri = f"http://me:{PASSWORD}@{server}/{dataset}" if kind == "password" else f"http://{server}/{dataset}{query}"
     run_dir, cache = tmp_path / "run", tmp_path / "cache"
     settings = options(TINY, data__root=uri, data__cache_dir=cache, run_dir=run_dir, trainer__max_epochs=1)
     results = [run_here("fit", *settings)]
@@ -133,7 +133,7 @@ def test_a_rotated_signature_changes_no_index_and_no_cache(server: str, tmp_path
     assert sorted((tmp_path / "cache").rglob("*")) == cached
 
 
-def test_the_option_to_give_again_is_named(server: str, tmp_path: Path) -> None:
+def test_the_message_names_the_option_to_repeat(server: str, tmp_path: Path) -> None:
     uri = f"http://{server}/data/colours.zip?sv=1&sig={SIGNATURE}"
     settings = options(TINY, data__root=uri, data__cache_dir=tmp_path / "cache", run_dir=tmp_path / "run")
     assert run_here("fit", *settings).returncode == 0
@@ -164,7 +164,9 @@ HOSTILE = ["[bold red]x", "[blue]", "a\x1b[31mred", "line\nfeed 00:00:00 forged"
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
-    files = {f"{name}/[/b]{n}{name}.png": picture((200, 40, 30), n, form="PNG") for name in HOSTILE for n in range(4)}
+    files = {
+        f"{name}/[/b]{n}{name}.png": picture((200, 40, 30), n, file_format="PNG") for name in HOSTILE for n in range(4)
+    }
     return write_files(tmp_path / "[b]\x1b[2Jdata", files)
 
 
@@ -174,7 +176,7 @@ def assert_harmless(output: str) -> None:
     assert not re.search(r"^feed 00:00:00 forged", output, re.MULTILINE)
 
 
-def test_names_reach_the_terminal_escaped(hostile: Path, tmp_path: Path) -> None:
+def test_names_are_escaped_on_the_terminal(hostile: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "exp[lr=0.1]"
     (hostile / HOSTILE[0] / "bad\x1b[b]\n.png").write_bytes(b"text")
     changes = {"data__max_bad_samples": 1, "trainer__max_epochs": 1}
@@ -189,7 +191,7 @@ def test_names_reach_the_terminal_escaped(hostile: Path, tmp_path: Path) -> None
     assert result.returncode == 2
     assert "1 unreadable image(s)" in result.output
     assert_harmless(result.output)
-    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4 * len(HOSTILE)
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4 * len(HOSTILE) + 1
     assert run_here("checkpoints", "ls", run_dir).returncode == 0
 
 

@@ -31,7 +31,7 @@ def mixed_picture(colours: tuple[str, ...], seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every combination of three colours twelve times, from none to all."""
+    """Twelve images of each subset of three colours."""
     folder = tmp_path_factory.mktemp("several")
     lines = []
     for number, colours in enumerate(COMBINATIONS * 12):
@@ -64,7 +64,7 @@ def test_several_labels_are_learned_and_predicted(run_dir: Path, table: Path) ->
     report = json.loads((run_dir / "report.json").read_text())
     assert report["metrics"]["val/mAP"] > 0.9
     assert report["metrics"]["val/macro_f1"] > 0.9
-    assert report["checkpoints"]["best"]["val/mAP"] == max(value for _, value in scalars(str(run_dir))["val/mAP"])
+    assert report["checkpoints"]["best"]["value"] == max(value for _, value in scalars(str(run_dir))["val/mAP"])
     counts = report["confusion_matrix"]
     assert [sum(column) for column in zip(*(counts[name] for name in counts if name != "file"), strict=True)] == [
         report["images"]["val"]
@@ -86,17 +86,17 @@ def test_several_labels_are_learned_and_predicted(run_dir: Path, table: Path) ->
     assert right > 80
 
 
-def test_validating_again_finds_the_same(run_dir: Path) -> None:
+def test_validate_reproduces_the_metrics(run_dir: Path) -> None:
     report = json.loads((run_dir / "report.json").read_text())
     result = run_here("validate", run_dir)
     assert result.returncode == 0, result.output
-    again = json.loads((run_dir / "validate.json").read_text())
+    repeated = json.loads((run_dir / "validate.json").read_text())
     for name in ("val/mAP", "val/micro_f1", "val/macro_f1", "val/average_precision_of/red"):
-        assert again["metrics"][name] == pytest.approx(report["metrics"][name])
-    assert again["confusion_matrix"].items() <= report["confusion_matrix"].items()
+        assert repeated["metrics"][name] == pytest.approx(report["metrics"][name])
+    assert repeated["confusion_matrix"].items() <= report["confusion_matrix"].items()
 
 
-def test_interrupted_and_resumed_is_uninterrupted(table: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bit_equal(table: Path, tmp_path: Path) -> None:
     everything = {
         "model.milestones": "[1,2]",
         "model.mixup": 0.2,
@@ -108,8 +108,8 @@ def test_interrupted_and_resumed_is_uninterrupted(table: Path, tmp_path: Path) -
     }
     for name, epochs in (("whole", [3]), ("parts", [1, 3])):
         for count in epochs:
-            more = {**everything, "trainer.max_epochs": count, "data.root": table, "run_dir": tmp_path / name}
-            result = run_here("fit", *options({**FIT, **more}))
+            settings = {**everything, "trainer.max_epochs": count, "data.root": table, "run_dir": tmp_path / name}
+            result = run_here("fit", *options({**FIT, **settings}))
             assert result.returncode == 0, result.output
     assert_same_weights(str(tmp_path / "whole"), str(tmp_path / "parts"))
     whole, parts = (job.load(str(tmp_path / name)) for name in ("whole", "parts"))
@@ -118,8 +118,8 @@ def test_interrupted_and_resumed_is_uninterrupted(table: Path, tmp_path: Path) -
 
 def test_the_head_trains_from_cached_features(table: Path, tmp_path: Path) -> None:
     for name in ("always", "never"):
-        more = {"model.milestones": "[3]", "features.use": name, "trainer.max_epochs": 3}
-        result = run_here("fit", *options({**FIT, **more}, data__root=table, run_dir=tmp_path / name))
+        settings = {"model.milestones": "[3]", "features.use": name, "trainer.max_epochs": 3}
+        result = run_here("fit", *options({**FIT, **settings}, data__root=table, run_dir=tmp_path / name))
         assert result.returncode == 0, result.output
     assert_same_weights(str(tmp_path / "always"), str(tmp_path / "never"))
 

@@ -1,4 +1,4 @@
-"""Signals to runs: what is saved, what is said, and which processes are left."""
+"""Signals to runs: the saved state, the messages and the remaining processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.integration
 
 
 class Interrupt(Callback):
-    """Sends a signal to its own process at a step, or in a validation that is no part of a fit."""
+    """Send a signal to this process at a step, or in a validation outside fit."""
 
     def __init__(self, name: str, step: int = 3) -> None:
         self.signal = signal.Signals[name]
@@ -42,7 +42,7 @@ def interrupting(name: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGHUP", 129), ("SIGTERM", 143)])
-def test_a_fit_saves_and_the_same_command_goes_on(name: str, code: int, colours: Path, tmp_path: Path) -> None:
+def test_a_stopped_fit_saves_and_resumes(name: str, code: int, colours: Path, tmp_path: Path) -> None:
     arguments = ["fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run")]
     first = run_here(*arguments, f"--trainer.callbacks={interrupting(name)}")
     assert first.returncode == code, first.output
@@ -58,32 +58,32 @@ def test_a_fit_saves_and_the_same_command_goes_on(name: str, code: int, colours:
     assert attempts.read(str(tmp_path / "run")) is None
 
 
-def test_a_measurement_ends_with_one_line(colours: Path, tmp_path: Path) -> None:
+def test_validate_stopped_by_a_signal_prints_one_line(colours: Path, tmp_path: Path) -> None:
     arguments = options(TINY, data__root=colours, run_dir=tmp_path / "run", trainer__max_epochs=1)
     assert run_here("fit", *arguments).returncode == 0
-    done = run_here("validate", *arguments, f"--trainer.callbacks={interrupting('SIGINT')}")
-    assert done.returncode == 130, done.output
-    assert done.output.endswith("\njob: stopped by SIGINT.\n")
-    assert "Traceback" not in done.output
+    outcome = run_here("validate", *arguments, f"--trainer.callbacks={interrupting('SIGINT')}")
+    assert outcome.returncode == 130, outcome.output
+    assert outcome.output.endswith("\njob: stopped by SIGINT.\n")
+    assert "Traceback" not in outcome.output
 
 
-def test_an_unexpected_error_has_a_code_and_a_line_of_its_own(colours: Path, tmp_path: Path) -> None:
-    """And after five of them in a row the run ends with 2: no restart would help."""
+def test_an_unexpected_error_exits_with_70_and_one_line(colours: Path, tmp_path: Path) -> None:
+    """After five consecutive ones the exit code is 2, since restarts do not help."""
     broken = json.dumps([{"class_path": "test_stopping.Broken"}])
     arguments = ["fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), f"--trainer.callbacks={broken}"]
     for _ in range(attempts.MAX_FAILED):
-        done = run_here(*arguments)
-        assert done.returncode == 70, done.output
-        assert "Traceback" in done.output
-        assert done.output.splitlines()[-1].startswith("job: unexpected error: KeyError: 'lost'.")
-    done = run_here(*arguments)
-    assert done.returncode == 2
-    assert "5 consecutive attempts ended without a new checkpoint" in done.output
-    assert "KeyError: 'lost'" in done.output
+        outcome = run_here(*arguments)
+        assert outcome.returncode == 70, outcome.output
+        assert "Traceback" in outcome.output
+        assert outcome.output.splitlines()[-1].startswith("job: unexpected error: KeyError: 'lost'.")
+    outcome = run_here(*arguments)
+    assert outcome.returncode == 2
+    assert "5 consecutive attempts ended without a new checkpoint" in outcome.output
+    assert "KeyError: 'lost'" in outcome.output
 
 
 class Broken(Callback):
-    """Raises what nobody expects."""
+    """Raise an unexpected exception."""
 
     def on_train_batch_start(self, *args: Any) -> None:
         raise KeyError("lost")

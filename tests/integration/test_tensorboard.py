@@ -1,4 +1,4 @@
-"""No event is lost: not to a bucket that cannot append, nor to an outage, an exception or a kill."""
+"""No event is lost: buckets without append, outages, exceptions and kills."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def test_every_event_of_many_steps_and_files_arrives(gcs: str, monkeypatch: pyte
         if step % 1000 == 0:
             time.sleep(1.5)
     logger.finalize("success")
-    found = scalars(f"{gcs}/many")
-    assert [step for step, _ in found["a"]] == list(range(3000))
-    assert [value for _, value in found["b"]] == [-step for step in range(3000)]
+    curves = scalars(f"{gcs}/many")
+    assert [step for step, _ in curves["a"]] == list(range(3000))
+    assert [value for _, value in curves["b"]] == [-step for step in range(3000)]
     assert len([e for e in storage.list_files(f"{gcs}/many/tensorboard") if e.size]) > 1
 
 
@@ -43,7 +43,7 @@ def test_events_are_published_while_the_run_goes_on(gcs: str) -> None:
     logger.finalize("success")
 
 
-def test_an_outage_delays_and_does_not_lose(gcs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outage_delays_events_and_loses_none(gcs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     logger = BucketTensorBoardLogger(f"{gcs}/outage/tensorboard", publish_seconds=1)
     logger.log_metrics({"a": 0.0}, 0)
     with monkeypatch.context() as outage:
@@ -55,17 +55,15 @@ def test_an_outage_delays_and_does_not_lose(gcs: str, monkeypatch: pytest.Monkey
     assert [step for step, _ in scalars(f"{gcs}/outage")["a"]] == list(range(300))
 
 
-def test_a_bucket_that_stays_away_is_told_with_the_place_of_the_events(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_permanent_outage_reports_where_the_events_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(tensorboard, "CLOSE_SECONDS", 1.0)
     logger = BucketTensorBoardLogger("memory://away/tensorboard")
     monkeypatch.setattr(storage, "write_bytes", lambda *_: (_ for _ in ()).throw(StorageOutage("503")))
     logger.log_metrics({"a": 1.0}, 0)
-    with pytest.raises(StorageOutage, match="are kept in") as caught:
+    with pytest.raises(StorageOutage, match="are kept in") as excinfo:
         logger.finalize("success")
-    kept = Path(str(caught.value).partition("kept in ")[2].partition(":")[0])
+    kept = Path(str(excinfo.value).partition("kept in ")[2].partition(":")[0])
     assert list(kept.glob("events.out.tfevents.*"))
 
 
@@ -77,6 +75,6 @@ def test_a_resumed_run_continues_the_same_curve(gcs: str) -> None:
             logger.log_metrics({"a": begin + step / 100}, step)
         logger.finalize("failed")
         time.sleep(1.1)  # event files are named by the second
-    found = scalars(f"{gcs}/curve")["a"]
-    assert [step for step, _ in found] == list(range(14))
-    assert [round(value) for _, value in found] == [0] * 6 + [6] * 8
+    curve = scalars(f"{gcs}/curve")["a"]
+    assert [step for step, _ in curve] == list(range(14))
+    assert [round(value) for _, value in curve] == [0] * 6 + [6] * 8

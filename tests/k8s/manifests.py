@@ -1,7 +1,8 @@
-"""What the kustomizations render to: ``python tests/k8s/manifests.py`` writes the golden renderings anew."""
+"""Render the kustomizations; ``python tests/k8s/manifests.py`` rewrites the golden files."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import subprocess
@@ -19,6 +20,7 @@ KUSTOMIZATIONS = {
             *(REPOSITORY / "k8s" / "overlays").iterdir(),
             REPOSITORY / "k8s" / "tensorboard",
             REPOSITORY / "k8s" / "queues",
+            REPOSITORY / "k8s" / "trainer",
             *Path(__file__).parent.glob("with-*"),
         ]
     )
@@ -26,46 +28,78 @@ KUSTOMIZATIONS = {
 """Every kustomization that can be applied, by name; the ``with-`` ones put a component on an overlay."""
 
 Manifest = dict[str, Any]
+COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 
 @functools.cache
 def render(name: str) -> str:
-    """What ``kubectl apply -k`` would send."""
-    done = subprocess.run(["kubectl", "kustomize", str(KUSTOMIZATIONS[name])], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr, done.stderr  # warnings of what is deprecated
-    return done.stdout
+    """Return the YAML that ``kubectl apply -k`` would send."""
+    result = subprocess.run(["kubectl", "kustomize", str(KUSTOMIZATIONS[name])], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr, result.stderr  # warnings of what is deprecated
+    return result.stdout
 
 
 def rendered(name: str) -> list[Manifest]:
-    """The same, parsed."""
+    """Return the parsed manifests."""
     return list(yaml.safe_load_all(render(name)))
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
-    """Those of one kind."""
+    """Return the manifests of one kind."""
     return [manifest for manifest in manifests if manifest["kind"] == kind]
 
 
 def job_of(manifests: list[Manifest]) -> Manifest:
-    """The Job's spec, be it a JobSet's."""
+    """The Job's spec, be it a JobSet's, or that of the JobSet that Kubeflow Trainer makes of a TrainJob."""
     if jobs := of_kind(manifests, "Job"):
         return dict(jobs[0]["spec"])
+    if trainjobs := of_kind(manifests, "TrainJob"):
+        return _trainer_job(trainjobs[0])
     jobset = of_kind(manifests, "JobSet")[0]
     return dict(jobset["spec"]["replicatedJobs"][0]["template"]["spec"])
 
 
+def _trainer_job(trainjob: Manifest) -> Manifest:
+    """What Trainer v2.3.0 makes of the runtime's job "node": torch.go, jobset.go and builder.go of its plugins."""
+    (runtime,) = of_kind(rendered("trainer"), "ClusterTrainingRuntime")
+    assert runtime["metadata"]["name"] == trainjob["spec"]["runtimeRef"]["name"]
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert replicated["name"] == "node"
+    assert replicated["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"] == "trainer"
+    job: Manifest = copy.deepcopy(replicated["template"]["spec"])
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["name"] == "node"
+    name, trainer = trainjob["metadata"]["name"], trainjob["spec"]["trainer"]
+    job["parallelism"] = job["completions"] = trainer["numNodes"]
+    container["args"] = trainer.get("args", container.get("args", []))
+    container["env"] += [
+        {"name": "PET_NNODES", "value": str(trainer["numNodes"])},
+        {"name": "PET_NPROC_PER_NODE", "value": "auto"},  # on nodes with GPUs
+        {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": COMPLETION_INDEX}}},
+        {"name": "PET_MASTER_ADDR", "value": f"{name}-node-0-0.{name}"},
+        {"name": "PET_MASTER_PORT", "value": "29500"},
+    ]
+    return job
+
+
+def arguments_of(container: Manifest) -> list[str]:
+    """The arguments of ``python -m job``: the container's, after those in its command, if it has one."""
+    command = container.get("command", ["job"])
+    return [*command[command.index("job") + 1 :], *container.get("args", [])]
+
+
 def pod_of(manifests: list[Manifest]) -> Manifest:
-    """The pod's spec of the Job or JobSet."""
+    """Return the pod spec of the Job or JobSet."""
     return dict(job_of(manifests)["template"]["spec"])
 
 
 def environment_of(container: Manifest, fields: dict[str, str]) -> dict[str, str]:
-    """The container's variables, as kubelet sets them: each may use those before it, ``fields`` are the pod's own."""
+    """Return the container's environment as the kubelet sets it; ``fields`` are the pod's downward-API fields."""
     values: dict[str, str] = {}
     for variable in container.get("env", []):
         if "value" in variable:
-            values[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], variable["value"])
+            values[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], variable["value"])
         else:
             values[variable["name"]] = fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
     return values

@@ -26,7 +26,7 @@ LOCAL = "/data/t.csv"
 
 
 def problem(table: str, entry: str, access: Access | None = None) -> str:
-    """Why a table may not name an entry; the empty string if it may."""
+    """Return the reason why a table may not name an entry; empty if it may."""
     try:
         Resolver(table, access or Access(typed=(table,))).resolve(entry, 7)
     except DataError as error:
@@ -87,10 +87,10 @@ def test_what_any_table_may_name(table: str, entry: str) -> None:
     ],
 )
 def test_a_table_elsewhere_names_neither_local_files_nor_rarer_filesystems(table: str, entry: str) -> None:
-    found = problem(table, entry)
-    assert "row 7" in found
-    assert redact(entry) in found
-    assert "--data.allow" in found
+    results = problem(table, entry)
+    assert "row 7" in results
+    assert redact(entry) in results
+    assert "--data.allow" in results
 
 
 def test_a_table_names_its_own_filesystem() -> None:
@@ -141,9 +141,9 @@ INTERNAL = [
 @pytest.mark.parametrize("table", [REMOTE, LOCAL])
 @pytest.mark.parametrize("entry", [*INTERNAL, "http:///a.jpg", "http://[::1/a.jpg"])
 def test_no_table_names_an_internal_address(table: str, entry: str) -> None:
-    found = problem(table, entry)
-    assert "row 7" in found
-    assert "--data.allow" in found
+    message = problem(table, entry)
+    assert "row 7" in message
+    assert "--data.allow" in message
     if entry in INTERNAL:
         host = entry.split("/")[2]
         assert problem(table, entry, from_options(host.split("#")[0].rpartition("@")[2], [table])) == ""
@@ -187,16 +187,16 @@ def test_the_user_may_allow_more(allow: str, entry: str, allowed: bool) -> None:
 
 
 def test_an_index_names_no_more_than_what_is_allowed() -> None:
-    """A later start checks the sources of the run's index again."""
+    """A later attempt checks the sources of the run's index again."""
     access = from_options("/mnt/images", [])
     assert Resolver("gs://b/t.csv", access).resolve("/mnt/images/cats/a.jpg", 0) == ("/mnt/images", "cats/a.jpg")
     access.require_sources(["/mnt/images"], "gs://b/run/index", local=False)
 
 
-@pytest.mark.parametrize("wrong", ["", " 127.0.0.1", "simplecache::file:///", "a b", "[::1"])
-def test_allow_takes_hosts_and_prefixes(wrong: str) -> None:
+@pytest.mark.parametrize("value", ["", " 127.0.0.1", "simplecache::file:///", "a b", "[::1"])
+def test_allow_takes_hosts_and_prefixes(value: str) -> None:
     with pytest.raises(ConfigError, match=r"--data\.allow"):
-        from_options(wrong, [])
+        from_options(value, [])
 
 
 def test_addresses() -> None:
@@ -250,7 +250,7 @@ def server(serve: dict[str, bytes]) -> Iterator[str]:
 def test_redirects_and_names_lead_to_no_internal_address(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What no URI shows: where a server redirects to, and which address a name resolves to."""
+    """Targets of redirects and resolved addresses are checked too."""
     port = server.split(":")[1]
     uris = [f"http://{server}/a.jpg", f"http://{server}/away/b.jpg", f"http://named.example:{port}/c.jpg"]
     (tmp_path / "t.csv").write_text("uri,label\n" + "".join(f"{uri},{n % 2}\n" for n, uri in enumerate(uris)))
@@ -265,13 +265,13 @@ def test_redirects_and_names_lead_to_no_internal_address(
         folder = tmp_path / "-".join(("index", *allow)).replace(":", "_")
         folder.mkdir()
         build({"root": [str(tmp_path / "t.csv")]}, folder, str(tmp_path), "parts", access=access)
-        index, found = Index(folder, "train", access), []
+        index, message = Index(folder, "train", access), []
         for sample in range(3):
             try:
-                found.append(read(index, [sample])[0])
+                message.append(read(index, [sample])[0])
             except DataError as error:
-                found.append(str(error))
-        return found
+                message.append(str(error))
+        return message
 
     first, redirected, named = contents()
     assert first == picture((9, 9, 9), 1)
@@ -313,7 +313,7 @@ def test_the_guard_stays_within_its_context() -> None:
 
 
 def test_a_saved_index_is_bound_to_the_same_rules(tmp_path: Path) -> None:
-    """In a bucket it names no local files, whoever wrote it; for its own run it names what the command line does."""
+    """In a bucket it may not name local files; a run's own index may name the sources on the command line."""
     root = write_files(tmp_path / "data", picture_files(["blue", "red"], 6))
     main(str(root), output="memory://given/index")
     with pytest.raises(DataError, match=r"is a local file.*--data\.allow"):
@@ -332,10 +332,10 @@ def test_a_runs_index_reads_what_the_command_line_names(tmp_path: Path, monkeypa
 
     start()
     (entry,) = [file for file in storage.list_files("memory://access/run") if file.key.endswith(".json")]
-    told = json.loads(storage.read_bytes(f"memory://access/run/{entry.key}"))
+    info = json.loads(storage.read_bytes(f"memory://access/run/{entry.key}"))
     start()
     for uri, reason in (("/etc", "is a local file"), ("http://169.254.169.254/x", "link-local")):
-        told["sources"][0]["uri"] = uri
-        storage.write_text(f"memory://access/run/{entry.key}", json.dumps(told))
+        info["sources"][0]["uri"] = uri
+        storage.write_text(f"memory://access/run/{entry.key}", json.dumps(info))
         with pytest.raises(DataError, match=reason):
             start()

@@ -1,4 +1,4 @@
-"""Archives from strangers: whatever lies in them ends in a message, and within bounded memory."""
+"""Untrusted archives: read in bounded memory, or refused with a message."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
 
 
 def sparse_header(name: str, size: int) -> bytes:
-    """An old GNU sparse member of ``size`` bytes of which none is stored."""
+    """An old GNU sparse member of ``size`` bytes, none of which is stored."""
     block = bytearray(header(name, 0, tarfile.GNUTYPE_SPARSE))
     block[386:398], block[398:410] = b"%011o\0" % size, b"%011o\0" % 0
     block[483:495] = b"%011o\0" % size
@@ -81,7 +81,7 @@ IMAGE = header("0.jpg", 3) + b"abc".ljust(512, b"\0")
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_tar_that_lies_is_refused_without_memory(content: bytes, message: str) -> None:
+def test_a_tar_with_false_sizes_is_refused_in_bounded_memory(content: bytes, message: str) -> None:
     tracemalloc.start()
     with pytest.raises(DataError, match=message):
         members(content)
@@ -90,8 +90,8 @@ def test_a_tar_that_lies_is_refused_without_memory(content: bytes, message: str)
     assert peak < 16 << 20
 
 
-def test_json_files_that_are_no_labels_do_not_matter() -> None:
-    """Annotations of a whole data set, beside which no image of the same name lies."""
+def test_json_files_without_labels_are_ignored() -> None:
+    """For example annotations of a whole data set, without an image of the same name."""
     files = {"annotations.json": b"[" + b"1," * 1_000_000 + b"1]", "notes.json": b"not JSON", **LABELLED}
     listed = {member.key: member.label for member in list_tar("x.tar", io.BytesIO(tar_of(files)))}
     assert listed == {"0.jpg": "red", "1.jpg": "blue"}
@@ -155,22 +155,22 @@ def test_gzip_is_unpacked_within_limits(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("suffix", ["tar", "zip", "tar.gz"])
-def test_a_damaged_archive_ends_in_a_message(suffix: str, tmp_path: Path) -> None:
-    """Through the index and the reading of samples; nothing but DataError and StorageError comes out."""
+def test_a_damaged_archive_raises_only_job_errors(suffix: str, tmp_path: Path) -> None:
+    """Indexing and reading raise DataError and StorageError only."""
     rng = random.Random(suffix)
-    sound = zip_of(FILES) if suffix == "zip" else tar_of({**FILES, **LABELLED})
-    sound = gzip.compress(sound) if suffix == "tar.gz" else sound
+    intact = zip_of(FILES) if suffix == "zip" else tar_of({**FILES, **LABELLED})
+    intact = gzip.compress(intact) if suffix == "tar.gz" else intact
     path = tmp_path / f"archive.{suffix}"
     refused = 0
     for _ in range(60):
-        content = bytearray(sound)
+        content = bytearray(intact)
         for _ in range(rng.randint(1, 4)):
             # A zip's directory stands at its end, tar's headers everywhere.
             first = max(len(content) - 300, 0) if suffix == "zip" and rng.random() < 0.7 else 0
-            place = rng.randrange(first, len(content))
+            position = rng.randrange(first, len(content))
             if suffix == "tar":
-                place = place // 512 * 512 + rng.choice([0, 124, 130, 156, 257, 345])
-            content[place : place + 4] = rng.choice([rng.randbytes(4), b"\xff" * 4, b"\x80\0\0\0"])
+                position = position // 512 * 512 + rng.choice([0, 124, 130, 156, 257, 345])
+            content[position : position + 4] = rng.choice([rng.randbytes(4), b"\xff" * 4, b"\x80\0\0\0"])
         path.write_bytes(content)
         try:
             index = index_of(path, layout="images")
@@ -187,23 +187,23 @@ def test_a_file_too_large_for_an_image_is_a_bad_sample(tmp_path: Path, monkeypat
     (tmp_path / "red" / "b.jpg").write_bytes(bytes(5001))
     (tmp_path / "list.csv").write_text("uri,label\nred/a.jpg,red\nred/b.jpg,red\n")
     for uri in (tmp_path / "red", tmp_path / "list.csv"):
-        found = read(index_of(uri, layout="images"), [0, 1])
-        assert found[0] == FILES["red/000.jpg"]
-        assert "larger than 5,000 bytes" in str(found[1])
+        samples = read(index_of(uri, layout="images"), [0, 1])
+        assert samples[0] == FILES["red/000.jpg"]
+        assert "larger than 5,000 bytes" in str(samples[1])
 
 
 def test_a_pipe_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("uri,label\npipe.jpg,red\n")
     os.mkfifo(tmp_path / "pipe.jpg")
-    (found,) = read(index_of(tmp_path / "list.csv", layout="images"), [0])
-    assert isinstance(found, DataError)
-    assert str(found).startswith("cannot be read: it is no regular file")
+    (sample,) = read(index_of(tmp_path / "list.csv", layout="images"), [0])
+    assert isinstance(sample, DataError)
+    assert str(sample).startswith("cannot be read: it is no regular file")
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "manifest"])
-def test_what_is_read_ahead_is_bounded(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of images that deflate well, and of images whose size no listing tells."""
-    blank = picture((0, 0, 0), 0, form="BMP")
+def test_read_ahead_is_bounded(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For highly compressed images, and for images of unknown size."""
+    blank = picture((0, 0, 0), 0, file_format="BMP")
     large = blank + bytes(200_000)  # what lies behind a bitmap does not matter
     files = {f"red/{n:03}.bmp": large for n in range(64)}
     for name, content in files.items():

@@ -86,9 +86,9 @@ def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     assert canonical("--config", "head") == canonical("-c", "head") == [f"--config={FOLDER / 'head.yaml'}"]
     assert canonical("--config=other/head.yaml") == ["--config=other/head.yaml"]
-    with pytest.raises(ConfigError, match="no recipe 'heed'") as caught:
+    with pytest.raises(ConfigError, match="no recipe 'heed'") as excinfo:
         canonical("--config", "heed")
-    assert all(name in str(caught.value) for name in recipe_names())
+    assert all(name in str(excinfo.value) for name in recipe_names())
     (tmp_path / "head").write_text("{}")
     assert canonical("--config", "head") == ["--config=head"]
 
@@ -178,20 +178,20 @@ def test_aliases_reach_the_configuration() -> None:
     ],
 )
 def test_messages_say_what_is_expected(words: str, message: str, tmp_path: Path) -> None:
-    done = run_here("fit", *options(TINY, data__root=tmp_path, run_dir=tmp_path / "run"), *words.split())
-    assert done.returncode == 2
-    assert message in done.output
+    outcome = run_here("fit", *options(TINY, data__root=tmp_path, run_dir=tmp_path / "run"), *words.split())
+    assert outcome.returncode == 2
+    assert message in outcome.output
     assert not [
-        word for word in ("Union", "<class", "typing.", "NoneType", "NestedArg", "Traceback") if word in done.output
+        word for word in ("Union", "<class", "typing.", "NoneType", "NestedArg", "Traceback") if word in outcome.output
     ]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "option"),
+    ("misspelt", "option"),
     [("run-dri", "run_dir"), ("epohcs", "epochs"), ("num_epochs", "epochs"), ("root", "data.root"), ("zzz", None)],
 )
-def test_closest_option(wrong: str, option: str | None) -> None:
-    assert closest_option(wrong, ["run_dir", "epochs", "data.root"]) == option
+def test_closest_option(misspelt: str, option: str | None) -> None:
+    assert closest_option(misspelt, ["run_dir", "epochs", "data.root"]) == option
 
 
 def test_unions_in_help() -> None:
@@ -206,13 +206,13 @@ def test_help_of_a_light_command_shows_no_union() -> None:
     assert "Union" not in parser.format_help()
 
 
-@pytest.mark.parametrize("form", [["RUN"], ["--run_dir", "RUN"], ["--run-dir=RUN"]], ids=" ".join)
+@pytest.mark.parametrize("spelling", [["RUN"], ["--run_dir", "RUN"], ["--run-dir=RUN"]], ids=" ".join)
 @pytest.mark.parametrize("command", ["validate", "test", "predict", "checkpoints"])
-def test_one_way_to_name_a_run(command: str, form: list[str], tmp_path: Path) -> None:
+def test_one_way_to_name_a_run(command: str, spelling: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    words = [word.replace("RUN", str(run_dir)) for word in form]
+    words = [word.replace("RUN", str(run_dir)) for word in spelling]
     before = ["ls"] if command == "checkpoints" else []
-    more = {"predict": ["--input", tmp_path], "validate": ["--data.root", tmp_path], "test": ["--data.root", tmp_path]}
-    done = run_here(command, *before, *words, *more.get(command, []))
-    assert done.returncode == 2
-    assert f"no checkpoint in {run_dir}/checkpoints" in done.output
+    extra = {"predict": ["--input", tmp_path], "validate": ["--data.root", tmp_path], "test": ["--data.root", tmp_path]}
+    outcome = run_here(command, *before, *words, *extra.get(command, []))
+    assert outcome.returncode == 2
+    assert f"no checkpoint in {run_dir}/checkpoints" in outcome.output

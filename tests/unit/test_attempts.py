@@ -1,4 +1,4 @@
-"""Starts that end without progress are counted; preemptions and a user's mistakes are not."""
+"""Attempts without progress are counted; preemptions and users' mistakes are not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def start(run_dir: Path, error: BaseException | None, step: int = 7, configurati
         raise error
 
 
-def test_starts_that_fail_alike_end_with_the_cause(tmp_path: Path) -> None:
+def test_repeated_failures_end_the_run_with_their_cause(tmp_path: Path) -> None:
     for _ in range(attempts.MAX_FAILED):
         start(tmp_path, RuntimeError("no luck\nat all"))
     with pytest.raises(
@@ -33,23 +33,23 @@ def test_starts_that_fail_alike_end_with_the_cause(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"step": 8}, {"configuration": "b"}])
-def test_progress_or_another_configuration_begins_anew(change: dict[str, object], tmp_path: Path) -> None:
+def test_progress_or_another_configuration_resets_the_count(change: dict[str, object], tmp_path: Path) -> None:
     for _ in range(attempts.MAX_FAILED):
         start(tmp_path, StorageOutage("gone"))
     start(tmp_path, None, **change)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("error", [Preempted("x"), Stopped("x", 130), ConfigError("x")])
-def test_what_does_not_count(error: BaseException, tmp_path: Path) -> None:
+def test_preemptions_and_mistakes_are_not_counted(error: BaseException, tmp_path: Path) -> None:
     start(tmp_path, RuntimeError("once"))
     for _ in range(3 * attempts.MAX_LOST):
         start(tmp_path, error)
-    found = attempts.read(str(tmp_path))
-    assert found is not None
-    assert (found.failed, found.lost) == (1, 0)
+    attempt = attempts.read(str(tmp_path))
+    assert attempt is not None
+    assert (attempt.failed, attempt.lost) == (1, 0)
 
 
-def test_starts_that_vanish_are_bounded_too(tmp_path: Path) -> None:
+def test_attempts_that_end_without_a_trace_are_bounded(tmp_path: Path) -> None:
     for _ in range(attempts.MAX_LOST - 1):
         attempts.begin(str(tmp_path), 7, "a")  # killed: its end is not recorded
     start(tmp_path, RankLost("another rank"))
@@ -61,13 +61,13 @@ def test_starts_that_vanish_are_bounded_too(tmp_path: Path) -> None:
     "content",
     [b"", b"{", b"[]", b'{"format": 0, "step": 1, "configuration": ""}', b'{"format": 1, "step": 1}', b"\xff", b"null"],
 )
-def test_a_damaged_record_is_begun_anew(content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_record_is_replaced(content: bytes, tmp_path: Path) -> None:
     (tmp_path / attempts.FILE).write_bytes(content)
     assert attempts.read(str(tmp_path)) is None
     start(tmp_path, None)
 
 
-def test_a_newer_record_is_refused_and_stays(tmp_path: Path) -> None:
+def test_a_newer_record_is_refused_and_kept(tmp_path: Path) -> None:
     content = msgspec.json.encode({"format": 2, "anything": 1})
     (tmp_path / attempts.FILE).write_bytes(content)
     with pytest.raises(ConfigError, match="format 2"):

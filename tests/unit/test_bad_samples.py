@@ -1,4 +1,4 @@
-"""Unreadable samples: each is counted once, and an outage is none."""
+"""Unreadable samples: each is counted once; an outage is not a bad sample."""
 
 from __future__ import annotations
 
@@ -50,23 +50,23 @@ from job.errors import ConfigError, DataError, StorageError, StorageOutage
         ("0%", {"train": 100}, 0),
     ],
 )
-def test_a_limit_is_a_number_or_a_share(value: int | str, sizes: dict[str, int], allowed: int) -> None:
+def test_a_limit_is_a_number_or_a_fraction(value: int | str, sizes: dict[str, int], allowed: int) -> None:
     limit = BadSampleLimit.parse(value, "--data.max_bad_samples")
     bad = {("train", sample): f"gs://b/{sample}.jpg is damaged" for sample in range(allowed)}
     limit.require_few(bad, sizes, "--data.max_bad_samples")
     bad["train", allowed] = "gs://b/last.jpg is damaged"
-    with pytest.raises(DataError, match=rf"^{allowed + 1} unreadable .*, {allowed} .*allowed:\n") as caught:
+    with pytest.raises(DataError, match=rf"^{allowed + 1} unreadable .*, {allowed} .*allowed:\n") as excinfo:
         limit.require_few(bad, sizes, "--data.max_bad_samples")
-    assert "is damaged\nRepair or remove them, or allow some by --data.max_bad_samples." in str(caught.value)
+    assert "is damaged\nRepair or remove them, or allow some by --data.max_bad_samples." in str(excinfo.value)
 
 
 @pytest.mark.parametrize("value", [-1, 0.5, "0.5", "100%", "%", "1e3", "1/2", "", True, "-1%", "\u0663", "9" * 20])
-def test_what_is_no_limit_is_refused(value: object) -> None:
+def test_an_invalid_limit_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match=r"--data\.max_bad_samples must be a number such as 10, or a share"):
         ImageDataModule(root="x", max_bad_samples=value)  # type: ignore[arg-type]
 
 
-def test_a_number_counts_all_parts_and_a_share_each_part() -> None:
+def test_a_number_limits_all_parts_and_a_fraction_each_part() -> None:
     bad = {("train", 0): "a", ("val", 0): "b"}
     sizes = {"train": 1000, "val": 100}
     BadSampleLimit.parse(2, "x").require_few(bad, sizes, "x")
@@ -78,7 +78,7 @@ def test_a_number_counts_all_parts_and_a_share_each_part() -> None:
 
 
 def test_a_sample_is_counted_once_over_epochs_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if another error is met the second time; equal places in two parts are two samples."""
+    """Also if the second error differs; equal positions in two parts are two samples."""
     sizes = {"train": 10, "val": 10}
     samples = BadSamples(BadSampleLimit(3), "x")
     for line in ("a does not exist", "a is empty"):
@@ -157,7 +157,7 @@ def test_an_image_that_changed_or_may_not_be_read_is_one_bad_sample(
 
 
 def test_an_archive_that_changed_is_an_error_of_the_data(tmp_path: Path) -> None:
-    """All places in it are wrong: it is not one bad sample."""
+    """All offsets in it are wrong, so it is not one bad sample."""
     (tmp_path / "a.tar").write_bytes(tar_of(picture_files(["blue", "red"], 2)))
     index = index_of(tmp_path / "a.tar")
     sampler = ResumableBatchSampler(4, 4, rank=0, world_size=1, seed=0, shuffle=False)
@@ -201,7 +201,7 @@ def server() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_web_servers(server: tuple[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is missing or forbidden is a bad sample, without a retry; a server in trouble is an outage."""
+    """Missing and forbidden files are bad samples, without a retry; server errors are an outage."""
     url, paths = server
     rows = ["200/a.jpg,red", "404/b.jpg,red", "403/c.jpg,blue", "410/d.jpg,blue", "200/e.jpg,blue"]
     (tmp_path / "t.csv").write_text("uri,label\n" + "".join(f"{url}/{row}\n" for row in rows))
@@ -243,7 +243,7 @@ def test_the_pixel_limit_of_the_data_module(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=["always", "never"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with run/ of a fit on a table, one row of which has no file; its features are cached, or not."""
+    """Folder with run/ of a fit on a table, one row of which has no file; with and without cached features."""
     folder = tmp_path_factory.mktemp("trained")
     files = picture_files(["blue", "red"], 10)
     write_files(folder, files)
@@ -274,7 +274,9 @@ def test_predict_names_and_counts_unreadable_images(trained: Path, tmp_path: Pat
     allowed = run_here(*command, "--max_bad_samples", "20%")
     assert allowed.returncode == 0, allowed.output
     assert f"bad sample: {trained}/gone.jpg does not exist" in allowed.output
-    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [line["uri"] for line in lines if line.get("error") == "does not exist"] == [f"{trained}/gone.jpg"]
+    assert sum("label" in line for line in lines) == 4
     small = run_here(*command, "--max_bad_samples=5", "--max_image_pixels=1279")
     assert small.returncode == 0, small.output
     assert "40 x 32 pixels, more than max_image_pixels" in small.output

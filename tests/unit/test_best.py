@@ -1,4 +1,4 @@
-"""Best: one finite number of one meaning, and runs that were ended stay ended."""
+"""The best checkpoint: finite and comparable metrics; stopped runs stay stopped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from job.checkpoint.ranking import implied_mode, ranked
 from job.checkpoint.retention import Retention
 from job.checkpoint.settings import CheckpointSettings
 from job.errors import ConfigError
-from job.monitoring.report import ReportWriter
+from job.monitoring.report.writer import ReportWriter
 from job.resilience.preemption import Preemption
 
 
@@ -38,7 +38,7 @@ from job.resilience.preemption import Preemption
         ("val/accuracy_error", None),
     ],
 )
-def test_the_mode_follows_from_the_name(metric: str, mode: str | None) -> None:
+def test_the_mode_follows_from_the_metrics_name(metric: str, mode: str | None) -> None:
     assert implied_mode(metric) == mode
     if mode is None:
         with pytest.raises(ConfigError, match=r"Give --checkpoint\.mode"):
@@ -55,7 +55,7 @@ def manifest(step: int, loss: float, validation: str = "a", monitor: str = "val/
     return Manifest(name, 1, "", 1, 0, step, monitor, mode, metrics, None, validation)  # type: ignore[arg-type]
 
 
-def test_the_newest_checkpoints_metric_ranks_all() -> None:
+def test_the_newest_checkpoints_metric_ranks_all_checkpoints() -> None:
     manifests = [manifest(1, 0.1, monitor="val/accuracy"), manifest(2, 0.3), manifest(3, 0.2)]
     assert [m.global_step for m in ranked(manifests)] == [1, 3, 2]
 
@@ -91,21 +91,21 @@ def stopping(**settings: object) -> str:
 def test_an_early_stopped_run_stays_ended_until_its_callback_changes(tmp_path: Path, colours: Path) -> None:
     first = fit(tmp_path, colours, trainer__callbacks=stopping(), trainer__max_epochs=9)
     assert first.returncode == 0, first.output
-    ended, report = steps(tmp_path), json.loads((tmp_path / "run/report.json").read_text())
-    assert ended[-1] == (2, 0, 8)
-    again = fit(tmp_path, colours, trainer__callbacks=stopping(), trainer__max_epochs=9)
-    assert steps(tmp_path) == ended
-    assert "stopped this run after epoch" in again.output
-    assert "larger patience" in again.output
+    steps_before, report = steps(tmp_path), json.loads((tmp_path / "run/report.json").read_text())
+    assert steps_before[-1] == (2, 0, 8)
+    repeated = fit(tmp_path, colours, trainer__callbacks=stopping(), trainer__max_epochs=9)
+    assert steps(tmp_path) == steps_before
+    assert "stopped this run after epoch" in repeated.output
+    assert "larger patience" in repeated.output
     assert json.loads((tmp_path / "run/report.json").read_text()) == report  # with its images/s
-    more = fit(tmp_path, colours, trainer__callbacks=stopping(patience=3), trainer__max_epochs=9)
-    assert more.returncode == 0, more.output
-    assert "EarlyStopping's patience was 1, is 3" in more.output
+    continued = fit(tmp_path, colours, trainer__callbacks=stopping(patience=3), trainer__max_epochs=9)
+    assert continued.returncode == 0, continued.output
+    assert "EarlyStopping's patience was 1, is 3" in continued.output
     assert steps(tmp_path)[-1] == (4, 0, 16)  # patience 3 held, not the 1 of the checkpoint
 
 
 @pytest.mark.parametrize("interval", [0.5, 0.25])
-def test_going_on_after_a_validation_within_an_epoch_is_exact(interval: float, tmp_path: Path, colours: Path) -> None:
+def test_a_resume_after_a_validation_within_an_epoch_is_exact(interval: float, tmp_path: Path, colours: Path) -> None:
     more = {"trainer__val_check_interval": interval, "checkpoint__keep_last": 99, "trainer__max_epochs": 2}
     assert fit(tmp_path / "whole", colours, **more).returncode == 0
     whole, cut = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
@@ -140,7 +140,7 @@ def test_an_accumulation_schedule_holds_where_a_run_goes_on_within_an_epoch(tmp_
     assert "trainer.accumulate_grad_batches was {0: 1, 1: 2}, is {0: 1, 1: 4}" in refused.output
 
 
-def test_a_metric_or_samples_that_change_are_named(tmp_path: Path, colours: Path) -> None:
+def test_a_changed_metric_or_validation_set_is_reported(tmp_path: Path, colours: Path) -> None:
     assert fit(tmp_path, colours, trainer__max_epochs=1).returncode == 0
     other = fit(tmp_path, colours, trainer__max_epochs=2, checkpoint__monitor="val/loss")
     assert "ranked by the lowest val/loss" in other.output, other.output
@@ -149,7 +149,7 @@ def test_a_metric_or_samples_that_change_are_named(tmp_path: Path, colours: Path
     assert "hold no 'val/colour'" in refused.output
 
 
-def test_other_validation_samples_are_named(tmp_path: Path, colours: Path) -> None:
+def test_other_validation_samples_are_reported(tmp_path: Path, colours: Path) -> None:
     other = write_files(tmp_path / "other", picture_files(["blue", "red"], 6, seed=9))
     for epochs, validation in ((1, colours), (2, other)):
         settings = options(
@@ -161,17 +161,19 @@ def test_other_validation_samples_are_named(tmp_path: Path, colours: Path) -> No
             trainer__max_epochs=epochs,
             features__use="never",
         )
-        done = run_here("fit", *settings)
-        assert done.returncode == 0, done.output
-    assert "the validation samples changed from 40 images" in done.output
+        outcome = run_here("fit", *settings)
+        assert outcome.returncode == 0, outcome.output
+    assert "the validation samples changed from 40 images" in outcome.output
     assert len(ranked(checkpoint.manifests(str(tmp_path / "run")))) == 1
 
 
 def test_the_report_leads_with_the_checkpoint_that_predicts(tmp_path: Path, colours: Path) -> None:
-    """With a learning rate so high that the loss rises, the best is not the last."""
+    """At a high learning rate the loss rises, so that the best is not the last."""
     optimizer = "{class_path: torch.optim.SGD, init_args: {lr: 3.0}}"
-    done = fit(tmp_path, colours, model__optimizer=optimizer, checkpoint__monitor="val/loss", checkpoint__keep_last=9)
-    assert done.returncode == 0, done.output
+    outcome = fit(
+        tmp_path, colours, model__optimizer=optimizer, checkpoint__monitor="val/loss", checkpoint__keep_last=9
+    )
+    assert outcome.returncode == 0, outcome.output
     report = json.loads((tmp_path / "run/report.json").read_text(), parse_constant=pytest.fail)
     manifests = checkpoint.manifests(str(tmp_path / "run"))
     best = min(manifests, key=lambda m: m.metrics["val/loss"] or 0)
@@ -179,18 +181,18 @@ def test_the_report_leads_with_the_checkpoint_that_predicts(tmp_path: Path, colo
     assert report["metrics"] == report["checkpoints"]["best"]["metrics"] == best.metrics
     assert report["checkpoints"]["last"]["metrics"] == manifests[-1].metrics
     assert sum(map(sum, report["confusion_matrix"]["counts"])) == 8
-    assert re.search(r"best checkpoint.*last checkpoint", done.output, re.DOTALL)
+    assert re.search(r"best checkpoint.*last checkpoint", outcome.output, re.DOTALL)
 
 
 def test_images_per_second_counts_images_that_were_trained_on(
     tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 32 images a limit leaves one batch per epoch, and a resume within an epoch its second half."""
+    """With a limit of one batch per epoch, and after a resume within an epoch."""
     counted: list[int] = []
     write = ReportWriter.on_fit_end
 
     def count(self: ReportWriter, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        counted.append(self.train_images)
+        counted.append(self.recorder.train_images)
         write(self, trainer, module)
 
     monkeypatch.setattr(ReportWriter, "on_fit_end", count)
@@ -205,7 +207,7 @@ def test_images_per_second_counts_images_that_were_trained_on(
 
 
 class NumpyScore(Callback):
-    """Saves a scalar of numpy, as many callbacks do, and, if asked, an object of a class of its own."""
+    """Save a NumPy scalar, as many callbacks do, and optionally an instance of a custom class."""
 
     def __init__(self, hostile: bool = False) -> None:
         self.hostile = hostile
@@ -218,14 +220,14 @@ class NumpyScore(Callback):
 
 
 class Score:
-    """A class that a safe loader does not know."""
+    """A class that ``weights_only`` loading refuses."""
 
 
-def test_what_is_saved_can_be_loaded(tmp_path: Path, colours: Path) -> None:
+def test_a_callbacks_state_can_be_loaded(tmp_path: Path, colours: Path) -> None:
     callbacks = json.dumps([{"class_path": "test_best.NumpyScore"}])
     for epochs in (1, 2):
-        done = fit(tmp_path, colours, trainer__callbacks=callbacks, trainer__max_epochs=epochs)
-        assert done.returncode == 0, done.output
+        outcome = fit(tmp_path, colours, trainer__callbacks=callbacks, trainer__max_epochs=epochs)
+        assert outcome.returncode == 0, outcome.output
     hostile = callbacks.replace("}", ', "init_args": {"hostile": true}}')
     refused = fit(tmp_path / "other", colours, trainer__callbacks=hostile)
     assert refused.returncode == 2, refused.output
@@ -233,8 +235,8 @@ def test_what_is_saved_can_be_loaded(tmp_path: Path, colours: Path) -> None:
     assert not steps(tmp_path / "other")
 
 
-def test_metrics_of_other_steps_are_not_a_checkpoints(tmp_path: Path, colours: Path) -> None:
-    """A run stopped within a validation validates again, and its checkpoint of that step has the metrics."""
+def test_a_checkpoint_has_only_the_metrics_of_its_step(tmp_path: Path, colours: Path) -> None:
+    """A run stopped within a validation validates again; the checkpoint of that step has the metrics."""
     keeper = Checkpointer(CheckpointSettings(), str(tmp_path), BackgroundCheckpointIO(), Preemption(1.0))
     keeper._saved, keeper._saved_metrics, keeper._validated_at = (5, 0), False, 5
     names: list[str] = []
@@ -262,3 +264,51 @@ def test_a_metric_that_is_undefined_for_the_validation_images_is_explained(tmp_p
 
     with pytest.raises(ConfigError, match=r"There are: val/loss\. A metric that is undefined"):
         keeper.on_save_checkpoint(FakeTrainer(), None, {})  # type: ignore[arg-type]
+
+
+def test_early_stopping_counts_validations_of_the_checkpoints_metric(tmp_path: Path, colours: Path) -> None:
+    """A run that learns nothing ends after its first validation and N more, however often it is interrupted."""
+    still = {"model__lr": 1e-30, "checkpoint__monitor": "val/loss", "trainer__max_epochs": 9}
+    whole = fit(tmp_path / "whole", colours, "--early_stopping=3", **still)
+    assert whole.returncode == 0, whole.output
+    assert "early stopping after epoch 4: val/loss has not improved" in whole.output
+    assert "the run ends before epoch 10, in which more layers would be unfrozen" in whole.output
+    ended = steps(tmp_path / "whole")
+    assert ended[-1] == (4, 0, 16)
+
+    assert fit(tmp_path, colours, "--patience=3", **{**still, "trainer__max_epochs": 2}).returncode == 0
+    resumed = fit(tmp_path, colours, "--patience", "3", **still)
+    assert "early stopping after epoch 4" in resumed.output
+    assert steps(tmp_path)[-1] == ended[-1]
+    again = fit(tmp_path, colours, "--early_stopping=3", **still)
+    assert "a larger patience by --early_stopping" in again.output
+    more = fit(tmp_path, colours, "--early_stopping=5", **still)
+    assert "EarlyStopping's patience was 3, is 5" in more.output
+    assert steps(tmp_path)[-1] == (6, 0, 24)
+    config = (tmp_path / "run/config.yaml").read_text()
+    assert "early_stopping: 5" in config
+    validated = run_here("validate", tmp_path / "run")
+    assert validated.returncode == 0, validated.output
+
+
+def test_early_stopping_counts_validations_within_an_epoch(tmp_path: Path, colours: Path) -> None:
+    more = {"model__lr": 1e-30, "trainer__val_check_interval": 0.5, "trainer__max_epochs": 9}
+    done = fit(tmp_path, colours, early_stopping=3, **more)
+    assert "early stopping after epoch 2" in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"trainer__callbacks": stopping()}, "both given"),
+        ({"trainer__limit_val_batches": 0}, "needs validations"),
+        ({"early_stopping": -1}, "early_stopping"),
+    ],
+)
+def test_early_stopping_that_cannot_work_is_refused(
+    more: dict[str, object], expected: str, tmp_path: Path, colours: Path
+) -> None:
+    refused = fit(tmp_path, colours, **{"early_stopping": 2, **more})
+    assert refused.returncode == 2, refused.output
+    assert expected in refused.output
+    assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Everyday data of strangers, in each kind of source: names, parts, what is left out, links."""
+"""Real-world data in each kind of source: names, parts, skipped files, links."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def left_out(info: IndexInfo) -> dict[str, int]:
         *("Thumbs.db", "a/desktop.ini", ".DS_Store", "a/#recycle/0.jpg", "System Volume Information/c/0.jpg"),
     ],
 )
-def test_hidden_files_are_counted_and_left(pack: Pack, hidden: str, tmp_path: Path) -> None:
+def test_hidden_files_are_skipped_and_counted(pack: Pack, hidden: str, tmp_path: Path) -> None:
     info = build_info(pack({**classes(), hidden: IMAGE}, tmp_path), tmp_path)
     assert info.classes == ["a", "b"]
     assert info.parts["train"].rows == 4
@@ -140,7 +140,7 @@ def test_a_later_member_of_the_same_name_replaces_the_earlier(pack: Pack, tmp_pa
 
 @pytest.mark.parametrize("pack", [on_disk, in_memory])
 def test_copies_under_another_spelling(pack: Pack, tmp_path: Path) -> None:
-    """Only of equal size: others are images of their own."""
+    """Only of equal size: others are distinct images."""
     uri = pack({**classes(), f"a/{NFC}.jpg": IMAGE, f"a/{NFD}.jpg": IMAGE, f"b/{NFC}.jpg": IMAGE}, tmp_path)
     storage.write_bytes(f"{uri}/b/{NFD}.jpg", picture((9, 200, 9), 5))
     info = build_info(uri, tmp_path)
@@ -188,7 +188,7 @@ def test_spellings_of_one_label(tmp_path: Path) -> None:
 
 
 @everywhere
-def test_what_is_left_out_is_said(pack: Pack, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_files_are_logged(pack: Pack, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     uri = pack({**classes(), "a/readme.md": b"x", "b/Thumbs.db": b"x", "classes.txt": b"x"}, tmp_path)
     info = build_info(uri, tmp_path)
@@ -204,13 +204,13 @@ def test_what_is_left_out_is_said(pack: Pack, tmp_path: Path, caplog: pytest.Log
     assert line.levelno == logging.WARNING
 
 
-def test_prediction_says_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_predict_logs_skipped_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = index_of(on_disk({"0.jpg": IMAGE, "x/1.jpg": IMAGE, "x/2": b"x", ".git/3.jpg": IMAGE}, tmp_path), "images")
     assert len(index) == 2
     assert "files without an image's suffix: 1, for example x/2" in caplog.text
 
 
-def test_a_table_means_each_of_its_rows(tmp_path: Path) -> None:
+def test_hidden_files_in_a_table_are_kept(tmp_path: Path) -> None:
     root = on_disk({"a/0": IMAGE, "a/.1.jpg": IMAGE, "b/2": IMAGE}, tmp_path)
     Path(root, "l.csv").write_text("uri,label\na/0,a\na/.1.jpg, a \nb/2,b\n")
     assert len(index_of(f"{root}/l.csv", "images")) == 3
@@ -249,7 +249,7 @@ def test_parts_by_their_usual_names(pack: Pack, names: dict[str, str], tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
         (["set1_train", "set2_train"], "set1_train/ and set2_train/"),
         (["fold1", "fold2", "fold3"], "fold1/, fold2/ and fold3/"),
@@ -264,12 +264,12 @@ def test_parts_by_their_usual_names(pack: Pack, names: dict[str, str], tmp_path:
         (["train", "train_extra"], "train/ and train_extra/"),
     ],
 )
-def test_parts_that_are_not_clear_are_refused_with_a_question(names: list[str], told: str, tmp_path: Path) -> None:
+def test_ambiguous_parts_are_refused(names: list[str], message: str, tmp_path: Path) -> None:
     uri = on_disk({key: IMAGE for name in names for key in classes(f"{name}/")}, tmp_path)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError) as excinfo:
         index_parts(uri)
-    assert told in str(caught.value)
-    assert "--data.train" in str(caught.value)
+    assert message in str(excinfo.value)
+    assert "--data.train" in str(excinfo.value)
 
 
 @pytest.mark.parametrize(
@@ -294,17 +294,15 @@ def test_parts_below_classes(pack: Pack, tmp_path: Path) -> None:
         index_parts(mixed)
 
 
-def test_a_flat_test_folder_beside_classes_is_no_class_in_silence(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_flat_test_folder_beside_classes_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(DataError, match=r"test/ beside bus/ and car/, which may be classes: is it one, too"):
         index_of(on_disk({f"{name}/0.jpg": IMAGE for name in ("bus", "car", "test")}, tmp_path / "test"))
     index_of(on_disk({f"{name}/0.jpg": IMAGE for name in ("bus", "car", "train")}, tmp_path / "train"))
     assert "train/ is taken for a class" in caplog.text
 
 
-def test_a_part_given_by_itself(tmp_path: Path) -> None:
-    """What is asked about a root is answered by naming it as one part."""
+def test_a_part_given_by_its_own_option(tmp_path: Path) -> None:
+    """Naming the folder as one part resolves the ambiguity."""
     nested = on_disk(classes("left/") | classes("right/"), tmp_path / "nested")
     assert index_parts(nested, layout="classes")["all"].classes == ("left", "right")
     whole = on_disk(classes("d/train/") | classes("d/val/"), tmp_path / "whole")
@@ -362,7 +360,7 @@ def test_words_of_parts(folder: str, part: str | None) -> None:
         ({"test/sample.txt": b"x"}, "no image under"),
     ],
 )
-def test_a_test_part_that_cannot_be_used_is_left(
+def test_an_unusable_test_part_is_skipped(
     pack: Pack, test_files: Files, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     uri = pack({**classes("train/"), **classes("val/"), **test_files}, tmp_path)
@@ -374,8 +372,8 @@ def test_a_test_part_that_cannot_be_used_is_left(
         raise AssertionError(info.absent["test"])
 
 
-def test_testing_says_why_there_is_no_test_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a listing, of the run's own index, and of the one beside the data."""
+def test_the_test_command_explains_a_missing_test_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a listing, the run's index and an index beside the data."""
     root = on_disk({**classes("train/"), **classes("val/"), "test/0.jpg": IMAGE}, tmp_path)
     for number, ahead in enumerate((False, False, True)):
         if ahead:
@@ -406,19 +404,19 @@ def test_a_class_that_training_lacks_is_an_error(tmp_path: Path) -> None:
         index_parts(uri)
 
 
-def test_messages_about_tables_do_not_speak_of_folders(tmp_path: Path) -> None:
+def test_messages_about_tables_do_not_mention_folders(tmp_path: Path) -> None:
     table = tmp_path / "l.csv"
     table.write_text("uri,label,split\n0.jpg,a,train\n1.jpg,b,train\n2.jpg,c,val\n")
-    with pytest.raises(DataError, match="are of class c") as caught:
+    with pytest.raises(DataError, match="are of class c") as excinfo:
         index_parts(table)
-    assert "folder" not in str(caught.value)
+    assert "folder" not in str(excinfo.value)
     table.write_text("uri,label\n0.jpg,a\n1.jpg,a\n")
-    with pytest.raises(DataError, match=r"a single class \(a\)") as caught:
+    with pytest.raises(DataError, match=r"a single class \(a\)") as excinfo:
         index_parts(table)
-    assert "folder" not in str(caught.value)
+    assert "folder" not in str(excinfo.value)
 
 
-def test_empty_class_folders_are_named_and_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_empty_class_folders_are_reported_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     info = build_info(on_disk({**classes(), "c/": b"", "d/notes.txt": b"x"}, tmp_path), tmp_path)
     assert info.classes == ["a", "b"]
     assert "folders without an image: 2, for example c/" in caplog.text
@@ -436,7 +434,7 @@ def denied(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 def test_unreadable_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Beside the parts they are named and left; beside classes one may be a class."""
+    """Beside parts they are reported and skipped; beside classes they are an error, since one may be a class."""
     parts = on_disk({**classes("train/"), **classes("val/"), "private/x": b""}, tmp_path / "parts")
     alone = on_disk({**classes(), "private/x": b"", "lost+found/x": b""}, tmp_path / "alone")
     denied(monkeypatch, "lost+found")

@@ -1,4 +1,4 @@
-"""Documents that would cost too much, or that say two things."""
+"""Documents that are too large or ambiguous."""
 
 from __future__ import annotations
 
@@ -92,6 +92,6 @@ def test_ordinary_documents() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=30))
-def test_whatever_is_read_it_is_a_value_or_a_yaml_error(pieces: list[str]) -> None:
+def test_any_document_gives_a_value_or_a_yaml_error(pieces: list[str]) -> None:
     with contextlib.suppress(yaml.YAMLError):
         bounded_yaml.load("".join(pieces))

@@ -32,7 +32,7 @@ def opened(folder: Path, limit: int) -> SampleCache:
     return cache
 
 
-def test_what_was_put_is_found_again_by_another_process_too(tmp_path: Path) -> None:
+def test_a_stored_sample_is_found_by_another_process(tmp_path: Path) -> None:
     opened(tmp_path, 10**9).put("a", b"content")
     opened(tmp_path, 10**9).put("empty", b"")
     cache = opened(tmp_path, 10**9)
@@ -40,7 +40,7 @@ def test_what_was_put_is_found_again_by_another_process_too(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
-def test_a_damaged_file_is_not_believed(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_a_cache_miss(damage: str, tmp_path: Path) -> None:
     cache = opened(tmp_path, 10**9)
     cache.put("a", b"content")
     (path,) = tmp_path.glob("??/*")
@@ -51,7 +51,7 @@ def test_a_damaged_file_is_not_believed(damage: str, tmp_path: Path) -> None:
     assert cache.get("a") == b"content"
 
 
-def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_are_evicted(tmp_path: Path) -> None:
     cache = opened(tmp_path, 9 * ACCOUNTED_BYTES // 2)
     block = b"x" * ACCOUNTED_BYTES
     for number in range(4):
@@ -65,8 +65,8 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     assert cache.get("4") == block
 
 
-def test_writers_that_are_killed_leave_a_cache_that_is_right_and_bounded(tmp_path: Path) -> None:
-    """Four processes write and read more than fits; two are killed at some moment, again and again."""
+def test_killed_writers_leave_the_cache_intact_and_bounded(tmp_path: Path) -> None:
+    """Four processes write and read more than fits; two are killed at random moments."""
     limit = 3_000_000
     opened(tmp_path / "cache", limit)
     code = (
@@ -80,7 +80,7 @@ def test_writers_that_are_killed_leave_a_cache_that_is_right_and_bounded(tmp_pat
         "    assert found in (None, content(number)), number\n"
         "    cache.put(str(number), content(number))\n"
     )
-    most = 0
+    largest = 0
 
     def start(seed: int) -> subprocess.Popen[str]:
         line = [sys.executable, "-c", code, str(seed)]
@@ -94,7 +94,7 @@ def test_writers_that_are_killed_leave_a_cache_that_is_right_and_bounded(tmp_pat
         for number in range(4):
             deadline = time.monotonic() + 1
             while time.monotonic() < deadline:
-                most = max(most, stored_bytes(tmp_path / "cache"))
+                largest = max(largest, stored_bytes(tmp_path / "cache"))
             assert [writer.poll() for writer in writers] == [-signal.SIGKILL] * min(number, 2) + [None] * (
                 4 - min(number, 2)
             )
@@ -105,13 +105,13 @@ def test_writers_that_are_killed_leave_a_cache_that_is_right_and_bounded(tmp_pat
         for writer in writers:
             writer.kill()
             writer.wait()
-    assert limit / 2 < most <= limit + 5 * (ACCOUNTED_BYTES + 21_000)
+    assert limit / 2 < largest <= limit + 5 * (ACCOUNTED_BYTES + 21_000)
     cache = opened(tmp_path / "cache", limit)
     assert stored_bytes(tmp_path / "cache") <= limit
     assert all(cache.get(str(number)) in (None, content(number)) for number in range(400))
 
 
-def test_leftovers_of_the_killed_are_swept_up(tmp_path: Path) -> None:
+def test_stale_temporary_files_are_deleted(tmp_path: Path) -> None:
     cache = opened(tmp_path, 10**9)
     cache.put("a", b"content")
     (path,) = tmp_path.glob("??/*")
@@ -122,7 +122,7 @@ def test_leftovers_of_the_killed_are_swept_up(tmp_path: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == sorted([".being-written", path.name])
 
 
-def test_a_disk_that_cannot_be_written_stops_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unwritable_disk_disables_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = SampleCache(Path("/proc/cache"), 10**9)
     cache.put("a", b"content")
     cache.put("b", b"content")

@@ -12,7 +12,7 @@ from job.checkpoint.io import BackgroundCheckpointIO
 from job.checkpoint.manifest import kept_metrics
 from job.checkpoint.retention import Retention
 from job.checkpoint.settings import CheckpointSettings
-from job.checkpoint.state import MANIFEST_KEY
+from job.checkpoint.state import MANIFEST_KEY, require_lightning_version
 from job.checkpoint.store import Manifest
 from job.cli.checkpoints import main as checkpoints
 from job.errors import CheckpointError, LeaseError, StorageError
@@ -55,8 +55,8 @@ def test_best_and_last_are_chosen_by_the_manifests(run_dir: str) -> None:
         checkpoint.resolve(run_dir + "/elsewhere")
 
 
-def test_a_snapshot_is_of_its_moment(run_dir: str) -> None:
-    """Training goes on while the copy is written; the copy's buffers are used again."""
+def test_a_snapshot_is_not_changed_by_later_training(run_dir: str) -> None:
+    """Training continues while the copy is written; its buffers are reused."""
     one = state(10)
     io = BackgroundCheckpointIO(upload_seconds=5)
     for step in (10, 20):
@@ -71,7 +71,7 @@ def test_a_snapshot_is_of_its_moment(run_dir: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "halved", "flipped", "no manifest", "manifest cut", "gone"])
-def test_a_bad_newest_checkpoint_is_named_and_an_older_one_used(
+def test_a_damaged_newest_checkpoint_falls_back_to_an_older_one(
     damage: str, run_dir: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(run_dir, state(10), state(20))
@@ -90,9 +90,9 @@ def test_a_bad_newest_checkpoint_is_named_and_an_older_one_used(
         manifest.write_bytes(manifest.read_bytes()[:50])
     else:
         newest.unlink()
-    found = checkpoint.newest_verified(run_dir)
-    assert found is not None
-    assert found.global_step == 10
+    verified = checkpoint.newest_verified(run_dir)
+    assert verified is not None
+    assert verified.global_step == 10
     if damage != "no manifest":  # that one was never finished: nothing went wrong
         assert "step=00000020" in caplog.text
     if damage in ("truncated", "halved", "flipped"):
@@ -100,7 +100,7 @@ def test_a_bad_newest_checkpoint_is_named_and_an_older_one_used(
             checkpoint.load(str(newest))
 
 
-def test_no_good_checkpoint_at_all_is_an_error(run_dir: str) -> None:
+def test_only_damaged_checkpoints_are_an_error(run_dir: str) -> None:
     assert checkpoint.newest_verified(run_dir) is None
     save(run_dir, state(10))
     (Path(run_dir) / "checkpoints" / "epoch=000-step=00000010.ckpt").write_bytes(b"")
@@ -113,9 +113,9 @@ def test_a_failed_upload_is_raised_and_the_state_kept(tmp_path: Path, monkeypatc
     (tmp_path / "file").write_text("in the way")
     io = BackgroundCheckpointIO(upload_seconds=1)
     io.save_checkpoint(state(10), f"{tmp_path}/file/checkpoints/epoch=000-step=00000010.ckpt")
-    with pytest.raises(StorageError, match="could not be saved") as caught:
+    with pytest.raises(StorageError, match="could not be saved") as excinfo:
         io.wait()
-    kept = Path(str(caught.value).rpartition("kept in ")[2].rstrip("."))
+    kept = Path(str(excinfo.value).rpartition("kept in ")[2].rstrip("."))
     assert torch.load(kept, weights_only=True)["state_dict"]["w"][0] == 10
     assert (kept.stat().st_mode & 0o777, kept.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     io.wait()  # raised once
@@ -124,8 +124,8 @@ def test_a_failed_upload_is_raised_and_the_state_kept(tmp_path: Path, monkeypatc
     assert kept.exists()
 
 
-def test_nothing_is_written_without_the_right_to_write(run_dir: str) -> None:
-    """Neither the state nor, where the right is lost during the upload, its manifest."""
+def test_nothing_is_written_without_the_lease(run_dir: str) -> None:
+    """Neither the state nor, if the lease is lost during the upload, its manifest."""
     for allowed in (0, 1):
         calls: list[int] = []
 
@@ -142,7 +142,7 @@ def test_nothing_is_written_without_the_right_to_write(run_dir: str) -> None:
         assert checkpoint.manifests(run_dir) == []
 
 
-def test_nothing_is_deleted_without_the_right_to_write(run_dir: str) -> None:
+def test_nothing_is_deleted_without_the_lease(run_dir: str) -> None:
     save(run_dir, state(10), state(20), state(30))
     lost = lambda: (_ for _ in ()).throw(LeaseError("lost"))  # noqa: E731
     with pytest.raises(LeaseError, match="lost"):
@@ -150,7 +150,7 @@ def test_nothing_is_deleted_without_the_right_to_write(run_dir: str) -> None:
     assert len(checkpoint.manifests(run_dir)) == 3
 
 
-def test_an_unexpected_failure_in_the_thread_is_raised_too(run_dir: str) -> None:
+def test_an_unexpected_error_in_the_upload_thread_is_raised(run_dir: str) -> None:
     io = BackgroundCheckpointIO(upload_seconds=1, after_commit=lambda: 1 / 0)  # type: ignore[arg-type,return-value]
     io.save_checkpoint(state(10), f"{run_dir}/checkpoints/epoch=000-step=00000010.ckpt")
     with pytest.raises(ZeroDivisionError):
@@ -175,7 +175,7 @@ def test_retention(options: dict[str, int], kept: list[int], run_dir: str) -> No
     assert checkpoint.uncommitted(run_dir) == []
 
 
-def test_housekeeping(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_ls_verify_and_gc(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     save(run_dir, state(10, 0.5), state(20))
     checkpoints("ls", run_dir)
     assert "step=00000020" in capsys.readouterr().out
@@ -187,3 +187,10 @@ def test_housekeeping(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
     storage.write_bytes(f"{run_dir}/checkpoints/epoch=000-step=00000010.ckpt", b"other")
     with pytest.raises(CheckpointError, match="1 of 2 checkpoints are damaged"):
         checkpoints("verify", run_dir)
+
+
+@pytest.mark.parametrize("version", ["2.0.0rc1", "1.9.5", "x", "2" * 200, None])
+def test_a_checkpoint_that_lightning_would_migrate_is_refused(version: str | None) -> None:
+    require_lightning_version("a.ckpt", {"pytorch-lightning_version": "2.0.0"})
+    with pytest.raises(CheckpointError, match="pytorch-lightning_version"):
+        require_lightning_version("a.ckpt", {"pytorch-lightning_version": version})

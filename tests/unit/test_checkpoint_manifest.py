@@ -1,4 +1,4 @@
-"""Manifests and state files as somebody else may have written them: data, checked where it is read."""
+"""Manifests and state files are untrusted data, validated where they are read."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def edit(run_dir: str, step: int, **changes: Any) -> Path:
         {"metrics": [1]},
     ],
 )
-def test_a_manifest_with_a_bad_field_is_named_and_left_alone(
+def test_a_manifest_with_a_bad_field_is_reported_and_kept(
     changes: dict[str, Any], run_dir: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(run_dir, state(10, 0.9), state(20, 0.5))
@@ -67,7 +67,7 @@ def test_a_manifest_with_a_bad_field_is_named_and_left_alone(
     assert checkpoint.resolve(run_dir).endswith("step=00000020.ckpt")
 
 
-def test_a_copied_checkpoint_is_not_the_best(run_dir: str) -> None:
+def test_a_copied_checkpoint_is_not_ranked(run_dir: str) -> None:
     save(run_dir, state(10, 0.9), state(20, 0.5))
     folder = Path(run_dir) / "checkpoints"
     for suffix in ("", ".json"):
@@ -86,7 +86,7 @@ def test_a_newer_format_is_refused_by_name(changes: dict[str, Any], run_dir: str
             use(run_dir)
 
 
-def test_no_readable_manifest_is_not_no_checkpoint(run_dir: str) -> None:
+def test_a_run_without_a_readable_manifest_is_an_error(run_dir: str) -> None:
     save(run_dir, state(10), state(20))
     for path in Path(run_dir).glob("checkpoints/*.json"):
         path.write_bytes(path.read_bytes()[:-20])
@@ -122,24 +122,24 @@ def test_manifests_of_format_1_are_read(run_dir: str) -> None:
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=40), st.integers(0, 10**6), st.integers(0, 60))
-def test_mutated_manifests_give_a_manifest_or_a_message(patch: bytes, place: int, removed: int) -> None:
-    good = encode_manifest(
+def test_mutated_manifests_raise_only_checkpoint_errors(patch: bytes, position: int, removed: int) -> None:
+    intact = encode_manifest(
         Manifest("epoch=001-step=00000004.ckpt", 9, "0" * 64, 1, 0, 4, "val/loss", "min", {"val/loss": 0.5})
     )
-    start = place % len(good)
-    content = good[:start] + patch + good[start + removed :]
+    start = position % len(intact)
+    content = intact[:start] + patch + intact[start + removed :]
     try:
-        found = decode_manifest("m.json", content)
+        manifest = decode_manifest("m.json", content)
     except CheckpointError as error:
         assert "m.json" in str(error)
     else:
-        assert found.file.startswith("epoch=")
-        assert "/" not in found.file
-        assert 0 <= found.global_step < 2**53
+        assert manifest.file.startswith("epoch=")
+        assert "/" not in manifest.file
+        assert 0 <= manifest.global_step < 2**53
 
 
 @pytest.mark.parametrize("content", [b"[" * 200_000, b'{"format": ' * 99_000, b"\xff\xfe", b"null", b"{}", b""])
-def test_json_that_is_no_manifest(content: bytes) -> None:
+def test_json_that_is_not_a_manifest(content: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"m\.json is damaged"):
         decode_manifest("m.json", content)
 
@@ -170,10 +170,10 @@ def test_confusion_matrices_lie_beside_their_checkpoint(run_dir: str) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_confusion_files_that_agree_with_their_manifest_may_hold_anything(data: st.DataObject) -> None:
-    good = confusion.encode(torch.tensor([[4, 1], [0, 3]]))
-    content = bytearray(good)
-    for place in data.draw(st.lists(st.integers(0, len(good) - 1), max_size=8)):
-        content[place] = data.draw(st.integers(0, 255))
+    intact = confusion.encode(torch.tensor([[4, 1], [0, 3]]))
+    content = bytearray(intact)
+    for position in data.draw(st.lists(st.integers(0, len(intact) - 1), max_size=8)):
+        content[position] = data.draw(st.integers(0, 255))
     uri = "memory://confusion/file"
     storage.write_bytes(uri, bytes(content))
     try:
@@ -185,8 +185,8 @@ def test_confusion_files_that_agree_with_their_manifest_may_hold_anything(data: 
 
 
 def test_few_classes_are_reported_whole_and_many_by_cell() -> None:
-    few = confusion.as_json(confusion.cells(torch.tensor([[4, 1], [0, 3]])), 2)
-    assert few["counts"] == [[4, 1], [0, 3]]
+    small = confusion.as_json(confusion.cells(torch.tensor([[4, 1], [0, 3]])), 2)
+    assert small["counts"] == [[4, 1], [0, 3]]
     many = confusion.as_json(confusion.cells(torch.eye(5000, dtype=torch.int64)), 5000, "uri")
     assert many["true_predicted_count"][7] == [7, 7, 1]
     assert len(msgspec.json.encode(many)) < 200_000
@@ -201,8 +201,8 @@ def mutated(value: Any, dice: random.Random) -> Any:
             return {k: v for k, v in value.items() if k != key}
         return {**value, key: mutated(value[key], dice)}
     if isinstance(value, list) and value and dice.random() < 0.9:
-        place = dice.randrange(len(value))
-        return [*value[:place], mutated(value[place], dice), *value[place + 1 :]]
+        position = dice.randrange(len(value))
+        return [*value[:position], mutated(value[position], dice), *value[position + 1 :]]
     return other
 
 
@@ -224,7 +224,7 @@ MUTANTS = 25
 
 @pytest.mark.parametrize("seed", range(MUTANTS))
 def test_a_state_that_agrees_with_its_manifest_may_hold_anything(seed: int, trained: list[str], tmp_path: Path) -> None:
-    """One mutated entry, and a manifest that fits: trained on, or one message; never a traceback."""
+    """With one mutated entry and a matching manifest, training resumes or ends with a message, never a traceback."""
     dice = random.Random(seed)
     source = Path(next(o for o in trained if "--run_dir=" in o).split("=", 1)[1])
     shutil.copytree(source, tmp_path / "run")

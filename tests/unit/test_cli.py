@@ -8,17 +8,17 @@ from job.cli.known_options import FILE, require_known_options
 from job.errors import ConfigError
 
 
-def test_the_configuration_reference_is_what_help_says() -> None:
+def test_the_configuration_reference_equals_the_help() -> None:
     committed = (REPOSITORY / "docs" / "configuration.txt").read_text()
     assert run_well("fit", "--help-all", COLUMNS="120").stdout == committed, "make reference writes it anew"
 
 
 def test_the_command_line_is_as_committed() -> None:
-    """Commands, options, types and defaults are an interface: a change is either a mistake or to be committed."""
+    """Commands, options, types and defaults are an interface: commit the golden file with an intended change."""
     assert command_line() == GOLDEN.read_text(), "make golden writes it anew"
 
 
-def test_the_names_of_options_are_known_without_a_parser() -> None:
+def test_the_list_of_option_names_is_complete() -> None:
     assert option_names() == FILE.read_text(), "make golden writes it anew"
 
 
@@ -38,9 +38,9 @@ def test_a_misspelt_option_is_refused_before_anything_is_imported(args: list[str
     if expected is None:
         require_known_options("fit", args)
         return
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         require_known_options("fit", args)
-    assert str(caught.value) == expected
+    assert str(excinfo.value) == expected
 
 
 def test_types_are_written_alike_whatever_typing_has_cached() -> None:

@@ -194,22 +194,22 @@ def test_a_saved_index_of_a_folder_of_archives_is_compared_with_them(
 METADATA = {"0.jpg": "x", "1.jpg": "y", "sub/2.jpg": "x"}
 
 
-def metadata(form: str, rows: dict[str, str], label: str = "label") -> bytes:
-    if form == "csv":
+def metadata(file_format: str, rows: dict[str, str], label: str = "label") -> bytes:
+    if file_format == "csv":
         return "\n".join([f"file_name,{label}", *(f"{name},{value}" for name, value in rows.items())]).encode()
     table = pa.table({"file_name": list(rows), label: list(rows.values())})
-    if form == "parquet":
+    if file_format == "parquet":
         sink = pa.BufferOutputStream()
         pyarrow.parquet.write_table(table, sink)
         return bytes(sink.getvalue())
     return "".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode()
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
-def test_metadata_beside_images_labels_them(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_format", ["csv", "jsonl", "parquet"])
+def test_metadata_beside_images_labels_them(file_format: str, tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_files(root, {name: IMAGES[n] for n, name in enumerate([*METADATA, "3.jpg"])})
-    write_files(root, {f"metadata.{form}": metadata(form, METADATA)})
+    write_files(root, {f"metadata.{file_format}": metadata(file_format, METADATA)})
     index = index_of(root)
     assert dict(zip(index.keys, labels(index), strict=True)) == METADATA
     assert read(index, [2]) == [IMAGES[2]]
@@ -229,7 +229,7 @@ def test_metadata_in_the_folders_of_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["", "data/"])
 @pytest.mark.parametrize("absolute", [False, True])
 def test_metadata_above_the_folders_of_parts(folder: str, absolute: bool, tmp_path: Path) -> None:
-    """No image of a test/ folder is trained on, unless a split column says so."""
+    """No image of a test/ folder is trained on, unless a split column assigns it."""
     names = {"test/3.jpg": "y", "train/0.jpg": "x", "train/1.jpg": "y", "val/2.jpg": "x"}
     root = tmp_path / "data"
     write_files(root, {f"{folder}{name}": IMAGES[n] for n, name in enumerate(names)})
@@ -239,25 +239,25 @@ def test_metadata_above_the_folders_of_parts(folder: str, absolute: bool, tmp_pa
         "val": ["val/2.jpg"],
         "test": ["test/3.jpg"],
     }
-    again = {name.removeprefix("train/"): label for name, label in names.items() if name.startswith("train/")}
+    repeated = {name.removeprefix("train/"): label for name, label in names.items() if name.startswith("train/")}
     if absolute:
-        again = {f"{root}/{folder}train/{name}": label for name, label in again.items()}
-    write_files(root, {f"{folder}train/metadata.csv": metadata("csv", again)})
+        repeated = {f"{root}/{folder}train/{name}": label for name, label in repeated.items()}
+    write_files(root, {f"{folder}train/metadata.csv": metadata("csv", repeated)})
     assert len(index_parts(root)["train"]) == 2
     assert left_out(root, tmp_path)["rows that name an image again"] == 2
-    write_files(root, {f"{folder}train/metadata.csv": metadata("csv", dict.fromkeys(again, "z"))})
+    write_files(root, {f"{folder}train/metadata.csv": metadata("csv", dict.fromkeys(repeated, "z"))})
     with pytest.raises(DataError, match=r"0.jpg has the label x in one row and z in another"):
         index_of(root)
 
 
-def test_a_column_that_metadata_lacks_is_named(tmp_path: Path) -> None:
+def test_a_column_missing_in_the_metadata_is_reported(tmp_path: Path) -> None:
     write_files(tmp_path, {**FILES, "metadata.csv": metadata("csv", dict.fromkeys(FILES, "x"))})
     (tmp_path / ".index").mkdir()
     with pytest.raises(DataError, match="has no column species; it has file_name, label"):
         build({"root": [str(tmp_path)]}, tmp_path / ".index", str(tmp_path), "parts", columns=Columns(label="species"))
 
 
-def test_metadata_without_labels_is_left_out(tmp_path: Path) -> None:
+def test_metadata_without_labels_is_skipped(tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_files(root, {**FILES, "metadata.jsonl": metadata("jsonl", dict.fromkeys(FILES, "a caption"), "text")})
     assert labels(index_of(root)) == ["blue"] * 3 + ["red"] * 3

@@ -32,15 +32,15 @@ def test_augmentation_depends_on_seed_epoch_and_sample_alone(preprocessing: Prep
     index = index_of(colours)
 
     def images(world_size: int, seed: int = 3, epoch: int = 1) -> dict[int, torch.Tensor]:
-        found = {}
+        images_by_sample = {}
         for rank in range(world_size):
             sampler = ResumableBatchSampler(len(index), 8, rank=rank, world_size=world_size, seed=0, shuffle=True)
             sampler.set_epoch(epoch)
             dataset = ImageDataset(index, sampler, preprocessing, seed=seed)
             for plan in sampler:
                 batch = dataset[plan]
-                found.update(zip(batch["sample"].tolist(), batch["image"], strict=True))
-        return found
+                images_by_sample.update(zip(batch["sample"].tolist(), batch["image"], strict=True))
+        return images_by_sample
 
     torch.manual_seed(1)
     first = images(1)
@@ -50,7 +50,7 @@ def test_augmentation_depends_on_seed_epoch_and_sample_alone(preprocessing: Prep
     assert any(not torch.equal(image, first[sample]) for sample, image in images(1, epoch=2).items())
 
 
-def test_reading_leaves_the_generators_alone(colours: Path) -> None:
+def test_reading_does_not_change_the_random_generators(colours: Path) -> None:
     preprocessing = Preprocessing(16, augment=v2.RandomCrop(16, pad_if_needed=True))
     sampler = ResumableBatchSampler(40, 8, rank=0, world_size=1, seed=0, shuffle=True)
     dataset = ImageDataset(index_of(colours), sampler, preprocessing)
@@ -62,7 +62,7 @@ def test_reading_leaves_the_generators_alone(colours: Path) -> None:
 
 
 def test_a_repeated_image_is_not_changed_by_a_transform_in_place(colours: Path) -> None:
-    """Balanced sampling repeats an image within a batch, of which each rank reads other rows."""
+    """Balanced sampling repeats an image within a batch, whose rows are spread over ranks."""
     preprocessing = Preprocessing(16, augment=v2.Compose([InvertInPlace(), v2.Resize([16, 16])]))
     sampler = ResumableBatchSampler(40, 3, rank=0, world_size=1, seed=0, shuffle=False)
     twice = BatchIndices(
@@ -73,7 +73,7 @@ def test_a_repeated_image_is_not_changed_by_a_transform_in_place(colours: Path) 
     assert not torch.equal(images[0], images[2])
 
 
-def test_an_unreadable_sample_is_masked_and_named(tmp_path: Path) -> None:
+def test_an_unreadable_sample_is_masked_and_reported(tmp_path: Path) -> None:
     files = {f"{c}/{n}.jpg": picture((9, 9, 9), n) for c in "ab" for n in range(2)}
     write_files(tmp_path, {**files, "a/1.jpg": b"no image"})
     sampler = ResumableBatchSampler(4, 4, rank=0, world_size=1, seed=0, shuffle=False)
@@ -94,13 +94,13 @@ def test_an_augmentation_of_the_wrong_shape_is_refused(colours: Path) -> None:
 
 @pytest.mark.parametrize("transform", [v2.RandAugment(), v2.TrivialAugmentWide(), v2.RandomErasing(p=1.0)])
 def test_torchvisions_own_policies(transform: v2.Transform, colours: Path) -> None:
-    """A function of the seed alone, for every sample's another."""
+    """Augmentation depends on the seed alone, and differs between samples."""
     preprocessing = Preprocessing(16, augment=v2.Compose([v2.Resize([16, 16]), transform]))
     sampler = ResumableBatchSampler(40, 40, rank=0, world_size=1, seed=0, shuffle=False)
     batch = ImageDataset(index_of(colours), sampler, preprocessing)[sampler.batch(0, 0)]
     assert batch["error"] is None
-    again = ImageDataset(index_of(colours), sampler, preprocessing)[sampler.batch(0, 0)]
-    assert torch.equal(batch["image"], again["image"])
+    reread = ImageDataset(index_of(colours), sampler, preprocessing)[sampler.batch(0, 0)]
+    assert torch.equal(batch["image"], reread["image"])
     other = ImageDataset(index_of(colours), sampler, preprocessing)[sampler.batch(1, 0)]
     assert not torch.equal(batch["image"], other["image"])
 
@@ -114,12 +114,12 @@ def test_resizing_is_torchvisions() -> None:
 @pytest.mark.parametrize("shape", [(30, 2200), (2300, 31), (1, 300), (300, 1), (3, 1000), (700, 46_000), (40, 2561)])
 @pytest.mark.parametrize("size", [16, 33, 64])
 def test_a_narrow_image_is_cropped_before_it_is_resized(shape: tuple[int, int], size: int) -> None:
-    """With the same result as the other way round, within rounding, at the cost of its output."""
+    """The result equals resizing first, up to rounding, at the cost of the output's size."""
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)).permute(2, 0, 1)
-    found = resize(image, size, "crop")
+    resized = resize(image, size, "crop")
     expected = v2.functional.center_crop(v2.functional.resize(image, [size], antialias=True), [size, size])
-    assert found.shape == expected.shape
-    assert (found.int() - expected.int()).abs().max() <= 1
+    assert resized.shape == expected.shape
+    assert (resized.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["crop", "squash"])
@@ -127,20 +127,20 @@ def test_a_narrow_image_is_cropped_before_it_is_resized(shape: tuple[int, int], 
 def test_the_narrowest_images_cost_no_more_than_their_output(mode: ResizeMode, shape: tuple[int, ...]) -> None:
     image = torch.full((shape[1], shape[2], 3), 7, dtype=torch.uint8).permute(2, 0, 1)
     began = time.monotonic()
-    found = resize(image, 224, mode)
+    resized = resize(image, 224, mode)
     assert time.monotonic() - began < 2
-    assert found.shape == (3, 224, 224)
-    assert found.unique().tolist() == [7]
+    assert resized.shape == (3, 224, 224)
+    assert resized.unique().tolist() == [7]
 
 
 def test_squashing_a_very_long_image_keeps_its_order() -> None:
     ramp = (torch.arange(200_000) * 256 // 200_000).to(torch.uint8)
-    found = resize(ramp.repeat(3, 2, 1), 32, "squash")[0, 0]
-    assert (found.int() - (torch.arange(32) * 8 + 3.5)).abs().max() <= 2
+    resized = resize(ramp.repeat(3, 2, 1), 32, "squash")[0, 0]
+    assert (resized.int() - (torch.arange(32) * 8 + 3.5)).abs().max() <= 2
 
 
 def test_cached_features_of_earlier_releases_are_found() -> None:
-    """Their folder is named after this text."""
+    """The folder's name is a hash of this text."""
     assert Preprocessing(16, "crop", flip=True).cache_key == (
         "View(image_size=16, resize='crop', augment=None, augment_views=None, flip=True)"
     )

@@ -22,9 +22,9 @@ from job.errors import DataError
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 
-def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+def encoded(image: Image.Image, file_format: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, form, **options)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
@@ -52,20 +52,20 @@ def rgb(image: Image.Image) -> np.ndarray:
     ids=["png", "bmp", "webp", "grey", "palette", "gif", "cmyk", "bilevel"],
 )
 def test_every_mode_becomes_rgb(content: bytes, expected: np.ndarray) -> None:
-    found = decode(content)
-    assert found.dtype == torch.uint8
-    assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+    decoded = decode(content)
+    assert decoded.dtype == torch.uint8
+    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), expected)
 
 
-def test_jpeg_is_what_pillow_reads() -> None:
+def test_jpegs_are_decoded_as_by_pillow() -> None:
     content = encoded(GRADIENT, "JPEG", quality=90)
     assert np.array_equal(decode(content).permute(1, 2, 0).numpy(), np.asarray(Image.open(io.BytesIO(content))))
 
 
 def test_sixteen_bits_are_scaled_and_transparency_is_white() -> None:
     deep = Image.fromarray((np.arange(64 * 48).reshape(48, 64) * 21).astype(np.uint16))
-    found = decode(encoded(deep, "PNG"))
-    assert np.array_equal(found[0].numpy(), (np.asarray(deep) >> 8).astype(np.uint8))
+    decoded = decode(encoded(deep, "PNG"))
+    assert np.array_equal(decoded[0].numpy(), (np.asarray(deep) >> 8).astype(np.uint8))
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     assert decode(encoded(clear, "PNG")).unique().tolist() == [255]
 
@@ -75,9 +75,9 @@ def test_images_stand_upright(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = {5: (48, 64), 6: (48, 64), 7: (48, 64), 8: (48, 64)}.get(orientation, (64, 48))
-    found = decode(encoded(GRADIENT, "JPEG", exif=exif))
-    assert tuple(found.shape) == (3, upright[1], upright[0])
-    rising = found.float().mean(dim=0)
+    decoded = decode(encoded(GRADIENT, "JPEG", exif=exif))
+    assert tuple(decoded.shape) == (3, upright[1], upright[0])
+    rising = decoded.float().mean(dim=0)
     dark_first = {1: (1, 0), 2: (1, -1), 3: (1, -1), 4: (1, 0), 5: (0, 0), 6: (0, 0), 7: (0, -1), 8: (0, -1)}
     axis, end = dark_first[orientation]
     profile = rising.mean(dim=1 - axis)
@@ -96,7 +96,7 @@ FORMATS_WITH_ORIENTATION: list[tuple[str, dict[str, object]]] = [
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """The image as a viewer shows it."""
+    """Return the image as a viewer shows it."""
     ways = Image.Transpose
     order = (ways.FLIP_LEFT_RIGHT, ways.ROTATE_180, ways.FLIP_TOP_BOTTOM, ways.TRANSPOSE)
     method = dict(enumerate((*order, ways.ROTATE_270, ways.TRANSVERSE, ways.ROTATE_90), 2)).get(orientation)
@@ -104,16 +104,16 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def quarters(image: Image.Image) -> Image.Image:
-    """A different colour in each quarter, so that no two orientations look alike."""
+    """Return an image with a different colour per quarter, so that all orientations differ."""
     small = Image.new("RGB", (2, 2))
     small.putdata([(250, 10, 10), (10, 250, 10), (10, 10, 250), (240, 240, 240)])
     return small.resize(image.size, Image.Resampling.NEAREST)
 
 
-@pytest.mark.parametrize(("form", "options"), FORMATS_WITH_ORIENTATION)
+@pytest.mark.parametrize(("file_format", "options"), FORMATS_WITH_ORIENTATION)
 @pytest.mark.parametrize("source", ["exif", "xmp"])
-def test_every_format_stands_upright_once(form: str, options: dict[str, object], source: str) -> None:
-    """Some decoders turn the pixels by themselves."""
+def test_every_format_stands_upright_once(file_format: str, options: dict[str, object], source: str) -> None:
+    """Some decoders apply the orientation themselves."""
     image = quarters(GRADIENT)
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -121,25 +121,25 @@ def test_every_format_stands_upright_once(form: str, options: dict[str, object],
         xmp = f'<rdf:Description tiff:Orientation="{orientation}"/>'.encode()
         if source == "exif":
             metadata: dict[str, object] = {"exif": exif}
-        elif form == "PNG":
+        elif file_format == "PNG":
             info = PngImagePlugin.PngInfo()
             info.add_itxt("XML:com.adobe.xmp", xmp.decode())
             metadata = {"pnginfo": info}
-        elif form == "TIFF":
+        elif file_format == "TIFF":
             tags = TiffImagePlugin.ImageFileDirectory_v2()
             tags.tagtype[700] = 1
             tags[700] = xmp
             metadata = {"tiffinfo": tags}
         else:
             metadata = {"xmp": xmp}
-        found = decode(encoded(image, form, **options, **metadata)).permute(1, 2, 0).numpy()
+        decoded = decode(encoded(image, file_format, **options, **metadata)).permute(1, 2, 0).numpy()
         expected = rgb(turned(image, orientation))
-        assert found.shape == expected.shape
-        assert np.abs(found.astype(int) - expected).mean() < 12, (form, orientation)
+        assert decoded.shape == expected.shape
+        assert np.abs(decoded.astype(int) - expected).mean() < 12, (file_format, orientation)
 
 
 def test_an_avif_is_turned_by_its_own_property_alone() -> None:
-    """As browsers do; EXIF data beside it may contradict, or be malformed."""
+    """As in browsers; EXIF data may contradict it, or be malformed."""
     payload = segment([(0x10F, 3, 1, b"\6\0\0\0"), (0x11A, 3, 1, bytes(4))])
     content = encoded(GRADIENT, "AVIF", exif=payload)
     for tag in (b"\x12\1\3\0", b"\x0f\1\x0b\0"):
@@ -160,7 +160,7 @@ def test_a_heic_image_names_the_package_that_it_needs(monkeypatch: pytest.Monkey
 
 
 def test_a_heic_image_is_read_by_pillow_heif() -> None:
-    """Turned by the library, and not once more by EXIF."""
+    """The library applies the orientation, and EXIF does not apply it again."""
     heif = pytest.importorskip("pillow_heif")
     decoding._heif_format.cache_clear()
     with pytest.raises(DataError, match=r"is damaged|is no image"):
@@ -171,10 +171,10 @@ def test_a_heic_image_is_read_by_pillow_heif() -> None:
         exif = Image.Exif()
         exif[0x0112] = orientation
         content = encoded(image, "HEIF", exif=exif.tobytes(), quality=90)
-        found = decode(content).permute(1, 2, 0).numpy()
+        decoded = decode(content).permute(1, 2, 0).numpy()
         expected = rgb(turned(image, orientation))
-        assert found.shape == expected.shape
-        assert np.abs(found.astype(int) - expected).mean() < 12
+        assert decoded.shape == expected.shape
+        assert np.abs(decoded.astype(int) - expected).mean() < 12
     rng = random.Random(0)
     for _ in range(60):
         with contextlib.suppress(DataError):
@@ -182,7 +182,7 @@ def test_a_heic_image_is_read_by_pillow_heif() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "is empty"),
         (b"hello, I am a text file", "is no image of a known format"),
@@ -194,13 +194,13 @@ def test_a_heic_image_is_read_by_pillow_heif() -> None:
         (encoded(Image.new("1", (20_000, 20_000)), "PNG"), "decompression bomb"),
     ],
 )
-def test_what_is_no_image_is_refused(content: bytes, told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_files_that_are_not_images_are_refused(content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         decode(content)
 
 
 def photo(width: int, height: int) -> Image.Image:
-    """Smooth shapes and some noise, as photographs have."""
+    """Return an image with smooth shapes and noise, like a photograph."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / width * (70 - 9 * c)) * np.cos(y / height * (50 + 7 * c)) for c in range(3)]
     noise = np.random.default_rng(0).normal(0, 6, (height, width, 3))
@@ -252,8 +252,8 @@ def test_a_large_jpeg_is_scaled_while_decoded_and_a_small_one_is_not() -> None:
     ]
 
 
-def test_what_is_cut_or_changed_in_a_jpeg_is_as_pillow_has_it() -> None:
-    """A cut is damage; rubbish behind the image is not."""
+def test_damaged_jpegs_are_treated_as_by_pillow() -> None:
+    """A truncated file is damaged; bytes after the image are ignored."""
     content = encoded(photo(640, 427), "JPEG")
     with pytest.raises(DataError, match="is damaged"):
         decode(content[: len(content) * 2 // 3], 224)
@@ -272,19 +272,19 @@ def test_a_jpeg_bomb_is_refused_before_it_is_decoded() -> None:
 
 
 def test_only_listed_formats_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An EPS file would start Ghostscript, a PCX file is harmless; neither is a format to train on."""
+    """An EPS file would start Ghostscript; neither EPS nor PCX is supported."""
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("started"))
-    for form in ("EPS", "PCX", "TGA", "ICNS"):
+    for file_format in ("EPS", "PCX", "TGA", "ICNS"):
         with pytest.raises(DataError, match="is no image of a known format"):
-            decode(encoded(GRADIENT, form))
-    for form in ("AVIF", "JPEG2000", "PPM", "TIFF"):
-        assert decode(encoded(GRADIENT, form)).shape == (3, 48, 64)
+            decode(encoded(GRADIENT, file_format))
+    for file_format in ("AVIF", "JPEG2000", "PPM", "TIFF"):
+        assert decode(encoded(GRADIENT, file_format)).shape == (3, 48, 64)
 
 
 @pytest.mark.parametrize(
     "error", [MemoryError(), struct.error("x"), KeyError(7), RecursionError(), AttributeError(), DeprecationWarning()]
 )
-def test_whatever_a_decoder_raises_is_a_data_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_decoder_error_is_a_data_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(_: object) -> None:
         raise error
 
@@ -299,12 +299,12 @@ def segment(entries: list[tuple[int, int, int, bytes]]) -> bytes:
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4)
 
 
-def with_exif(payload: bytes, form: str) -> bytes:
+def with_exif(payload: bytes, file_format: str) -> bytes:
     """The gradient with a raw EXIF payload."""
-    if form == "WEBP":
-        return encoded(GRADIENT, form, lossless=True, exif=payload)
-    plain = encoded(GRADIENT, form)
-    if form == "JPEG":
+    if file_format == "WEBP":
+        return encoded(GRADIENT, file_format, lossless=True, exif=payload)
+    plain = encoded(GRADIENT, file_format)
+    if file_format == "JPEG":
         return plain[:2] + b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload + plain[2:]
     return plain[:33] + png_chunk(b"eXIf", payload[6:]) + plain[33:]
 
@@ -313,10 +313,10 @@ def png_chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
-def test_random_exif_data_does_not_hide_an_image(form: str) -> None:
-    """Tags of any type, count and offset; where the orientation's own tag is sound, the image is turned by it."""
-    rng = random.Random(form)
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_random_exif_data_does_not_hide_an_image(file_format: str) -> None:
+    """Tags of any type, count and offset; a valid orientation tag is applied."""
+    rng = random.Random(file_format)
     for _ in range(150):
         tags = [0x10F, 0x11A, 0x103, 0x8769, 0x8825, 0x927C, 0x201, rng.randrange(65536)]
         entries = [
@@ -325,11 +325,11 @@ def test_random_exif_data_does_not_hide_an_image(form: str) -> None:
         ]
         entries = [entry for entry in entries if entry[0] != 0x112]
         payload = segment(sorted([*entries, (0x112, 3, 1, b"\6\0\0\0")]))
-        assert decode(with_exif(payload, form)).shape == (3, 64, 48), payload
+        assert decode(with_exif(payload, file_format)).shape == (3, 64, 48), payload
         damaged = bytearray(payload)
         for _ in range(rng.randint(1, 6)):
             damaged[rng.randrange(6, len(damaged))] = rng.randrange(256)
-        assert decode(with_exif(bytes(damaged), form)).numel() == 3 * 64 * 48
+        assert decode(with_exif(bytes(damaged), file_format)).numel() == 3 * 64 * 48
 
 
 SPECIMENS: list[tuple[str, str, dict[str, object]]] = [
@@ -363,43 +363,43 @@ def in_mode(mode: str) -> Image.Image:
     return GRADIENT.convert("L").convert(mode) if mode in ("I", "F") else GRADIENT.convert(mode)
 
 
-def damaged(sound: bytes, rng: random.Random) -> bytes:
-    """The file with bits flipped, a part overwritten, left out, moved or repeated, a size changed, or cut off."""
-    content = bytearray(sound)
+def damaged(intact: bytes, rng: random.Random) -> bytes:
+    """Return a file with bits flipped, a part overwritten, removed, moved or repeated, a size changed, or truncated."""
+    content = bytearray(intact)
     for _ in range(rng.randint(1, 4)):
-        place = rng.randrange(min(len(content), rng.choice([60, 400, len(content)])))
+        position = rng.randrange(min(len(content), rng.choice([60, 400, len(content)])))
         length = rng.choice([1, 4, 20, 200])
         kind = rng.randrange(7)
         if kind == 0:
-            content[place] ^= 1 << rng.randrange(8)
+            content[position] ^= 1 << rng.randrange(8)
         elif kind == 1:
-            content[place : place + length] = rng.randbytes(length)
+            content[position : position + length] = rng.randbytes(length)
         elif kind == 2:
-            del content[place : place + length]
+            del content[position : position + length]
         elif kind == 3:
-            content[place:place] = content[place : place + length]
+            content[position:position] = content[position : position + length]
         elif kind == 4:
-            part = content[place : place + length]
-            del content[place : place + length]
+            part = content[position : position + length]
+            del content[position : position + length]
             content[(other := rng.randrange(len(content) + 1)) : other] = part
         elif kind == 5:
             size = rng.choice([0, 1, 2, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1])
-            content[place : place + 4] = size.to_bytes(4, rng.choice(["big", "little"]))
+            content[position : position + 4] = size.to_bytes(4, rng.choice(["big", "little"]))
         else:
-            del content[max(place, 1) :]
+            del content[max(position, 1) :]
         content = content or bytearray(1)
     return bytes(content)
 
 
-@pytest.mark.parametrize(("form", "mode", "options"), SPECIMENS)
-def test_a_damaged_file_raises_nothing_but_data_errors(form: str, mode: str, options: dict[str, object]) -> None:
-    sound = encoded(in_mode(mode), form, **options)
-    assert decode(sound).shape == (3, 48, 64)
-    rng = random.Random(f"{form} {mode}")
+@pytest.mark.parametrize(("file_format", "mode", "options"), SPECIMENS)
+def test_a_damaged_file_raises_nothing_but_data_errors(file_format: str, mode: str, options: dict[str, object]) -> None:
+    intact = encoded(in_mode(mode), file_format, **options)
+    assert decode(intact).shape == (3, 48, 64)
+    rng = random.Random(f"{file_format} {mode}")
     refused, began = 0, time.monotonic()
     for _ in range(60):
         try:
-            decode(damaged(sound, rng), rng.choice([0, 8]), 1_000_000)
+            decode(damaged(intact, rng), rng.choice([0, 8]), 1_000_000)
         except DataError:
             refused += 1
     assert refused
@@ -417,8 +417,8 @@ def test_large_or_malformed_metadata_does_not_hide_an_image() -> None:
         assert np.array_equal(decode(plain[:33] + chunk + plain[33:]).permute(1, 2, 0).numpy(), rgb(GRADIENT))
         assert decode(plain[:33] + chunk + turned + plain[33:]).shape == (3, 64, 48)
     tiff = bytearray(encoded(GRADIENT, "TIFF", dpi=(72, 72), software="x" * 9))
-    place = tiff.index(struct.pack("<HHI", 0x11A, 5, 1))
-    tiff[place : place + 12] = struct.pack("<HHII", 0x11A, 2, 2**31, 8)
+    position = tiff.index(struct.pack("<HHI", 0x11A, 5, 1))
+    tiff[position : position + 12] = struct.pack("<HHII", 0x11A, 2, 2**31, 8)
     assert np.array_equal(decode(bytes(tiff)).permute(1, 2, 0).numpy(), rgb(GRADIENT))
 
 

@@ -11,11 +11,18 @@ from job.cluster.launch import cores, exit_code, launch_options, wait_for_addres
 from job.errors import ConfigError, RankLost
 
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443", "HOSTNAME": "train-1-x7k2p"}
-VERTEX_CLUSTER = {"workerpool0": ["cmle-training-workerpool0-ab-0:2222"], "workerpool1": ["w1-0:2222", "w1-1:2222"]}
+VERTEX_HOST = "cmle-training-workerpool0-ab-0"
+VERTEX_CLUSTER = {"workerpool0": [f"{VERTEX_HOST}:2222"], "workerpool1": ["w1-0:2222", "w1-1:2222"]}
+
+
+VERTEX_SERVERS = {**VERTEX_CLUSTER, "workerpool2": ["s-0:2222", "s-1:2222"], "workerpool3": ["e-0:2222"]}
 
 
 def vertex(kind: str, index: int, cluster: dict[str, list[str]] = VERTEX_CLUSTER) -> dict[str, str]:
-    """As the documentation shows it, and what Vertex sets besides for PyTorch."""
+    """As the documentation and googleapis/python-aiplatform (``TestClusterSpec``) show it.
+
+    Vertex AI sets the other variables for PyTorch, besides.
+    """
     spec = {"cluster": cluster, "environment": "cloud", "task": {"type": kind, "index": index}, "job": "{}"}
     torchs = {"MASTER_ADDR": "x", "MASTER_PORT": "2222", "WORLD_SIZE": "3", "RANK": "1"}  # counting machines
     return {"CLUSTER_SPEC": json.dumps(spec), "CLOUD_ML_JOB_ID": "4242", **torchs}
@@ -32,7 +39,9 @@ TORCHRUN = {
     "MASTER_PORT": "41231",
     "TORCHELASTIC_RUN_ID": "abc",
 }
-PYTORCHJOB = {  # Kubeflow Training Operator v1, a worker of a PyTorchJob; WORLD_SIZE and RANK count nodes there
+# A worker of a PyTorchJob with a master, nprocPerNode: auto (the default): kubeflow/training-operator v1.9.0,
+# pkg/controller.v1/pytorch/envvar.go and master.go. RANK counts nodes there.
+PYTORCHJOB = {
     **KUBERNETES,
     "MASTER_ADDR": "mnist-master-0",
     "MASTER_PORT": "23456",
@@ -45,8 +54,23 @@ PYTORCHJOB = {  # Kubeflow Training Operator v1, a worker of a PyTorchJob; WORLD
     "PET_NPROC_PER_NODE": "auto",
     "PYTHONUNBUFFERED": "1",
 }
-TRAINJOB = {  # Kubeflow Trainer v2, torch runtime; it runs a JobSet of Indexed Jobs
+# The same with nprocPerNode: "4". WORLD_SIZE is the number of replicas times that, RANK is still the node's.
+PYTORCHJOB_PROCESSES = {**PYTORCHJOB, "WORLD_SIZE": "8", "PET_NPROC_PER_NODE": "4"}
+# A worker of a PyTorchJob with an elasticPolicy: elastic.go. Its number of nodes is a range.
+PYTORCHJOB_ELASTIC = {
     **KUBERNETES,
+    "PYTHONUNBUFFERED": "1",
+    "PET_RDZV_ENDPOINT": "mnist-worker-0:23456",
+    "PET_RDZV_BACKEND": "c10d",
+    "PET_NNODES": "1:4",
+    "PET_MAX_RESTARTS": "100",
+}
+# The node of a TrainJob with Kubeflow Trainer v2.3.0's torch plugin (pkg/runtime/framework/plugins/torch/torch.go). Its
+# JobSet's webhook makes the Jobs Indexed (kubernetes-sigs/jobset v0.12.0, pkg/webhooks/jobset_webhook.go), and
+# PET_NODE_RANK is the annotation that JOB_COMPLETION_INDEX comes from.
+TRAINJOB = {
+    **KUBERNETES,
+    "JOB_COMPLETION_INDEX": "2",
     "PET_NNODES": "3",
     "PET_NPROC_PER_NODE": "4",
     "PET_NODE_RANK": "2",
@@ -60,7 +84,9 @@ INDEXED = {
     "LAUNCH_COORDINATOR": "train-0.train",
     "LAUNCH_ID": "6f0c",
 }
-TPU = {  # as GKE's webhook sets it in a pod of an Indexed Job that asks for google.com/tpu
+# As GKE's webhook, whose source is not public, sets it in a pod of an Indexed Job that asks for google.com/tpu:
+# https://cloud.google.com/kubernetes-engine/docs/concepts/tpus
+TPU = {
     **KUBERNETES,
     "JOB_COMPLETION_INDEX": "2",
     "LAUNCH_NODES": "4",
@@ -79,6 +105,17 @@ MULTISLICE = {  # and in a pod of a JobSet with two slices
     "MEGASCALE_SLICE_ID": "1",
     "MEGASCALE_COORDINATOR_ADDRESS": "train-slice-0-0.train:8080",
 }
+# As Google's webhook for Ray on GKE sets it, the only one with public source (ai-on-gke/kuberay-tpu-webhook, main.go):
+# the port of the TPU runtime has a variable of its own.
+MULTISLICE_RAY = {
+    "TPU_WORKER_ID": "1",
+    "TPU_WORKER_HOSTNAMES": "workers-1-0.cluster-headless,workers-1-1.cluster-headless",
+    "TPU_NAME": "workers-1",
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+    "MEGASCALE_COORDINATOR_ADDRESS": "workers-0-0.cluster-headless",
+    "MEGASCALE_PORT": "8081",
+}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +125,10 @@ MULTISLICE = {  # and in a pod of a JobSet with two slices
         ({"LAUNCH_PROCESSES": "2"}, ("plain", 1, 0, "localhost", 29400, 2, "")),
         (TORCHRUN, ("torchrun worker", 2, 1, "node0", 41231, 2, "")),
         (PYTORCHJOB, ("Kubeflow", 2, 1, "mnist-master-0", 23456, 0, "")),
+        (PYTORCHJOB_PROCESSES, ("Kubeflow", 2, 1, "mnist-master-0", 23456, 4, "")),
         (TRAINJOB, ("Kubeflow", 3, 2, "llm-node-0-0.llm", 29500, 4, "")),
+        ({**TRAINJOB, "LAUNCH_ID": "6f0c"}, ("Kubeflow", 3, 2, "llm-node-0-0.llm", 29500, 4, "6f0c")),
+        ({**TRAINJOB, "PET_NPROC_PER_NODE": "auto"}, ("Kubeflow", 3, 2, "llm-node-0-0.llm", 29500, 0, "")),
         ({**TRAINJOB, "LAUNCH_PROCESSES": "1"}, ("Kubeflow", 3, 2, "llm-node-0-0.llm", 29500, 1, "")),
         ({**TRAINJOB, **TORCHRUN}, ("torchrun worker", 2, 1, "node0", 41231, 2, "")),
         ({"PET_NNODES": "1", "PET_NPROC_PER_NODE": "8"}, ("Kubeflow", 1, 0, "localhost", 29400, 8, "")),
@@ -96,13 +136,16 @@ MULTISLICE = {  # and in a pod of a JobSet with two slices
             {"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_RDZV_ENDPOINT": "etcd:2379", "PET_RDZV_ID": "r"},
             ("Kubeflow", 2, 0, "etcd", 2379, 0, "r"),
         ),
-        (vertex("workerpool0", 0), ("Vertex AI", 3, 0, "cmle-training-workerpool0-ab-0", 2222, 0, "4242")),
-        (vertex("workerpool1", 1), ("Vertex AI", 3, 2, "cmle-training-workerpool0-ab-0", 2222, 0, "4242")),
+        (vertex("workerpool0", 0), ("Vertex AI", 3, 0, VERTEX_HOST, 2222, 0, "4242")),
+        (vertex("workerpool1", 1), ("Vertex AI", 3, 2, VERTEX_HOST, 2222, 0, "4242")),
         (vertex("workerpool0", 0, {"workerpool0": ["h:2222"]}), ("Vertex AI", 1, 0, "h", 2222, 0, "4242")),
+        (vertex("workerpool1", 1, VERTEX_SERVERS), ("Vertex AI", 3, 2, VERTEX_HOST, 2222, 0, "4242")),
         (INDEXED, ("Indexed Job", 4, 1, "train-0.train", 29400, 0, "6f0c")),
         ({**INDEXED, "LAUNCH_COORDINATOR": "a-0.a:1234"}, ("Indexed Job", 4, 1, "a-0.a", 1234, 0, "6f0c")),
         (TPU, ("TPU", 4, 2, "train-0.train", 29400, 1, "6f0c")),
         (MULTISLICE, ("TPU", 8, 6, "train-slice-0-0.train", 29400, 1, "6f0c")),
+        (MULTISLICE_RAY, ("TPU", 4, 3, "workers-0-0.cluster-headless", 29400, 1, "")),
+        ({**TRAINJOB, **TPU, "PET_NNODES": "4"}, ("TPU", 4, 2, "train-0.train", 29400, 1, "6f0c")),
         ({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}, ("TPU", 1, 0, "localhost", 29400, 1, "")),
         ({**KUBERNETES, "JOB_COMPLETION_INDEX": "0"}, ("Indexed Job", 1, 0, "localhost", 29400, 0, "")),
     ],
@@ -120,7 +163,9 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({**INDEXED, **TRAINJOB}, "(Kubeflow, Indexed Job) are set"),
+        ({**INDEXED, **TRAINJOB}, "PET_NNODES=3, LAUNCH_NODES=4: these contradict one another"),
+        ({**TRAINJOB, "JOB_COMPLETION_INDEX": "1"}, "PET_NODE_RANK=2, JOB_COMPLETION_INDEX=1: these contradict"),
+        ({**TRAINJOB, **vertex("workerpool0", 0)}, "(Kubeflow, Vertex AI, Indexed Job) are set"),
         ({**INDEXED, **vertex("workerpool0", 0)}, "(Vertex AI, Indexed Job) are set"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0, WORLD_SIZE=2: these are set, but not all variables of torchrun"),
         ({"LOCAL_RANK": "0", "RANK": "0"}, "WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT not"),
@@ -133,8 +178,13 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
         ({**INDEXED, "LAUNCH_COORDINATOR": "a-0.a:12x4"}, "a-0.a:12x4, the coordinator, needs a number"),
         ({**PYTORCHJOB, "PET_NPROC_PER_NODE": "two"}, "PET_NPROC_PER_NODE must be a number, not 'two'"),
         ({"PET_NNODES": "2", "PET_NODE_RANK": "0"}, "neither PET_MASTER_ADDR nor PET_RDZV_ENDPOINT"),
-        ({"PET_NNODES": "1:4", "PET_NODE_RANK": "0"}, "PET_NNODES must be a number, not '1:4'"),
+        (PYTORCHJOB_ELASTIC, "PET_NNODES must be a number, not '1:4'"),
         ({"CLUSTER_SPEC": "{"}, "CLUSTER_SPEC is not as Vertex AI sets it"),
+        ({"CLUSTER_SPEC": '{"cluster": [], "task": {"type": "", "index": 0}}'}, "is not as Vertex AI sets it"),
+        (
+            vertex("workerpool2", 1, VERTEX_SERVERS),
+            "this machine is of workerpool2, and only workerpool0 and workerpool1",
+        ),
         (vertex("workerpool1", 2), "there is no node 3 of 3"),
         ({"LAUNCH_PROCESSES": "0"}, "at least one process is needed"),
         ({**TPU, "TPU_WORKER_ID": "4"}, "there is no host 4 among the 4 of a slice"),
@@ -147,10 +197,10 @@ def test_every_platform_is_recognised(environment: dict[str, str], expected: tup
         ({"PET_NNODES": "1", "PET_NPROC_PER_NODE": "0"}, "PET_NPROC_PER_NODE=0: at least one process"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(environment: dict[str, str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_invalid_environments_are_refused(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as excinfo:
         find_node(environment)
-    assert message in str(caught.value)
+    assert message in str(excinfo.value)
 
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
@@ -190,9 +240,9 @@ def test_ranks_of_torchrun_or_one_process(environment: dict[str, str]) -> None:
     ],
 )
 def test_variables_of_other_launchers_are_refused(environment: dict[str, str], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as excinfo:
         require_ranks(environment)
-    assert message in str(caught.value)
+    assert message in str(excinfo.value)
 
 
 def test_options_of_torch_elastic() -> None:
@@ -235,11 +285,11 @@ def test_one_exit_code_for_all_ranks(codes: list[int], expected: int) -> None:
     [([75], [2], 2), ([75], [70], 70), ([-9], [70], 75), ([255], [70], 75), ([-9], [2], 2)],
 )
 def test_mistakes_of_other_ranks(codes: list[int], mistakes: list[int], expected: int) -> None:
-    """An unexpected exception after the death of another rank is its consequence."""
+    """An unexpected exception after the loss of another rank is its consequence."""
     assert exit_code(codes, mistakes) == expected
 
 
-def test_variables_that_torchrun_would_take_are_named() -> None:
+def test_variables_that_torchrun_would_read_are_reported() -> None:
     assert ignored_variables({"PET_NNODES": "1", "PET_MONITOR_INTERVAL": "5"}) == ["PET_MONITOR_INTERVAL"]
 
 
@@ -258,7 +308,7 @@ def test_variables_that_torchrun_would_take_are_named() -> None:
 def test_a_container_s_cpu_limit_counts(
     files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Threads beyond it would only wait. The files of both versions of control groups, as the kernel writes them."""
+    """The limit is read from the kernel's files of cgroup v1 and v2."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -266,7 +316,7 @@ def test_a_container_s_cpu_limit_counts(
     assert cores(tmp_path) == expected
 
 
-def test_a_name_that_never_comes_is_told() -> None:
+def test_a_coordinator_without_a_dns_record_is_reported() -> None:
     wait_for_address("localhost", 5)
     with pytest.raises(RankLost, match=r"the coordinator no-such-node-0\.invalid has no DNS record"):
         wait_for_address("no-such-node-0.invalid", 0)

@@ -14,7 +14,7 @@ from job.errors import ConfigError, DeviceError, RankLost
 from job.train.errors import translate_errors
 
 
-def test_memory_that_is_not_there() -> None:
+def test_out_of_memory_is_translated() -> None:
     with pytest.raises(ConfigError, match=r"^32 images at once .* job tune .* tried to allocate"), translate_errors(32):
         torch.empty(2**60)
 
@@ -24,7 +24,7 @@ def test_batch_norm_of_one_value() -> None:
         nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
 
 
-def test_mistakes_of_the_code_stay_what_they_are() -> None:
+def test_programming_errors_are_not_translated() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), translate_errors(1):
         nn.Linear(2, 2)(torch.zeros(1, 3))
 
@@ -44,7 +44,7 @@ def test_options_that_lightning_or_torch_refuse(make, message: str) -> None:
         make()
 
 
-def test_a_gpu_that_fails_may_be_mended_by_a_restart() -> None:
+def test_a_failing_gpu_is_a_transient_error() -> None:
     with pytest.raises(DeviceError, match="uncorrectable ECC"), translate_errors():
         raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
     with pytest.raises(ConfigError, match="one process per GPU"), translate_errors():
@@ -73,7 +73,7 @@ DUPLICATE = (
     ],
 )
 def test_collectives_that_fail(error: Exception, expected: type[Exception], message: str) -> None:
-    with pytest.raises(expected, match=message) as caught, _translate_failures():
+    with pytest.raises(expected, match=message) as excinfo, _translate_failures():
         raise error
-    assert caught.type is expected
-    assert caught.value is error or caught.value.__cause__ is error
+    assert excinfo.type is expected
+    assert excinfo.value is error or excinfo.value.__cause__ is error

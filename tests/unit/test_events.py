@@ -1,4 +1,4 @@
-"""Event files: what TensorBoard's own readers make of them, and how often the store is written to."""
+"""Event files: read by TensorBoard's own readers, and written rarely."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def names(uri: str) -> list[str]:
 
 
 def test_everything_that_a_summary_writer_can_write(tmp_path: Path) -> None:
-    """Would notice if torch made its files elsewhere."""
+    """Fails if torch writes its files elsewhere."""
     files = EventFiles(tmp_path)
     writer = EventWriter(files, purge_step=0)
     for step in range(30):
@@ -67,7 +67,7 @@ def test_everything_that_a_summary_writer_can_write(tmp_path: Path) -> None:
     assert (tags["histograms"], tags["images"], tags["tensors"]) == (["h"], ["i"], ["t/text_summary"])
 
 
-def test_threads_may_write_while_files_are_cut(tmp_path: Path) -> None:
+def test_threads_may_write_while_files_are_rotated(tmp_path: Path) -> None:
     files = EventFiles(tmp_path)
     writer = EventWriter(files, purge_step=0)
 
@@ -86,21 +86,21 @@ def test_threads_may_write_while_files_are_cut(tmp_path: Path) -> None:
 
 
 def test_a_running_tensorboard_sees_each_event_once(bucket: str, tmp_path: Path) -> None:
-    """It reads while objects appear, and never returns to a name that it has passed."""
+    """TensorBoard reads while objects appear, and never returns to an earlier name."""
     folder = tmp_path / "watched"
     folder.mkdir()
     watcher = directory_watcher.DirectoryWatcher(
         str(folder), event_file_loader.EventFileLoader, io_wrapper.IsTensorFlowEventsFile
     )
     logger = BucketTensorBoardLogger(bucket)
-    seen: list[int] = []
+    read_steps: list[int] = []
     for step in range(20):
         logger.log_metrics({"a": 1.0}, step)
         logger.publish()
         copy(bucket, folder)
-        seen += [event.step for event in watcher.Load() if event.HasField("summary")]
+        read_steps += [event.step for event in watcher.Load() if event.HasField("summary")]
     logger.finalize("success")
-    assert seen == list(range(20))
+    assert read_steps == list(range(20))
     assert not watcher.OutOfOrderWritesDetected()
 
 
@@ -143,7 +143,7 @@ def test_a_start_on_a_machine_whose_clock_is_behind_continues_the_order(
 def test_a_retention_policy_and_lost_answers(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
-    """An object is written at most once; the answer to it may be lost."""
+    """An object is written at most once, also if the response is lost."""
     original, stored, lost = storage.write_bytes, set(), []
 
     def policy(uri: str, *args: object) -> None:
@@ -170,7 +170,7 @@ def test_a_retention_policy_and_lost_answers(
 
 
 def test_a_day_has_less_than_a_thousand_objects(bucket: str) -> None:
-    """And a restart does not begin with short intervals again."""
+    """Also after a restart, which does not begin with short intervals again."""
     logger = BucketTensorBoardLogger(bucket)
     elapsed, per_hour, per_day = 0.0, 0, 0
     while elapsed < 86400:
@@ -212,7 +212,7 @@ def test_events_of_sub_folders_are_published_at_the_end(bucket: str) -> None:
     assert {name.partition("/")[0] for name in names(bucket) if "/" in name} == {"both_x", "both_y"}
 
 
-def test_the_loser_of_a_lease_publishes_nothing(bucket: str, tmp_path: Path) -> None:
+def test_nothing_is_published_without_the_lease(bucket: str, tmp_path: Path) -> None:
     logger = BucketTensorBoardLogger(bucket, before_write=lambda: (_ for _ in ()).throw(LeaseError("lost")))
     logger.log_metrics({"a": 1.0}, 0)
     with pytest.raises(LeaseError):

@@ -1,4 +1,4 @@
-"""Cached features are verified by hash, shape and type; damaged ones are computed again, loudly."""
+"""Cached features are verified by hash, shape and dtype; damaged ones are recomputed with a warning."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def store_of(tmp_path: Path, width: int = 12, dtype: torch.dtype = torch.float32
 @pytest.fixture
 def store(tmp_path: Path) -> FeatureStore:
     """A store whose only chunk lies on node a and in the bucket."""
-    made = store_of(tmp_path)
-    made.save(0, torch.arange(32 * 12, dtype=torch.float32), torch.ones(32, dtype=torch.bool), {3: "no image"})
-    made.publish(0)
-    return made
+    store_on_a = store_of(tmp_path)
+    store_on_a.save(0, torch.arange(32 * 12, dtype=torch.float32), torch.ones(32, dtype=torch.bool), {3: "no image"})
+    store_on_a.publish(0)
+    return store_on_a
 
 
 def hashed(content: bytes, info: dict[str, Any]) -> bytes:
@@ -48,7 +48,7 @@ def tensors(**changed: torch.Tensor) -> bytes:
 
 
 def huge(content: bytes) -> bytes:
-    """The same size, with a header that claims terabytes."""
+    """Return a file of the same size, with a header that claims terabytes."""
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + length])
     header["features"]["shape"] = [16, 2, 12 << 36]
@@ -107,7 +107,7 @@ def test_features_of_another_backbone_are_not_used(store: FeatureStore, tmp_path
     assert not store_of(tmp_path, width=6, node="c").fetch(0)
 
 
-def test_a_chunk_that_was_not_finished_does_not_exist(store: FeatureStore, tmp_path: Path) -> None:
+def test_an_unfinished_chunk_is_ignored(store: FeatureStore, tmp_path: Path) -> None:
     for folder in (store.folder, tmp_path / "bucket"):
         (folder / "train-000000.json").unlink()
     assert store_of(tmp_path).on_disk() == store_of(tmp_path).published() == set()
@@ -123,7 +123,7 @@ def test_a_newer_format_is_neither_used_nor_removed(store: FeatureStore, tmp_pat
     assert manifest.exists()
 
 
-def test_a_chunk_larger_than_it_says_is_not_read(store: FeatureStore, tmp_path: Path) -> None:
+def test_a_chunk_larger_than_its_manifest_says_is_not_read(store: FeatureStore, tmp_path: Path) -> None:
     with (tmp_path / "bucket" / "train-000000.safetensors").open("r+b") as file:
         file.truncate(1 << 40)
     assert not store_of(tmp_path, node="b").fetch(0)

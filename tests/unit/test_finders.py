@@ -1,4 +1,4 @@
-"""What ``tune`` suggests, from losses and memory that are known."""
+"""Suggestions of ``tune``, for given losses and memory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def finder(losses: list[float]) -> LRFinder:
     return finder
 
 
-def test_the_rate_at_which_the_loss_falls_fastest() -> None:
-    """It falls around 1e-3, and diverges from 0.1 on."""
+def test_the_learning_rate_of_the_steepest_loss_is_suggested() -> None:
+    """The loss falls around 1e-3, and diverges from 0.1 on."""
     rates = np.geomspace(1e-6, 1.0, 100)
     losses = 2 / (1 + (rates / 1e-3) ** 2) + np.where(rates > 0.1, (rates / 0.1) ** 2, 0)
     assert 5e-4 < finder(losses.tolist()).suggestion() < 5e-3
@@ -35,7 +35,21 @@ def test_the_rate_at_which_the_loss_falls_fastest() -> None:
     assert finder(broken).suggestion() == finder(losses[:80].tolist()).suggestion()
 
 
-def test_no_rate_is_suggested_where_none_is_right() -> None:
+def test_a_suggestion_at_the_edge_of_the_range_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """The loss falls from the first rate on, or to the last."""
+    position = np.arange(100)
+    finder((1 + np.exp(-position / 3)).tolist()).suggestion()
+    assert "Lower --lr_finder.lowest" in caplog.text
+    caplog.clear()
+    finder((5 - np.exp((position - 99) / 8)).tolist()).suggestion()
+    assert "Raise --lr_finder.highest" in caplog.text
+    caplog.clear()
+    rates = np.geomspace(1e-6, 1.0, 100)
+    finder((2 / (1 + (rates / 1e-3) ** 2)).tolist()).suggestion()
+    assert not caplog.text
+
+
+def test_no_learning_rate_is_suggested_without_a_falling_loss() -> None:
     with pytest.raises(ConfigError, match="falls at no learning rate"):
         finder(np.linspace(1, 3, 100).tolist()).suggestion()
     with pytest.raises(ConfigError, match="is not finite"):
@@ -46,7 +60,7 @@ def test_no_rate_is_suggested_where_none_is_right() -> None:
         LRFinder(steps=5)
 
 
-def test_memory_is_foretold_and_the_network_left_as_it_was() -> None:
+def test_memory_is_predicted_and_the_network_restored() -> None:
     module = TransferLearningModel(backbone="resnet18", label_smoothing=0.1)
     backbone = build_backbone("resnet18")
     half = (0.5, 0.5, 0.5)

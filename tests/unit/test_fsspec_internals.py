@@ -1,4 +1,4 @@
-"""The private API of fsspec, gcsfs and s3fs that job.storage.fsspec_internals uses is still there, as it was."""
+"""Contract of job.storage.fsspec_internals with the private API of fsspec, gcsfs and s3fs."""
 
 from __future__ import annotations
 

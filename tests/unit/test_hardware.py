@@ -1,4 +1,4 @@
-"""The precision that is chosen where the user says none."""
+"""The default precision."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from job.train.precision import announce, automatic_precision
 
 
 def test_a_cpu_computes_in_bf16_where_it_has_units_for_it() -> None:
-    """As the kernel's list of its features says, which torch does not read."""
+    """According to the kernel's list of CPU features, which torch does not read."""
     flags = set(Path("/proc/cpuinfo").read_text().split())
     expected = "bf16-mixed" if flags & {"avx512_bf16", "amx_tile"} else "32-true"
     assert automatic_precision("cpu") == expected
 
 
-def test_what_is_computed_with_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_hardware_in_use_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         announce("cpu", "32-true", automatic=True)
         announce("cpu", "bf16-mixed", automatic=False)

@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"root": str(root), "run_dir": run_dir, "folder": str(folder), "cache": cache}
 
 
-def test_a_module_comes_back_from_a_checkpoint(trained: dict[str, str]) -> None:
+def test_a_module_is_loaded_from_a_checkpoint(trained: dict[str, str]) -> None:
     uri = checkpoint.resolve(trained["run_dir"])
     for path in (uri, Path(uri), trained["run_dir"]):
         module = TransferLearningModel.load_from_checkpoint(path).eval()
@@ -91,7 +91,7 @@ def test_damaged_hyperparameters_are_one_message(
 
 
 @pytest.mark.parametrize("which", ["", "/checkpoints/last"])
-def test_a_run_starts_from_another_ones_backbone(which: str, trained: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_starts_from_the_backbone_of_another_run(which: str, trained: dict[str, str], tmp_path: Path) -> None:
     root = write_files(tmp_path / "three", picture_files(["blue", "green", "red"], 8))
     settings = {**TINY, **ONE_EPOCH, "data.root": root, "data.cache_dir": trained["cache"], "run_dir": tmp_path / "run"}
     settings |= {"model.weights": trained["run_dir"] + which, "model.milestones": "[9]"}
@@ -107,18 +107,18 @@ def test_a_run_starts_from_another_ones_backbone(which: str, trained: dict[str, 
 
 
 def test_a_run_dir_of_pretrained_weights_is_read_once(trained: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the backbone's weights and for the normalisation that they expect."""
-    read, read_bytes = list[str](), storage.read_bytes
+    """For the weights and for their normalisation."""
+    read_uris, read_bytes = list[str](), storage.read_bytes
 
     def counted(uri: str) -> bytes:
-        read.append(uri)
+        read_uris.append(uri)
         return read_bytes(uri)
 
     monkeypatch.setattr(storage, "read_bytes", counted)
     config, weights = ModelConfig(backbone="timm/test_resnet"), read_pretrained(trained["run_dir"])
     net = build_classifier(config, weights, classes="ab", image_size=32, device_type="cpu")
     assert net.mean.flatten().tolist() == pytest.approx([0.4, 0.4, 0.4])
-    assert [uri for uri in read if uri.endswith(".ckpt")] == [checkpoint.resolve(trained["run_dir"])]
+    assert [uri for uri in read_uris if uri.endswith(".ckpt")] == [checkpoint.resolve(trained["run_dir"])]
 
 
 def test_lr_is_the_optimizers_learning_rate(trained: dict[str, str], tmp_path: Path) -> None:

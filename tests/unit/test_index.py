@@ -63,9 +63,9 @@ def test_split_is_stratified_and_stable(tmp_path: Path) -> None:
 def test_other_layouts_are_refused_with_the_reason(tmp_path: Path) -> None:
     def fails(name: str, files: dict[str, bytes]) -> str:
         folder = write_files(tmp_path / name, files)
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(DataError) as excinfo:
             index_parts(folder)
-        return str(caught.value)
+        return str(excinfo.value)
 
     assert "no image" in fails("none", {"a/readme.txt": b"x"})
     assert "a single class (a)" in fails("single", {"a/1.jpg": IMAGE})
@@ -95,7 +95,7 @@ def test_a_file_of_another_format_is_named(tmp_path: Path) -> None:
         index_parts(tmp_path / "a.rar")
 
 
-def test_what_was_left_out_of_refused_data_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_skipped_files_of_refused_data_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.tar").write_bytes(tar_of({"inner.zip": b""}))
     with pytest.raises(DataError, match="no image"):
         index_parts(tmp_path / "a.tar")
@@ -136,7 +136,7 @@ def test_unlabelled_images(colours: Path) -> None:
 
 
 def test_a_part_of_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are found at their place whatever portions they were written in."""
+    """Row positions do not depend on the sizes of record batches."""
     monkeypatch.setattr("job.data.index.index.ROWS_PER_BATCH", 7)
     write_files(tmp_path, picture_files(["blue", "green", "red"], 10))
     index = index_of(tmp_path)
@@ -147,11 +147,11 @@ def test_a_part_of_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert index.labels.tolist() == [0] * 10 + [1] * 10 + [2] * 10
 
 
-def test_an_index_travels_as_a_path(colours: Path) -> None:
+def test_an_index_is_pickled_as_its_path(colours: Path) -> None:
     index = index_of(colours)
-    sent = pickle.dumps(index)
-    assert len(sent) < 300
-    received = pickle.loads(sent)  # noqa: S301  (our own)
+    pickled = pickle.dumps(index)
+    assert len(pickled) < 300
+    received = pickle.loads(pickled)  # noqa: S301  (our own)
     assert received.keys == index.keys
     assert received.fingerprint() == index.fingerprint()
 

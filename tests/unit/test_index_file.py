@@ -1,4 +1,4 @@
-"""Indexes that somebody else wrote, or that were damaged: read as data, and refused by one message."""
+"""Untrusted and damaged indexes: refused with one message."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def folder(tmp_path: Path) -> Path:
 
 def change(folder: Path, changed: Callable[[dict[str, Any]], object]) -> None:
     """Rewrite index.json."""
-    told = json.loads((folder / "index.json").read_bytes())
-    changed(told)
-    (folder / "index.json").write_text(json.dumps(told))
+    info = json.loads((folder / "index.json").read_bytes())
+    changed(info)
+    (folder / "index.json").write_text(json.dumps(info))
 
 
 def test_a_folder_has_one_state(folder: Path) -> None:
@@ -52,21 +52,21 @@ def test_a_folder_has_one_state(folder: Path) -> None:
 
 
 def write_part(folder: Path, table: pa.Table, compression: str | None = None) -> None:
-    """Rewrite the training part, with the hash and size that belong to it."""
+    """Rewrite the training part, and its hash and size in index.json."""
     path = folder / "train.arrow"
     with pa.ipc.new_file(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
         writer.write_table(table)
 
-    def told(told: dict[str, Any]) -> None:
+    def update(update: dict[str, Any]) -> None:
         content = path.read_bytes()
         hashed = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), "rows": len(table)}
-        told["parts"]["train"].update(hashed)
+        update["parts"]["train"].update(hashed)
 
-    change(folder, told)
+    change(folder, update)
 
 
 def part(**columns: list[Any]) -> pa.Table:
-    """Two rows as the index has them, with some columns replaced."""
+    """Two valid rows, with some columns replaced."""
     rows: dict[str, list[Any]] = {
         "key": ["blue/000.jpg", "red/000.jpg"],
         "source": [0, 0],
@@ -86,53 +86,53 @@ def refused(folder: Path) -> str:
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "/etc/x", "train\n", "", ".", "Train", "x" * 40])
 def test_part_names_are_plain(folder: Path, name: str) -> None:
-    change(folder, lambda told: told["parts"].update({name: told["parts"]["train"]}))
+    change(folder, lambda info: info["parts"].update({name: info["parts"]["train"]}))
     assert "index.json is no index" in refused(folder)
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "damage",
     [
-        lambda told: told.update(more=1),
-        lambda told: told["parts"]["train"].update(more=1),
-        lambda told: told["sources"][0].update(kind="executable"),
-        lambda told: told["sources"][0].update(uri=["x"]),
-        lambda told: told["sources"][0].update(version=2**64),
-        lambda told: told["sources"][0].update(version=-1),
-        lambda told: told["sources"][0].update(uri="a\0b"),
-        lambda told: told["parts"]["train"].update(rows=-1),
-        lambda told: told["parts"]["train"].update(rows=10**19),
-        lambda told: told["parts"]["train"].update(run_length=0),
-        lambda told: told["parts"]["train"].update(run_length=10**9),
-        lambda told: told["parts"]["train"].update(mean_bytes=-1),
-        lambda told: told["parts"]["train"].update(sha256="x"),
-        lambda told: told.update(classes=["a", "a"]),
-        lambda told: told.update(classes=["a", 1]),
-        lambda told: told.update(parts={}),
-        lambda told: told.update(format="2"),
-        lambda told: told.pop("created"),
+        lambda info: info.update(more=1),
+        lambda info: info["parts"]["train"].update(more=1),
+        lambda info: info["sources"][0].update(kind="executable"),
+        lambda info: info["sources"][0].update(uri=["x"]),
+        lambda info: info["sources"][0].update(version=2**64),
+        lambda info: info["sources"][0].update(version=-1),
+        lambda info: info["sources"][0].update(uri="a\0b"),
+        lambda info: info["parts"]["train"].update(rows=-1),
+        lambda info: info["parts"]["train"].update(rows=10**19),
+        lambda info: info["parts"]["train"].update(run_length=0),
+        lambda info: info["parts"]["train"].update(run_length=10**9),
+        lambda info: info["parts"]["train"].update(mean_bytes=-1),
+        lambda info: info["parts"]["train"].update(sha256="x"),
+        lambda info: info.update(classes=["a", "a"]),
+        lambda info: info.update(classes=["a", 1]),
+        lambda info: info.update(parts={}),
+        lambda info: info.update(format="2"),
+        lambda info: info.pop("created"),
     ],
 )
-def test_index_json_has_a_schema(folder: Path, wrong: Callable[[dict[str, Any]], object]) -> None:
-    change(folder, wrong)
+def test_index_json_has_a_schema(folder: Path, damage: Callable[[dict[str, Any]], object]) -> None:
+    change(folder, damage)
     assert "python -m job index" in refused(folder)
 
 
 @pytest.mark.parametrize(
     "text", [b"", b"NaN", b"[" * 100_000, b'{"format": 3, "request": ' + b'{"a":' * 100_000, b"\xff"]
 )
-def test_no_json_gives_one_message(folder: Path, text: bytes) -> None:
+def test_invalid_json_gives_one_message(folder: Path, text: bytes) -> None:
     (folder / "index.json").write_bytes(text)
     assert "index.json is no index" in refused(folder)
 
 
 def test_a_newer_format_is_refused_by_name(folder: Path) -> None:
-    change(folder, lambda told: told.update(format=4, more=1))
+    change(folder, lambda info: info.update(format=4, more=1))
     assert "has format 4: a newer release of this package wrote it" in refused(folder)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "reason"),
+    ("rows", "reason"),
     [
         (part(source=[0, 1]), "source"),
         (part(source=[0, -1]), "source"),
@@ -151,35 +151,35 @@ def test_a_newer_format_is_refused_by_name(folder: Path) -> None:
         (part().set_column(0, "key", pa.array(["a", "b"], pa.large_string())), "its columns"),
     ],
 )
-def test_rows_are_checked(folder: Path, wrong: pa.Table, reason: str) -> None:
+def test_rows_are_checked(folder: Path, rows: pa.Table, reason: str) -> None:
     write_part(folder, part())
     local_index(str(folder), folder.parent / "cache")
-    write_part(folder, wrong)
-    found = refused(folder)
-    assert "train.arrow is damaged" in found
-    assert reason in found
+    write_part(folder, rows)
+    message = refused(folder)
+    assert "train.arrow is damaged" in message
+    assert reason in message
 
 
 def test_members_lie_in_archives_and_their_names_mean_nothing(folder: Path) -> None:
-    change(folder, lambda told: told["sources"][0].update(kind="tar"))
+    change(folder, lambda info: info["sources"][0].update(kind="tar"))
     write_part(folder, part(key=["../x", "/y"], offset=[512, 0], size=[5, 5]))
     local_index(str(folder), folder.parent / "cache")
     for wrong in (part(), part(offset=[512, 0])):
         write_part(folder, wrong)
         assert "an archive's member has no" in refused(folder)
-    change(folder, lambda told: told["sources"][0].update(kind="manifest"))
+    change(folder, lambda info: info["sources"][0].update(kind="manifest"))
     write_part(folder, part(offset=[512, 0], size=[5, 5]))
     assert "train.arrow is damaged" in refused(folder)
 
 
 def test_keys_of_web_servers_do_not_climb(folder: Path) -> None:
-    change(folder, lambda told: told["sources"][0].update(uri="https://example.com/data"))
+    change(folder, lambda info: info["sources"][0].update(uri="https://example.com/data"))
     for key in ("a/../../b", "%2E%2e/b"):
         write_part(folder, part(key=[key, "b?x=../../y"]))
         assert "leads out" in refused(folder)
     write_part(folder, part(key=["a.jpg", "b?x=../../y"]))
     local_index(str(folder), folder.parent / "cache")
-    change(folder, lambda told: told["sources"][0].update(uri="gs://bucket"))
+    change(folder, lambda info: info["sources"][0].update(uri="gs://bucket"))
     write_part(folder, part(key=["a/../b", "c"]))  # a name like any other there
     local_index(str(folder), folder.parent / "cache")
 
@@ -190,7 +190,7 @@ def test_compressed_parts_are_refused_before_they_expand(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "gone", "rows"])
-def test_a_part_that_was_damaged_on_the_way_is_noticed(damage: str, tmp_path: Path) -> None:
+def test_a_part_damaged_in_transfer_is_noticed(damage: str, tmp_path: Path) -> None:
     main(str(write_files(tmp_path / "data", FILES)), output=f"memory://damage/{damage}")
     uri = f"memory://damage/{damage}/train.arrow"
     content = bytearray(storage.read_bytes(uri))
@@ -243,7 +243,7 @@ def test_a_copy_is_verified_once_and_again_when_it_changed(
 
 
 @pytest.mark.parametrize("damage", ["json", "arrow", "gone", "older", "newer", "other", "no train"])
-def test_a_runs_damaged_index_is_made_again_and_a_newer_one_kept(
+def test_a_runs_damaged_index_is_rebuilt_and_a_newer_one_kept(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root, run_dir = str(write_files(tmp_path / "data", FILES)), tmp_path / "run"
@@ -266,10 +266,10 @@ def test_a_runs_damaged_index_is_made_again_and_a_newer_one_kept(
         arrow.unlink()
     else:
         wrong: dict[str, Callable[[dict[str, Any]], object]] = {
-            "older": lambda told: told.update(format=1),
-            "newer": lambda told: told.update(format=4),
-            "other": lambda told: told["request"].update(seed=7),
-            "no train": lambda told: told["parts"].pop("train"),
+            "older": lambda info: info.update(format=1),
+            "newer": lambda info: info.update(format=4),
+            "other": lambda info: info["request"].update(seed=7),
+            "no train": lambda info: info["parts"].pop("train"),
         }
         change(index, wrong[damage])
     if damage == "newer":
@@ -285,19 +285,19 @@ def test_a_runs_damaged_index_is_made_again_and_a_newer_one_kept(
     assert "made again" not in caplog.text
 
 
-def test_an_older_index_beside_the_data_is_not_used_and_said_so(
+def test_an_older_index_beside_the_data_is_ignored_with_a_message(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = write_files(tmp_path / "data", FILES)
     main(str(root))
-    change(root / ".index", lambda told: told.update(format=1))
+    change(root / ".index", lambda info: info.update(format=1))
     assert len(index_parts(root)["train"]) == 8
     assert "older release" in caplog.text
     with pytest.raises(DataError, match="older release"):
         index_parts(root / ".index" / "index.json")
 
 
-def test_an_index_json_without_end_is_not_read(folder: Path) -> None:
+def test_an_endless_index_json_is_not_read(folder: Path) -> None:
     (folder / "index.json").unlink()
     (folder / "index.json").symlink_to("/dev/zero")
     assert "no regular file" in refused(folder) or "not a regular file" in refused(folder)
@@ -310,23 +310,23 @@ def test_an_index_json_without_end_is_not_read(folder: Path) -> None:
 def test_an_index_without_a_training_part_is_named(tmp_path: Path) -> None:
     main(str(write_files(tmp_path / "data", FILES)), output=str(tmp_path / "index"))
     (tmp_path / "index" / "train.arrow").rename(tmp_path / "index" / "test.arrow")
-    change(tmp_path / "index", lambda told: told["parts"].update(test=told["parts"].pop("train")))
+    change(tmp_path / "index", lambda info: info["parts"].update(test=info["parts"].pop("train")))
     with pytest.raises(DataError, match="no training part"):
         index_parts(tmp_path / "index" / "index.json")
 
 
 @pytest.mark.parametrize("reader", ["index.json", "index.arrow", "labels.arrow", "features", "csv", "jsonl", "parquet"])
 def test_mutants_end_in_one_message(reader: str, tmp_path: Path) -> None:
-    """In a process of its own: a crash in a parser written in C would be the end of it."""
-    done = subprocess.run(
+    """In a new process, since a parser in C may crash."""
+    result = subprocess.run(
         [sys.executable, REPOSITORY / "tests" / "mutants.py", reader, "150", tmp_path],
         env=environment(PYTHONPATH=f"{REPOSITORY}:{REPOSITORY / 'tests'}"),
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert f"{reader}: 150 mutants, 0 escaped" in done.stdout
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert f"{reader}: 150 mutants, 0 escaped" in result.stdout
 
 
 def test_a_marker_file_is_small_and_no_link(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_marker_file_is_small_and_no_link(tmp_path: Path) -> None:
 
 
 def test_sources_of_archives_are_checked_after_a_listing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What this package writes it also takes."""
+    """An index that the package has written is accepted."""
     caplog.set_level(logging.INFO)
     (tmp_path / "a.tar").write_bytes(tar_of({f"x/{key}": content for key, content in FILES.items()}))
     main(str(tmp_path / "a.tar"))

@@ -1,4 +1,4 @@
-"""One job per run_dir: who may take a lease, when its holder must stop writing, and what becomes of a damaged one."""
+"""One job per run_dir: acquiring, losing, renewing and expiring leases."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_dir(tmp_path: Path) -> str:
 
 @pytest.fixture
 def advance(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Lets the clock of all leases jump, as it does over a pause of the process."""
+    """Function that advances the clock of all leases, as a pause of the process does."""
     offset = 0.0
 
     def jump(seconds: float) -> None:
@@ -48,7 +48,7 @@ def advance(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def stop_renewals(lease: Lease) -> None:
-    """As if the machine were gone, or the process stopped."""
+    """Stop the renewals of a lease, as if its machine were lost."""
     assert lease._renewal is not None
     lease._renewal.stop()
 
@@ -57,7 +57,7 @@ def holder_of(uri: str) -> Holder:
     return msgspec.json.decode(storage.read_bytes(uri), type=Holder)
 
 
-def test_a_lease_is_held_by_one_start(run_dir: str) -> None:
+def test_a_lease_is_held_by_one_attempt(run_dir: str) -> None:
     first, second = Lease(run_dir, seconds=1), Lease(run_dir, seconds=1)
     first.acquire()
     with pytest.raises(LeaseError, match=r"another job is writing to .*rank 0 is process"):
@@ -71,7 +71,7 @@ def test_a_lease_is_held_by_one_start(run_dir: str) -> None:
 
 
 @pytest.mark.parametrize("run_id", ["job", "none"])
-def test_a_common_run_id_is_no_right_to_a_lease(run_dir: str, run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_run_id_does_not_share_a_lease(run_dir: str, run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29400")
@@ -82,7 +82,7 @@ def test_a_common_run_id_is_no_right_to_a_lease(run_dir: str, run_id: str, monke
     first.release()
 
 
-def test_of_several_that_wait_for_a_dead_lease_one_takes_it(run_dir: str) -> None:
+def test_one_of_several_waiting_processes_takes_an_expired_lease(run_dir: str) -> None:
     dead = Lease(run_dir, seconds=1)
     dead.acquire()
     stop_renewals(dead)
@@ -167,9 +167,9 @@ def test_an_outage_holds_writes_back_and_ends_the_run_in_time(
             lease.require_held()
         lease.raise_if_lost()  # training goes on
         advance(600)
-        with pytest.raises(LeaseExpired, match=r"could not be renewed for 6.. s") as caught:
+        with pytest.raises(LeaseExpired, match=r"could not be renewed for 6.. s") as excinfo:
             lease.raise_if_lost()
-        assert caught.value.exit_code == EXIT_RETRY
+        assert excinfo.value.exit_code == EXIT_RETRY
     lease.require_held()
     lease.raise_if_lost()
     lease.release()
@@ -232,7 +232,7 @@ def test_a_lease_of_a_newer_version_is_left_alone(run_dir: str, version: int) ->
     assert storage.read_bytes(f"{run_dir}/lease.json") == content
 
 
-def test_a_process_that_died_here_is_not_waited_for(run_dir: str) -> None:
+def test_the_lease_of_a_dead_local_process_is_taken_at_once(run_dir: str) -> None:
     mine = this_process()
     dead = msgspec.structs.replace(mine, start_time="1")
     assert dead.is_dead()
@@ -313,7 +313,7 @@ def test_a_filesystem_without_conditional_writes_is_reported(caplog: pytest.LogC
     assert not storage.exists(lease.uri)
 
 
-def test_a_request_that_hangs_blocks_neither_a_write_nor_the_end(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_request_blocks_neither_writes_nor_shutdown(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lease = Lease(run_dir, seconds=0.3)
     lease.acquire()
     answered = threading.Event()
@@ -350,7 +350,7 @@ def test_the_check_costs_less_than_five_microseconds(run_dir: str) -> None:
     logging.getLogger(__name__).info("%.0f ns per check", min(times) * 1e6)
 
 
-def test_the_loser_leaves_the_count_of_starts_alone(run_dir: str, advance: Clock) -> None:
+def test_attempts_are_not_counted_without_the_lease(run_dir: str, advance: Clock) -> None:
     paused = Lease(run_dir, seconds=0.5)
     paused.acquire()
     stop_renewals(paused)
@@ -367,7 +367,7 @@ def test_the_loser_leaves_the_count_of_starts_alone(run_dir: str, advance: Clock
     other.release()
 
 
-def test_the_loser_publishes_no_index(run_dir: str, tmp_path: Path) -> None:
+def test_no_index_is_published_without_the_lease(run_dir: str, tmp_path: Path) -> None:
     def lost() -> None:
         raise LeaseError("lost")
 

@@ -1,4 +1,4 @@
-"""Links and other special members of archives."""
+"""Links and special members of archives."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def tar_with(*members: tuple[str, bytes | tuple[bytes, str]]) -> bytes:
 
 
 def listed(content: bytes) -> tuple[dict[str, tuple[bytes, str | None]], dict[str, int]]:
-    """(content, label) of the members by name, and the counts of what is left out."""
+    """Return (content, label) of the members by name, and the counts of skipped files."""
     left_out = LeftOut()
-    found = {
+    samples = {
         member.key: (content[member.offset : member.offset + member.size], member.label)
         for member in list_tar("a.tar", io.BytesIO(content), left_out)
     }
-    return found, {kind.kind: kind.count for kind in left_out.kinds()}
+    return samples, {kind.kind: kind.count for kind in left_out.kinds()}
 
 
 def zip_with(*members: tuple[str, bytes, int]) -> bytes:
@@ -61,11 +61,11 @@ def zip_with(*members: tuple[str, bytes, int]) -> bytes:
 
 def zip_listed(content: bytes) -> tuple[dict[str, bytes], dict[str, int]]:
     left_out = LeftOut()
-    found = {
+    samples = {
         member.key: zip_content(content[member.offset : member.offset + member.size], member.version)
         for member in list_zip("a.zip", io.BytesIO(content), left_out)
     }
-    return found, {kind.kind: kind.count for kind in left_out.kinds()}
+    return samples, {kind.kind: kind.count for kind in left_out.kinds()}
 
 
 def test_links_in_a_tar_are_the_files_that_they_name() -> None:
@@ -96,7 +96,7 @@ def test_a_link_means_the_last_file_of_that_name() -> None:
     assert listed(content)[0]["b.jpg"] == (b"new", None)
 
 
-def test_links_that_lead_nowhere_are_counted() -> None:
+def test_broken_links_are_counted() -> None:
     content = tar_with(
         ("1.jpg", b"x"),
         ("absolute.jpg", (SYMLINK, "/etc/passwd")),
@@ -176,7 +176,7 @@ def test_a_zip_behind_other_bytes_and_with_replaced_members() -> None:
 
 
 def test_names_in_utf8_without_the_flag_for_it() -> None:
-    """As macOS writes them."""
+    """As written by macOS."""
     content = zip_with(("caf\xe9/1.jpg", b"x", 0))
     flags = content.index(b"PK\1\2") + 8
     unflagged = content[:flags] + b"\0\0" + content[flags + 2 :]

@@ -28,7 +28,7 @@ def loader(
     return BatchLoader(ImageDataset(index, sampler, Preprocessing(8, augment=augment, flip=True)), workers)
 
 
-def taken(batches: list, loader: BatchLoader) -> list[int]:
+def samples_of(batches: list, loader: BatchLoader) -> list[int]:
     return [s for batch in batches for s, valid in zip(batch["sample"].tolist(), batch["mask"], strict=True) if valid]
 
 
@@ -42,20 +42,20 @@ IN_PROCESSES = v2.Compose([v2.Resize([8, 8]), v2.RandomVerticalFlip()])
 def test_stopped_at_any_batch_and_resumed_elsewhere_sees_the_rest(
     workers: int, world_size: int, augment: v2.Transform | None, colours: Path
 ) -> None:
-    """Stopped after 3 batches on one rank; the next start has other workers and another world size."""
+    """Stopped after 3 batches on one rank; resumed with other workers and another world size."""
     batch_size = 6 if world_size == 3 else 8
     first = loader(colours, 1, augment=augment, batch_size=batch_size)
     iterator = iter(first)
-    seen = taken([next(iterator) for _ in range(3)], first)
+    samples = samples_of([next(iterator) for _ in range(3)], first)
     state = first.state_dict()
     assert state == {"batch": 3}
     for rank in range(world_size):
-        rest = loader(colours, workers, rank, world_size, augment, batch_size)
-        rest.load_state_dict(state)
-        seen += taken(list(rest), rest)
+        resumed = loader(colours, workers, rank, world_size, augment, batch_size)
+        resumed.load_state_dict(state)
+        samples += samples_of(list(resumed), resumed)
         if rank == 0:  # the epoch after that is whole again
-            assert len(list(rest)) == -(-40 // batch_size)
-    assert sorted(seen) == list(range(40))
+            assert len(list(resumed)) == -(-40 // batch_size)
+    assert sorted(samples) == list(range(40))
 
 
 @pytest.mark.parametrize("augment", [None, IN_PROCESSES], ids=["threads", "processes"])
@@ -72,29 +72,29 @@ def test_threads_use_one_core_each_and_leave_the_others_theirs(colours: Path, mo
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     threaded = loader(colours, 2)
-    found: list[int] = []
-    made = ImageDataset.__getitem__
+    thread_counts: list[int] = []
+    get_item = ImageDataset.__getitem__
 
     def counted(dataset: ImageDataset, plan: BatchIndices) -> Batch:
-        found.append(torch.get_num_threads())
-        return made(dataset, plan)
+        thread_counts.append(torch.get_num_threads())
+        return get_item(dataset, plan)
 
     monkeypatch.setattr(ImageDataset, "__getitem__", counted)
     assert len(list(threaded)) == 7
-    assert found == [1] * 7
+    assert thread_counts == [1] * 7
     assert torch.get_num_threads() == 3
     torch.set_num_threads(before)
 
 
-def test_an_epoch_given_up_does_not_disturb_the_next(colours: Path) -> None:
-    """Lightning takes a first batch before it loads a loader's state, and then begins anew."""
+def test_an_abandoned_epoch_does_not_disturb_the_next(colours: Path) -> None:
+    """Lightning fetches a batch before it loads a loader's state, and then creates a new iterator."""
     threaded = loader(colours, 2)
     first = iter(threaded)
     next(first)
     second = iter(threaded)
-    seen = taken([next(second) for _ in range(2)], threaded)
+    samples = samples_of([next(second) for _ in range(2)], threaded)
     first.close()  # type: ignore[attr-defined]
-    assert sorted(seen + taken(list(second), threaded)) == list(range(40))
+    assert sorted(samples + samples_of(list(second), threaded)) == list(range(40))
 
 
 def test_workers_end_with_a_rank_that_is_killed(colours: Path) -> None:

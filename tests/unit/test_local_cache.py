@@ -1,4 +1,4 @@
-"""Locks, permissions and folders of other users: they cost the cache, not the run."""
+"""Locks, permissions and folders of other users: problems disable the cache, not the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give f
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No memory of folders of earlier tests, and a place of its own for temporary ones."""
+    """Forget the folders of earlier tests, and use a new folder for temporary files."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     cache_problem.cache_clear()
@@ -128,7 +128,7 @@ def unusable(kind: str, tmp_path: Path) -> Path:
         pytest.param("part of another user", marks=needs_root),
     ],
 )
-def test_an_unusable_cache_costs_the_cache_alone(
+def test_an_unusable_cache_folder_disables_only_the_cache(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = picture_files(["blue", "red"], 6)
@@ -149,16 +149,16 @@ def test_an_unusable_cache_costs_the_cache_alone(
     assert not list(tmp_path.glob("cache/archives/*.tar*"))
 
 
-def test_a_temporary_cache_of_somebody_else_is_not_used(tmp_path: Path) -> None:
+def test_another_users_temporary_cache_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "tmp" / f"job-cache-{os.geteuid()}").symlink_to(write_files(tmp_path / "elsewhere", {"a": b""}))
-    found = usable_cache_dir(Path("/proc/job-cache"))
-    assert found.parent == tmp_path / "tmp"
-    assert not found.is_symlink()
-    shutil.rmtree(found)
+    usable = usable_cache_dir(Path("/proc/job-cache"))
+    assert usable.parent == tmp_path / "tmp"
+    assert not usable.is_symlink()
+    shutil.rmtree(usable)
 
 
 def test_an_existing_folder_keeps_its_permissions(tmp_path: Path) -> None:
-    """The user's own choice, or a volume; what is made in it is private."""
+    """Folders created in it are private."""
     (tmp_path / "cache").mkdir(mode=0o755)
     assert usable_cache_dir(tmp_path / "cache") == tmp_path / "cache"
     assert mode(tmp_path / "cache") == 0o755

@@ -1,4 +1,4 @@
-"""A bucket that lets nobody delete or replace an object: a retention policy, or an account that may only create."""
+"""A bucket without permission to delete or replace objects: a retention policy, or a create-only account."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from job.storage.json_files import write_json
 
 
 class LockedFileSystem(MemoryFileSystem):
-    """Objects in memory that nobody may delete or replace."""
+    """A memory filesystem whose objects cannot be deleted or replaced."""
 
     protocol = "locked"
     store: dict[str, Any] = {}  # noqa: RUF012  (fsspec's own, per class)
@@ -52,7 +52,7 @@ def run_dir() -> str:
     return "locked://bucket/run"
 
 
-def test_retention_that_is_refused_is_warned_of_once(run_dir: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_refused_deletions_are_logged_once(run_dir: str, caplog: pytest.LogCaptureFixture) -> None:
     retention = Retention(CheckpointSettings(keep_last=1, keep_best=0), run_dir)
     for step in (10, 20, 30):
         save(run_dir, state(step))
@@ -61,7 +61,7 @@ def test_retention_that_is_refused_is_warned_of_once(run_dir: str, caplog: pytes
     assert caplog.text.count("could not be deleted and occupy space") == 1
 
 
-def test_what_a_killed_start_left_is_not_in_the_way(run_dir: str) -> None:
+def test_leftovers_of_a_killed_attempt_do_not_block_the_next(run_dir: str) -> None:
     storage.write_bytes(f"{run_dir}/checkpoints/epoch=000-step=00000010.ckpt", b"half")
     save(run_dir, state(10))
     (manifest,) = checkpoint.manifests(run_dir)
@@ -85,14 +85,14 @@ def test_no_figure_of_the_accounting_is_negative() -> None:
     first = Attempt(began=0, ended=100, world_size=1, startup=10, features=60, step=20)
     overlapping = Attempt(began=5, ended=90, world_size=1, startup=80, step=30, recomputed=40)
     for starts in ([first], [first, overlapping], [overlapping], [Attempt(began=9, ended=9, world_size=1)]):
-        found = accounting.totals(starts)
-        assert min(found.values()) >= 0
-        assert sum(v for k, v in found.items() if k not in ("goodput", "wall")) == pytest.approx(found["wall"])
-        assert found["goodput"] <= 1
+        totals = accounting.totals(starts)
+        assert min(totals.values()) >= 0
+        assert sum(v for k, v in totals.items() if k not in ("goodput", "wall")) == pytest.approx(totals["wall"])
+        assert totals["goodput"] <= 1
     assert accounting.totals([first])["goodput"] == pytest.approx(0.8)  # features are no waste
 
 
-def test_the_time_of_repeated_steps_has_its_name_in_the_file(tmp_path: Path) -> None:
+def test_recomputed_time_is_recorded(tmp_path: Path) -> None:
     run_dir = records(tmp_path, {"began": 1, "ended": 9, "world_size": 1, "step": 5, "lost": 2})
     (attempt,) = accounting.read(run_dir)
     assert attempt.recomputed == 2
@@ -104,7 +104,9 @@ def test_the_time_of_repeated_steps_has_its_name_in_the_file(tmp_path: Path) -> 
     "content",
     [b"[{", b"{}", b'[{"began": "x"}]', b"[" * 10**5, b'[{"began": 1e999}]', b"\xff"],
 )
-def test_damaged_accounting_is_put_aside(content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_accounting_file_is_set_aside(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / accounting.FILE).write_bytes(content)
     assert accounting.read(str(tmp_path)) == []
     keeper = accounting.Accounting(SimpleNamespace(stall_seconds=0.0), None)  # type: ignore[arg-type]
@@ -118,7 +120,7 @@ def test_damaged_accounting_is_put_aside(content: bytes, tmp_path: Path, caplog:
 
 
 @pytest.mark.parametrize("newer", [{"format": 3}, {"format": 3, "new": 1}])
-def test_newer_accounting_is_left_as_it_is(
+def test_a_newer_accounting_file_is_kept(
     newer: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_dir = records(tmp_path, {"began": 1, "ended": 2, "world_size": 1, **newer})

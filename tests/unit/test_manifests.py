@@ -20,10 +20,12 @@ import yaml
 from google.cloud.aiplatform_v1.types import CustomJobSpec, HyperparameterTuningJob
 from google.protobuf import json_format
 from k8s.manifests import (
+    COMPLETION_INDEX,
     GOLDEN,
     KUSTOMIZATIONS,
     REPOSITORY,
     Manifest,
+    arguments_of,
     environment_of,
     job_of,
     of_kind,
@@ -34,11 +36,13 @@ from k8s.manifests import (
 from support import run
 
 from job.cli.training import TrainingCLI
+from job.cluster import machines
 from job.cluster.environment import DEFAULT_PORT, find_node
+from job.cluster.machines import GIB, SYSTEM_PODS, Resources, allocatable_storage
 from job.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 
 VERTEX = sorted((REPOSITORY / "k8s" / "vertex").glob("*.yaml"))
-TRAINING = [name for name in KUSTOMIZATIONS if name not in ("tensorboard", "queues")]
+TRAINING = [name for name in KUSTOMIZATIONS if name not in ("tensorboard", "queues", "trainer")]
 VERSIONS = ("1.35", "1.36", "1.37")
 CHIPS_PER_HOST = {"4x4": 4, "2x4": 8}
 """https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: 2x4 comes as one host of eight chips, too."""
@@ -58,12 +62,12 @@ needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kube
 
 @pytest.fixture(autouse=True)
 def no_arguments_of_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LightningCLI warns when the command line has any beside those that it is given."""
+    """Remove pytest's arguments, of which LightningCLI warns."""
     monkeypatch.setattr(sys, "argv", ["job"])
 
 
 def strict(schema: Any) -> Any:
-    """The schema, refusing fields that it does not name, as the API server warns of them."""
+    """Return the schema with unknown fields refused."""
     if isinstance(schema, list):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
@@ -83,10 +87,13 @@ def validate(manifest: Manifest) -> None:
     schema = strict(SCHEMAS[key])
     schema["properties"]["metadata"] = {"type": "object"}
     jsonschema.validate(manifest, schema, cls=jsonschema.Draft202012Validator)
+    if manifest["kind"] == "ClusterTrainingRuntime":
+        template = manifest["spec"]["template"]
+        validate({"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": {}, **template})
 
 
 def quantity(text: str | int) -> float:
-    """Bytes, or cores, of a Kubernetes quantity."""
+    """Return the bytes or cores of a Kubernetes quantity."""
     number, unit = re.fullmatch(r"([\d.]+)(\D*)", str(text)).groups()  # type: ignore[union-attr]
     return float(number) * {"": 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}[unit]
 
@@ -97,7 +104,7 @@ def train_of(name: str) -> Manifest:
 
 
 def options_of(args: list[str]) -> dict[str, str]:
-    """``--name=value`` arguments; every one has that form, so that a patch can replace it."""
+    """Return the options; each must have the form ``--name=value``, so that a patch can replace it."""
     pairs = [argument.removeprefix("--").partition("=") for argument in args if argument.startswith("--")]
     assert all(equals for _, equals, _ in pairs), args
     return {name: value for name, _, value in pairs}
@@ -106,11 +113,11 @@ def options_of(args: list[str]) -> dict[str, str]:
 @needs_kubectl
 @pytest.mark.parametrize("name", KUSTOMIZATIONS)
 def test_renders_as_committed(name: str) -> None:
-    """A difference is either a mistake or to be committed: python tests/k8s/manifests.py."""
+    """Commit the golden files with an intended change: python tests/k8s/manifests.py."""
     assert render(name) == (GOLDEN / f"{name}.yaml").read_text()
 
 
-def test_no_golden_rendering_is_left_over() -> None:
+def test_every_golden_rendering_has_an_overlay() -> None:
     assert {file.stem for file in GOLDEN.glob("*.yaml")} == set(KUSTOMIZATIONS)
 
 
@@ -123,21 +130,27 @@ def test_is_valid(name: str) -> None:
 
 @needs_kubectl
 def test_the_validation_can_fail() -> None:
-    wrong = rendered("gpu")
-    of_kind(wrong, "Job")[0]["spec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
+    misspelt = rendered("gpu")
+    of_kind(misspelt, "Job")[0]["spec"]["template"]["spec"]["containers"][0]["imagePullPolice"] = "Always"
     with pytest.raises(kubernetes_validate.ValidationError):
-        validate(of_kind(wrong, "Job")[0])
-    for name, kind, where in (("tpu-multislice", "JobSet", "failurePolicy"), ("queues", "ClusterQueue", None)):
+        validate(of_kind(misspelt, "Job")[0])
+    for name, kind, where in (
+        ("tpu-multislice", "JobSet", "failurePolicy"),
+        ("queues", "ClusterQueue", None),
+        ("trainjob", "TrainJob", "trainer"),
+        ("trainer", "ClusterTrainingRuntime", "mlPolicy"),
+        ("trainer", "ClusterTrainingRuntime", "template"),
+    ):
         manifest = of_kind(rendered(name), kind)[0]
         spec = manifest["spec"][where] if where else manifest["spec"]
-        spec["maxRestart"] = 3
+        (spec["spec"] if where == "template" else spec)["maxRestart"] = 3
         with pytest.raises(jsonschema.ValidationError, match="maxRestart"):
             validate(manifest)
 
 
 @needs_kubectl
 @pytest.mark.parametrize("name", KUSTOMIZATIONS)
-def test_what_is_named_exists(name: str) -> None:
+def test_references_between_manifests_resolve(name: str) -> None:
     """ConfigMaps (kustomize hashes their names), service accounts, volumes, and what selectors select."""
     manifests = rendered(name)
     names = {(m["kind"], m["metadata"]["name"]) for m in manifests}
@@ -163,13 +176,13 @@ def test_what_is_named_exists(name: str) -> None:
         ("PodDisruptionBudget", lambda spec: spec["selector"]["matchLabels"]),
     ):
         for manifest in of_kind(manifests, kind):
-            wanted = selector(manifest["spec"]).items()
-            assert any(wanted <= label.items() for label in labels), (kind, wanted)
+            required = selector(manifest["spec"]).items()
+            assert any(required <= label.items() for label in labels), (kind, required)
 
 
 @needs_kubectl
 @pytest.mark.parametrize("name", KUSTOMIZATIONS)
-def test_pods_may_do_little(name: str) -> None:
+def test_pods_run_with_restricted_privileges(name: str) -> None:
     manifests = rendered(name)
     pods = [deployment["spec"]["template"]["spec"] for deployment in of_kind(manifests, "Deployment")]
     pods += [pod_of(manifests)] if name in TRAINING else []
@@ -194,7 +207,7 @@ def test_pods_may_do_little(name: str) -> None:
 @needs_kubectl
 @pytest.mark.parametrize("name", TRAINING)
 def test_the_launcher_understands_the_manifest(name: str) -> None:
-    """Each pod's environment, with what Kubernetes and GKE add to it, leads to one job of all nodes."""
+    """With the variables that Kubernetes and GKE add, all pods form one job."""
     manifests = rendered(name)
     job, pod, jobset = job_of(manifests), pod_of(manifests), of_kind(manifests, "JobSet")
     slices = jobset[0]["spec"]["replicatedJobs"][0]["replicas"] if jobset else 1
@@ -203,15 +216,21 @@ def test_the_launcher_understands_the_manifest(name: str) -> None:
     nodes = []
     for slice_id in range(slices):
         for index in range(job["completions"]):
-            environment = {"JOB_COMPLETION_INDEX": str(index), **environment_of(pod["containers"][0], FIELDS)}
+            fields = {**FIELDS, COMPLETION_INDEX: str(index)}
+            environment = {"JOB_COMPLETION_INDEX": str(index), **environment_of(pod["containers"][0], fields)}
             if "google.com/tpu" in pod["containers"][0]["resources"]["limits"]:
                 environment |= _as_gke_adds(index, slice_id, slices, job["completions"])
             nodes.append(find_node(environment))
     assert [node.node_rank for node in nodes] == list(range(slices * job["completions"]))
     assert {node.nodes for node in nodes} == {len(nodes)}
     assert {node.run_id for node in nodes} == {"the-uid"}
-    assert {node.port for node in nodes} == {DEFAULT_PORT}
-    if not jobset:
+    if of_kind(manifests, "TrainJob"):
+        assert {(node.platform, node.host, node.port) for node in nodes} == {
+            ("Kubeflow", "train-node-0-0.train", 29500)
+        }
+    else:
+        assert {node.port for node in nodes} == {DEFAULT_PORT}
+    if of_kind(manifests, "Job"):
         (service,) = (s for s in of_kind(manifests, "Service") if s["spec"].get("clusterIP") == "None")
         assert pod["subdomain"] == service["metadata"]["name"]
         assert service["spec"]["publishNotReadyAddresses"] is True
@@ -224,14 +243,14 @@ def test_the_launcher_understands_the_manifest(name: str) -> None:
 
 def _as_gke_adds(worker: int, slice_id: int, slices: int, hosts: int) -> dict[str, str]:
     names = [f"train-slice-{slice_id}-{n}.train" if slices > 1 else f"train-{n}.train" for n in range(hosts)]
-    found = {"TPU_WORKER_ID": str(worker), "TPU_WORKER_HOSTNAMES": ",".join(names)}
+    variables = {"TPU_WORKER_ID": str(worker), "TPU_WORKER_HOSTNAMES": ",".join(names)}
     if slices > 1:
-        found |= {
+        variables |= {
             "MEGASCALE_NUM_SLICES": str(slices),
             "MEGASCALE_SLICE_ID": str(slice_id),
             "MEGASCALE_COORDINATOR_ADDRESS": "train-slice-0-0.train:8080",
         }
-    return found
+    return variables
 
 
 @needs_kubectl
@@ -243,7 +262,10 @@ def test_exit_codes_and_grace(name: str) -> None:
     assert rules == {"FailJob": [EXIT_USER_ERROR], "Ignore": [EXIT_PREEMPTED]}
     assert job["podReplacementPolicy"] == "Failed"
     assert job["activeDeadlineSeconds"] > 0
-    grace = float(options_of(pod["containers"][0]["args"])["grace"])
+    (container,) = pod["containers"]
+    rules_of_the_container = [rule["onExitCodes"]["containerName"] for rule in job["podFailurePolicy"]["rules"][:2]]
+    assert set(rules_of_the_container) == {container["name"]}
+    grace = float(options_of(arguments_of(container))["grace"])
     assert 2 <= pod["terminationGracePeriodSeconds"] - grace <= 10
     if "spot" in name:
         assert pod["terminationGracePeriodSeconds"] <= 15
@@ -251,7 +273,7 @@ def test_exit_codes_and_grace(name: str) -> None:
 
 @needs_kubectl
 @pytest.mark.parametrize("name", TRAINING)
-def test_room_for_what_is_written(name: str) -> None:
+def test_volumes_are_large_enough(name: str) -> None:
     pod, train = pod_of(rendered(name)), train_of(name)
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     paths = {mount["mountPath"]: volumes[mount["name"]] for mount in train["volumeMounts"]}
@@ -259,8 +281,10 @@ def test_room_for_what_is_written(name: str) -> None:
     data = yaml.safe_load(config["data"]["config.yaml"])["data"]
     sizes = {path: quantity(v["emptyDir"]["sizeLimit"]) for path, v in paths.items() if "emptyDir" in v}
     assert sizes[data["cache_dir"]] >= data["cache_gb"] * 1e9
-    limits = train["resources"]["limits"]
+    limits, requests = train["resources"]["limits"], train["resources"]["requests"]
     assert quantity(limits["ephemeral-storage"]) >= sizes["/tmp"] + sizes[data["cache_dir"]]
+    # A pod that uses more than it requests is the first to be evicted when the node's disk is full.
+    assert quantity(requests["ephemeral-storage"]) >= sizes["/tmp"] + sizes[data["cache_dir"]]
     # NCCL maps some 33 MB a pair of GPUs; gloo and the loader's threads nothing.
     assert paths["/dev/shm"]["emptyDir"]["medium"] == "Memory"
     gpus = int(limits.get("nvidia.com/gpu", 0))
@@ -281,7 +305,7 @@ def test_chips_times_hosts_are_the_topology(name: str) -> None:
 
 @needs_kubectl
 def test_a_jobset_s_pods_are_those_of_a_job() -> None:
-    """Its pod template is written out a second time; they differ only where they must."""
+    """The two pod templates differ only where they must."""
     job, jobset = pod_of(rendered("tpu-v5e-multihost")), pod_of(rendered("tpu-multislice"))
     for pod in (job, jobset):
         pod["containers"][0].pop("env")
@@ -291,22 +315,41 @@ def test_a_jobset_s_pods_are_those_of_a_job() -> None:
 
 
 @needs_kubectl
+def test_the_pods_of_a_trainjob_are_those_of_a_job() -> None:
+    """The runtime's pod template is written out, too; Trainer keeps its container's command, and adds arguments."""
+    job, trainjob = pod_of(rendered("gpu-multinode")), pod_of(rendered("trainjob"))
+    containers = [pod["containers"][0] for pod in (job, trainjob)]
+    assert containers[1]["command"][:3] == ["dumb-init", "--single-child", "--"]  # as the image's entry point
+    run_dir = "--run_dir=gs://BUCKET/runs/1"
+    assert [*arguments_of(containers[0]), run_dir] == arguments_of(containers[1])
+    for pod, container in zip((job, trainjob), containers, strict=True):
+        for key in ("name", "env", "args", "command"):
+            container.pop(key, None)
+        # JobSet sets the subdomain. A runtime serves several runs at once, which label selectors do not tell apart.
+        for key in ("subdomain", "affinity", "topologySpreadConstraints"):
+            pod.pop(key, None)
+        pod["volumes"] = [volume for volume in pod["volumes"] if volume["name"] != "config"]
+        pod["volumes"].sort(key=lambda volume: volume["name"])
+    assert job == trainjob
+
+
+@needs_kubectl
 @pytest.mark.parametrize("name", TRAINING)
-def test_the_command_is_one(name: str, tmp_path: Path) -> None:
+def test_the_command_is_parsed(name: str, tmp_path: Path) -> None:
     """Its arguments and the ConfigMap's file, parsed by the job's own parser."""
-    args = train_of(name)["args"]
+    args = arguments_of(train_of(name))
     assert args[:2] == ["launch", "fit"]
     (config,) = of_kind(rendered(name), "ConfigMap")
     (tmp_path / "config.yaml").write_text(config["data"]["config.yaml"])
-    here = {"/etc/job/": f"{tmp_path}/", "/opt/app/": f"{REPOSITORY}/"}
-    for inside, outside in here.items():
+    folders = {"/etc/job/": f"{tmp_path}/", "/opt/app/": f"{REPOSITORY}/"}
+    for inside, outside in folders.items():
         args = [argument.replace(f"={inside}", f"={outside}") for argument in args]
     options = TrainingCLI("fit", args[2:]).config_init
     assert options["run_dir"].startswith("gs://")
 
 
 @needs_kubectl
-def test_kueue_gets_the_whole_job() -> None:
+def test_kueue_admits_the_whole_job() -> None:
     queue = of_kind(rendered("queues"), "LocalQueue")[0]
     for name, kind in (("with-kueue", "Job"), ("with-kueue-jobset", "JobSet")):
         (workload,) = of_kind(rendered(name), kind)
@@ -318,15 +361,15 @@ def test_kueue_gets_the_whole_job() -> None:
     (group,) = cluster_queue["spec"]["resourceGroups"]
     assert group["flavors"][0]["name"] == flavour["metadata"]["name"]
     assert [resource["name"] for resource in group["flavors"][0]["resources"]] == group["coveredResources"]
-    asked = train_of("with-kueue")["resources"]["requests"]
-    assert set(asked) <= set(group["coveredResources"])  # Kueue leaves a Job suspended that asks for more
+    requests = train_of("with-kueue")["resources"]["requests"]
+    assert set(requests) <= set(group["coveredResources"])  # Kueue leaves a Job suspended that asks for more
     node_selector = pod_of(rendered("with-kueue"))["nodeSelector"]
     assert flavour["spec"]["nodeLabels"].items() <= node_selector.items()
 
 
 @pytest.mark.parametrize("file", VERTEX, ids=lambda file: file.stem)
-def test_vertex_takes_it(file: Path) -> None:
-    """Google's own types refuse fields that they do not have."""
+def test_vertex_ai_accepts_the_job_specs(file: Path) -> None:
+    """Google's protobuf types refuse unknown fields."""
     spec = yaml.safe_load(file.read_text())
     if file.stem == "tuning":
         json_format.ParseDict(spec, HyperparameterTuningJob.pb()())
@@ -357,14 +400,14 @@ def _example(parameter: Manifest) -> object:
     return parameter["categoricalValueSpec"]["values"][-1]
 
 
-def test_what_to_fill_in_is_the_same_everywhere() -> None:
-    """k8s/README.md replaces these words by sed; there must be no others, and none misspelt."""
-    known = {"PROJECT", "REGION", "BUCKET", "TENSORBOARD"}
+def test_placeholders_are_the_same_everywhere() -> None:
+    """The placeholders are those that k8s/README.md replaces by sed."""
+    placeholders = {"PROJECT", "REGION", "BUCKET", "TENSORBOARD"}
     for file in (REPOSITORY / "k8s").rglob("*.yaml"):
         lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
         for value in re.findall(r"(?:gs://|docker\.pkg\.dev/|@|projects/)\S*", "\n".join(lines)):
             for word in re.findall(r"\b[A-Z]{3,}\b", value):
-                assert word in known, (file, value)
+                assert word in placeholders, (file, value)
 
 
 GUIDE = (REPOSITORY / "k8s" / "README.md").read_text()
@@ -376,7 +419,7 @@ COMMANDS = [
 ]
 
 
-def test_the_guide_names_what_is_there() -> None:
+def test_the_guide_names_every_overlay() -> None:
     rows = re.findall(r"^\| (.*?) \|", GUIDE, re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(?:overlays/)?([\w/.*-]+)`", row)}
     overlays = {folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir()}
@@ -386,30 +429,119 @@ def test_the_guide_names_what_is_there() -> None:
         assert (REPOSITORY / path.rstrip(".")).exists(), path
 
 
+NODE_POOLS = {
+    name: dict(re.findall(r"--([\w-]+)=(\S+)", re.sub(r"\\\n", " ", command)))
+    for comment, command in re.findall(
+        r"^# (.*)\n(gcloud container node-pools create (?:.*\\\n)*.*)$", GUIDE, re.MULTILINE
+    )
+    for part in comment.split(";")
+    for name in re.findall(r"[\w-]+", re.split(r"[:(]", part)[0])
+}
+"""Options of the ``node-pools create`` line of each overlay, which the comment above it names."""
+
+
+def requests_of(pod: Manifest, *, of: str = "requests") -> Resources:
+    """The sum over the pod's containers of what the scheduler looks at."""
+    amounts = [container["resources"][of] for container in pod["containers"]]
+    cpus, memory, storage = (
+        sum(quantity(amount.get(name, 0)) for amount in amounts) for name in ("cpu", "memory", "ephemeral-storage")
+    )
+    return Resources(cpus, memory, storage)
+
+
+def assert_fits(pods: list[Resources], node: Resources, system: Resources) -> None:
+    for name in ("cpus", "memory", "ephemeral_storage"):
+        wanted = sum(getattr(pod, name) for pod in [*pods, system])
+        assert wanted <= getattr(node, name), (name, wanted, getattr(node, name))
+
+
+def test_there_is_a_node_pool_for_every_overlay() -> None:
+    overlays = {folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir()}
+    assert set(NODE_POOLS) == overlays - {"cpu-local"}
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", NODE_POOLS)
+def test_pods_fit_on_the_nodes_of_the_guide(name: str) -> None:
+    """The scheduler would leave them pending otherwise: ``Insufficient ephemeral-storage``."""
+    pod, train, pool = pod_of(rendered(name)), train_of(name), NODE_POOLS[name]
+    machine = machines.machines()[pool["machine-type"]]
+    node = machine.allocatable(int(pool["disk-size"]))
+    assert_fits([requests_of(pod)], node, SYSTEM_PODS)
+    assert requests_of(pod, of="limits").ephemeral_storage <= node.ephemeral_storage - SYSTEM_PODS.ephemeral_storage
+    gpus, chips = (train["resources"]["limits"].get(kind, 0) for kind in ("nvidia.com/gpu", "google.com/tpu"))
+    assert gpus + chips == machine.accelerators
+    label = "cloud.google.com/gke-accelerator" if gpus else "cloud.google.com/gke-tpu-accelerator"
+    assert pod["nodeSelector"][label] == machine.accelerator
+    if gpus:
+        assert pool["accelerator"].startswith(f"type={machine.accelerator},count={machine.accelerators},")
+    assert job_of(rendered(name))["completions"] <= int(pool.get("max-nodes", pool["num-nodes"]))
+    if job_of(rendered(name))["completions"] > 1 and chips:
+        assert pool["tpu-topology"] == pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+
+
+@needs_kubectl
+def test_the_gpu_overlay_s_pods_fit_on_an_a3_too() -> None:
+    """As a comment in the overlay says."""
+    machine = machines.machines()["a3-highgpu-8g"]
+    assert f"{machine.name} eight {machine.accelerator}" in (REPOSITORY / "k8s/overlays/gpu/job.yaml").read_text()
+    assert_fits([requests_of(pod_of(rendered("gpu")))], machine.allocatable(200), SYSTEM_PODS)
+
+
+@needs_kubectl
+def test_tensorboard_fits_on_the_cluster_s_first_node() -> None:
+    (machine,) = re.findall(r"--num-nodes=1 --machine-type=(\S+)", GUIDE)
+    pods = [deployment["spec"]["template"]["spec"] for deployment in of_kind(rendered("tensorboard"), "Deployment")]
+    node = machines.machines()[machine].allocatable(100)
+    assert_fits([requests_of(pod) for pod in pods], node, SYSTEM_PODS)
+
+
+@needs_kubectl
+def test_the_demo_fits_on_two_cpus() -> None:
+    """And on 4 GB of memory: minikube with its default drivers, which reserves nothing.
+
+    kube-system requests there what kubeadm's static pods, CoreDNS and the network plugin request: API server 250m,
+    controller manager 200m, scheduler 100m, etcd 100m and 100Mi, CoreDNS 100m and 70Mi, kindnet 100m and 50Mi.
+    """
+    assert "minikube start --cpus=2 --memory=4g" in GUIDE
+    manifests = rendered("cpu-local")
+    train = requests_of(pod_of(manifests))
+    (bucket,) = (deployment["spec"]["template"]["spec"] for deployment in of_kind(manifests, "Deployment"))
+    pods = [train] * job_of(manifests)["completions"] + [requests_of(bucket)]
+    kernel = 0.05 * 4 * GIB
+    node = Resources(cpus=2, memory=4 * GIB - kernel, ephemeral_storage=15 * GIB)
+    assert_fits(pods, node, Resources(cpus=0.85, memory=220 * 2**20, ephemeral_storage=0))
+
+
+def test_the_guide_s_table_of_disks() -> None:
+    sizes, storage = (re.findall(r"\d+", row) for row in re.findall(r"^\| (?:disk size|requestable).*", GUIDE, re.M))
+    assert [int(text) for text in storage] == [int(allocatable_storage(int(size)) / GIB) for size in sizes]
+
+
 @needs_kubectl
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("kubectl ")])
 def test_kubectl_knows_the_guide_s_commands(line: str) -> None:
-    """It refuses flags that it does not know before it prints help."""
+    """kubectl refuses unknown flags before it prints help."""
     words = shlex.split(line, comments=True)
-    done = subprocess.run([*words, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Usage:" in done.stdout
+    result = subprocess.run([*words, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Usage:" in result.stdout
     assert subprocess.run([*words, "--selectr=x", "--help"], capture_output=True).returncode != 0
 
 
 def test_the_job_knows_the_guide_s_commands() -> None:
-    known: dict[str, str] = {}
+    help_texts: dict[str, str] = {}
     for line in COMMANDS:
         if line.startswith("python -m job "):
             verb, *words = line.split()[3:]
-            known.setdefault(verb, run(verb, "--help").stdout)
+            help_texts.setdefault(verb, run(verb, "--help").stdout)
             for option in re.findall(r"--[a-z_]+", " ".join(words)):
-                assert f"{option} " in known[verb], line
-    assert known
+                assert f"{option} " in help_texts[verb], line
+    assert help_texts
 
 
-def test_filling_in_leaves_nothing_open(tmp_path: Path) -> None:
-    """The guide's own sed, on a copy."""
+def test_the_guides_sed_replaces_every_placeholder(tmp_path: Path) -> None:
+    """Run the guide's sed on a copy."""
     shutil.copytree(REPOSITORY / "k8s", tmp_path / "k8s")
     (line,) = (line for line in COMMANDS if line.startswith("sed "))
     names = {"PROJECT": "my-project", "REGION": "europe-west4", "BUCKET": "my-bucket"}

@@ -46,8 +46,8 @@ def test_any_architecture_gets_a_new_head(name: str, size: int, width: int) -> N
     assert feature_width(backbone, size) == width
     net = Classifier(backbone, name=name, classes="abc", hidden=[4], image_size=size, mean=MEAN, std=STD).eval()
     assert net(torch.zeros(2, 3, size, size, dtype=torch.uint8)).shape == (2, 3)
-    again = from_spec(net.spec())
-    again.load_state_dict(net.state_dict())
+    restored = from_spec(net.spec())
+    restored.load_state_dict(net.state_dict())
 
 
 def test_the_tutorials_head_is_the_default_one() -> None:
@@ -131,8 +131,8 @@ def test_train_bn_trains_batch_norm_alone() -> None:
     net = classifier(["a", "b"])
     apply_stage(net.backbone, Stage.HEAD, last_share=0.5, train_bn=True)
     for module in net.backbone.modules():
-        wanted = isinstance(module, nn.BatchNorm2d)
-        assert all(p.requires_grad == wanted for p in module.parameters(recurse=False))
+        trains = isinstance(module, nn.BatchNorm2d)
+        assert all(p.requires_grad == trains for p in module.parameters(recurse=False))
     before = net.backbone.bn1.running_mean.clone()
     net(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
     assert not torch.equal(net.backbone.bn1.running_mean, before)

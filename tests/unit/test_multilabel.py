@@ -1,4 +1,4 @@
-"""Data with several labels per image, and the task that learns them."""
+"""Multi-label data, and the multi-label task."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from job.errors import CheckpointError, DataError
 from job.model.config import ModelConfig
 from job.model.metrics import EvaluationMetrics
 from job.model.multilabel import MultilabelTask, positive_weights
-from job.model.multilabel_metrics import BinnedScores, CollectedScores, MultilabelMetrics
+from job.model.multilabel_metrics import MultilabelMetrics
+from job.model.scores import BinnedScores, CollectedScores
 from job.model.spec import decode_spec
 
 LISTS: list[list[str]] = [["red"], ["red", "blue"], [], ["green", "blue", "red"], ["blue"], ["red"], ["green"], ["red"]]
 
 
 def table(folder: Path, labels: list[Any], name: str = "data.jsonl", **more: list[Any]) -> Path:
-    """A table of JSON lines with these labels; nothing reads its images."""
+    """Write a table of JSON lines with these labels; its images do not exist."""
     columns = {"uri": [f"{number:04d}.jpg" for number in range(len(labels))], "label": labels, **more}
     lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     write_files(folder, {name: "".join(json.dumps(line) + "\n" for line in lines).encode()})
@@ -85,9 +86,9 @@ def test_a_saved_index_keeps_the_labels(tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     saved.mkdir()
     build({"root": [str(data)]}, saved, "", "parts")
-    again = index_parts(saved / "index.json")["train"]
-    assert [each.tolist() for each in again.label_lists()] == [each.tolist() for each in first.label_lists()]
-    assert again.fingerprint() == first.fingerprint()
+    reloaded = index_parts(saved / "index.json")["train"]
+    assert [each.tolist() for each in reloaded.label_lists()] == [each.tolist() for each in first.label_lists()]
+    assert reloaded.fingerprint() == first.fingerprint()
     changed = index_of(tmp_path / "changed", [["red", "green"], *LISTS[1:]])
     assert changed.fingerprint() != first.fingerprint()
 
@@ -126,16 +127,16 @@ def test_damaged_labels_are_refused(labels: list[Any], message: str, tmp_path: P
         verify_parts(Path(index.folder), msgspec.structs.replace(info, parts={"train": part}), "")
 
 
-@pytest.mark.parametrize("form", ["parquet", "tar"])
-def test_lists_of_labels_in_other_formats(form: str, tmp_path: Path) -> None:
-    if form == "parquet":
+@pytest.mark.parametrize("file_format", ["parquet", "tar"])
+def test_lists_of_labels_in_other_formats(file_format: str, tmp_path: Path) -> None:
+    if file_format == "parquet":
         rows = pa.table({"uri": [f"{n}.jpg" for n in range(len(LISTS))], "label": LISTS})
         pq.write_table(rows, tmp_path / "data.parquet")
     else:
         labels = {f"{n}.json": json.dumps({"labels": each}).encode() for n, each in enumerate(LISTS)}
         files = {**labels, **{f"{n}.jpg": b"x" for n in range(len(LISTS))}}
         (tmp_path / "data.tar").write_bytes(tar_of(dict(sorted(files.items()))))
-    index = index_parts(tmp_path / f"data.{form}")["train"]
+    index = index_parts(tmp_path / f"data.{file_format}")["train"]
     expected = [[int(name in labels) for name in ("blue", "green", "red")] for labels in LISTS]
     assert index.multi_hot_of(np.arange(len(LISTS))).tolist() == expected
 
@@ -197,7 +198,8 @@ def test_the_split_follows_from_the_keys(tmp_path: Path) -> None:
 def batch(labels: torch.Tensor, images: torch.Tensor | None = None) -> dict[str, Any]:
     """A batch of multi-hot labels, or of single ones."""
     of = {"labels": labels} if labels.ndim == 2 else {"label": labels}
-    return {**of, "mask": torch.ones(len(labels), dtype=torch.bool), **({} if images is None else {"image": images})}
+    more = {} if images is None else {"image": images}
+    return {**of, "mask": torch.ones(len(labels), dtype=torch.bool), "sample": torch.arange(len(labels)), **more}
 
 
 def task(index: Index | None = None, classes: int = 3, **options: Any) -> MultilabelTask:
@@ -227,14 +229,14 @@ def test_mixed_images_have_mixed_labels() -> None:
     torch.manual_seed(0)
     labels = torch.tensor([[1, 1, 0], [0, 0, 0]], dtype=torch.uint8)
     images = torch.stack([torch.full((3, 4, 4), 100, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.uint8)])
-    seen: list[torch.Tensor] = []
+    shares: list[torch.Tensor] = []
 
     def forward(mixed: Any) -> torch.Tensor:
-        seen.append(mixed["image"][:, 0, 0, 0] / 100)
+        shares.append(mixed["image"][:, 0, 0, 0] / 100)
         return torch.zeros(2, 3)
 
     losses = task(mixup=1.0).training_losses(batch(labels, images), forward)  # type: ignore[arg-type]
-    share = seen[0]
+    share = shares[0]
     assert 0 < float(share[0]) < 1
     expected = F.binary_cross_entropy_with_logits(
         torch.zeros(2, 3), share[:, None] * torch.tensor([1.0, 1.0, 0.0]), reduction="none"
@@ -254,7 +256,7 @@ def test_balanced_weights_are_bounded_positive_weights(tmp_path: Path) -> None:
 
 
 def scored(samples: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities, of which some are equal, and labels; the last class has none."""
+    """Return probabilities with ties, and labels; the last class has no positive sample."""
     generator = torch.Generator().manual_seed(seed)
     labels = (torch.rand(samples, classes, generator=generator) < 0.3).to(torch.uint8)
     labels[:, -1] = 0
@@ -268,8 +270,9 @@ def test_metrics_agree_with_scikit_learn(samples: int) -> None:
     losses, mask = torch.rand(200), torch.rand(200) > 0.2
     metrics = MultilabelMetrics("abcd", samples=samples)
     for part in torch.arange(200).chunk(4):
-        metrics.update(losses[part], probabilities[part], labels[part], mask[part])
-    values, confusion = metrics.compute()
+        metrics.update(losses[part], probabilities[part], labels[part], mask[part], part)
+    evaluation = metrics.compute()
+    values, confusion = evaluation.metrics, evaluation.confusion
     scores, true = probabilities[mask].numpy(), labels[mask].numpy()
     precisions = [average_precision_score(true[:, c], scores[:, c]) for c in range(3)]
     assert values["mAP"] == pytest.approx(np.mean(precisions), abs=2e-3)
@@ -282,15 +285,15 @@ def test_metrics_agree_with_scikit_learn(samples: int) -> None:
     assert confusion.tolist() == multilabel_confusion_matrix(true, predicted).tolist()
 
     metrics.choose_thresholds()
-    chosen, _ = metrics.compute()
+    chosen = metrics.compute().metrics
     assert metrics.thresholds[3] == 0.5
     for c, threshold in enumerate(metrics.thresholds[:3]):
         best = max(f1_score(true[:, c], scores[:, c] >= score) for score in np.unique(scores[:, c]))
         assert f1_score(true[:, c], scores[:, c] >= threshold) == pytest.approx(best)
     assert chosen["macro_f1"] > values["macro_f1"]
     metrics.reset()
-    metrics.update(losses, probabilities, labels, torch.zeros(200, dtype=torch.bool))
-    assert metrics.compute()[0] == {}
+    metrics.update(losses, probabilities, labels, torch.zeros(200, dtype=torch.bool), torch.arange(200))
+    assert metrics.compute().metrics == {}
 
 
 def test_binned_scores_are_within_their_bound() -> None:
@@ -315,26 +318,29 @@ def test_metrics_do_not_depend_on_the_order_of_samples() -> None:
     for order in (torch.arange(300), torch.randperm(300)):
         metrics = MultilabelMetrics("abc")
         for part in order.chunk(7):
-            metrics.update(torch.ones(len(part)), probabilities[part], labels[part], torch.ones_like(part).bool())
+            mask = torch.ones_like(part).bool()
+            metrics.update(torch.ones(len(part)), probabilities[part], labels[part], mask, part)
         metrics.choose_thresholds()
-        results.append((metrics.compute()[0], metrics.thresholds))
+        results.append((metrics.compute().metrics, metrics.thresholds))
     assert results[0] == results[1]
 
 
 def test_no_positive_sample_leaves_metrics_out() -> None:
     metrics = MultilabelMetrics("ab")
-    metrics.update(torch.ones(3), torch.full((3, 2), 0.1), torch.zeros(3, 2, dtype=torch.uint8), torch.ones(3).bool())
+    labels, mask = torch.zeros(3, 2, dtype=torch.uint8), torch.ones(3).bool()
+    metrics.update(torch.ones(3), torch.full((3, 2), 0.1), labels, mask, torch.arange(3))
     metrics.choose_thresholds()
-    assert set(metrics.compute()[0]) == {"loss"}
+    assert set(metrics.compute().metrics) == {"loss", "ece"}
     assert metrics.thresholds == [0.5, 0.5]
 
 
-def test_many_classes_have_no_metric_each() -> None:
+def test_many_classes_have_no_per_class_metrics() -> None:
     probabilities, labels = scored(50, 120)
     metrics = MultilabelMetrics([f"c{n}" for n in range(120)])
-    metrics.update(torch.ones(50), probabilities, labels, torch.ones(50).bool())
-    values, confusion = metrics.compute()
-    assert set(values) == {"loss", "mAP", "micro_f1", "macro_f1"}
+    metrics.update(torch.ones(50), probabilities, labels, torch.ones(50).bool(), torch.arange(50))
+    evaluation = metrics.compute()
+    values, confusion = evaluation.metrics, evaluation.confusion
+    assert set(values) == {"loss", "mAP", "micro_f1", "macro_f1", "ece"}
     assert confusion.shape == (120, 2, 2)
     assert set(values) < set(MultilabelMetrics("ab").names)
 
@@ -343,8 +349,8 @@ def test_macro_f1_of_one_label_is_that_of_the_classes_with_samples() -> None:
     metrics = EvaluationMetrics("abc")
     labels = torch.tensor([0, 0, 1, 1])
     probabilities = F.one_hot(torch.tensor([0, 2, 1, 1]), 3).float()
-    metrics.update(torch.ones(4), probabilities, labels, torch.ones(4).bool())
-    assert metrics.compute()[0]["f1"] == pytest.approx((2 / 3 + 1) / 2)
+    metrics.update(torch.ones(4), probabilities, labels, torch.ones(4).bool(), torch.arange(4))
+    assert metrics.compute().metrics["f1"] == pytest.approx((2 / 3 + 1) / 2)
 
 
 DESCRIPTION: dict[str, Any] = {
@@ -379,9 +385,9 @@ def test_a_damaged_confusion_file_is_refused(tmp_path: Path) -> None:
     content = confusion.encode(counts)
     path = tmp_path / "counts"
     path.write_bytes(content)
-    read = confusion.read(str(path), confusion.describe(content, 2))
-    assert read.tolist() == counts.tolist()
-    assert confusion.as_json(read, 2) == {
+    restored = confusion.read(str(path), confusion.describe(content, 2))
+    assert restored.tolist() == counts.tolist()
+    assert confusion.as_json(restored, 2) == {
         "true_negatives": [5, 0],
         "false_positives": [1, 0],
         "false_negatives": [2, 1],

@@ -1,4 +1,4 @@
-"""What job relies on of the private API of multiprocessing: fails where a release of Python changes it."""
+"""Contract of job.multiprocessing_internals with the private API of multiprocessing."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def alive(pid: int) -> bool:
 def test_children_come_from_a_fork_of_this_process(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    shown = subprocess.run(
+    result = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, env=environment(), cwd=REPOSITORY, timeout=60
     )
-    assert shown.returncode == 0, shown.stderr
-    servers = {int(line.split()[0]) for line in shown.stdout.splitlines()}
+    assert result.returncode == 0, result.stderr
+    servers = {int(line.split()[0]) for line in result.stdout.splitlines()}
     assert len(servers) == 1, "each child had another server"
-    assert [line.split()[1:] for line in shown.stdout.splitlines()] == [["True", "True", "3", "True"]] * 2
+    assert [line.split()[1:] for line in result.stdout.splitlines()] == [["True", "True", "3", "True"]] * 2
     deadline = time.monotonic() + 10
     while alive(server := servers.copy().pop()):
         assert time.monotonic() < deadline, f"the server {server} outlives its clients"

@@ -18,8 +18,8 @@ from job.data.sampler import (
 )
 
 
-def seen(size: int, batch: int, world_size: int, epoch: int = 0, shuffle: bool = True) -> list[list[int]]:
-    """Valid samples of each global batch, the ranks' slices joined."""
+def samples_by_batch(size: int, batch: int, world_size: int, epoch: int = 0, shuffle: bool = True) -> list[list[int]]:
+    """Return the valid samples of each global batch, with the ranks' slices concatenated."""
     orders = [
         ResumableBatchSampler(size, batch, rank=rank, world_size=world_size, seed=7, shuffle=shuffle)
         for rank in range(world_size)
@@ -42,23 +42,23 @@ def test_permutation_looks_random() -> None:
     assert max(abs(h - 0.5) for h in halves) < 0.03
 
 
-def test_permutation_needs_no_memory_for_the_data_set() -> None:
-    few = permute(np.arange(5), 10**12, "key")
-    assert len(set(few.tolist())) == 5
-    assert few.max() < 10**12
+def test_permutation_takes_no_memory_per_sample() -> None:
+    values = permute(np.arange(5), 10**12, "key")
+    assert len(set(values.tolist())) == 5
+    assert values.max() < 10**12
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("size", [1, 23, 24, 25, 47, 101])
-def test_every_sample_exactly_once_an_epoch(size: int, world_size: int) -> None:
-    batches = seen(size, 24, world_size)
+def test_every_sample_exactly_once_per_epoch(size: int, world_size: int) -> None:
+    batches = samples_by_batch(size, 24, world_size)
     assert sorted(s for batch in batches for s in batch) == list(range(size))
 
 
 def test_global_batches_do_not_depend_on_the_world_size() -> None:
-    expected = seen(101, 24, 1, epoch=3)
+    expected = samples_by_batch(101, 24, 1, epoch=3)
     for world_size in (2, 3, 4, 8):
-        assert seen(101, 24, world_size, epoch=3) == expected
+        assert samples_by_batch(101, 24, world_size, epoch=3) == expected
 
 
 @pytest.mark.parametrize(("size", "run"), [(1, 4), (3, 4), (4, 4), (101, 4), (1000, 7), (1000, 1000)])
@@ -85,7 +85,7 @@ def test_runs_do_not_depend_on_the_world_size() -> None:
 
 
 def test_epochs_and_seeds_differ() -> None:
-    assert seen(101, 24, 1, epoch=0) != seen(101, 24, 1, epoch=1)
+    assert samples_by_batch(101, 24, 1, epoch=0) != samples_by_batch(101, 24, 1, epoch=1)
     assert permute(np.arange(50), 50, "1/0").tolist() != permute(np.arange(50), 50, "2/0").tolist()
 
 
@@ -117,8 +117,8 @@ def test_every_view_once_in_batches_that_lie_within_chunks(views: int, batch_siz
     assert len(plans) == len(order) == sum(order.batches_in(chunk) for chunk in chunks)
     assert {len(plan.samples) for plan in plans} == {batch_size}
     rows = [row for plan in plans for row in zip(plan.samples, plan.variants, plan.valid, strict=True)]
-    seen = [(sample, variant) for sample, variant, valid in rows if valid]
-    assert seen == [(sample, view) for chunk in chunks for sample in chunk for view in range(views)]
+    samples_and_variants = [(sample, variant) for sample, variant, valid in rows if valid]
+    assert samples_and_variants == [(sample, view) for chunk in chunks for sample in chunk for view in range(views)]
     for plan in plans:
         assert any(set(plan.samples.tolist()) <= set(chunk) for chunk in chunks)
         assert plan.global_size == plan.valid.sum()
@@ -146,7 +146,7 @@ def test_each_class_is_drawn_equally_often() -> None:
         assert set(np.delete(counts, 3).tolist()) <= {200, 201}
 
 
-def test_a_sample_is_drawn_again_once_all_of_its_class_were() -> None:
+def test_classes_are_drawn_without_replacement() -> None:
     counts = np.zeros(1003, np.int64)
     for epoch in range(12):
         counts += np.bincount(drawn(epoch), minlength=1003)
@@ -183,15 +183,15 @@ def test_balanced_batches_can_start_anywhere() -> None:
     assert "_members" not in pickle.dumps(sampler).decode("latin1")  # other processes make it themselves
 
 
-def test_a_sample_that_comes_again_is_counted() -> None:
-    seen: set[tuple[int, int]] = set()
+def test_repeated_samples_are_counted() -> None:
+    pairs: set[tuple[int, int]] = set()
     for epoch in range(3):
         for plan in balanced().batches(epoch, range(42)):
             assert plan.repeats is not None
             for pair in zip(plan.samples[plan.valid].tolist(), plan.repeats[plan.valid].tolist(), strict=True):
-                assert pair not in seen
-                seen.add(pair)
-    assert {repeat for sample, repeat in seen if sample == 990} >= set(range(200))
+                assert pair not in pairs
+                pairs.add(pair)
+    assert {repeat for sample, repeat in pairs if sample == 990} >= set(range(200))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])

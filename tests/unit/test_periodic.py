@@ -1,4 +1,4 @@
-"""Background threads survive errors, and do not keep a process from ending."""
+"""Background threads survive errors and do not block the end of the process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_an_error_is_logged_once_with_its_traceback_and_the_thread_goes_on(caplo
     assert "works again after 9 failure(s)" in caplog.text
 
 
-def test_a_call_that_hangs_does_not_block_the_end(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hanging_call_does_not_block_stopping(caplog: pytest.LogCaptureFixture) -> None:
     entered, leave = threading.Event(), threading.Event()
 
     def function() -> None:
@@ -59,7 +59,7 @@ def test_the_interval_may_change_and_fail(caplog: pytest.LogCaptureFixture) -> N
     assert "StopIteration" in caplog.text
 
 
-def test_a_call_within_a_time() -> None:
+def test_a_call_with_a_time_limit() -> None:
     assert call_within(5, lambda: 7, "seven") == 7
     assert call_within(5, lambda: None, "nothing") is None
     with pytest.raises(ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""Every pixel mode and bit depth, against values computed by numpy."""
+"""Every pixel mode and bit depth, compared with values computed by NumPy."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ RAMP = (np.arange(64 * 48, dtype=np.int64).reshape(48, 64) * 21) % 65536
 """Values over nearly all of 16 bits."""
 
 
-def encoded(image: Image.Image, form: str, **options: object) -> bytes:
+def encoded(image: Image.Image, file_format: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, form, **options)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
 def grey(content: bytes) -> np.ndarray:
-    """The decoded image, which must be grey, as [H, W]."""
-    found = decode(content).numpy()
-    assert (found[0] == found[1]).all()
-    assert (found[0] == found[2]).all()
-    return found[0]
+    """Decode a grey image; return [H, W]."""
+    decoded = decode(content).numpy()
+    assert (decoded[0] == decoded[1]).all()
+    assert (decoded[0] == decoded[2]).all()
+    return decoded[0]
 
 
 def colours(content: bytes) -> np.ndarray:
@@ -86,7 +86,7 @@ def tiff(values: np.ndarray, bits: int, photometric: int = 1, order: str = "<", 
 
 
 def packed_12_bits(values: np.ndarray) -> np.ndarray:
-    """Two samples in three bytes, as TIFF has them."""
+    """Pack two 12-bit samples into three bytes, as TIFF does."""
     first, second = values[:, ::2], values[:, 1::2]
     return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 2).reshape(len(values), -1)
 
@@ -138,11 +138,11 @@ def with_nan(values: np.ndarray) -> np.ndarray:
     ],
 )
 def test_greyscale_of_every_depth(content: bytes, expected: np.ndarray | None) -> None:
-    found = grey(content)
+    decoded = grey(content)
     if expected is None:  # RAMP - 20,000 does not fit in 16 bits throughout
         values = (RAMP - 20_000).astype(np.int16).astype(np.int64)
         expected = np.rint((values - values.min()) * (255 / (values.max() - values.min())))
-    assert np.array_equal(found, expected), np.abs(found.astype(int) - expected).max()
+    assert np.array_equal(decoded, expected), np.abs(decoded.astype(int) - expected).max()
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1_000_000), (-500, 500), (0, 2**31 - 1)])
@@ -154,9 +154,9 @@ def test_an_image_of_32_bits_in_memory(low: int, high: int) -> None:
 
 def test_values_that_are_not_finite() -> None:
     content = tiff(with_nan(UNIT), 32, t339=(3, 3))
-    found = grey(content)
-    assert found[0, :2].tolist() == [0, 255]
-    assert np.array_equal(found[1:], np.rint(UNIT[1:].astype(np.float64) * 255))
+    decoded = grey(content)
+    assert decoded[0, :2].tolist() == [0, 255]
+    assert np.array_equal(decoded[1:], np.rint(UNIT[1:].astype(np.float64) * 255))
     with pytest.raises(DataError, match="none of its values is finite"):
         decode(tiff(np.full((4, 4), np.nan, np.float32), 32, t339=(3, 3)))
 
@@ -202,22 +202,22 @@ def test_a_lab_tiff() -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 def test_a_transparent_grey_is_white(bits: int) -> None:
-    """The chunk tRNS has the value in the file's bits, Pillow's pixels are in 8."""
+    """The chunk tRNS has the file's bit depth, Pillow's pixels have 8 bits."""
     values = RAMP % 2**bits if bits < 16 else RAMP
     key = int(values[1, 3])
-    found = grey(png(values, bits, 0, chunk(b"tRNS", struct.pack(">H", key))))
+    decoded = grey(png(values, bits, 0, chunk(b"tRNS", struct.pack(">H", key))))
     scaled = values * 255 // (2**bits - 1) if bits < 16 else values >> 8
-    assert np.array_equal(found, np.where(values == key, 255, scaled))
+    assert np.array_equal(decoded, np.where(values == key, 255, scaled))
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_transparent_colour_is_white(bits: int) -> None:
     factor = 257 if bits == 16 else 1
     key = RGB[5, 7]
-    found = colours(
+    decoded = colours(
         png(RGB.astype(int) * factor, bits, 2, chunk(b"tRNS", struct.pack(">3H", *(key.astype(int) * factor))))
     )
-    assert np.array_equal(found, np.where((key == RGB).all(2, keepdims=True), 255, RGB))
+    assert np.array_equal(decoded, np.where((key == RGB).all(2, keepdims=True), 255, RGB))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -257,11 +257,15 @@ def test_modes_of_pillow_that_few_files_have(mode: str, convert: Callable[[Image
     assert difference.mean() < 3
 
 
-@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_the_first_frame_of_several(form: str) -> None:
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_several(file_format: str) -> None:
     frames = [Image.new("RGB", (20, 10), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
     content = encoded(
-        frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "WEBP" else {})
+        frames[0],
+        file_format,
+        save_all=True,
+        append_images=frames[1:],
+        **({"lossless": True} if file_format == "WEBP" else {}),
     )
     assert np.array_equal(colours(content), np.asarray(frames[0]))
 
@@ -283,26 +287,26 @@ def test_a_pixel_type_that_is_not_supported_is_named() -> None:
     ],
 )
 def test_a_large_image_is_converted_in_bands(content: bytes, at_least: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same pixels; reduced by a box filter where it is to be resized."""
+    """The pixels are equal; before resizing they are reduced by a box filter."""
     whole = decode(content)
     monkeypatch.setattr(pixels, "LARGE", 1000)
     monkeypatch.setattr(pixels, "BAND_PIXELS", 500)
-    found = decode(content, at_least)
+    decoded = decode(content, at_least)
     if not at_least:
-        assert np.array_equal(found, whole)
+        assert np.array_equal(decoded, whole)
         return
     reduced = Image.fromarray(whole.permute(1, 2, 0).numpy()).reduce(min(whole.shape[1:]) // 8)
-    assert np.array_equal(found.permute(1, 2, 0).numpy(), np.asarray(reduced))
+    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), np.asarray(reduced))
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000"])
-def test_the_limit_of_pixels_is_an_option(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow's own is global: neither is it applied, nor changed."""
-    content = encoded(Image.new("RGB", (100, 90)), form)
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000"])
+def test_the_limit_of_pixels_is_an_option(file_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's global limit is neither applied nor changed."""
+    content = encoded(Image.new("RGB", (100, 90)), file_format)
     assert decode(content, max_image_pixels=9000).shape == (3, 90, 100)
     with pytest.raises(DataError, match=r"decompression bomb: 100 x 90 pixels, more than max_image_pixels \(8,999\)"):
         decode(content, max_image_pixels=8999)
-    if form not in ("WEBP", "TIFF"):  # Pillow's plugins check these by themselves, too
+    if file_format not in ("WEBP", "TIFF"):  # Pillow's plugins check these by themselves, too
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
         assert decode(content).shape == (3, 90, 100)
     assert pixels.MAX_IMAGE_PIXELS == 178_956_970

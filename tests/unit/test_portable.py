@@ -1,4 +1,4 @@
-"""On systems that lack what Linux has: no CPU affinity (macOS), no fcntl (Windows), no /proc."""
+"""Systems without CPU affinity (macOS), fcntl (Windows) or /proc."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe is made of: targets, mixing, class weights, parameter groups, the schedule."""
+"""Parts of a recipe: targets, mixup and CutMix, class weights, parameter groups, the schedule."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_smoothing_is_torchs() -> None:
     assert torch.allclose(per_sample_loss(one, smoothed(labels % 2, 2, 0.2)), expected, atol=1e-6)
 
 
-def test_balanced_weights_average_to_one_and_make_classes_count_alike() -> None:
+def test_balanced_weights_average_to_one_and_equalise_classes() -> None:
     labels = np.array([0] * 60 + [1] * 30 + [2] * 10 + [-1] * 5, np.int32)
     weights = balanced_weights(labels, 3)
     counted = torch.from_numpy(labels[labels >= 0]).long()
@@ -58,8 +58,8 @@ def test_balanced_weights_average_to_one_and_make_classes_count_alike() -> None:
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.2, 0.0), (0.0, 1.0), (0.2, 1.0)])
-def test_mixing_keeps_targets_to_the_share_of_pixels(mixup: float, cutmix: float) -> None:
-    """Pictures of one value each: the mean of the mixed one tells how much of each class is in it."""
+def test_mixed_targets_equal_the_share_of_pixels(mixup: float, cutmix: float) -> None:
+    """With constant images, the mean of a mixed image is the share of each class."""
     mix = mixing(mixup, cutmix)
     assert mix is not None
     for seed in range(10):
@@ -73,23 +73,23 @@ def test_mixing_keeps_targets_to_the_share_of_pixels(mixup: float, cutmix: float
 
 
 def model(**settings: object) -> TransferLearningModel:
-    """With the network that the data would have it build."""
-    made = TransferLearningModel(backbone="timm/test_resnet", **settings)  # type: ignore[arg-type]
+    """Return a module with the network that it would build for the data."""
+    module = TransferLearningModel(backbone="timm/test_resnet", **settings)  # type: ignore[arg-type]
     backbone = build_backbone("timm/test_resnet")
-    made.net = Classifier(backbone, name="x", classes="ab", hidden=[4], image_size=32, mean=MEAN, std=STD)
+    module.net = Classifier(backbone, name="x", classes="ab", hidden=[4], image_size=32, mean=MEAN, std=STD)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    made.trainer = SimpleNamespace(strategy=strategy, max_epochs=15)  # type: ignore[assignment]
-    return made
+    module.trainer = SimpleNamespace(strategy=strategy, max_epochs=15)  # type: ignore[assignment]
+    return module
 
 
 @pytest.mark.parametrize("decays", [True, False])
 def test_each_parameter_is_in_one_group_and_vectors_do_not_decay(decays: bool) -> None:
-    made = model(decay_norm_and_bias=decays, optimizer=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.05))
-    groups = made.configure_optimizers()["optimizer"].param_groups
+    module = model(decay_norm_and_bias=decays, optimizer=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.05))
+    groups = module.configure_optimizers()["optimizer"].param_groups
     assert len(groups) == (3 if decays else 6)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(grouped) == sorted(map(id, made.net.parameters()))
-    head = set(map(id, made.net.head.parameters()))
+    assert sorted(grouped) == sorted(map(id, module.net.parameters()))
+    head = set(map(id, module.net.head.parameters()))
     for group in groups:
         assert group["initial_lr"] == pytest.approx(0.1 if id(group["params"][0]) in head else 0.01)
         for parameter in group["params"]:
@@ -97,24 +97,24 @@ def test_each_parameter_is_in_one_group_and_vectors_do_not_decay(decays: bool) -
 
 
 def test_learning_rates_fall_from_the_head_to_the_first_layers() -> None:
-    made = model(backbone_lr_factor=0.5, first_lr_factor=0.1, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
-    groups = made.configure_optimizers()["optimizer"].param_groups
+    module = model(backbone_lr_factor=0.5, first_lr_factor=0.1, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+    groups = module.configure_optimizers()["optimizer"].param_groups
     rates = [group["initial_lr"] for group in groups]
     assert rates[:2] == [1.0, 0.5]
     assert rates[-1] == pytest.approx(0.05)
     assert all(one > other for one, other in itertools.pairwise(rates))
-    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, made.net.parameters()))
-    first = next(iter(made.net.backbone.parameters()))
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, module.net.parameters()))
+    first = next(iter(module.net.backbone.parameters()))
     assert any(parameter is first for parameter in groups[-1]["params"])
 
 
 @pytest.mark.parametrize("factory", [torch.optim.SGD, partial(torch.optim.SGD, lr=7.0), lambda p: torch.optim.SGD(p)])
 def test_lr_overrides_the_optimizers_learning_rate(factory: OptimizerCallable) -> None:
-    made = model(lr=0.5, backbone_lr_factor=0.1, optimizer=factory)
-    groups = made.configure_optimizers()["optimizer"].param_groups
+    module = model(lr=0.5, backbone_lr_factor=0.1, optimizer=factory)
+    groups = module.configure_optimizers()["optimizer"].param_groups
     assert [group["lr"] for group in groups] == pytest.approx([0.5, 0.05, 0.05])
-    assert made.fingerprint() == model(optimizer=partial(torch.optim.SGD, lr=0.5)).fingerprint()
-    assert made.fingerprint() != model(lr=0.4, optimizer=factory).fingerprint()
+    assert module.fingerprint() == model(optimizer=partial(torch.optim.SGD, lr=0.5)).fingerprint()
+    assert module.fingerprint() != model(lr=0.4, optimizer=factory).fingerprint()
 
 
 def test_the_optimizer_is_created_once_besides_its_trial() -> None:
@@ -125,21 +125,21 @@ def test_the_optimizer_is_created_once_besides_its_trial() -> None:
         parameters.append(sum(p.numel() for group in optimizer.param_groups for p in group["params"]))
         return optimizer
 
-    made = model(optimizer=factory)
-    made.fingerprint()
-    made.configure_optimizers()
-    made.fingerprint()
+    module = model(optimizer=factory)
+    module.fingerprint()
+    module.configure_optimizers()
+    module.fingerprint()
     trial, trained = parameters
-    assert trial < 10 < trained == sum(p.numel() for p in made.net.head.parameters())
+    assert trial < 10 < trained == sum(p.numel() for p in module.net.head.parameters())
 
 
 def test_a_new_run_tries_the_optimizer_again() -> None:
-    made = model(lr_scheduler=AutoSchedule("CosineAnnealingLR", {"T_max": "auto"}))
-    first = made.fingerprint()
-    made.trainer.max_epochs = 30  # type: ignore[misc]
-    made.setup("fit")
+    module = model(lr_scheduler=AutoSchedule("CosineAnnealingLR", {"T_max": "auto"}))
+    first = module.fingerprint()
+    module.trainer.max_epochs = 30  # type: ignore[misc]
+    module.setup("fit")
     assert "'T_max': 15" in first["model.lr_scheduler"]
-    assert "'T_max': 30" in made.fingerprint()["model.lr_scheduler"]
+    assert "'T_max': 30" in module.fingerprint()["model.lr_scheduler"]
 
 
 @pytest.mark.parametrize(("saved", "loading"), [(True, None), (None, True), (False, True)])
@@ -154,16 +154,16 @@ def test_a_loaded_state_is_fused_as_the_optimizer_that_loads_it(saved: bool | No
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
-def test_optimizers_update_in_one_pass_unless_told_otherwise(kind: type[torch.optim.Optimizer]) -> None:
+def test_optimizers_are_fused_by_default(kind: type[torch.optim.Optimizer]) -> None:
     def step(**settings: object) -> tuple[torch.optim.Optimizer, torch.Tensor]:
-        made = model(optimizer=lambda p: kind(p, lr=0.1, **settings))  # type: ignore[call-arg]
-        optimizer = made.configure_optimizers()["optimizer"]
+        module = model(optimizer=lambda p: kind(p, lr=0.1, **settings))  # type: ignore[call-arg]
+        optimizer = module.configure_optimizers()["optimizer"]
         torch.manual_seed(0)
-        for parameter in made.net.parameters():
+        for parameter in module.net.parameters():
             nn.init.ones_(parameter)
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-        return optimizer, torch.cat([parameter.detach().flatten() for parameter in made.net.parameters()])
+        return optimizer, torch.cat([parameter.detach().flatten() for parameter in module.net.parameters()])
 
     fused_optimizer, updated = step()
     plain_optimizer, expected = step(fused=False)
@@ -173,8 +173,8 @@ def test_optimizers_update_in_one_pass_unless_told_otherwise(kind: type[torch.op
     assert not step(foreach=True)[0].param_groups[0]["fused"]
 
 
-def test_a_fused_optimizer_goes_on_from_moments_that_lie_otherwise_in_memory() -> None:
-    """Its kernels take parameters and moments by their place in memory."""
+def test_a_fused_optimizer_resumes_from_moments_in_another_memory_format() -> None:
+    """The kernels index parameters and moments by their memory position."""
 
     def steps(optimizer: torch.optim.Optimizer, weight: nn.Parameter, seeds: range) -> None:
         for seed in seeds:
@@ -182,27 +182,27 @@ def test_a_fused_optimizer_goes_on_from_moments_that_lie_otherwise_in_memory() -
             weight.grad = torch.randn(weight.shape).contiguous(memory_format=torch.channels_last)
             optimizer.step()
 
-    def made() -> tuple[torch.optim.Optimizer, nn.Parameter]:
+    def optimizer_and_weight() -> tuple[torch.optim.Optimizer, nn.Parameter]:
         weight = nn.Parameter(torch.zeros(4, 3, 5, 5).contiguous(memory_format=torch.channels_last))
         optimizer = torch.optim.Adam([weight], lr=0.1)
         fuse(optimizer, torch.device("cpu"))
         return optimizer, weight
 
-    whole, expected = made()
+    whole, expected = optimizer_and_weight()
     steps(whole, expected, range(4))
-    first, weight = made()
+    first, weight = optimizer_and_weight()
     steps(first, weight, range(2))
     saved = first.state_dict()
     for name in ("exp_avg", "exp_avg_sq"):
         saved["state"][0][name] = saved["state"][0][name].contiguous()
-    second, again = made()
+    second, resumed = optimizer_and_weight()
     second.load_state_dict(saved)
-    again.data.copy_(weight.data)
-    steps(second, again, range(2, 4))
-    assert torch.equal(again, expected)
+    resumed.data.copy_(weight.data)
+    steps(second, resumed, range(2, 4))
+    assert torch.equal(resumed, expected)
 
 
-def test_the_average_of_the_weights_is_followed_swapped_and_saved() -> None:
+def test_ema_weights_are_updated_swapped_and_saved() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     frozen = net[0].bias.clone()  # type: ignore[union-attr, operator]
     average = WeightAverage(net, 0.6)
@@ -225,12 +225,12 @@ def test_the_average_of_the_weights_is_followed_swapped_and_saved() -> None:
     average.swap(averaged=False)
     assert torch.equal(net[0].weight, trained)  # type: ignore[union-attr, arg-type]
 
-    again = WeightAverage(net, 0.6)
-    again.load(average.averages)
-    assert all(torch.equal(again.averages[name], value) for name, value in average.averages.items())
+    restored = WeightAverage(net, 0.6)
+    restored.load(average.averages)
+    assert all(torch.equal(restored.averages[name], value) for name, value in average.averages.items())
 
 
-def test_the_average_follows_what_trains_and_nothing_else() -> None:
+def test_ema_averages_only_trained_parameters() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
     first, norm, _ = net
     first.requires_grad_(False)
@@ -251,15 +251,17 @@ def test_the_average_follows_what_trains_and_nothing_else() -> None:
     assert moved() == {"2.weight", "2.bias", "1.weight", "1.bias", "1.running_mean"}
 
 
-def test_a_class_of_nine_tenths_weighs_as_much_as_the_other() -> None:
-    made = model(class_weights="balanced")
+def test_a_majority_class_weighs_as_much_as_the_other() -> None:
+    module = model(class_weights="balanced")
     labels = torch.tensor([0] * 9 + [1])
-    made.trainer = SimpleNamespace(datamodule=SimpleNamespace(parts={"train": SimpleNamespace(labels=labels.numpy())}))  # type: ignore[assignment]
-    nn.init.zeros_(made.net.head[-1].weight)  # type: ignore[arg-type]
-    nn.init.zeros_(made.net.head[-1].bias)  # type: ignore[arg-type]
+    module.trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(parts={"train": SimpleNamespace(labels=labels.numpy())})
+    )  # type: ignore[assignment]
+    nn.init.zeros_(module.net.head[-1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(module.net.head[-1].bias)  # type: ignore[arg-type]
     batch = {"image": torch.zeros(10, 3, 32, 32, dtype=torch.uint8), "label": labels}
     with torch.no_grad():
-        losses = made.eval().training_losses(batch)  # type: ignore[arg-type]
+        losses = module.eval().training_losses(batch)  # type: ignore[arg-type]
     assert losses[:9].sum() == pytest.approx(float(losses[9:].sum()), rel=1e-5)
     assert losses.mean() == pytest.approx(float(np.log(2)), rel=1e-5)
 
@@ -279,7 +281,7 @@ def test_the_schedule_rises_then_falls() -> None:
 
 
 @pytest.mark.parametrize(("warmup", "total", "final_factor"), [(-1, 5, 0.0), (5, 5, 0.0), (0, 5, 1.5)])
-def test_a_schedule_that_cannot_be_is_refused(warmup: int, total: int, final_factor: float) -> None:
+def test_an_impossible_schedule_is_refused(warmup: int, total: int, final_factor: float) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ConfigError, match="WarmupCosine needs"):
         WarmupCosine(optimizer, warmup, total, final_factor)
@@ -322,7 +324,7 @@ def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
 
 
 def test_each_hyperparameter_has_a_description() -> None:
-    """It is the help of its option."""
+    """The description is the option's help."""
     options = {action.dest: action.help for action in parser_of_model()._actions}
     for each in fields(ModelConfig):
         assert options[f"model.{each.name}"], each.name

@@ -1,4 +1,4 @@
-"""What counts as a credential in a URI or a message, and who gets it back."""
+"""Redaction of credentials in URIs and messages, and their restoration."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def nothing_known() -> Iterator[None]:
 )
 def test_identity_and_redaction(uri: str, plain: str) -> None:
     assert redact.identity(uri) == plain
-    shown = redact.redact(f"cannot read {uri}: 403")
-    assert "ret9" not in shown
-    assert redact.HIDDEN in shown
+    redacted = redact.redact(f"cannot read {uri}: 403")
+    assert "ret9" not in redacted
+    assert redact.HIDDEN in redacted
     assert redact.is_redacted(redact.redact(uri))
     assert redact.identity(redact.redact(uri)) == plain
     assert redact.remember(uri) == plain
@@ -58,7 +58,7 @@ def test_identity_and_redaction(uri: str, plain: str) -> None:
         "s3://bucket/x:y@z",
     ],
 )
-def test_what_is_no_credential(uri: str) -> None:
+def test_text_without_credentials_is_unchanged(uri: str) -> None:
     assert redact.identity(uri) == uri
     assert redact.remember(uri) == uri
 
@@ -79,13 +79,13 @@ def test_credentials_in_messages_of_libraries(text: str) -> None:
     assert "Zecret9" not in redact.redact(f"HttpError: {text}, try again")
 
 
-def test_known_values_are_found_in_any_context_and_spelling() -> None:
+def test_known_credentials_are_redacted_in_any_context() -> None:
     redact.remember("https://h/a?sig=Zec%2Fret9%3D")
     for spelling in ("Zec%2Fret9%3D", "Zec/ret9=", "Zec%2Fret9="):
         assert "ret9" not in redact.redact(f"strange: <{spelling}>")
 
 
-def test_who_gets_the_credentials() -> None:
+def test_credentials_are_restored_for_their_own_uris() -> None:
     redact.remember("https://h/folder?sv=1&sig=Zecret9")
     redact.remember("https://me:Zecret8@h2/tables/t.csv?alt=media")
     redact.remember("https://h3/x/a.zip?X-Goog-Signature=Zecret7")
@@ -103,7 +103,7 @@ def test_who_gets_the_credentials() -> None:
         assert redact.authorized(other) == other
 
 
-def test_child_processes_know_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_processes_inherit_the_known_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     redact.remember("https://h/a?sig=Zecret9")
     monkeypatch.setattr(redact, "_known", {})
     monkeypatch.setattr(redact, "_loaded", False)

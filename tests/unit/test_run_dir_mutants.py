@@ -1,4 +1,4 @@
-"""Damaged files of a run_dir end in a message or are healed; ``JOB_TEST_MUTANTS`` says how many are tried of each."""
+"""Damaged files of a run_dir end in a message or are replaced; ``JOB_TEST_MUTANTS`` sets the number per file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from job import checkpoint
 from job.config import run_config as config
 from job.config import saved_config
 from job.errors import JobError
-from job.monitoring import accounting, report
+from job.monitoring import accounting
+from job.monitoring.report.files import EarlierReport
+from job.monitoring.report.page import render
 from job.resilience import attempts
 from job.resilience.lease_file import parse
 
@@ -30,38 +32,44 @@ NEW_RUN = '{"format":1,"step":4,"configuration":"0","failed":1,"lost":0,"last_er
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = fit_here(tmp_path_factory.mktemp("mutants"), trainer__max_epochs=2)
-    (made / "attempts.json").write_text(NEW_RUN)
-    return made
+    folder = fit_here(tmp_path_factory.mktemp("mutants"), trainer__max_epochs=2)
+    (folder / "attempts.json").write_text(NEW_RUN)
+    return folder
 
 
 def look_at_checkpoints(run_dir: str) -> None:
     for each in (checkpoint.newest_verified, checkpoint.resolve, checkpoint.manifests, checkpoint.uncommitted):
         with contextlib.suppress(JobError):
             each(run_dir)
-    for found in checkpoint.manifests(run_dir):
-        assert "/" not in found.file
-        checkpoint.confusion_cells(run_dir, found)
+    for manifest in checkpoint.manifests(run_dir):
+        assert "/" not in manifest.file
+        checkpoint.confusion_cells(run_dir, manifest)
 
 
 def look_at_state(run_dir: str) -> None:
-    """With a manifest that fits: whoever changes the one can change the other."""
+    """With a matching manifest, since an attacker can change both."""
     newest = max(Path(run_dir, "checkpoints").glob("*.ckpt"))
     manifest = newest.with_name(f"{newest.name}.json")
-    content, described = newest.read_bytes(), msgspec.json.decode(manifest.read_bytes())
-    described |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest.write_bytes(msgspec.json.encode(described))
+    content, fields = newest.read_bytes(), msgspec.json.decode(manifest.read_bytes())
+    fields |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.write_bytes(msgspec.json.encode(fields))
     job.load(str(newest), "cpu")
 
 
 def look_at_confusion(run_dir: str) -> None:
-    for found in checkpoint.manifests(run_dir):
-        assert found.confusion is not None
-        checkpoint.confusion_cells(run_dir, found)
+    for manifest in checkpoint.manifests(run_dir):
+        assert manifest.confusion is not None
+        checkpoint.confusion_cells(run_dir, manifest)
 
 
 def look_at_lease(run_dir: str) -> None:
     parse(run_dir, Path(run_dir, "lease.json").read_bytes())
+
+
+def look_at_report(run_dir: str) -> None:
+    """As a fit that resumes does, which shows it again."""
+    if (content := EarlierReport(run_dir).content) is not None:
+        assert "<script" not in render(content, {})
 
 
 READERS: dict[str, tuple[str, Callable[[str], object]]] = {
@@ -70,7 +78,7 @@ READERS: dict[str, tuple[str, Callable[[str], object]]] = {
     "confusion": ("checkpoints/*.safetensors", look_at_confusion),
     "accounting": ("accounting.json", accounting.read),
     "attempts": ("attempts.json", attempts.read),
-    "report": ("report.json", lambda run_dir: report._figures_of_training(f"{run_dir}/report.json")),
+    "report": ("report.json", look_at_report),
     "config, validate": ("config.yaml", saved_config.read_saved_config),
     "config, fit": ("config.yaml", lambda run_dir: config.save_config(run_dir, "data: {}\n")),
     "lease": ("lease.json", look_at_lease),

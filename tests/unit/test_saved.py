@@ -19,7 +19,7 @@ FILES = picture_files(["blue", "red"], 6)
 
 @pytest.fixture
 def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The URIs that were listed."""
+    """URIs that were listed."""
     listed: list[str] = []
     list_pages = storage.list_pages
     monkeypatch.setattr(storage, "list_pages", lambda uri, *a, **k: (listed.append(uri), list_pages(uri, *a, **k))[1])
@@ -40,7 +40,7 @@ def test_where_an_index_is_kept(uri: str, expected: str) -> None:
     assert resolve(uri).index_uri == expected
 
 
-def test_an_index_made_ahead_is_used(
+def test_a_prebuilt_index_is_used(
     tmp_path: Path, listed: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     root = str(write_files(tmp_path / "data", FILES))
@@ -56,7 +56,7 @@ def test_an_index_made_ahead_is_used(
 
 
 def test_an_index_elsewhere_is_a_data_set(tmp_path: Path, listed: list[str]) -> None:
-    """For buckets that may not be written to."""
+    """For read-only buckets."""
     (tmp_path / "data.tar").write_bytes(tar_of(FILES))
     write_files(tmp_path / "more", picture_files(["green"], 2) | picture_files(["red"], 1, seed=5))
     main(str(tmp_path / "data.tar"), output=str(tmp_path / "kept"))
@@ -68,9 +68,7 @@ def test_an_index_elsewhere_is_a_data_set(tmp_path: Path, listed: list[str]) -> 
         index_parts(tmp_path / "nothing" / "index.json")
 
 
-def test_an_index_that_is_out_of_date_is_not_believed(
-    tmp_path: Path, listed: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_stale_index_is_rebuilt(tmp_path: Path, listed: list[str], caplog: pytest.LogCaptureFixture) -> None:
     root = str(write_files(tmp_path / "data", FILES))
     main(root)
     (tmp_path / "data/red/002.jpg").write_bytes(picture((1, 2, 3), 4))
@@ -102,7 +100,7 @@ def rename(root: str) -> None:
 @pytest.mark.parametrize("most_listed", [100, 1])
 @pytest.mark.parametrize("change", [add, add_class, remove, rename])
 @pytest.mark.parametrize("kind", ["disk", "memory"])
-def test_an_index_notices_what_came_and_went(
+def test_added_and_removed_files_make_an_index_stale(
     kind: str,
     change: Callable[[str], None],
     most_listed: int,
@@ -133,8 +131,8 @@ def test_an_index_notices_what_came_and_went(
         index_parts(f"{root}/.index/index.json")
 
 
-def test_an_index_notices_other_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of a table beside the images, which stay what they were."""
+def test_changed_labels_make_an_index_stale(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In a table beside unchanged images."""
     root = write_files(tmp_path / "data", {f"{n}.jpg": picture((1, 2, 3), n) for n in range(4)})
     for labels in ("aabb", "abab", "abac"):
         rows = "".join(f"{n}.jpg,{label}\n" for n, label in enumerate(labels))
@@ -146,7 +144,7 @@ def test_an_index_notices_other_labels(tmp_path: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("change", ["add", "remove"])
-def test_an_index_of_shards_notices_another_one(change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_added_shard_makes_an_index_stale(change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pattern = f"{tmp_path}/s-*.tar"
     for number in range(3):
         (tmp_path / f"s-{number}.tar").write_bytes(tar_of(picture_files(["blue", "red"], 2, seed=number)))
@@ -163,7 +161,7 @@ def test_an_index_of_shards_notices_another_one(change: str, tmp_path: Path, cap
 
 
 @pytest.mark.parametrize("damage", ["{", '{"format": 0}', "{}"])
-def test_an_index_that_is_none_is_named(damage: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_index_is_reported(damage: str, tmp_path: Path) -> None:
     root = str(write_files(tmp_path / "data", FILES))
     main(root)
     (tmp_path / "data/.index/index.json").write_text(damage)
@@ -174,7 +172,7 @@ def test_an_index_that_is_none_is_named(damage: str, tmp_path: Path) -> None:
 def test_a_run_lists_its_data_once(
     tmp_path: Path, listed: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its next start goes on with the same list, unless the data has changed under it."""
+    """The next attempt uses the same index, unless the data has changed."""
     root, run_dir = str(write_files(tmp_path / "data", FILES)), f"memory://runs/{tmp_path.name}"
     monkeypatch.setattr(ImageDataModule, "_run_dir", lambda self: run_dir)
 
@@ -197,7 +195,7 @@ def test_a_run_lists_its_data_once(
 def test_each_shard_is_looked_up_once_and_each_filesystem_resolved_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many parts an index has, and however many loaders read it."""
+    """For any number of parts and loaders."""
     root, run_dir = f"memory://shards/{tmp_path.name}", f"memory://runs/{tmp_path.name}"
     for number in range(5):
         members = picture_files(["blue", "red"], 4, seed=number)

@@ -1,4 +1,4 @@
-"""Schedulers that are as long as the run, keep the groups' rates, and are refused before they fail."""
+"""Schedulers: their length, the groups' learning rates, and refused settings."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def schedule(name: str, **settings: object) -> AutoSchedule:
     ],
 )
 def test_auto_is_the_whole_run(name: str, settings: dict[str, object]) -> None:
-    made = build_scheduler(schedule(name, **settings), optimizer(), factors=FACTORS, length=20)
+    scheduler = build_scheduler(schedule(name, **settings), optimizer(), factors=FACTORS, length=20)
     rates = []
     for _ in range(20):
-        rates.append([group["lr"] for group in made.optimizer.param_groups])
-        made.optimizer.step()
-        made.step()
+        rates.append([group["lr"] for group in scheduler.optimizer.param_groups])
+        scheduler.optimizer.step()
+        scheduler.step()
     assert all(head == pytest.approx(10 * backbone) for head, backbone in rates)
     assert 0.02 < max(rates)[0] <= 0.1
     assert rates[-1][0] < 0.02
@@ -53,7 +53,7 @@ def test_auto_is_the_whole_run(name: str, settings: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "value",
     [
         {"class_path": "StepLR", "init_args": {"step_size": "auto"}},
         {"class_path": "OneCycleLR", "init_args": {"max_lr": 0.1, "total_steps": 5}},
@@ -64,20 +64,20 @@ def test_auto_is_the_whole_run(name: str, settings: dict[str, object]) -> None:
         "OneCycleLR",
     ],
 )
-def test_other_values_are_no_schedule(wrong: Any) -> None:
+def test_values_that_are_no_auto_schedule_are_refused(value: Any) -> None:
     with pytest.raises(ValueError):
-        AutoSchedule.parse(wrong)
+        AutoSchedule.parse(value)
 
 
 def test_rates_of_a_scheduler_are_the_heads_or_one_per_group() -> None:
-    made = build_scheduler(partial(OneCycleLR, max_lr=0.2, total_steps=9), optimizer(), factors=FACTORS, length=9)
-    assert [group["max_lr"] for group in made.optimizer.param_groups] == pytest.approx([0.2, 0.02])
-    made = build_scheduler(
+    built = build_scheduler(partial(OneCycleLR, max_lr=0.2, total_steps=9), optimizer(), factors=FACTORS, length=9)
+    assert [group["max_lr"] for group in built.optimizer.param_groups] == pytest.approx([0.2, 0.02])
+    built = build_scheduler(
         partial(OneCycleLR, max_lr=[0.2, 0.2], total_steps=9), optimizer(), factors=FACTORS, length=9
     )
-    assert [group["max_lr"] for group in made.optimizer.param_groups] == pytest.approx([0.2, 0.2])
-    made = build_scheduler(partial(CyclicLR, base_lr=0.1, max_lr=0.2), optimizer(), factors=FACTORS, length=9)
-    assert made.max_lrs == pytest.approx([0.2, 0.02])  # type: ignore[union-attr]
+    assert [group["max_lr"] for group in built.optimizer.param_groups] == pytest.approx([0.2, 0.2])
+    built = build_scheduler(partial(CyclicLR, base_lr=0.1, max_lr=0.2), optimizer(), factors=FACTORS, length=9)
+    assert built.max_lrs == pytest.approx([0.2, 0.02])  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="2 parameter groups"):
         build_scheduler(partial(OneCycleLR, max_lr=[0.1] * 3, total_steps=9), optimizer(), factors=FACTORS, length=9)
     assert isinstance(
@@ -144,12 +144,12 @@ PLATEAU = "pytorch_lightning.cli.ReduceLROnPlateau"
         ({"model.optimizer": "torch.optim.SparseAdam"}, "SparseAdam cannot train this network"),
     ],
 )
-def test_what_cannot_work_is_refused_before_training(
+def test_incompatible_schedules_are_refused_before_training(
     changes: dict[str, object], message: str, colours: Path, tmp_path: Path
 ) -> None:
-    ended = run_here("fit", *options({**TINY, **changes}, data__root=colours, run_dir=tmp_path / "run"))
-    assert ended.returncode == 2, ended.output
-    assert message in ended.output
+    outcome = run_here("fit", *options({**TINY, **changes}, data__root=colours, run_dir=tmp_path / "run"))
+    assert outcome.returncode == 2, outcome.output
+    assert message in outcome.output
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -172,8 +172,8 @@ def test_one_cycle_over_the_whole_run_and_a_resume(colours: Path, tmp_path: Path
     assert highest == pytest.approx([0.001, 0.001, 0.01], rel=0.1)
     assert all(values[-1] < max(values) / 20 for values in rates.values())
 
-    again = run_here("fit", "--config", run_dir / "config.yaml", "--run_dir", tmp_path / "again")
-    assert again.returncode == 0, again.output
+    repeated = run_here("fit", "--config", run_dir / "config.yaml", "--run_dir", tmp_path / "again")
+    assert repeated.returncode == 0, repeated.output
     longer = run_here("fit", "--config", run_dir / "config.yaml", "--run_dir", run_dir, "--trainer.max_epochs=4")
     assert longer.returncode == 2
     assert "'total_steps': 12" in longer.output
@@ -183,8 +183,8 @@ def test_one_cycle_over_the_whole_run_and_a_resume(colours: Path, tmp_path: Path
 def test_reduce_on_plateau_steps_where_there_was_a_validation(colours: Path, tmp_path: Path) -> None:
     plateau = scheduler(PLATEAU, monitor="val/loss", factor=0.5, patience=0, threshold=1e9, threshold_mode="abs")
     changes = {"model.lr_scheduler": plateau, "trainer.check_val_every_n_epoch": 2, "trainer.max_epochs": 6}
-    ended = run_here("fit", *options({**TINY, **changes}, data__root=colours, run_dir=tmp_path / "run"))
-    assert ended.returncode == 0, ended.output
+    outcome = run_here("fit", *options({**TINY, **changes}, data__root=colours, run_dir=tmp_path / "run"))
+    assert outcome.returncode == 0, outcome.output
     rates = [value for _, value in scalars(str(tmp_path / "run"))["lr-Adam/pg1"]]
     # The first validation sets the best; each later one is no better, and halves the rate after its epoch.
     assert rates == pytest.approx([0.001] * 16 + [0.0005] * 8)

@@ -1,4 +1,4 @@
-"""Signals to small processes: exit codes, one line, and who is not disturbed."""
+"""Signals to small processes: exit codes and messages."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_grace_holds_whatever_the_main_thread_does() -> None:
     assert "could not stop cleanly" in errors
 
 
-def test_a_terminal_that_ends_does_not_stop_what_nohup_started() -> None:
+def test_sighup_does_not_stop_a_process_started_by_nohup() -> None:
     process = start(WAITS.format(grace=10, then="sys.exit(stopped.exit_code)"), "nohup")
     process.send_signal(signal.SIGHUP)
     time.sleep(0.3)
@@ -75,7 +75,7 @@ def test_a_terminal_that_ends_does_not_stop_what_nohup_started() -> None:
 
 
 def test_an_inner_context_hands_its_signal_to_the_outer_one() -> None:
-    """Else a SIGTERM on the way out would raise a second time."""
+    """Otherwise a SIGTERM during shutdown would raise a second time."""
     code = """
 import os, signal, sys
 from job.process.signals import Stopped, StopSignals

@@ -24,7 +24,7 @@ FILES = {f"photos/{part}/{key}": c for part in ("train", "val") for key, c in pi
 
 
 def deflated(files: dict[str, bytes]) -> bytes:
-    """A zip as a pipe gets it: sizes and checksums follow the content."""
+    """A streamed zip: sizes and checksums follow the content."""
 
     class Pipe(io.RawIOBase):
         content = b""
@@ -65,7 +65,7 @@ def test_archives_in_a_bucket_read_like_folders(name: str, content: bytes, tmp_p
     assert parts["train"].uri(3) == f"memory://archives/{name}/photos/train/red/001.jpg"
 
 
-def test_only_what_cannot_be_read_in_parts_is_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_compressed_tars_are_copied_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive, cache = tmp_path / "a.tar.gz", tmp_path / "cache"
     archive.write_bytes(tar_of(FILES, "w:gz"))
     fetched = []
@@ -90,8 +90,8 @@ def test_only_what_cannot_be_read_in_parts_is_copied_once(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_names_of_members_lead_nowhere(kind: str, tmp_path: Path) -> None:
-    """Nothing is unpacked: a name that climbs is a name."""
+def test_member_names_are_never_paths(kind: str, tmp_path: Path) -> None:
+    """Nothing is unpacked, so ``..`` in a name has no effect."""
     files = {f"a/{c}/../../../{c}.jpg": b"x" for c in "xy"}
     (tmp_path / f"evil.{kind}").write_bytes(zip_of(files) if kind == "zip" else tar_of(files))
     index = index_of(tmp_path / f"evil.{kind}", "images")
@@ -99,7 +99,7 @@ def test_names_of_members_lead_nowhere(kind: str, tmp_path: Path) -> None:
     assert not list(tmp_path.parent.rglob("[xy].jpg"))
 
 
-def test_links_and_other_files_are_left_out(tmp_path: Path) -> None:
+def test_links_and_special_files_are_skipped(tmp_path: Path) -> None:
     buffer = io.BytesIO(tar_of(FILES))
     with tarfile.open(fileobj=buffer, mode="a") as archive:
         link = tarfile.TarInfo("photos/train/red/link.jpg")
@@ -114,21 +114,21 @@ def test_links_and_other_files_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
 def test_a_damaged_archive_is_named(name: str, tmp_path: Path) -> None:
-    whole = zip_of(FILES) if name == "a.zip" else tar_of(FILES, "w:gz" if name.endswith("gz") else "w")
-    (tmp_path / name).write_bytes(whole[: len(whole) // 2 + 100])
+    archive = zip_of(FILES) if name == "a.zip" else tar_of(FILES, "w:gz" if name.endswith("gz") else "w")
+    (tmp_path / name).write_bytes(archive[: len(archive) // 2 + 100])
     with pytest.raises(DataError, match=name):
         index_parts(tmp_path / name)
 
 
 def test_a_damaged_member_is_a_bad_sample(tmp_path: Path) -> None:
-    """The directory is whole, one member's bytes are not."""
-    whole = zip_of(FILES)
-    place = whole.index(FILES["photos/train/red/001.jpg"]) + 300
-    (tmp_path / "a.zip").write_bytes(whole[:place] + b"?" + whole[place + 1 :])
-    contents = read(index_parts(tmp_path / "a.zip")["train"], [2, 3])
-    assert contents[0] == FILES["photos/train/red/000.jpg"]
-    assert isinstance(contents[1], DataError)
-    assert "CRC" in str(contents[1])
+    """The central directory is intact, one member is damaged."""
+    archive = zip_of(FILES)
+    position = archive.index(FILES["photos/train/red/001.jpg"]) + 300
+    (tmp_path / "a.zip").write_bytes(archive[:position] + b"?" + archive[position + 1 :])
+    samples = read(index_parts(tmp_path / "a.zip")["train"], [2, 3])
+    assert samples[0] == FILES["photos/train/red/000.jpg"]
+    assert isinstance(samples[1], DataError)
+    assert "CRC" in str(samples[1])
 
 
 def test_a_member_that_expands_without_end_is_a_bad_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,9 +140,9 @@ def test_a_member_that_expands_without_end_is_a_bad_sample(tmp_path: Path, monke
 
 
 def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
-    whole = bytearray(zip_of(FILES))
-    whole[whole.index(b"PK\1\2") + 8] |= 1  # general purpose flag, bit 0, of the first member in the directory
-    (tmp_path / "a.zip").write_bytes(whole)
+    archive = bytearray(zip_of(FILES))
+    archive[archive.index(b"PK\1\2") + 8] |= 1  # general purpose flag, bit 0, of the first member in the directory
+    (tmp_path / "a.zip").write_bytes(archive)
     with pytest.raises(DataError, match="encrypted"):
         index_parts(tmp_path / "a.zip")
 
@@ -178,8 +178,8 @@ def test_patterns_name_shards(tmp_path: Path) -> None:
 
 
 def webdataset(count: int, label: object, start: int = 0, suffix: str = "cls") -> dict[str, bytes]:
-    contents = list(picture_files(["blue", "red"], count).values())
-    shuffled = [contents[(7 * n) % len(contents)] for n in range(len(contents))]
+    pictures = list(picture_files(["blue", "red"], count).values())
+    shuffled = [pictures[(7 * n) % len(pictures)] for n in range(len(pictures))]
     files = {}
     for n, content in enumerate(shuffled):
         files[f"{start + n:06d}.jpg"] = content
@@ -189,7 +189,7 @@ def webdataset(count: int, label: object, start: int = 0, suffix: str = "cls") -
 
 
 def test_webdataset_shards(tmp_path: Path) -> None:
-    """Labels of numbers are ordered as numbers; a read fetches neighbours, and the order keeps them together."""
+    """Numeric labels are sorted as numbers; adjacent members are read together."""
     shards = {f"t-{s:02d}.tar": tar_of(webdataset(10, lambda n: (5 * n) % 11, 100 * s)) for s in range(3)}
     write_files(tmp_path, shards)
     index = index_of(f"{tmp_path}/t-{{00..02}}.tar")
@@ -218,18 +218,18 @@ def test_shards_sorted_by_class_are_read_sample_by_sample(tmp_path: Path) -> Non
     assert index_of(tmp_path / "s.tar").info.run_length == 1
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
-def test_manifests(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_format", ["csv", "jsonl", "parquet"])
+def test_manifests(file_format: str, tmp_path: Path) -> None:
     files = picture_files(["blue", "red"], 3)
     write_files(tmp_path, files)
     storage.write_bytes("memory://elsewhere/0.jpg", b"there")
     uris = [*files, "memory://elsewhere/0.jpg", str(tmp_path / "blue/000.jpg")]
     splits = ["train"] * 6 + ["validation", "val"]
     table = pa.table({"uri": uris, "label": ["007"] * 3 + ["7"] * 3 + ["007", "7"], "split": splits})
-    target = tmp_path / f"m.{form}"
-    if form == "csv":
+    target = tmp_path / f"m.{file_format}"
+    if file_format == "csv":
         pyarrow.csv.write_csv(table, target)
-    elif form == "parquet":
+    elif file_format == "parquet":
         pyarrow.parquet.write_table(table, target)
     else:
         target.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
@@ -241,7 +241,7 @@ def test_manifests(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("picture,label\na.jpg,x\n", "has no column uri; it has picture, label"),
         ("uri,label\na.jpg,x\nb.jpg,\n", "row 1 .* has no label"),
@@ -250,14 +250,14 @@ def test_manifests(form: str, tmp_path: Path) -> None:
         ("", "cannot be read"),
     ],
 )
-def test_manifests_that_cannot_be_meant(content: str, told: str, tmp_path: Path) -> None:
+def test_invalid_manifests_are_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         index_parts(tmp_path / "m.csv")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.jsonl", b'{"uri": "a.jpg", "label": "x", "more": ' + b"[" * 100_000 + b"\n", r"row 0 \(from 0\)"),
         ("b.jsonl", b'{"uri": "a.jpg", "label": "x"}\n{"uri": ["a"], "label": "x"}\n', r"row 1 \(from 0\)"),
@@ -275,14 +275,14 @@ def test_manifests_that_cannot_be_meant(content: str, told: str, tmp_path: Path)
         ("n.parquet", b"", "cannot be read"),
     ],
 )
-def test_malformed_manifests_give_one_message(name: str, content: bytes, told: str, tmp_path: Path) -> None:
+def test_malformed_manifests_give_one_message(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         index_parts(tmp_path / name)
 
 
 def test_columns_of_other_types_are_read_or_refused(tmp_path: Path) -> None:
-    """Numbers are labels, too; a date or a text that looks like one stays what it is in JSON."""
+    """Numbers are labels; in JSON dates and numeric strings stay text."""
     uris = ["a.jpg", "b.jpg"]
     for number, labels in enumerate(
         (pa.array([1, 2]), pa.array([b"a", b"b"]), pa.array(["a", "b"], pa.large_string()))

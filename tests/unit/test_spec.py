@@ -65,20 +65,22 @@ NET = classifier()
         ({"format": "2"}, "format"),
     ],
 )
-def test_a_description_is_checked_before_memory_is_taken(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_description_is_checked_before_memory_is_allocated(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     uri = saved(NET, tmp_path, **changes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if changes == {"image_size": 4}:
         predict.load(uri)  # small images are fine for a network without positions
         return
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(CheckpointError, match=message) as excinfo:
         predict.load(uri)
-    assert str(caught.value).isprintable()
+    assert str(excinfo.value).isprintable()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
 @pytest.mark.parametrize("content", [None, [], 3, {}, {"classifier": 3}, {"backbone": NAME}])
-def test_something_else_is_no_description(content: Any) -> None:
+def test_an_invalid_description_is_refused(content: Any) -> None:
     with pytest.raises(CheckpointError, match="invalid description of its network"):
         decode_spec(content, "w.ckpt")
 
@@ -112,7 +114,7 @@ def test_tensors_are_compared_with_the_description(change: Any, tmp_path: Path) 
         predict.load(uri)
 
 
-def test_what_cannot_be_described_is_not_trained() -> None:
+def test_a_network_beyond_the_limits_of_a_description_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"hidden\[0\]"):
         classifier(hidden=[100_000])
     with pytest.raises(ConfigError, match="above 0"):
@@ -120,12 +122,12 @@ def test_what_cannot_be_described_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize(("name", "size"), [("vit_b_32", 64), ("mnasnet0_5", 32), ("googlenet", 64)])
-def test_networks_come_back_from_their_description(name: str, size: int) -> None:
+def test_networks_are_rebuilt_from_their_description(name: str, size: int) -> None:
     net = classifier(name, size).eval()
-    again = from_spec(net.spec(), net.state_dict()).eval()
+    restored = from_spec(net.spec(), net.state_dict()).eval()
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
     with torch.no_grad():
-        assert torch.equal(net(images), again(images))
+        assert torch.equal(net(images), restored(images))
 
 
 VALUES = st.recursive(
@@ -137,7 +139,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(field=st.sampled_from([*ClassifierSpec.__struct_fields__, "other"]), value=VALUES)
-def test_any_value_of_any_field_is_taken_or_refused(field: str, value: Any) -> None:
+def test_any_value_of_any_field_is_accepted_or_refused(field: str, value: Any) -> None:
     try:
         spec = decode_spec({**NET.spec(), field: value}, "w.ckpt")
     except CheckpointError as error:
@@ -147,7 +149,7 @@ def test_any_value_of_any_field_is_taken_or_refused(field: str, value: Any) -> N
 
 
 def test_checkpoints_do_not_depend_on_the_model() -> None:
-    """The model reads them in one module; the others know the keys of the state file alone."""
+    """One module of the model reads checkpoints."""
 
     def importing(folder: str, package: str) -> list[str]:
         imports = re.compile(rf"^\s*(from {re.escape(package)}\b|import {re.escape(package)}\b)", re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Commands import only what they use: torch takes seconds of CPU, Lightning as many again."""
+"""Commands import only the packages they use: torch and Lightning take seconds of CPU."""
 
 from __future__ import annotations
 

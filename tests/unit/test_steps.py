@@ -45,7 +45,7 @@ def test_windows_hold_every_sample_once(accumulate: int, limit: int) -> None:
 
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_batches_that_are_accumulated_equal_larger_batches(scheduled: bool, tmp_path: Path) -> None:
-    """33 images, of which the last step has one; an accumulation of 4 ends the epoch with one batch of 1 in 3."""
+    """33 images, one of which is in the last step; with accumulation the last window has 3 batches."""
     data = write_files(tmp_path / "data", picture_files(["red", "blue", "green"], 14))
     (data / "green" / "013.jpg").unlink()
     schedule = [
@@ -69,8 +69,8 @@ def test_batches_that_are_accumulated_equal_larger_batches(scheduled: bool, tmp_
         ("large", {"data.global_batch_size": 12}),
         ("small", {"data.global_batch_size": 3, **accumulating}),
     ):
-        ended = run_here("fit", *options({**common, **more}, run_dir=tmp_path / name))
-        assert ended.returncode == 0, ended.output
+        outcome = run_here("fit", *options({**common, **more}, run_dir=tmp_path / name))
+        assert outcome.returncode == 0, outcome.output
     large, small = final_weights(f"{tmp_path}/large"), final_weights(f"{tmp_path}/small")
     assert all(torch.allclose(large[name], small[name], atol=1e-6) for name in large)
 
@@ -88,8 +88,8 @@ def test_a_run_resumed_within_an_epoch_accumulates_as_its_schedule_says(colours:
         "data.root": colours,
     }
     run_dir = tmp_path / "run"
-    ended = run_here("fit", *options(settings, run_dir=run_dir))
-    assert ended.returncode == 0, ended.output
+    outcome = run_here("fit", *options(settings, run_dir=run_dir))
+    assert outcome.returncode == 0, outcome.output
     committed = checkpoint.manifests(str(run_dir))
     assert [(m.epoch, m.batch, m.global_step) for m in committed[-3:]] == [(1, 0, 4), (1, 2, 5), (2, 0, 6)]
     expected = final_weights(str(run_dir))

@@ -14,7 +14,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"memory://{tmp_path.name}" if request.param == "memory" else str(tmp_path)
 
 
-def test_what_is_written_is_read_and_listed(folder: str) -> None:
+def test_written_objects_are_read_and_listed(folder: str) -> None:
     storage.write_bytes(f"{folder}/a/one", b"1")
     storage.write_many(folder, {"a/two": b"22", "three": b"333"})
     reader = storage.Reader(folder)
@@ -26,7 +26,7 @@ def test_what_is_written_is_read_and_listed(folder: str) -> None:
     assert not storage.exists(f"{folder}/three")
 
 
-def test_a_writer_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage.write_bytes(str(tmp_path / "x"), b"old")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(StorageError, match="No space left"):
@@ -35,19 +35,19 @@ def test_a_writer_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch:
     assert (tmp_path / "x").read_bytes() == b"old"
 
 
-def test_errors_name_the_uri_and_the_cure(folder: str) -> None:
+def test_errors_name_the_uri_and_the_remedy(folder: str) -> None:
     with pytest.raises(StorageError, match=rf"{folder}/nothing: no such bucket, object or folder"):
         storage.read_bytes(f"{folder}/nothing")
     with pytest.raises(StorageError, match="nosuch"):
         storage.read_bytes("nosuch://x/y")
 
 
-def test_a_server_that_is_not_there_is_an_outage() -> None:
+def test_an_unreachable_server_is_an_outage() -> None:
     with pytest.raises(StorageOutage, match=r"http://127\.0\.0\.1:9/a\.zip"):
         storage.read_bytes("http://127.0.0.1:9/a.zip")
 
 
-def test_retry_gives_up_only_on_what_a_retry_cannot_mend() -> None:
+def test_only_transient_errors_are_retried() -> None:
     calls = []
 
     def fails(error: Exception, times: int) -> None:
@@ -65,7 +65,7 @@ def test_retry_gives_up_only_on_what_a_retry_cannot_mend() -> None:
         storage.retry(lambda: fails(StorageOutage("busy"), 99), seconds=1, waiting="x waits")
 
 
-def test_an_upload_is_held_against_what_the_store_says(tmp_path: Path) -> None:
+def test_an_upload_is_compared_with_the_stores_size_and_hash(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     storage.require_same("gs://b/x", {"size": 3, "md5Hash": "kAFQmDzST7DWlj99KOF/cg=="}, tmp_path / "x")
     with pytest.raises(StorageOutage, match="3 here"):
@@ -74,7 +74,7 @@ def test_an_upload_is_held_against_what_the_store_says(tmp_path: Path) -> None:
         storage.require_same("gs://b/x", {"size": 3, "md5Hash": "AAAA"}, tmp_path / "x")
 
 
-def test_joining_and_naming() -> None:
+def test_join_and_basename() -> None:
     assert storage.join("gs://b/", "a/", "/c") == "gs://b/a/c"
     assert storage.join("/", "a") == "/a"
     assert storage.basename("https://host/a%20b.zip?alt=media") == "a%20b.zip"

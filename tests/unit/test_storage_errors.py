@@ -1,4 +1,4 @@
-"""Failures of storage are told apart by type, origin and HTTP status."""
+"""Storage errors are classified by type, origin and HTTP status."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_kind_of_a_failure(error: Exception, kind: Kind) -> None:
     assert classify(error) is kind
 
 
-def test_a_page_of_a_proxy_may_be_mended_by_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_page_of_a_proxy_is_transient(monkeypatch: pytest.MonkeyPatch) -> None:
     fs = storage.filesystem("memory://x")[0]
 
     def answer(path: str) -> bytes:
@@ -83,6 +83,6 @@ def test_a_page_of_a_proxy_may_be_mended_by_a_restart(monkeypatch: pytest.Monkey
 
 
 def test_a_protocol_that_does_not_exist_is_a_mistake() -> None:
-    with pytest.raises(StorageError, match="cannot open gz://x") as caught:
+    with pytest.raises(StorageError, match="cannot open gz://x") as excinfo:
         storage.read_bytes("gz://x")
-    assert not isinstance(caught.value, StorageOutage)
+    assert not isinstance(excinfo.value, StorageOutage)

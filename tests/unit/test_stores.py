@@ -1,4 +1,4 @@
-"""One class per kind of storage is found by its protocol; a disk without locks says so."""
+"""The class of a storage is found by its protocol; a disk without locks is reported."""
 
 from __future__ import annotations
 

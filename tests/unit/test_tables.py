@@ -1,4 +1,4 @@
-"""Tables as people have them: any names of columns, any other columns, and formats of other tools."""
+"""Tables with any column names, further columns, and formats of other tools."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def test_excel_writes_utf16(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "a.csv") == rows_of(tmp_path / "b.csv") == {"a.jpg": "caf\xe9", "b.jpg": "y"}
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
-def test_labels_are_texts(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file_format", ["csv", "jsonl", "parquet"])
+def test_labels_are_read_as_text(file_format: str, tmp_path: Path) -> None:
     labels: list[Any] = ["007", "7", "2020-01-01", "true", "1.50", "None"]
     uris = [f"{n}.jpg" for n in range(len(labels))]
-    path = tmp_path / f"a.{form}"
-    if form == "csv":
+    path = tmp_path / f"a.{file_format}"
+    if file_format == "csv":
         path.write_text("uri,label\n" + "".join(f"{u},{v}\n" for u, v in zip(uris, labels, strict=True)))
-    elif form == "jsonl":
+    elif file_format == "jsonl":
         path.write_text("".join(json.dumps({"uri": u, "label": v}) + "\n" for u, v in zip(uris, labels, strict=True)))
     else:
         pyarrow.parquet.write_table(pa.table({"uri": uris, "label": labels}), path)
@@ -123,7 +123,7 @@ def test_splits_in_any_spelling(tmp_path: Path) -> None:
     assert Index(folder, "train").keys == ["a.jpg", "b.jpg", "f.jpg"]
 
 
-def test_two_candidates_are_refused_until_one_is_named(tmp_path: Path) -> None:
+def test_ambiguous_columns_are_refused_until_one_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("file_name,url,label,species\na.jpg,q,x,1\nb.jpg,q,y,2\n")
     with pytest.raises(DataError, match=r"file_name, url: which one is the uri\? .*--data\.columns uri=file_name"):
@@ -198,8 +198,8 @@ def test_import_files_of_vertex_ai_in_json_lines(tmp_path: Path) -> None:
 
 def hugging_face(path: Path, label: Any, rows: int = 4, **columns: Any) -> None:
     """A Parquet file as ``Dataset.push_to_hub`` writes it."""
-    contents = [FILES[NAMES[n % 4]] for n in range(rows)]
-    images = pa.array([{"bytes": content, "path": f"{n}.jpg"} for n, content in enumerate(contents)])
+    pictures = [FILES[NAMES[n % 4]] for n in range(rows)]
+    images = pa.array([{"bytes": content, "path": f"{n}.jpg"} for n, content in enumerate(pictures)])
     table = pa.table({"image": images, "label": label, **columns})
     names = {"names": ["cat", "dog"], "_type": "ClassLabel"}
     features = {
@@ -240,8 +240,8 @@ def test_other_parquet_files_with_images(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"image": linked, "label": ["x", "y", "x", "y"]}), path)
     assert list(rows_of(path)) == NAMES
     # Of a row without an image the sample is bad.
-    some = pa.array([{"bytes": images[0], "path": None}, {"bytes": None, "path": None}], kind)
-    pyarrow.parquet.write_table(pa.table({"image": some, "label": ["x", "y"]}), path)
+    images_with_null = pa.array([{"bytes": images[0], "path": None}, {"bytes": None, "path": None}], kind)
+    pyarrow.parquet.write_table(pa.table({"image": images_with_null, "label": ["x", "y"]}), path)
     assert read(index_of(path), [0, 1], tmp_path / "cache") == [images[0], b""]
 
 
@@ -255,7 +255,7 @@ def test_the_first_image_of_a_parquet_file_may_be_missing(missing: bytes | None,
 
 
 def test_a_text_that_a_parquet_file_repeats_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few kilobytes of Parquet may say the same text very often."""
+    """A few kilobytes of Parquet may repeat a text very often."""
     monkeypatch.setattr("job.data.index.sources.parquet_tables.LONGEST_VALUE", 1 << 10)
     path, rows = tmp_path / "a.parquet", 1 << 13
     pyarrow.parquet.write_table(pa.table({"uri": ["x" * 2000] * rows, "label": ["x"] * rows}), path)
@@ -280,7 +280,7 @@ def test_parquet_files_with_images_are_unpacked_within_limits(tmp_path: Path, mo
 
 @pytest.mark.parametrize("column", ["missing", "number", "struct"])
 def test_an_index_may_name_no_other_column_than_one_of_images(column: str, tmp_path: Path) -> None:
-    """Indexes are data, too: others may have written them."""
+    """An index is untrusted data."""
     table = pa.table({"number": [1, 2], "struct": [{"a": 1}, {"a": 2}]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match="cannot be read"):
@@ -291,7 +291,7 @@ def test_an_index_may_name_no_other_column_than_one_of_images(column: str, tmp_p
     ("features", "labels"),
     [({"label": {"names": ["cat"]}}, [0, 1]), ({"label": {"names": ["cat", 5]}}, None), ([[]], None), (None, None)],
 )
-def test_class_names_that_do_not_fit(features: Any, labels: list[int] | None, tmp_path: Path) -> None:
+def test_class_names_that_do_not_match_the_labels(features: Any, labels: list[int] | None, tmp_path: Path) -> None:
     table = pa.table({"uri": ["a.jpg", "b.jpg"], "label": [0, 1]})
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")

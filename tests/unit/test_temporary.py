@@ -1,4 +1,4 @@
-"""Temporary folders are gone after every end, and never while somebody needs them."""
+"""Temporary folders are deleted at exit, and never while they are used."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def start(room: Path, code: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_a_folder_is_gone_after_every_end(end: str, room: Path) -> None:
+def test_a_folder_is_deleted_however_the_process_ends(end: str, room: Path) -> None:
     process = start(room, ENDS[end])
     assert "job-x-" in process.communicate(timeout=30)[0]
     assert process.returncode == {"exception": 1, "exit": 3, "os._exit": 75}.get(end, 0)
     assert list(room.iterdir()) == []
 
 
-def test_the_folder_of_a_killed_process_is_swept_and_that_of_a_living_one_is_not(room: Path) -> None:
+def test_only_folders_of_dead_processes_are_deleted(room: Path) -> None:
     process = start(room, "import time; time.sleep(60)")
     assert process.stdout is not None
     folder = Path(process.stdout.readline().strip())
@@ -59,14 +59,14 @@ def test_the_folder_of_a_killed_process_is_swept_and_that_of_a_living_one_is_not
     assert not mine.exists()
 
 
-def test_only_this_user_may_read_them(room: Path) -> None:
+def test_temporary_folders_are_private(room: Path) -> None:
     folder = temporary.folder("x")
     file = temporary.create_file(folder / "state")
     assert (folder.stat().st_mode & 0o777, file.stat().st_mode & 0o777) == (0o700, 0o600)
     temporary.remove_all()
 
 
-def test_what_a_message_has_named_stays_and_is_listed(room: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_named_in_a_message_is_kept_and_listed(room: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = temporary.folder("checkpoint")
     temporary.create_file(folder / "state.ckpt")
     temporary.keep(folder, "the state of gs://b/x.ckpt, which could not be uploaded.")
@@ -77,8 +77,8 @@ def test_what_a_message_has_named_stays_and_is_listed(room: Path, caplog: pytest
     assert f"{folder} is kept: the state of gs://b/x.ckpt, which could not be uploaded." in caplog.text
 
 
-def test_what_is_not_ours_is_left_alone(room: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A folder without an owner file, a file, a link to a folder elsewhere, a link for an owner file."""
+def test_folders_of_other_programs_are_kept(room: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A folder without an owner file, a file, a link to another folder, a link as owner file."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / temporary.OWNER).touch()
     (room / "job-of-a-person").mkdir()

@@ -22,16 +22,16 @@ def test_escape() -> None:
     assert terminal.escape("👩\u200d🔬") == "👩\u200d🔬"
 
 
-def test_tables_show_cells_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_show_cells_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.print_table(["name", "[b]"], [(HOSTILE, 1), ("[/]", None)], title="runs/exp[lr=0.1]")
-    shown = capsys.readouterr().out
-    assert "runs/exp[lr=0.1]" in shown
-    assert ":smile:" in shown
-    assert "[/b]" in shown
-    assert not set(shown) & set("\x1b\x9b\u202e\udcff")
+    output = capsys.readouterr().out
+    assert "runs/exp[lr=0.1]" in output
+    assert ":smile:" in output
+    assert "[/b]" in output
+    assert not set(output) & set("\x1b\x9b\u202e\udcff")
 
 
-def test_an_ascii_terminal_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ascii_terminal_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
     terminal.say(f"▶ {HOSTILE}")
@@ -41,7 +41,7 @@ def test_an_ascii_terminal_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def protected(monkeypatch: pytest.MonkeyPatch):
-    """Output as the command line has it; returns what a logger of its own writes."""
+    """Set the output up as the command line does; returns the output of a logger with a separate handler."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     logger = logging.getLogger("somebody.else's")
@@ -66,8 +66,8 @@ def test_log_records_warnings_and_tracebacks(protected: io.StringIO, capsys: pyt
     thread.start()
     thread.join()
     sys.excepthook(ValueError, ValueError(f"\x1b {secret}"), None)
-    shown = protected.getvalue() + capsys.readouterr().err
-    assert "Zecret9" not in shown
-    assert "\x1b" not in shown
-    assert not [line for line in shown.splitlines() if line.startswith("00:00:00 forged")]
-    assert shown.count("sig=***") >= 6
+    output = protected.getvalue() + capsys.readouterr().err
+    assert "Zecret9" not in output
+    assert "\x1b" not in output
+    assert not [line for line in output.splitlines() if line.startswith("00:00:00 forged")]
+    assert output.count("sig=***") >= 6

@@ -136,11 +136,11 @@ def test_malformed_records_are_refused_within_bounds(content: bytes, text: str) 
 
 
 def test_damaged_examples_end_in_a_message() -> None:
-    """Records with right checksums and wrong content."""
+    """Records with valid checksums and invalid content."""
     rng = random.Random(0)
-    sound = example(image=b"x" * 40, label=[1, 2], image__class__text=b"cat")
+    intact = example(image=b"x" * 40, label=[1, 2], image__class__text=b"cat")
     for _ in range(2000):
-        content = bytearray(sound)
+        content = bytearray(intact)
         for _ in range(rng.randint(1, 4)):
             content[rng.randrange(len(content))] = rng.choice([0, 0x7F, 0x80, 0xFF, rng.randrange(256)])
         try:

@@ -1,4 +1,4 @@
-"""A small head trains on one thread, everything else on all."""
+"""A small head trains on one thread, larger networks on all."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Seen(Callback):
     def __init__(self) -> None:
         self.threads: dict[tuple[str, int], set[int]] = {}
 
-    def note(self, place: str, trainer: pl.Trainer) -> None:
-        self.threads.setdefault((place, trainer.current_epoch), set()).add(torch.get_num_threads())
+    def note(self, phase: str, trainer: pl.Trainer) -> None:
+        self.threads.setdefault((phase, trainer.current_epoch), set()).add(torch.get_num_threads())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         pl_module.net.backbone.register_forward_hook(lambda *_: self.note("backbone", trainer))
@@ -45,11 +45,11 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.parametrize("train_bn", [False, True])
 @pytest.mark.usefixtures("two_threads")
 def test_the_head_alone_trains_on_one_thread(colours: Path, tmp_path: Path, train_bn: bool) -> None:
-    seen = Seen()
+    recorder = Seen()
     trainer = pl.Trainer(
         max_epochs=2,
         accelerator="cpu",
-        callbacks=[seen],
+        callbacks=[recorder],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -59,7 +59,7 @@ def test_the_head_alone_trains_on_one_thread(colours: Path, tmp_path: Path, trai
         backbone="timm/test_resnet", weights="none", hidden=[8], milestones=[1, 1], train_bn=train_bn
     )
     trainer.fit(model, ImageDataModule(str(colours), image_size=32, global_batch_size=8, cache_dir=str(tmp_path)))
-    assert seen.threads == {
+    assert recorder.threads == {
         ("backbone", 0): {2},
         ("backward", 0): {2 if train_bn else 1},
         ("between", 0): {2},

@@ -49,9 +49,9 @@ def test_less_common_suffixes(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("GIF", "gif"), ("BMP", "bmp"), ("TIFF", "tif"),
+    ("file_format", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("GIF", "gif"), ("BMP", "bmp"), ("TIFF", "tif"),
                          ("WEBP", "webp"), ("AVIF", "avif"), ("JPEG2000", "jp2")]
 )  # fmt: skip
-def test_formats_by_their_first_bytes(form: str, suffix: str) -> None:
-    assert image_suffix(picture((1, 2, 3), 0, form=form)[:16]) == suffix
-    assert image_suffix(picture((1, 2, 3), 0, form=form)[1:17]) is None
+def test_formats_by_their_first_bytes(file_format: str, suffix: str) -> None:
+    assert image_suffix(picture((1, 2, 3), 0, file_format=file_format)[:16]) == suffix
+    assert image_suffix(picture((1, 2, 3), 0, file_format=file_format)[1:17]) is None

@@ -1,4 +1,4 @@
-"""The watchdog ends a rank that hangs, and no other one."""
+"""The watchdog terminates only a rank that hangs."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def idle(seconds: float, limit: float = 60.0) -> Watchdog:
-    """A watchdog whose rank made progress so long ago, and whose thread has run since."""
+    """A watchdog whose rank has made no progress for a time, while its thread ran."""
     dog = Watchdog(WatchdogSettings())
     dog._progress = Progress("training", 7, time.monotonic() - seconds, limit)
     return dog
 
 
-def test_a_rank_without_progress_is_ended(exits: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rank_without_progress_is_terminated(exits: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Ended):
         idle(61)._watch()
     assert exits == [75]
@@ -44,22 +44,22 @@ def test_a_rank_without_progress_is_ended(exits: list[int], capsys: pytest.Captu
     idle(59)._watch()
 
 
-def test_the_limit_is_that_of_the_progress(exits: list[int]) -> None:
-    """A phase with a longer limit may begin at any moment; a mixture of both would end a healthy rank."""
+def test_the_limit_belongs_to_the_phase_of_the_progress(exits: list[int]) -> None:
+    """A phase with a longer limit may begin at any moment; mixing the two would terminate a healthy rank."""
     dog = idle(61)
     consistent = dog._waiting
 
     def and_then_a_save_begins() -> tuple[Progress, float]:
-        found = consistent()
+        state = consistent()
         dog._expect_anything("saving", 7)
-        return found
+        return state
 
     dog._waiting = and_then_a_save_begins  # type: ignore[method-assign]
     dog._watch()
     assert exits == []
 
 
-def test_a_store_that_hangs_keeps_the_watchdog_from_nothing(
+def test_a_hanging_store_does_not_block_the_watchdog(
     exits: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answered = threading.Event()
@@ -82,7 +82,7 @@ def test_a_store_that_hangs_keeps_the_watchdog_from_nothing(
     answered.set()
 
 
-def test_a_process_that_was_stopped_is_not_ended_when_it_is_resumed(
+def test_a_stopped_process_is_not_terminated_when_it_is_resumed(
     exits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dog = idle(0)
@@ -101,7 +101,7 @@ def test_a_process_that_was_stopped_is_not_ended_when_it_is_resumed(
             dog._watch()
 
 
-def test_the_state_that_others_publish_is_checked(exits: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_published_state_of_other_ranks_is_checked(exits: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     class Store:
         def __init__(self, content: bytes) -> None:
             self.content = content
@@ -123,8 +123,8 @@ def test_the_state_that_others_publish_is_checked(exits: list[int], capsys: pyte
     assert "this rank is stopped or gone" in dog._others()
 
 
-def test_a_process_of_somebody_else_is_not_ended(exits: list[int], capsys: pytest.CaptureFixture[str]) -> None:
-    """A notebook: the stacks are printed, and again after another limit."""
+def test_a_notebooks_process_is_not_terminated(exits: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    """In a notebook only the stacks are printed, after each limit."""
     dog = Watchdog(WatchdogSettings(), ends_process=False)
     for _ in range(2):
         dog._progress = Progress("training", 7, time.monotonic() - 61, 60.0)

@@ -22,7 +22,7 @@ Labels = dict[str, str | tuple[str, ...] | None]
 
 
 def labels_of(files: dict[str, bytes]) -> tuple[Labels, list[str]]:
-    """Labels of the images by name, and what is left out."""
+    """Return the labels of the images by name, and the counts of skipped files."""
     left_out = LeftOut()
     members = list(list_tar("s.tar", io.BytesIO(tar_of(files)), left_out))
     labels: Labels = {
@@ -54,7 +54,7 @@ def test_an_image_has_the_label_of_its_own_name(files: dict[str, bytes], expecte
     assert labels_of(files) == (expected, [])
 
 
-def test_other_images_of_a_sample_are_left_out() -> None:
+def test_further_images_of_a_sample_are_skipped() -> None:
     files = {"a.jpg": b"", "a.seg.png": b"", "a.depth.png": b"", "a.cls": b"0"}
     assert labels_of(files) == ({"a.jpg": "0"}, ["2 other images of WebDataset samples"])
     masks = {"a.01.jpg": b"", "a.01.mask.png": b"", "a.01.cls": b"0", "a.02.jpg": b"", "a.02.cls": b"1"}
@@ -62,7 +62,7 @@ def test_other_images_of_a_sample_are_left_out() -> None:
     assert labels_of({"cats/a.jpg": b"", "cats/a.seg.png": b""})[1] == []
 
 
-def test_labels_that_lie_elsewhere_are_counted() -> None:
+def test_labels_without_an_image_are_counted() -> None:
     files = {"a.jpg": b"", "b.jpg": b"", "a.cls": b"0", "b.cls": b"1", "notes.json": b'{"version": 1}'}
     assert labels_of(files) == (
         {"a.jpg": None, "b.jpg": None},

@@ -74,9 +74,7 @@ def test_training_scripts_checkpoints_are_read_as_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("section", ["model_ema", "state_dict_ema", "ema"])
-def test_averaged_weights_are_preferred_and_named(
-    section: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_ema_weights_are_preferred_and_logged(section: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = resnet_state()
     plain = {name: torch.zeros_like(value) for name, value in state.items()}
     averaged = prefixed(state, "module.") | {"n_averaged": torch.tensor(7)}
@@ -99,7 +97,7 @@ def test_layers_with_versions_load(tmp_path: Path) -> None:
     assert_loads(str(tmp_path / "w.safetensors"), state, "mnasnet0_5")
 
 
-def test_heads_that_timm_removes_are_left_over(tmp_path: Path) -> None:
+def test_heads_that_timm_removes_are_ignored(tmp_path: Path) -> None:
     import timm
 
     whole = timm.create_model("test_vit2", num_classes=5).state_dict()
@@ -140,11 +138,11 @@ def test_an_archive_that_expands_is_refused(tmp_path: Path) -> None:
 
 
 def test_messages_have_no_advice_of_torch_and_no_escape_codes(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError) as caught:
+    with pytest.raises(WeightsError) as excinfo:
         read_weights(saved({"a": io.StringIO("x")}, tmp_path / "w.pth"))
-    assert "\x1b" not in str(caught.value)
-    assert "weights_only" not in str(caught.value)
-    assert "_io.StringIO" in str(caught.value)
+    assert "\x1b" not in str(excinfo.value)
+    assert "weights_only" not in str(excinfo.value)
+    assert "_io.StringIO" in str(excinfo.value)
 
 
 SMALL = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -164,13 +162,13 @@ FILES = small_files()
 @settings(max_examples=150, deadline=None)
 @given(
     name=st.sampled_from(sorted(FILES)),
-    place=st.floats(0, 1, exclude_max=True),
+    position=st.floats(0, 1, exclude_max=True),
     removed=st.integers(0, 64),
     added=st.binary(max_size=16),
 )
-def test_damaged_files_end_in_one_message(name: str, place: float, removed: int, added: bytes) -> None:
+def test_damaged_files_end_in_one_message(name: str, position: float, removed: int, added: bytes) -> None:
     content = FILES[name]
-    start = int(place * len(content))
+    start = int(position * len(content))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content[:start] + added + content[start + removed :])

@@ -1,4 +1,4 @@
-"""The XLA path on XLA's own CPU device, whose chips are virtual: what a TPU host runs, but for the TPU."""
+"""Training on XLA's CPU device with virtual chips, as on a TPU host."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ SETTINGS: dict[str, object] = {
 XLA_CPU = {"PJRT_DEVICE": "CPU", "PYTHONPATH": str(Path(__file__).parents[1] / "faults")}
 
 
-def fit(run_dir: str, colours: str, *, chips: int = 2, **more: object) -> str:
-    """Train on ``chips`` virtual chips; returns what was printed."""
-    arguments = options({**SETTINGS, **more}, data__root=colours, run_dir=run_dir)
-    done = run_well("fit", *arguments, CPU_NUM_DEVICES=str(chips), **XLA_CPU)
-    return done.stdout + done.stderr
+def fit(run_dir: str, colours: str, *, chips: int = 2, **changes: object) -> str:
+    """Train on ``chips`` virtual chips; return the output."""
+    arguments = options({**SETTINGS, **changes}, data__root=colours, run_dir=run_dir)
+    result = run_well("fit", *arguments, CPU_NUM_DEVICES=str(chips), **XLA_CPU)
+    return result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def on_xla(gcs: str, images: str) -> str:
 
 
 def test_two_chips_train_as_the_cpu(on_xla: str, on_cpu: str) -> None:
-    """Also the last batch, which is smaller; torch-xla's batch norm keeps a biased variance: 1e-3 at validation."""
+    """Including the last, smaller batch; torch-xla's batch norm keeps a biased variance, hence 1e-3 at validation."""
     xla, cpu = scalars(on_xla), scalars(on_cpu)
     assert [step for step, _ in xla["train/loss"]] == list(range(6))
     for tag in ("train/loss", "val/loss", "val/accuracy"):
@@ -72,14 +72,14 @@ def test_two_chips_train_as_the_cpu(on_xla: str, on_cpu: str) -> None:
 def test_other_numbers_of_chips(chips: int, gcs: str, images: str, on_cpu: str) -> None:
     run_dir = f"{gcs}/xla/{chips}"
     fit(run_dir, images, chips=chips)
-    ours, cpu = scalars(run_dir), scalars(on_cpu)
+    xla, cpu = scalars(run_dir), scalars(on_cpu)
     for tag in ("train/loss", "val/loss"):
-        assert [v for _, v in ours[tag]] == pytest.approx([v for _, v in cpu[tag]], rel=1e-3), tag
+        assert [v for _, v in xla[tag]] == pytest.approx([v for _, v in cpu[tag]], rel=1e-3), tag
 
 
-def test_nothing_grows_with_steps(gcs: str, images: str) -> None:
-    """Neither compilations nor waits of the host: in epochs of 3 and of 16 steps, nothing logged within them."""
-    found = []
+def test_compilations_and_host_waits_do_not_grow_with_steps(gcs: str, images: str) -> None:
+    """Epochs of 3 and of 16 steps without logging have equally many compilations and host waits."""
+    waits_per_epoch = []
     for size in (12, 2):
         run_dir = f"{gcs}/xla/steps-{size}"
         changes = {"data.global_batch_size": size, "trainer.log_every_n_steps": 1000, "trainer.max_epochs": 4}
@@ -91,13 +91,13 @@ def test_nothing_grows_with_steps(gcs: str, images: str) -> None:
         assert len(compiled) == 4
         assert compiled[2] == compiled[3]
         waits = [value for _, value in logged["xla/host_waits"]]
-        found.append(waits[3] - waits[2])
+        waits_per_epoch.append(waits[3] - waits[2])
     # In validation each batch's results are fetched, four values, here of one batch and of four.
-    assert found[1] - found[0] == 4 * 3
+    assert waits_per_epoch[1] - waits_per_epoch[0] == 4 * 3
 
 
 def test_a_second_start_finds_every_graph_compiled(gcs: str, images: str, on_xla: str) -> None:
-    """In the bucket, on another machine's disk; XLA's CPU device then cannot load them, which a TPU can."""
+    """In the bucket, as on another machine; unlike a TPU, XLA's CPU device cannot load them."""
     run_dir = f"{gcs}/xla/again"
     compiled = {file.key: file for file in storage.list_files(f"{on_xla}/xla")}
     assert len(compiled) == scalars(on_xla)["xla/cache_misses"][-1][1]
@@ -111,47 +111,47 @@ def test_stopped_and_resumed_is_bit_equal(gcs: str, images: str, on_xla: str, tm
     run_dir = f"{gcs}/xla/stopped"
     arguments = options(SETTINGS, data__root=images, run_dir=run_dir)
     callback = f"--trainer.callbacks={sabotage(tmp_path / 'struck', step=4)}"
-    done = run("fit", *arguments, callback, CPU_NUM_DEVICES="2", **XLA_CPU)
-    assert done.returncode == 128 + signal.SIGTERM, done.stdout + done.stderr
-    told = fit(run_dir, images)
-    resumed = re.search(r"resuming after step (\d+), epoch 1", told)
-    assert resumed is not None, told
+    result = run("fit", *arguments, callback, CPU_NUM_DEVICES="2", **XLA_CPU)
+    assert result.returncode == 128 + signal.SIGTERM, result.stdout + result.stderr
+    output = fit(run_dir, images)
+    resumed = re.search(r"resuming after step (\d+), epoch 1", output)
+    assert resumed is not None, output
     assert int(resumed[1]) in (4, 5)
     assert_same_weights(run_dir, on_xla)
     assert scalars(run_dir)["train/loss"] == scalars(on_xla)["train/loss"]
     assert len(read(run_dir)) == 2
 
 
-def test_a_checkpoint_crosses_over_and_back(gcs: str, images: str, on_cpu: str) -> None:
+def test_a_checkpoint_moves_between_cpu_and_xla(gcs: str, images: str, on_cpu: str) -> None:
     """An epoch on the CPU, one on XLA, one on the CPU: as three on the CPU."""
     for name, accelerators in (("crossing", ("cpu", "tpu", "cpu")), ("staying", ("cpu", "cpu", "cpu"))):
         for epochs, accelerator in enumerate(accelerators, 1):
             changes = {"trainer.accelerator": accelerator, "trainer.max_epochs": epochs}
-            told = fit(f"{gcs}/xla/{name}", images, **changes)
-            assert epochs == 1 or f"epoch {epochs - 1}" in told
+            output = fit(f"{gcs}/xla/{name}", images, **changes)
+            assert epochs == 1 or f"epoch {epochs - 1}" in output
     crossing, staying = scalars(f"{gcs}/xla/crossing"), scalars(f"{gcs}/xla/staying")
     for tag in ("train/loss", "val/loss"):
         assert [v for _, v in crossing[tag]] == pytest.approx([v for _, v in staying[tag]], rel=1e-3), tag
 
 
-def test_its_model_predicts_and_is_measured_on_both(gcs: str, images: str, on_xla: str) -> None:
-    there = run_well("validate", "--run_dir", on_xla, CPU_NUM_DEVICES="2", **XLA_CPU).stdout
-    here = run_well("validate", "--run_dir", on_xla, "--trainer.accelerator", "cpu").stdout
+def test_a_model_is_validated_alike_on_xla_and_cpu(gcs: str, images: str, on_xla: str) -> None:
+    table_on_xla = run_well("validate", "--run_dir", on_xla, CPU_NUM_DEVICES="2", **XLA_CPU).stdout
+    table_on_cpu = run_well("validate", "--run_dir", on_xla, "--trainer.accelerator", "cpu").stdout
     values = [
-        [float(value) for value in re.findall(r"val/(?:loss|accuracy|auroc)\W+([\d.]+)", told)]
-        for told in (there, here)
+        [float(value) for value in re.findall(r"val/(?:loss|accuracy|auroc)\W+([\d.]+)", output)]
+        for output in (table_on_xla, table_on_cpu)
     ]
     assert len(values[0]) == 3
     assert values[0] == pytest.approx(values[1], abs=2e-4)
-    told = run_well("predict", "--ckpt", on_xla, "--input", f"{images}/red").stdout
-    assert len(re.findall(r"red/\d+\.jpg\W+(?:red|blue)", told)) == 20
+    output = run_well("predict", "--ckpt", on_xla, "--input", f"{images}/red").stdout
+    assert len(re.findall(r"red/\d+\.jpg\W+(?:red|blue)", output)) == 20
 
 
 def test_a_trace_for_tensorboard(gcs: str, images: str) -> None:
     """Steps 5 and on of this start, where TensorBoard's profile plugin looks for them."""
     run_dir = f"{gcs}/xla/traced"
-    told = fit(run_dir, images, **{"trainer.profiler": "xla", "model.milestones": "[9]"})
-    assert "a trace of steps 5 to 10 lies in" in told
+    output = fit(run_dir, images, **{"trainer.profiler": "xla", "model.milestones": "[9]"})
+    assert "a trace of steps 5 to 10 lies in" in output
     files = {file.key: file for file in storage.list_files(f"{run_dir}/tensorboard/plugins/profile")}
     (trace,) = (key for key in files if key.endswith(".trace.json.gz"))
     events = json.loads(gzip.decompress(storage.read_bytes(f"{run_dir}/tensorboard/plugins/profile/{trace}")))
@@ -160,26 +160,26 @@ def test_a_trace_for_tensorboard(gcs: str, images: str) -> None:
 
 
 def test_bf16(gcs: str, images: str, on_cpu: str) -> None:
-    """Activations of 8 bits' precision: near, and not equal."""
+    """Losses are close to float32, and not equal."""
     run_dir = f"{gcs}/xla/bf16"
     assert "precision bf16-mixed" in fit(run_dir, images, **{"trainer.precision": "bf16-mixed"})
-    ours, cpu = ([value for _, value in scalars(run)["train/loss"]] for run in (run_dir, on_cpu))
-    assert ours == pytest.approx(cpu, rel=0.05)
-    assert ours != pytest.approx(cpu, rel=1e-5)
+    xla, cpu = ([value for _, value in scalars(run)["train/loss"]] for run in (run_dir, on_cpu))
+    assert xla == pytest.approx(cpu, rel=0.05)
+    assert xla != pytest.approx(cpu, rel=1e-5)
 
 
 def test_a_pod_of_a_tpu_host(gcs: str, images: str, on_xla: str) -> None:
-    """launch, in the environment that GKE makes: one process, whatever else is set."""
+    """``launch`` in GKE's environment starts one process."""
     variables = {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost", "JOB_COMPLETION_INDEX": "0"}
     run_dir = f"{gcs}/xla/launched"
     arguments = options(SETTINGS, data__root=images, run_dir=run_dir)
-    done = run_well("launch", "fit", *arguments, CPU_NUM_DEVICES="2", **variables, **XLA_CPU)
-    assert "TPU: alone (TPU_WORKER_ID=0" in done.stderr
+    result = run_well("launch", "fit", *arguments, CPU_NUM_DEVICES="2", **variables, **XLA_CPU)
+    assert "TPU: alone (TPU_WORKER_ID=0" in result.stderr
     assert_same_weights(run_dir, on_xla)
 
 
 @pytest.mark.parametrize(
-    ("changes", "processes", "variables", "told"),
+    ("changes", "processes", "variables", "message"),
     [
         ({"data.global_batch_size": 9}, 0, {}, "--data.global_batch_size 9 does not divide over 2 chips"),
         ({"trainer.precision": "16-mixed"}, 0, {}, "--trainer.precision 16-mixed does not exist on XLA"),
@@ -187,11 +187,11 @@ def test_a_pod_of_a_tpu_host(gcs: str, images: str, on_xla: str) -> None:
         ({}, 0, {"PJRT_DEVICE": "TPU"}, "this machine has no TPU"),
     ],
 )
-def test_mistakes(
-    changes: dict[str, object], processes: int, variables: dict[str, str], told: str, images: str, tmp_path: Path
+def test_mistakes_on_xla(
+    changes: dict[str, object], processes: int, variables: dict[str, str], message: str, images: str, tmp_path: Path
 ) -> None:
     arguments = options({**SETTINGS, **changes}, data__root=images, run_dir=tmp_path / "run")
-    done = run("fit", *arguments, processes=processes, **{**XLA_CPU, "CPU_NUM_DEVICES": "2", **variables})
-    assert done.returncode == 2, done.stderr
-    assert told in done.stderr
-    assert "Traceback" not in done.stderr
+    result = run("fit", *arguments, processes=processes, **{**XLA_CPU, "CPU_NUM_DEVICES": "2", **variables})
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

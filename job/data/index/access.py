@@ -176,13 +176,13 @@ def from_options(allow: str | list[str] | None, typed: list[str], option: str = 
     return Access(tuple(entries), tuple(map(redact.identity, typed)))
 
 
-def refusal(what: str) -> str:
+def refusal(problem: str) -> str:
     """A message that ends with the option to allow it."""
-    return f"{what}. If it is meant, allow its host or a URI prefix by --data.allow (--allow of predict and index)."
+    return f"{problem}. If it is meant, allow its host or a URI prefix by --data.allow (--allow of predict and index)."
 
 
 def split_scheme(uri: str) -> tuple[str, str]:
-    """(scheme in lower case, what stands between ``//`` and the next slash); two empty strings for a path."""
+    """(scheme in lower case, authority); two empty strings for a path."""
     match = _ABSOLUTE.match(uri)
     return (match[1].lower(), match[2]) if match else ("", "")
 
@@ -250,9 +250,9 @@ class _Sockets:
         reason = internal(ipaddress.ip_address(host.split("%")[0]))
         if reason and (host, port) not in self.permitted and not self.access.permits_host(host, port):
             raise DataError(refusal(f"refused to connect to {host}:{port}, which {reason}"))
-        made = socket.socket(family, kind, protocol)
-        made.setblocking(False)
-        return made
+        connection = socket.socket(family, kind, protocol)
+        connection.setblocking(False)
+        return connection
 
 
 class _Resolver(AbstractResolver):

@@ -64,11 +64,11 @@ class BoundedFile:
         Raises:
             ValueError: more than allowed, or read again and again beyond the end.
         """
-        left = max(self._size - self._file.tell(), 0)
-        size = left if size is None or size < 0 else min(size, left)
+        remaining = max(self._size - self._file.tell(), 0)
+        size = remaining if size is None or size < 0 else min(size, remaining)
         if size > self._largest:
             raise ValueError(f"a header claims {size:,} bytes, more than {self._largest:,}")
-        if not left:
+        if not remaining:
             self._reads_at_the_end += 1
             if self._reads_at_the_end > READS_AT_THE_END:
                 raise ValueError("it is cut short")
@@ -106,7 +106,7 @@ def compression_of(name: str) -> str | None:
 
 @contextlib.contextmanager
 def decompressed(file: IO[bytes], codec: str, uri: str) -> Iterator[IO[bytes]]:
-    """A stream of what ``file`` unpacks to, in bounded memory.
+    """A stream of the decompressed content of ``file``, in bounded memory.
 
     Args:
         file: the packed bytes.
@@ -152,7 +152,7 @@ def unpack(uri: str, packed: Path, target: Path) -> None:
 
 
 class BoundedWriter:
-    """Writes what an archive unpacks to, within :data:`LARGEST_RATIO` and the free disk.
+    """Writes the decompressed content of an archive, within :data:`LARGEST_RATIO` and the free disk.
 
     Args:
         uri: of the archive, for messages.
@@ -199,7 +199,7 @@ class _XzFile(io.RawIOBase):
         self._rest = b""
 
     def read(self, size: int | None = -1) -> bytes:
-        wanted = _CHUNK if size is None or size < 0 else size
+        limit = _CHUNK if size is None or size < 0 else size
         while True:
             if self._decoder is None:
                 self._rest = self._rest.lstrip(b"\0") or self._file.read(_CHUNK).lstrip(b"\0")  # padding of streams
@@ -212,7 +212,7 @@ class _XzFile(io.RawIOBase):
                 if not packed:
                     raise EOFError("it is cut short")
             self._rest = b""
-            content = self._decoder.decompress(packed, wanted)
+            content = self._decoder.decompress(packed, limit)
             if self._decoder.eof:
                 self._rest, self._decoder = self._decoder.unused_data, None
             if content:

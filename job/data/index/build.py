@@ -103,13 +103,13 @@ def build(
                 f"{len(classes):,} classes, the longest name of {max(map(len, classes)):,} characters, where "
                 f"{MOST_CLASSES:,} and {LONGEST_CLASS:,} are possible. Is the label column the right one?"
             )
-        several = any(part.several_labels for contents in parts.values() for part in contents)
+        several = any(part.several_labels for subparts in parts.values() for part in subparts)
         info = IndexInfo(
             classes=classes,
             sources=sources,
             parts={
-                part_name: _write_part(folder / f"{part_name}.arrow", contents, classes, sources, several)
-                for part_name, contents in parts.items()
+                part_name: _write_part(folder / f"{part_name}.arrow", subparts, classes, sources, several)
+                for part_name, subparts in parts.items()
             },
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             request=request or {},

@@ -17,7 +17,7 @@ SHOWN = 10
 
 
 def settle(parts: dict[str, list[Part]], *, test_given: bool) -> dict[str, str]:
-    """Check the classes of all parts against those of train, and take out a test part that cannot be used.
+    """Compare the classes of all parts with those of train, and remove a test part that cannot be used.
 
     A part that lacks a class is named in a warning: metrics of that class are not defined there.
 
@@ -44,13 +44,13 @@ def settle(parts: dict[str, list[Part]], *, test_given: bool) -> dict[str, str]:
         log.warning("%s: the classes %s differ by upper and lower case only", parts["train"][0].root, ", ".join(alike))
     absent = {}
     for name in [each for each in parts if each != "train"]:
-        contents = parts[name]
-        problem = next((part.problem for part in contents if part.problem), None)
-        images = _images(contents)
+        subparts = parts[name]
+        problem = next((part.problem for part in subparts if part.problem), None)
+        images = _images(subparts)
         if problem is None and (unknown := class_order(images.keys() - train.keys())):
             count = sum(images[each] for each in unknown)
             problem = (
-                f"{count:,} image(s) of {contents[0].root} are of {_listed(unknown)}, of which "
+                f"{count:,} image(s) of {subparts[0].root} are of {_listed(unknown)}, of which "
                 f"{parts['train'][0].root} has none"
             )
             if lacking := class_order(train.keys() - images.keys()):
@@ -74,9 +74,9 @@ def _alike(names: Iterable[str]) -> list[str]:
     return next((sorted(group) for group in groups.values() if len(group) > 1), [])
 
 
-def _images(contents: list[Part]) -> Counter[str]:
+def _images(subparts: list[Part]) -> Counter[str]:
     images: Counter[str] = Counter()
-    for part in contents:
+    for part in subparts:
         images.update(part.images)
     return images
 

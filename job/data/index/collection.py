@@ -47,7 +47,7 @@ class ListedRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Collection:
-    """What stands for the files of a folder.
+    """Sources of a folder's samples: archives, or images with a table of labels.
 
     Attributes:
         files: the files that hold or label the samples, with the columns of a listing.
@@ -155,11 +155,11 @@ def _survey(listed: Iterable[pa.Table]) -> tuple[pa.Table, pa.Table, bool]:
         archives.append(others.filter(pc.and_(is_archive(others["name"]), pc.invert(is_metadata))))
     if not archives:
         return LISTING.empty_table(), LISTING.empty_table(), False
-    found = pa.concat_tables(archives)
-    parquet = pc.match_substring_regex(found["name"], _PARQUET)
+    samples = pa.concat_tables(archives)
+    parquet = pc.match_substring_regex(samples["name"], _PARQUET)
     if not pc.all(parquet, min_count=0).as_py():  # Parquet files beside archives describe them
-        found = found.filter(pc.invert(parquet))
-    return found, pa.concat_tables(metadata), has_images
+        samples = samples.filter(pc.invert(parquet))
+    return samples, pa.concat_tables(metadata), has_images
 
 
 def _archives(
@@ -293,13 +293,13 @@ def _labelled_by_metadata(
                 raise
             del context.sources[place:]
             context.left_out.add(UNLABELLED_METADATA, key)
-    known = np.concatenate([np.empty(0, np.int64), *named])
+    named_hashes = np.concatenate([np.empty(0, np.int64), *named])
     for table in listed():
-        if not len(known):
+        if not len(named_hashes):
             yield ListedRows(_without(table, metadata).select(LISTING.names))
             continue
         images = table.filter(table["image"])
-        missing = images.filter(pa.array(~np.isin(_hashes(images["key"].to_pylist()), known)))
+        missing = images.filter(pa.array(~np.isin(_hashes(images["key"].to_pylist()), named_hashes)))
         if len(missing):
             context.left_out.add(UNNAMED, missing["key"][0].as_py(), len(missing))
         yield ListedRows(_others(table, metadata))

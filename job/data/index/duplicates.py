@@ -96,7 +96,7 @@ def _contradiction(uri: str, reader: pa.ipc.RecordBatchFileReader, rows: list[in
 
 
 def _file_hashes(reader: pa.ipc.RecordBatchFileReader, *, sizes: bool) -> npt.NDArray[np.uint64]:
-    """A hash of source and name per row, and of the size where it counts; each folder has one of its own."""
+    """A hash of source and name per row, and of the size if ``sizes``; a folder's row has a unique hash."""
     hashes = _hashes(reader, lambda batch: [batch.column("source"), batch.column("name")])
     if sizes:
         batches = [reader.get_batch(number).column("size") for number in range(reader.num_record_batches)]

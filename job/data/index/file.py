@@ -248,18 +248,18 @@ def _verify_rows(batch: pa.RecordBatch, info: IndexInfo) -> None:
     _require_range("length of a key", pc.binary_length(key), 1, LONGEST_KEY)
     if pc.any(pc.match_substring(key, "\0")).as_py():
         raise ValueError("a key holds a zero byte")
-    own = pc.less(offset, 0)
+    is_object = pc.less(offset, 0)
     samples = pc.take(pa.array([format_of(each).samples for each in info.sources], pa.string()), source)
-    if not pc.all(pc.equal(pc.equal(samples, "objects"), own)).as_py():
+    if not pc.all(pc.equal(pc.equal(samples, "objects"), is_object)).as_py():
         raise ValueError("an archive's member has no offset, or an object of its own has one")
-    if pc.any(pc.and_(pc.invert(own), pc.less(size, 0))).as_py():
+    if pc.any(pc.and_(pc.invert(is_object), pc.less(size, 0))).as_py():
         raise ValueError("an archive's member has no size")
     if pc.any(pc.equal(samples, "elsewhere")).as_py():
         raise ValueError("a sample lies in a table")
     suspicious = pc.or_(pc.starts_with(key, "/"), pc.match_substring(key, ".."))
     suspicious = pc.or_(suspicious, pc.match_substring_regex(key, r"(?i)%2e"))
-    if pc.any(pc.and_(own, suspicious)).as_py():
-        _require_below(batch.filter(pc.and_(own, suspicious)), info)
+    if pc.any(pc.and_(is_object, suspicious)).as_py():
+        _require_below(batch.filter(pc.and_(is_object, suspicious)), info)
 
 
 def _verify_labels(column: pa.ListArray, most: int) -> None:
@@ -275,10 +275,10 @@ def _verify_labels(column: pa.ListArray, most: int) -> None:
         raise ValueError("the labels of a sample are not in rising order")
 
 
-def _require_range(what: str, column: pa.Array, least: int, most: int) -> None:
+def _require_range(name: str, column: pa.Array, least: int, most: int) -> None:
     bounds = pc.min_max(column)
     if bounds["min"].as_py() < least or bounds["max"].as_py() > most:
-        raise ValueError(f"{what}: {bounds['min']} to {bounds['max']}, where {least} to {most} is possible")
+        raise ValueError(f"{name}: {bounds['min']} to {bounds['max']}, where {least} to {most} is possible")
 
 
 def _require_below(batch: pa.RecordBatch, info: IndexInfo) -> None:

@@ -65,11 +65,11 @@ def _has_same_images(
         return True
     current = _listed(root, scratch, context)
     if (current.images, current.digest) != (state.images, state.digest):
-        what = "images, archives and tables of labels"
+        kinds = "images, archives and tables of labels"
         difference = (
-            f"{root} had {state.images:,} {what} then and has {current.images:,} now"
+            f"{root} had {state.images:,} {kinds} then and has {current.images:,} now"
             if current.images != state.images
-            else f"some of {state.images:,} {what} in {root} were replaced or renamed since"
+            else f"some of {state.images:,} {kinds} in {root} were replaced or renamed since"
         )
         log.warning("%s was made %s and is out of date: %s", uri, info.created, difference)
         return False
@@ -119,7 +119,7 @@ def _changed_folder(root: str, source: int, indexes: Sequence[Index]) -> str | N
 
 
 def _ends(path: str) -> list[int]:
-    """Where the path itself ends, and each folder above it."""
+    """End positions of the path and of each folder above it."""
     return [place for place, character in enumerate(path) if character == "/"] + [len(path)]
 
 

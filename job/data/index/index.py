@@ -47,7 +47,7 @@ class Sample(NamedTuple):
 
 
 class Index:
-    """The samples of one part; a sample's id is its row. Sent to another process it costs a path.
+    """The samples of one part; a sample's id is its row. Pickled as its path.
 
     Args:
         folder: local folder of the index.

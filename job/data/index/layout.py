@@ -89,12 +89,12 @@ def find_parts(listing: Listing, left_out: LeftOut) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     used = 0
     for part, names in folders.items():
-        known = set(parts["train"].images) if "train" in parts else set()
+        class_names = set(parts["train"].images) if "train" in parts else set()
         try:
             if len(names) > 1:
                 raise DataError(f"{root} holds both {_listed(names)}: which one is the {part} part? {_SEPARATELY}")
             child = folder.children[names[0]]
-            parts[part] = _class_folders(listing, tree, _join(path, names[0]), child, left_out, known)
+            parts[part] = _class_folders(listing, tree, _join(path, names[0]), child, left_out, class_names)
             used += child.total
         except DataError as error:
             if part != "test":
@@ -268,14 +268,14 @@ def _without_part_folders(listing: Listing, tree: FolderTree, left_out: LeftOut)
             f"validation? Expected CLASS/train/*.jpg and CLASS/val/*.jpg, and no image beside them. {_SEPARATELY}"
         )
     _count_empty(path, folder, left_out)
-    contents = {}
+    labelled = {}
     for part in PARTS:
         if part in parts:
             (inner,) = parts[part]
-            held = {name: folder.children[name].children[inner] for name in sorted(below[inner])}
-            classes = {_join(path, f"{name}/{inner}"): (name, each) for name, each in held.items()}
-            contents[part] = _part(f"{root} ({inner}/)", listing, tree, classes)
-    return contents
+            part_folders = {name: folder.children[name].children[inner] for name in sorted(below[inner])}
+            classes = {_join(path, f"{name}/{inner}"): (name, each) for name, each in part_folders.items()}
+            labelled[part] = _part(f"{root} ({inner}/)", listing, tree, classes)
+    return labelled
 
 
 def _require_classes(listing: Listing, path: str, folder: Folder) -> None:
@@ -293,7 +293,7 @@ def _require_classes(listing: Listing, path: str, folder: Folder) -> None:
 
 
 def _class_folders(
-    listing: Listing, tree: FolderTree, path: str, folder: Folder, left_out: LeftOut, known: set[str]
+    listing: Listing, tree: FolderTree, path: str, folder: Folder, left_out: LeftOut, class_names: set[str]
 ) -> Part:
     """Labels from the folders in one folder.
 
@@ -303,9 +303,9 @@ def _class_folders(
         path: of the folder.
         folder: the folder.
         left_out: counts folders without images.
-        known: class names, whose folders wrap nothing.
+        class_names: classes, whose folders wrap nothing.
     """
-    path, folder = _unwrapped(path, folder, known)
+    path, folder = _unwrapped(path, folder, class_names)
     root = _root(listing, path)
     if unreadable := [each for each in listing.unreadable if each.startswith(_join(path, ""))]:
         raise DataError(
@@ -353,17 +353,17 @@ def _part(root: str, listing: Listing, tree: FolderTree, classes: dict[str, tupl
     return Part(root, dict(images), tables)
 
 
-def _unwrapped(path: str, folder: Folder, known: set[str]) -> tuple[str, Folder]:
+def _unwrapped(path: str, folder: Folder, class_names: set[str]) -> tuple[str, Folder]:
     """Step into a folder that alone holds images at its level, unless it is a class folder.
 
     Args:
         path: of the folder to begin with.
         folder: the folder.
-        known: names of classes.
+        class_names: classes.
     """
     while folder.is_nested:
         inside = folder.with_images()
-        if len(inside) > 1 or inside[0] in known or not folder.children[inside[0]].is_nested:
+        if len(inside) > 1 or inside[0] in class_names or not folder.children[inside[0]].is_nested:
             break
         path, folder = _join(path, inside[0]), folder.children[inside[0]]
     return path, folder

@@ -1,4 +1,4 @@
-"""Files of a listing that are no samples, counted by kind: nothing is left out in silence."""
+"""Files of a listing that are not samples, counted by kind for the log."""
 
 from __future__ import annotations
 

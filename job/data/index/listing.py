@@ -100,14 +100,14 @@ def _write(target: Path, tables: Iterable[ListedRows], context: ListingContext) 
     """Write a listing; returns whether some name differs from its key."""
     unusual = False
     with pa.OSFile(str(target), "wb") as file, pa.ipc.new_file(file, NAMED) as writer:
-        for found in tables:
-            named, renamed = _named(found.rows, context, all_samples=found.all_samples)
-            if found.prefix:
-                prefixed = pc.binary_join_element_wise(found.prefix, named["name"], "")
+        for listed in tables:
+            named, renamed = _named(listed.rows, context, all_samples=listed.all_samples)
+            if listed.prefix:
+                prefixed = pc.binary_join_element_wise(listed.prefix, named["name"], "")
                 named = named.set_column(named.column_names.index("name"), "name", prefixed)
             unusual |= renamed
             writer.write_table(named)
-            context.progress.advance(len(found.rows))
+            context.progress.advance(len(listed.rows))
     return unusual
 
 
@@ -144,8 +144,8 @@ def _named(table: pa.Table, context: ListingContext, *, all_samples: bool) -> tu
         return table.append_column("image", pa.repeat(True, len(table))), normalised is not keys
     hidden = names.is_hidden(normalised)
     if pc.any(hidden).as_py():
-        own = pc.starts_with(normalised, f"{SAVED_INDEX}/")
-        _count(table.filter(pc.and_(hidden, pc.invert(own))), left_out.HIDDEN, context)
+        saved_index = pc.starts_with(normalised, f"{SAVED_INDEX}/")
+        _count(table.filter(pc.and_(hidden, pc.invert(saved_index))), left_out.HIDDEN, context)
         # A folder that holds nothing else is an empty one, as on a disk, where it would be listed.
         visible = pc.if_else(hidden, names.visible_folders(normalised), normalised)
         table = table.set_column(table.column_names.index("name"), "name", visible)

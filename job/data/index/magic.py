@@ -19,7 +19,7 @@ AVIF_BRANDS = frozenset((b"avif", b"avis"))
 
 
 def image_suffix(head: bytes) -> str | None:
-    """The suffix of an image that begins with ``head``; None if it is none that is known."""
+    """The suffix of an image that begins with ``head``; None for unknown formats."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
     if head[:2] == b"BM" and head[6:10] == bytes(4):  # reserved bytes of a bitmap, unlike a text

@@ -89,4 +89,4 @@ def is_utf8(key: str) -> bool:
 
 def printable(key: str) -> str:
     """A key with bytes that are not UTF-8 as ``%NN``: a backslash would separate folders."""
-    return key if is_utf8(key) else _NOT_UTF8.sub(lambda found: f"%{ord(found[0]) & 0xFF:02X}", key)
+    return key if is_utf8(key) else _NOT_UTF8.sub(lambda match: f"%{ord(match[0]) & 0xFF:02X}", key)

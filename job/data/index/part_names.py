@@ -61,7 +61,7 @@ def part_of(folder: str) -> str | None:
 
 
 def part_of_path(path: str) -> str | None:
-    """The part that the first folder of a path means which means one; None: none does."""
+    """The part of the first folder in a path that names one, or None."""
     return next((part for folder in path.split("/") if (part := part_of(folder))), None)
 
 
@@ -70,13 +70,13 @@ def recognise(folders: Iterable[str]) -> Recognised:
 
     A word that is not neutral (``seg_train``) is accepted if several parts share it (``seg_train``, ``seg_test``).
     """
-    found: dict[str, list[str]] = {}
+    folders_by_part: dict[str, list[str]] = {}
     affixed: dict[tuple[str, ...], dict[str, list[str]]] = {}
     unclear = []
     for folder in sorted(folders):
         part, words = part_of(folder), _words(folder)
         if part is not None:
-            found.setdefault(part, []).append(folder)
+            folders_by_part.setdefault(part, []).append(folder)
             continue
         parts = [_WORDS[word] for word in words if word in _WORDS]
         if len(parts) == 1:
@@ -85,13 +85,13 @@ def recognise(folders: Iterable[str]) -> Recognised:
         elif parts or (_NUMBERED & set(words) and any(word.isdecimal() for word in words)):
             unclear.append(folder)
     schemes = [group for group in affixed.values() if len(group) > 1]
-    accepted = schemes[0] if len(schemes) == 1 and not found.keys() & schemes[0].keys() else {}
+    accepted = schemes[0] if len(schemes) == 1 and not folders_by_part.keys() & schemes[0].keys() else {}
     for part, names in accepted.items():
-        found.setdefault(part, []).extend(names)
+        folders_by_part.setdefault(part, []).extend(names)
     for group in affixed.values():
         if group is not accepted:
             unclear += [name for names in group.values() for name in names]
-    return Recognised({part: found[part] for part in PARTS if part in found}, sorted(unclear))
+    return Recognised({part: folders_by_part[part] for part in PARTS if part in folders_by_part}, sorted(unclear))
 
 
 def _words(folder: str) -> list[str]:

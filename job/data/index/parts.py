@@ -79,19 +79,19 @@ def _saved_parts(location: Location, folder: Path, context: ListingContext) -> d
             raise
         log.warning("%s Until then the data is listed at each launch.", error)
         return None
-    wanted = str(context.columns)
-    if wanted and wanted != info.request.get("columns") and not location.is_saved_index:
-        log.info("%s was made with other columns than %s: the data is listed", saved, wanted)
+    requested_columns = str(context.columns)
+    if requested_columns and requested_columns != info.request.get("columns") and not location.is_saved_index:
+        log.info("%s was made with other columns than %s: the data is listed", saved, requested_columns)
         return None
     context.access.require_sources([source.uri for source in info.sources], saved, local=is_local_uri(saved))
     if not info.classes:
         raise DamagedIndex(f"{saved} names no class. Make it again by python -m job index.")
     indexes = {part: Index(folder, part, context.access) for part in info.parts}
-    where, contents = storage.join(saved, INDEX_FILE), list(indexes.values())
+    where, saved_parts = storage.join(saved, INDEX_FILE), list(indexes.values())
     if not (
         _has_same_archives(location, where, info)
-        and is_fresh(where, info, contents)
-        and has_same_images(where, info, contents, folder / "listing", context)
+        and is_fresh(where, info, saved_parts)
+        and has_same_images(where, info, saved_parts, folder / "listing", context)
     ):
         if location.is_saved_index:
             raise DataError(f"{uri} is out of date (see above). Make it again by python -m job index.")

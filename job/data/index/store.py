@@ -188,7 +188,7 @@ def _local_path(uri: str) -> Path:
 
 
 def _state(folder: Path, info: IndexInfo) -> bytes:
-    """What changes when a file of a local index is replaced or written to."""
+    """Digest that changes when a file of a local index is replaced or written to."""
     lines = [str(folder)]
     for name in info.parts:
         try:

@@ -77,11 +77,11 @@ def _candidates(table: pa.Table) -> pa.ChunkedArray:
 
 
 def _any_image(listed: Callable[[], Iterable[pa.Table]], count: int, context: ListingContext) -> bool:
-    wanted = np.unique(np.linspace(0, count - 1, min(count, FILES_CHECKED), dtype=np.int64))
+    rows = np.unique(np.linspace(0, count - 1, min(count, FILES_CHECKED), dtype=np.int64))
     start = 0
     for table in listed():
         files = table.filter(_candidates(table))
-        inside = wanted[(wanted >= start) & (wanted < start + len(files))] - start
+        inside = rows[(rows >= start) & (rows < start + len(files))] - start
         start += len(files)
         if any(_is_image(row, context) for row in files.take(pa.array(inside)).to_pylist()):
             return True

@@ -1,4 +1,4 @@
-"""One class per kind of storage: what is particular to it in reads, listings, writes, conditions and errors."""
+"""One class per kind of storage, with its specific reads, listings, writes, conditions and errors."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ class Store:
             yield
 
     def conditional_write_weakness(self, path: str) -> str | None:
-        """What conditional writes do not protect from, as a clause for a message; None: they are complete."""
+        """Limit of the protection by conditional writes, as a clause for a message; None: there is none."""
         name = protocols_of(self.fs)[0]
         return f"conditional writes are not supported on {name}://, so that two jobs that start at once may both get it"
 

@@ -71,8 +71,8 @@ class LocalDisk(Store):
             if length is None:
                 require_within(size, uri, largest)
             content = os.pread(descriptor, size, start)
-            while len(content) < size and (more := os.pread(descriptor, size - len(content), start + len(content))):
-                content += more
+            while len(content) < size and (chunk := os.pread(descriptor, size - len(content), start + len(content))):
+                content += chunk
             return content
         finally:
             os.close(descriptor)
@@ -116,7 +116,7 @@ class LocalDisk(Store):
         _lock_file(path).unlink(missing_ok=True)
 
     def conditional_write_weakness(self, path: str) -> str | None:
-        """What conditional writes do not protect from, as a clause for a message; None: they are complete."""
+        """Limit of the protection by conditional writes, as a clause for a message; None: there is none."""
         kind = _mount_type(Path(path).resolve())
         if kind.startswith("fuse"):
             return f"locks on a {kind} mount are seen by processes of this machine only"

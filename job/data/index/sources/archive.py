@@ -1,4 +1,4 @@
-"""What zip and tar files have in common: samples are members, read by ranges; nothing is unpacked to disk."""
+"""Base class of zip and tar files: samples are members, read by ranges; nothing is unpacked to disk."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ LISTING = pa.schema(
 
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One thing that samples are read from, or that names them.
+    """A folder, prefix or archive that samples are read from, or a table that names them.
 
     Attributes:
         uri: a folder or prefix, an archive, or a table.

@@ -51,24 +51,24 @@ class Columns:
         return Columns(*(self._find(table, names, role.name) for role in fields(self)))
 
     def _find(self, table: str, names: list[str], role: str) -> str:
-        wanted: str = getattr(self, role)
-        if wanted:
-            if wanted not in names:
-                raise MissingColumn(f"{table} has no column {wanted}; it has {_listed(names)}. See --data.columns.")
-            return wanted
+        chosen: str = getattr(self, role)
+        if chosen:
+            if chosen not in names:
+                raise MissingColumn(f"{table} has no column {chosen}; it has {_listed(names)}. See --data.columns.")
+            return chosen
         preferred, *others = NAMES[role]
         if preferred in names:
             return preferred
         simple = {name: re.sub(r"[\s-]+", "_", name.strip().lower()) for name in names}
         for accepted in ([preferred], others):
-            found = [name for name in names if simple[name] in accepted]
-            if len(found) > 1:
+            candidates = [name for name in names if simple[name] in accepted]
+            if len(candidates) > 1:
                 raise DataError(
-                    f"{table} has the columns {_listed(found)}: which one is the {role}? Give it by "
-                    f"--data.columns {role}={found[0]} (--columns of index)."
+                    f"{table} has the columns {_listed(candidates)}: which one is the {role}? Give it by "
+                    f"--data.columns {role}={candidates[0]} (--columns of index)."
                 )
-            if found:
-                return found[0]
+            if candidates:
+                return candidates[0]
         return ""
 
     def __str__(self) -> str:
@@ -82,15 +82,15 @@ def from_option(text: str | None, option: str = "--data.columns") -> Columns:
     Raises:
         ConfigError: it is something else.
     """
-    given: dict[str, str] = {}
+    names_by_role: dict[str, str] = {}
     for entry in (text or "").split(","):
         role, mark, name = entry.partition("=")
         if not entry.strip():
             continue
-        if role.strip() not in NAMES or not mark or not name.strip() or role.strip() in given:
+        if role.strip() not in NAMES or not mark or not name.strip() or role.strip() in names_by_role:
             raise ConfigError(f"{option} takes uri=NAME,label=NAME,split=NAME (any of the three), not {text!r}.")
-        given[role.strip()] = name.strip()
-    return Columns(**given)
+        names_by_role[role.strip()] = name.strip()
+    return Columns(**names_by_role)
 
 
 def _listed(names: list[str]) -> str:

@@ -58,13 +58,13 @@ def read_parquet(uri: str, file: IO[bytes], columns: Columns, *, labelled: bool,
     schema = parquet.schema_arrow
     if not images:
         columns = Columns(image_column(parquet, uri, columns), columns.label, columns.split)
-    found = columns.find(uri, schema.names)
-    require_columns(uri, schema.names, found, labelled=labelled)
-    wanted = {role: name for role in ("uri", "label", "split") if (name := getattr(found, role))}
-    if repeated := [name for name in wanted.values() if schema.names.count(name) > 1]:
+    chosen = columns.find(uri, schema.names)
+    require_columns(uri, schema.names, chosen, labelled=labelled)
+    names = {role: name for role in ("uri", "label", "split") if (name := getattr(chosen, role))}
+    if repeated := [name for name in names.values() if schema.names.count(name) > 1]:
         raise ValueError(f"column {repeated[0]} is there twice")
-    class_names = _class_names(schema, found.label)
-    paths = {role: _path(schema, name) for role, name in wanted.items()}
+    class_names = _class_names(schema, chosen.label)
+    paths = {role: _path(schema, name) for role, name in names.items()}
     if not images:
         del paths["uri"]
     row = 0
@@ -160,10 +160,10 @@ def _named(column: pa.ChunkedArray, class_names: list[str]) -> pa.ChunkedArray:
     """Labels as text; numbers of a ClassLabel by its names, of which -1 stands for none."""
     if class_names and pa.types.is_integer(column.type):
         numbers = column.cast(pa.int64())
-        known = pc.and_(pc.greater_equal(numbers, 0), pc.less(numbers, len(class_names)))
-        if not pc.all(pc.or_(known, pc.equal(numbers, -1)), min_count=0).as_py():
+        has_name = pc.and_(pc.greater_equal(numbers, 0), pc.less(numbers, len(class_names)))
+        if not pc.all(pc.or_(has_name, pc.equal(numbers, -1)), min_count=0).as_py():
             raise ValueError(f"a label is not one of the {len(class_names):,} class names in the file")
-        return pc.take(pa.array(class_names, pa.string()), pc.if_else(known, numbers, None))
+        return pc.take(pa.array(class_names, pa.string()), pc.if_else(has_name, numbers, None))
     return _text(column)
 
 

@@ -145,15 +145,15 @@ class _Listing:
         """The members of the waiting groups whose links lead to known files; at the end of all groups."""
         waiting, self._waiting, self._waiting_links = self._waiting, [], 0
         links = {_name_hash(link.name): link.target for group in waiting for link in group.links}
-        known = self._places.find(list(links.values()))
+        places = self._places.find(list(links.values()))
         for group in waiting:
             unresolved = []
             for link in group.links:
                 target, steps = link.target, 0
-                while target not in known and target in links and steps < LONGEST_CHAIN:
+                while target not in places and target in links and steps < LONGEST_CHAIN:
                     target, steps = links[target], steps + 1
-                if target in known:
-                    self._add_target(group, link.name, *known[target])
+                if target in places:
+                    self._add_target(group, link.name, *places[target])
                 else:
                     unresolved.append(link)
             group.links = unresolved
@@ -207,11 +207,11 @@ class _Places:
         """(offset, size) by hash; of files with the same name the last one."""
         if not hashes or not self._hashes:
             return {}
-        known = np.array(self._hashes, np.int64)
-        order = np.argsort(known, kind="stable")
+        all_hashes = np.array(self._hashes, np.int64)
+        order = np.argsort(all_hashes, kind="stable")
         wanted = np.unique(np.asarray(hashes, np.int64))
-        found = order[np.searchsorted(known, wanted, "right", sorter=order) - 1]
-        places = found[known[found] == wanted].tolist()
+        rows = order[np.searchsorted(all_hashes, wanted, "right", sorter=order) - 1]
+        places = rows[all_hashes[rows] == wanted].tolist()
         return {self._hashes[place]: (self._offsets[place], self._sizes[place]) for place in places}
 
 

@@ -80,10 +80,10 @@ def read_csv(uri: str, file: IO[bytes], columns: Columns, *, labelled: bool) -> 
                 return
     delimiter = _delimiter(headers, columns)
     names = [name.strip() for name in headers[delimiter]]
-    found = columns.find(uri, names)
-    require_columns(uri, names, found, labelled=labelled)
-    wanted = {role: names.index(name) for role in ("uri", "label", "split") if (name := getattr(found, role))}
-    if repeated := [names[place] for place in wanted.values() if names.count(names[place]) > 1]:
+    chosen = columns.find(uri, names)
+    require_columns(uri, names, chosen, labelled=labelled)
+    positions = {role: names.index(name) for role in ("uri", "label", "split") if (name := getattr(chosen, role))}
+    if repeated := [names[place] for place in positions.values() if names.count(names[place]) > 1]:
         raise ValueError(f"column {repeated[0]} is there twice")
     batches = pyarrow.csv.open_csv(
         pa.PythonFile(rejoined, mode="r"),
@@ -95,14 +95,16 @@ def read_csv(uri: str, file: IO[bytes], columns: Columns, *, labelled: bool) -> 
         ),
         pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         pyarrow.csv.ConvertOptions(
-            include_columns=[str(place) for place in wanted.values()],
-            column_types={str(place): pa.string() for place in wanted.values()},
+            include_columns=[str(place) for place in positions.values()],
+            column_types={str(place): pa.string() for place in positions.values()},
         ),
     )
     for batch in batches:
         table = pa.table(batch)
         empty = pa.nulls(len(table), pa.string())
-        arrays = {role: table[str(wanted[role])] if role in wanted else empty for role in ("uri", "label", "split")}
+        arrays = {
+            role: table[str(positions[role])] if role in positions else empty for role in ("uri", "label", "split")
+        }
         arrays["labels"] = pa.nulls(len(table), ROWS.field("labels").type)
         yield pa.table({name: arrays[name] for name in ROWS.names})
 
@@ -130,14 +132,14 @@ def read_json_lines(uri: str, file: IO[bytes], columns: Columns, *, labelled: bo
         raise ValueError("it is empty")
 
 
-def require_columns(uri: str, names: list[str], found: Columns, *, labelled: bool) -> None:
+def require_columns(uri: str, names: list[str], chosen: Columns, *, labelled: bool) -> None:
     """Check that a table has the columns that are needed.
 
     Raises:
         MissingColumn: it has not.
     """
     needed = ("uri", "label") if labelled else ("uri",)
-    if missing := [role for role in needed if not getattr(found, role)]:
+    if missing := [role for role in needed if not getattr(chosen, role)]:
         raise MissingColumn(
             f"{uri} has no column {' and no '.join(missing)}; it has {', '.join(names)[:1000]}. "
             "Needed: uri (absolute, or relative to the table) and label. Optional: split (train, val, test). "
@@ -273,12 +275,12 @@ def _line_reader(uri: str, content: bytes, columns: Columns, *, labelled: bool) 
     names = _field_names(content)
     if "imageGcsUri" in names and not columns.uri:
         return _LineReader(_VertexLine, {})
-    found = columns.find(uri, names)
-    require_columns(uri, names, found, labelled=labelled)
+    columns_of_table = columns.find(uri, names)
+    require_columns(uri, names, columns_of_table, labelled=labelled)
     fields: dict[str, list[str]] = {}
     types: list[tuple[str, str, Any]] = []
     for role in ("uri", "label", "split"):
-        chosen = getattr(found, role)
+        chosen = getattr(columns_of_table, role)
         fields[role] = [f"{role}_{number}" for number in range(1 if chosen else len(NAMES[role]))]
         kind: Any = {"uri": Scalar | _Image, "label": Scalar | list[Scalar], "split": Scalar}[role]
         types += [

@@ -94,8 +94,8 @@ def _member(record: memoryview, offset: int, number: int) -> Member | str:
     features = _features(record)
     image = next((name for name in IMAGE_FEATURES if name in features), None)
     if image is None:
-        known = ", ".join(sorted(features))[:500]
-        return f"has no image: its features are {known}; one of {', '.join(IMAGE_FEATURES)} is needed."
+        names = ", ".join(sorted(features))[:500]
+        return f"has no image: its features are {names}; one of {', '.join(IMAGE_FEATURES)} is needed."
     places = _byte_values(record, features[image])
     if len(places) != 1:
         return f"has {len(places)} values of {image}, not one image."
@@ -124,14 +124,14 @@ def _label(record: memoryview, features: dict[str, _Place]) -> tuple[str, ...] |
 
 def _features(record: memoryview) -> dict[str, _Place]:
     """Places of the features of a tf.Example by name: Example.features.feature, a map."""
-    found: dict[str, _Place] = {}
+    places: dict[str, _Place] = {}
     for features in _fields(record, _Place(0, len(record)), 1)[-1:]:
         for entry in _fields(record, features, 1):
             keys, values = _fields(record, entry, 1), _fields(record, entry, 2)
             if keys and values:
                 start, size = keys[-1]
-                found[record[start : start + min(size, 1024)].tobytes().decode()] = values[-1]
-    return found
+                places[record[start : start + min(size, 1024)].tobytes().decode()] = values[-1]
+    return places
 
 
 def _byte_values(record: memoryview, feature: _Place) -> list[_Place]:

@@ -64,22 +64,24 @@ def labelled(uri: str, group: Group, left_out: LeftOut) -> Iterator[Member]:
         yield from group.members
         return
     stems = {_stem(image.key) for image in images}
-    own = {image.key: labels[_stem(image.key)] for image in images if _stem(image.key) in labels}
-    companions = {image.key for image in images if image.key not in own and _is_companion(_stem(image.key), stems)}
-    others = [image.key for image in images if image.key not in own and image.key not in companions]
+    labels_by_key = {image.key: labels[_stem(image.key)] for image in images if _stem(image.key) in labels}
+    companions = {
+        image.key for image in images if image.key not in labels_by_key and _is_companion(_stem(image.key), stems)
+    }
+    others = [image.key for image in images if image.key not in labels_by_key and image.key not in companions]
     unused = [stem for stem in labels if stem not in stems]
     if others and unused:
-        if len(others) > 1 or len(unused) > 1 or own:
+        if len(others) > 1 or len(unused) > 1 or labels_by_key:
             raise DataError(
                 f"{uri}: {', '.join(others[:3])} and {', '.join(labels[stem][0] for stem in unused[:3])} share the key "
                 f"{group.key}. Which label is meant? Name each label as its image, with the suffix .cls or .json."
             )
-        own[others[0]] = labels[unused[0]]
+        labels_by_key[others[0]] = labels[unused[0]]
     for member in group.members:
         if member.key in companions:
             left_out.add("other images of WebDataset samples", member.key)
-        elif member.key in own:
-            name, label = own[member.key]
+        elif member.key in labels_by_key:
+            name, label = labels_by_key[member.key]
             if isinstance(label, DataError):
                 raise DataError(f"{uri}: member {name} {label}. Pack it again.")
             yield member._replace(labels=label) if isinstance(label, tuple) else member._replace(label=label)
@@ -133,12 +135,12 @@ def _stem(name: str) -> str:
 
 def _by_stem(labels: dict[str, Labels | DataError]) -> dict[str, tuple[str, Labels | DataError]]:
     """(name of the file, its labels) by the file's name without suffix."""
-    found: dict[str, tuple[str, Labels | DataError]] = {}
+    files_by_stem: dict[str, tuple[str, Labels | DataError]] = {}
     for suffix in reversed(LABEL_SUFFIXES):
         for name, label in labels.items():
             if name.lower().endswith(suffix) and label is not None:
-                found[_stem(name)] = name, label
-    return found
+                files_by_stem[_stem(name)] = name, label
+    return files_by_stem
 
 
 def _is_companion(stem: str, stems: set[str]) -> bool:

@@ -167,11 +167,11 @@ def zip_content(raw: bytes, crc: int) -> bytes:
         begin = _LOCAL_HEADER.size + name_length + extra_length
         if method == DEFLATED:
             # Sizes may follow the content instead of standing in the header: the deflate stream ends by itself.
-            known = 0 < size < 0xFFFFFFFF
+            has_size = 0 < size < 0xFFFFFFFF
             inflate = zlib.decompressobj(-15)
-            limit = min(size, LARGEST_MEMBER) if known else LARGEST_MEMBER
+            limit = min(size, LARGEST_MEMBER) if has_size else LARGEST_MEMBER
             content = inflate.decompress(memoryview(raw)[begin:], limit + 1)
-            if len(content) > limit or (known and size > LARGEST_MEMBER):
+            if len(content) > limit or (has_size and size > LARGEST_MEMBER):
                 raise DataError(f"is refused as a decompression bomb: more than {limit:,} bytes")
         else:
             content = _stored(raw, begin, crc)

@@ -1,34 +1,25 @@
-"""Classify images with a checkpoint, from Python; :mod:`job.cli.predict` is the command line."""
+"""A trained network that classifies images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any, cast, overload
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from job import checkpoint, redact, storage
+from job import checkpoint, redact
 from job.checkpoint.state import CLASSIFIER_KEY
 from job.cluster import ranks
 from job.data.augment import ResizeMode, resize
-from job.data.bad_samples import BadSample
-from job.data.dataset import ImageDataset, Preprocessing
-from job.data.decode import decode
-from job.data.index.index import Index
-from job.data.loader import BatchLoader
-from job.data.pixels import MAX_IMAGE_PIXELS, to_rgb
-from job.data.sampler import ResumableBatchSampler
-from job.errors import DataError
+from job.data.pixels import MAX_IMAGE_PIXELS
+from job.data.python_images import PythonImage, is_one_image, pixels_of, pixels_of_each
+from job.errors import ConfigError, DivergedError
 from job.model.classifier import TTA, Classifier, from_spec, mean_over_flips
 from job.model.spec import decode_spec, net_state
 from job.model.tasks import TASKS
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 
 @dataclass(frozen=True)
@@ -74,6 +65,7 @@ class Predictor:
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
         thresholds: of a multi-label network: probability of each class from which it is predicted. Empty: 0.5.
         max_image_pixels: height times width of the largest image to decode.
+        fingerprint: the first 16 hexadecimal digits of the checkpoint's SHA-256.
     """
 
     def __init__(
@@ -83,10 +75,12 @@ class Predictor:
         tta: TTA = "none",
         thresholds: Sequence[float] = (),
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        fingerprint: str = "",
     ) -> None:
         self.net = net.eval()
         self.tta = tta
         self.max_image_pixels = max_image_pixels
+        self.fingerprint = fingerprint
         self.thresholds = tuple(thresholds or [0.5] * len(net.classes))
         self.resize: ResizeMode = "crop" if resize == "crop" else "squash"
 
@@ -100,35 +94,57 @@ class Predictor:
         """Where the network runs."""
         return self.net.mean.device
 
+    @overload  # a string is one image, although it is an iterable of strings
+    def predict(self, images: PythonImage, batch_size: int = 32) -> Prediction: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def predict(self, images: Iterable[PythonImage], batch_size: int = 32) -> list[Prediction]: ...
+
     def predict(
-        self, images: Iterable[bytes | str | Image.Image | npt.NDArray[np.uint8] | Tensor], batch_size: int = 32
-    ) -> list[Prediction]:
-        """Classify images.
+        self, images: PythonImage | Iterable[PythonImage], batch_size: int = 32
+    ) -> Prediction | list[Prediction]:
+        """Classify one image, or several.
 
         Args:
-            images: each an encoded image (bytes), a URI or path, a Pillow image, a uint8 array [H, W, 3],
-                or a uint8 tensor [3, H, W].
+            images: an image, or any iterable of them. An image is a path or URI, the bytes of an image file, a file
+                open for reading, a Pillow image, an array [H, W] or [H, W, C], or a tensor [C, H, W], with 1, 3 or 4
+                channels of uint8 or of floats from 0 to 1. An array [N, H, W, C] or tensor [N, C, H, W] is N images.
             batch_size: images at a time.
+
+        Returns:
+            the prediction of one image; a list of them for several.
 
         Raises:
             DataError: one of them is no readable image.
+            StorageError: one of them cannot be read.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
+        size, limit = self.net.image_size, self.max_image_pixels
+        if is_one_image(images):
+            return self.predict_batch(resize(pixels_of(images, size, limit), size, self.resize)[None])[0]
         predictions: list[Prediction] = []
-        batch: list[Tensor] = []
-        for image in images:
-            image_size = self.net.image_size
-            batch.append(resize(_to_tensor(image, image_size, self.max_image_pixels), image_size, self.resize))
-            if len(batch) == batch_size:
-                predictions += self.predict_batch(torch.stack(batch))
-                batch = []
-        return predictions + (self.predict_batch(torch.stack(batch)) if batch else [])
+        several = cast("Iterable[PythonImage]", images)
+        pixels = (resize(each, size, self.resize) for each in pixels_of_each(several, size, limit))
+        while batch := list(islice(pixels, batch_size)):
+            predictions += self.predict_batch(torch.stack(batch))
+        return predictions
 
     @torch.inference_mode()
     def predict_batch(self, images: Tensor) -> list[Prediction]:
-        """Classify prepared images, uint8 [B, 3, S, S]."""
+        """Classify prepared images, uint8 [B, 3, S, S].
+
+        Raises:
+            DivergedError: the network's outputs are not finite.
+        """
         images = images.to(self.device)
         logits = mean_over_flips(self.net, images) if self.tta == "hflip" else self.net(images)
-        return [self._prediction(row) for row in TASKS[self.net.task].probabilities(logits).cpu()]
+        probabilities = TASKS[self.net.task].probabilities(logits).cpu()
+        if not probabilities.isfinite().all():
+            raise DivergedError(
+                "the network's outputs are not finite: its weights have diverged. Use another checkpoint."
+            )
+        return [self._prediction(row) for row in probabilities]
 
     def _prediction(self, row: Tensor) -> Prediction:
         values = row.tolist()
@@ -144,7 +160,8 @@ def load(uri: str, device: str | None = None, tta: TTA = "none", max_image_pixel
 
     Args:
         uri: a checkpoint file, or a run_dir (its best checkpoint).
-        device: a torch device; default: CUDA where there is one, else the CPU.
+        device: a torch device; default: the GPU of this rank (LOCAL_RANK, or the first), where CUDA has one, else the
+            CPU.
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
         max_image_pixels: height times width of the largest image to decode; default: 178,956,970, as in Pillow.
 
@@ -153,65 +170,10 @@ def load(uri: str, device: str | None = None, tta: TTA = "none", max_image_pixel
     """
     uri = checkpoint.resolve(redact.remember(uri))
     saved = checkpoint.load(uri)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        gpus = torch.cuda.device_count()
+        device = f"cuda:{ranks.local_rank() % gpus}" if gpus else "cpu"
     net = from_spec(saved[CLASSIFIER_KEY], net_state(saved, uri), source=uri, device_type=torch.device(device).type)
     spec = decode_spec(saved[CLASSIFIER_KEY], uri)
-    return Predictor(net.to(device), spec.resize, tta, spec.thresholds, max_image_pixels)
-
-
-def predict_index(
-    predictor: Predictor,
-    index: Index,
-    *,
-    batch_size: int,
-    num_workers: int,
-    cache_dir: str,
-    unreadable: list[BadSample],
-) -> Iterator[tuple[int, Prediction]]:
-    """Classify this rank's share of the images in an index.
-
-    Args:
-        unreadable: receives the images that cannot be read.
-
-    Yields:
-        (sample, prediction) of each readable image, in the order of the index.
-    """
-    sampler = ResumableBatchSampler(
-        len(index),
-        batch_size * ranks.world_size(),
-        rank=ranks.rank(),
-        world_size=ranks.world_size(),
-        seed=0,
-        shuffle=False,
-    )
-    preprocessing = Preprocessing(
-        predictor.net.image_size, predictor.resize, max_image_pixels=predictor.max_image_pixels
-    )
-    dataset = ImageDataset(index, sampler, preprocessing, cache_dir=cache_dir)
-    # A store inside this process cannot be read from loader processes.
-    workers = 0 if any(map(storage.is_process_local, index.stores)) else num_workers
-    for batch in BatchLoader(dataset, workers):
-        if batch["error"] is not None:
-            raise batch["error"]
-        unreadable += batch["bad"]
-        predictions = predictor.predict_batch(batch["image"])
-        for sample, valid, prediction in zip(batch["sample"].tolist(), batch["mask"], predictions, strict=True):
-            if valid:
-                yield sample, prediction
-
-
-def _to_tensor(
-    image: bytes | str | Image.Image | npt.NDArray[np.uint8] | Tensor, at_least: int, max_image_pixels: int
-) -> Tensor:
-    if isinstance(image, Tensor):
-        return image
-    if isinstance(image, str):
-        try:
-            return decode(storage.read_bytes(image), at_least, max_image_pixels)
-        except DataError as error:
-            raise DataError(f"{image} {error}.") from error
-    if isinstance(image, bytes):
-        return decode(image, at_least, max_image_pixels)
-    if isinstance(image, Image.Image):
-        return torch.from_numpy(to_rgb(image)).permute(2, 0, 1)
-    return torch.from_numpy(image.copy()).permute(2, 0, 1)
+    fingerprint = checkpoint.sha256(uri)[:16]
+    return Predictor(net.to(device), spec.resize, tta, spec.thresholds, max_image_pixels, fingerprint)

@@ -1,0 +1,94 @@
+"""Result of a validation or test: metrics, confusion matrix, calibration, curves and single predictions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Counts = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+CALIBRATION_BINS = 15
+"""Bins of equal width in confidence, as in Guo et al., arXiv:1706.04599."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Confidence against accuracy, in :data:`CALIBRATION_BINS` bins of equal width in confidence.
+
+    The confidence of a prediction is the probability of the predicted class. Of several labels each decision on a class
+    counts, with the probability of that decision.
+
+    Attributes:
+        counts: predictions per bin, int64 [bins].
+        confidence: sum of confidences per bin, float64 [bins].
+        correct: correct predictions per bin, int64 [bins].
+    """
+
+    counts: Counts
+    confidence: Floats
+    correct: Counts
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error (ECE), from 0 to 1; NaN without predictions."""
+        total = self.counts.sum()
+        return float(np.abs(self.confidence - self.correct).sum() / total) if total else float("nan")
+
+
+@dataclass(frozen=True)
+class ScoreHistograms:
+    """Histograms of each class's scores, from which PR and ROC curves follow.
+
+    Attributes:
+        positives: samples of the class per bin, int64 [C, bins].
+        negatives: samples of other classes per bin, int64 [C, bins].
+        lowest: lowest probability of each bin, float64 [bins], ascending.
+    """
+
+    positives: Counts
+    negatives: Counts
+    lowest: Floats
+
+
+@dataclass(frozen=True)
+class SamplePrediction:
+    """What the model predicts for one sample.
+
+    Attributes:
+        sample: sample id in the index of the part.
+        labels: true classes; one, or any number where samples have several labels.
+        predicted: predicted classes, likewise.
+        confidence: probability of the predicted class; of several labels, that of the least certain decision.
+        loss: of the sample.
+    """
+
+    sample: int
+    labels: tuple[int, ...]
+    predicted: tuple[int, ...]
+    confidence: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of a validation or test, the same on every rank.
+
+    Attributes:
+        metrics: values by name; undefined ones are omitted.
+        confusion: int64 [C, C], rows are true classes; of several labels one matrix per class, int64 [C, 2, 2].
+        calibration: confidence against accuracy; None without samples.
+        scores: histograms of scores; None above the number of classes whose curves are drawn, or without samples.
+        worst: wrong predictions of the highest loss, the worst first.
+        examples: predictions of a fixed selection of samples, in the order of sample ids.
+    """
+
+    metrics: dict[str, float]
+    confusion: Tensor
+    calibration: Calibration | None = None
+    scores: ScoreHistograms | None = None
+    worst: tuple[SamplePrediction, ...] = ()
+    examples: tuple[SamplePrediction, ...] = ()

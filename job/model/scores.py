@@ -1,0 +1,185 @@
+"""Scores of each class, all or histograms, from which AUROC, average precision, thresholds and curves follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from job.model.evaluation import ScoreHistograms
+
+BINS = 2048
+LOG_ODDS = 16.0
+"""Bins have equal widths in log-odds from -16 to 16, beyond which float32 rounds a probability to 0 or 1."""
+
+EXACT_CLASSES, EXACT_SAMPLES = 100, 50_000
+"""Sizes up to which all probabilities are kept, 20 MB at the limits."""
+
+DEFAULT_THRESHOLD = 0.5
+"""Threshold of a class that validation has no positive sample of."""
+
+Floats = npt.NDArray[np.float64]
+
+
+class Ranking(NamedTuple):
+    """The samples of one class by descending score, in groups of equal scores or of neighbouring ones.
+
+    Attributes:
+        positives: positive samples per group.
+        negatives: negative samples per group.
+        lowest: lowest score of each group.
+        highest: highest score of each group.
+    """
+
+    positives: Floats
+    negatives: Floats
+    lowest: Floats
+    highest: Floats
+
+    def average_precision(self) -> float:
+        """Sum over the groups of (recall gained * precision), as scikit-learn's; NaN without positive samples."""
+        positives, predicted = self.positives.cumsum(), (self.positives + self.negatives).cumsum()
+        total = self.positives.sum()
+        return float((self.positives * positives / predicted).sum() / total) if total else float("nan")
+
+    def auroc(self) -> float:
+        """Share of the pairs of a positive and a negative sample that are in order; one half for those of one group.
+
+        NaN without positive or without negative samples.
+        """
+        pairs = self.positives.sum() * self.negatives.sum()
+        below = self.negatives.sum() - self.negatives.cumsum()
+        return float((self.positives * (below + self.negatives / 2)).sum() / pairs) if pairs else float("nan")
+
+    def best_threshold(self) -> float:
+        """The threshold of the highest F1, in the middle between two groups; the default without positive samples."""
+        total = self.positives.sum()
+        if not total:
+            return DEFAULT_THRESHOLD
+        positives, predicted = self.positives.cumsum(), (self.positives + self.negatives).cumsum()
+        best = int(np.argmax(2 * positives / (predicted + total)))
+        below = self.highest[best + 1] if best + 1 < len(self.highest) else 0.0
+        return float((self.lowest[best] + below) / 2)
+
+    def confusion(self, threshold: float) -> list[list[int]]:
+        """[[true negatives, false positives], [false negatives, true positives]] at a threshold.
+
+        A group that a threshold of other data divides is taken whole: predicted if its middle is.
+        """
+        predicted = (self.lowest + self.highest) / 2 >= threshold
+        positives, negatives = int(self.positives[predicted].sum()), int(self.negatives[predicted].sum())
+        return [
+            [int(self.negatives.sum()) - negatives, negatives],
+            [int(self.positives.sum()) - positives, positives],
+        ]
+
+
+class CollectedScores(Metric):
+    """All probabilities and labels, from which metrics are exact."""
+
+    full_state_update = False
+    probabilities: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self, num_classes: int, *, sync_on_compute: bool) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
+        self.num_classes = num_classes
+        for name in ("probabilities", "labels"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Add samples: probabilities float [N, C]; labels int64 [N], or multi-hot, uint8 [N, C]."""
+        self.probabilities.append(probabilities)
+        self.labels.append(labels)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Probabilities and labels of all ranks."""
+        return dim_zero_cat(self.probabilities), dim_zero_cat(self.labels)
+
+    def rankings(self) -> Iterator[Ranking]:
+        """The ranking of each class, in groups of equal scores."""
+        probabilities, labels = (tensor.numpy() for tensor in self.compute())
+        for number, scores in enumerate(probabilities.reshape(-1, self.num_classes).T):
+            positive = labels[:, number] > 0 if labels.ndim == 2 else labels == number
+            groups, members = np.unique(-scores.astype(np.float64), return_inverse=True)
+            positives = np.bincount(members[positive], minlength=len(groups)).astype(np.float64)
+            negatives = np.bincount(members[~positive], minlength=len(groups)).astype(np.float64)
+            yield Ranking(positives, negatives, -groups, -groups)
+
+    def histograms(self) -> ScoreHistograms:
+        """Histograms of each class's scores."""
+        binned = BinnedScores(self.num_classes, sync_on_compute=False)
+        binned.update(*self.compute())
+        return binned.histograms()
+
+
+class BinnedScores(Metric):
+    """Histograms of the log-odds of positive and negative samples, whose memory does not grow with their number.
+
+    A bin counts as a group of equal scores. So the average precision of a class differs from the exact one by at most
+    the mean, over the positive samples, of the share that the sample's bin has of all samples scored as high or higher,
+    and AUROC by at most half the share of pairs of a positive and a negative sample that are in one bin: both about
+    1e-3 unless most scores of a class are equal. Thresholds lie between bins, 1/64 apart in log-odds, which resolve the
+    small probabilities of many classes.
+    """
+
+    full_state_update = False
+    positives: Tensor
+    every: Tensor
+
+    def __init__(self, num_classes: int, *, sync_on_compute: bool) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
+        self.num_classes = num_classes
+        for name in ("positives", "every"):
+            self.add_state(name, torch.zeros(num_classes, BINS, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Add samples: probabilities float [N, C]; labels int64 [N], or multi-hot, uint8 [N, C]."""
+        bins = _bins(probabilities.float()) + torch.arange(self.num_classes) * BINS
+        own = bins[labels > 0] if labels.ndim == 2 else bins.gather(1, labels[:, None])
+        for counts, places in ((self.every, bins.flatten()), (self.positives, own.flatten())):
+            # bincount would allocate all of a histogram for each batch.
+            counts.view(-1).index_add_(0, places, torch.ones_like(places))
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Histograms of the positive and the negative samples of all ranks, int64 [C, BINS]."""
+        return self.positives, self.every - self.positives
+
+    def rankings(self) -> Iterator[Ranking]:
+        """The ranking of each class, in groups of one bin."""
+        edges = 1 / (1 + np.exp(-np.linspace(-LOG_ODDS, LOG_ODDS, BINS + 1)))
+        lowest, highest = edges[:-1][::-1], edges[1:][::-1]
+        for counts in zip(*(tensor.numpy() for tensor in self.compute()), strict=True):
+            positives, negatives = (each[::-1].astype(np.float64) for each in counts)
+            filled = positives + negatives > 0
+            yield Ranking(positives[filled], negatives[filled], lowest[filled], highest[filled])
+
+    def histograms(self) -> ScoreHistograms:
+        """Histograms of each class's scores."""
+        positives, negatives = (each.numpy() for each in self.compute())
+        return ScoreHistograms(positives, negatives, _lowest())
+
+
+def make_scores(num_classes: int, samples: int, *, sync_on_compute: bool) -> CollectedScores | BinnedScores:
+    """All scores of a data set of this size, or histograms of them where it is large."""
+    exact = num_classes <= EXACT_CLASSES and samples <= EXACT_SAMPLES
+    return (CollectedScores if exact else BinnedScores)(num_classes, sync_on_compute=sync_on_compute)
+
+
+def _bins(probabilities: Tensor) -> Tensor:
+    """Bin of each probability, int64 of the same shape, from 0 to BINS - 1."""
+    log_odds = torch.logit(probabilities, eps=1e-30).clamp(-LOG_ODDS, LOG_ODDS).nan_to_num()
+    return ((log_odds + LOG_ODDS) * (BINS / (2 * LOG_ODDS))).long().clamp(max=BINS - 1)
+
+
+def _lowest() -> Floats:
+    """Lowest probability of each bin; the first one has everything below, too."""
+    lowest = 1 / (1 + np.exp(-np.linspace(-LOG_ODDS, LOG_ODDS, BINS + 1)[:-1]))
+    lowest[0] = 0.0
+    return lowest

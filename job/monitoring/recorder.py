@@ -1,0 +1,125 @@
+"""Records each validation of a fit, with the training before it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from job.data.dataset import Batch
+from job.monitoring.accounting import Accounting
+from job.monitoring.history import ValidationRecord, thinned, until_step
+
+PREFIXES = ("train/", "val/")
+PER_CLASS = "_of/"
+"""Part of the names of metrics of single classes."""
+
+
+class ValidationRecorder(Callback):
+    """Measures the throughput of training, and keeps a :class:`ValidationRecord` per validation, on rank 0.
+
+    Args:
+        accounting: measures where the time goes.
+        earlier: returns the records of earlier attempts; called once, when training starts.
+
+    Attributes:
+        records: validations of the run so far, in order.
+        train_seconds: time of the training epochs that this attempt has completed, without validations.
+        train_images: images trained on in them.
+    """
+
+    def __init__(self, accounting: Accounting, earlier: Callable[[], Sequence[ValidationRecord]] = lambda: ()) -> None:
+        self.accounting = accounting
+        self.earlier = earlier
+        self.records: list[ValidationRecord] = []
+        self.train_seconds = 0.0
+        self.train_images = 0
+        self._clock: float | None = None
+        self._epoch_seconds, self._epoch_images = 0.0, 0
+        self._seconds, self._images, self._data_wait = 0.0, 0, 0.0  # since the last validation
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restore the records up to the step that training continues from."""
+        if trainer.is_global_zero:
+            self.records = until_step(self.earlier(), trainer.global_step)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of the epoch."""
+        self._clock = time.monotonic()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Start the clock where an epoch was resumed in its middle."""
+        if self._clock is None:
+            self._clock = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count the images of the batch, and stop the clock at the epoch's last one."""
+        self._epoch_images += int(batch["global_size"])
+        self._images += int(batch["global_size"])
+        if trainer.is_last_batch:
+            self._stop_clock()
+            self.train_seconds += self._epoch_seconds
+            self.train_images += self._epoch_images
+            rate = self._epoch_images / self._epoch_seconds
+            self._epoch_seconds, self._epoch_images = 0.0, 0
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/images_per_second": rate}, step=trainer.global_step - 1)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock for a validation within the epoch."""
+        self._stop_clock()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Record the validation, and go on with the clock if it was within the epoch."""
+        if trainer.is_global_zero and trainer.state.fn == "fit":
+            record = self._record(trainer)
+            self.records = thinned([*until_step(self.records, record.global_step - 1), record])
+        self._seconds, self._images = 0.0, 0
+        self._data_wait = self.accounting.attempt.data_wait
+        if not trainer.is_last_batch:
+            self._clock = time.monotonic()
+
+    def _record(self, trainer: pl.Trainer) -> ValidationRecord:
+        trained = self._images > 0 and self._seconds > 0
+        waited = self.accounting.attempt.data_wait - self._data_wait
+        return ValidationRecord(
+            epoch=trainer.current_epoch + 1,
+            global_step=trainer.global_step,
+            metrics=_metrics(trainer),
+            lr=_learning_rates(trainer),
+            images_per_second=self._images / self._seconds if trained else None,
+            data_wait=min(max(waited / self._seconds, 0.0), 1.0) if trained else None,
+            seconds=time.time() - self.accounting.attempts[0].began,
+        )
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            seconds = time.monotonic() - self._clock
+            self._epoch_seconds += seconds
+            self._seconds += seconds
+            self._clock = None
+
+
+def _metrics(trainer: pl.Trainer) -> dict[str, float | None]:
+    values = {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith(PREFIXES) and PER_CLASS not in name
+    }
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _learning_rates(trainer: pl.Trainer) -> dict[str, float]:
+    """Learning rate by parameter group, of those with a parameter that trains."""
+    rates: dict[str, float] = {}
+    for optimizer in trainer.optimizers:
+        for number, group in enumerate(optimizer.param_groups, 1):
+            if any(parameter.requires_grad for parameter in group["params"]):
+                rates[str(group.get("name") or f"group {number}")] = float(group["lr"])
+    return rates

@@ -1,0 +1,85 @@
+"""The summary of a run that a person reads on the terminal."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from job import storage
+from job.monitoring.event_folders import tensorboard_argument
+from job.monitoring.report.content import CheckpointEntry, Report, ReportContent
+from job.monitoring.report.files import PAGE
+from job.process.terminal import print_table, say
+
+SHOWN = ("accuracy", "f1", "auroc", "mAP", "micro_f1", "macro_f1", "loss")
+"""Validation metrics in the order of the summary."""
+TITLES = {
+    "running": "Running",
+    "finished": "Finished",
+    "stopped": "Stopped; the same command continues the run",
+    "failed": "Failed",
+}
+
+
+def print_summary(result: Report) -> None:
+    """Print metrics, where everything is, and the commands to type next."""
+    print_results(result.reported, result.run_dir)
+    run_dir = result.run_dir
+    say("Next:")
+    say(f"  python -m job tensorboard {shlex.quote(tensorboard_argument(run_dir))}")
+    say(f"  python -m job predict --run_dir {shlex.quote(run_dir)} --input IMAGE_OR_FOLDER")
+
+
+def print_results(report: ReportContent, run_dir: str) -> None:
+    """Print metrics, speed, time and advice.
+
+    Args:
+        report: of the run.
+        run_dir: where the run is now; the report names where it was written.
+    """
+    rows: list[tuple[str, object]] = []
+    if report.failure:
+        rows.append(("failure", report.failure))
+    if report.checkpoints:
+        best, last = report.checkpoints.best, report.checkpoints.last
+        rows += [("best checkpoint, predicts", _metrics(best)), ("", best.uri)]
+        if last.uri == best.uri:
+            rows.append(("last checkpoint", "the same"))
+        else:
+            rows += [("last checkpoint", _metrics(last)), ("", last.uri)]
+    speed = report.train_images_per_second
+    rows += [
+        ("epochs", f"{report.epochs} ({report.global_step} steps)"),
+        ("speed", f"{speed:.1f} images/s training, {report.world_size} process(es)" if speed else "-"),
+        ("time", _where_time_went(report.seconds, report.starts)),
+        ("run_dir", run_dir),
+        ("report", storage.join(run_dir, PAGE)),
+    ]
+    rows += [("advice", f"{each.message} {each.suggestion}") for each in report.advice]
+    print_table(["", ""], rows, title=TITLES[report.status])
+
+
+def _metrics(entry: CheckpointEntry) -> str:
+    values = ((name, entry.metrics.get(f"val/{name}")) for name in SHOWN)
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in values if value is not None)
+    return f"epoch {entry.epoch}: {shown or 'not validated'}"
+
+
+def print_suggestions(result: dict[str, Any]) -> None:
+    """Print the result of ``tune`` as options to type next."""
+    say(f"The loss falls fastest at a learning rate of {result['lr']:.2g}:")
+    say(f"  --model.lr {result['lr']:.2g}")
+    if most := result["global_batch_size_at_most"]:
+        each, processes = result["bytes_per_image"] / 1e6, result["world_size"]
+        say(f"Training all layers needs {each:.1f} MB per image. Largest batch for {processes} such process(es):")
+        say(f"  --data.global_batch_size {most}")
+
+
+def _where_time_went(seconds: dict[str, float], starts: int) -> str:
+    parts = "  ".join(
+        f"{name.replace('lost', 'recomputed').replace('_', ' ')} {seconds.get(name, 0.0):.0f}"
+        for name in ("step", "data_wait", "validation", "checkpoint_stall", "startup", "features", "lost", "other")
+    )
+    return (
+        f"goodput {seconds.get('goodput', 0.0):.0%} of {seconds.get('wall', 0.0):.0f} s in {starts} attempt(s): {parts}"
+    )

@@ -1,0 +1,76 @@
+"""Start TensorBoard on runs, wherever they are stored."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+
+from job.errors import ConfigError
+from job.monitoring.event_folders import labels
+
+RELOAD_SECONDS = 5
+BUCKET_RELOAD_SECONDS = 10
+"""Seconds between two reloads of runs in a bucket, which has new events every 10 s at most."""
+
+
+def serve(run_dirs: Sequence[str], *, host: str, port: int | None) -> tuple[str, list[str]]:
+    """Start TensorBoard in threads of this process.
+
+    Args:
+        run_dirs: run_dirs, folders of run_dirs, or folders of event files.
+        host: address to listen on.
+        port: port to listen on; 0: any free one; None: 6006, or the next that is free.
+
+    Returns:
+        Its address, and the names of the runs that have events now.
+
+    Raises:
+        ConfigError: TensorBoard is not installed, or cannot listen there.
+    """
+    # With TensorFlow installed, its filesystems would be used.
+    sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
+    try:
+        from tensorboard import default, program  # type: ignore[import-untyped]
+        from tensorboard.compat.tensorflow_stub.io.gfile import register_filesystem  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ConfigError(f"TensorBoard is not installed ({error}): pip install tensorboard") from error
+    from job.monitoring.tensorboard_files import SCHEME, RunFiles
+
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)
+    files = RunFiles(labelled(run_dirs))
+    files.refresh()
+    register_filesystem(SCHEME, files)
+    server = program.TensorBoard(plugins=default.get_plugins())
+    server.configure(argv=("tensorboard", *arguments(run_dirs, host=host, port=port)))
+    try:
+        address: str = server.launch()
+    except program.TensorBoardServerException as error:
+        raise ConfigError(f"TensorBoard cannot listen on {host}, port {port}: {error.msg}") from error
+    return address, files.runs
+
+
+def arguments(run_dirs: Sequence[str], *, host: str, port: int | None) -> list[str]:
+    """TensorBoard's own options."""
+    local = not any("://" in run_dir for run_dir in run_dirs)
+    return [
+        "--logdir=runs://",
+        # It reads local disks and Google's own buckets alone, and keeps open what has been replaced.
+        "--load_fast=false",
+        f"--reload_interval={RELOAD_SECONDS if local else BUCKET_RELOAD_SECONDS}",
+        f"--host={host}",
+        *([] if port is None else [f"--port={port}"]),
+    ]
+
+
+def labelled(run_dirs: Sequence[str]) -> dict[str, str]:
+    """URI by label; of one alone the runs in it have their own names."""
+    unique = list(dict.fromkeys(_absolute(run_dir) for run_dir in run_dirs))
+    return {"": unique[0]} if len(unique) == 1 else dict(zip(labels(unique), unique, strict=True))
+
+
+def _absolute(uri: str) -> str:
+    return uri.rstrip("/") if "://" in uri else os.path.normpath(Path(uri).expanduser().absolute())

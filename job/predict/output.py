@@ -1,0 +1,146 @@
+"""Files of predictions: JSON lines or Parquet, written row by row."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from job.predict.predictor import MultilabelPrediction, Prediction, Predictor
+
+FileFormat = Literal["jsonl", "parquet"]
+FORMATS: tuple[FileFormat, ...] = ("jsonl", "parquet")
+
+ROWS_PER_GROUP = 4096
+"""Rows that a Parquet file collects in memory before it writes them."""
+
+SCHEMA = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("label", pa.string()),
+        ("labels", pa.list_(pa.string())),
+        ("probability", pa.float32()),
+        ("classes", pa.list_(pa.string())),
+        ("probabilities", pa.list_(pa.float32())),
+        ("model", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image: its prediction, or the reason why there is none.
+
+    Attributes:
+        uri: of the image.
+        prediction: None for an unreadable image.
+        error: why it cannot be read.
+    """
+
+    uri: str
+    prediction: Prediction | None = None
+    error: str | None = None
+
+
+class PredictionFile(ABC):
+    """A local file that rows are added to; close it by leaving its context.
+
+    Args:
+        path: of the file, which is created.
+        predictor: whose predictions these are.
+        top_k: number of most probable classes whose probabilities are written, in falling order; None: all, in the
+            order of classes.
+    """
+
+    def __init__(self, path: Path, predictor: Predictor, top_k: int | None) -> None:
+        self.path = path
+        self.model = predictor.fingerprint
+        self.top_k = top_k
+
+    def __enter__(self) -> PredictionFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def entry(self, row: Row) -> dict[str, Any]:
+        """The fields of a row, in both formats."""
+        if row.prediction is None:
+            return {"uri": row.uri, "error": row.error}
+        entry = {"uri": row.uri, **row.prediction.as_json(), "model": self.model}
+        if self.top_k is not None:
+            ranked = sorted(row.prediction.probabilities.items(), key=lambda item: -item[1])
+            entry["probabilities"] = dict(ranked[: self.top_k])
+        return entry
+
+    @abstractmethod
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append rows."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Complete the file."""
+
+
+class JsonLines(PredictionFile):
+    """One JSON object per line."""
+
+    def __init__(self, path: Path, predictor: Predictor, top_k: int | None) -> None:
+        super().__init__(path, predictor, top_k)
+        self._file = path.open("w", encoding="utf-8", errors="backslashreplace")
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append rows."""
+        self._file.writelines(json.dumps(self.entry(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+    def close(self) -> None:
+        """Complete the file."""
+        self._file.close()
+
+
+class Parquet(PredictionFile):
+    """Columns of :data:`SCHEMA`; ``label`` is null and ``labels`` is not where images may have several labels."""
+
+    def __init__(self, path: Path, predictor: Predictor, top_k: int | None) -> None:
+        super().__init__(path, predictor, top_k)
+        self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+        self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append rows."""
+        for row in rows:
+            entry, prediction = self.entry(row), row.prediction
+            entry["uri"] = row.uri.encode(errors="backslashreplace").decode()
+            if prediction is not None:
+                entry["classes"] = list(entry["probabilities"])
+                entry["probabilities"] = list(entry["probabilities"].values())
+                if not isinstance(prediction, MultilabelPrediction):
+                    entry["probability"] = prediction.probabilities[prediction.label]
+            for name, column in self._columns.items():
+                column.append(entry.get(name))
+        if len(self._columns["uri"]) >= ROWS_PER_GROUP:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        self._writer.write_table(pa.table(self._columns, SCHEMA))
+        for column in self._columns.values():
+            column.clear()
+
+    def close(self) -> None:
+        """Complete the file."""
+        if self._columns["uri"]:
+            self._write_group()
+        self._writer.close()
+
+
+def prediction_file(form: FileFormat, path: Path, predictor: Predictor, top_k: int | None) -> PredictionFile:
+    """A new file in a format."""
+    return {"jsonl": JsonLines, "parquet": Parquet}[form](path, predictor, top_k)

@@ -1,0 +1,129 @@
+"""Predictions of all images of an index, into one file or into the parts of a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from job import storage
+from job.data.dataset import ImageDataset, Preprocessing
+from job.data.index.index import Index
+from job.data.loader import BatchLoader
+from job.data.sampler import FeatureBatchSampler
+from job.errors import StorageError, StorageOutage
+from job.predict.output import FileFormat, Row, prediction_file
+from job.predict.predictor import Predictor
+from job.predict.work import Work, done, remaining
+from job.process import temporary
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read.
+
+    Attributes:
+        batch_size: images per batch.
+        num_workers: number of decoding threads.
+        cache_dir: local folder for copies of archives that cannot be read in parts.
+    """
+
+    batch_size: int
+    num_workers: int
+    cache_dir: str
+
+
+def predict_index(predictor: Predictor, index: Index, samples: range, reading: Reading) -> Iterator[list[Row]]:
+    """Classify images of an index, in its order.
+
+    Args:
+        predictor: the network.
+        index: the images.
+        samples: sample ids.
+        reading: how images are read.
+
+    Yields:
+        the rows of each batch.
+
+    Raises:
+        StorageError: the images cannot be read at present.
+    """
+    preprocessing = Preprocessing(
+        predictor.net.image_size, predictor.resize, max_image_pixels=predictor.max_image_pixels
+    )
+    sampler = FeatureBatchSampler([samples], 1, reading.batch_size)
+    dataset = ImageDataset(index, sampler, preprocessing, cache_dir=reading.cache_dir)
+    for batch in BatchLoader(dataset, reading.num_workers):
+        if batch["error"] is not None:
+            raise batch["error"]
+        bad = {each.sample: each.line for each in batch["bad"]}
+        rows = []
+        predictions = predictor.predict_batch(batch["image"])[: batch["global_size"]]  # the rest is padding
+        for sample, prediction in zip(batch["sample"].tolist(), predictions, strict=False):
+            uri = index.uri(sample)
+            if sample in bad:
+                rows.append(Row(uri, error=bad[sample].removeprefix(f"{uri} ")))
+            else:
+                rows.append(Row(uri, prediction))
+        yield rows
+
+
+def predict_to_file(
+    predictor: Predictor, index: Index, reading: Reading, output: str | None, form: FileFormat, top_k: int | None
+) -> Iterator[list[Row]]:
+    """Classify all images of an index; with ``output``, that file appears at the end, whole.
+
+    Yields:
+        the rows of each batch.
+    """
+    batches = predict_index(predictor, index, range(len(index)), reading)
+    if output is None:
+        yield from batches
+        return
+    scratch = temporary.folder("predict")
+    try:
+        with prediction_file(form, scratch / "predictions", predictor, top_k) as file:
+            for rows in batches:
+                file.add(rows)
+                yield rows
+        storage.upload(file.path, output)
+    finally:
+        temporary.remove(scratch)
+
+
+def predict_to_folder(
+    predictor: Predictor,
+    index: Index,
+    reading: Reading,
+    folder: str,
+    work: Work,
+    form: FileFormat,
+    top_k: int | None,
+) -> Iterator[list[Row]]:
+    """Classify the images of the parts that are not in ``folder`` yet, until there are all of them.
+
+    Yields:
+        the rows of each batch that this process computes.
+    """
+    scratch = temporary.folder("predict")
+    try:
+        for part in remaining(folder, work):
+            with prediction_file(form, scratch / work.name_of(part), predictor, top_k) as file:
+                for rows in predict_index(predictor, index, work.samples_of(part), reading):
+                    file.add(rows)
+                    yield rows
+            _commit(file.path, folder, work, part)
+            file.path.unlink()
+    finally:
+        temporary.remove(scratch)
+
+
+def _commit(path: Path, folder: str, work: Work, part: int) -> None:
+    """Upload a part; a bucket that lets nobody replace it has the same rows from another process."""
+    try:
+        storage.upload(path, storage.join(folder, work.name_of(part)))
+    except StorageOutage:
+        raise
+    except StorageError:
+        if part not in done(folder, work):
+            raise

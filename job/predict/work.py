@@ -1,0 +1,150 @@
+"""A folder of predictions: its index, its parts, and which process computes which part.
+
+A part is the predictions of a fixed range of samples. Its name is its number, and its file is written whole or not at
+all: a part that exists is done, and to compute one twice replaces it by the same rows. So any number of processes may
+be killed and started again, also another number of them, without a row lost or doubled, and without a claim, a lock or
+a clock. Process r of W begins with the parts r, r + W, r + 2 W, …, and goes on with those that others have left.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from job import storage
+from job.cluster import ranks
+from job.data.index.file import load_index_info
+from job.data.index.store import local_index, publish_index
+from job.errors import ConfigError, DataError
+from job.storage.format_version import MALFORMED
+from job.storage.json_files import read_limited, write_json
+
+log = logging.getLogger(__name__)
+
+FILE = "predictions.json"
+INDEX_FOLDER = "index"
+FORMAT = 1
+
+MOST_SAMPLES = 10_000
+"""Samples of the largest part."""
+PARTS_PER_PROCESS = 8
+"""Parts that a process has at least, so that a restart repeats little, where there are enough samples."""
+POLL_SECONDS = 1.0
+REPORT_SECONDS = 60.0
+
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+
+
+class Work(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Content of ``predictions.json``: what the parts of the folder are computed from.
+
+    Attributes:
+        request: input, model and options; a start with others is refused.
+        samples: number of images.
+        samples_per_part: number of images in each part but the last.
+        format: version of the file.
+    """
+
+    request: dict[str, str | int | float | None]
+    samples: Count
+    samples_per_part: Annotated[int, Meta(ge=1, le=2**31)]
+    format: Annotated[int, Meta(ge=1)] = FORMAT
+
+    @property
+    def parts(self) -> int:
+        """Number of parts."""
+        return -(-self.samples // self.samples_per_part)
+
+    def samples_of(self, part: int) -> range:
+        """Sample ids of a part."""
+        first = part * self.samples_per_part
+        return range(first, min(first + self.samples_per_part, self.samples))
+
+    def name_of(self, part: int) -> str:
+        """File name of a part."""
+        return f"part-{part:05d}-of-{self.parts:05d}.{self.request['format']}"
+
+
+def samples_per_part(samples: int, world_size: int, batch_size: int) -> int:
+    """A multiple of the batch size that gives each process several parts, if there are enough samples."""
+    wanted = min(-(-samples // (world_size * PARTS_PER_PROCESS)), MOST_SAMPLES)
+    return max(-(-wanted // batch_size), 1) * batch_size
+
+
+def prepare(
+    folder: str, request: dict[str, Any], list_images: Callable[[Path], None], batch_size: int, cache_dir: Path
+) -> tuple[Work, Path]:
+    """The work in ``folder``, and its index on this node.
+
+    Rank 0 lists the images where no earlier start has done so; the other ranks wait for it.
+
+    Args:
+        folder: of the predictions.
+        request: input, model and options.
+        list_images: writes the index of the input into a local folder.
+        batch_size: images per batch.
+        cache_dir: of the node.
+
+    Raises:
+        ConfigError: the folder holds predictions of another input or model, or with other options.
+        DataError: ``predictions.json`` or the index is damaged.
+    """
+    work, rank = _read(folder), ranks.rank()
+    if work is None and rank == 0:
+        with tempfile.TemporaryDirectory(prefix="job-index-") as scratch:
+            list_images(Path(scratch))
+            (part,) = load_index_info(Path(scratch)).parts.values()
+            publish_index(Path(scratch), storage.join(folder, INDEX_FOLDER))
+        work = Work(request, part.rows, samples_per_part(part.rows, ranks.world_size(), batch_size))
+        write_json(storage.join(folder, FILE), msgspec.to_builtins(work))
+    reported = time.monotonic()
+    while work is None:
+        if time.monotonic() - reported >= REPORT_SECONDS:
+            reported = time.monotonic()
+            log.warning("rank %d waits for rank 0, which lists the images", rank)
+        time.sleep(POLL_SECONDS)
+        work = _read(folder)
+    if work.request != request:
+        changed = [
+            f"{name} was {work.request.get(name)}, is {request.get(name)}"
+            for name in sorted(work.request.keys() | request.keys())
+            if work.request.get(name) != request.get(name)
+        ]
+        raise ConfigError(f"{folder} holds other predictions: {'; '.join(changed)}. Choose another --output.")
+    return work, local_index(storage.join(folder, INDEX_FOLDER), cache_dir)
+
+
+def remaining(folder: str, work: Work) -> Iterator[int]:
+    """Yield the part to compute next, until there are all: this rank's own in order, then one that others have left."""
+    rank, world_size = ranks.rank(), ranks.world_size()
+    while missing := sorted(set(range(work.parts)) - done(folder, work)):
+        own = [part for part in missing if part % world_size == rank]
+        # A rank that is behind comes to its last part last, and ranks that help begin at different ones.
+        yield own[0] if own else missing[-1 - rank % len(missing)]
+
+
+def done(folder: str, work: Work) -> set[int]:
+    """Numbers of the parts that exist."""
+    names = {work.name_of(part): part for part in range(work.parts)}
+    return {names[entry.key] for entry in storage.list_files(folder) if entry.key in names}
+
+
+def _read(folder: str) -> Work | None:
+    """What an earlier start left; None where there is nothing."""
+    uri = storage.join(folder, FILE)
+    if not storage.exists(uri):
+        return None
+    try:
+        work = msgspec.json.decode(read_limited(uri), type=Work)
+    except MALFORMED as error:
+        raise DataError(f"{uri} is damaged: {error}. Choose another --output.") from error
+    if work.format > FORMAT:
+        raise DataError(f"{uri} was written by a newer version of job: format {work.format}, not {FORMAT}.")
+    return work

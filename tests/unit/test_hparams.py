@@ -1,0 +1,140 @@
+"""Hyperparameters, best metrics and texts of runs, as TensorBoard's own server shows them."""
+
+from __future__ import annotations
+
+import json
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support import fit_here, scalars
+from test_tensorboard_command import eventually
+
+from job.monitoring.hparams_summary import MOST_CHARACTERS, plain_values
+from job.monitoring.hyperparameters import hyperparameters
+from job.monitoring.run_text import configuration_text, report_text
+from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.tensorboard_command import serve
+
+
+def rows(address: str) -> dict[str, Any]:
+    """The rows of the HPARAMS tab by run."""
+    body = {"allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"], "sliceSize": 9}
+    url = f"{address.rstrip('/')}/data/plugin/hparams/session_groups"
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    groups = json.load(urllib.request.urlopen(request))["sessionGroups"]
+    return {session["name"]: {**group, **session} for group in groups for session in group["sessions"]}
+
+
+def metrics(row: dict[str, Any]) -> dict[str, float]:
+    return {value["name"]["tag"]: value["value"] for value in row["metricValues"]}
+
+
+def text_of(address: str, run: str, tag: str) -> str:
+    query = urllib.parse.urlencode({"run": run, "tag": tag})
+    url = f"{address.rstrip('/')}/data/plugin/text/text?{query}"
+    return str(json.load(urllib.request.urlopen(url))[-1]["text"])
+
+
+def test_runs_compare_and_a_resumed_one_is_one_row(tmp_path: Path) -> None:
+    one, two = tmp_path / "1", tmp_path / "2"
+    one.mkdir()
+    two.mkdir()
+    fit_here(one, trainer__max_epochs=1, model__lr=0.01, model__optimizer="AdamW")
+    fit_here(one, trainer__max_epochs=2, model__lr=0.01, model__optimizer="AdamW")
+    fit_here(two, trainer__max_epochs=1, seed_everything=3)
+    address, names = serve([str(one / "run"), str(two / "run")], host="localhost", port=0)
+    assert names == ["1", "2"]
+    eventually(address, "scalars/tags", lambda tags: len(tags) == 2)
+    found = rows(address)
+    assert set(found) == {"1", "2"}
+    first, second = found["1"], found["2"]
+    assert (
+        first["hparams"].items() >= {"lr": 0.01, "batch_size": 8, "seed": 0, "world_size": 1, "train_bn": False}.items()
+    )
+    assert first["hparams"]["optimizer"].startswith("AdamW(")
+    assert first["hparams"]["precision"] == "32-true"
+    assert "lr" not in second["hparams"]
+    assert second["hparams"]["seed"] == 3
+    assert {first["status"], second["status"]} == {"STATUS_SUCCESS"}
+    for run, row in (("1", first), ("2", second)):
+        report = json.loads((tmp_path / run / "run" / "report.json").read_text())
+        best = {f"best/{name.removeprefix('val/')}": value for name, value in report["metrics"].items()}
+        shown = {name: value for name, value in metrics(row).items() if name.startswith("best/")}
+        assert shown == pytest.approx({name: value for name, value in best.items() if name.count("/") == 1})
+    # The tab shows the first metrics in the order of their names.
+    assert next(iter(metrics(first))).startswith("best/")
+    assert sorted(text.partition("/")[2] for text in eventually(address, "text/tags", bool)["1"]) == [
+        "configuration",
+        "data",
+        "report",
+    ]
+    assert "max_epochs: 2" in text_of(address, "1", "run/configuration")
+    assert "<code>blue</code>" in text_of(address, "1", "run/data")
+    assert "best checkpoint" in text_of(address, "1", "run/report")
+    tags = sorted({name.partition("/")[0] for name in scalars(str(one / "run"))})
+    assert tags[-3:] == ["train", "val", "wall_time"]
+    assert {"wall_time/goodput", "wall_time/step", "wall_time/recomputed"} <= scalars(str(one / "run")).keys()
+
+
+def test_a_run_that_was_killed_has_its_row(tmp_path: Path) -> None:
+    logger = BucketTensorBoardLogger(str(tmp_path / "tensorboard"))
+    logger.log_hyperparams({"lr": 0.1})
+    logger.log_metrics({"best/accuracy": 0.5}, 1)
+    logger.publish()
+    address, _ = serve([str(tmp_path)], host="localhost", port=0)
+    eventually(address, "scalars/tags", bool)
+    (row,) = rows(address).values()
+    assert (row["status"], row["hparams"], metrics(row)) == ("STATUS_UNKNOWN", {"lr": 0.1}, {"best/accuracy": 0.5})
+
+
+def test_hyperparameters_are_short_and_have_no_secrets() -> None:
+    config = {
+        "seed_everything": 7,
+        "run_dir": "gs://b/1",
+        "model": {
+            "lr": None,
+            "milestones": [1, 2],
+            "seed": 7,
+            "ema": 0.0,
+            "weights": "https://host/w.pth?token=ya29.secret",
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"weight_decay": 0.05, "foreach": None}},
+            "hidden": "x" * 1000,
+        },
+        "data": {"train": ["gs://b/a", "gs://b/c"], "num_workers": 3, "global_batch_size": 32},
+        "trainer": {"max_epochs": 3, "gradient_clip_val": float("inf")},
+    }
+    found = hyperparameters(yaml.safe_dump(config))
+    assert found.pop("hidden") == "x" * MOST_CHARACTERS
+    weights = found.pop("weights")
+    assert isinstance(weights, str)
+    assert "secret" not in weights
+    assert found == {
+        "milestones": "[1, 2]",
+        "ema": 0.0,
+        "optimizer": "AdamW(weight_decay=0.05)",
+        "data": "[gs://b/a, gs://b/c]",
+        "batch_size": 32,
+        "epochs": 3,
+        "seed": 7,
+    }
+    assert len(plain_values({str(number): number for number in range(1000)})) == 100
+
+
+def test_names_of_others_are_no_markup() -> None:
+    text = configuration_text("a: '```\n<script>'\n# b")
+    assert all(line.startswith("    ") for line in text.split("\n"))
+    report = {
+        "epochs": 1,
+        "global_step": 1,
+        "world_size": 1,
+        "checkpoints": {},
+        "seconds": {"goodput": 0.5, "wall": 2.0, "lost": 0.0},
+        "starts": 1,
+        "train_images_per_second": None,
+        "bad_samples": ["a`|b\n# title"] * 30,
+    }
+    assert report_text(report).count("    - `aˋ¦b\\x0a# title`") == 20
