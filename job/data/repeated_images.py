@@ -23,6 +23,9 @@ FEWEST, SMALLEST_SHARE = 20, 0.005
 READ, SAME = 8, 6
 """Images of the most frequent size that are read, and how many of them must be the same."""
 
+LONGEST_URI = 300
+"""Characters of an example."""
+
 
 @dataclass(frozen=True)
 class RepeatedImages:
@@ -71,4 +74,4 @@ def find_repeated_images(index: Index, cache_dir: str) -> RepeatedImages | None:
     if len(same) < SAME:
         return None
     count = round(len(candidates) * len(same) / READ * len(index) / len(sizes))
-    return RepeatedImages(count, size, tuple(escape(index.uri(sample)) for sample in same[:2]))
+    return RepeatedImages(count, size, tuple(escape(index.uri(sample))[:LONGEST_URI] for sample in same[:2]))

@@ -16,6 +16,7 @@ from job.data.datamodule import ImageDataModule, image_data
 from job.data.loader import BatchLoader
 from job.data.repeated_images import RepeatedImages, find_repeated_images
 from job.errors import JobError
+from job.model.evaluation import Evaluation
 from job.model.module import TransferLearningModel
 from job.monitoring.advice import Advice, Context, advise
 from job.monitoring.history import ValidationRecord
@@ -54,23 +55,24 @@ class Advisor(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Update :attr:`advice`, and log kinds that are new in this attempt."""
         module = cast("TransferLearningModel", pl_module)
-        if not trainer.is_global_zero or trainer.state.fn != "fit" or module.evaluation is None:
+        evaluation = module.evaluation
+        if not trainer.is_global_zero or trainer.state.fn != "fit" or evaluation is None:
             return
         classes = image_data(trainer).classes
-        self.advice = advise(self.history(), module.evaluation, classes, self._context(trainer, module))
+        self.advice = advise(self.history(), evaluation, classes, self._context(trainer, module, evaluation))
         for each in self.advice:
             if each.kind not in self._logged:
                 self._logged.add(each.kind)
                 log.warning("%s %s", each.message, each.suggestion)
 
-    def _context(self, trainer: pl.Trainer, module: TransferLearningModel) -> Context:
-        data, config = image_data(trainer), module.config
+    def _context(self, trainer: pl.Trainer, module: TransferLearningModel, evaluation: Evaluation) -> Context:
+        data, config, confusion = image_data(trainer), module.config, evaluation.confusion
         loader = cast("BatchLoader", trainer.train_dataloader)
         group = trainer.optimizers[0].param_groups[0]
         return Context(
             class_counts=self._class_counts,
-            train_images=len(data.parts["train"]),
-            val_images=len(data.parts["val"]),
+            train_images=min(len(data.parts["train"]), int(trainer.num_training_batches) * data.global_batch_size),
+            val_images=int((confusion[0] if confusion.ndim == 3 else confusion).sum()),
             has_several_labels=module.task.takes_several_labels,
             max_epochs=None if trainer.max_epochs == -1 else trainer.max_epochs,
             milestones=tuple(config.milestones),

@@ -23,10 +23,12 @@ from job.features.callback import FeatureCache, FeatureSettings
 from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers, log_last_steps
 from job.model.sync_batchnorm import require_synchronisable
 from job.monitoring.accounting import Accounting
+from job.monitoring.advisor import Advisor
 from job.monitoring.event_folders import events_uri
 from job.monitoring.gradient_norm import GradientNorm
 from job.monitoring.hyperparameters import HyperparameterWriter
 from job.monitoring.learning_rates import LearningRates
+from job.monitoring.pictures import Pictures
 from job.monitoring.profile import Profile
 from job.monitoring.progress import LogPosition, TrainerProgress, TuningProgress
 from job.monitoring.recorder import ValidationRecorder
@@ -87,8 +89,15 @@ def training_trainer(
     accounting = Accounting(checkpointer, cache, lease.require_held)
     earlier = EarlierReport(run_dir)
     recorder = ValidationRecorder(accounting, earlier.history)
+    advisor = Advisor(lambda: recorder.records)
     report = ReportWriter(
-        accounting, recorder, earlier, settings=monitoring, config=config, before_write=lease.require_held
+        accounting,
+        recorder,
+        earlier,
+        settings=monitoring,
+        config=config,
+        advice=lambda: advisor.advice,
+        before_write=lease.require_held,
     )
     callbacks: list[Callback] = [
         SavedConfig(config, lease.require_held),
@@ -96,10 +105,12 @@ def training_trainer(
         GradientNorm(monitoring.gradient_norm),
         accounting,
         recorder,
+        advisor,
         SystemMonitor(),
         HyperparameterWriter(config, checkpoint, logger),
         report,
         RunText(config, report, logger),
+        Pictures(monitoring, logger),
         VertexMetricReporter(checkpoint.metric),
         watchdog,
         LeaseCheck(lease),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import pytorch_lightning as pl
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
-from support import index_of, picture_files, write_files, zip_of
+from support import TINY, index_of, options, picture_files, run_here, write_files, zip_of
 
 from job.data.datamodule import ImageDataModule
 from job.data.repeated_images import find_repeated_images
@@ -69,7 +70,7 @@ class Recorded(Callback):
 
 def test_each_kind_is_logged_once_and_stays_in_the_list(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = ImageDataModule(
-        str(write_files(tmp_path / "images", with_placeholders(30))),
+        str(write_files(tmp_path / "images", with_placeholders(30, 8))),
         global_batch_size=16,
         image_size=32,
         num_workers=1,
@@ -79,7 +80,7 @@ def test_each_kind_is_logged_once_and_stays_in_the_list(tmp_path: Path, caplog: 
     recorded = Recorded()
     advisor = Advisor(lambda: recorded.records)
     trainer = pl.Trainer(
-        max_epochs=8,
+        max_epochs=6,
         accelerator="cpu",
         callbacks=[recorded, advisor],
         logger=False,
@@ -102,6 +103,18 @@ def test_each_kind_is_logged_once_and_stays_in_the_list(tmp_path: Path, caplog: 
     assert len(rising) == 1
     assert "--early_stopping 5" in rising[0]
     assert sum("training images are the same file" in line for line in lines) == 1
+
+
+def test_advice_is_logged_and_reported(tmp_path: Path) -> None:
+    """At a learning rate of almost nothing the loss stays that of guessing."""
+    colours = write_files(tmp_path / "colours", picture_files(["blue", "red"], 10))
+    more = {"model__lr": 1e-30, "model__milestones": "[9]", "trainer__max_epochs": 5}
+    done = run_here("fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run", **more))
+    assert done.returncode == 0, done.output
+    assert done.output.count("The validation loss hardly falls") == 2  # the warning, and the summary at the end
+    advice = json.loads((tmp_path / "run/report.json").read_text())["advice"]
+    assert [each["kind"] for each in advice] == ["learning_rate"]
+    assert "raise --lr (it is 1e-30)" in advice[0]["suggestion"]
 
 
 def test_other_ranks_and_commands_say_nothing() -> None:

@@ -28,8 +28,8 @@ class Context:
 
     Attributes:
         class_counts: training samples per class.
-        train_images: training samples.
-        val_images: validation samples.
+        train_images: samples of a training epoch.
+        val_images: samples of the last validation.
         has_several_labels: samples have any number of labels.
         max_epochs: length of the run; None: unlimited.
         milestones: epochs after which layers are unfrozen, as in ``--model.milestones``.
