@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 from pathlib import Path
@@ -27,14 +28,12 @@ from job.monitoring.learning_rates import LearningRates
 RATES = ["lr/backbone/first", "lr/backbone/last", "lr/head"]
 ONE_LABEL = [
     *("data/bad_samples", "epoch", *RATES),
-    *("train/accuracy", "train/accuracy_epoch", "train/grad_norm", "train/images_per_second"),
-    *("train/loss", "train/loss_epoch"),
+    *("train/accuracy", "train/grad_norm", "train/images_per_second", "train/loss", "train/loss_epoch"),
     *("val/accuracy", "val/accuracy_of/blue", "val/accuracy_of/red", "val/auroc", "val/ece", "val/f1", "val/loss"),
 ]
 SEVERAL_LABELS = [
     *("data/bad_samples", "epoch", *RATES),
-    *("train/grad_norm", "train/images_per_second", "train/loss", "train/loss_epoch"),
-    *("train/micro_f1", "train/micro_f1_epoch"),
+    *("train/grad_norm", "train/images_per_second", "train/loss", "train/loss_epoch", "train/micro_f1"),
     *("val/average_precision_of/blue", "val/average_precision_of/red", "val/ece", "val/loss", "val/mAP"),
     *("val/macro_f1", "val/micro_f1"),
 ]
@@ -70,12 +69,12 @@ def test_training_accuracy_is_that_of_the_samples_and_the_last_step_is_logged(tm
     steps = [1, 3, 4, 5, 7, 9]  # each second one, and the last of five in an epoch
     for tag in ("train/loss", "train/accuracy", "train/grad_norm", "lr/head"):
         assert [step for step, _ in found[tag]] == steps
-    assert [step for step, _ in found["train/accuracy_epoch"]] == [4, 9]
-    for tag in ("accuracy", "loss"):
-        expected = [value for _, value in found[f"val/{tag}"]]
-        assert [value for _, value in found[f"train/{tag}_epoch"]] == pytest.approx(expected, rel=0.05)
-    hits = [value * size for (_, value), size in zip(found["train/accuracy"], [10, 10, 2], strict=False)]
-    assert sum(hits) == pytest.approx(22 * found["train/accuracy_epoch"][0][1])
+    assert [step for step, _ in found["train/loss_epoch"]] == [4, 9]
+    for tag, other in (("train/accuracy", "val/accuracy"), ("train/loss_epoch", "val/loss")):
+        measured = [value for step, value in found[tag] if step in (4, 9)]
+        assert measured == pytest.approx([value for _, value in found[other]], rel=0.05)
+    hits = [value * samples for (_, value), samples in zip(found["train/accuracy"], [10, 20, 22, 5], strict=False)]
+    assert hits == pytest.approx([round(value) for value in hits], abs=1e-4)
 
 
 def test_mixed_images_have_no_accuracy(tmp_path: Path) -> None:
@@ -112,39 +111,38 @@ def alone(sums: Tensor) -> Tensor:
 @pytest.mark.parametrize(("logits", "classes"), [(1, 2), (2, 2), (7, 7)])
 def test_training_accuracy_agrees_with_scikit_learn(logits: int, classes: int) -> None:
     steps = batches(logits, classes)
-    metrics, windows = TrainingAccuracy(), []
-    for part in (steps[:3], steps[3:4], steps[4:]):
-        windows.append(added(metrics, part).since_last(alone))
-        mask = torch.cat([batch["mask"] for _, _, batch in part])
-        true = torch.cat([batch["label"] for _, _, batch in part])[mask]
-        scores = torch.cat([scores for _, scores, _ in part])[mask]
+    metrics = TrainingAccuracy()
+    assert metrics.compute(alone) == {}
+    for first, last in itertools.pairwise((0, 3, 4, len(steps))):
+        values = added(metrics, steps[first:last]).compute(alone)
+        mask = torch.cat([batch["mask"] for _, _, batch in steps[:last]])
+        true = torch.cat([batch["label"] for _, _, batch in steps[:last]])[mask]
+        scores = torch.cat([scores for _, scores, _ in steps[:last]])[mask]
         predicted = (scores[:, 0] > 0).long() if logits == 1 else scores.argmax(dim=1)
-        losses = torch.cat([losses for losses, _, _ in part])[mask]
-        assert windows[-1] == pytest.approx({"loss": losses.mean().item(), "accuracy": accuracy_score(true, predicted)})
-    whole = added(TrainingAccuracy(), steps).since_last(alone)
-    assert metrics.of_epoch() == pytest.approx({f"{name}_epoch": value for name, value in whole.items()})
-    assert metrics.of_epoch() == {}
-    assert metrics.since_last(alone) == {}
+        losses = torch.cat([losses for losses, _, _ in steps[:last]])[mask]
+        assert values == pytest.approx({"loss": losses.mean().item(), "accuracy": accuracy_score(true, predicted)})
+    metrics.start_epoch()
+    assert metrics.compute(alone) == {}
 
 
 def test_micro_f1_of_training_agrees_with_scikit_learn() -> None:
     steps = batches(5, 5, several=True)
     mask = torch.cat([batch["mask"] for _, _, batch in steps])
     true, scores = torch.cat([b["labels"] for _, _, b in steps])[mask], torch.cat([s for _, s, _ in steps])[mask]
-    values = added(TrainingF1(5), steps).since_last(alone)
+    values = added(TrainingF1(5), steps).compute(alone)
     assert values["micro_f1"] == pytest.approx(f1_score(true, scores.sigmoid() >= 0.5, average="micro"))
     single: dict[str, Any] = {"label": torch.tensor([0, 2, -1]), "mask": torch.tensor([True, True, False])}
     metrics = TrainingF1(3)
     metrics.add(torch.ones(3), torch.tensor([[1.0, -1, -1], [1, -1, -1], [9, 9, 9]]), single)  # type: ignore[arg-type]
-    assert metrics.since_last(alone)["micro_f1"] == pytest.approx(2 / (2 + 2))
+    assert metrics.compute(alone)["micro_f1"] == pytest.approx(2 / (2 + 2))
 
 
 def test_a_skipped_step_does_not_count() -> None:
     steps = batches(3, 3)
-    expected = added(TrainingAccuracy(), steps).since_last(alone)
+    expected = added(TrainingAccuracy(), steps).compute(alone)
     _, logits, batch = steps[0]
     bad = (torch.full((6,), math.nan), logits, batch)
-    assert added(TrainingAccuracy(), [*steps, bad]).since_last(alone) == expected
+    assert added(TrainingAccuracy(), [*steps, bad]).compute(alone) == expected
 
 
 def one_of_two(rank: int, folder: str, queue: Any) -> None:
@@ -156,7 +154,7 @@ def one_of_two(rank: int, folder: str, queue: Any) -> None:
         return sums
 
     metrics = added(TrainingAccuracy(), batches(4, 4)[rank::2])
-    queue.put({**metrics.since_last(add), **metrics.of_epoch()})
+    queue.put(metrics.compute(add))
     dist.destroy_process_group()
 
 
@@ -170,9 +168,8 @@ def test_two_ranks_measure_as_one(tmp_path: Path) -> None:
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    metrics = added(TrainingAccuracy(), batches(4, 4))
     assert first == second
-    assert first == pytest.approx({**metrics.since_last(alone), **metrics.of_epoch()})
+    assert first == pytest.approx(added(TrainingAccuracy(), batches(4, 4)).compute(alone))
 
 
 class MemoryLogger(Logger):
@@ -209,7 +206,7 @@ class Steps(BoringModel):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         layers = list(self.layer.parameters())
-        before = [parameter.detach().clone() for parameter in self.layer.parameters()]
+        before = [parameter.detach().clone() for parameter in layers]
         super().optimizer_step(*args, **kwargs)
         changes = [(one - other.detach()).flatten() for one, other in zip(before, layers, strict=True)]
         self.changes.append(float(torch.cat(changes).norm()))
