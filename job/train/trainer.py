@@ -28,6 +28,7 @@ from job.monitoring.hyperparameters import HyperparameterWriter
 from job.monitoring.pictures import Pictures
 from job.monitoring.profile import Profile
 from job.monitoring.progress import PlainProgress, TerminalProgress, log
+from job.monitoring.projector import Projector
 from job.monitoring.recorder import ValidationRecorder
 from job.monitoring.report.files import EarlierReport
 from job.monitoring.report.writer import ReportWriter
@@ -94,6 +95,7 @@ def training_trainer(
         report,
         RunText(config, report, logger),
         Pictures(monitoring, logger),
+        Projector(monitoring, logger),
         VertexMetricReporter(checkpoint.metric),
         watchdog,
         LeaseCheck(lease),
