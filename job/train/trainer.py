@@ -32,6 +32,7 @@ from job.monitoring.learning_rates import LearningRates
 from job.monitoring.pictures import Pictures
 from job.monitoring.profile import Profile
 from job.monitoring.progress import LogPosition, TrainerProgress, TuningProgress
+from job.monitoring.projector import Projector
 from job.monitoring.recorder import ValidationRecorder
 from job.monitoring.report.files import EarlierReport
 from job.monitoring.report.writer import ReportWriter
@@ -113,6 +114,7 @@ def training_trainer(
         report,
         RunText(config, report, logger),
         Pictures(monitoring, logger),
+        Projector(monitoring, logger),
         VertexMetricReporter(checkpoint.metric),
         watchdog,
         LeaseCheck(lease),
