@@ -11,6 +11,7 @@ TRAINING_ALIASES = {
     "epochs": "trainer.max_epochs",
     "max_epochs": "trainer.max_epochs",
     "batch_size": "data.global_batch_size",
+    "patience": "early_stopping",
 }
 """Short names of common options of fit."""
 DATA_ALIASES = {"batch_size": "data.global_batch_size"}

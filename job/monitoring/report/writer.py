@@ -19,6 +19,7 @@ from job.model.evaluation import Evaluation
 from job.model.module import TransferLearningModel
 from job.monitoring import accounting
 from job.monitoring.accounting import Accounting
+from job.monitoring.advice import Advice
 from job.monitoring.recorder import ValidationRecorder
 from job.monitoring.report.build import RunFacts, RunState, build, message_of, parse_configuration
 from job.monitoring.report.content import FILE, AdviceEntry, EvaluationResult, Report, ReportContent, Status
@@ -67,7 +68,7 @@ class ReportWriter(Callback):
         earlier: report of earlier attempts.
         settings: says how many of the worst errors are shown.
         config: the resolved configuration, as YAML.
-        advice: returns the current warnings.
+        advice: returns the current advice.
         before_write: called immediately before each write; raises if this job may not write to run_dir.
 
     Attributes:
@@ -82,7 +83,7 @@ class ReportWriter(Callback):
         *,
         settings: MonitoringSettings,
         config: str,
-        advice: Callable[[], Sequence[AdviceEntry]] = lambda: (),
+        advice: Callable[[], Sequence[Advice]] = lambda: (),
         before_write: Callable[[], None] = storage.unconditionally,
     ) -> None:
         self.accounting = accounting
