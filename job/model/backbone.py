@@ -15,6 +15,7 @@ from torch import nn
 from job.errors import ConfigError, JobError, WeightsError
 from job.model.skeleton import WithoutMemory
 from job.model.weights import PretrainedWeights, load_weights
+from job.process.log_format import can_redraw
 
 TIMM = "timm/"
 CONVERTS_IMAGES = ("googlenet", "inception_v3")
@@ -127,7 +128,9 @@ def _torchvision(name: str, pretrained: bool, image_size: int | None) -> nn.Modu
         options["image_size"] = image_size
     try:
         with _download(name, pretrained):
-            model: nn.Module = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+            model: nn.Module = torchvision.models.get_model(
+                name, weights="DEFAULT" if pretrained else None, progress=can_redraw(), **options
+            )
     except AssertionError as error:
         raise _unsuitable_size(image_size, error) from error
     return model
