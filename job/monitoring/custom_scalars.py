@@ -22,7 +22,7 @@ def layout() -> dict[str, dict[str, list[Any]]]:
         },
         "Machine": {
             "use": _lines("system/"),
-            "time": _lines("time/"),
+            "wall time": _lines("wall_time/"),
         },
     }
 

@@ -16,8 +16,6 @@ from job.monitoring.history import ValidationRecord, thinned, until_step
 from job.monitoring.learning_rates import learning_rates
 
 PREFIXES = ("train/", "val/")
-PER_CLASS = "_of/"
-"""Part of the names of metrics of single classes."""
 
 
 class ValidationRecorder(Callback):
@@ -108,9 +106,10 @@ class ValidationRecorder(Callback):
 
 
 def _metrics(trainer: pl.Trainer) -> dict[str, float | None]:
+    """Metrics of training and validation, without those of single classes or parameter groups."""
     values = {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
-        if name.startswith(PREFIXES) and PER_CLASS not in name
+        if name.startswith(PREFIXES) and name.count("/") == 1
     }
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
