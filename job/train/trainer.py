@@ -41,6 +41,7 @@ from job.monitoring.settings import MonitoringSettings
 from job.monitoring.system import SystemMonitor
 from job.monitoring.tensorboard import BucketTensorBoardLogger
 from job.monitoring.vertex import VertexMetricReporter
+from job.monitoring.worst_classes import WorstClasses
 from job.resilience.lease import Lease
 from job.resilience.lease_check import LeaseCheck
 from job.resilience.preemption import Preemption
@@ -113,6 +114,7 @@ def training_trainer(
         HyperparameterWriter(config, checkpoint, logger),
         report,
         RunText(config, report, logger),
+        WorstClasses(logger),
         Pictures(monitoring, logger),
         Projector(monitoring, logger),
         VertexMetricReporter(checkpoint.metric),

@@ -13,10 +13,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.loggers.logger import Logger
-from sklearn.metrics import accuracy_score, f1_score
-from support import TINY, fit_here, options, picture_files, run_here, scalars, write_files
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, multilabel_confusion_matrix
+from support import TINY, fit_here, options, picture, picture_files, run_here, scalars, write_files
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
@@ -24,6 +26,7 @@ from job import lightning_internals
 from job.model.training_metrics import TrainingAccuracy, TrainingF1, TrainingMetrics
 from job.monitoring.gradient_norm import GradientNorm
 from job.monitoring.learning_rates import LearningRates
+from job.monitoring.worst_classes import worst_classes
 
 RATES = ["lr/backbone/first", "lr/backbone/last", "lr/head"]
 ONE_LABEL = [
@@ -37,6 +40,7 @@ SEVERAL_LABELS = [
     *("val/average_precision_of/blue", "val/average_precision_of/red", "val/ece", "val/loss", "val/mAP"),
     *("val/macro_f1", "val/micro_f1"),
 ]
+VALIDATION_OF_MANY = ["val/accuracy", "val/auroc", "val/ece", "val/f1", "val/loss", "val/top5_accuracy"]
 OWN_TESTS = ("accounting/", "wall_time/", "time/", "system/", "pr/", "hparams", "best/")
 
 
@@ -81,6 +85,39 @@ def test_mixed_images_have_no_accuracy(tmp_path: Path) -> None:
     found = scalars(str(fit_here(tmp_path, model__mixup=0.2, model__milestones="[]", trainer__max_epochs=1)))
     assert "train/loss_epoch" in found
     assert not [tag for tag in found if tag.startswith("train/accuracy")]
+
+
+def test_the_worst_of_many_classes_are_listed_without_a_scalar_of_each(tmp_path: Path) -> None:
+    files = {f"c{n % 51:02d}/{n}.jpg": picture((n, 100, 100), n) for n in range(102)}
+    settings = {**TINY, "trainer.max_epochs": 1, "data.val_fraction": 0.5, "monitoring.images": 0}
+    colours = write_files(tmp_path / "colours", files)
+    outcome = run_here("fit", *options(settings, data__root=colours, run_dir=tmp_path / "run"))
+    assert outcome.returncode == 0, outcome.output
+    found = scalars(str(tmp_path / "run"))
+    assert sorted(tag for tag in found if tag.startswith("val/")) == VALIDATION_OF_MANY
+    reader = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    reader.Reload()
+    (event,) = reader.Tensors("val/worst_classes")
+    assert event.tensor_proto.string_val[0].decode().count("\n") == 2 + 10 - 1
+    assert event.step == found["val/loss"][-1][0]
+
+
+def test_the_worst_classes_are_those_of_the_lowest_f1() -> None:
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randint(0, 12, (400,), generator=generator)
+    predicted = torch.where(torch.rand(400, generator=generator) < 0.5, true, true.roll(1))
+    true, predicted = torch.cat([true, torch.tensor([12])]), torch.cat([predicted, torch.tensor([0])])
+    names = [*(f"c{number}" for number in range(12)), "a|`b`", "absent"]
+    f1 = f1_score(true, predicted, average=None, labels=range(13))
+    order = [int(place) for place in f1.argsort(kind="stable")[:10]]
+    one_hot = [F.one_hot(each, 14) for each in (true, predicted)]
+    for counts in (confusion_matrix(true, predicted, labels=range(14)), multilabel_confusion_matrix(*one_hot)):
+        lines = worst_classes(torch.from_numpy(counts), names).split("\n")[2:]
+        assert lines[0] == "| `a¦ˋbˋ` | 0.000 | - | 0.000 | 1 |"
+        assert [line.split("`")[1] for line in lines[1:]] == [names[place] for place in order[1:]]
+        assert [float(line.split(" | ")[1]) for line in lines] == pytest.approx(
+            [f1[place] for place in order], abs=6e-4
+        )
 
 
 Batches = list[tuple[Tensor, Tensor, dict[str, Any]]]
