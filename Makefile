@@ -5,6 +5,7 @@
 # make processes  all but the image and TPU path
 # make benchmark-checkpoint, benchmark-data, benchmark-train   what each costs, against others
 # make benchmark-startup   CPU seconds that each command takes to start
+# make benchmark-monitoring   what monitoring adds to steps and validations, and the size of TensorBoard events
 # make benchmark-gpu   whether everything works on a GPU, and how fast
 # make benchmark-recipes   the accuracy that each recipe in job/recipes reaches
 # make docs       the documentation as a website in site/; warnings and broken links are errors
@@ -16,7 +17,7 @@ VENV_TPU ?= .venv-tpu
 DATA ?=
 
 .PHONY: demo test test-all processes unit xla container golden lint docs docs-serve reference
-.PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup
+.PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup benchmark-monitoring
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -52,7 +53,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup: benchmark-%: $(VENV)/installed
+benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup benchmark-monitoring: benchmark-%: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/$*.py
 
 # Material announces its end of life in 2027 at each build.

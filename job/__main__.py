@@ -6,7 +6,7 @@ import sys
 import traceback
 
 from job.errors import EXIT_INTERNAL_ERROR
-from job.process import signals
+from job.process import log_format, signals
 
 
 def main() -> None:
@@ -15,11 +15,14 @@ def main() -> None:
     try:
         from job import cli
     except Exception as error:
-        traceback.print_exc()
-        print(
-            f"job: cannot start: {type(error).__name__}: {error}. Is the package installed completely? pip install .",
-            file=sys.stderr,
+        message = (
+            f"job: cannot start: {type(error).__name__}: {error}. Is the package installed completely? pip install ."
         )
+        if log_format.log_format() == "json":
+            message = log_format.json_line("ERROR", message, stack_trace=traceback.format_exc())
+        else:
+            traceback.print_exc()
+        print(message, file=sys.stderr)
         sys.exit(EXIT_INTERNAL_ERROR)
     code: object = 0
     try:

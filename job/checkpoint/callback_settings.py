@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler
+from pytorch_lightning.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler
 
 from job.checkpoint.state import is_plain
 
@@ -28,10 +28,13 @@ def settings(callback: Callback) -> dict[str, Any]:
 
 
 def settings_of_all(callbacks: Sequence[Callback]) -> dict[str, dict[str, Any]]:
-    """:func:`settings` of every callback that is not this package's own, by class and, of several, number."""
+    """:func:`settings` of every callback that the user has chosen, by class and, of several, number.
+
+    These are all but this package's own, and EarlyStopping, of which --early_stopping is the short form.
+    """
     by_callback: dict[str, dict[str, Any]] = {}
     for callback in callbacks:
-        if not type(callback).__module__.startswith("job."):
+        if isinstance(callback, EarlyStopping) or not type(callback).__module__.startswith("job."):
             name = type(callback).__qualname__
             number = sum(known.split(" ")[0] == name for known in by_callback)
             by_callback[f"{name} {number + 1}" if number else name] = settings(callback)

@@ -7,7 +7,6 @@ import importlib
 import logging
 import os
 import sys
-import warnings
 from dataclasses import dataclass
 
 from job.cli import help
@@ -16,11 +15,10 @@ from job.cli.versions import library_versions
 from job.cluster import ranks
 from job.cluster.environment import require_ranks
 from job.errors import EXIT_INTERNAL_ERROR, EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, JobError, Preempted
-from job.process import temporary
+from job.process import logs, temporary
 from job.process.descendants import kill_descendants
 from job.process.ending import end_process, flush_output
 from job.process.signals import Stopped, StopSignals
-from job.process.terminal import protect_output, say
 from job.train.errors import translated
 
 log = logging.getLogger("job")
@@ -54,6 +52,7 @@ COMMANDS = {
     "index": Command("job.cli.index", "List a data set ahead of training."),
     "checkpoints": Command("job.cli.checkpoints", "List, verify or clean up the checkpoints of a run."),
     "tensorboard": Command("job.cli.tensorboard", "Look at runs in TensorBoard, wherever they are stored."),
+    "report": Command("job.cli.report", "Print the summary of a run, or compare several."),
     "launch": Command("job.cli.launch", "Run a command in all processes of this node.", has_grace=True),
     "demo": Command("job.cli.demo", "Run everything on this machine, with a local bucket.", has_grace=True),
 }
@@ -70,7 +69,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: list[str]) -> int:
     """Run one command; returns the exit code."""
-    _set_up_logging()
+    args = logs.take_options(args)
+    try:
+        logs.set_up(ranks.rank(), is_rank=not (args and args[0] in COMMANDS and COMMANDS[args[0]].has_grace))
+    except ConfigError as error:
+        return _report(error)
     if not args or args[0] in HELP_OPTIONS:
         print(_usage())
         return 0 if args else EXIT_USER_ERROR
@@ -88,7 +91,7 @@ def run(args: list[str]) -> int:
             importlib.import_module(COMMANDS[args[0]].module)
         except ImportError as error:
             log.error("cannot start:", exc_info=error)
-            say(f"job: cannot start: {error}. Is the package installed completely? pip install .", file=sys.stderr)
+            logs.report(f"job: cannot start: {error}. Is the package installed completely? pip install .")
             return EXIT_INTERNAL_ERROR
         except Exception as error:
             return _report(error)
@@ -143,17 +146,16 @@ def _report(error: BaseException) -> int:
         log.warning("%s", error)
         return error.exit_code
     if isinstance(error, (Stopped, KeyboardInterrupt)):
-        say(f"job: {error or 'stopped by SIGINT.'}{rank}", file=sys.stderr)
+        logs.report(f"job: {error or 'stopped by SIGINT.'}{rank}", logging.WARNING)
         return error.exit_code if isinstance(error, Stopped) else EXIT_INTERRUPTED
     if isinstance(error, JobError):
-        say(f"job: error{rank}: {error}", file=sys.stderr)
+        logs.report(f"job: error{rank}: {error}")
         return error.exit_code
     log.error("unexpected exception:", exc_info=error)
     first_line = next(iter(str(error).splitlines()), "")
-    say(
+    logs.report(
         f"job: unexpected error{rank}: {type(error).__name__}: {first_line}. See the traceback above: a bug of job, "
-        "or of a callback, transform or library that it uses.",
-        file=sys.stderr,
+        "or of a callback, transform or library that it uses."
     )
     return EXIT_INTERNAL_ERROR
 
@@ -163,30 +165,6 @@ def _usage() -> str:
     return (
         "usage: python -m job COMMAND [options]\n\n"
         + "\n".join(lines)
+        + f"\n\n{logs.HELP}"
         + "\n\npython -m job COMMAND --help shows the options of a command, python -m job --version all versions."
     )
-
-
-def _set_up_logging() -> None:
-    # Python's resource tracker, another process, warns of semaphores of processes that were killed.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    rank = ranks.rank()
-    logging.basicConfig(
-        format=f"%(asctime)s {'' if rank == 0 else f'[rank {rank}] '}%(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        stream=sys.stderr,
-        force=True,
-    )
-    for name in ("httpx", "fsspec", "google", "torch.distributed", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # gcsfs logs a traceback for each failed request, in addition to our error message.
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    # Validation metrics are synchronised before they are logged.
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
-    # The frozen backbone is in eval mode on purpose.
-    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
-    protect_output()

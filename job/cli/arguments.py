@@ -11,12 +11,13 @@ TRAINING_ALIASES = {
     "epochs": "trainer.max_epochs",
     "max_epochs": "trainer.max_epochs",
     "batch_size": "data.global_batch_size",
+    "patience": "early_stopping",
 }
 """Short names of common options of fit."""
 DATA_ALIASES = {"batch_size": "data.global_batch_size"}
 """Short names of common options of tune, validate and test."""
 
-FLAGS = frozenset(["help", "help-all", "version", "print_config", "profile"])
+FLAGS = frozenset(["help", "help-all", "version", "print_config", "profile", "json"])
 """Options without a value; every other option takes the next argument, unless its value follows an equals sign."""
 _SHORT = {"-c": "--config", "-h": "--help"}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 
+from job.process.logs import HELP
+
 WIDTH = 110
 _COLUMN = 30
 
@@ -69,6 +71,12 @@ _FIT = {
         Option("model.optimizer", "CLASS", "A torch optimizer. Default: Adam."),
         Option("model.lr_scheduler", "CLASS", "A torch scheduler. Default: MultiStepLR at milestones."),
         Option("epochs", "N", "Number of epochs.", "15", alias_of="trainer.max_epochs"),
+        Option(
+            "early_stopping",
+            "N",
+            "Stop after N validations in a row without a better --checkpoint.monitor. 0 disables. Also --patience.",
+            "0",
+        ),
         Option("trainer.gradient_clip_val", "NORM", "Clip gradients to this norm."),
         Option("trainer.accumulate_grad_batches", "N", "Batches per optimizer step.", "1"),
     ],
@@ -127,6 +135,8 @@ def common_help(command: str) -> str:
         for option in group:
             lines += _lines(option)
     lines += [
+        "",
+        HELP,
         "",
         f"All options: python -m job {command} --help-all. A class's own: python -m job {command} "
         "--model.optimizer.help AdamW.",

@@ -31,6 +31,7 @@ environment variables to set:
   LAUNCH_COORDINATOR  HOST or HOST:PORT of node 0 of an Indexed Job with several nodes.
   LAUNCH_ID           Name that distinguishes this job from others with the same coordinator (Indexed Job, TPU,
                       Kubeflow).
+  JOB_LOG             text, json or auto, as --log; JOB_LOG_SECONDS is --log_seconds.
   OMP_NUM_THREADS     CPU threads per process. Default: the CPU cores of the container, divided by the processes.
 
 environment variables of the platforms, which set them:

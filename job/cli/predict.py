@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -18,8 +18,8 @@ from job.data.index.index import Index
 from job.data.index.sources.columns import from_option as columns_from_option
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.errors import ConfigError
+from job.process import logs
 from job.process.cpus import available_cpus
-from job.process.terminal import say
 from job.storage.local_cache import default_cache_dir, usable_cache_dir
 
 FileFormat = Literal["jsonl", "parquet"]
@@ -111,7 +111,8 @@ def main(
         sources = [source.uri for source in load_index_info(folder).sources]
         access.require_sources(sources, output, local=is_local_uri(input))
         index = Index(folder, INDEX_PART, access)
-        show(predict_to_folder(predictor, index, reading, output, work, format, top_k))
+        own = sum(len(work.samples_of(part)) for part in range(ranks.rank(), work.parts, ranks.world_size()))
+        show(predict_to_folder(predictor, index, reading, output, work, format, top_k), own)
         if ranks.rank():
             return
         totals = Totals.of_folder(output, work, format)
@@ -120,10 +121,11 @@ def main(
         with tempfile.TemporaryDirectory(prefix="job-index-") as scratch:
             list_images(Path(scratch))
             index = Index(scratch, INDEX_PART, access)
-            totals = show(predict_to_file(predictor, index, reading, output, file_format or "jsonl", top_k))
+            batches = predict_to_file(predictor, index, reading, output, file_format or "jsonl", top_k)
+            totals = show(batches, len(index))
     print_totals(totals, predictor.classes)
     if output is not None:
-        say(f"{totals.images - len(totals.unreadable)} predictions in {output}", file=sys.stderr)
+        logs.report(f"{totals.images - len(totals.unreadable)} predictions in {output}", logging.INFO)
     BadSamples(limit, "--max_bad_samples").add(totals.unreadable, {INDEX_PART: totals.images})
 
 

@@ -126,6 +126,12 @@ class TrainingCLI(LightningCLI):
                 "about 30 s in total, and torch elastic kills ranks 30 s after a SIGTERM.",
             )
             parser.add_argument(
+                "--early_stopping",
+                type=int,
+                default=0,
+                help="Stop after this many validations in a row without a better --checkpoint.monitor. 0 disables.",
+            )
+            parser.add_argument(
                 "--profile",
                 action="store_true",
                 help="Record ten steps with torch.profiler to run_dir/profile, and print a summary.",
@@ -168,7 +174,17 @@ class TrainingCLI(LightningCLI):
     def fit_settings(self) -> FitSettings:
         """The settings of fit besides model and data."""
         options = self.config_init
-        names = ("run_dir", "resume", "grace", "profile", "checkpoint", "features", "watchdog", "monitoring")
+        names = (
+            "run_dir",
+            "resume",
+            "grace",
+            "profile",
+            "checkpoint",
+            "features",
+            "watchdog",
+            "monitoring",
+            "early_stopping",
+        )
         return FitSettings(
             trainer=dict(options["trainer"]), config=self.config_yaml(), **{name: options[name] for name in names}
         )

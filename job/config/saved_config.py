@@ -50,7 +50,9 @@ _NEVER_SAVED = frozenset(["data.cache_dir", "data.allow"])
 """Local paths, and permissions that only the user may give."""
 _SOURCES = frozenset(["data.root", "data.train", "data.val", "data.test"])
 """Options with URIs to read; see :class:`~job.data.index.access.Access`."""
-_OTHER_COMMANDS = frozenset(["run_dir", "resume", "grace", "profile", "watchdog", "features", "lr", "lr_finder"])
+_OTHER_COMMANDS = frozenset(
+    ["run_dir", "resume", "grace", "profile", "early_stopping", "watchdog", "features", "lr", "lr_finder"]
+)
 
 
 def read_saved_config(run_dir: str) -> dict[str, Any] | None:

@@ -29,6 +29,7 @@ from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, Preempted, StorageError
 from job.features.store import FeatureStore, content_hash, weights_hash
 from job.model.module import TransferLearningModel
+from job.process.progress import Progress
 from job.resilience.flags import AsyncFlags
 from job.resilience.lease import Lease
 from job.resilience.preemption import Preemption
@@ -37,7 +38,6 @@ from job.resilience.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 FOLDER = "features"
-PROGRESS_SECONDS = 10.0
 WORTH_A_HINT = 3
 """Frozen epochs from which on the log says why nothing is cached."""
 
@@ -230,9 +230,15 @@ class FeatureCache(Callback):
             "computing the features of the frozen backbone once: %s",
             ", ".join(f"{part} {len(c)} of {len(stores[part])} chunks" for part, c in missing.items()),
         )
-        flags, logged_at = AsyncFlags(1), time.monotonic()
+        images = sum(
+            len(stores[part].samples(chunk)) * stores[part].variants
+            for part, chunks in missing.items()
+            for chunk in chunks
+        )
+        flags = AsyncFlags(1)
         work = self._batches(trainer, module, stores, shares[ranks.rank()])
-        with contextlib.closing(work):
+        progress = Progress("features", "images", images, is_shown=trainer.is_global_zero)
+        with contextlib.closing(work), progress:
             for number in range(rounds):
                 next(work, None)
                 self.watchdog.beat("computing features", trainer.global_step)
@@ -243,9 +249,7 @@ class FeatureCache(Callback):
                         "stopped on request while the backbone's features were computed. The same command goes on "
                         "from there."
                     )
-                if time.monotonic() - logged_at >= PROGRESS_SECONDS:
-                    logged_at = time.monotonic()
-                    log.info("features: batch %d of %d", number + 1, rounds)
+                progress.update(images * (number + 1) // rounds)
             next(work, None)  # the last chunk is saved when its last batch is over
             flags.drain()
         ranks.union(set())  # a barrier: no rank looks for chunks before all are written

@@ -1,72 +1,351 @@
-"""Progress: Lightning's rich bar on a terminal, one plain line now and then in a log file.
+"""Progress of a Trainer: one line per epoch, and a bar below it on a terminal, or a log line every few seconds.
 
-Both look at a value when they show it. Lightning's ``prog_bar=True`` would fetch it at every step, so that an
+Metrics are looked at when they are shown. Lightning's ``prog_bar=True`` would fetch them at every step, so that an
 accelerator and the host wait for each other.
 """
 
 from __future__ import annotations
 
-import logging
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ProgressBar, RichProgressBar
+from pytorch_lightning.callbacks import Callback, ProgressBar
 
-log = logging.getLogger(__name__)
+from job.data.dataset import Batch
+from job.process import logs
+from job.process.progress import Display, Status, duration, short_number
 
-SHOWN = ("train/loss", "val/loss", "val/accuracy", "val/mAP")
+SHOWN = (
+    "train/loss",
+    "train/accuracy",
+    "val/loss",
+    "val/accuracy",
+    "val/mAP",
+    "test/loss",
+    "test/accuracy",
+    "test/mAP",
+)
+"""Metrics that are shown, where a task has them, in this order."""
 FETCH_SECONDS = 2.0
-"""Between two looks of the bar, which is drawn at every step."""
+"""Between two looks at the metrics of a training step, for which the host waits for an accelerator."""
 
 
-class TerminalProgress(RichProgressBar):
-    """A bar for each epoch, with the latest loss."""
+class LogPosition(Callback):
+    """Gives JSON log records the epoch and the step, on every rank."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Training begins."""
+        logs.set_position(trainer.current_epoch + 1, trainer.global_step)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """An epoch begins."""
+        logs.set_position(trainer.current_epoch + 1, trainer.global_step)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """A batch is done."""
+        logs.set_position(trainer.current_epoch + 1, trainer.global_step)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The Trainer has ended."""
+        logs.clear_position()
+
+
+@dataclass
+class _Stretch:
+    """Batches that this process has done, and the time that they took.
+
+    Attributes:
+        began: monotonic time of the beginning.
+        batches: batches done.
+        images: images in them, over all ranks.
+        paused: seconds within that time in which something else was done.
+        paused_at: monotonic time from which on something else is done.
+    """
+
+    began: float = field(default_factory=lambda: time.monotonic())
+    batches: int = 0
+    images: int = 0
+    paused: float = 0.0
+    paused_at: float | None = None
+
+    def add(self, batch: Batch) -> None:
+        self.batches += 1
+        self.images += int(batch["global_size"])
+
+    def pause(self) -> None:
+        self.paused_at = time.monotonic()
+
+    def resume(self) -> None:
+        if self.paused_at is not None:
+            self.paused += time.monotonic() - self.paused_at
+            self.paused_at = None
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in which batches were done."""
+        end = time.monotonic() if self.paused_at is None else self.paused_at
+        return max(end - self.began - self.paused, 1e-9)
+
+    @property
+    def images_per_second(self) -> float | None:
+        return self.images / self.seconds if self.images else None
+
+
+class TrainerProgress(ProgressBar):
+    """Shows the progress of a fit, a validation or a test, on rank 0.
+
+    The time left is that of all epochs to come: their batches as fast as those of the current epoch, and between them
+    as much time as the last epoch took for its validation and checkpoints.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self._display = Display(is_shown=False)
+        self._epoch: _Stretch | None = None
+        self._evaluation = _Stretch()
+        self._batch_seconds: float | None = None
+        self._extra_seconds = 0.0
+        self._validated = False
+        self._ended: int | None = None
         self._metrics: dict[str, float] = {}
-        self._fetched = 0.0
+        self._fetched_at = 0.0
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Metrics beside the bar."""
-        if time.monotonic() - self._fetched >= FETCH_SECONDS:
-            self._metrics, self._fetched = _values(trainer), time.monotonic()
-        return dict(self._metrics)
-
-
-class PlainProgress(ProgressBar):
-    """One line every ``seconds``, and one at the end of each validation, on rank 0."""
-
-    def __init__(self, seconds: float = 10.0) -> None:
-        super().__init__()
-        self.seconds = seconds
-        self.enabled = True
-        self._last = time.monotonic()
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin (Lightning has set the rank by now)."""
+        super().setup(trainer, pl_module, stage)
+        self._display = Display(is_shown=trainer.is_global_zero)
 
     def disable(self) -> None:
-        """Silence it (Lightning calls this on ranks other than 0)."""
-        self.enabled = False
+        """Show nothing (Lightning calls this on ranks other than 0, which show nothing as it is)."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the line of the epoch before, whose metrics are complete only now, and begin another one."""
+        self._leave_epoch(trainer)
+        self._epoch = _Stretch()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin an epoch that was resumed in its middle."""
+        self._epoch = self._epoch or _Stretch()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Log the position and the loss, every ``seconds``."""
-        now = time.monotonic()
-        if self.enabled and now - self._last >= self.seconds:
-            self._last = now
-            done, total = batch_idx + 1, self.total_train_batches
-            log.info("epoch %d  batch %d/%s  %s", trainer.current_epoch, done, total, _numbers(trainer, "train/"))
+        """Count the batch, and show the progress if it is time to."""
+        assert self._epoch is not None
+        self._epoch.add(batch)
+        if self._display.is_due:
+            self._display.show(self._training_status(trainer, self._epoch, batch_idx + 1))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The epoch is complete."""
+        self._ended = trainer.current_epoch
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the line of the last epoch, and remove the bar."""
+        self._leave_epoch(trainer)
+        self._display.close()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin a validation."""
+        self._evaluation = _Stretch()
+        if self._epoch is not None:
+            self._epoch.pause()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin a test."""
+        self._evaluation = _Stretch()
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the batch, and show the progress if it is time to."""
+        self._evaluation.add(batch)
+        if self._display.is_due:
+            self._display.show(self._evaluation_status(trainer, "validation", _total(trainer.num_val_batches)))
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the batch, and show the progress if it is time to."""
+        self._evaluation.add(batch)
+        if self._display.is_due:
+            self._display.show(self._evaluation_status(trainer, "test", _total(trainer.num_test_batches)))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the validation metrics."""
-        if self.enabled and trainer.state.fn == "fit":
-            log.info("epoch %d  %s", trainer.current_epoch, _numbers(trainer, "val/"))
+        """Leave a line for a validation within an epoch; at the end of one, its metrics are in the epoch's line."""
+        if trainer.state.fn != "fit":
+            self._display.close()
+            return
+        self._validated = True
+        if self._epoch is not None:
+            self._epoch.resume()
+        if not trainer.is_last_batch:
+            metrics = _values(trainer, "val/")
+            line = "  ".join([_epoch_name(trainer, trainer.current_epoch), _step(trainer), *_words(metrics)])
+            self._display.leave(line, {**_place(trainer, trainer.current_epoch), **metrics})
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove the bar."""
+        self._display.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Remove the bar."""
+        self._display.close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Remove the bar."""
+        self._display.close()
+
+    def _training_status(self, trainer: pl.Trainer, epoch: _Stretch, batches: int) -> Status:
+        total = int(trainer.num_training_batches)
+        return Status(
+            _epoch_name(trainer, trainer.current_epoch),
+            batches,
+            total,
+            "batches",
+            facts=self._training_metrics(trainer),
+            rate=epoch.images_per_second,
+            rate_unit="images",
+            seconds_left=self._seconds_left(trainer, total - batches, trainer.current_epoch),
+        )
+
+    def _training_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
+        if time.monotonic() - self._fetched_at >= FETCH_SECONDS:
+            self._metrics, self._fetched_at = _values(trainer, "train/"), time.monotonic()
+        return self._metrics
+
+    def _evaluation_status(self, trainer: pl.Trainer, task: str, total: int) -> Status:
+        evaluation = self._evaluation
+        each = evaluation.seconds / evaluation.batches
+        left: float | None = each * (total - evaluation.batches)
+        if trainer.state.fn == "fit":
+            if self._batch_seconds is None:  # no epoch has ended
+                self._extra_seconds = each * total
+            task = f"{_epoch_name(trainer, trainer.current_epoch)}  {task}"
+            batches = int(trainer.num_training_batches) - self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            rest = self._seconds_left(trainer, batches, trainer.current_epoch, validating=True)
+            left = None if rest is None else left + rest  # type: ignore[operator]
+        return Status(
+            task,
+            evaluation.batches,
+            total,
+            "batches",
+            rate=evaluation.images_per_second,
+            rate_unit="images",
+            seconds_left=left,
+        )
+
+    def _seconds_left(self, trainer: pl.Trainer, batches: int, epoch: int, *, validating: bool = False) -> float | None:
+        """Estimate of the time until the end of the run; None where its length is not known.
+
+        Args:
+            batches: batches of this epoch that are left.
+            epoch: the current epoch, from 0.
+            validating: the time until the end of a validation that runs is added by the caller.
+        """
+        assert self._epoch is not None
+        total, epochs = int(trainer.num_training_batches), 0
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            epochs = max(trainer.max_epochs - epoch - 1, 0)
+            batches += epochs * total
+            if trainer.max_steps >= 0:
+                steps = max(trainer.max_steps - trainer.global_step, 0)
+                batches = min(batches, steps * trainer.accumulate_grad_batches)
+        elif trainer.max_steps >= 0:
+            batches = max(trainer.max_steps - trainer.global_step, 0) * trainer.accumulate_grad_batches
+        else:
+            return None
+        each = self._epoch.seconds / self._epoch.batches if self._epoch.batches else None
+        if self._epoch.batches < 2 and self._batch_seconds is not None:
+            each = self._batch_seconds  # the first batch waits for the loader
+        if each is None:
+            return None
+        return batches * each + (epochs + (not validating)) * self._extra_seconds
+
+    def _leave_epoch(self, trainer: pl.Trainer) -> None:
+        """Leave the line of the epoch that has ended, if one has, and keep what it tells of those to come."""
+        number, epoch = self._ended, self._epoch
+        if number is None or epoch is None:
+            return
+        self._batch_seconds = epoch.seconds / max(epoch.batches, 1)
+        self._extra_seconds = epoch.paused
+        metrics = {**_values(trainer, "train/"), **(_values(trainer, "val/") if self._validated else {})}
+        parts = [_epoch_name(trainer, number), _step(trainer), *_words(metrics)]
+        facts: dict[str, object] = {**_place(trainer, number), **metrics, "seconds": round(epoch.elapsed, 3)}
+        if epoch.images_per_second is not None:
+            parts.append(f"{short_number(epoch.images_per_second)} images/s")
+            facts["images_per_second"] = round(epoch.images_per_second, 3)
+        parts.append(f"took {duration(epoch.elapsed)}")
+        left = self._seconds_left(trainer, 0, number, validating=True)
+        if left and not trainer.should_stop:
+            parts.append(f"{duration(left)} left")
+            facts["seconds_left"] = round(left, 1)
+        self._display.leave("  ".join(parts), facts)
+        self._epoch, self._ended, self._validated = None, None, False
 
 
-def _values(trainer: pl.Trainer) -> dict[str, float]:
-    return {name: float(trainer.callback_metrics[name]) for name in SHOWN if name in trainer.callback_metrics}
+class TuningProgress(TrainerProgress):
+    """Shows the progress of a fit that is a number of steps, on rank 0."""
+
+    def _training_status(self, trainer: pl.Trainer, epoch: _Stretch, batches: int) -> Status:
+        return Status(
+            "learning rates",
+            trainer.global_step,
+            trainer.max_steps,
+            "steps",
+            facts=self._training_metrics(trainer),
+            rate=epoch.images_per_second,
+            rate_unit="images",
+            seconds_left=self._seconds_left(trainer, 0, trainer.current_epoch),
+        )
+
+    def _leave_epoch(self, trainer: pl.Trainer) -> None:
+        """Leave nothing: an epoch has no meaning here."""
 
 
-def _numbers(trainer: pl.Trainer, prefix: str) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in _values(trainer).items() if name.startswith(prefix))
+def _total(batches: list[int | float] | int | float) -> int:
+    return int(sum(batches) if isinstance(batches, list) else batches)
+
+
+def _epoch_name(trainer: pl.Trainer, epoch: int) -> str:
+    limited = trainer.max_epochs is not None and trainer.max_epochs >= 0
+    return f"epoch {epoch + 1}/{trainer.max_epochs}" if limited else f"epoch {epoch + 1}"
+
+
+def _step(trainer: pl.Trainer) -> str:
+    return f"step {trainer.global_step}"
+
+
+def _place(trainer: pl.Trainer, epoch: int) -> dict[str, object]:
+    return {"epoch": epoch + 1, "epochs": trainer.max_epochs, "global_step": trainer.global_step}
+
+
+def _words(metrics: Mapping[str, float]) -> list[str]:
+    return [f"{name} {value:.4g}" for name, value in metrics.items()]
+
+
+def _values(trainer: pl.Trainer, prefix: str) -> dict[str, float]:
+    """The metrics to show, fetched from their device."""
+    metrics = trainer.callback_metrics
+    return {name: float(metrics[name]) for name in SHOWN if name in metrics and name.startswith(prefix)}

@@ -49,10 +49,9 @@ class RunText(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what came of it."""
-        if trainer.is_global_zero and self.report.content:
-            self.logger.add_text(
-                "run/report", report_text(msgspec.to_builtins(self.report.content)), trainer.global_step
-            )
+        if trainer.is_global_zero and self.report.content is not None:
+            content = msgspec.to_builtins(self.report.content)
+            self.logger.add_text("run/report", report_text(content), trainer.global_step)
 
 
 def configuration_text(config: str) -> str:

@@ -7,21 +7,29 @@ from collections.abc import Iterator, Sequence
 from job.cluster import ranks
 from job.predict.output import Row
 from job.predict.summary import Totals
+from job.process.progress import Progress
 from job.process.terminal import print_table, say
 
 ROWS_SHOWN = 20
 """Predictions on the terminal; all of them go to --output."""
 
 
-def show(batches: Iterator[list[Row]]) -> Totals:
-    """Count all rows, and print the first ones on rank 0."""
+def show(batches: Iterator[list[Row]], images: int) -> Totals:
+    """Count all rows, show the progress, and print the first rows on rank 0.
+
+    Args:
+        batches: rows of each batch.
+        images: number of rows to expect.
+    """
     totals = Totals()
     first: list[Row] = []
-    for rows in batches:
-        totals.add(rows)
-        first += rows[: ROWS_SHOWN - len(first)]
+    with Progress("predict", "images", images, is_shown=ranks.rank() == 0) as progress:
+        for rows in batches:
+            totals.add(rows)
+            progress.update(min(totals.images, images))
+            first += rows[: ROWS_SHOWN - len(first)]
     if ranks.rank() == 0 and first:
-        print_table(["image", "class", "probability"], [_cells(row) for row in first], right=["probability"], fold=True)
+        print_table(["image", "class", "probability"], [_cells(row) for row in first], right=["probability"])
     return totals
 
 

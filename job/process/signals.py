@@ -1,6 +1,6 @@
 """Stop signals: end with one line and the exit code that a shell reports, without a traceback.
 
-Imported before anything large, so only the standard library is.
+Imported before anything large, so nothing else than the standard library and :mod:`job.process.log_format` is.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import NoReturn, TypeVar
+
+from job.process import log_format
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """SIGINT is Ctrl-C, SIGHUP the end of a terminal; schedulers send SIGTERM, some SIGUSR1 before it."""
@@ -210,7 +212,7 @@ def _handled() -> list[signal.Signals]:
 def _end_now(message: str, number: int) -> NoReturn:
     try:
         sys.stdout.flush()
-        os.write(2, f"job: {message}\n".encode())
+        os.write(2, f"{log_format.final_line(f'job: {message}', 'WARNING')}\n".encode())
     except (OSError, ValueError, RuntimeError):  # the terminal is gone, or the main thread is writing
         pass
     os._exit(exit_code(number))

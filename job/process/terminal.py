@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TextIO
 
+from rich.box import HEAVY_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +29,8 @@ _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 _JOINERS = "\u200c\u200d"
 """Format characters that scripts and emoji need."""
 _INDENT = "\n    "
+_UNLIMITED = 100_000
+"""Width of a table that is not cut."""
 
 
 def escape(text: str, *, newlines: bool = False) -> str:
@@ -52,6 +56,11 @@ def clean(text: str) -> str:
     return escape(redact(text), newlines=True)
 
 
+def clean_lines(text: str) -> str:
+    """A text of several lines, redacted, each line escaped, for a format in which no line can pass for a record."""
+    return "\n".join(escape(line) for line in redact(text.expandtabs(4)).split("\n"))
+
+
 def say(text: str, *, file: TextIO | None = None) -> None:
     """Print a message; characters that the terminal cannot encode are escaped."""
     stream = file or sys.stdout
@@ -59,31 +68,38 @@ def say(text: str, *, file: TextIO | None = None) -> None:
 
 
 def print_table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    *,
-    title: str = "",
-    right: Sequence[str] = (),
-    fold: bool = False,
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "", right: Sequence[str] = ()
 ) -> None:
-    """Print a table; cells are not interpreted as markup.
+    """Print a table; cells are not interpreted as markup, and are neither cut nor broken, so that they can be copied.
+
+    A table that is wider than the terminal has no frame, and its lines continue on the next one.
 
     Args:
-        columns: headings; none are shown where all are empty.
+        columns: headings; where all are empty, rows are lines without a frame.
+        title: a line above.
         right: headings of the columns to align to the right.
-        fold: break long cells at the width of the terminal instead of letting lines overflow.
     """
-    table = Table(title=_text(title) if title else None, title_justify="left", show_header=any(columns))
+    cells = [[escape(redact(str(cell))) for cell in row] for row in rows]
+    headings = [escape(name) for name in columns]
+    has_frame = any(columns)
+    if has_frame and sys.stdout.isatty():
+        longest = [max(map(cell_len, column)) for column in zip(headings, *cells, strict=True)]
+        has_frame = sum(longest) + 3 * len(longest) + 1 <= Console(file=sys.stdout).width
+    table = Table(
+        show_header=any(columns),
+        box=HEAVY_HEAD if has_frame else None,
+        pad_edge=has_frame,
+        padding=(0, 1) if has_frame else (0, 2, 0, 0),
+    )
     for name in columns:
-        table.add_column(
-            _text(name), justify="right" if name in right else "left", overflow="fold" if fold else "ellipsis"
-        )
-    for row in rows:
-        table.add_row(*(_text(str(cell)) for cell in row))
-    console = Console(soft_wrap=not fold, markup=False, highlight=False, emoji=False, file=sys.stdout)
+        table.add_column(Text(escape(name)), justify="right" if name in right else "left", no_wrap=True)
+    for row in cells:
+        table.add_row(*map(Text, row))
+    console = Console(width=_UNLIMITED, markup=False, highlight=False, emoji=False, file=sys.stdout)
     with console.capture() as capture:
-        console.print(table)
-    _write(sys.stdout, capture.get())
+        console.print(table, soft_wrap=True)
+    lines = [escape(redact(title))] if title else []
+    _write(sys.stdout, "\n".join([*lines, *(line.rstrip() for line in capture.get().splitlines())]) + "\n")
 
 
 class SafeFormatter(logging.Formatter):
@@ -95,7 +111,7 @@ class SafeFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The text of a record; a second line is indented."""
-        return clean(self.inner.format(record))
+        return clean(self.inner.format(record).rstrip("\n"))
 
 
 def protect_output() -> None:
@@ -119,7 +135,8 @@ _python_format_warning = warnings.formatwarning
 def _format_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    return clean(_python_format_warning(message, category, filename, lineno, line).rstrip("\n")) + "\n"
+    # Without the line of the source, which says less than the message.
+    return clean(_python_format_warning(message, category, filename, lineno, line or "").rstrip("\n")) + "\n"
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
@@ -132,10 +149,6 @@ def _print_thread_traceback(args: threading.ExceptHookArgs) -> None:
         name = args.thread.name if args.thread else "unknown"
         say(f"exception in thread {name}", file=sys.stderr)
         _print_traceback(args.exc_type, args.exc_value, args.exc_traceback)
-
-
-def _text(content: str) -> Text:
-    return Text(escape(redact(content)))
 
 
 def _escape(character: str) -> str:

@@ -8,6 +8,7 @@ import faulthandler
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pytorch_lightning.callbacks import Callback
 
 from job.cluster import ranks
 from job.errors import EXIT_RETRY, ConfigError
-from job.process import temporary
+from job.process import logs, temporary
 from job.process.periodic import Periodic, call_within
 from job.torch_internals import connect_default_store
 
@@ -217,14 +218,16 @@ class Watchdog(Callback):
             self._store.set(f"pulse/{ranks.rank()}", msgspec.json.encode(pulse).decode())
 
     def _end(self, progress: Progress, waiting: float) -> None:
-        faulthandler.dump_traceback(all_threads=True, file=2)  # sys.stderr of a notebook is no file
         action = ": ending it" if self.ends_process else ""
-        print(
+        message = (
             f"job: rank {ranks.rank()} has made no progress for {waiting:.0f} s, {progress.phase} at step "
-            f"{progress.step} (limit {progress.limit:.0f} s){action}. Its stacks stand above.\n{self._others()}",
-            file=sys.stderr,
-            flush=True,
+            f"{progress.step} (limit {progress.limit:.0f} s){action}."
         )
+        if logs.is_json():
+            logs.report(f"{message}\n{self._others()}", stack_trace=_stacks())
+        else:
+            faulthandler.dump_traceback(all_threads=True, file=2)  # sys.stderr of a notebook is no file
+            print(f"{message} Its stacks stand above.\n{self._others()}", file=sys.stderr, flush=True)
         if not self.ends_process:
             self._progress = progress._replace(at=time.monotonic())
             return
@@ -255,3 +258,12 @@ class Watchdog(Callback):
             with contextlib.suppress(RuntimeError, OSError, ValueError):
                 if self._store is not None and self._store.check([key]):
                     pulses[rank] = msgspec.json.decode(self._store.get(key), type=Pulse)
+
+
+def _stacks() -> str:
+    """The stacks of all threads."""
+    with contextlib.suppress(OSError), tempfile.TemporaryFile("w+") as file:  # OSError: a full disk
+        faulthandler.dump_traceback(all_threads=True, file=file)
+        file.seek(0)
+        return file.read()
+    return ""

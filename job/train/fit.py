@@ -28,6 +28,7 @@ from job.resilience.divergence import last_checkpoint_named
 from job.resilience.lease import Lease
 from job.resilience.preemption import Preemption
 from job.resilience.watchdog import Watchdog, WatchdogSettings
+from job.train.early_stopping import require_possible
 from job.train.errors import translate_errors
 from job.train.trainer import training_trainer
 
@@ -52,6 +53,7 @@ class FitSettings:
         features: whether the features of a frozen backbone are cached.
         watchdog: limits of a step.
         monitoring: what TensorBoard and the report show.
+        early_stopping: validations in a row without a better checkpoint after which training ends; 0 disables.
         ends_hanging_process: let the watchdog end this process, not only print its stacks.
         ends_at_second_interrupt: end this process at a second Ctrl-C, instead of raising Stopped.
     """
@@ -66,8 +68,12 @@ class FitSettings:
     features: FeatureSettings = field(default_factory=FeatureSettings)
     watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
     monitoring: MonitoringSettings = field(default_factory=MonitoringSettings)
+    early_stopping: int = 0
     ends_hanging_process: bool = True
     ends_at_second_interrupt: bool = True
+
+    def __post_init__(self) -> None:
+        require_possible(self.early_stopping, self.trainer)
 
 
 def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Report:
@@ -117,6 +123,7 @@ def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Re
                 checkpoint=ranking,
                 features=settings.features,
                 monitoring=settings.monitoring,
+                early_stopping=settings.early_stopping,
                 profile=settings.profile,
                 io=io,
                 watchdog=watchdog,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from job.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 SMOOTHING = 0.9
 """Decay of the running mean of losses, per step."""
@@ -91,7 +94,12 @@ class LRFinder(Callback):
         slopes = np.gradient(means, np.log(self.rates[:usable]))[LEFT_OUT : lowest + 1]
         if slopes.min() >= 0:
             raise ConfigError(f"the loss falls at no learning rate in [{self.lowest}, {self.rates[usable - 1]:.3g}].")
-        return self.rates[LEFT_OUT + int(slopes.argmin())]
+        steepest = LEFT_OUT + int(slopes.argmin())
+        if steepest <= LEFT_OUT:
+            log.warning("the loss falls fastest at the lowest rates. Lower --lr_finder.lowest to be sure.")
+        elif steepest >= self.steps - 2:
+            log.warning("the loss falls fastest at the highest rates. Raise --lr_finder.highest to be sure.")
+        return self.rates[steepest]
 
 
 def smoothed(losses: list[float]) -> list[float]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ProgressBar
+from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.strategies import DDPStrategy
 
 from job.checkpoint.callback import Checkpointer
@@ -20,14 +20,17 @@ from job.config.run_config import SavedConfig
 from job.config.trainer_options import cluster_environment, listed
 from job.errors import ConfigError
 from job.features.callback import FeatureCache, FeatureSettings
-from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers
+from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers, log_last_steps
 from job.model.sync_batchnorm import require_synchronisable
 from job.monitoring.accounting import Accounting
+from job.monitoring.advisor import Advisor
 from job.monitoring.event_folders import events_uri
+from job.monitoring.gradient_norm import GradientNorm
 from job.monitoring.hyperparameters import HyperparameterWriter
+from job.monitoring.learning_rates import LearningRates
 from job.monitoring.pictures import Pictures
 from job.monitoring.profile import Profile
-from job.monitoring.progress import PlainProgress, TerminalProgress, log
+from job.monitoring.progress import LogPosition, TrainerProgress, TuningProgress
 from job.monitoring.projector import Projector
 from job.monitoring.recorder import ValidationRecorder
 from job.monitoring.report.files import EarlierReport
@@ -42,8 +45,11 @@ from job.resilience.lease_check import LeaseCheck
 from job.resilience.preemption import Preemption
 from job.resilience.watchdog import Watchdog
 from job.train.batch_size_finder import BatchSizeFinder
+from job.train.early_stopping import make_early_stopping
 from job.train.lr_finder import LRFinder
 from job.train.precision import announce, automatic_precision, uses_cuda
+
+log = logging.getLogger(__name__)
 
 
 def training_trainer(
@@ -54,6 +60,7 @@ def training_trainer(
     checkpoint: CheckpointSettings,
     features: FeatureSettings,
     monitoring: MonitoringSettings,
+    early_stopping: int,
     profile: bool,
     io: BackgroundCheckpointIO,
     watchdog: Watchdog,
@@ -70,6 +77,7 @@ def training_trainer(
         checkpoint: when checkpoints are taken.
         features: whether the features of a frozen backbone are cached.
         monitoring: what TensorBoard and the report show.
+        early_stopping: validations without a better checkpoint after which training ends; 0 disables.
         profile: record a few steps by torch's profiler.
         io: writes checkpoints.
         watchdog: ends this process if it hangs.
@@ -82,14 +90,23 @@ def training_trainer(
     accounting = Accounting(checkpointer, cache, lease.require_held)
     earlier = EarlierReport(run_dir)
     recorder = ValidationRecorder(accounting, earlier.history)
+    advisor = Advisor(lambda: recorder.records)
     report = ReportWriter(
-        accounting, recorder, earlier, settings=monitoring, config=config, before_write=lease.require_held
+        accounting,
+        recorder,
+        earlier,
+        settings=monitoring,
+        config=config,
+        advice=lambda: advisor.advice,
+        before_write=lease.require_held,
     )
     callbacks: list[Callback] = [
         SavedConfig(config, lease.require_held),
-        LearningRateMonitor(logging_interval="step"),
+        LearningRates(),
+        GradientNorm(monitoring.gradient_norm),
         accounting,
         recorder,
+        advisor,
         SystemMonitor(),
         HyperparameterWriter(config, checkpoint, logger),
         report,
@@ -101,6 +118,8 @@ def training_trainer(
         LeaseCheck(lease),
         checkpointer,
     ]
+    if early_stopping:
+        callbacks.append(make_early_stopping(early_stopping, checkpoint))
     if not xla.is_wanted(str(settings.get("accelerator"))):  # its batches lie in shares on the chips
         callbacks.append(cache)
     step_hooks: list[StepHook] = [accounting.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps]
@@ -111,6 +130,7 @@ def training_trainer(
     trainer = _trainer(settings, callbacks, [io], logger, run_dir)
     disable_signal_handlers(trainer)
     add_step_hooks(trainer, step_hooks)
+    log_last_steps(trainer)
     check_restored(trainer)
     return trainer
 
@@ -131,7 +151,7 @@ def tuning_trainer(settings: dict[str, Any], run_dir: str, rates: LRFinder, batc
     if xla.is_wanted(str(settings.get("accelerator"))):
         raise ConfigError("tune does not work on XLA, which would compile every step: use a CPU or a GPU.")
     fixed = {"max_epochs": -1, "max_steps": rates.steps, "limit_val_batches": 0, "enable_checkpointing": False}
-    return _trainer({**settings, **fixed}, [batches, rates], [], None, run_dir)
+    return _trainer({**settings, **fixed}, [batches, rates], [], None, run_dir, TuningProgress())
 
 
 def _trainer(
@@ -140,6 +160,7 @@ def _trainer(
     plugins: list[Any],
     logger: BucketTensorBoardLogger | None,
     run_dir: str,
+    progress: TrainerProgress | None = None,
 ) -> pl.Trainer:
     on_xla = xla.is_wanted(str(settings.get("accelerator")))
     settings = {**settings, "callbacks": [*listed(settings.get("callbacks")), *callbacks]}
@@ -150,7 +171,8 @@ def _trainer(
         plugins = [*plugins, cluster_environment()]
     has_progress_bar = any(isinstance(callback, ProgressBar) for callback in settings["callbacks"])
     if settings.pop("enable_progress_bar", None) is not False and not has_progress_bar:
-        settings["callbacks"].append(TerminalProgress() if sys.stderr.isatty() else PlainProgress())
+        settings["callbacks"].append(progress or TrainerProgress())
+    settings["callbacks"].append(LogPosition())
     trainer = pl.Trainer(
         **{
             **settings,

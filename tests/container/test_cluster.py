@@ -37,7 +37,7 @@ def run_job(cluster: Cluster, *args: str) -> str:
 
 def test_preempted_and_resumed(cluster: Cluster, bucket: str) -> None:
     nodes = start_nodes(cluster)
-    cluster.wait_for("train-0", "epoch 2 ")
+    cluster.wait_for("train-0", "epoch 3/")
     cluster.podman("stop", "--time", 30, "train-1")  # SIGTERM, as kubelet sends it to process 1
     assert [cluster.exit_code(name) for name in nodes] == [143, 143], "\n".join(map(cluster.log, nodes))
     log = cluster.log("train-0")

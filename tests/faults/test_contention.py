@@ -34,11 +34,11 @@ def test_a_fit_that_is_stopped_and_resumed_leaves_the_run_to_another(run_dir: st
     pace = "[{class_path: saboteur.Pace, init_args: {seconds: 0.3}}]"
     arguments = fit_options(run_dir, trainer__callbacks=pace)
     first = Job.with_lease(tmp_path / "first", 3, *arguments)
-    first.wait_for("epoch 0")
+    first.wait_for("epoch 1/")
     for pid in descendants(first.process.pid):
         os.kill(pid, signal.SIGSTOP)
     second = Job.with_lease(tmp_path / "second", 3, *arguments)
-    second.wait_for("epoch 1")
+    second.wait_for("epoch 2: training")
     for pid in descendants(first.process.pid):
         os.kill(pid, signal.SIGCONT)
     assert first.wait(60) == 2, first.output

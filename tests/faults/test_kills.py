@@ -106,7 +106,7 @@ def test_two_jobs_on_one_run_dir(run_dir: str, tmp_path: Path) -> None:
     """The second job is refused; the first is not disturbed."""
     slow = fit_options(run_dir, trainer__max_epochs=60)
     first = Job(tmp_path / "log", *slow, processes=2)
-    first.wait_for("epoch 1")
+    first.wait_for("epoch 2: training")
     second = Job(tmp_path / "log2", *fit_options(run_dir))
     assert second.wait() == 2, second.output
     assert f"another job is writing to {run_dir}" in second.output
@@ -155,9 +155,9 @@ def test_elastic_nodes_leave_and_join(run_dir: str, tmp_path: Path) -> None:
     first = Job.node(tmp_path / "first", *arguments, port=port)
     wait_until_served(port)  # the node that is there first keeps the rendezvous
     second = Job.node(tmp_path / "second", *arguments, port=port)
-    first.wait_for("epoch 3 ")
+    first.wait_for("epoch 4/")
     second.kill()
-    first.wait_for("epoch 8 ")
+    first.wait_for("epoch 9/")
     third = Job.node(tmp_path / "third", *arguments, port=port)
     assert first.wait(300) == 0, first.output
     third.wait(60)

@@ -33,7 +33,7 @@ def test_a_permanent_outage_keeps_the_state_on_the_disk(run_dir: str, tmp_path: 
     """The run fails and its message names the folder of the state."""
     arguments = fit_options(run_dir, checkpoint__upload_seconds=2, checkpoint__every_n_steps=1)
     job = Job(tmp_path / "log", *arguments, module="impatient", TMPDIR=str(tmp_path))
-    job.wait_for("epoch 0")
+    job.wait_for("epoch 1/")
     proxy.answer_503_for(3600, match="uploadType")
     assert job.wait(300) == 75, job.output
     assert "Traceback" not in job.output

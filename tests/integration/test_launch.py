@@ -98,7 +98,7 @@ def launched(colours: Path, tmp_path: Path, **variables: str) -> Iterator[tuple[
             cwd=REPOSITORY,
         )
     try:
-        while "epoch 1 " not in log.read_text():
+        while "epoch 2/" not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.2)
         yield process, log

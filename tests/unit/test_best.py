@@ -264,3 +264,51 @@ def test_a_metric_that_is_undefined_for_the_validation_images_is_explained(tmp_p
 
     with pytest.raises(ConfigError, match=r"There are: val/loss\. A metric that is undefined"):
         keeper.on_save_checkpoint(FakeTrainer(), None, {})  # type: ignore[arg-type]
+
+
+def test_early_stopping_counts_validations_of_the_checkpoints_metric(tmp_path: Path, colours: Path) -> None:
+    """A run that learns nothing ends after its first validation and N more, however often it is interrupted."""
+    still = {"model__lr": 1e-30, "checkpoint__monitor": "val/loss", "trainer__max_epochs": 9}
+    whole = fit(tmp_path / "whole", colours, "--early_stopping=3", **still)
+    assert whole.returncode == 0, whole.output
+    assert "early stopping after epoch 4: val/loss has not improved" in whole.output
+    assert "the run ends before epoch 10, in which more layers would be unfrozen" in whole.output
+    ended = steps(tmp_path / "whole")
+    assert ended[-1] == (4, 0, 16)
+
+    assert fit(tmp_path, colours, "--patience=3", **{**still, "trainer__max_epochs": 2}).returncode == 0
+    resumed = fit(tmp_path, colours, "--patience", "3", **still)
+    assert "early stopping after epoch 4" in resumed.output
+    assert steps(tmp_path)[-1] == ended[-1]
+    again = fit(tmp_path, colours, "--early_stopping=3", **still)
+    assert "a larger patience by --early_stopping" in again.output
+    more = fit(tmp_path, colours, "--early_stopping=5", **still)
+    assert "EarlyStopping's patience was 3, is 5" in more.output
+    assert steps(tmp_path)[-1] == (6, 0, 24)
+    config = (tmp_path / "run/config.yaml").read_text()
+    assert "early_stopping: 5" in config
+    validated = run_here("validate", tmp_path / "run")
+    assert validated.returncode == 0, validated.output
+
+
+def test_early_stopping_counts_validations_within_an_epoch(tmp_path: Path, colours: Path) -> None:
+    more = {"model__lr": 1e-30, "trainer__val_check_interval": 0.5, "trainer__max_epochs": 9}
+    done = fit(tmp_path, colours, early_stopping=3, **more)
+    assert "early stopping after epoch 2" in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"trainer__callbacks": stopping()}, "both given"),
+        ({"trainer__limit_val_batches": 0}, "needs validations"),
+        ({"early_stopping": -1}, "early_stopping"),
+    ],
+)
+def test_early_stopping_that_cannot_work_is_refused(
+    more: dict[str, object], expected: str, tmp_path: Path, colours: Path
+) -> None:
+    refused = fit(tmp_path, colours, **{"early_stopping": 2, **more})
+    assert refused.returncode == 2, refused.output
+    assert expected in refused.output
+    assert not (tmp_path / "run").exists()

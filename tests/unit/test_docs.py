@@ -40,7 +40,7 @@ MAKEFILE = (REPOSITORY / "Makefile").read_text()
 TARGETS = {name for line in re.findall(r"^([a-z][\w -]*):(?!=)", MAKEFILE, re.MULTILINE) for name in line.split()}
 README_WORDS = 1000
 SOURCE_FOLDERS = ("job", "tests", "docs", "k8s", "docker", "benchmarks", ".github", ".ci")
-OTHER_PROGRAMS_OPTIONS = {"--nnodes", "--max-restarts", "--device", "--quick", "--clear-soft-delete"}
+OTHER_PROGRAMS_OPTIONS = {"--nnodes", "--max-restarts", "--device", "--quick", "--clear-soft-delete", "--disk-size"}
 OTHER_PROGRAMS_OPTIONS |= {"--logdir", "--load_fast"}
 """Options of torchrun, gcloud, TensorBoard and the benchmarks that the text names."""
 

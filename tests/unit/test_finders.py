@@ -35,6 +35,20 @@ def test_the_learning_rate_of_the_steepest_loss_is_suggested() -> None:
     assert finder(broken).suggestion() == finder(losses[:80].tolist()).suggestion()
 
 
+def test_a_suggestion_at_the_edge_of_the_range_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """The loss falls from the first rate on, or to the last."""
+    position = np.arange(100)
+    finder((1 + np.exp(-position / 3)).tolist()).suggestion()
+    assert "Lower --lr_finder.lowest" in caplog.text
+    caplog.clear()
+    finder((5 - np.exp((position - 99) / 8)).tolist()).suggestion()
+    assert "Raise --lr_finder.highest" in caplog.text
+    caplog.clear()
+    rates = np.geomspace(1e-6, 1.0, 100)
+    finder((2 / (1 + (rates / 1e-3) ** 2)).tolist()).suggestion()
+    assert not caplog.text
+
+
 def test_no_learning_rate_is_suggested_without_a_falling_loss() -> None:
     with pytest.raises(ConfigError, match="falls at no learning rate"):
         finder(np.linspace(1, 3, 100).tolist()).suggestion()

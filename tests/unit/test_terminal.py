@@ -23,7 +23,7 @@ def test_escape() -> None:
 
 
 def test_tables_show_cells_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
-    terminal.print_table(["name", "[b]"], [(HOSTILE, 1), ("[/]", None)], title="runs/exp[lr=0.1]", fold=True)
+    terminal.print_table(["name", "[b]"], [(HOSTILE, 1), ("[/]", None)], title="runs/exp[lr=0.1]")
     output = capsys.readouterr().out
     assert "runs/exp[lr=0.1]" in output
     assert ":smile:" in output

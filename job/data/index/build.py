@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from job import redact
+from job.cluster import ranks
 from job.data.index import classes_of_parts, layout
 from job.data.index.access import Access
 from job.data.index.file import MOST_CLASSES, IndexInfo, PartInfo, load_index_info
@@ -29,6 +30,7 @@ from job.data.index.sources import INDEX_FILE, ListingContext, Source, format_of
 from job.data.index.sources.base import LONGEST_CLASS
 from job.data.index.sources.columns import Columns
 from job.errors import DataError
+from job.process.progress import Progress
 from job.storage.local_cache import report_disk_full
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ def build(
     with (
         report_disk_full(folder, "keep the index"),
         tempfile.TemporaryDirectory(prefix=".list-", dir=folder) as scratch,
+        Progress("listing", "files", is_shown=ranks.rank() == 0) as progress,
     ):
         left_out: list[LeftOutKind] = []
         folders: list[FolderState] = []
@@ -77,6 +80,7 @@ def build(
                 access or Access(typed=(location.uri,)),
                 labelled=layout_of != "images",
                 columns=columns or Columns(),
+                progress=progress,
             )
             try:
                 listed = parts_of(

@@ -94,12 +94,16 @@ def tables_of(
 
     each = list(zip(sources, numbers, contexts, strict=True))
     if any(format_of(source).samples == "elsewhere" for source in sources):  # which add sources of their own
-        for source, number, context in each:
+        for done, (source, number, context) in enumerate(each):
+            context.progress.share_done = done / len(each)
             yield format_of(source).rows(source, number, context)
         return
     with ThreadPoolExecutor(ARCHIVES_AT_ONCE) as pool:
         for start in range(0, len(each), ARCHIVES_AT_ONCE):
-            yield from pool.map(tables, *zip(*each[start : start + ARCHIVES_AT_ONCE], strict=True))
+            batch = each[start : start + ARCHIVES_AT_ONCE]
+            for done, rows in enumerate(pool.map(tables, *zip(*batch, strict=True)), start + 1):
+                batch[0][2].progress.share_done = done / len(each)
+                yield rows
 
 
 def parts_of_pattern(uri: str, sources: list[Source]) -> list[str | None]:

@@ -107,6 +107,7 @@ def _write(target: Path, tables: Iterable[ListedRows], context: ListingContext) 
                 named = named.set_column(named.column_names.index("name"), "name", prefixed)
             unusual |= renamed
             writer.write_table(named)
+            context.progress.advance(len(listed.rows))
     return unusual
 
 

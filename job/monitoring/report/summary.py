@@ -56,7 +56,7 @@ def print_results(report: ReportContent, run_dir: str) -> None:
         ("report", storage.join(run_dir, PAGE)),
     ]
     rows += [("advice", f"{each.message} {each.suggestion}") for each in report.advice]
-    print_table(["", ""], rows, title=TITLES[report.status], fold=True)
+    print_table(["", ""], rows, title=TITLES[report.status])
 
 
 def _metrics(entry: CheckpointEntry) -> str:

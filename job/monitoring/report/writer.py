@@ -19,6 +19,7 @@ from job.model.evaluation import Evaluation
 from job.model.module import TransferLearningModel
 from job.monitoring import accounting
 from job.monitoring.accounting import Accounting
+from job.monitoring.advice import Advice
 from job.monitoring.recorder import ValidationRecorder
 from job.monitoring.report.build import RunFacts, RunState, build, message_of, parse_configuration
 from job.monitoring.report.content import FILE, AdviceEntry, EvaluationResult, Report, ReportContent, Status
@@ -28,6 +29,7 @@ from job.monitoring.report.machine import hardware, versions
 from job.monitoring.report.measures import result_of
 from job.monitoring.report.page import render
 from job.monitoring.settings import MonitoringSettings
+from job.monitoring.thumbnails import Thumbnails
 from job.process.periodic import Periodic, call_within
 from job.process.signals import Stopped
 from job.train.errors import translated
@@ -66,7 +68,7 @@ class ReportWriter(Callback):
         earlier: report of earlier attempts.
         settings: says how many of the worst errors are shown.
         config: the resolved configuration, as YAML.
-        advice: returns the current warnings.
+        advice: returns the current advice.
         before_write: called immediately before each write; raises if this job may not write to run_dir.
 
     Attributes:
@@ -81,7 +83,7 @@ class ReportWriter(Callback):
         *,
         settings: MonitoringSettings,
         config: str,
-        advice: Callable[[], Sequence[AdviceEntry]] = lambda: (),
+        advice: Callable[[], Sequence[Advice]] = lambda: (),
         before_write: Callable[[], None] = storage.unconditionally,
     ) -> None:
         self.accounting = accounting
@@ -97,7 +99,8 @@ class ReportWriter(Callback):
         self._has_started = False
         self._evaluations: dict[int, Evaluation] = {}
         self._results: dict[int, EvaluationResult] = {}
-        self._thumbnails: dict[int, bytes | None] = {}
+        self._thumbnails: Thumbnails | None = None
+        self._shown: dict[int, bytes | None] = {}
         self._pending: RunState | None = None
         self._saved_step = 0
         self._written_at = -float("inf")
@@ -300,8 +303,15 @@ class ReportWriter(Callback):
         return content
 
     def _thumbnails_of(self, content: ReportContent, *, fetch: bool) -> dict[int, bytes | None]:
-        """JPEG of each worst error by sample id."""
-        return {}
+        """JPEG of each worst error by sample id; those of earlier attempts only if the sample is still the same."""
+        index = self._data.parts["val"]
+        errors = content.evaluation.worst_errors if content.evaluation else []
+        wanted = [each.sample for each in errors if each.sample < len(index) and index.uri(each.sample) == each.uri]
+        if fetch and not self._shown.keys() >= set(wanted):
+            if self._thumbnails is None:
+                self._thumbnails = Thumbnails(self._data, "val")
+            self._shown = self._thumbnails.jpegs(wanted)
+        return {sample: self._shown.get(sample) for sample in wanted}
 
     def _stop_thread(self) -> None:
         if self._thread is not None:

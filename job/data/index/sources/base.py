@@ -18,6 +18,7 @@ from job.data.index.folder_state import FolderState
 from job.data.index.left_out import LeftOut
 from job.data.index.sources.columns import Columns
 from job.errors import DataError
+from job.process.progress import Progress
 from job.process.terminal import escape
 
 IMAGE_SUFFIXES = (
@@ -86,6 +87,7 @@ class ListingContext:
         left_out: counts what is no sample.
         folders: states of the folders that are listed.
         unreadable: keys of folders that cannot be read, but may hold images.
+        progress: counts the files.
     """
 
     sources: list[Source]
@@ -96,6 +98,7 @@ class ListingContext:
     left_out: LeftOut = field(default_factory=LeftOut)
     folders: list[FolderState] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    progress: Progress = field(default_factory=lambda: Progress("listing", "files", is_shown=False))
 
 
 class SourceFormat(ABC):
