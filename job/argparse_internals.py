@@ -1,6 +1,7 @@
 """Uses of argparse's private API: neither argparse nor jsonargparse has a public list of a parser's options.
 
-``tests/unit/test_arguments.py`` fails where a release of Python changes it.
+``tests/unit/test_arguments.py`` fails where a release of Python changes it. Upstream:
+https://github.com/python/cpython/issues/144932, https://github.com/python/cpython/issues/125363.
 """
 
 from __future__ import annotations

@@ -11,13 +11,15 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.strategies import Strategy
+from pytorch_lightning.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from torch.optim import Optimizer
 
 StepHook = Callable[[pl.Trainer], None]
-LoadedCheck = Callable[[str, dict[str, Any]], None]
 RestoreContext = Callable[[str, str, dict[str, Any]], AbstractContextManager[None]]
-RESTORE_STEPS = ("restore_datamodule", "restore_model", "restore_callbacks", "restore_training_state")
+RESTORE_STEPS = ("restore_model", "restore_datamodule", "restore_callbacks", "restore_training_state")
 
 
 def add_step_hooks(trainer: pl.Trainer, hooks: Sequence[StepHook]) -> None:
@@ -65,20 +67,13 @@ def disable_signal_handlers(trainer: pl.Trainer) -> None:
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
-def around_restore(trainer: pl.Trainer, check: LoadedCheck, context: RestoreContext) -> None:
-    """Call ``check(path, checkpoint)`` after a checkpoint is loaded, and restore within ``context``.
+def around_restore(trainer: pl.Trainer, context: RestoreContext) -> None:
+    """Run each of :data:`RESTORE_STEPS`, in this order, within ``context(step, path, checkpoint)``.
 
-    Lightning migrates a loaded checkpoint to its own version before the first hook that sees it; the strategy, which
-    loads it, is Lightning's choice and knows nothing of the loops. The errors of each step of restoring have any type,
-    and nothing public tells them from those of training: each runs within ``context(step, path, checkpoint)``
-    (trainer/connectors/checkpoint_connector.py).
+    Their errors have any type, and nothing public tells them from those of training; the first public hook comes after
+    the module has been restored (trainer/connectors/checkpoint_connector.py).
     """
-    connector, load = trainer._checkpoint_connector, trainer.strategy.load_checkpoint
-
-    def load_checked(checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
-        loaded = load(checkpoint_path, weights_only=weights_only)
-        check(str(checkpoint_path), loaded)
-        return loaded
+    connector = trainer._checkpoint_connector
 
     def wrapped(step: str, restore: Callable[[], None]) -> Callable[[], None]:
         def call() -> None:
@@ -87,14 +82,8 @@ def around_restore(trainer: pl.Trainer, check: LoadedCheck, context: RestoreCont
 
         return call
 
-    trainer.strategy.load_checkpoint = load_checked  # type: ignore[method-assign,assignment]
     for step in RESTORE_STEPS:
         setattr(connector, step, wrapped(step, getattr(connector, step)))
-
-
-def batches_done(trainer: pl.Trainer) -> int:
-    """Batches of this epoch that were fetched; the public ``batch_idx`` of hooks is not known between them."""
-    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
 def epochs_processed(trainer: pl.Trainer) -> int:
@@ -106,6 +95,34 @@ def epochs_processed(trainer: pl.Trainer) -> int:
 def logs_are_due(trainer: pl.Trainer) -> bool:
     """Whether Lightning will write this step's values: a value that it would drop need not be reduced over ranks."""
     return trainer._logger_connector.should_update_logs
+
+
+def log_last_steps(trainer: pl.Trainer) -> None:
+    """Let Lightning also write the values of the last step of each epoch.
+
+    It asks for them at every ``log_every_n_steps``-th step alone (trainer/connectors/logger_connector).
+    """
+    trainer._logger_connector.__class__ = LoggerConnector
+
+
+class LoggerConnector(_LoggerConnector):
+    """Lightning's connector with the rule of :func:`log_last_steps`."""
+
+    @property
+    def should_update_logs(self) -> bool:
+        """Whether values of this step are written."""
+        trainer: Any = self.trainer
+        ends_epoch = trainer.training and trainer.is_last_batch and trainer.log_every_n_steps > 0
+        return super().should_update_logs or ends_epoch
+
+
+def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """Factor of the gradients before an optimizer step: that of a GradScaler, if the optimizer itself divides by it.
+
+    Lightning divides for other optimizers (plugins/precision/amp.py, ``optimizer_step``).
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None and _optimizer_handles_unscaling(optimizer) else 1.0
 
 
 def starts_processes(strategy: Strategy) -> bool:

@@ -1,6 +1,7 @@
 """Uses of private API of the standard library's multiprocessing, as Python 3.11 to 3.13 have it.
 
-``tests/unit/test_multiprocessing_internals.py`` fails where a release changes it.
+``tests/unit/test_multiprocessing_internals.py`` fails where a release changes it. Upstream:
+https://github.com/python/cpython/issues/86354.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from job.checkpoint.store import FOLDER, SUFFIX
 from job.cluster import ranks
 from job.data.datamodule import image_data
 from job.errors import CheckpointError, ConfigError, Preempted
-from job.lightning_internals import batches_done, mark_validation_unfinished
+from job.lightning_internals import mark_validation_unfinished
 from job.resilience.flags import AsyncFlags
 from job.resilience.preemption import Preemption
 
@@ -83,7 +83,7 @@ class Checkpointer(Checkpoint):
 
     def between_steps(self, trainer: pl.Trainer) -> None:
         """Save if a checkpoint is due; stop if any rank has received a signal."""
-        batches = batches_done(trainer)
+        batches = trainer.fit_loop.batch_idx + 1
         due = self._exchange_flags() | self._steps_are_over(trainer.global_step)
         accumulating = batches % trainer.accumulate_grad_batches != 0
         if self._stopping and self._saved is not None and self._saved[0] == trainer.global_step:
@@ -109,7 +109,7 @@ class Checkpointer(Checkpoint):
             return
         self._exchange_flags()
         if self._stopping:
-            self._save(trainer, epoch=trainer.current_epoch, batch=batches_done(trainer))
+            self._save(trainer, epoch=trainer.current_epoch, batch=trainer.fit_loop.batch_idx + 1)
             self._stop(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

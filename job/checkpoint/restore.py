@@ -25,7 +25,7 @@ from job.checkpoint.state import (
     manifest_entry,
 )
 from job.errors import CheckpointError, first_line
-from job.lightning_internals import around_restore, loop_counters
+from job.lightning_internals import RESTORE_STEPS, around_restore, loop_counters
 
 _RESTORE_ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 _PER_PARAMETER = frozenset(
@@ -49,17 +49,16 @@ _PER_PARAMETER = frozenset(
 def check_restored(trainer: pl.Trainer) -> None:
     """Check a checkpoint's untrusted entries, and translate the errors of restoring them.
 
-    A fit checks all that it resumes from.
+    A fit checks all that it resumes from, before the first entry is restored.
     """
-
-    def check(path: str, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == "fit":
-            require_resumable(path, checkpoint, trainer.fit_loop.state_dict())
 
     @contextlib.contextmanager
     def checked(step: str, path: str, checkpoint: dict[str, Any]) -> Iterator[None]:
+        resumes = trainer.state.fn == "fit" and bool(checkpoint)
         try:
-            if step == "restore_training_state" and trainer.state.fn == "fit" and checkpoint:
+            if step == RESTORE_STEPS[0] and resumes:
+                require_resumable(path, checkpoint, trainer.fit_loop.state_dict())
+            if step == "restore_training_state" and resumes:
                 _require_same_structure(trainer, checkpoint)
             yield
             if step == "restore_training_state":
@@ -73,7 +72,7 @@ def check_restored(trainer: pl.Trainer) -> None:
                 "Use an older checkpoint, or the settings that it was written with."
             ) from error
 
-    around_restore(trainer, check, checked)
+    around_restore(trainer, checked)
 
 
 def require_resumable(uri: str, checkpoint: dict[str, Any], expected_loops: dict[str, Any]) -> None:

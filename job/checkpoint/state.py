@@ -64,11 +64,12 @@ def require_lightning_version(uri: str, checkpoint: dict[str, Any]) -> None:
     """Check the entry by which Lightning migrates checkpoints of its earlier versions.
 
     Raises:
-        CheckpointError: it is no version from 2 on, which the first checkpoints of this package were written with.
+        CheckpointError: it is no version from 2.0 on, with which the first checkpoints of this package were written,
+            and from which on Lightning migrates nothing.
     """
     saved = checkpoint.get("pytorch-lightning_version")
     try:
-        usable = isinstance(saved, str) and len(saved) < 100 and Version(saved).major >= 2
+        usable = isinstance(saved, str) and len(saved) < 100 and Version(saved) >= Version("2")
     except InvalidVersion:
         usable = False
     if not usable:

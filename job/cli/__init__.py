@@ -52,6 +52,7 @@ COMMANDS = {
     "index": Command("job.cli.index", "List a data set ahead of training."),
     "checkpoints": Command("job.cli.checkpoints", "List, verify or clean up the checkpoints of a run."),
     "tensorboard": Command("job.cli.tensorboard", "Look at runs in TensorBoard, wherever they are stored."),
+    "report": Command("job.cli.report", "Print the summary of a run, or compare several."),
     "launch": Command("job.cli.launch", "Run a command in all processes of this node.", has_grace=True),
     "demo": Command("job.cli.demo", "Run everything on this machine, with a local bucket.", has_grace=True),
 }

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from job import redact
 from job.argparse_internals import actions, option_names
 from job.cli import messages
-from job.cli.arguments import canonical_arguments
+from job.cli.arguments import FLAGS, canonical_arguments
 from job.config import bounded_yaml
 from job.config.import_policy import denied_message, require_permitted, set_parsing_rules
 from job.config.recipes import resolve_config
@@ -166,4 +166,7 @@ def function_parser(command: str, function: Callable[..., None], positional: Seq
         positional=positional,
     )
     parser.add_function_arguments(function)
+    for action in actions(parser):
+        if action.dest in FLAGS and action.default is False:
+            action.nargs, action.const = "?", True  # --json alone, as well as --json=false
     return parser

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from job.cluster import ranks
 from job.errors import DivergedError
-from job.lightning_internals import batches_done
 from job.torch_internals import flag_not_finite
 
 log = logging.getLogger(__name__)
@@ -185,7 +184,7 @@ class DivergenceGuard:
 
 def _place(trainer: pl.Trainer) -> str:
     rank = f", rank {trainer.global_rank}" if trainer.world_size > 1 else ""
-    batch = batches_done(trainer) - 1
+    batch = trainer.fit_loop.batch_idx
     return f"step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch}{rank})"
 
 

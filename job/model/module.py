@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -36,9 +37,10 @@ from job.model.metrics import TaskMetrics
 from job.model.optimizer import OptimizerTrial, fuse, make_optimizer, make_scheduler, parameter_groups
 from job.model.scheduling import plateau_settings
 from job.model.spec import decode_spec, net_state, require_same_network, require_state
-from job.model.steps import accumulation, optimizer_steps, window_samples
+from job.model.steps import accumulation, completes_step, optimizer_steps, window_samples
 from job.model.task import Task
 from job.model.tasks import TASKS
+from job.model.training_metrics import TrainingMetrics
 from job.model.weights import versioned
 from job.torch_internals import compile_seconds
 
@@ -61,6 +63,8 @@ class TransferLearningModel(pl.LightningModule):
         net: the network; built by :meth:`configure_model`.
         stage: the layers that train now.
         guard: stops or skips steps that are not finite; None without ``check_finite``.
+        training_metrics: loss and accuracy of the steps of this epoch.
+        group_names: name of each parameter group of the optimizer; several may share one.
         evaluation: result of the last validation or test; None before the first.
     """
 
@@ -78,6 +82,8 @@ class TransferLearningModel(pl.LightningModule):
         self.net: Classifier
         self.resize: str
         self.metrics: TaskMetrics
+        self.training_metrics: TrainingMetrics
+        self.group_names: tuple[str, ...] = ()
         self.evaluation: Evaluation | None = None
         self._head_alone = False
         self._threads = torch.get_num_threads()
@@ -164,7 +170,8 @@ class TransferLearningModel(pl.LightningModule):
         gradient accumulation the samples are those of all batches of the step, which may be fewer batches in the last
         step of an epoch than the number by which Lightning divides.
         """
-        losses = self.training_losses(batch)
+        losses, logits = self._losses_and_logits(batch)
+        self.training_metrics.add(losses, logits, batch)
         total = torch.where(batch["mask"], losses, 0.0).sum()
         mean: Tensor = total * (self.trainer.world_size / batch["global_size"])
         # A step from cached features is hardly longer than Lightning's log, which synchronises ranks.
@@ -184,7 +191,17 @@ class TransferLearningModel(pl.LightningModule):
 
     def training_losses(self, batch: Batch) -> Tensor:
         """Loss per sample of a training batch, float [B]."""
-        return self.task.training_losses(batch, self._logits)
+        return self._losses_and_logits(batch)[0]
+
+    def _losses_and_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = torch.empty(0)
+
+        def forward(batch: Batch) -> Tensor:
+            nonlocal logits
+            logits = self._logits(batch)
+            return logits
+
+        return self.task.training_losses(batch, forward), logits
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Compute what :class:`~job.model.metrics.TaskMetrics` are updated with."""
@@ -226,6 +243,7 @@ class TransferLearningModel(pl.LightningModule):
     def on_train_start(self) -> None:
         """Set the stage and the gradient accumulation of the epoch in which the run starts or resumes."""
         self._enter_epoch()
+        self.training_metrics = self.task.make_training_metrics()
         # GradientAccumulationScheduler acts at the start of an epoch, which a run resumed within one does not pass.
         self.trainer.accumulate_grad_batches = accumulation(self.trainer, self.current_epoch)
         if self.guard is not None:
@@ -238,6 +256,7 @@ class TransferLearningModel(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Set the stage of the epoch."""
         self._enter_epoch()
+        self.training_metrics.start_epoch()
 
     def on_train_epoch_end(self) -> None:
         """Log unreadable samples over all ranks, also if no validation follows, skipped steps and compile time."""
@@ -267,10 +286,20 @@ class TransferLearningModel(pl.LightningModule):
             torch.set_num_threads(1)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Use all threads again between two steps, and check the loss."""
+        """Use all threads again between two steps, check the loss, and log the metrics of training."""
         torch.set_num_threads(self._threads)
         if self.guard is not None and "loss" in outputs:
             self.guard.after_batch(self.trainer, outputs["loss"])
+        if logs_are_due(self.trainer) and completes_step(self.trainer, batch_idx):
+            self._log_training_metrics()
+
+    def _log_training_metrics(self) -> None:
+        """Log ``train/…``, over the epoch so far; ``train/loss`` is that of the step."""
+        values = self.training_metrics.compute(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        loss = values.pop("loss", None)
+        if self.trainer.is_last_batch and loss is not None:
+            values["loss_epoch"] = loss
+        self.log_dict({f"train/{name}": value for name, value in values.items()})
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Check that gradients are finite."""
@@ -331,6 +360,7 @@ class TransferLearningModel(pl.LightningModule):
         """
         trial, length, interval = self._try_optimizer(), self._scheduler_length(), self.config.lr_interval
         groups = parameter_groups(self.net, self.config)
+        self.group_names = tuple(group.name for group in groups)
         optimizer = make_optimizer(self.config.optimizer, groups, self.config.lr)
         fuse(optimizer, self.trainer.strategy.root_device)
         scheduler = make_scheduler(self.config, optimizer, groups, length)
@@ -427,3 +457,11 @@ class TransferLearningModel(pl.LightningModule):
             raise DivergedError(f"{part}/loss is {loss}{when}: the network has diverged.")
         for name, value in values.items():
             self.log(f"{part}/{name}", value)
+
+
+def training_groups(trainer: pl.Trainer) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and parameter group of the optimizer, of the groups that are not frozen."""
+    module, groups = cast("TransferLearningModel", trainer.lightning_module), trainer.optimizers[0].param_groups
+    for name, group in zip(module.group_names, groups, strict=True):
+        if any(parameter.requires_grad for parameter in group["params"]):
+            yield name, group

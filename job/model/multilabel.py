@@ -17,6 +17,7 @@ from job.model.task import Task
 if TYPE_CHECKING:
     # It imports torchmetrics, which prediction does without.
     from job.model.metrics import TaskMetrics
+    from job.model.training_metrics import TrainingMetrics
 
 LARGEST_WEIGHT = 100.0
 """Bound of a class's ``pos_weight``, and the inverse of its lower bound: one image does not outweigh a data set."""
@@ -66,6 +67,12 @@ class MultilabelTask(Task):
         from job.model.multilabel_metrics import MultilabelMetrics
 
         return MultilabelMetrics(classes, samples=samples, synchronise=synchronise)
+
+    def make_training_metrics(self) -> TrainingMetrics:
+        """Loss and micro F1."""
+        from job.model.training_metrics import TrainingF1, TrainingMetrics
+
+        return TrainingMetrics() if self._mix is not None else TrainingF1(self.num_classes)
 
 
 def multi_hot(batch: Batch, num_classes: int) -> Tensor:

@@ -24,11 +24,16 @@ BANDS = 8
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters, their learning rate relative to the head's, and whether weight decay applies to them."""
+    """Parameters, their learning rate relative to the head's, and whether weight decay applies to them.
+
+    Groups that only differ in weight decay have one name: "head", "backbone/last", "backbone/first" or, of
+    :data:`BANDS` bands, "backbone/2" to "backbone/7" between these.
+    """
 
     parameters: list[nn.Parameter]
     lr_factor: float
     decays: bool
+    name: str
 
 
 def parameter_groups(net: Classifier, config: ModelConfig) -> list[ParameterGroup]:
@@ -41,21 +46,23 @@ def parameter_groups(net: Classifier, config: ModelConfig) -> list[ParameterGrou
     lr_factor, first_lr_factor = config.backbone_lr_factor, config.first_lr_factor
     if first_lr_factor == 1:
         first_and_last = split_layers(net.backbone, config.unfreeze_last)
-        factors_and_layers = [(lr_factor, layers) for layers in reversed(first_and_last)]
+        bands = [(lr_factor, layers) for layers in first_and_last]
     else:
         layers, _ = split_layers(net.backbone, 0)
-        bands = min(BANDS, len(layers))
-        bounds = [len(layers) * band // bands for band in range(bands + 1)]
-        factors_and_layers = [
-            (lr_factor * first_lr_factor ** (1 - band / max(bands - 1, 1)), layers[bounds[band] : bounds[band + 1]])
-            for band in reversed(range(bands))
+        count = min(BANDS, len(layers))
+        bounds = [len(layers) * band // count for band in range(count + 1)]
+        bands = [
+            (lr_factor * first_lr_factor ** (1 - band / max(count - 1, 1)), layers[bounds[band] : bounds[band + 1]])
+            for band in range(count)
         ]
-    groups = [ParameterGroup(list(net.head.parameters()), 1.0, True)]
-    for factor, members in factors_and_layers:
-        groups.append(ParameterGroup([p for layer in members for p in layer.parameters(recurse=False)], factor, True))
+    groups = [ParameterGroup(list(net.head.parameters()), 1.0, True, "head")]
+    for number, (factor, members) in reversed(list(enumerate(bands, start=1))):
+        name = "last" if number == len(bands) else "first" if number == 1 else str(number)
+        parameters = [p for layer in members for p in layer.parameters(recurse=False)]
+        groups.append(ParameterGroup(parameters, factor, True, f"backbone/{name}"))
     if not config.decay_norm_and_bias:
         groups = [
-            ParameterGroup([p for p in group.parameters if (p.ndim > 1) == decays], group.lr_factor, decays)
+            group._replace(parameters=[p for p in group.parameters if (p.ndim > 1) == decays], decays=decays)
             for decays in (True, False)
             for group in groups
         ]
@@ -189,7 +196,7 @@ def _optimizer_errors(factory: Any) -> Iterator[None]:
 
 def add_groups(optimizer: Optimizer, groups: list[ParameterGroup]) -> None:
     """Add parameter groups, with learning rates relative to the optimizer's."""
-    for parameters, factor, decays in groups:
+    for parameters, factor, decays, _ in groups:
         overrides = {} if decays else {"weight_decay": 0.0}
         optimizer.add_param_group({"params": parameters, "lr": optimizer.defaults["lr"] * factor, **overrides})
 

@@ -165,12 +165,12 @@ def plateau_settings(
     name, monitor = "--model.lr_scheduler ReduceLROnPlateau", getattr(scheduler, "monitor", "val/loss")
     if interval == "step":
         raise ConfigError(f"{name} is stepped after a validation, not every step. Use --model.lr_interval=epoch.")
-    names = ["train/loss", "data/bad_samples"]
+    names = ["train/loss", "train/loss_epoch", "data/bad_samples"]
     if trainer.limit_val_batches:
         names = [*(f"val/{metric}" for metric in metrics), *names]
     if monitor not in names:
         raise ConfigError(f"{name}: {monitor!r} is not logged. Metrics to monitor: {', '.join(names)}.")
-    better = "min" if monitor.endswith(("/loss", "/bad_samples")) else "max"
+    better = "min" if monitor.endswith(("/loss", "/loss_epoch", "/ece", "/bad_samples")) else "max"
     if scheduler.mode != better:
         raise ConfigError(
             f"{name}: {monitor} is better where it is {'lower' if better == 'min' else 'higher'}. Use mode: {better}."

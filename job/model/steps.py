@@ -14,6 +14,11 @@ def accumulation(trainer: pl.Trainer, epoch: int) -> int:
     return trainer.accumulate_grad_batches
 
 
+def completes_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether an optimizer step follows the batch that trains now."""
+    return trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
 def batches_per_epoch(trainer: pl.Trainer, size: int, global_batch_size: int) -> int:
     """Batches of an epoch over ``size`` samples, within ``limit_train_batches``."""
     batches = -(-size // global_batch_size)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     # They import Lightning and torchmetrics, which prediction does without.
     from job.model.config import ModelConfig
     from job.model.metrics import TaskMetrics
+    from job.model.training_metrics import TrainingMetrics
 
 Labels = npt.NDArray[np.int32]
 
@@ -77,6 +78,10 @@ class Task(ABC):
             synchronise: sum over ranks, each of which evaluates its own batches.
         """
 
+    @abstractmethod
+    def make_training_metrics(self) -> TrainingMetrics:
+        """The metrics of training; with MixUp or CutMix the loss alone, since an image has no label of its own."""
+
 
 class ClassificationTask(Task):
     """Single-label classification by cross-entropy."""
@@ -124,6 +129,12 @@ class ClassificationTask(Task):
         from job.model.metrics import EvaluationMetrics
 
         return EvaluationMetrics(classes, samples=samples, synchronise=synchronise)
+
+    def make_training_metrics(self) -> TrainingMetrics:
+        """Loss and accuracy."""
+        from job.model.training_metrics import TrainingAccuracy, TrainingMetrics
+
+        return TrainingMetrics() if self._mix is not None else TrainingAccuracy()
 
 
 def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:

@@ -115,6 +115,18 @@ class EventWriter(SummaryWriter):
         super().__init__(str(files.folder))
         files.add_event(Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
+    def add_encoded_image(self, tag: str, content: bytes, size: tuple[int, int], global_step: int) -> None:
+        """Add the content of a PNG or JPEG file as it is; ``add_image`` would encode pixels as PNG.
+
+        Args:
+            tag: data identifier.
+            content: of the file.
+            size: width and height, in pixels.
+            global_step: step value to record.
+        """
+        image = Summary.Image(width=size[0], height=size[1], colorspace=3, encoded_image_string=content)
+        self.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), global_step)
+
     def add_summary(self, summary: Summary, step: int) -> None:
         """Add what a plugin of TensorBoard shows."""
         self._event_files.add_event(Event(wall_time=time.time(), step=step, summary=summary))

@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from job.data.dataset import Batch
 from job.monitoring.accounting import Accounting
 from job.monitoring.history import ValidationRecord, thinned, until_step
+from job.monitoring.learning_rates import learning_rates
 
 PREFIXES = ("train/", "val/")
 PER_CLASS = "_of/"
@@ -92,7 +93,7 @@ class ValidationRecorder(Callback):
             epoch=trainer.current_epoch + 1,
             global_step=trainer.global_step,
             metrics=_metrics(trainer),
-            lr=_learning_rates(trainer),
+            lr=learning_rates(trainer),
             images_per_second=self._images / self._seconds if trained else None,
             data_wait=min(max(waited / self._seconds, 0.0), 1.0) if trained else None,
             seconds=time.time() - self.accounting.attempts[0].began,
@@ -113,13 +114,3 @@ def _metrics(trainer: pl.Trainer) -> dict[str, float | None]:
         if name.startswith(PREFIXES) and PER_CLASS not in name
     }
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _learning_rates(trainer: pl.Trainer) -> dict[str, float]:
-    """Learning rate by parameter group, of those with a parameter that trains."""
-    rates: dict[str, float] = {}
-    for optimizer in trainer.optimizers:
-        for number, group in enumerate(optimizer.param_groups, 1):
-            if any(parameter.requires_grad for parameter in group["params"]):
-                rates[str(group.get("name") or f"group {number}")] = float(group["lr"])
-    return rates

@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import numpy as np
-import numpy.typing as npt
-import simplejpeg
+from PIL import Image
 
 from job.data.datamodule import ImageDataModule
 from job.data.dataset import Preprocessing
 from job.data.fetch import Fetched, Fetcher
 from job.errors import StorageError
+from job.monitoring.canvas import jpeg
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,6 @@ SIZE = 160
 """Height and width, in pixels."""
 BYTES_PER_PIXEL = 0.32
 """Limit on a thumbnail's JPEG: 8 KB at 160 x 160 pixels."""
-QUALITIES = (85, 70, 55, 40, 25, 10, 1)
-"""JPEG qualities, the first of which that keeps to the limit is used."""
 MOST_KEPT = 512
 """Thumbnails in memory."""
 FETCH_SECONDS = 10.0
@@ -96,14 +94,4 @@ class Thumbnails:
         except Exception as error:  # a decoder may raise anything; the run itself has counted the sample as unreadable
             log.debug("no thumbnail: %s", error)
             return None
-        return encoded(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), self.most_bytes)
-
-
-def encoded(pixels: npt.NDArray[np.uint8], most_bytes: int) -> bytes:
-    """JPEG of uint8 [H, W, 3], at the best quality that keeps to ``most_bytes``, or at the lowest one."""
-    content = b""
-    for quality in QUALITIES:
-        content = simplejpeg.encode_jpeg(pixels, quality=quality, colorspace="RGB", colorsubsampling="420")
-        if len(content) <= most_bytes:
-            break
-    return content
+        return jpeg(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), self.most_bytes)

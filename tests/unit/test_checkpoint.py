@@ -12,7 +12,7 @@ from job.checkpoint.io import BackgroundCheckpointIO
 from job.checkpoint.manifest import kept_metrics
 from job.checkpoint.retention import Retention
 from job.checkpoint.settings import CheckpointSettings
-from job.checkpoint.state import MANIFEST_KEY
+from job.checkpoint.state import MANIFEST_KEY, require_lightning_version
 from job.checkpoint.store import Manifest
 from job.cli.checkpoints import main as checkpoints
 from job.errors import CheckpointError, LeaseError, StorageError
@@ -187,3 +187,10 @@ def test_checkpoints_ls_verify_and_gc(run_dir: str, capsys: pytest.CaptureFixtur
     storage.write_bytes(f"{run_dir}/checkpoints/epoch=000-step=00000010.ckpt", b"other")
     with pytest.raises(CheckpointError, match="1 of 2 checkpoints are damaged"):
         checkpoints("verify", run_dir)
+
+
+@pytest.mark.parametrize("version", ["2.0.0rc1", "1.9.5", "x", "2" * 200, None])
+def test_a_checkpoint_that_lightning_would_migrate_is_refused(version: str | None) -> None:
+    require_lightning_version("a.ckpt", {"pytorch-lightning_version": "2.0.0"})
+    with pytest.raises(CheckpointError, match="pytorch-lightning_version"):
+        require_lightning_version("a.ckpt", {"pytorch-lightning_version": version})

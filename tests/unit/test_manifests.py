@@ -36,7 +36,9 @@ from k8s.manifests import (
 from support import run
 
 from job.cli.training import TrainingCLI
+from job.cluster import machines
 from job.cluster.environment import DEFAULT_PORT, find_node
+from job.cluster.machines import GIB, SYSTEM_PODS, Resources, allocatable_storage
 from job.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
 
 VERTEX = sorted((REPOSITORY / "k8s" / "vertex").glob("*.yaml"))
@@ -279,8 +281,10 @@ def test_volumes_are_large_enough(name: str) -> None:
     data = yaml.safe_load(config["data"]["config.yaml"])["data"]
     sizes = {path: quantity(v["emptyDir"]["sizeLimit"]) for path, v in paths.items() if "emptyDir" in v}
     assert sizes[data["cache_dir"]] >= data["cache_gb"] * 1e9
-    limits = train["resources"]["limits"]
+    limits, requests = train["resources"]["limits"], train["resources"]["requests"]
     assert quantity(limits["ephemeral-storage"]) >= sizes["/tmp"] + sizes[data["cache_dir"]]
+    # A pod that uses more than it requests is the first to be evicted when the node's disk is full.
+    assert quantity(requests["ephemeral-storage"]) >= sizes["/tmp"] + sizes[data["cache_dir"]]
     # NCCL maps some 33 MB a pair of GPUs; gloo and the loader's threads nothing.
     assert paths["/dev/shm"]["emptyDir"]["medium"] == "Memory"
     gpus = int(limits.get("nvidia.com/gpu", 0))
@@ -423,6 +427,95 @@ def test_the_guide_names_every_overlay() -> None:
     assert named == overlays | components - {"components/tpu"} | {"tensorboard", "vertex/*.yaml"}
     for path in re.findall(r"\b(?:k8s|docker)/[\w./-]+", "\n".join(COMMANDS)):
         assert (REPOSITORY / path.rstrip(".")).exists(), path
+
+
+NODE_POOLS = {
+    name: dict(re.findall(r"--([\w-]+)=(\S+)", re.sub(r"\\\n", " ", command)))
+    for comment, command in re.findall(
+        r"^# (.*)\n(gcloud container node-pools create (?:.*\\\n)*.*)$", GUIDE, re.MULTILINE
+    )
+    for part in comment.split(";")
+    for name in re.findall(r"[\w-]+", re.split(r"[:(]", part)[0])
+}
+"""Options of the ``node-pools create`` line of each overlay, which the comment above it names."""
+
+
+def requests_of(pod: Manifest, *, of: str = "requests") -> Resources:
+    """The sum over the pod's containers of what the scheduler looks at."""
+    amounts = [container["resources"][of] for container in pod["containers"]]
+    cpus, memory, storage = (
+        sum(quantity(amount.get(name, 0)) for amount in amounts) for name in ("cpu", "memory", "ephemeral-storage")
+    )
+    return Resources(cpus, memory, storage)
+
+
+def assert_fits(pods: list[Resources], node: Resources, system: Resources) -> None:
+    for name in ("cpus", "memory", "ephemeral_storage"):
+        wanted = sum(getattr(pod, name) for pod in [*pods, system])
+        assert wanted <= getattr(node, name), (name, wanted, getattr(node, name))
+
+
+def test_there_is_a_node_pool_for_every_overlay() -> None:
+    overlays = {folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir()}
+    assert set(NODE_POOLS) == overlays - {"cpu-local"}
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", NODE_POOLS)
+def test_pods_fit_on_the_nodes_of_the_guide(name: str) -> None:
+    """The scheduler would leave them pending otherwise: ``Insufficient ephemeral-storage``."""
+    pod, train, pool = pod_of(rendered(name)), train_of(name), NODE_POOLS[name]
+    machine = machines.machines()[pool["machine-type"]]
+    node = machine.allocatable(int(pool["disk-size"]))
+    assert_fits([requests_of(pod)], node, SYSTEM_PODS)
+    assert requests_of(pod, of="limits").ephemeral_storage <= node.ephemeral_storage - SYSTEM_PODS.ephemeral_storage
+    gpus, chips = (train["resources"]["limits"].get(kind, 0) for kind in ("nvidia.com/gpu", "google.com/tpu"))
+    assert gpus + chips == machine.accelerators
+    label = "cloud.google.com/gke-accelerator" if gpus else "cloud.google.com/gke-tpu-accelerator"
+    assert pod["nodeSelector"][label] == machine.accelerator
+    if gpus:
+        assert pool["accelerator"].startswith(f"type={machine.accelerator},count={machine.accelerators},")
+    assert job_of(rendered(name))["completions"] <= int(pool.get("max-nodes", pool["num-nodes"]))
+    if job_of(rendered(name))["completions"] > 1 and chips:
+        assert pool["tpu-topology"] == pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+
+
+@needs_kubectl
+def test_the_gpu_overlay_s_pods_fit_on_an_a3_too() -> None:
+    """As a comment in the overlay says."""
+    machine = machines.machines()["a3-highgpu-8g"]
+    assert f"{machine.name} eight {machine.accelerator}" in (REPOSITORY / "k8s/overlays/gpu/job.yaml").read_text()
+    assert_fits([requests_of(pod_of(rendered("gpu")))], machine.allocatable(200), SYSTEM_PODS)
+
+
+@needs_kubectl
+def test_tensorboard_fits_on_the_cluster_s_first_node() -> None:
+    (machine,) = re.findall(r"--num-nodes=1 --machine-type=(\S+)", GUIDE)
+    pods = [deployment["spec"]["template"]["spec"] for deployment in of_kind(rendered("tensorboard"), "Deployment")]
+    node = machines.machines()[machine].allocatable(100)
+    assert_fits([requests_of(pod) for pod in pods], node, SYSTEM_PODS)
+
+
+@needs_kubectl
+def test_the_demo_fits_on_two_cpus() -> None:
+    """And on 4 GB of memory: minikube with its default drivers, which reserves nothing.
+
+    kube-system requests there what kubeadm's static pods, CoreDNS and the network plugin request: API server 250m,
+    controller manager 200m, scheduler 100m, etcd 100m and 100Mi, CoreDNS 100m and 70Mi, kindnet 100m and 50Mi.
+    """
+    assert "minikube start --cpus=2 --memory=4g" in GUIDE
+    manifests = rendered("cpu-local")
+    train = requests_of(pod_of(manifests))
+    (bucket,) = (deployment["spec"]["template"]["spec"] for deployment in of_kind(manifests, "Deployment"))
+    pods = [train] * job_of(manifests)["completions"] + [requests_of(bucket)]
+    kernel = 0.05 * 4 * GIB
+    node = Resources(cpus=2, memory=4 * GIB - kernel, ephemeral_storage=15 * GIB)
+    assert_fits(pods, node, Resources(cpus=0.85, memory=220 * 2**20, ephemeral_storage=0))
+
+
+def test_the_guide_s_table_of_disks() -> None:
+    sizes, storage = (re.findall(r"\d+", row) for row in re.findall(r"^\| (?:disk size|requestable).*", GUIDE, re.M))
+    assert [int(text) for text in storage] == [int(allocatable_storage(int(size)) / GIB) for size in sizes]
 
 
 @needs_kubectl

@@ -346,6 +346,20 @@ def test_nothing_is_drawn_on_a_terminal_that_cannot_move_its_cursor(
     assert not terminal.raw
 
 
+def test_a_record_of_another_rank_erases_the_bar(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks share the terminal, on which rank 0 has drawn a bar."""
+    with terminal.attached(), warnings.catch_warnings():
+        sys.stderr.write(f"epoch 1/3 {BAR * 20} 1/2 batches")
+        logs.set_up(1, is_rank=True)
+        logging.getLogger("somebody").warning("something")
+        sys.stderr.write(f"epoch 1/3 {BAR * 20} 2/2 batches")
+        logs.report("job: error (rank 1): something else")
+    logging.root.handlers.clear()
+    first, second = filter(None, terminal.lines)
+    assert first.endswith(" [rank 1] something")
+    assert second == "job: error (rank 1): something else"
+
+
 def test_a_narrow_terminal_shows_one_line(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     with terminal.attached(), Progress("a task with a rather long name", "images", 20) as task:

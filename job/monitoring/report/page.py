@@ -29,13 +29,20 @@ MOST_CURVES = 10
 CONFIGURATION_CHARACTERS = 60_000
 MOST_LR_GROUPS = 8
 
-HEADLINES = ("accuracy", "mAP", "f1", "macro_f1", "auroc", "loss")
-LABELS = {"f1": "F1", "macro_f1": "macro F1", "micro_f1": "micro F1", "auroc": "AUROC"}
+HEADLINES = ("accuracy", "top5_accuracy", "mAP", "f1", "macro_f1", "auroc", "loss", "ece")
+LABELS = {
+    "f1": "F1",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "auroc": "AUROC",
+    "ece": "ECE",
+    "top5_accuracy": "top-5 accuracy",
+}
 CHARTS = (
-    ("Loss", ("train/loss", "val/loss")),
+    ("Loss", ("train/loss_epoch", "val/loss")),
     ("Accuracy", ("train/accuracy", "val/accuracy", "val/top5_accuracy")),
     ("F1, AUROC and mAP", ("val/f1", "val/auroc", "val/mAP", "val/micro_f1", "val/macro_f1")),
-    ("Calibration error (ECE)", ("val/calibration_error", "val/ece")),
+    ("Calibration error (ECE)", ("val/ece",)),
 )
 """Titles of charts and the metrics in them."""
 TIMES = {

@@ -29,6 +29,7 @@ from job.monitoring.report.machine import hardware, versions
 from job.monitoring.report.measures import result_of
 from job.monitoring.report.page import render
 from job.monitoring.settings import MonitoringSettings
+from job.monitoring.thumbnails import Thumbnails
 from job.process.periodic import Periodic, call_within
 from job.process.signals import Stopped
 from job.train.errors import translated
@@ -98,7 +99,8 @@ class ReportWriter(Callback):
         self._has_started = False
         self._evaluations: dict[int, Evaluation] = {}
         self._results: dict[int, EvaluationResult] = {}
-        self._thumbnails: dict[int, bytes | None] = {}
+        self._thumbnails: Thumbnails | None = None
+        self._shown: dict[int, bytes | None] = {}
         self._pending: RunState | None = None
         self._saved_step = 0
         self._written_at = -float("inf")
@@ -301,8 +303,15 @@ class ReportWriter(Callback):
         return content
 
     def _thumbnails_of(self, content: ReportContent, *, fetch: bool) -> dict[int, bytes | None]:
-        """JPEG of each worst error by sample id."""
-        return {}
+        """JPEG of each worst error by sample id; those of earlier attempts only if the sample is still the same."""
+        index = self._data.parts["val"]
+        errors = content.evaluation.worst_errors if content.evaluation else []
+        wanted = [each.sample for each in errors if each.sample < len(index) and index.uri(each.sample) == each.uri]
+        if fetch and not self._shown.keys() >= set(wanted):
+            if self._thumbnails is None:
+                self._thumbnails = Thumbnails(self._data, "val")
+            self._shown = self._thumbnails.jpegs(wanted)
+        return {sample: self._shown.get(sample) for sample in wanted}
 
     def _stop_thread(self) -> None:
         if self._thread is not None:
