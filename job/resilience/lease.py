@@ -158,11 +158,11 @@ class Lease:
         """Let the next job start at once."""
         if self._renewal is None:
             return
-        deadline = time.monotonic() + RELEASE_SECONDS
-        self._renewal.stop(RELEASE_SECONDS)
-        self._renewal = None
+        renewal, self._renewal = self._renewal, None
         try:
-            call_within(max(deadline - time.monotonic(), 0.0), self._remove, "lease-release")
+            if not renewal.stop(RELEASE_SECONDS):
+                raise TimeoutError(f"its renewal has not been answered for {RELEASE_SECONDS:.0f} s")
+            call_within(RELEASE_SECONDS, self._remove, "lease-release")
         except (JobError, TimeoutError) as error:
             log.warning(
                 "the lease of %s could not be deleted, and expires in %.0f s: %s", self.run_dir, self.seconds, error
