@@ -20,7 +20,7 @@ class Calibration:
     """Confidence against accuracy, in :data:`CALIBRATION_BINS` bins of equal width in confidence.
 
     The confidence of a prediction is the probability of the predicted class. Of several labels each decision on a class
-    counts, with the probability of that decision.
+    counts, which is made at 0.5, with the probability of that decision.
 
     Attributes:
         counts: predictions per bin, int64 [bins].
@@ -60,8 +60,8 @@ class SamplePrediction:
 
     Attributes:
         sample: sample id in the index of the part.
-        labels: true classes; one, or any number where samples have several labels.
-        predicted: predicted classes, likewise.
+        labels: true classes; one, or up to 20 where samples have several labels, the most probable first.
+        predicted: predicted classes, of the same kind.
         confidence: probability of the predicted class; of several labels, that of the least certain decision.
         loss: of the sample.
     """
@@ -82,8 +82,10 @@ class Evaluation:
         confusion: int64 [C, C], rows are true classes; of several labels one matrix per class, int64 [C, 2, 2].
         calibration: confidence against accuracy; None without samples.
         scores: histograms of scores; None above the number of classes whose curves are drawn, or without samples.
-        worst: wrong predictions of the highest loss, the worst first.
-        examples: predictions of a fixed selection of samples, in the order of sample ids.
+        worst: wrong predictions of the highest loss, the worst first; at most 64. Of several labels those that are
+            wrong of the 64 samples with the highest loss.
+        examples: predictions of at most 64 samples, in the order of sample ids. They are evenly spread over the data,
+            and the same in each validation of the same samples.
     """
 
     metrics: dict[str, float]

@@ -64,8 +64,10 @@ class TrainingMetrics:
         mask = mask & losses.isfinite()
         sums = [torch.where(mask, losses, 0.0).sum(), mask.sum(), *self._counts(logits, labels, mask)]
         dtype = torch.float32 if logits.device.type == "xla" else torch.float64
-        total = torch.stack([each.to(dtype) for each in sums])
-        self._sums = total if self._sums is None else self._sums + total
+        if self._sums is None:
+            # A copy and no constant, for which XLA would compile another program.
+            self._sums = torch.zeros(len(sums), dtype=dtype).to(logits.device)
+        self._sums = self._sums + torch.stack([each.to(dtype) for each in sums])
 
     def _values(self, sums: Sequence[float]) -> dict[str, float]:
         loss, samples, *counts = sums

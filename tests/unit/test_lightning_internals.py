@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 
 from job import lightning_internals as internals
 from job import torch_internals
@@ -179,3 +180,29 @@ def test_gradients_that_are_not_finite_are_flagged(value: float, flagged: float)
 
 def test_seconds_of_compiling() -> None:
     assert torch_internals.compile_seconds() >= 0
+
+
+class Due(Callback):
+    """Notes the steps whose logs are due, and whether they were for Lightning."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, bool, bool]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        lightnings = _LoggerConnector.should_update_logs.fget(trainer._logger_connector)  # type: ignore[attr-defined]
+        self.steps.append((args[-1], internals.logs_are_due(trainer), lightnings))
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        lightnings = _LoggerConnector.should_update_logs.fget(trainer._logger_connector)  # type: ignore[attr-defined]
+        assert internals.logs_are_due(trainer) == lightnings
+
+
+@pytest.mark.parametrize(("interval", "accumulate"), [(0, 1), (1, 1), (2, 1), (2, 2), (3, 1), (100, 3)])
+def test_logs_are_due_as_lightnings_are_and_at_the_last_step(interval: int, accumulate: int, tmp_path: Path) -> None:
+    due = Due()
+    trainer = trainer_of(tmp_path, due, log_every_n_steps=interval, accumulate_grad_batches=accumulate)
+    internals.log_last_steps(trainer)
+    trainer.fit(BoringModel())
+    assert len(due.steps) == 8
+    for batch, is_due, lightnings in due.steps:
+        assert is_due == (lightnings or (interval > 0 and batch == 3))

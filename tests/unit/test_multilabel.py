@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import multiprocessing
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, f1_score, multilabel_confusion_matrix
 from support import index_parts, tar_of, write_files
@@ -25,6 +29,7 @@ from job.data.index.file import SCHEMA, SEVERAL_LABELS_SCHEMA, load_index_info, 
 from job.data.index.index import Index
 from job.errors import CheckpointError, DataError
 from job.model.config import ModelConfig
+from job.model.evaluation import Evaluation
 from job.model.metrics import EvaluationMetrics
 from job.model.multilabel import MultilabelTask, positive_weights
 from job.model.multilabel_metrics import MultilabelMetrics
@@ -399,3 +404,72 @@ def test_a_damaged_confusion_file_is_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="counts"):
             confusion.read(str(path), confusion.describe(content, classes))
+
+
+def multilabel_evaluation(rank: int, world_size: int, samples: int) -> Evaluation:
+    """Result of a rank that evaluates its share of each batch of 20."""
+    probabilities, labels = scored(300, 4)
+    losses = F.binary_cross_entropy(probabilities, labels.float(), reduction="none").mean(dim=1)
+    mask = torch.rand(300, generator=torch.Generator().manual_seed(1)) > 0.1
+    metrics = MultilabelMetrics("abcd", samples=samples, synchronise=world_size > 1)
+    for part in torch.arange(300).split(20):
+        share = part[rank::world_size]
+        metrics.update(losses[share], probabilities[share], labels[share], mask[share], share)
+    metrics.choose_thresholds()
+    return metrics.compute()
+
+
+@pytest.mark.parametrize("samples", [300, 60_000])
+def test_selected_samples_and_calibration_of_several_labels(samples: int) -> None:
+    evaluation = multilabel_evaluation(0, 1, samples)
+    probabilities, labels = scored(300, 4)
+    losses = F.binary_cross_entropy(probabilities, labels.float(), reduction="none").mean(dim=1)
+    mask = torch.rand(300, generator=torch.Generator().manual_seed(1)) > 0.1
+    counted = mask.nonzero()[:, 0]
+    order = counted[losses[counted].argsort(descending=True, stable=True)].tolist()
+    worst = [each.sample for each in evaluation.worst]
+    assert worst == [sample for sample in order[:64] if sample in worst]
+    assert len(worst) > 32
+    metrics = MultilabelMetrics("abcd", samples=samples, synchronise=False)
+    metrics.update(losses, probabilities, labels, mask, torch.arange(300))
+    metrics.choose_thresholds()
+    predicted = probabilities >= torch.tensor(metrics.thresholds)
+    for each in (*evaluation.worst, *evaluation.examples):
+        assert set(each.labels) == set(labels[each.sample].nonzero()[:, 0].tolist())
+        assert set(each.predicted) == set(predicted[each.sample].nonzero()[:, 0].tolist())
+        assert (set(each.labels) != set(each.predicted)) == (each in evaluation.worst) or each.sample not in order[:64]
+    confidence = torch.maximum(probabilities, 1 - probabilities)[mask].double().flatten().numpy()
+    correct = ((probabilities >= 0.5) == (labels > 0))[mask].flatten().numpy()
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    inside = [bins == number for number in range(15) if (bins == number).any()]
+    ece = sum(abs(confidence[rows].mean() - correct[rows].mean()) * rows.mean() for rows in inside)
+    assert evaluation.metrics["ece"] == pytest.approx(ece, abs=1e-6)
+
+
+def one_of_two(rank: int, folder: str, samples: int) -> None:
+    torch.set_num_threads(1)  # the process is forked
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    evaluation = multilabel_evaluation(rank, 2, samples)
+    Path(folder, str(rank)).write_bytes(pickle.dumps(evaluation))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("samples", [300, 60_000])
+def test_two_ranks_evaluate_several_labels_as_one(samples: int, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=one_of_two, args=(rank, str(tmp_path), samples)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    one = multilabel_evaluation(0, 1, samples)
+    for rank in range(2):
+        other: Evaluation = pickle.loads((tmp_path / str(rank)).read_bytes())  # noqa: S301
+        assert other.metrics == pytest.approx(one.metrics)
+        assert (other.worst, other.examples) == (one.worst, one.examples)
+        assert other.confusion.tolist() == one.confusion.tolist()
+        assert one.scores is not None
+        assert other.scores is not None
+        assert other.scores.positives.tolist() == one.scores.positives.tolist()
