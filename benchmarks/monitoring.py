@@ -195,8 +195,8 @@ class Switch(Callback):
 
 
 def _is_monitoring(value: object) -> bool:
-    ours = type(value).__module__.startswith("job.monitoring")
-    return ours or isinstance(value, (LearningRateMonitor, ProgressBar))
+    is_own = type(value).__module__.startswith("job.monitoring")
+    return is_own or isinstance(value, (LearningRateMonitor, ProgressBar))
 
 
 def images(folder: Path, classes: int, each: int) -> Path:

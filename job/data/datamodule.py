@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
+import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ from job.data.index.sources.columns import from_option as columns_from_option
 from job.data.index.store import is_run_index_usable, local_index, publish_index
 from job.data.loader import BatchLoader
 from job.data.pixels import MAX_IMAGE_PIXELS
-from job.data.sampler import BalancedBatchSampler, FeatureBatchSampler, ResumableBatchSampler
+from job.data.sampler import BalancedBatchSampler, FeatureBatchSampler, ResumableBatchSampler, SelectedBatchSampler
 from job.errors import ConfigError, DataError
 from job.features.store import FeatureStore
 from job.lightning_internals import epochs_processed
@@ -210,6 +212,11 @@ class ImageDataModule(pl.LightningDataModule):
         variants = self.preprocessing(part).variants
         assert variants is not None, "the number of variants is unlimited"
         dataset = self.dataset(part, FeatureBatchSampler(chunks, variants, batch_size))
+        return BatchLoader(dataset, self._workers(dataset.index))
+
+    def selected_loader(self, part: str, samples: npt.NDArray[np.int64], batch_size: int) -> BatchLoader:
+        """Images of some samples, int64 [N], in the given order."""
+        dataset = self.dataset(part, SelectedBatchSampler(samples, batch_size))
         return BatchLoader(dataset, self._workers(dataset.index))
 
     def preprocessing(self, part: str) -> Preprocessing:

@@ -187,6 +187,22 @@ class BalancedBatchSampler(ResumableBatchSampler):
         return samples.astype(np.int64), repeats
 
 
+class SelectedBatchSampler(ResumableBatchSampler):
+    """Sampler of some samples, once, in the given order; the last batch is padded.
+
+    Args:
+        samples: int64 [N], sample ids.
+        batch_size: samples per batch.
+    """
+
+    def __init__(self, samples: npt.NDArray[np.int64], batch_size: int) -> None:
+        super().__init__(len(samples), batch_size, rank=0, world_size=1, seed=0, shuffle=False)
+        self.samples = samples
+
+    def _samples_at(self, positions: npt.NDArray[np.int64], epoch: int) -> tuple[npt.NDArray[np.int64], None]:
+        return self.samples[positions], None
+
+
 class FeatureBatchSampler(ResumableBatchSampler):
     """Sampler of every variant of some samples, once: chunk by chunk, in batches of one shape.
 

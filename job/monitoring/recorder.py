@@ -106,10 +106,13 @@ class ValidationRecorder(Callback):
 
 
 def _metrics(trainer: pl.Trainer) -> dict[str, float | None]:
-    """Metrics of training and validation, without those of single classes or parameter groups."""
+    """Metrics of training and validation, without those of single classes or parameter groups.
+
+    Within an epoch its means are left out: they are those of the epoch before.
+    """
     values = {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
-        if name.startswith(PREFIXES) and name.count("/") == 1
+        if name.startswith(PREFIXES) and name.count("/") == 1 and (trainer.is_last_batch or not name.endswith("_epoch"))
     }
     return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -38,12 +38,14 @@ def serve(run_dirs: Sequence[str], *, host: str, port: int | None) -> tuple[str,
         from tensorboard.compat.tensorflow_stub.io.gfile import register_filesystem  # type: ignore[import-untyped]
     except ImportError as error:
         raise ConfigError(f"TensorBoard is not installed ({error}): pip install tensorboard") from error
+    from job.monitoring.projector_paths import read_through_gfile
     from job.monitoring.tensorboard_files import SCHEME, RunFiles
 
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
     files = RunFiles(labelled(run_dirs))
     files.refresh()
     register_filesystem(SCHEME, files)
+    read_through_gfile()
     server = program.TensorBoard(plugins=default.get_plugins())
     server.configure(argv=("tensorboard", *arguments(run_dirs, host=host, port=port)))
     try:

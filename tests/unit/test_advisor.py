@@ -108,10 +108,10 @@ def test_each_kind_is_logged_once_and_stays_in_the_list(tmp_path: Path, caplog: 
 def test_advice_is_logged_and_reported(tmp_path: Path) -> None:
     """At a learning rate of almost nothing the loss stays that of guessing."""
     colours = write_files(tmp_path / "colours", picture_files(["blue", "red"], 10))
-    more = {"model__lr": 1e-30, "model__milestones": "[9]", "trainer__max_epochs": 5}
-    done = run_here("fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run", **more))
-    assert done.returncode == 0, done.output
-    assert done.output.count("The validation loss hardly falls") == 2  # the warning, and the summary at the end
+    changes = {"model__lr": 1e-30, "model__milestones": "[9]", "trainer__max_epochs": 5}
+    outcome = run_here("fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run", **changes))
+    assert outcome.returncode == 0, outcome.output
+    assert outcome.output.count("The validation loss hardly falls") == 2  # the warning, and the summary at the end
     advice = json.loads((tmp_path / "run/report.json").read_text())["advice"]
     assert [each["kind"] for each in advice] == ["learning_rate"]
     assert "raise --lr (it is 1e-30)" in advice[0]["suggestion"]
