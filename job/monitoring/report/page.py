@@ -42,7 +42,7 @@ LABELS = {
     "top5_accuracy": "top-5 accuracy",
 }
 CHARTS = (
-    ("Loss", ("train/loss_epoch", "val/loss")),
+    ("Loss", ("train/loss", "val/loss")),
     ("Accuracy", ("train/accuracy", "val/accuracy", "val/top5_accuracy")),
     ("F1, AUROC and mAP", ("val/f1", "val/auroc", "val/mAP", "val/micro_f1", "val/macro_f1")),
     ("Calibration error (ECE)", ("val/ece",)),
