@@ -23,25 +23,12 @@ from job.errors import ConfigError
 from job.features.callback import FeatureCache, FeatureSettings
 from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers, log_last_steps
 from job.model.sync_batchnorm import require_synchronisable
-from job.monitoring.accounting import Accounting
-from job.monitoring.advisor import Advisor
+from job.monitoring.callbacks import monitoring_callbacks
 from job.monitoring.event_folders import events_uri
-from job.monitoring.gradient_norm import GradientNorm
-from job.monitoring.hyperparameters import HyperparameterWriter
-from job.monitoring.learning_rates import LearningRates
-from job.monitoring.pictures import Pictures
 from job.monitoring.profile import Profile
 from job.monitoring.progress import LogPosition, TrainerProgress, TuningProgress
-from job.monitoring.projector import Projector
-from job.monitoring.recorder import ValidationRecorder
-from job.monitoring.report.files import EarlierReport
-from job.monitoring.report.writer import ReportWriter
-from job.monitoring.run_text import RunText
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.system import SystemMonitor
 from job.monitoring.tensorboard import BucketTensorBoardLogger
-from job.monitoring.vertex import VertexMetricReporter
-from job.monitoring.worst_classes import WorstClasses
 from job.resilience.lease import Lease
 from job.resilience.lease_check import LeaseCheck
 from job.resilience.preemption import Preemption
@@ -90,34 +77,19 @@ def training_trainer(
     """
     checkpointer = Checkpointer(checkpoint, run_dir, io, preemption)
     cache = FeatureCache(features, preemption, watchdog, lease)
-    accounting = Accounting(checkpointer, cache, lease.require_held)
-    earlier = EarlierReport(run_dir)
-    recorder = ValidationRecorder(accounting, earlier.history)
-    advisor = Advisor(lambda: recorder.records)
-    report = ReportWriter(
-        accounting,
-        recorder,
-        earlier,
-        settings=monitoring,
+    measured = monitoring_callbacks(
+        monitoring,
+        run_dir,
         config=config,
-        advice=lambda: advisor.advice,
-        before_write=lease.require_held,
+        checkpoint=checkpoint,
+        checkpointer=checkpointer,
+        features=cache,
+        lease=lease,
+        logger=logger,
     )
     callbacks: list[Callback] = [
         SavedConfig(config, lease.require_held),
-        LearningRates(),
-        GradientNorm(monitoring.gradient_norm),
-        accounting,
-        recorder,
-        advisor,
-        SystemMonitor(),
-        HyperparameterWriter(config, checkpoint, logger),
-        report,
-        RunText(config, report, logger),
-        WorstClasses(logger),
-        Pictures(monitoring, logger),
-        Projector(monitoring, logger),
-        VertexMetricReporter(checkpoint.metric),
+        *measured.callbacks,
         watchdog,
         LeaseCheck(lease),
         checkpointer,
@@ -126,7 +98,7 @@ def training_trainer(
         callbacks.append(make_early_stopping(early_stopping, checkpoint))
     if not xla.is_wanted(str(settings.get("accelerator"))):  # its batches lie in shares on the chips
         callbacks.append(cache)
-    step_hooks: list[StepHook] = [accounting.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps]
+    step_hooks: list[StepHook] = [measured.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps]
     if profile:
         profiler = Profile(checkpointer, lease.require_held)
         callbacks.append(profiler)

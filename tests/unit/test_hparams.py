@@ -93,7 +93,6 @@ def test_a_run_that_was_killed_has_its_row(tmp_path: Path) -> None:
 
 
 def test_hyperparameters_are_short_and_have_no_secrets() -> None:
-    arguments = {"lr": 0.001, "weight_decay": 0.05, "betas": [0.9, 0.999], "foreach": None}
     config = {
         "seed_everything": 7,
         "run_dir": "gs://b/1",
