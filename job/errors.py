@@ -10,6 +10,9 @@ EXIT_USER_ERROR = 2
 The same code argparse uses, so that a Kubernetes podFailurePolicy needs one rule for both.
 """
 
+EXIT_NODES_MISSING = 69
+"""Other nodes of the job were not there: no failure of this one (EX_UNAVAILABLE of sysexits.h)."""
+
 EXIT_RETRY = 75
 """A failure that a restart may fix: an unreachable bucket, a lost or hanging rank (EX_TEMPFAIL of sysexits.h)."""
 
@@ -92,6 +95,12 @@ class RankLost(JobError):
     """Another rank of this job ended or hangs."""
 
     exit_code = EXIT_RETRY
+
+
+class NodesMissing(JobError):
+    """Other nodes of this job do not run, or no longer."""
+
+    exit_code = EXIT_NODES_MISSING
 
 
 class DeviceError(JobError):

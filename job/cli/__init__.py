@@ -35,16 +35,20 @@ class Command:
         summary: its line in ``--help``.
         on_ranks: runs in many processes, and imports Lightning, which takes seconds.
         has_grace: its child processes have a grace of their own at a signal.
+        has_check: the module has a function ``check``, too.
     """
 
     module: str
     summary: str
     on_ranks: bool = False
     has_grace: bool = False
+    has_check: bool = False
 
 
 COMMANDS = {
-    "fit": Command("job.cli.fit", "Train a model, or continue its training, in RUN_DIR.", on_ranks=True),
+    "fit": Command(
+        "job.cli.fit", "Train a model, or continue its training, in RUN_DIR.", on_ranks=True, has_check=True
+    ),
     "tune": Command("job.cli.tune", "Find an initial learning rate and the largest batch that fits.", on_ranks=True),
     "validate": Command("job.cli.evaluate", "Evaluate a checkpoint on the validation images.", on_ranks=True),
     "test": Command("job.cli.evaluate", "Evaluate a checkpoint on the test images.", on_ranks=True),
@@ -103,6 +107,22 @@ def run(args: list[str]) -> int:
             return _exit_code(args)
     except Stopped as stopped:
         return _report(stopped)
+
+
+def check(args: list[str], *, writes: bool) -> int:
+    """Check a command's options and its access to data, without running it; returns the exit code.
+
+    Args:
+        args: a command that has a check, and its options.
+        writes: also check that this process may write to run_dir.
+    """
+    _set_up_logging()
+    sys.argv = [sys.argv[0]]
+    try:
+        importlib.import_module(COMMANDS[args[0]].module).check(args[1:], writes=writes)
+    except Exception as error:
+        return _report(translated(error))
+    return 0
 
 
 def _exit_code(args: list[str]) -> int:

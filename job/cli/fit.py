@@ -5,6 +5,7 @@ from __future__ import annotations
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
 from job.monitoring.report.summary import print_summary
+from job.train.check import check as check_fit
 from job.train.fit import fit as train
 
 
@@ -14,3 +15,9 @@ def fit(args: list[str]) -> None:
     report = train(cli.model_config, cli.datamodule, cli.fit_settings())
     if ranks.rank() == 0:
         print_summary(report)
+
+
+def check(args: list[str], *, writes: bool) -> None:
+    """Check the options of ``python -m job fit ARGS``, and access to its data and run_dir."""
+    cli = TrainingCLI("fit", args)
+    check_fit(cli.model_config, cli.datamodule, cli.config_init["run_dir"], writes=writes)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from job.cli import COMMANDS, HELP_OPTIONS, run, run_command
+from job.cli import COMMANDS, HELP_OPTIONS, check, run, run_command
 from job.cli.arguments import canonical_arguments, option_value
 from job.cli.known_options import require_known_options
 from job.config.recipes import local_config
@@ -32,6 +32,7 @@ environment variables to set:
   LAUNCH_ID           Name that distinguishes this job from others with the same coordinator (Indexed Job, TPU,
                       Kubeflow).
   JOB_LOG             text, json or auto, as --log; JOB_LOG_SECONDS is --log_seconds.
+  LAUNCH_WAIT_SECONDS Limit of the wait for the other nodes. Default: none.
   OMP_NUM_THREADS     CPU threads per process. Default: the CPU cores of the container, divided by the processes.
 
 environment variables of the platforms, which set them:
@@ -64,7 +65,8 @@ def launch(args: list[str]) -> None:
 
     command = COMMANDS[args[0]]
     # Imported once for all ranks of the node.
-    sys.exit(start(args, run, [command.module, *optional_libraries(args[1:])] if command.on_ranks else []))
+    modules = [command.module, *optional_libraries(args[1:])] if command.on_ranks else []
+    sys.exit(start(args, run, modules, check if command.has_check else None))
 
 
 def optional_libraries(args: Sequence[str]) -> list[str]:

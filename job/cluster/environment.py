@@ -67,6 +67,7 @@ class Node:
         run_id: distinguishes jobs with the same rendezvous endpoint; may be empty.
         evidence: the variables that this was derived from.
         restarts: how often torch elastic restarts the ranks before the launcher exits.
+        wait_seconds: how long the node waits for the others; None: without limit.
     """
 
     platform: Platform
@@ -78,6 +79,7 @@ class Node:
     run_id: str = ""
     evidence: dict[str, str] = field(default_factory=dict)
     restarts: int = 0
+    wait_seconds: int | None = None
 
     def __str__(self) -> str:
         variables = ", ".join(f"{name}={value}" for name, value in self.evidence.items())
@@ -91,7 +93,7 @@ def find_node(environment: Mapping[str, str]) -> Node:
     """Find the node that this process runs on.
 
     On any platform ``LAUNCH_PROCESSES`` sets the processes per node, and ``LAUNCH_RESTARTS`` how often its ranks are
-    restarted in place.
+    restarted in place, and ``LAUNCH_WAIT_SECONDS`` how long it waits for the other nodes.
 
     Raises:
         ConfigError: variables are missing, contradict one another, or make no sense; the message names them.
@@ -110,7 +112,7 @@ def find_node(environment: Mapping[str, str]) -> Node:
     if not 0 <= node.node_rank < node.nodes:
         settings = _settings(environment, *node.evidence)
         raise ConfigError(f"there is no node {node.node_rank} of {node.nodes} ({settings}).")
-    return replace(node, restarts=_restarts(environment))
+    return replace(node, restarts=_restarts(environment), wait_seconds=_wait_seconds(environment))
 
 
 def require_ranks(environment: Mapping[str, str]) -> None:
@@ -161,6 +163,15 @@ def _restarts(environment: Mapping[str, str]) -> int:
     if restarts < 0:
         raise ConfigError(f"{name}={restarts}: restarts cannot be fewer than 0.")
     return restarts
+
+
+def _wait_seconds(environment: Mapping[str, str]) -> int | None:
+    if "LAUNCH_WAIT_SECONDS" not in environment:
+        return None
+    seconds = _number(environment, "LAUNCH_WAIT_SECONDS")
+    if seconds < 1:
+        raise ConfigError(f"LAUNCH_WAIT_SECONDS={seconds}: at least 1 is needed; unset it to wait without limit.")
+    return seconds
 
 
 def _plain(environment: Mapping[str, str]) -> Node:

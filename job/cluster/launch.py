@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from job.cluster import ranks
 from job.cluster.environment import Node, find_node, ignored_variables
-from job.cluster.rank_process import end_ranks, mistakes, run_rank, start_fork_server
+from job.cluster.rank_process import end_ranks, mistakes, run_check, run_rank, start_fork_server
 from job.errors import (
     EXIT_HANGUP,
     EXIT_INTERNAL_ERROR,
@@ -26,7 +26,7 @@ from job.errors import (
     EXIT_PREEMPTED,
     EXIT_RETRY,
     EXIT_USER_ERROR,
-    RankLost,
+    NodesMissing,
 )
 from job.process import signals, temporary
 from job.process.cpus import available_cpus
@@ -34,8 +34,8 @@ from job.process.ending import end_process
 
 log = logging.getLogger(__name__)
 
-DNS_SECONDS = 600.0
-"""A pod's name resolves some time after its start (kubernetes#117819), and node 0 may still be pulling its image."""
+JOIN_SECONDS = 600
+"""Limit of torch's rendezvous, which begins when all nodes are there, and of that after a restart of the ranks."""
 SIGNAL_EXIT_BASE = 128
 FORK_SERVER_LOST = 255
 """Exit code that multiprocessing reports of a process whose fork server has ended."""
@@ -43,7 +43,9 @@ STOP_SECONDS = 30.0
 """Seconds that ranks have to save their state; torch elastic gives them as many."""
 
 
-def launch(args: list[str], run: Callable[[list[str]], int], modules: list[str]) -> int:
+def launch(
+    args: list[str], run: Callable[[list[str]], int], modules: list[str], check: Callable[..., int] | None = None
+) -> int:
     """Run ``run(args)`` in as many processes as this node should have; returns the exit code.
 
     The ranks are forked from one process that has imported ``modules`` and touched no device: eight ranks import once,
@@ -54,14 +56,19 @@ def launch(args: list[str], run: Callable[[list[str]], int], modules: list[str])
     request (130, 129, 143), of an unexpected exception (70) and of what a restart may mend (75). After a signal torch
     elastic gives the ranks 30 s to save.
 
+    On several nodes the command is checked first: a mistake ends each node at once, though others are missing. Then
+    they wait for one another, without limit unless ``LAUNCH_WAIT_SECONDS`` is set.
+
     Args:
         args: a command of ``python -m job`` with its options.
         run: the command line as a function, by a name that can be imported.
         modules: modules that the command needs.
+        check: checks ``args`` and returns an exit code, by a name that can be imported; with ``writes=True`` also that
+            it may write its results.
 
     Raises:
         ConfigError: the environment is not understood.
-        RankLost: node 0 has no address.
+        NodesMissing: other nodes are missing after ``LAUNCH_WAIT_SECONDS``, or did not come back.
     """
     node = find_node(os.environ)
     log.setLevel(logging.INFO)  # where RANK counts nodes, all but the first would be silent
@@ -80,14 +87,21 @@ def launch(args: list[str], run: Callable[[list[str]], int], modules: list[str])
     forks = find_spec("torch_xla") is None
     if forks:
         start_fork_server(modules)
-    if node.nodes > 1:
-        wait_for_address(node.host, DNS_SECONDS)
+    checking = _start_check(check, args, node, forks=forks) if node.nodes > 1 and check is not None else None
     with signals.ending_at_once():  # C code that imports a module may turn the exception of a signal into another one
         # Imported while the server imports.
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+        from job.cluster.waiting import wait_for_nodes
+
+    if checking is not None:
+        checking.join()
+        if checking.exitcode == EXIT_USER_ERROR:
+            return EXIT_USER_ERROR
+    store = wait_for_nodes(node) if node.nodes > 1 else None
     # It logs the traceback of its own exception for each rank that ends; the rank has said why.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_without_traceback)
     config = LaunchConfig(**launch_options(node, processes))
@@ -110,11 +124,25 @@ def launch(args: list[str], run: Callable[[list[str]], int], modules: list[str])
             return exit_code(failed, mistakes(codes))
         except SignalException as error:
             return SIGNAL_EXIT_BASE + int(error.sigval)
+        except (RendezvousConnectionError, RendezvousTimeoutError) as error:
+            raise NodesMissing(
+                f"other nodes of {node.nodes} were lost ({type(error).__name__}). A restart waits for them and resumes."
+            ) from error
     finally:
+        del store  # node 0 has served it until here
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)  # torch's handlers would raise an exception outside of it
     return 0
+
+
+def _start_check(check: Callable[..., int], args: list[str], node: Node, *, forks: bool) -> BaseProcess:
+    """Start ``check(args)`` in a process of its own, as :func:`launch` starts the ranks."""
+    context = multiprocessing.get_context("forkserver") if forks else multiprocessing.get_context("spawn")
+    # Ended with this process, should a signal stop it first.
+    process = context.Process(target=run_check, args=(check, args, node.node_rank == 0), daemon=True)
+    process.start()
+    return process
 
 
 def cores(root: Path = Path("/sys/fs/cgroup")) -> int:
@@ -146,7 +174,7 @@ def launch_options(node: Node, processes: int) -> dict[str, Any]:
     if node.nodes == 1:
         return {**options, "rdzv_endpoint": "localhost:0", "run_id": str(uuid.uuid4())}
     # Left to itself torch compares host names, which a pod's need not be.
-    rendezvous = {"is_host": "true" if node.node_rank == 0 else "false", "join_timeout": str(int(DNS_SECONDS))}
+    rendezvous = {"is_host": "true" if node.node_rank == 0 else "false", "join_timeout": str(JOIN_SECONDS)}
     return {
         **options,
         "rdzv_endpoint": f"{node.host}:{node.port}",
@@ -165,31 +193,6 @@ def _gpus() -> int:
 def _without_traceback(record: logging.LogRecord) -> bool:
     record.exc_info = None
     return True
-
-
-def wait_for_address(host: str, seconds: float) -> None:
-    """Wait until ``host`` has an address.
-
-    Raises:
-        RankLost: it has none in time.
-    """
-    deadline = time.monotonic() + seconds
-    logged = False
-    while True:
-        try:
-            socket.getaddrinfo(host, None)
-        except socket.gaierror as error:
-            if time.monotonic() > deadline:
-                raise RankLost(
-                    f"the coordinator {host} has no DNS record after {seconds:.0f} s ({error.strerror}). Is node 0 "
-                    "running, and does its service have this name?"
-                ) from error
-            if not logged:
-                log.info("waiting for the DNS record of the coordinator %s", host)
-                logged = True
-            time.sleep(1)
-        else:
-            return
 
 
 def exit_code(codes: list[int], mistakes: Sequence[int] = ()) -> int:

@@ -79,6 +79,16 @@ def run_rank(run: Callable[[list[str]], int], args: list[str], codes: str) -> No
     temporary.remove_all()
 
 
+def run_check(check: Callable[..., int], args: list[str], writes: bool) -> None:
+    """Run ``check(args)`` in this process, and exit with the code that it returns."""
+    signals.end_at_once()
+    signal_at_parent_death(signal.SIGTERM)
+    if (folder := str(Path.cwd())) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)
+    sys.argv = ["job", *args]
+    end_process(check(args, writes=writes))
+
+
 def _final_code(codes: str, restart: int) -> int:
     """The exit code of earlier ranks of this node, if another attempt is no use; otherwise 0.
 

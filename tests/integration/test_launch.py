@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support import REPOSITORY, TINY, command, environment, options, run, run_well, scalars
+from torch.distributed import PrefixStore, TCPStore
 
 from job.process.descendants import descendants
 
@@ -76,6 +78,12 @@ def test_an_unknown_command() -> None:
     result = run("launch", "--data.root", "x")
     assert result.returncode == 2
     assert "launch takes another command" in result.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("", 0))
+        return int(server.getsockname()[1])
 
 
 def rank_processes(launcher: int) -> list[int]:
@@ -238,6 +246,93 @@ def test_ranks_log_json_on_kubernetes(colours: Path, tmp_path: Path) -> None:
     assert errors
     assert all(record["severity"] == "ERROR" for record in errors)
     assert all(f"(rank {record['rank']})" in record["message"] for record in errors)
+
+
+def start_node(rank: int, log: Path, port: int, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+    """The launcher of one of two nodes, both on this machine."""
+    variables |= {"JOB_COMPLETION_INDEX": str(rank), "LAUNCH_NODES": "2", "LAUNCH_COORDINATOR": f"localhost:{port}"}
+    with log.open("w") as file:
+        line = command("launch", "fit", *arguments)
+        return subprocess.Popen(line, stdout=file, stderr=file, env=environment(**variables), cwd=REPOSITORY)
+
+
+def wait_for_text(text: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_node_that_comes_late_is_waited_for(late: int, colours: Path, tmp_path: Path) -> None:
+    arguments = options({**TINY, "trainer.max_epochs": 1}, data__root=colours, run_dir=tmp_path / "run")
+    early, port = 1 - late, free_port()
+    logs = [tmp_path / f"log-{rank}" for rank in range(2)]
+    processes = {early: start_node(early, logs[early], port, *arguments)}
+    expected = f"waiting for node 0: nothing answers at localhost:{port}" if early else "waiting for node 1 of 2"
+    wait_for_text(expected, logs[early], processes[early])
+    time.sleep(3)
+    assert processes[early].poll() is None
+    processes[late] = start_node(late, logs[late], port, *arguments)
+    codes = [processes[rank].wait(180) for rank in range(2)]
+    told = "\n".join(log.read_text() for log in logs)
+    assert codes == [0, 0], told
+    assert "2 process(es)" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"model.backbone": "nonsense"}, "unknown backbone 'nonsense'"),
+        ({"trainer.max_epochs": "many"}, "max_epochs"),
+        ({"data.root": "/no/such/folder"}, "/no/such/folder: no such bucket, object or folder"),
+        ({"run_dir": "/proc/run"}, "/proc/run"),
+    ],
+)
+def test_a_mistake_ends_a_node_before_others_are_there(
+    settings: dict[str, object], told: str, colours: Path, tmp_path: Path
+) -> None:
+    arguments = options({**TINY, "data.root": colours, "run_dir": tmp_path / "run", **settings})
+    process = start_node(0, tmp_path / "log", free_port(), *arguments)
+    assert process.wait(120) == 2, (tmp_path / "log").read_text()
+    log = (tmp_path / "log").read_text()
+    assert told in log
+    assert "waiting for node" not in log
+    assert "Traceback" not in log
+
+
+def test_a_limit_of_the_wait_and_a_signal_end_it(colours: Path, tmp_path: Path) -> None:
+    arguments = options(TINY, data__root=colours, run_dir=tmp_path / "run")
+    logs = [tmp_path / f"log-{rank}" for rank in range(2)]
+    limited = start_node(0, logs[0], free_port(), *arguments, LAUNCH_WAIT_SECONDS="2")
+    assert limited.wait(120) == 69, logs[0].read_text()
+    assert "still waiting for node 1 of 2 after 2 s" in logs[0].read_text()
+    stopped = start_node(1, logs[1], free_port(), *arguments)
+    wait_for_text("waiting for node 0", logs[1], stopped)
+    stopped.terminate()
+    assert stopped.wait(30) == 143, logs[1].read_text()
+    assert "Traceback" not in logs[0].read_text() + logs[1].read_text()
+    assert list((tmp_path / "run").iterdir()) == []  # what checked the right to write is gone
+
+
+def test_a_node_that_is_lost_before_training_is_no_failure(colours: Path, tmp_path: Path) -> None:
+    """It was there, and does not come to torch's rendezvous."""
+    log, port = tmp_path / "log", free_port()
+    arguments = options(TINY, data__root=colours, run_dir=tmp_path / "run")
+    lines = ["import sys", "from job import cli", "from job.cluster import launch", "launch.JOIN_SECONDS = 3"]
+    code = "; ".join([*lines, "cli.main(sys.argv[1:])"])
+    variables = {"JOB_COMPLETION_INDEX": "0", "LAUNCH_NODES": "2", "LAUNCH_COORDINATOR": f"localhost:{port}"}
+    with log.open("w") as file:
+        line = [sys.executable, "-c", code, "launch", "fit", *arguments]
+        process = subprocess.Popen(line, stdout=file, stderr=file, env=environment(**variables), cwd=REPOSITORY)
+    wait_for_text("waiting for node 1 of 2", log, process)
+    store = TCPStore("localhost", port, is_master=False, wait_for_workers=False)
+    PrefixStore("job.nodes/", store).set("1", "1")
+    assert process.wait(120) == 69, log.read_text()
+    assert "job: error: other nodes of 2 were lost (RendezvousTimeoutError)" in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_trial_of_vertex_ai(colours: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from job.cluster.environment import Node, find_node, ignored_variables, require_ranks
-from job.cluster.launch import cores, exit_code, launch_options, wait_for_address
-from job.errors import ConfigError, RankLost
+from job.cluster.launch import cores, exit_code, launch_options
+from job.errors import ConfigError
 
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443", "HOSTNAME": "train-1-x7k2p"}
 VERTEX_HOST = "cmle-training-workerpool0-ab-0"
@@ -264,6 +264,16 @@ def test_restarts_in_place(variables: dict[str, str], expected: int) -> None:
     assert find_node({"PET_NNODES": "1", **variables}).restarts == expected
 
 
+@pytest.mark.parametrize(("variables", "expected"), [({}, None), ({"LAUNCH_WAIT_SECONDS": "5"}, 5)])
+def test_limit_of_the_wait_for_other_nodes(variables: dict[str, str], expected: int | None) -> None:
+    assert find_node({**INDEXED, **variables}).wait_seconds == expected
+
+
+def test_a_limit_of_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match="LAUNCH_WAIT_SECONDS=0"):
+        find_node({**INDEXED, "LAUNCH_WAIT_SECONDS": "0"})
+
+
 def test_restarts_below_zero_are_refused() -> None:
     with pytest.raises(ConfigError, match="LAUNCH_RESTARTS=-1"):
         find_node({"LAUNCH_RESTARTS": "-1"})
@@ -314,9 +324,3 @@ def test_a_container_s_cpu_limit_counts(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert cores(tmp_path) == expected
-
-
-def test_a_coordinator_without_a_dns_record_is_reported() -> None:
-    wait_for_address("localhost", 5)
-    with pytest.raises(RankLost, match=r"the coordinator no-such-node-0\.invalid has no DNS record"):
-        wait_for_address("no-such-node-0.invalid", 0)

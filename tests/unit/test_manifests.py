@@ -39,7 +39,7 @@ from job.cli.training import TrainingCLI
 from job.cluster import machines
 from job.cluster.environment import DEFAULT_PORT, find_node
 from job.cluster.machines import GIB, SYSTEM_PODS, Resources, allocatable_storage
-from job.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
+from job.errors import EXIT_NODES_MISSING, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 VERTEX = sorted((REPOSITORY / "k8s" / "vertex").glob("*.yaml"))
 TRAINING = [name for name in KUSTOMIZATIONS if name not in ("tensorboard", "queues", "trainer")]
@@ -259,7 +259,7 @@ def test_exit_codes_and_grace(name: str) -> None:
     job, pod = job_of(rendered(name)), pod_of(rendered(name))
     assert pod["restartPolicy"] == "Never"  # a Job takes Always from no schema's point of view, and then never ends
     rules = {rule["action"]: rule["onExitCodes"]["values"] for rule in job["podFailurePolicy"]["rules"][:2]}
-    assert rules == {"FailJob": [EXIT_USER_ERROR], "Ignore": [EXIT_PREEMPTED]}
+    assert rules == {"FailJob": [EXIT_USER_ERROR], "Ignore": [EXIT_NODES_MISSING, EXIT_PREEMPTED]}
     assert job["podReplacementPolicy"] == "Failed"
     assert job["activeDeadlineSeconds"] > 0
     (container,) = pod["containers"]
