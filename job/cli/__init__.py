@@ -116,7 +116,7 @@ def check(args: list[str], *, writes: bool) -> int:
         args: a command that has a check, and its options.
         writes: also check that this process may write to run_dir.
     """
-    _set_up_logging()
+    logs.set_up(ranks.rank(), is_rank=False)
     sys.argv = [sys.argv[0]]
     try:
         importlib.import_module(COMMANDS[args[0]].module).check(args[1:], writes=writes)
