@@ -55,8 +55,7 @@ class BatchSizeFinder(Callback):
         module = cast("TransferLearningModel", pl_module)
         if module.device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
             return
-        if trainer.is_global_zero:
-            log.info("measuring the memory that a batch needs")
+        log.info("measuring the memory that a batch needs")
         stage, buffers = module.stage, {name: buffer.clone() for name, buffer in module.net.named_buffers()}
         module.enter_stage(Stage.ALL)
         _run(trainer, module, FIRST_SIZE)  # what is allocated once
