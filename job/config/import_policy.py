@@ -57,6 +57,7 @@ ALLOWED = (
     r"torch\.optim\.[A-Z]\w*",
     r"torch\.optim\.lr_scheduler\.[A-Z]\w*",
     r"pytorch_lightning\.cli\.ReduceLROnPlateau",
+    r"pytorch_lightning\.loggers\.[A-Z]\w*",
     r"torchvision\.transforms\.v2\.[A-Z]\w*",
     r"job\.(checkpoint|data|features|model|monitoring|resilience|train)\.(\w+\.)?\w+\.[A-Z]\w*",
 )

@@ -19,7 +19,7 @@ from tensorboard.compat.tensorflow_stub.io.gfile import StatData  # type: ignore
 
 from job import storage
 from job.errors import JobError
-from job.monitoring.event_folders import EventFile, find_event_files
+from job.monitoring.event_folders import EVENT_FILE, EventFile, find_event_files
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class RunFiles:
     @property
     def runs(self) -> list[str]:
         """Names of the runs, sorted."""
-        return sorted({posixpath.dirname(path) for path in self._files if "tfevents" in posixpath.basename(path)})
+        return sorted({posixpath.dirname(path) for path in self._files if EVENT_FILE in posixpath.basename(path)})
 
     def refresh(self) -> None:
         """Search all runs again; those that cannot be listed stay as they were."""

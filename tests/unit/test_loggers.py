@@ -60,6 +60,8 @@ def test_a_class_with_arguments_and_a_list(tmp_path: Path) -> None:
     run_dir = fit_here(tmp_path, trainer__max_epochs=1, trainer__logger=json.dumps(chosen))
     assert rows_of(tmp_path / "mine" / "x" / "version_0" / "metrics.csv")
     assert rows_of(run_dir / "csv" / "version_0" / "metrics.csv")
+    evaluated = run_here("validate", run_dir)
+    assert (evaluated.returncode, "not used" in evaluated.output) == (0, False), evaluated.output
 
 
 def test_a_logger_that_fails_is_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -82,6 +84,13 @@ def test_a_package_that_is_missing_is_named_before_training(tmp_path: Path, monk
         outcome = run_here("fit", *options(TINY, data__root=root, run_dir=tmp_path / "run", trainer__logger=name))
         assert (outcome.returncode, f"pip install {package}" in outcome.output) == (2, True), outcome.output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_that_is_no_logger_is_one_message(tmp_path: Path) -> None:
+    outcome = run_here("fit", tmp_path, "--data.root", tmp_path, "--trainer.logger", "weights_and_biases")
+    assert outcome.returncode == 2
+    assert "--trainer.logger" in outcome.output
+    assert "Traceback" not in outcome.output
 
 
 def test_secrets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

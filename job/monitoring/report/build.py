@@ -124,7 +124,7 @@ def build(
         parameters=facts.parameters,
         classes=list(facts.classes),
         images=facts.images,
-        bad_samples=[line[:TEXT_CHARACTERS] for line in sorted(state.bad_samples)[:MOST_BAD_SAMPLES]],
+        bad_samples=[redact(line)[:TEXT_CHARACTERS] for line in sorted(state.bad_samples)[:MOST_BAD_SAMPLES]],
         skipped_steps=state.skipped_steps,
         train_images_per_second=state.images_per_second,
         metrics=finite(best.metrics) if best else {},

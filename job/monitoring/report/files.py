@@ -41,6 +41,12 @@ def newest_uri(run_dir: str) -> str | None:
     return uri if number < 2 else storage.join(run_dir, numbered(FILE, number))
 
 
+def page_uri(run_dir: str) -> str:
+    """URI of the newest ``report.html``."""
+    number = free_number(run_dir) - 1
+    return storage.join(run_dir, PAGE if number < 2 else numbered(PAGE, number))
+
+
 def read_report(run_dir: str) -> ReportContent:
     """The newest report of a run.
 

@@ -14,9 +14,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from job.monitoring.history import ValidationRecord
-from job.monitoring.report import charts, text
-from job.monitoring.report.charts import Series
+from job.monitoring.report import svg, text
 from job.monitoring.report.content import ClassMetrics, PartSummary, ReportContent
+from job.monitoring.report.svg import Series
 from job.process.terminal import escape
 from job.storage.uris import basename
 
@@ -29,6 +29,8 @@ MOST_LINES = 50
 MOST_CURVES = 10
 CONFIGURATION_CHARACTERS = 60_000
 MOST_LR_GROUPS = 8
+WIDE = 20
+"""Ratio of throughputs, as of epochs with and without cached features, from which on their axis is logarithmic."""
 
 HEADLINES = ("accuracy", "top5_accuracy", "mAP", "f1", "macro_f1", "auroc", "loss", "ece")
 LABELS = {
@@ -40,7 +42,7 @@ LABELS = {
     "top5_accuracy": "top-5 accuracy",
 }
 CHARTS = (
-    ("Loss", ("train/loss_epoch", "val/loss")),
+    ("Loss", ("train/loss", "val/loss")),
     ("Accuracy", ("train/accuracy", "val/accuracy", "val/top5_accuracy")),
     ("F1, AUROC and mAP", ("val/f1", "val/auroc", "val/mAP", "val/micro_f1", "val/macro_f1")),
     ("Calibration error (ECE)", ("val/ece",)),
@@ -107,25 +109,33 @@ def history_charts(history: Sequence[ValidationRecord]) -> list[Markup]:
     x_label = "epoch" if by_epoch else "step"
     xs = [float(record.epoch if by_epoch else record.global_step) for record in history]
 
+    def metric(name: str) -> Series:
+        """A metric, by the mean of the epoch where each has one validation; that of single steps is noisy."""
+        whole = [record.metrics.get(f"{name}_epoch") if by_epoch else None for record in history]
+        values = [record.metrics.get(name) for record in history]
+        return line(name, [value if mean is None else mean for mean, value in zip(whole, values, strict=True)])
+
     def line(name: str, values: Sequence[float | None]) -> Series:
         return Series(name, [(x, y) for x, y in zip(xs, values, strict=True) if y is not None])
 
     drawn = [
-        charts.line_chart(
+        svg.line_chart(
             title,
-            [line(name, [record.metrics.get(name) for record in history]) for name in names],
+            [metric(name) for name in names],
             x_label=x_label,
         )
         for title, names in CHARTS
     ]
     groups = list(dict.fromkeys(name for record in history for name in record.lr))[:MOST_LR_GROUPS]
     rates = [line(name, [record.lr.get(name) for record in history]) for name in groups]
-    drawn.append(charts.line_chart("Learning rate", rates, x_label=x_label, log=True))
+    drawn.append(svg.line_chart("Learning rate", rates, x_label=x_label, log=True))
     speed = line("images/s", [record.images_per_second for record in history])
-    drawn.append(charts.line_chart("Throughput", [speed], x_label=x_label, unit="images/s"))
+    speeds = [y for _, y in speed.points if y > 0]
+    is_wide = bool(speeds) and max(speeds) > WIDE * min(speeds)
+    drawn.append(svg.line_chart("Throughput", [speed], x_label=x_label, unit="images/s", log=is_wide))
     waits = line("data wait", [record.data_wait for record in history])
     if any(y > 0.01 for _, y in waits.points):
-        drawn.append(charts.line_chart("Waiting for data", [waits], x_label=x_label, unit="share of training time"))
+        drawn.append(svg.line_chart("Waiting for data", [waits], x_label=x_label, unit="share of training time"))
     return [chart for chart in drawn if chart]
 
 
@@ -146,7 +156,7 @@ def _environment() -> Environment:
         "duration": text.duration,
         "size": text.size,
         "moment": _moment,
-        "bar": charts.inline_bar,
+        "bar": svg.inline_bar,
     }
     return environment
 
@@ -202,7 +212,7 @@ def _matrix(report: ReportContent) -> Markup:
         for guess, samples in enumerate(row[:count])
         if samples
     ]
-    return charts.confusion_matrix(cells, report.classes)
+    return svg.confusion_matrix(cells, report.classes)
 
 
 def _class_rows(classes: Sequence[ClassMetrics]) -> Sequence[ClassMetrics]:
@@ -213,14 +223,14 @@ def _class_rows(classes: Sequence[ClassMetrics]) -> Sequence[ClassMetrics]:
 
 def _reliability(report: ReportContent) -> Markup:
     calibration = report.evaluation.calibration if report.evaluation else None
-    return charts.reliability_diagram(calibration.bins) if calibration else Markup("")
+    return svg.reliability_diagram(calibration.bins) if calibration else Markup("")
 
 
 def _class_curves(report: ReportContent) -> list[Markup]:
     curves = report.evaluation.curves if report.evaluation else []
     if not 1 <= len(curves) <= MOST_CURVES:
         return []
-    axis = charts.unit_axis()
+    axis = svg.unit_axis()
     if len(report.classes) == 2:
         curves = curves[1:]  # those of the other class say the same
     pr = [
@@ -239,7 +249,7 @@ def _class_curves(report: ReportContent) -> list[Markup]:
         if each.auroc is not None
     ]
     drawn = [
-        charts.line_chart(
+        svg.line_chart(
             "Precision and recall",
             pr,
             x_label="recall",
@@ -248,7 +258,7 @@ def _class_curves(report: ReportContent) -> list[Markup]:
             y_axis=axis,
             curves=True,
         ),
-        charts.line_chart(
+        svg.line_chart(
             "ROC",
             roc,
             x_label="false positive rate",
@@ -296,7 +306,7 @@ def _class_counts(report: ReportContent) -> list[tuple[str, list[int], float]]:
 
 
 def _time_bar(seconds: Mapping[str, float]) -> Markup:
-    return charts.share_bar([(label, max(seconds.get(name, 0.0), 0.0)) for name, label in TIMES.items()])
+    return svg.share_bar([(label, max(seconds.get(name, 0.0), 0.0)) for name, label in TIMES.items()])
 
 
 def _ends(report: ReportContent) -> str:

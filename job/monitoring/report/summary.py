@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from job import storage
 from job.monitoring.event_folders import tensorboard_argument
 from job.monitoring.report.content import CheckpointEntry, Report, ReportContent
-from job.monitoring.report.files import PAGE
+from job.monitoring.report.files import page_uri
 from job.process.terminal import print_table, say
 
 SHOWN = ("accuracy", "f1", "auroc", "mAP", "micro_f1", "macro_f1", "loss")
@@ -53,7 +52,7 @@ def print_results(report: ReportContent, run_dir: str) -> None:
         ("speed", f"{speed:.1f} images/s training, {report.world_size} process(es)" if speed else "-"),
         ("time", _where_time_went(report.seconds, report.starts)),
         ("run_dir", run_dir),
-        ("report", storage.join(run_dir, PAGE)),
+        ("report", page_uri(run_dir)),
     ]
     rows += [("advice", f"{each.message} {each.suggestion}") for each in report.advice]
     print_table(["", ""], rows, title=TITLES[report.status])

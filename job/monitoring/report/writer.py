@@ -30,7 +30,7 @@ from job.monitoring.report.measures import result_of
 from job.monitoring.report.page import render
 from job.monitoring.settings import MonitoringSettings
 from job.monitoring.thumbnails import Thumbnails
-from job.process.periodic import Periodic, call_within
+from job.process.periodic import STOP_SECONDS, Periodic, call_within
 from job.process.signals import Stopped
 from job.train.errors import translated
 
@@ -42,8 +42,8 @@ WRITE_SECONDS = 30.0
 BYTES_PER_SECOND = 1000.0
 """In a bucket a large report is written less often, so that one that keeps superseded versions keeps 86 MB a day."""
 
-STOPPING_SECONDS = 10.0
-"""How long the end of a stopped or failed run waits for its report."""
+STOPPING_SECONDS = 5.0
+"""How long the end of a stopped or failed run waits for the thread, and for its last report."""
 
 POLL_SECONDS = 0.5
 
@@ -160,8 +160,8 @@ class ReportWriter(Callback):
         """Write why the run ended, unless the bucket is out of reach or belongs to another job."""
         if not trainer.is_global_zero or not self._has_started:
             return
-        self._stop_thread()
-        if isinstance(exception, (StorageOutage, LeaseError)):
+        is_idle = self._stop_thread(STOPPING_SECONDS)
+        if not is_idle or isinstance(exception, (StorageOutage, LeaseError)):
             return
         if isinstance(exception, (Preempted, Stopped, KeyboardInterrupt)):
             status: Status = "stopped"
@@ -169,14 +169,14 @@ class ReportWriter(Callback):
         else:
             status = "failed"
             failure = message_of(translated(exception) if isinstance(exception, Exception) else exception)
-        state = self._state(trainer, status, failure)
 
-        def write() -> None:
+        def write(state: RunState) -> None:
             self.content = self._build(state)
             self._publish(self.content, fetch=False)
 
         try:
-            call_within(STOPPING_SECONDS, write, "writing the report")
+            state = self._state(trainer, status, failure)
+            call_within(STOPPING_SECONDS, lambda: write(state), "writing the report")
         except (JobError, TimeoutError) as error:
             log.warning("the report does not say how this attempt ended: %s", error)
         except Exception as error:  # the exception that ended the run is the one to be seen
@@ -241,12 +241,13 @@ class ReportWriter(Callback):
         if state is None or not self._is_replaceable or time.monotonic() - self._written_at < self._interval:
             return
         self._pending = None
-        content = self._build(state)
-        self.content = content
+        self._written_at = time.monotonic()
         try:
+            self.content = content = self._build(state)
             self._write(content)
         except (StorageOutage, LeaseError):
-            pass  # the next report, or the end of the run
+            self._pending = self._pending or state
+            return
         except StorageError as error:
             self._is_replaceable = False
             log.warning(
@@ -254,6 +255,10 @@ class ReportWriter(Callback):
                 storage.join(self._facts.run_dir, FILE),
                 error,
             )
+            return
+        except JobError as error:
+            log.warning("the report is not updated: %s", error)
+            return
         self._written_at = time.monotonic()
         if content.global_step < self._saved_step and self._pending is None:
             self._pending = state  # until the checkpoint of this step is committed
@@ -284,13 +289,21 @@ class ReportWriter(Callback):
             StorageError: the bucket does not take them.
             LeaseError: another job writes to the run_dir.
         """
-        encoded = content.to_json()
-        html = render(content, self._thumbnails_of(content, fetch=fetch)).encode(errors="backslashreplace")
+        encoded, html = content.to_json(), self._rendered(content, fetch=fetch)
         run_dir = self._facts.run_dir
         if not storage.is_local(run_dir):
             self._interval = max(WRITE_SECONDS, (len(encoded) + len(html)) / BYTES_PER_SECOND)
         storage.write_bytes(storage.join(run_dir, file), encoded, self.before_write)
-        storage.write_bytes(storage.join(run_dir, page), html, self.before_write)
+        if html:
+            storage.write_bytes(storage.join(run_dir, page), html, self.before_write)
+
+    def _rendered(self, content: ReportContent, *, fetch: bool) -> bytes:
+        """The page; empty if drawing it fails, which must not fail the run."""
+        try:
+            return render(content, self._thumbnails_of(content, fetch=fetch)).encode(errors="backslashreplace")
+        except Exception as error:
+            log.error("%s is not updated, because it cannot be drawn:", PAGE, exc_info=error)
+            return b""
 
     def _build(self, state: RunState) -> ReportContent:
         for step, evaluation in state.evaluations.items():
@@ -307,13 +320,13 @@ class ReportWriter(Callback):
         index = self._data.parts["val"]
         errors = content.evaluation.worst_errors if content.evaluation else []
         wanted = [each.sample for each in errors if each.sample < len(index) and index.uri(each.sample) == each.uri]
-        if fetch and not self._shown.keys() >= set(wanted):
+        if fetch and any(self._shown.get(sample) is None for sample in wanted):
             if self._thumbnails is None:
                 self._thumbnails = Thumbnails(self._data, "val")
             self._shown = self._thumbnails.jpegs(wanted)
         return {sample: self._shown.get(sample) for sample in wanted}
 
-    def _stop_thread(self) -> None:
-        if self._thread is not None:
-            self._thread.stop()
-            self._thread = None
+    def _stop_thread(self, timeout: float = STOP_SECONDS) -> bool:
+        """Stop the thread; returns False if it is still writing after ``timeout`` seconds."""
+        thread, self._thread = self._thread, None
+        return thread is None or thread.stop(timeout)
