@@ -12,6 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.precision.amp import _optimizer_handles_unscaling
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
@@ -20,6 +21,10 @@ from torch.optim import Optimizer
 
 StepHook = Callable[[pl.Trainer], None]
 RestoreContext = Callable[[str, str, dict[str, Any]], AbstractContextManager[None]]
+HOOKS_OF_STEPS = (
+    *("on_train_batch_start", "on_before_zero_grad", "on_before_backward", "on_after_backward"),
+    *("on_before_optimizer_step", "on_train_batch_end", "on_validation_batch_start", "on_validation_batch_end"),
+)
 RESTORE_STEPS = ("restore_model", "restore_datamodule", "restore_callbacks", "restore_training_state")
 
 
@@ -95,7 +100,7 @@ def epochs_processed(trainer: pl.Trainer) -> int:
 
 def logs_are_due(trainer: pl.Trainer) -> bool:
     """Whether Lightning will write this step's values: a value that it would drop need not be reduced over ranks."""
-    return bool(trainer._logger_connector.should_update_logs)
+    return trainer._logger_connector.should_update_logs
 
 
 def log_last_steps(trainer: pl.Trainer) -> None:
@@ -119,6 +124,18 @@ class LoggerConnector(_LoggerConnector):
         loop, interval = trainer.fit_loop.epoch_loop, trainer.log_every_n_steps
         is_last = loop.batch_progress.is_last_batch or trainer.should_stop
         return bool(interval > 0 and (is_last or (loop._batches_that_stepped + 1) % interval == 0))
+
+
+def skip_empty_hooks(trainer: pl.Trainer) -> None:
+    """Do not call the hooks of a step that a callback does not define.
+
+    Lightning calls each within a profiler's context, which takes 2 µs: of 18 callbacks 0.2 ms per step. It passes over
+    an attribute that is not callable (trainer/call.py, ``_call_callback_hooks``).
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for hook in HOOKS_OF_STEPS:
+            if getattr(getattr(callback, hook), "__func__", None) is getattr(Callback, hook):
+                setattr(callback, hook, None)
 
 
 def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:

@@ -21,7 +21,7 @@ from job.config.run_config import SavedConfig
 from job.config.trainer_options import cluster_environment, listed
 from job.errors import ConfigError
 from job.features.callback import FeatureCache, FeatureSettings
-from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers, log_last_steps
+from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers, log_last_steps, skip_empty_hooks
 from job.model.sync_batchnorm import require_synchronisable
 from job.monitoring.callbacks import monitoring_callbacks
 from job.monitoring.event_folders import events_uri
@@ -108,6 +108,7 @@ def training_trainer(
     disable_signal_handlers(trainer)
     add_step_hooks(trainer, step_hooks)
     log_last_steps(trainer)
+    skip_empty_hooks(trainer)
     check_restored(trainer)
     return trainer
 

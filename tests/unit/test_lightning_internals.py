@@ -6,7 +6,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import pytorch_lightning as pl
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+from pytorch_lightning.profilers import SimpleProfiler
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 
@@ -206,3 +207,22 @@ def test_logs_are_due_as_lightnings_are_and_at_the_last_step(interval: int, accu
     assert len(due.steps) == 8
     for batch, is_due, lightnings in due.steps:
         assert is_due == (lightnings or (interval > 0 and batch == 3))
+
+
+def test_only_the_hooks_that_a_callback_defines_are_called(tmp_path: Path) -> None:
+    class Profiler(SimpleProfiler):
+        calls: ClassVar[list[str]] = []
+
+        def start(self, action_name: str) -> None:
+            self.calls.append(action_name)
+            super().start(action_name)
+
+    recorder = Recorder()
+    trainer = trainer_of(tmp_path, Callback(), recorder, max_epochs=1, profiler=Profiler())
+    internals.skip_empty_hooks(trainer)
+    trainer.fit(BoringModel())
+    assert recorder.events == [*(("batch end", number) for number in range(1, 5)), ("validated",)]
+    of_steps = {name for name in Profiler.calls if "[Callback]" in name and name.endswith(internals.HOOKS_OF_STEPS)}
+    assert len(of_steps) == 1
+    assert of_steps.pop().endswith("Recorder.on_train_batch_end")
+    assert [name for name in Profiler.calls if name.endswith("[Callback]Callback.on_train_start")]
