@@ -17,12 +17,12 @@ def layout() -> dict[str, dict[str, list[Any]]]:
         },
         "Training": {
             "learning rate": _lines("lr(/|-)"),
-            "gradient norm": _lines("train/gradient_norm"),
+            "gradient norm": _lines("train/grad_norm"),
             "images per second": _lines("train/images_per_second$"),
         },
         "Machine": {
-            "use": _lines("system/"),
-            "time": _lines("time/"),
+            "use of the machine": _lines("system/"),
+            "share of the time": _lines("wall_time/"),
         },
     }
 

@@ -349,6 +349,19 @@ def test_the_layout_shows_training_and_validation_in_one_chart(tmp_path: Path) -
     assert found["accuracy per class"] == {"val/accuracy_of/cat"}
 
 
+def test_every_chart_of_the_layout_has_scalars_of_a_fit(tmp_path: Path) -> None:
+    run_dir = fit_here(tmp_path, trainer__max_epochs=1)
+    reader = Reader(run_dir / "tensorboard")
+    plugin = CustomScalarsPlugin(reader.context)
+    charts_of_fit = [c for each in json.loads(plugin.layout_impl(CONTEXT, ""))["category"] for c in each["chart"]]
+    empty = {
+        chart["title"]
+        for chart in charts_of_fit
+        if not any(plugin.scalars_impl(CONTEXT, ".", tag, "")["tag_to_events"] for tag in chart["multiline"]["tag"])
+    }
+    assert empty <= {"use of the machine"}, "the machine is sampled once per second at most"
+
+
 def test_draws_the_first_and_the_last_validation_and_few_between(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for step in range(1, 8):
