@@ -1,7 +1,7 @@
 # make demo       the main job, on this machine    make test       the tests: no long ones, no image, no TPU path
 # make lint       style and types                  make unit       the quick tests
 # make container  the image, built and run         make xla        the tests of the TPU path, on XLA's CPU device
-# make test-all   all tests                        make golden     generated files: manifests, lists of options
+# make test-all   all tests                        make golden     generated files: manifests, options, schema
 # make processes  all but the image and TPU path
 # make benchmark-checkpoint, benchmark-data, benchmark-train   what each costs, against others
 # make benchmark-startup   CPU seconds that each command takes to start
@@ -47,6 +47,7 @@ container: $(VENV)/installed
 golden: $(VENV)/installed
 	$(VENV)/bin/python tests/k8s/manifests.py
 	$(VENV)/bin/python tests/cli/options.py
+	$(VENV)/bin/python tests/cli/report_schema.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -23,7 +23,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ProgressBar
+from pytorch_lightning.callbacks import Callback, ProgressBar
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -112,7 +112,7 @@ class Switch(Callback):
         self.event_bytes: list[int] = []
         self._step: tuple[float, bool, bool] | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put a switch before each hook of monitoring."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if _is_monitoring(callback):
@@ -126,6 +126,8 @@ class Switch(Callback):
         metrics: Any = pl_module.metrics
         for name in ("update", "compute", "reset", "choose_thresholds"):
             setattr(metrics, name, self._switched(getattr(metrics, name), METRICS, name))
+        module: Any = pl_module
+        module._log_training_metrics = self._switched(module._log_training_metrics, METRICS, "log")
         loop: Any = trainer.fit_loop.epoch_loop
         hooks = [
             self._switched(hook, type(hook.__self__).__name__, "between_steps")
@@ -137,8 +139,11 @@ class Switch(Callback):
         loop.val_loop.run = functools.partial(self._validate, loop.val_loop.run, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The first step of an epoch fills the loader."""
+        """Put a switch before the training metrics, and leave out the first step, which fills the loader."""
         self._step = None
+        if trainer.current_epoch == 0:
+            metrics: Any = pl_module.training_metrics
+            metrics.add = self._switched(metrics.add, METRICS, "add")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the size of the event files."""
@@ -195,8 +200,7 @@ class Switch(Callback):
 
 
 def _is_monitoring(value: object) -> bool:
-    ours = type(value).__module__.startswith("job.monitoring")
-    return ours or isinstance(value, (LearningRateMonitor, ProgressBar))
+    return type(value).__module__.startswith("job.monitoring") or isinstance(value, ProgressBar)
 
 
 def images(folder: Path, classes: int, each: int) -> Path:
@@ -245,7 +249,7 @@ def validation_row(table: Table, name: str, switch: Switch) -> None:
     off, on = (statistics.median(switch.validations[is_on]) for is_on in (False, True))
     count = len(switch.validations[True])
     metrics, callbacks = (
-        sum(seconds for (owner, _), seconds in switch.inside.items() if (owner == METRICS) == of_metrics) / count
+        sum(seconds for (owner, hook), seconds in switch.inside.items() if (owner == METRICS) == of_metrics) / count
         for of_metrics in (True, False)
     )
     cells = (f"{1000 * off:.0f}", f"{1000 * on:.0f}", f"{on / off - 1:+.1%}")

@@ -17,12 +17,6 @@ def connect_default_store() -> Any:
     return dist.distributed_c10d._get_default_store().clone()
 
 
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has AMX or AVX512-BF16; torch 2.9, the oldest supported, has no public ``get_capabilities``."""
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in checks)  # absent in builds for other processors
-
-
 def flag_not_finite(tensors: list[Tensor], flag: Tensor, scale: Tensor) -> None:
     """Set ``flag`` to 1 if a tensor holds NaN or infinity; with a ``scale`` of 1 the tensors stay as they are.
 

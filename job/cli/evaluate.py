@@ -66,11 +66,16 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
 def _with_saved_config(args: list[str]) -> Iterator[list[str]]:
     """Prepend the configuration saved in run_dir to the arguments, unless the user names one."""
     canonical = canonical_arguments(args, options=("run_dir", "config", "help-all"), positional=("run_dir",))
-    named = option_value(canonical, "config") is not None or "--help-all" in canonical
-    if named or CONFIG_VARIABLE in os.environ:
+    run_dir = option_value(canonical, "run_dir") or os.environ.get(f"{ENV_PREFIX}_RUN_DIR")
+    config, variable = option_value(canonical, "config"), os.environ.get(CONFIG_VARIABLE)
+    if "--help-all" in canonical:
         yield args
         return
-    run_dir = option_value(canonical, "run_dir") or os.environ.get(f"{ENV_PREFIX}_RUN_DIR")
+    if config is not None or variable is not None:
+        source = f"--config {config}" if config is not None else f"{CONFIG_VARIABLE}={variable}"
+        log.info("%s is used, not the configuration saved in run_dir", source)
+        yield args
+        return
     saved = None if run_dir is None else read_saved_config(run_dir)
     if saved is None:
         yield args

@@ -26,6 +26,7 @@ from job.model.module import TransferLearningModel
 from job.monitoring.settings import MonitoringSettings
 from job.resilience.watchdog import WatchdogSettings
 from job.train.fit import FitSettings
+from job.train.loggers import require_installed
 from job.train.lr_finder import LRFinder
 
 
@@ -166,6 +167,9 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Create the data module, and check the options of model and Trainer, which the command builds."""
+        if self.verb != "fit":
+            self.config["trainer"]["logger"] = None
+        require_installed(self.config["trainer"]["logger"])
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule: ImageDataModule = self.config_init["data"]
         self.model_config = ModelConfig(**dict(self.config_init["model"]))

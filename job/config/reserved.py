@@ -5,7 +5,6 @@ from __future__ import annotations
 from job.errors import ConfigError
 
 RESERVED = {
-    "logger",
     "default_root_dir",
     "use_distributed_sampler",
     "num_sanity_val_steps",

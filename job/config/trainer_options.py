@@ -12,6 +12,7 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning import callbacks as library
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 
 from job.argparse_internals import actions
@@ -22,6 +23,9 @@ from job.lightning_internals import starts_processes
 
 Accelerator = Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "32", "bf16", "16", "64", 32, 16, 64]
+
+LoggerName = Literal["csv", "wandb", "mlflow"]
+"""Short names of loggers, with settings of their own."""
 
 _DDP = ("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 _SUPPORTED_CALLBACKS = (
@@ -87,6 +91,12 @@ def add_trainer_arguments(parser: LightningArgumentParser) -> None:
             "Validate after this many batches, this fraction of an epoch, or a time as DD:HH:MM:SS. Default: 1.0.",
         ),
     }
+    restricted["logger"] = (
+        LoggerName | Logger | list[LoggerName | Logger] | None,
+        None,
+        "Loggers beside that of TensorBoard: csv, wandb (offline), mlflow, a class of pytorch_lightning.loggers with "
+        "arguments, or a list of them. Only fit uses them. Default: none.",
+    )
     restricted["gradient_clip_val"] = (int | float | None, None, "Clip gradients to this norm or value. Default: none.")
     for part in ("train", "val", "test"):
         restricted[f"limit_{part}_batches"] = (

@@ -15,10 +15,11 @@ from torch import nn
 from job.errors import ConfigError, JobError, WeightsError
 from job.model.skeleton import WithoutMemory
 from job.model.weights import PretrainedWeights, load_weights
+from job.process.log_format import can_redraw
 
 TIMM = "timm/"
 CONVERTS_IMAGES = ("googlenet", "inception_v3")
-"""Architectures of torchvision whose forward, with pretrained weights, converts ImageNet's normalisation to theirs."""
+"""Architectures of torchvision that, with pretrained weights, convert ImageNet's normalisation to the weights' own."""
 
 
 def build_backbone(name: str, weights: str | PretrainedWeights = "none", image_size: int | None = None) -> nn.Module:
@@ -127,7 +128,9 @@ def _torchvision(name: str, pretrained: bool, image_size: int | None) -> nn.Modu
         options["image_size"] = image_size
     try:
         with _download(name, pretrained):
-            model: nn.Module = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+            model: nn.Module = torchvision.models.get_model(
+                name, weights="DEFAULT" if pretrained else None, progress=can_redraw(), **options
+            )
     except AssertionError as error:
         raise _unsuitable_size(image_size, error) from error
     return model

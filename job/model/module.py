@@ -294,11 +294,11 @@ class TransferLearningModel(pl.LightningModule):
             self._log_training_metrics()
 
     def _log_training_metrics(self) -> None:
-        """Log ``train/…``: metrics since the last log and, after the last batch, of the epoch."""
-        values = self.training_metrics.since_last(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        values.pop("loss", None)  # train/loss is that of the step
-        if self.trainer.is_last_batch:
-            values |= self.training_metrics.of_epoch()
+        """Log ``train/…``, over the epoch so far; ``train/loss`` is that of the step."""
+        values = self.training_metrics.compute(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        loss = values.pop("loss", None)
+        if self.trainer.is_last_batch and loss is not None:
+            values["loss_epoch"] = loss
         self.log_dict({f"train/{name}": value for name, value in values.items()})
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -17,10 +17,11 @@ LOGITS_AT_ONCE = 1 << 20
 
 
 class TrainingMetrics:
-    """Mean loss since the last log, and over an epoch.
+    """Mean loss over the steps of an epoch so far.
 
     Sums stay on the device of the logits, and are fetched when logs are due. Samples that cannot be read do not count,
-    nor do those whose loss is not finite: their step is skipped, or ends the run.
+    nor do those whose loss is not finite: their step is skipped, or ends the run. After a resume within an epoch the
+    rest of it counts alone.
     """
 
     def __init__(self) -> None:
@@ -42,25 +43,18 @@ class TrainingMetrics:
         if len(self._pending) >= most or self._logits >= LOGITS_AT_ONCE:
             self._process()
 
-    def since_last(self, add_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Metrics of the steps since the last call, by name; a collective operation.
+    def compute(self, add_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Metrics of the epoch so far, by name; a collective operation.
 
         Args:
             add_ranks: returns the sum of a tensor over all ranks.
         """
         self._process()
-        if self._sums is None:
-            return {}
-        sums = add_ranks(self._sums).tolist()
-        self._sums = None
-        self._epoch = [one + other for one, other in zip(self._epoch or [0.0] * len(sums), sums, strict=True)]
-        return self._values(sums)
-
-    def of_epoch(self) -> dict[str, float]:
-        """Metrics of all steps of the epoch up to the last call of :meth:`since_last`; the next epoch begins here."""
-        values = self._values(self._epoch) if self._epoch else {}
-        self.start_epoch()
-        return {f"{name}_epoch": value for name, value in values.items()}
+        if self._sums is not None:
+            sums = add_ranks(self._sums).tolist()
+            self._epoch = [one + other for one, other in zip(self._epoch or [0.0] * len(sums), sums, strict=True)]
+            self._sums = None
+        return self._values(self._epoch) if self._epoch else {}
 
     def _process(self) -> None:
         if not self._pending:

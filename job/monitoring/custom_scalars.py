@@ -9,20 +9,20 @@ def layout() -> dict[str, dict[str, list[Any]]]:
     """Charts by category, for ``add_custom_scalars``; a tag is a regular expression that matches from the beginning."""
     return {
         "Quality": {
-            "loss": _lines("(train|val)/loss$"),
+            "loss": _lines("(train|val)/loss(_epoch)?$"),
             "accuracy": _lines("(train|val)/(accuracy|top5_accuracy|mAP)$"),
-            "F1 and AUROC": _lines("val/(f1|macro_f1|micro_f1|auroc)$"),
+            "F1 and AUROC": _lines("(train|val)/(f1|macro_f1|micro_f1|auroc)$"),
             "calibration error": _lines("val/ece$"),
             "accuracy per class": _lines("val/(accuracy|average_precision)_of/"),
         },
         "Training": {
-            "learning rate": _lines("lr(/|-)"),
+            "learning rate": _lines("lr/"),
             "gradient norm": _lines("train/grad_norm"),
             "images per second": _lines("train/images_per_second$"),
         },
         "Machine": {
-            "use of the machine": _lines("system/"),
-            "share of the time": _lines("wall_time/"),
+            "use": _lines("system/"),
+            "wall time": _lines("wall_time/"),
         },
     }
 

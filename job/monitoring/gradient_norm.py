@@ -38,7 +38,10 @@ class GradientNorm(Callback):
         for name, group in training_groups(trainer):
             mine = gradients.setdefault(name, [])
             mine += [parameter.grad for parameter in group["params"] if parameter.grad is not None]
-        norms = {name: get_total_norm(mine) / gradient_scale(trainer, optimizer) for name, mine in gradients.items()}
-        pl_module.log("train/grad_norm", torch.stack([norm.float() for norm in norms.values()]).norm())
+        scale = gradient_scale(trainer, optimizer)
+        norms = {name: get_total_norm(mine).float() / scale for name, mine in gradients.items() if mine}
+        if not norms:
+            return
+        pl_module.log("train/grad_norm", torch.stack(list(norms.values())).norm())
         if self.groups == "per_group":
             pl_module.log_dict({f"train/grad_norm/{name}": norm for name, norm in norms.items()})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -28,20 +30,19 @@ Value = bool | int | float | str
 def plain_values(values: Mapping[str, Any]) -> dict[str, Value]:
     """Values as the tab takes them: flags, finite numbers and short text; others are left out.
 
-    A class of a configuration becomes text, such as ``AdamW(weight_decay=0.05)``.
+    A class of a configuration becomes text, such as ``AdamW(weight_decay=0.05)``, without arguments that have their
+    default.
     """
     plain = {name: _plain(value) for name, value in list(values.items())[:MOST_VALUES]}
     return {name: value for name, value in plain.items() if value is not None}
 
 
-def session_start(values: Mapping[str, Value], run: str) -> Summary:
-    """Record of a run's hyperparameters.
+def session_start(values: Mapping[str, Value]) -> Summary:
+    """Record of a run's hyperparameters, as of :func:`plain_values`.
 
-    Args:
-        values: hyperparameters, as of :func:`plain_values`.
-        run: identity of the run, which is one row of the table however often it is resumed.
+    Without an identity of its own the row has the name of the run, and is one however often the run is resumed.
     """
-    return summary_v2.hparams_pb(dict(values), trial_id=run)
+    return summary_v2.hparams_pb(dict(values), trial_id="")
 
 
 def session_end() -> Summary:
@@ -69,9 +70,26 @@ def _plain(value: Any) -> Value | None:
 
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
-        class_path, arguments = value.get("class_path"), value.get("init_args") or {}
-        given = ", ".join(f"{name}={_text(each)}" for name, each in arguments.items() if each is not None)
-        return f"{str(class_path).rpartition('.')[2]}({given})" if class_path else str(dict(value))
+        if not isinstance(class_path := value.get("class_path"), str):
+            return str(dict(value))
+        arguments, defaults = value.get("init_args") or {}, _defaults(class_path)
+        given = [f"{name}={_text(each)}" for name, each in arguments.items() if _listed(each) != defaults.get(name)]
+        return f"{class_path.rpartition('.')[2]}({', '.join(given)})"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_text, value))}]"
     return str(value)
+
+
+def _defaults(class_path: str) -> dict[str, Any]:
+    """Default arguments of a class, as YAML has them; none of a class that is not imported."""
+    module, _, name = class_path.rpartition(".")
+    kind = getattr(sys.modules.get(module), name, None)
+    try:
+        parameters = inspect.signature(kind).parameters if callable(kind) else {}
+    except ValueError:  # a class written in C
+        return {}
+    return {name: _listed(each.default) for name, each in parameters.items()}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -64,6 +64,7 @@ class HyperparameterWriter(Callback):
         self.config = config
         self.monitor, self.mode = settings.metric, mode_of(settings.metric, settings.mode)
         self.logger = logger
+        self._has_started = False
         self._best: float | None = None
         self._logged: dict[str, float] = {}
 
@@ -71,6 +72,7 @@ class HyperparameterWriter(Callback):
         """Write the hyperparameters."""
         if not trainer.is_global_zero:
             return
+        self._has_started = True
         values = {
             **hyperparameters(self.config),
             "precision": str(trainer.precision),
@@ -93,7 +95,7 @@ class HyperparameterWriter(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the metrics of the best checkpoint, which may be another one than the best validation, and the end."""
-        if not trainer.is_global_zero:
+        if not self._has_started:  # a run that was found finished
             return
         if committed := checkpoint.ranked(checkpoint.manifests(trainer.default_root_dir)):
             self._log(trainer, committed[0].metrics)

@@ -13,10 +13,9 @@ from pytorch_lightning.callbacks import Callback
 from job.data.dataset import Batch
 from job.monitoring.accounting import Accounting
 from job.monitoring.history import ValidationRecord, thinned, until_step
+from job.monitoring.learning_rates import learning_rates
 
 PREFIXES = ("train/", "val/")
-PER_CLASS = "_of/"
-"""Part of the names of metrics of single classes."""
 
 
 class ValidationRecorder(Callback):
@@ -92,7 +91,7 @@ class ValidationRecorder(Callback):
             epoch=trainer.current_epoch + 1,
             global_step=trainer.global_step,
             metrics=_metrics(trainer),
-            lr=_learning_rates(trainer),
+            lr=learning_rates(trainer),
             images_per_second=self._images / self._seconds if trained else None,
             data_wait=min(max(waited / self._seconds, 0.0), 1.0) if trained else None,
             seconds=time.time() - self.accounting.attempts[0].began,
@@ -107,19 +106,13 @@ class ValidationRecorder(Callback):
 
 
 def _metrics(trainer: pl.Trainer) -> dict[str, float | None]:
+    """Metrics of training and validation, without those of single classes or parameter groups.
+
+    Within an epoch its means are left out: they are those of the epoch before.
+    """
     values = {
         name: float(value)
         for name, value in trainer.callback_metrics.items()
-        if name.startswith(PREFIXES) and PER_CLASS not in name
+        if name.startswith(PREFIXES) and name.count("/") == 1 and (trainer.is_last_batch or not name.endswith("_epoch"))
     }
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _learning_rates(trainer: pl.Trainer) -> dict[str, float]:
-    """Learning rate by parameter group, of those with a parameter that trains."""
-    rates: dict[str, float] = {}
-    for optimizer in trainer.optimizers:
-        for number, group in enumerate(optimizer.param_groups, 1):
-            if any(parameter.requires_grad for parameter in group["params"]):
-                rates[str(group.get("name") or f"group {number}")] = float(group["lr"])
-    return rates

@@ -15,7 +15,6 @@ from pytorch_lightning.callbacks import Callback
 
 from job import redact
 from job.data.datamodule import ImageDataModule, image_data
-from job.data.index.file import load_index_info
 from job.monitoring.report.writer import ReportWriter
 from job.monitoring.tensorboard import BucketTensorBoardLogger
 from job.process.terminal import escape
@@ -24,7 +23,7 @@ MOST_CHARACTERS = 20_000
 """Of a configuration."""
 MOST_CLASSES = 100
 MOST_NAMES = 20
-"""Bad samples and sources that are listed."""
+"""Bad samples, sources and kinds of files left out that are listed."""
 
 
 class RunText(Callback):
@@ -40,16 +39,18 @@ class RunText(Callback):
         self.config = config
         self.report = report
         self.logger = logger
+        self._has_started = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what the run starts from."""
         if trainer.is_global_zero:
+            self._has_started = True
             self.logger.add_text("run/configuration", configuration_text(self.config), trainer.global_step)
             self.logger.add_text("run/data", data_text(image_data(trainer)), trainer.global_step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write what came of it."""
-        if trainer.is_global_zero and self.report.content is not None:
+        """Write what came of it, unless the run was found finished."""
+        if self._has_started and self.report.content is not None:
             content = msgspec.to_builtins(self.report.content)
             self.logger.add_text("run/report", report_text(content), trainer.global_step)
 
@@ -71,12 +72,12 @@ def data_text(data: ImageDataModule) -> str:
         lines.append(_row([_code(name), *(f"{counts[part][number]:,}" for part in parts)]))
     if len(data.classes) > MOST_CLASSES:
         lines.append(_row([f"{len(data.classes) - MOST_CLASSES:,} more classes", *[""] * len(parts)]))
-    info = load_index_info(data.parts["train"].folder)
-    notes = [f"no {part}: {reason}" for part, reason in info.absent.items()]
-    notes += [f"left out: {kind.count:,} {kind.kind}" for kind in info.left_out]
-    notes += [f"from {redact.identity(source.uri)}" for source in info.sources[:MOST_NAMES]]
-    if len(info.sources) > MOST_NAMES:
-        notes.append(f"and {len(info.sources) - MOST_NAMES:,} more sources")
+    sources = data.parts["train"].sources
+    notes = [f"no {part}: {reason}" for part, reason in data.absent_parts.items()]
+    notes += [f"left out: {each.count:,} {each.kind}" for each in data.left_out[:MOST_NAMES]]
+    notes += [f"from {redact.identity(source.uri)}" for source in sources[:MOST_NAMES]]
+    if len(sources) > MOST_NAMES:
+        notes.append(f"and {len(sources) - MOST_NAMES:,} more sources")
     return "\n".join([*lines, "", *(f"- {_code(note)}" for note in notes)])
 
 

@@ -23,7 +23,7 @@ from pytorch_lightning.loggers.logger import Logger
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from tensorboard.plugins.text.summary_v2 import text_pb  # type: ignore[import-untyped]
 
-from job import redact, storage
+from job import storage
 from job.errors import JobError, LeaseError, StorageError, StorageOutage
 from job.monitoring.events import PREFIX, EventFiles, EventWriter, number_of, renumbered
 from job.monitoring.hparams_summary import plain_values, session_start
@@ -124,7 +124,7 @@ class BucketTensorBoardLogger(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Write the row of this run in the HPARAMS tab; TensorBoard keeps the first one that it reads."""
         plain = dict(vars(params) if isinstance(params, Namespace) else params)
-        self.add_summary(session_start(plain_values(plain), redact.identity(self.uri)), self.purge_step)
+        self.add_summary(session_start(plain_values(plain)), self.purge_step)
 
     @rank_zero_only
     def add_summary(self, summary: Summary, step: int) -> None:

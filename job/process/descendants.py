@@ -19,7 +19,7 @@ def stat_fields(pid: int) -> list[str] | None:
 
 
 def descendants(pid: int) -> list[int]:
-    """PIDs of the children of ``pid``, and of theirs; none on a system without proc(5)."""
+    """PIDs of all descendants of ``pid``; none on a system without proc(5)."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         if (fields := stat_fields(int(folder.name))) is not None:

@@ -21,6 +21,8 @@ VARIABLE = "JOB_LOG"
 CHOICES = ("text", "json", "auto")
 _CONTAINERS = ("KUBERNETES_SERVICE_HOST", "CLUSTER_SPEC", "CLOUD_ML_JOB_ID")
 """Variables that Kubernetes and Vertex AI set in every container."""
+ERASE_LINE = "\r\x1b[2K"
+"""Erases the line that the cursor is in (ECMA-48)."""
 MAX_CHARACTERS = 100_000
 """Length at which a text is cut; Cloud Logging refuses entries of more than 256 KiB."""
 
@@ -37,9 +39,12 @@ def log_format(environment: Mapping[str, str] = os.environ, *, is_terminal: bool
         return "json"
     if chosen == "text" or not any(name in environment for name in _CONTAINERS):
         return "text"
-    if is_terminal is None:
-        is_terminal = sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
-    return "text" if is_terminal else "json"
+    return "text" if (_is_terminal() if is_terminal is None else is_terminal) else "json"
+
+
+def can_redraw() -> bool:
+    """Whether stderr is a terminal whose lines can be erased."""
+    return _is_terminal() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
 def json_line(severity: str, message: str, *, time: float | None = None, **fields: Any) -> str:
@@ -62,8 +67,14 @@ def json_line(severity: str, message: str, *, time: float | None = None, **field
 
 
 def final_line(message: str, severity: str = "ERROR") -> str:
-    """The line by which a process says why it ends, in the format of the log."""
-    return json_line(severity, message) if log_format() == "json" else message
+    """The line by which a process says why it ends, in the format of the log; a bar that is drawn is erased."""
+    if log_format() == "json":
+        return json_line(severity, message)
+    return f"{ERASE_LINE}{message}" if can_redraw() else message
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 def _identity() -> dict[str, int]:

@@ -6,6 +6,7 @@ end a thread or the process, and the message by which a command says why it fail
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -58,8 +59,8 @@ _WARNINGS = (
 _VARIABLES = {
     # Python's resource tracker, another process, warns of semaphores of processes that were killed.
     "PYTHONWARNINGS": "ignore:resource_tracker:UserWarning",
-    # torch's profiler prints errors where there is no GPU, and marks of its own; 5 is above its highest level.
-    "KINETO_LOG_LEVEL": "5",
+    # torch's profiler prints errors where there is no GPU, and marks of its own; 99 is above its highest level.
+    "KINETO_LOG_LEVEL": "99",
 }
 """Environment variables by which libraries that do not use :mod:`logging` are silenced."""
 _SEVERITIES = ((logging.CRITICAL, "CRITICAL"), (logging.ERROR, "ERROR"), (logging.WARNING, "WARNING"))
@@ -126,7 +127,7 @@ def set_up(rank: int, *, is_rank: bool) -> None:
     """
     for name, value in _VARIABLES.items():
         os.environ.setdefault(name, value)
-    handler = StderrHandler()
+    handler = StderrHandler(erases_line=not is_rank or rank > 0)
     handler.addFilter(_is_shown)
     if log_format.log_format() == "json":
         handler.setFormatter(JSONFormatter({"rank": 0, "world_size": 1} if is_rank else {}))
@@ -166,14 +167,28 @@ def report(message: str, level: int = logging.ERROR, **fields: str) -> None:
         logger = logging.getLogger("job")
         logger.handle(logger.makeRecord("job", level, "", 0, message, (), None, extra={"fields": fields}))
     else:
+        if log_format.can_redraw():  # another process may have drawn a bar
+            sys.stderr.write(log_format.ERASE_LINE)
         say(message, file=sys.stderr)
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what ``sys.stderr`` is at the moment: while a progress bar is drawn, that puts text above it."""
+    """Writes to what ``sys.stderr`` is at the moment: while a progress bar is drawn, that puts text above it.
 
-    def __init__(self) -> None:
+    Args:
+        erases_line: erase the line of a terminal first, in which another process may have drawn a bar.
+    """
+
+    def __init__(self, *, erases_line: bool = False) -> None:
         logging.Handler.__init__(self)
+        self.erases_line = erases_line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        if self.erases_line and log_format.can_redraw():
+            with contextlib.suppress(OSError):
+                sys.stderr.write(log_format.ERASE_LINE)
+        super().emit(record)
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]

@@ -2,7 +2,7 @@
 
 A folder ``job-KIND-XXXXXXXX`` in ``TMPDIR`` holds a file that its process keeps locked. The kernel drops the lock of a
 killed process, so that :func:`delete_stale` of a later attempt deletes them, even from another container that shares
-``TMPDIR``. A folder that :func:`keep` has marked stays until a person deletes it.
+``TMPDIR``. A folder that :func:`keep` has marked stays until a person deletes it; the log of the next attempt names it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ OWNER = ".owner"
 
 KEPT = ".kept"
 """File in a folder that must not be deleted; its text says why."""
+
+LISTED = ".listed"
+"""File in a kept folder that the log of a later attempt has named."""
 
 _UNFINISHED = ".job-new-"
 _UNFINISHED_SECONDS = 3600.0
@@ -81,7 +84,7 @@ def remove_all() -> None:
 
 
 def delete_stale() -> None:
-    """Delete stale folders of killed processes, and list those that are kept."""
+    """Delete stale folders of killed processes, and list those that are kept, each once."""
     with contextlib.suppress(OSError):
         for path in sorted(Path(tempfile.gettempdir()).iterdir()):
             with contextlib.suppress(OSError):
@@ -101,7 +104,10 @@ def _delete_if_stale(path: Path) -> None:
     if not has_locks():
         return  # the owner may be alive
     if (path / KEPT).exists():
-        log.warning("%s is kept: %s Delete it when it is no longer needed.", path, (path / KEPT).read_text().strip())
+        if not (path / LISTED).exists():
+            reason = (path / KEPT).read_text().strip()
+            log.warning("%s is kept: %s Delete it when it is no longer needed: it is not named again.", path, reason)
+            create_file(path / LISTED)
         return
     descriptor = os.open(path / OWNER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:

@@ -16,6 +16,7 @@ import msgspec
 
 from job import storage
 from job.errors import EXIT_USER_ERROR, ConfigError, DataError, JobError, LeaseError, Preempted, RankLost, StorageError
+from job.process.periodic import call_within
 from job.process.signals import Stopped
 from job.storage.format_version import MALFORMED, format_version
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 FILE = "attempts.json"
 MAX_BYTES = 1 << 16
 FORMAT = 1
+WRITE_SECONDS = 15.0
+"""How long the end of a run waits for the bucket to take the count."""
 MAX_FAILED = 5
 """Consecutive attempts that may end by an error of their own."""
 MAX_LOST = 20
@@ -125,23 +128,31 @@ def counted(
     try:
         yield
     except (Preempted, Stopped):
-        _write(run_dir, before, before_write)
+        _write_at_end(run_dir, before, before_write)
         raise
     except RankLost:
         raise  # counted as lost already
     except Exception as error:
         if isinstance(error, JobError) and error.exit_code == EXIT_USER_ERROR:
-            _write(run_dir, before, before_write)
+            _write_at_end(run_dir, before, before_write)
         else:
             first_line = (str(error).strip().splitlines() or [""])[0][:500]
             failed = msgspec.structs.replace(
                 before, failed=before.failed + 1, last_error=f"{type(error).__name__}: {first_line}"
             )
-            _write(run_dir, failed, before_write)
+            _write_at_end(run_dir, failed, before_write)
         raise
     with contextlib.suppress(StorageError, LeaseError):
         before_write()
         storage.remove(storage.join(run_dir, FILE))
+
+
+def _write_at_end(run_dir: str, attempts: Attempts, before_write: Callable[[], None]) -> None:
+    """Write the count, unless an outage of the bucket would delay the end of the process."""
+    try:
+        call_within(WRITE_SECONDS, lambda: _write(run_dir, attempts, before_write), f"writing {FILE}")
+    except TimeoutError as error:
+        log.info("the count of attempts without a new checkpoint is not updated: %s", error)
 
 
 def _write(run_dir: str, attempts: Attempts, before_write: Callable[[], None]) -> None:

@@ -158,9 +158,10 @@ class Lease:
         """Let the next job start at once."""
         if self._renewal is None:
             return
-        self._renewal.stop(RELEASE_SECONDS)
-        self._renewal = None
+        renewal, self._renewal = self._renewal, None
         try:
+            if not renewal.stop(RELEASE_SECONDS):
+                raise TimeoutError(f"its renewal has not been answered for {RELEASE_SECONDS:.0f} s")
             call_within(RELEASE_SECONDS, self._remove, "lease-release")
         except (JobError, TimeoutError) as error:
             log.warning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +16,8 @@ from job.cluster import ranks
 from job.errors import ConfigError, first_line
 from job.model.freeze import Stage
 from job.model.module import TransferLearningModel
+
+log = logging.getLogger(__name__)
 
 MARGIN = 0.1
 """Share of the memory that is left free."""
@@ -52,6 +55,8 @@ class BatchSizeFinder(Callback):
         module = cast("TransferLearningModel", pl_module)
         if module.device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
             return
+        if trainer.is_global_zero:
+            log.info("measuring the memory that a batch needs")
         stage, buffers = module.stage, {name: buffer.clone() for name, buffer in module.net.named_buffers()}
         module.enter_stage(Stage.ALL)
         _run(trainer, module, FIRST_SIZE)  # what is allocated once

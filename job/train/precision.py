@@ -7,7 +7,7 @@ import logging
 import torch
 
 from job.cluster import ranks
-from job.torch_internals import cpu_multiplies_bf16
+from job.process.cpus import multiplies_bf16
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def _multiplies_bf16(accelerator: str) -> bool:
         return torch.cuda.get_device_capability(ranks.local_rank()) >= (8, 0)
     if accelerator not in ("auto", "cpu") or (accelerator == "auto" and torch.backends.mps.is_available()):
         return False
-    return cpu_multiplies_bf16()
+    return multiplies_bf16()
 
 
 def uses_cuda(accelerator: str) -> bool:

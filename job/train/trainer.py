@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ProgressBar
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
 from job.checkpoint.callback import Checkpointer
@@ -22,30 +23,19 @@ from job.errors import ConfigError
 from job.features.callback import FeatureCache, FeatureSettings
 from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers, log_last_steps
 from job.model.sync_batchnorm import require_synchronisable
-from job.monitoring.accounting import Accounting
-from job.monitoring.advisor import Advisor
+from job.monitoring.callbacks import monitoring_callbacks
 from job.monitoring.event_folders import events_uri
-from job.monitoring.gradient_norm import GradientNorm
-from job.monitoring.hyperparameters import HyperparameterWriter
-from job.monitoring.learning_rates import LearningRates
-from job.monitoring.pictures import Pictures
 from job.monitoring.profile import Profile
 from job.monitoring.progress import LogPosition, TrainerProgress, TuningProgress
-from job.monitoring.projector import Projector
-from job.monitoring.recorder import ValidationRecorder
-from job.monitoring.report.files import EarlierReport
-from job.monitoring.report.writer import ReportWriter
-from job.monitoring.run_text import RunText
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.system import SystemMonitor
 from job.monitoring.tensorboard import BucketTensorBoardLogger
-from job.monitoring.vertex import VertexMetricReporter
 from job.resilience.lease import Lease
 from job.resilience.lease_check import LeaseCheck
 from job.resilience.preemption import Preemption
 from job.resilience.watchdog import Watchdog
 from job.train.batch_size_finder import BatchSizeFinder
 from job.train.early_stopping import make_early_stopping
+from job.train.loggers import additional_loggers
 from job.train.lr_finder import LRFinder
 from job.train.precision import announce, automatic_precision, uses_cuda
 
@@ -83,37 +73,23 @@ def training_trainer(
         watchdog: ends this process if it hangs.
         preemption: says whether this process is to stop.
         lease: the right to write to run_dir.
-        logger: of the metrics.
+        logger: of TensorBoard, the first of the loggers.
     """
     checkpointer = Checkpointer(checkpoint, run_dir, io, preemption)
     cache = FeatureCache(features, preemption, watchdog, lease)
-    accounting = Accounting(checkpointer, cache, lease.require_held)
-    earlier = EarlierReport(run_dir)
-    recorder = ValidationRecorder(accounting, earlier.history)
-    advisor = Advisor(lambda: recorder.records)
-    report = ReportWriter(
-        accounting,
-        recorder,
-        earlier,
-        settings=monitoring,
+    measured = monitoring_callbacks(
+        monitoring,
+        run_dir,
         config=config,
-        advice=lambda: advisor.advice,
-        before_write=lease.require_held,
+        checkpoint=checkpoint,
+        checkpointer=checkpointer,
+        features=cache,
+        lease=lease,
+        logger=logger,
     )
     callbacks: list[Callback] = [
         SavedConfig(config, lease.require_held),
-        LearningRates(),
-        GradientNorm(monitoring.gradient_norm),
-        accounting,
-        recorder,
-        advisor,
-        SystemMonitor(),
-        HyperparameterWriter(config, checkpoint, logger),
-        report,
-        RunText(config, report, logger),
-        Pictures(monitoring, logger),
-        Projector(monitoring, logger),
-        VertexMetricReporter(checkpoint.metric),
+        *measured.callbacks,
         watchdog,
         LeaseCheck(lease),
         checkpointer,
@@ -122,12 +98,13 @@ def training_trainer(
         callbacks.append(make_early_stopping(early_stopping, checkpoint))
     if not xla.is_wanted(str(settings.get("accelerator"))):  # its batches lie in shares on the chips
         callbacks.append(cache)
-    step_hooks: list[StepHook] = [accounting.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps]
+    step_hooks: list[StepHook] = [measured.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps]
     if profile:
         profiler = Profile(checkpointer, lease.require_held)
         callbacks.append(profiler)
         step_hooks.insert(0, profiler.between_steps)
-    trainer = _trainer(settings, callbacks, [io], logger, run_dir)
+    loggers = [logger, *additional_loggers(settings.get("logger"), run_dir)]
+    trainer = _trainer(settings, callbacks, [io], loggers, run_dir)
     disable_signal_handlers(trainer)
     add_step_hooks(trainer, step_hooks)
     log_last_steps(trainer)
@@ -137,7 +114,7 @@ def training_trainer(
 
 def evaluating_trainer(settings: dict[str, Any], run_dir: str) -> pl.Trainer:
     """A Trainer that validates or tests a checkpoint, and writes nothing."""
-    trainer = _trainer(settings, [], [BackgroundCheckpointIO()], None, run_dir)
+    trainer = _trainer(settings, [], [BackgroundCheckpointIO()], [], run_dir)
     check_restored(trainer)
     return trainer
 
@@ -151,14 +128,14 @@ def tuning_trainer(settings: dict[str, Any], run_dir: str, rates: LRFinder, batc
     if xla.is_wanted(str(settings.get("accelerator"))):
         raise ConfigError("tune does not work on XLA, which would compile every step: use a CPU or a GPU.")
     fixed = {"max_epochs": -1, "max_steps": rates.steps, "limit_val_batches": 0, "enable_checkpointing": False}
-    return _trainer({**settings, **fixed}, [batches, rates], [], None, run_dir, TuningProgress())
+    return _trainer({**settings, **fixed}, [batches, rates], [], [], run_dir, TuningProgress())
 
 
 def _trainer(
     settings: dict[str, Any],
     callbacks: list[Callback],
     plugins: list[Any],
-    logger: BucketTensorBoardLogger | None,
+    loggers: list[Logger],
     run_dir: str,
     progress: TrainerProgress | None = None,
 ) -> pl.Trainer:
@@ -176,7 +153,7 @@ def _trainer(
     trainer = pl.Trainer(
         **{
             **settings,
-            "logger": logger or False,
+            "logger": loggers,
             "default_root_dir": run_dir,
             "plugins": plugins,
             # The data module itself gives each rank its share of every global batch.

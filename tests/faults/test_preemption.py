@@ -21,7 +21,7 @@ def assert_nothing_lost(run_dir: str, uninterrupted: str, starts: int) -> None:
     assert_same_weights(run_dir, uninterrupted)
     one, other = scalars(uninterrupted), scalars(run_dir)
     assert [step for step, _ in other["train/loss"]] == STEPS
-    for tag in ("train/loss", "val/loss", "val/accuracy", "lr-Adam/pg1"):
+    for tag in ("train/loss", "val/loss", "val/accuracy", "train/accuracy", "train/grad_norm", "lr/head"):
         assert other[tag] == one[tag], tag
     records = accounting.read(run_dir)
     assert len(records) == starts

@@ -43,7 +43,7 @@ def fitted(gcs: str, gcs_colours: str) -> str:
 def test_every_logged_step_is_in_the_bucket(fitted: str) -> None:
     curves = scalars(fitted)
     assert [step for step, _ in curves["train/loss"]] == STEPS
-    assert [step for step, _ in curves["lr-Adam/pg1"]] == STEPS
+    assert [step for step, _ in curves["lr/head"]] == STEPS
     assert [step for step, _ in curves["val/accuracy"]] == STEPS[3::4]
     assert {"val/loss", "val/f1", "val/auroc", "val/accuracy_of/blue", "wall_time/goodput"} <= curves.keys()
 
@@ -244,7 +244,7 @@ def test_other_data_sets_and_optimizers_by_configuration(tmp_path: Path, colours
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["epochs"] == 2  # stopped: no improvement by 100
     assert report["classes"] == ["blue", "green", "red"]
-    rates = [value for _, value in scalars(str(tmp_path / "run"))["lr-SGD/pg1"]]
+    rates = [value for _, value in scalars(str(tmp_path / "run"))["lr/head"]]
     assert rates[0] == pytest.approx(0.05)
     assert all(later < earlier for earlier, later in itertools.pairwise(rates))
 

@@ -23,15 +23,23 @@ def test_one_two_and_four_processes_give_the_same_losses(colours: Path, tmp_path
         "data.global_batch_size": 12,  # 32 samples: the last batch is filled up, differently on the ranks
         "trainer.max_epochs": 8,
     }
-    losses = {}
+    losses, others = {}, {}
+    tags = ("train/loss_epoch", "train/accuracy", "train/grad_norm")
     for processes in (1, 2, 4):
         run_dir = str(tmp_path / str(processes))
         run_well("fit", *options(settings, data__root=colours, run_dir=run_dir), processes=processes)
         curves = scalars(run_dir)
         losses[processes] = [value for _, value in curves["train/loss"]] + [value for _, value in curves["val/loss"]]
+        others[processes] = {tag: curves[tag] for tag in tags}
     assert len(losses[1]) == 8 * 3 + 8
     assert losses[2] == pytest.approx(losses[1], rel=1e-4)
     assert losses[4] == pytest.approx(losses[1], rel=1e-4)
+    for tag, points in others[1].items():
+        assert len(points) == (8 if tag == "train/loss_epoch" else 8 * 3)
+        for processes in (2, 4):
+            assert [step for step, _ in others[processes][tag]] == [step for step, _ in points]
+            values = [value for _, value in others[processes][tag]]
+            assert values == pytest.approx([value for _, value in points], rel=1e-3)
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -44,7 +52,8 @@ def test_a_resume_at_an_epochs_end_is_bit_equal(epochs: int, colours: Path, tmp_
     run_well("fit", *settings, "--run_dir", parts, processes=2)
     assert_same_weights(whole, parts)
     one, other = scalars(whole), scalars(parts)
-    for tag in ("train/loss", "val/loss", "lr-Adam/pg1", "lr-Adam/pg3"):
+    trained = ("train/loss", "train/loss_epoch", "train/accuracy", "train/grad_norm")
+    for tag in (*trained, "val/loss", "lr/head", "lr/backbone/first"):
         assert other[tag] == one[tag]
 
 
@@ -95,6 +104,7 @@ def test_a_recipe_with_all_options_learns_and_resumes_bit_for_bit(colours: Path,
     # The metrics are those of the averaged weights, not of the last step's.
     assert repeated == pytest.approx(curves["val/loss"][-1][1], rel=1e-5)
     assert checkpoint.load(checkpoint.resolve(f"{whole}/checkpoints/last"))["training_weights"]
-    rates = [value for _, value in curves["lr-AdamW/pg1"]]
+    rates = [value for _, value in curves["lr/head"]]
     assert rates.index(max(rates)) == 4
-    assert len([tag for tag in curves if tag.startswith("lr-AdamW/pg") and tag[-1].isdigit()]) == 2 * (1 + 8)
+    bands = ["first", *map(str, range(2, 8)), "last"]
+    assert {tag for tag in curves if tag.startswith("lr/")} == {"lr/head", *(f"lr/backbone/{band}" for band in bands)}

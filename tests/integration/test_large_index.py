@@ -48,12 +48,12 @@ START = """
 index = Index(folder, "train")
 sampler = ResumableBatchSampler(len(index), 1024, rank=3, world_size=8, seed=0, shuffle=True)
 batch = ImageDataset(index, sampler, Preprocessing(8))[sampler.batch(0, 5)]
-told = {"samples": len(index), "seconds": time.monotonic() - began, "own": memory("Anonymous") - before}
-print(json.dumps({**told, "labels": sorted(set(batch["label"].tolist())), "bad": batch["bad"][0].line}))
+figures = {"samples": len(index), "seconds": time.monotonic() - began, "own": memory("Anonymous") - before}
+print(json.dumps({**figures, "labels": sorted(set(batch["label"].tolist())), "bad": batch["bad"][0].line}))
 """
 
 
-def told(code: str, folder: Path) -> dict[str, object]:
+def measured(code: str, folder: Path) -> dict[str, object]:
     """Run code in a new process; return the JSON that it prints."""
     result = subprocess.run(
         [sys.executable, "-c", PREAMBLE + code, folder],
@@ -69,11 +69,11 @@ def told(code: str, folder: Path) -> dict[str, object]:
 
 
 def test_millions_of_samples(tmp_path: Path) -> None:
-    indexed = told(INDEX, tmp_path)
+    indexed = measured(INDEX, tmp_path)
     assert indexed["peak"] < 600, indexed  # MB of its own: what is mapped from files can be dropped
     size = sum(path.stat().st_size for path in tmp_path.glob("*.arrow"))
     assert size / SAMPLES <= 100
-    started = told(START, tmp_path)
+    started = measured(START, tmp_path)
     assert started["samples"] == SAMPLES * 99 // 100
     assert started["own"] < 40, started  # MB, for a rank that has made its first batch
     assert len(started["labels"]) > 100  # of 1000 classes, in 128 samples of a shuffled sampler

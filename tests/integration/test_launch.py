@@ -218,6 +218,28 @@ def test_two_pods_of_an_indexed_job_train_together(pods: list[list[str]], colour
     assert first == pytest.approx([value for _, value in alone["train/loss"]][:4], rel=1e-4)
 
 
+def test_ranks_log_json_on_kubernetes(colours: Path, tmp_path: Path) -> None:
+    """Every record of the launcher and of all ranks; what a command prints as its result is text."""
+    kubernetes = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "JOB_LOG": "auto"}
+    done = run("fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), processes=2, **kubernetes)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stderr.splitlines()]
+    (started,) = (record for record in records if record["message"].startswith("torch elastic starts 2 processes"))
+    assert "rank" not in started
+    ends = [record for record in records if "val/accuracy" in record]
+    assert [(record["rank"], record["world_size"], record["epoch"]) for record in ends] == [
+        *((0, 2, 1), (0, 2, 2), (0, 2, 3))
+    ]
+    assert done.stdout.startswith("Finished\n")
+    failed = run("validate", tmp_path / "nothing", processes=2, **kubernetes)
+    assert failed.returncode == 2, failed.stderr
+    records = [json.loads(line) for line in failed.stderr.splitlines()]
+    errors = [record for record in records if record["message"].startswith("job: error (rank ")]
+    assert errors
+    assert all(record["severity"] == "ERROR" for record in errors)
+    assert all(f"(rank {record['rank']})" in record["message"] for record in errors)
+
+
 def test_a_trial_of_vertex_ai(colours: Path, tmp_path: Path) -> None:
     """The metric and the events are written where Vertex AI reads them."""
     spec = {"cluster": {"workerpool0": ["trial-0:2222"]}, "task": {"type": "workerpool0", "index": 0}}

@@ -104,8 +104,8 @@ def test_a_folder_is_continued_and_not_mixed(trained: Path, images: Path, tmp_pa
 
     parts[3].unlink()
     written = {path: path.stat().st_mtime_ns for path in parts if path.exists()}
-    again = run_here(*command)
-    assert again.returncode == 0, again.output
+    repeated = run_here(*command)
+    assert repeated.returncode == 0, repeated.output
     assert {path: path.stat().st_mtime_ns for path in parts if path in written} == written
     assert rows_of(output) == expected
 

@@ -179,11 +179,17 @@ def test_an_unreadable_configuration_is_an_error(validated, monkeypatch) -> None
         storage.exists("/some/file")
 
 
-def test_config_replaces_the_saved_configuration(validated, tmp_path: Path, finished: Path) -> None:
+@pytest.mark.parametrize("source", ["--config ", "JOB_CONFIG="])
+def test_config_replaces_the_saved_configuration(
+    source: str, validated, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     user_config = tmp_path / "own.yaml"
     user_config.write_text((finished / "config.yaml").read_text())
-    result = validated(None, b"\xff", "--config", user_config)
+    if source == "JOB_CONFIG=":
+        monkeypatch.setenv("JOB_CONFIG", str(user_config))
+    result = validated(None, b"\xff", *(["--config", user_config] if source == "--config " else []))
     assert result.returncode == 0, result.output
+    assert f"{source}{user_config} is used, not the configuration saved in run_dir" in result.output
 
 
 DENIED = ("subprocess.Popen", "os.system", "builtins.exec", "functools.partial", "pickle.loads", "torch.hub.load")

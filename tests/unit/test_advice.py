@@ -222,6 +222,7 @@ def test_a_sick_run_gets_exactly_its_advice(name: str) -> None:
         {"history": []},
         {"history": records([5.0], 0.5)},  # a first epoch alone, whose running statistics are young
         {"history": records([5.0, 0.5, 0.4], [0.5, 0.8, 0.9])},
+        {"history": records([0.69, 0.60], 0.1), "class_counts": (900, 100)},  # above the entropy of the classes
         {"history": records(RISING, np.linspace(0.8, 0.9, 10).tolist())},  # accuracy rises with the loss
         {"history": records(RISING), "milestones": (5, 12), "max_epochs": 20},  # more layers will be unfrozen
         {"history": records([0.35, *RISING[3:7]])},  # not for long

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from job import storage
 from job.errors import ConfigError, Preempted, RankLost, StorageOutage
 from job.process.signals import Stopped
 from job.resilience import attempts
@@ -73,3 +75,22 @@ def test_a_newer_record_is_refused_and_kept(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="format 2"):
         attempts.begin(str(tmp_path), 7, "a")
     assert (tmp_path / attempts.FILE).read_bytes() == content
+
+
+def test_an_outage_does_not_delay_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, answered = attempts.begin(str(tmp_path), 7, "a"), threading.Event()
+    monkeypatch.setattr(attempts, "WRITE_SECONDS", 0.1)
+    monkeypatch.setattr(storage, "write_bytes", lambda *_: answered.wait(20))
+    with (
+        caplog.at_level("INFO"),
+        pytest.raises(StorageOutage),
+        attempts.counted(str(tmp_path), before),
+    ):
+        raise StorageOutage("gone")
+    answered.set()
+    assert "is not updated: writing attempts.json has not returned" in caplog.text
+    attempt = attempts.read(str(tmp_path))
+    assert attempt is not None
+    assert (attempt.failed, attempt.lost) == (0, 1)

@@ -30,6 +30,7 @@ from job.cli.parser import ParserMixin
 from job.cluster.environment import Platform
 from job.errors import ConfigError
 from job.model.task import per_sample_loss
+from job.process import logs
 
 README = REPOSITORY / "README.md"
 PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -263,7 +264,7 @@ def test_a_python_block_uses_existing_names(block: Block) -> None:
 @pytest.fixture(scope="module")
 def known_options() -> set[str]:
     """The options of all commands."""
-    names = set()
+    names = set(logs.OPTIONS)
 
     def collect(self: ParserMixin, *args: Any, **kwargs: Any) -> None:
         names.update(option for action in self._actions for option in action.option_strings)

@@ -56,6 +56,7 @@ def test_runs_compare_and_a_resumed_one_is_one_row(tmp_path: Path) -> None:
         first["hparams"].items() >= {"lr": 0.01, "batch_size": 8, "seed": 0, "world_size": 1, "train_bn": False}.items()
     )
     assert first["hparams"]["optimizer"].startswith("AdamW(")
+    assert "betas" not in first["hparams"]["optimizer"]  # it has its default
     assert first["hparams"]["precision"] == "32-true"
     assert "lr" not in second["hparams"]
     assert second["hparams"]["seed"] == 3
@@ -101,7 +102,10 @@ def test_hyperparameters_are_short_and_have_no_secrets() -> None:
             "seed": 7,
             "ema": 0.0,
             "weights": "https://host/w.pth?token=ya29.secret",
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"weight_decay": 0.05, "foreach": None}},
+            "optimizer": {
+                "class_path": "torch.optim.AdamW",
+                "init_args": {"lr": 0.001, "weight_decay": 0.05, "betas": [0.9, 0.999], "foreach": None},
+            },
             "hidden": "x" * 1000,
         },
         "data": {"train": ["gs://b/a", "gs://b/c"], "num_workers": 3, "global_batch_size": 32},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,13 +166,6 @@ def test_a_second_connection_to_the_store(monkeypatch: pytest.MonkeyPatch) -> No
         assert dist.distributed_c10d._get_default_store().get("pulse") == b"1"
     finally:
         dist.destroy_process_group()
-
-
-def test_bf16_of_this_cpu() -> None:
-    if os.uname().machine == "x86_64":
-        assert callable(torch.cpu._is_amx_tile_supported)
-        assert callable(torch.cpu._is_avx512_bf16_supported)
-    assert isinstance(torch_internals.cpu_multiplies_bf16(), bool)
 
 
 @pytest.mark.parametrize(("value", "flagged"), [(1.0, 0.0), (float("nan"), 1.0), (float("-inf"), 1.0), (3e38, 0.0)])

@@ -26,6 +26,7 @@ from job.monitoring import progress as monitoring
 from job.process import logs, progress
 from job.process.progress import Progress, duration
 
+TRAINED = r"train/loss [\d.]+  train/accuracy [\d.]+  [\d.,]+ images/s  \d+:\d\d left"
 BAR = "━"
 LONG_URI = "gs://bucket/" + "a-long-name/" * 20 + "epoch=001-step=00000005.ckpt"
 EPOCH_LINE = re.compile(
@@ -145,7 +146,10 @@ def test_each_epoch_leaves_a_line_on_a_terminal(terminal: Terminal, tmp_path: Pa
     assert [bool(left) for *_, left in epochs] == [True, True, False]
     # The bar was drawn, and is gone.
     drawn = re.sub(r"\x1b\[[\d;]*m", "", terminal.raw)
-    assert re.search(rf"epoch 2/3 {BAR}+\S* +1/2 batches  train/loss [\d.]+  [\d.,]+ images/s  \d+:\d\d left", drawn)
+    assert re.search(
+        rf"epoch 2/3 {BAR}+\S* +1/2 batches  train/loss [\d.]+  train/accuracy [\d.]+  [\d.,]+ images/s  \d+:\d\d left",
+        drawn,
+    )
     assert re.search(rf"epoch 3/3  validation {BAR}+ +1/1 batches", drawn)
     assert not [line for line in lines if BAR in line]
     # What others write stands above it, unbroken.
@@ -163,7 +167,9 @@ def test_progress_in_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     text = run_here("fit", *arguments, f"--run_dir={tmp_path / 'text'}").output
     assert not set(text) & {"\r", "\x1b", BAR}
     assert sum(bool(EPOCH_LINE.match(line)) for line in text.splitlines()) == 3
-    assert re.search(r"epoch 2/3  1/2 batches  train/loss [\d.]+  [\d.,]+ images/s  \d+:\d\d left\n", text)
+    assert re.search(
+        r"epoch 2/3  1/2 batches  train/loss [\d.]+  train/accuracy [\d.]+  [\d.,]+ images/s  \d+:\d\d left\n", text
+    )
     monkeypatch.setenv("JOB_LOG", "json")
     output = run_here("fit", *arguments, f"--run_dir={tmp_path / 'json'}").output
     records = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
@@ -344,6 +350,20 @@ def test_nothing_is_drawn_on_a_terminal_that_cannot_move_its_cursor(
     with terminal.attached(), Progress("features", "images", 20) as task:
         task.advance(10)
     assert not terminal.raw
+
+
+def test_a_record_of_another_rank_erases_the_bar(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks share the terminal, on which rank 0 has drawn a bar."""
+    with terminal.attached(), warnings.catch_warnings():
+        sys.stderr.write(f"epoch 1/3 {BAR * 20} 1/2 batches")
+        logs.set_up(1, is_rank=True)
+        logging.getLogger("somebody").warning("something")
+        sys.stderr.write(f"epoch 1/3 {BAR * 20} 2/2 batches")
+        logs.report("job: error (rank 1): something else")
+    logging.root.handlers.clear()
+    first, second = filter(None, terminal.lines)
+    assert first.endswith(" [rank 1] something")
+    assert second == "job: error (rank 1): something else"
 
 
 def test_a_narrow_terminal_shows_one_line(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:

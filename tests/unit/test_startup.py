@@ -52,6 +52,7 @@ def imported(*args: object, code: int, **variables: str) -> set[str]:
         (["checkpoints", "ls", "x", "--run-dri", "y"], 2),
         (["predict", "--inptu", "x"], 2),
         (["predict", "--help"], 0),
+        (["report", "/nowhere"], 2),
         (["demo", "--help"], 0),
         (["launch", "--help"], 0),
         (["launch", "fti"], 2),

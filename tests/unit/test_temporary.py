@@ -66,7 +66,7 @@ def test_temporary_folders_are_private(room: Path) -> None:
     temporary.remove_all()
 
 
-def test_a_folder_named_in_a_message_is_kept_and_listed(room: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_named_in_a_message_is_kept_and_listed_once(room: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = temporary.folder("checkpoint")
     temporary.create_file(folder / "state.ckpt")
     temporary.keep(folder, "the state of gs://b/x.ckpt, which could not be uploaded.")
@@ -75,6 +75,10 @@ def test_a_folder_named_in_a_message_is_kept_and_listed(room: Path, caplog: pyte
     temporary.delete_stale()
     assert (folder / "state.ckpt").exists()
     assert f"{folder} is kept: the state of gs://b/x.ckpt, which could not be uploaded." in caplog.text
+    caplog.clear()
+    temporary.delete_stale()
+    assert (folder / "state.ckpt").exists()
+    assert not caplog.text
 
 
 def test_folders_of_other_programs_are_kept(room: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

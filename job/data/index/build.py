@@ -74,6 +74,7 @@ def build(
         left_out: list[LeftOutKind] = []
         folders: list[FolderState] = []
         for number, (name, location) in enumerate(locations):
+            progress.share_done = None
             context = ListingContext(
                 sources,
                 cache_dir,

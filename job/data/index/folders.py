@@ -13,7 +13,7 @@ from job.data.index.names import folder_of
 
 MOST_FOLDERS = 1 << 20
 MOST_CHARACTERS = 1 << 26
-"""Folders that are told apart, and characters of their paths; beyond, the deepest count as their parents."""
+"""Folders that are distinguished, and characters of their paths; beyond, the deepest count as their parents."""
 _DEEPEST = 32
 
 
@@ -51,7 +51,7 @@ class FolderTree:
 
     Attributes:
         root: the root.
-        depth: levels that are told apart.
+        depth: levels that are distinguished.
     """
 
     root: Folder

@@ -47,7 +47,7 @@ def _too_high(history: Sequence[ValidationRecord], context: Context) -> Advice |
     latest = history[-2:]
     if len(latest) < 2 or len(history) > EARLY_VALIDATIONS or context.has_several_labels:
         return None
-    guessing = _guessing_loss(context)
+    guessing = _uniform_loss(context)  # of a network that has not begun to learn how frequent classes are
     losses, accuracies = _values(latest, "val/loss"), _values(latest, "val/accuracy")
     if len(losses) < 2 or min(losses) < ABOVE_GUESSING * guessing or not all(_is_low(a, context) for a in accuracies):
         return None
@@ -97,7 +97,7 @@ def _too_low(history: Sequence[ValidationRecord], context: Context) -> Advice | 
     above_chance = bounds(accuracies[-1], context.val_images).low > _chance(context)
     if warming_up or falls >= HARDLY_FALLS or losses[-1] < AS_GUESSING * guessing or above_chance:
         return None
-    if losses[-1] > ABOVE_GUESSING * guessing:
+    if losses[-1] > ABOVE_GUESSING * _uniform_loss(context):
         return None
     return Advice(
         "learning_rate",
@@ -243,11 +243,16 @@ def _is_low(accuracy: float, context: Context) -> bool:
     return bounds(accuracy, context.val_images).high < _low_accuracy(context)
 
 
+def _uniform_loss(context: Context) -> float:
+    """Cross-entropy of a model that gives each class the same probability."""
+    return math.log(max(len(context.class_counts), 2))
+
+
 def _guessing_loss(context: Context) -> float:
     """Cross-entropy of a model that knows no more than how frequent classes are in training."""
     counts = [count for count in context.class_counts if count]
     if context.is_balanced or len(counts) < 2:
-        return math.log(max(len(counts), 2))
+        return _uniform_loss(context)
     shares = np.asarray(counts, np.float64) / sum(counts)
     return float(-(shares * np.log(shares)).sum())
 

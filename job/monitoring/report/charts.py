@@ -20,6 +20,8 @@ MOST_CELL_LABELS = 20
 """Classes up to which a confusion matrix shows its counts as text."""
 MATRIX_PIXELS = 620
 NAME_CHARACTERS = 18
+MOST_DOTS = 25
+"""Points of a line up to which each has a dot that says its value."""
 COLOURS = 10
 """Colours of series in the style sheet."""
 
@@ -74,7 +76,7 @@ def line_chart(
     x_axis: Axis | None = None,
     y_axis: Axis | None = None,
     diagonal: bool = False,
-    names_single: bool = False,
+    curves: bool = False,
 ) -> Markup:
     """A chart of lines with a legend; empty where no series has a point.
 
@@ -87,9 +89,9 @@ def line_chart(
         x_axis: Default: from the points.
         y_axis: Default: from the points.
         diagonal: draw the line from the lower left to the upper right corner.
-        names_single: have a legend even for a single line.
+        curves: the lines are curves, not measurements: without dots, and with a legend even for a single one.
     """
-    series = [Series(each.name, [p for p in each.points if all(map(math.isfinite, p))]) for each in series]
+    series = [Series(short(each.name, 40), [p for p in each.points if all(map(math.isfinite, p))]) for each in series]
     series = [each for each in series if each.points]
     if not series:
         return Markup("")
@@ -101,8 +103,8 @@ def line_chart(
         (x1, y1), (x2, y2) = (_place(p, x_axis, y_axis) for p in ((x_axis.low, y_axis.low), (x_axis.high, y_axis.high)))
         parts.append(Markup('<line class="reference" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(x1, y1, x2, y2))
     for number, each in enumerate(series):
-        parts.append(_line(each, number, x_axis, y_axis))
-    names = [each.name for each in series] if len(series) > 1 or names_single else []
+        parts.append(_line(each, number, x_axis, y_axis, dots=not curves))
+    names = [each.name for each in series] if len(series) > 1 or curves else []
     return _figure(title, unit, _svg(WIDTH, HEIGHT, title, parts), names)
 
 
@@ -273,19 +275,19 @@ def _place(point: Point, x_axis: Axis, y_axis: Axis) -> Point:
     return round(x, 1), round(y, 1)
 
 
-def _line(series: Series, number: int, x_axis: Axis, y_axis: Axis) -> Markup:
+def _line(series: Series, number: int, x_axis: Axis, y_axis: Axis, *, dots: bool) -> Markup:
     places = [_place(point, x_axis, y_axis) for point in series.points]
     path = " ".join(f"{x:g},{y:g}" for x, y in places)
     line = Markup('<polyline class="s{}" points="{}"/>').format(number % COLOURS, path)
-    if len(places) > 25:
+    if len(places) > MOST_DOTS or not dots:
         return line
-    dots = Markup("").join(
+    marks = Markup("").join(
         Markup('<circle class="d{}" cx="{}" cy="{}" r="2.4"><title>{}</title></circle>').format(
             number % COLOURS, x, y, f"{series.name}: {_tick(value)} at {_tick(at)}"
         )
         for (x, y), (at, value) in zip(places, series.points, strict=True)
     )
-    return line + dots
+    return line + marks
 
 
 def _axes(x_axis: Axis, y_axis: Axis, x_label: str) -> Markup:
@@ -321,7 +323,7 @@ def _svg(width: float, height: float, label: str, parts: Iterable[Markup]) -> Ma
 
 def _figure(title: str, unit: str, svg: Markup, names: Sequence[str]) -> Markup:
     keys = Markup("").join(
-        Markup('<span class="key"><i class="k{}"></i>{}</span>').format(number % COLOURS, short(name, 40))
+        Markup('<span class="key"><i class="k{}"></i>{}</span>').format(number % COLOURS, name)
         for number, name in enumerate(names)
     )
     legend = Markup('<div class="legend">{}</div>').format(keys) if keys else Markup("")

@@ -5,6 +5,8 @@ Sizes are bounded: see the constants. Numbers are finite or null.
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -507,6 +509,11 @@ def _from_format_1(content: bytes) -> ReportContent:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of ``report.json``."""
+    """The JSON Schema of ``report.json``, with the documentation of each field."""
     schema = msgspec.json.schema(ReportContent)
+    for definition in schema["$defs"].values():
+        summary, _, attributes = inspect.cleandoc(definition.get("description", "")).partition("\nAttributes:\n")
+        definition["description"] = summary.strip()
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE):
+            definition["properties"][name]["description"] = " ".join(text.split())
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "report.json of job", **schema}

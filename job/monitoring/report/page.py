@@ -17,6 +17,7 @@ from job.monitoring.history import ValidationRecord
 from job.monitoring.report import charts, text
 from job.monitoring.report.charts import Series
 from job.monitoring.report.content import ClassMetrics, PartSummary, ReportContent
+from job.process.terminal import escape
 from job.storage.uris import basename
 
 MOST_MATRIX_CLASSES = 50
@@ -39,7 +40,7 @@ LABELS = {
     "top5_accuracy": "top-5 accuracy",
 }
 CHARTS = (
-    ("Loss", ("train/loss", "val/loss")),
+    ("Loss", ("train/loss_epoch", "val/loss")),
     ("Accuracy", ("train/accuracy", "val/accuracy", "val/top5_accuracy")),
     ("F1, AUROC and mAP", ("val/f1", "val/auroc", "val/mAP", "val/micro_f1", "val/macro_f1")),
     ("Calibration error (ECE)", ("val/ece",)),
@@ -134,6 +135,7 @@ def _environment() -> Environment:
         loader=PackageLoader("job.monitoring.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -147,6 +149,13 @@ def _environment() -> Environment:
         "bar": charts.inline_bar,
     }
     return environment
+
+
+def _visible(value: Any) -> Any:
+    """Text without control characters; it is escaped as HTML afterwards."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return "\n".join(escape(line) for line in value.expandtabs(4).split("\n"))
+    return value
 
 
 def _moment(iso: str) -> str:
@@ -237,7 +246,7 @@ def _class_curves(report: ReportContent) -> list[Markup]:
             unit="precision",
             x_axis=axis,
             y_axis=axis,
-            names_single=True,
+            curves=True,
         ),
         charts.line_chart(
             "ROC",
@@ -247,7 +256,7 @@ def _class_curves(report: ReportContent) -> list[Markup]:
             x_axis=axis,
             y_axis=axis,
             diagonal=True,
-            names_single=True,
+            curves=True,
         ),
     ]
     return [chart for chart in drawn if chart]

@@ -1,0 +1,62 @@
+"""TensorBoard's TEXT tab: the classes that are recognised worst, where there are too many for a curve of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from job.data.datamodule import image_data
+from job.model.metrics import PER_CLASS_LIMIT
+from job.model.module import TransferLearningModel
+from job.monitoring.class_labels import shortened
+from job.monitoring.tensorboard import BucketTensorBoardLogger
+
+TAG = "val/worst_classes"
+LISTED = 10
+
+
+class WorstClasses(Callback):
+    """Writes ``val/worst_classes`` after each validation of more classes than have scalars of their own, on rank 0.
+
+    Args:
+        logger: of TensorBoard.
+    """
+
+    def __init__(self, logger: BucketTensorBoardLogger) -> None:
+        self.logger = logger
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the table."""
+        classes = image_data(trainer).classes
+        if not trainer.is_global_zero or len(classes) <= PER_CLASS_LIMIT:
+            return
+        assert isinstance(pl_module, TransferLearningModel)
+        if pl_module.evaluation is not None:
+            text = worst_classes(pl_module.evaluation.confusion, classes)
+            self.logger.add_text(TAG, text, trainer.global_step - 1)
+
+
+def worst_classes(confusion: Tensor, classes: Sequence[str]) -> str:
+    """A Markdown table of the classes with the lowest F1, of those that have samples.
+
+    Args:
+        confusion: int64 [C, C], rows are true classes, or [C, 2, 2], as of :class:`~job.model.evaluation.Evaluation`.
+        classes: names.
+    """
+    several = confusion.ndim == 3
+    hits = confusion[:, 1, 1] if several else confusion.diagonal()
+    samples = confusion[:, 1].sum(dim=1) if several else confusion.sum(dim=1)
+    predicted = confusion[:, :, 1].sum(dim=1) if several else confusion.sum(dim=0)
+    f1 = 2 * hits / (samples + predicted).clamp(min=1)
+    present = samples.nonzero()[:, 0]
+    lowest = present[f1[present].argsort(stable=True)[:LISTED]].tolist()
+    lines = ["| class | F1 | precision | recall | samples |", "|---|---:|---:|---:|---:|"]
+    for number in lowest:
+        found, count, guesses = int(hits[number]), int(samples[number]), int(predicted[number])
+        precision = f"{found / guesses:.3f}" if guesses else "-"
+        name = shortened(classes[number]).replace("`", "ˋ").replace("|", "¦")  # no markup
+        lines.append(f"| `{name}` | {float(f1[number]):.3f} | {precision} | {found / count:.3f} | {count:,} |")
+    return "\n".join(lines)
