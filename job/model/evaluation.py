@@ -44,14 +44,18 @@ class ScoreHistograms:
     """Histograms of each class's scores, from which PR and ROC curves follow.
 
     Attributes:
-        positives: samples of the class per bin, int64 [C, bins].
-        negatives: samples of other classes per bin, int64 [C, bins].
+        positives: samples of the class per bin, int64 [C, bins]; [1, bins] of all classes together.
+        negatives: samples of other classes per bin, of the same shape.
         lowest: lowest probability of each bin, float64 [bins], ascending.
     """
 
     positives: Counts
     negatives: Counts
     lowest: Floats
+
+    def pooled(self) -> ScoreHistograms:
+        """The scores of all classes together, whose curves are called micro-averaged."""
+        return ScoreHistograms(self.positives.sum(0, keepdims=True), self.negatives.sum(0, keepdims=True), self.lowest)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Evaluation:
         metrics: values by name; undefined ones are omitted.
         confusion: int64 [C, C], rows are true classes; of several labels one matrix per class, int64 [C, 2, 2].
         calibration: confidence against accuracy; None without samples.
-        scores: histograms of scores; None above the number of classes whose curves are drawn, or without samples.
+        scores: histograms of scores, those of all classes together above 50 classes; None without samples.
         worst: wrong predictions of the highest loss, the worst first; at most 64. Of several labels those that are
             wrong of the 64 samples with the highest loss.
         examples: predictions of at most 64 samples, in the order of sample ids. They are evenly spread over the data,

@@ -111,12 +111,13 @@ class TaskMetrics(ABC):
         calibration = self.calibration.calibration()
         if not calibration.counts.any():
             return Evaluation({}, confusion)
+        scores = self.scores.histograms()
         worst, examples = self.selection.compute(self._predict, synchronise=self._synchronise)
         return Evaluation(
             {"loss": self.loss.compute().item(), **values, "ece": calibration.error},
             confusion,
             calibration,
-            self.scores.histograms() if len(self.classes) <= PER_CLASS_LIMIT else None,
+            scores if len(self.classes) <= PER_CLASS_LIMIT else scores.pooled(),
             worst,
             examples,
         )

@@ -173,7 +173,7 @@ class _Plot:
 def _heat_map(title: str, note: str, cells: Counts, shares: Floats, shown: Counts, names: Sequence[str]) -> Figure:
     side = 36 if len(shown) <= WRITTEN_CLASSES else 15
     size = 11 if len(shown) <= WRITTEN_CLASSES else 10
-    label_width = min(int(max(text_width(name, size) for name in names)) + 4, LABEL_WIDTH)
+    label_width = min(int(max(text_width(name, size) for name in names)) + 6, LABEL_WIDTH)
     left, top = 10 + label_width, TITLE_HEIGHT + label_width
     canvas = Canvas(max(left + side * len(shown) + 10, 460), top + side * len(shown) + 10)
     canvas.text((10, 8), title, 14)
@@ -198,7 +198,7 @@ def _table(
     names: Sequence[str],
 ) -> Figure:
     width, height = 116, 20
-    label_width = min(int(max(text_width(name, 11) for name in names)) + 4, LABEL_WIDTH)
+    label_width = min(int(max(text_width(name, 11) for name in names)) + 6, LABEL_WIDTH)
     left, top = 10 + label_width, TITLE_HEIGHT + 22
     canvas = Canvas(left + width * len(columns) + 10, top + height * len(names) + 10)
     canvas.text((10, 8), title, 14)

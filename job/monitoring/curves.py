@@ -73,13 +73,6 @@ def roc_curves(scores: ScoreHistograms) -> dict[int, ROC]:
     return curves
 
 
-def micro_average(scores: ScoreHistograms) -> ScoreHistograms:
-    """All decisions on all classes as those of one class."""
-    return ScoreHistograms(
-        scores.positives.sum(0, keepdims=True), scores.negatives.sum(0, keepdims=True), scores.lowest
-    )
-
-
 def _at_or_above(counts: Counts) -> Floats:
     """Samples in each bin and those above, float64 [C, bins + 1]; none above the last."""
     above = np.cumsum(counts[:, ::-1], axis=1)[:, ::-1].astype(np.float64)

@@ -20,9 +20,8 @@ from job.model.evaluation import Evaluation, SamplePrediction
 from job.model.module import TransferLearningModel
 from job.monitoring import charts
 from job.monitoring.canvas import Figure
-from job.monitoring.charts import MOST_CLASSES
 from job.monitoring.class_labels import class_labels
-from job.monitoring.curves import THRESHOLDS, micro_average, pr_counts
+from job.monitoring.curves import THRESHOLDS, pr_counts
 from job.monitoring.custom_scalars import layout
 from job.monitoring.image_grid import Tile, frame_colour, grid, named, prediction_caption
 from job.monitoring.settings import MonitoringSettings
@@ -172,8 +171,8 @@ class Pictures(Callback):
         scores = evaluation.scores
         if scores is None:
             return
-        if len(labels) > MOST_CLASSES:
-            scores, labels = micro_average(scores), ["all classes"]
+        if len(scores.positives) < len(labels):
+            labels = ["all classes"]
         if (figure := charts.roc(scores, labels)) is not None:
             self._add("val/roc_curves", figure, step)
         counts = pr_counts(scores)

@@ -184,17 +184,19 @@ def label_table(module: TransferLearningModel, index: Index, points: Points) -> 
     labels, samples = class_labels(module.net.classes), points.samples.numpy()
     if index.has_several_labels:
         thresholds = torch.tensor(module.metrics.thresholds or [0.5] * len(labels))
-        rows = [_names(row, labels) for row in torch.from_numpy(index.multi_hot_of(samples))]
-        chosen = [_names(row, labels) for row in points.probabilities >= thresholds]
+        true, decided = torch.from_numpy(index.multi_hot_of(samples)) > 0, points.probabilities >= thresholds
+        rows, chosen = ([_names(row, labels) for row in each] for each in (true, decided))
+        right = (true == decided).all(dim=1).tolist()
         confidences = [""] * len(rows)
     else:
         rows = [labels[number] for number in index.labels_of(samples).tolist()]
         confidence, predicted = points.probabilities.max(dim=1)
+        right = (predicted.numpy() == index.labels_of(samples)).tolist()
         chosen = [labels[number] for number in predicted.tolist()]
         confidences = [f"{value:.3f}" for value in confidence.tolist()]
     keys = [shortened(row.key, KEY_LENGTH) for row in index.rows(samples.tolist())]
-    table = zip(rows, chosen, confidences, keys, strict=True)
-    lines = [f"{true}\t{guess}\t{'yes' if true == guess else 'no'}\t{sure}\t{key}" for true, guess, sure, key in table]
+    answers = ["yes" if each else "no" for each in right]
+    lines = ["\t".join(cells) for cells in zip(rows, chosen, answers, confidences, keys, strict=True)]
     return "\n".join(["class\tpredicted\tright\tconfidence\tfile", *lines, ""]).encode()
 
 

@@ -83,13 +83,14 @@ def evaluation_of(classes: int, *, seed: int = 0, bins: int = 200) -> Evaluation
         for mean in (2, -2)
     )
     lowest = 1 / (1 + np.exp(-np.linspace(-9, 9, bins, endpoint=False)))
+    scores = ScoreHistograms(positives, negatives, lowest)
     right = SamplePrediction(0, (0,), (0,), 0.9, 0.1)
     wrong = SamplePrediction(1, (0,), (1,), 0.55, 3.0)
     return Evaluation(
         {},
         torch.from_numpy(cells.astype(np.int64)),
         Calibration(counts, counts * (np.arange(15) + 0.5) / 15, (counts * np.arange(15) / 15).astype(np.int64)),
-        ScoreHistograms(positives, negatives, lowest),
+        scores if classes <= 60 else scores.pooled(),
         worst=(wrong,),
         examples=(right, wrong),
     )
@@ -243,16 +244,17 @@ def test_names_that_the_font_lacks_are_drawn_by_what_it_has(monkeypatch: pytest.
         canvas._drawable.cache_clear()
 
 
-def test_a_thousand_classes_and_64_images_of_noise_stay_within_2_mb(tmp_path: Path) -> None:
+@pytest.mark.parametrize("classes", [50, 1000])
+def test_many_classes_and_64_images_of_noise_stay_within_2_mb(tmp_path: Path, classes: int) -> None:
     random = np.random.default_rng(0)
     files = {}
     for number in range(64):
         buffer = io.BytesIO()
         Image.fromarray(random.integers(0, 256, (160, 160, 3), np.uint8)).save(buffer, "PNG")
         files[f"{'ab'[number % 2]}/{number}.png"] = buffer.getvalue()
-    run = Run(tmp_path, [f"class {number} of many, with a long name " * 3 for number in range(1000)], 64, files)
-    examples = tuple(SamplePrediction(n, (n,), (n + 1,), 0.5, 1.0) for n in range(64))
-    run.validate(dataclasses.replace(evaluation_of(1000), examples=examples, worst=examples), 10)
+    run = Run(tmp_path, [f"class {number} of many, with a long name " * 3 for number in range(classes)], 64, files)
+    examples = tuple(SamplePrediction(n, (n % 50,), ((n + 1) % 50,), 0.5, 1.0) for n in range(64))
+    run.validate(dataclasses.replace(evaluation_of(classes), examples=examples, worst=examples), 10)
     found = run.end().images()
     assert set(found) == set(KINDS)
     for tag, ((_, image, size),) in found.items():
@@ -304,7 +306,7 @@ def test_pr_curves_of_the_plugin_are_those_of_the_samples(tmp_path: Path) -> Non
         assert precision == pytest.approx(labels[predicted].mean() if predicted.any() else 0, abs=1e-6)
 
 
-def test_areas_under_roc_curves_are_those_of_scikit_learn_on_binned_scores() -> None:
+def test_areas_under_roc_curves_are_shares_of_ordered_pairs() -> None:
     random = np.random.default_rng(2)
     labels = random.integers(0, 2, 500)
     bins = np.clip(random.normal(40 + 20 * labels, 15), 0, 99).astype(int)
@@ -318,13 +320,12 @@ def test_areas_under_roc_curves_are_those_of_scikit_learn_on_binned_scores() -> 
 
 
 def test_more_than_50_classes_have_one_curve(tmp_path: Path) -> None:
-    scores = evaluation_of(50).scores
+    scores = evaluation_of(60).scores
     assert scores is not None
-    doubled = ScoreHistograms(np.tile(scores.positives, (2, 1)), np.tile(scores.negatives, (2, 1)), scores.lowest)
-    run = Run(tmp_path, [f"{n}" for n in range(100)])
-    run.validate(Evaluation({}, torch.eye(100, dtype=torch.int64), scores=doubled), 10)
+    run = Run(tmp_path, [f"{n}" for n in range(60)])
+    run.validate(Evaluation({}, torch.eye(60, dtype=torch.int64), scores=scores.pooled()), 10)
     (curve,) = run.end().pr_curves().values()
-    assert curve["true_positives"][0] == 2 * scores.positives.sum()
+    assert curve["true_positives"][0] == scores.positives.sum()
 
 
 def test_the_layout_shows_training_and_validation_in_one_chart(tmp_path: Path) -> None:
@@ -346,6 +347,19 @@ def test_the_layout_shows_training_and_validation_in_one_chart(tmp_path: Path) -
     assert found["loss"] == {"train/loss", "val/loss"}
     assert found["accuracy"] == {"train/accuracy", "val/accuracy"}
     assert found["accuracy per class"] == {"val/accuracy_of/cat"}
+
+
+def test_every_chart_of_the_layout_has_scalars_of_a_fit(tmp_path: Path) -> None:
+    run_dir = fit_here(tmp_path, trainer__max_epochs=1)
+    reader = Reader(run_dir / "tensorboard")
+    plugin = CustomScalarsPlugin(reader.context)
+    charts_of_fit = [c for each in json.loads(plugin.layout_impl(CONTEXT, ""))["category"] for c in each["chart"]]
+    empty = {
+        chart["title"]
+        for chart in charts_of_fit
+        if not any(plugin.scalars_impl(CONTEXT, ".", tag, "")["tag_to_events"] for tag in chart["multiline"]["tag"])
+    }
+    assert empty <= {"use"}, "the machine is sampled once per second at most"
 
 
 def test_draws_the_first_and_the_last_validation_and_few_between(tmp_path: Path) -> None:
