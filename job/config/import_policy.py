@@ -17,6 +17,7 @@ import yaml
 
 from job.config import bounded_yaml
 from job.errors import ConfigError
+from job.jsonargparse_internals import use_defaults_of_chosen_class
 
 DENIED = (
     # commands, processes, signals
@@ -129,7 +130,8 @@ def denied_message(path: str, key: str = "") -> str:
 
 
 def set_parsing_rules() -> None:
-    """Give jsonargparse the list of denied classes and the bounded YAML loader."""
+    """Give jsonargparse the list of denied classes and the bounded YAML loader, and classes their own defaults."""
+    use_defaults_of_chosen_class()
     jsonargparse.set_parsing_settings(
         config_read_mode_fsspec_enabled=True,
         # The strategies of Lightning have parameters without a type that take objects, such as ddp_comm_state.

@@ -139,6 +139,25 @@ def test_common_help_is_short() -> None:
     assert common_help("fit").count("\n") < 80
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name", "weight_decay"),
+    [
+        ([], "Adam", 0),
+        (["--model.optimizer", "AdamW"], "AdamW", 0.01),
+        (["--model.optimizer", "AdamW", "--model.optimizer.weight_decay", "0.1"], "AdamW", 0.1),
+        (["--model.optimizer.weight_decay", "0.1", "--model.optimizer", "AdamW"], "AdamW", 0.1),
+        (["--model.optimizer", "SGD", "--model.optimizer", "AdamW"], "AdamW", 0.01),
+        (["--config", "finetune"], "AdamW", 0.05),
+        (["--config", "finetune", "--model.optimizer", "SGD"], "SGD", 0.05),
+    ],
+)
+def test_a_class_has_its_own_defaults(arguments: list[str], name: str, weight_decay: float) -> None:
+    """Not those of the class that is the option's default."""
+    optimizer = TrainingCLI("fit", ["--run_dir=x", "--data.root=y", *arguments]).config["model"]["optimizer"]
+    assert optimizer.class_path == f"torch.optim.{name}"
+    assert optimizer.init_args.weight_decay == weight_decay
+
+
 def test_aliases_reach_the_configuration() -> None:
     args = ["--lr", "0.25", "--model.optimizer", "SGD", "--epochs=4", "--batch-size", "6", "--data.root=y", "runs/1"]
     config = TrainingCLI("fit", args).config
