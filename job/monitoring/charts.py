@@ -28,6 +28,8 @@ MOST_BYTES = 128 << 10
 """Limit on the PNG of a chart."""
 MOST_CLASSES = 50
 """Classes that a chart has room for."""
+FEW_CLASSES = 6
+"""Classes up to which cells are large."""
 WRITTEN_CLASSES = 20
 """Classes up to which cells contain their counts."""
 LABEL_WIDTH = 150
@@ -171,8 +173,8 @@ class _Plot:
 
 
 def _heat_map(title: str, note: str, cells: Counts, shares: Floats, shown: Counts, names: Sequence[str]) -> Figure:
-    side = 36 if len(shown) <= WRITTEN_CLASSES else 15
-    size = 11 if len(shown) <= WRITTEN_CLASSES else 10
+    side = 64 if len(shown) <= FEW_CLASSES else 36 if len(shown) <= WRITTEN_CLASSES else 15
+    size = 14 if len(shown) <= FEW_CLASSES else 11 if len(shown) <= WRITTEN_CLASSES else 10
     label_width = min(int(max(text_width(name, size) for name in names)) + 6, LABEL_WIDTH)
     left, top = 10 + label_width, TITLE_HEIGHT + label_width
     canvas = Canvas(max(left + side * len(shown) + 10, 460), top + side * len(shown) + 10)

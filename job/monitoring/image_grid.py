@@ -16,9 +16,11 @@ from job.monitoring.thumbnails import SIZE
 FRAME = 4
 """Width of a tile's frame, in pixels."""
 GAP = 6
-LINE = 15
+TEXT = 18
+"""Size of captions, in pixels: TensorBoard shows the grid at half its size."""
+LINE = 22
 """Height of a line of a caption."""
-TITLE = 22
+TITLE = 28
 MOST_LABELS = 3
 """Labels of one image that a caption names."""
 
@@ -53,7 +55,7 @@ def grid(title: str, tiles: Sequence[Tile], most_bytes: int, size: int = SIZE) -
     lines = max(len(tile.caption) for tile in tiles)
     width, height = size + 2 * FRAME + GAP, size + 2 * FRAME + LINE * lines + GAP
     canvas = Canvas(columns * width + GAP, TITLE + math.ceil(len(tiles) / columns) * height, scale=1)
-    canvas.text((GAP, 4), cut_to_width(title, canvas.width - 2 * GAP, 13), 13)
+    canvas.text((GAP, 4), cut_to_width(title, canvas.width - 2 * GAP, TEXT), TEXT)
     for number, tile in enumerate(tiles):
         row, column = divmod(number, columns)
         left, top = GAP + column * width, TITLE + row * height
@@ -65,7 +67,7 @@ def grid(title: str, tiles: Sequence[Tile], most_bytes: int, size: int = SIZE) -
             canvas.paste(_opened(tile.image, size), left + FRAME, top + FRAME)
         for line, text in enumerate(tile.caption):
             below = top + size + 2 * FRAME + 1 + line * LINE
-            canvas.text((left, below), cut_to_width(text, size + 2 * FRAME), 12, colour=BLACK)
+            canvas.text((left, below), cut_to_width(text, size + 2 * FRAME, TEXT), TEXT, colour=BLACK)
     return canvas.photograph(most_bytes)
 
 
