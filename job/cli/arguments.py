@@ -41,7 +41,7 @@ def canonical_arguments(
     aliases = aliases or {}
     canonical: list[str] = []
     bare: list[str] = []
-    given: set[str] = set()
+    named: set[str] = set()
     remaining = list(args)
     while remaining:
         arg = remaining.pop(0)
@@ -53,13 +53,13 @@ def canonical_arguments(
             continue
         written, equals, value = arg[2:].partition("=")
         name = _option_name(written, options, aliases)
-        given.add(name)
+        named.add(name)
         if not equals and name not in FLAGS and remaining and not _is_option(remaining[0]):
             equals, value = "=", remaining.pop(0)
         if name == "config" and equals:
             value = resolve_config(value)
         canonical.append(f"--{name}{equals}{value}")
-    names = [name for name in positional if name.rstrip("+") not in given]
+    names = [name for name in positional if name.rstrip("+") not in named]
     if names and names[-1].endswith("+"):  # jsonargparse appends to a list by the same sign
         names += names[-1:] * (len(bare) - len(names))
     canonical += [f"--{name}={value}" for name, value in zip(names, bare, strict=False)]

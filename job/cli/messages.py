@@ -53,43 +53,43 @@ _RESTRICTIONS = {">": "above", ">=": "at least", "<": "below", "<=": "at most"}
 
 
 def explain(
-    message: str, known: Mapping[str, argparse.Action | None], arguments: Sequence[str], aliases: Mapping[str, str]
+    message: str, options: Mapping[str, argparse.Action | None], arguments: Sequence[str], aliases: Mapping[str, str]
 ) -> str:
     """The message of jsonargparse, without Python's types.
 
     Args:
-        known: the parser's actions by option; None where no parser was built.
+        options: the parser's actions by option; None where no parser was built.
         arguments: the canonical arguments that were parsed.
         aliases: option by alias.
     """
     message = message.strip()
     if match := re.match(r'Parser key "(?P<key>[^"]+)":(?P<body>.*)', message, re.DOTALL):
-        return _explain_value(match["key"], match["body"], known, arguments)
+        return _explain_value(match["key"], match["body"], options, arguments)
     if match := re.match(r"Option '(\w+)' is not accepted", message):
-        close = difflib.get_close_matches(match[1], known, n=1, cutoff=0.6)
+        close = difflib.get_close_matches(match[1], options, n=1, cutoff=0.6)
         return f"the class has no argument {match[1]!r}.{f' Did you mean {close[0]}?' if close else ''}"
-    return f"{message}{_suggest_options(message, {*known, *aliases})}"
+    return f"{message}{_suggest_options(message, {*options, *aliases})}"
 
 
-def _explain_value(key: str, body: str, known: Mapping[str, argparse.Action | None], arguments: Sequence[str]) -> str:
+def _explain_value(key: str, body: str, actions: Mapping[str, argparse.Action | None], arguments: Sequence[str]) -> str:
     value = re.search(r"^\s*Given value: (.*)|Got value: (.*)", body, re.MULTILINE)
-    given = _value_of(key, arguments) if value is None else (value[1] or value[2] or "").strip()
+    value_text = _value_of(key, arguments) if value is None else (value[1] or value[2] or "").strip()
     expected, other = _expectations(body)
-    if nested := _NESTED.fullmatch(given):
+    if nested := _NESTED.fullmatch(value_text):
         start = f"{nested[1]} {nested[2]}: "
         own = [line.removeprefix(start) for line in other if line.startswith(start)]
         if own:  # the other alternatives of the option take no argument
             return f"--{key}.{start}{' '.join(own)}"
     class_name = next(iter(_NO_CLASS.findall(body)), None)
     if class_name is not None:
-        given = given or class_name.strip()
+        value_text = value_text or class_name.strip()
     # Without arguments of its own the parser is that of a class, of which the key is an argument.
-    text = f"{'--' if arguments else ''}{key}{f' {given}' if given else ''}:"
+    text = f"{'--' if arguments else ''}{key}{f' {value_text}' if value_text else ''}:"
     if expected:
         text += f" expected {_alternatives(expected)}."
     text += "".join(f" {line.rstrip('.')}." for line in other)
     if _CLASS in expected:
-        text += suggest_class(class_name or given, known.get(key))
+        text += suggest_class(class_name or value_text, actions.get(key))
     return text if expected or other else f"--{key}: {' '.join(body.split())}"
 
 
@@ -183,17 +183,17 @@ def without_unions(text: str) -> str:
     return text
 
 
-def _suggest_options(message: str, known: Collection[str]) -> str:
-    for wrong in re.findall(r"(?:--|[\"'])([A-Za-z_][\w.-]*)", message):
-        if wrong not in known and (close := closest_option(wrong, known)):
+def _suggest_options(message: str, options: Collection[str]) -> str:
+    for misspelt in re.findall(r"(?:--|[\"'])([A-Za-z_][\w.-]*)", message):
+        if misspelt not in options and (close := closest_option(misspelt, options)):
             return f"\nDid you mean --{close}?"
     return ""
 
 
-def closest_option(wrong: str, known: Iterable[str]) -> str | None:
+def closest_option(misspelt: str, options: Iterable[str]) -> str | None:
     """The option that a wrong name most likely means, or None."""
-    options = list(known)
-    name = wrong.replace("-", "_")
+    options = list(options)
+    name = misspelt.replace("-", "_")
     if (synonym := _SYNONYMS.get(name)) in options:
         return synonym
     below = {option.rpartition(".")[2]: option for option in reversed(options)}

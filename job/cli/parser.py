@@ -56,8 +56,8 @@ class ParserMixin(ArgumentParser):
         if denied := re.search(r"Importing '([^']+)' is not allowed", message):
             key = re.search(r'Parser key "([^"]+)"', message)
             raise ConfigError(denied_message(denied[1], key[1] if key else ""))
-        known = {action.dest: action for action in actions(self)}
-        raise ConfigError(f"{messages.explain(message, known, self._arguments, self.aliases)}\nSee --help.")
+        options = {action.dest: action for action in actions(self)}
+        raise ConfigError(f"{messages.explain(message, options, self._arguments, self.aliases)}\nSee --help.")
 
     def parse_args(self, args: Any = None, *more: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse and check options; credentials are removed from URIs."""

@@ -180,10 +180,10 @@ def _plain(environment: Mapping[str, str]) -> Node:
             f"{_settings(environment, *present)}: these are set, but not all variables of torchrun. Start the ranks by "
             "torchrun; or unset them, so that launch starts the ranks."
         )
-    if left := sorted(name for name in environment if name.startswith("PET_")):
+    if pet_variables := sorted(name for name in environment if name.startswith("PET_")):
         raise ConfigError(
-            f"{_settings(environment, *left)}: torchrun would take these as its options, but PET_NNODES, which "
-            f"Kubeflow sets with them, is missing. Unset {', '.join(left)}, or set PET_NNODES."
+            f"{_settings(environment, *pet_variables)}: torchrun would take these as its options, but PET_NNODES, "
+            f"which Kubeflow sets with them, is missing. Unset {', '.join(pet_variables)}, or set PET_NNODES."
         )
     return Node("plain", processes=_processes(environment), evidence=_present(environment, "LAUNCH_PROCESSES"))
 
@@ -344,9 +344,9 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
         raise ConfigError(f"{name} must be a number, not {environment.get(name)!r}.") from error
 
 
-def _require(environment: Mapping[str, str], whose: str, *names: str) -> None:
+def _require(environment: Mapping[str, str], platform: str, *names: str) -> None:
     if missing := [name for name in names if name not in environment]:
-        raise ConfigError(f"{whose} needs {', '.join(missing)}, which is not set.")
+        raise ConfigError(f"{platform} needs {', '.join(missing)}, which is not set.")
 
 
 def _require_equal(environment: Mapping[str, str], one: str, other: str) -> None:

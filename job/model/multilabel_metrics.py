@@ -66,13 +66,13 @@ class MultilabelMetrics(TaskMetrics):
         false_positives, false_negatives, positives = confusion[:, 0, 1], confusion[:, 1, 0], confusion[:, 1, 1]
         values = {}
         present = ~np.isnan(precisions)
-        wrong = false_positives + false_negatives
+        errors = false_positives + false_negatives
         if present.any():
             values["mAP"] = float(precisions[present].mean())
-        if positives.sum() + wrong.sum():
-            values["micro_f1"] = float(2 * positives.sum() / (2 * positives.sum() + wrong.sum()))
+        if positives.sum() + errors.sum():
+            values["micro_f1"] = float(2 * positives.sum() / (2 * positives.sum() + errors.sum()))
         if present.any():
-            values["macro_f1"] = float((2 * positives / np.maximum(2 * positives + wrong, 1))[present].mean())
+            values["macro_f1"] = float((2 * positives / np.maximum(2 * positives + errors, 1))[present].mean())
         if len(self.classes) <= PER_CLASS_LIMIT:
             named = zip(self.classes, precisions.tolist(), present.tolist(), strict=True)
             values |= {_precision_of(name): value for name, value, defined in named if defined}

@@ -151,5 +151,5 @@ def _drawable(character: str) -> str:
 
 
 def _is_in_font(character: str) -> bool:
-    missing, found = (font_of(24).getmask(each) for each in ("\uffff", character))
-    return found.size != missing.size or bytes(found) != bytes(missing)
+    missing, drawn = (font_of(24).getmask(each) for each in ("\uffff", character))
+    return drawn.size != missing.size or bytes(drawn) != bytes(missing)

@@ -30,17 +30,19 @@ def pr_counts(scores: ScoreHistograms, thresholds: int = THRESHOLDS) -> PRCounts
     """
     first = np.searchsorted(scores.lowest, np.linspace(0, 1, thresholds), side="left")
     first[0] = 0  # the lowest bin begins at 0, or is the lowest score there is
-    found, raised = (_at_or_above(counts)[:, first] for counts in (scores.positives, scores.negatives))
+    true_positives, false_positives = (
+        _at_or_above(counts)[:, first] for counts in (scores.positives, scores.negatives)
+    )
     positives, negatives = (
         counts.sum(1, keepdims=True).astype(np.float64) for counts in (scores.positives, scores.negatives)
     )
     return PRCounts(
-        found,
-        raised,
-        negatives - raised,
-        positives - found,
-        found / np.maximum(found + raised, 1),
-        found / np.maximum(positives, 1),
+        true_positives,
+        false_positives,
+        negatives - false_positives,
+        positives - true_positives,
+        true_positives / np.maximum(true_positives + false_positives, 1),
+        true_positives / np.maximum(positives, 1),
     )
 
 

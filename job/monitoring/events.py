@@ -137,8 +137,8 @@ class EventWriter(SummaryWriter):
             writer: Any = FileWriter.__new__(FileWriter)
             writer.event_writer = self._event_files
             attributes.file_writer, attributes.all_writers = writer, {self._event_files.get_logdir(): writer}
-        found: FileWriter = attributes.file_writer
-        return found
+        file_writer: FileWriter = attributes.file_writer
+        return file_writer
 
 
 def number_of(name: str) -> int:

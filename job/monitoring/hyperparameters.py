@@ -47,8 +47,8 @@ def hyperparameters(config: str) -> dict[str, Value]:
     """
     tree = yaml.safe_load(config) or {}
     model = {name: value for name, value in (tree.get("model") or {}).items() if name not in MODEL_LEFT_OUT}
-    found = {name: _option(tree, option) for option, name in NAMES.items() if _option(tree, option) is not None}
-    return plain_values({**model, **found})
+    options = {name: _option(tree, option) for option, name in NAMES.items() if _option(tree, option) is not None}
+    return plain_values({**model, **options})
 
 
 class HyperparameterWriter(Callback):

@@ -96,7 +96,7 @@ class Profile(Callback):
         communication = sum(e.time_range.elapsed_us() / 1e6 for e in events if e.name.startswith(COMMUNICATION))
         parts = {"data wait": waited, **self._seconds, "checkpoint": stalled}
         parts["other"] = max(total - sum(parts.values()), 0.0)
-        shares = [f"{what} {1000 * spent / steps:.1f} ({spent / total:.0%})" for what, spent in parts.items()]
+        shares = [f"{part} {1000 * spent / steps:.1f} ({spent / total:.0%})" for part, spent in parts.items()]
         log.info(
             "a step takes %.1f ms: %s; within them %.1f ms of communication, which may overlap",
             1000 * total / steps,

@@ -68,13 +68,13 @@ class Thumbnails:
             absent = [sample for sample in wanted if sample not in self._kept and 0 <= sample < len(self._index)]
             for sample, fetched in self._fetched(absent).items():
                 self._kept[sample] = self._encoded(fetched)
-            found = {sample: self._kept.get(sample) for sample in wanted}
+            jpegs = {sample: self._kept.get(sample) for sample in wanted}
             for sample in wanted:
                 if sample in self._kept:
                     self._kept.move_to_end(sample)
             while len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
-            return found
+            return jpegs
 
     def _fetched(self, samples: list[int]) -> dict[int, Fetched]:
         """Samples as they are stored; none during an outage."""

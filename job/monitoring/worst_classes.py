@@ -55,8 +55,8 @@ def worst_classes(confusion: Tensor, classes: Sequence[str]) -> str:
     lowest = present[f1[present].argsort(stable=True)[:LISTED]].tolist()
     lines = ["| class | F1 | precision | recall | samples |", "|---|---:|---:|---:|---:|"]
     for number in lowest:
-        found, count, guesses = int(hits[number]), int(samples[number]), int(predicted[number])
-        precision = f"{found / guesses:.3f}" if guesses else "-"
+        correct, count, guesses = int(hits[number]), int(samples[number]), int(predicted[number])
+        precision = f"{correct / guesses:.3f}" if guesses else "-"
         name = shortened(classes[number]).replace("`", "ˋ").replace("|", "¦")  # no markup
-        lines.append(f"| `{name}` | {float(f1[number]):.3f} | {precision} | {found / count:.3f} | {count:,} |")
+        lines.append(f"| `{name}` | {float(f1[number]):.3f} | {precision} | {correct / count:.3f} | {count:,} |")
     return "\n".join(lines)

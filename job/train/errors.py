@@ -88,6 +88,6 @@ def _origin(error: BaseException) -> str:
     return "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
 
 
-def _refusal(whose: str, message: str) -> str:
+def _refusal(library: str, message: str) -> str:
     text = " ".join(message.split())
-    return f"{whose} refuses these options: {text.removesuffix('.')}. Change or omit the option that this names."
+    return f"{library} refuses these options: {text.removesuffix('.')}. Change or omit the option that this names."

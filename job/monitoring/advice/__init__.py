@@ -29,7 +29,7 @@ def advise(
     """
     if not history:
         return []
-    found = [
+    candidates = [
         curves.learning_rate(history, context),
         data.repeated_images(context),
         predictions.never_predicted(history, evaluation, classes, context),
@@ -41,4 +41,4 @@ def advise(
         predictions.calibration(history, evaluation, context),
         data.data_wait(history, context),
     ]
-    return [each for each in found if each is not None]
+    return [each for each in candidates if each is not None]

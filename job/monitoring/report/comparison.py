@@ -62,10 +62,10 @@ def runs_in(uris: Sequence[str]) -> list[str]:
         CheckpointError: there is no report in a URI, nor in the folders in it.
         StorageError: it cannot be listed.
     """
-    found: dict[str, None] = {}
+    run_dirs: dict[str, None] = {}
     for uri in uris:
         if newest_uri(uri) is not None:
-            found[uri] = None
+            run_dirs[uri] = None
             continue
         below = _folders_with_report(uri)
         if not below:
@@ -73,8 +73,8 @@ def runs_in(uris: Sequence[str]) -> list[str]:
                 f"there is no {storage.join(uri, FILE)}, nor a report in a folder of {uri}. Give run_dirs of fits, or "
                 "a folder of them."
             )
-        found |= dict.fromkeys(below)
-    return list(found)
+        run_dirs |= dict.fromkeys(below)
+    return list(run_dirs)
 
 
 def compare(run_dirs: Iterable[str]) -> list[ComparedRun]:
@@ -124,10 +124,10 @@ def _cells(row: ComparedRun, *, with_name: bool) -> list[str]:
 
 def _folders_with_report(uri: str) -> list[str]:
     pattern = storage.join(uri, "*", FILE)
-    found = [storage.split(name)[0] for name in storage.glob(pattern)]
-    if len(found) > MOST_RUNS:
-        log.warning("%s holds %d runs; the first %d are compared", uri, len(found), MOST_RUNS)
-    return found[:MOST_RUNS]
+    run_dirs = [storage.split(name)[0] for name in storage.glob(pattern)]
+    if len(run_dirs) > MOST_RUNS:
+        log.warning("%s holds %d runs; the first %d are compared", uri, len(run_dirs), MOST_RUNS)
+    return run_dirs[:MOST_RUNS]
 
 
 def _row(run_dir: str) -> ComparedRun | None:

@@ -44,13 +44,13 @@ def hardware() -> Hardware:
 
 def versions() -> dict[str, str]:
     """Versions of Python, CUDA and the packages that decide the results, of those that are installed."""
-    found = {"python": platform.python_version()}
+    releases = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+            releases[name] = metadata.version(name)
     if torch.version.cuda is not None:
-        found["cuda"] = torch.version.cuda
-    return found
+        releases["cuda"] = torch.version.cuda
+    return releases
 
 
 def _cpu_model() -> str:
