@@ -13,8 +13,8 @@ from pytorch_lightning.callbacks import Callback
 from job import checkpoint
 from job.checkpoint.ranking import mode_of
 from job.checkpoint.settings import CheckpointSettings
-from job.monitoring.hparams_summary import Value, plain_values, session_end
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.tensorboard.hparams_summary import Value, plain_values, session_end
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 
 MODEL_LEFT_OUT = frozenset(["seed", "mean", "std", "compile_backbone", "nonfinite", "max_skipped_steps"])
 """Options of the model that are no choice of training, or are given elsewhere."""
