@@ -23,7 +23,7 @@ from job.monitoring.canvas import Figure
 from job.monitoring.class_labels import class_labels
 from job.monitoring.curves import THRESHOLDS, pr_counts
 from job.monitoring.custom_scalars import layout
-from job.monitoring.image_grid import Tile, frame_colour, grid, named, prediction_caption
+from job.monitoring.image_grid import Tile, frame_colour, grid, join_labels, prediction_caption
 from job.monitoring.settings import MonitoringSettings
 from job.monitoring.tensorboard import BucketTensorBoardLogger
 from job.monitoring.thumbnails import SIZE, Thumbnails
@@ -232,7 +232,7 @@ def first_images(data: ImageDataModule, batch: Batch, count: int) -> Callable[[]
 
 def _true_labels(batch: Batch, labels: Sequence[str]) -> list[str]:
     if "labels" in batch:
-        return [named([labels[number] for number in row.nonzero()[:, 0].tolist()]) for row in batch["labels"]]
+        return [join_labels([labels[number] for number in row.nonzero()[:, 0].tolist()]) for row in batch["labels"]]
     return [labels[number] if number >= 0 else "" for number in batch["label"].tolist()]
 
 
