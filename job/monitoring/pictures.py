@@ -39,10 +39,11 @@ END_SECONDS = 60.0
 
 
 class Pictures(Callback):
-    """Draws in a background thread of rank 0, which never delays training, and adds the pictures to TensorBoard.
+    """Draws in a background thread of rank 0, and adds the pictures to TensorBoard.
 
     The first and the last validation are drawn, and others only as long as :data:`LARGEST_SHARE` of the time is
-    enough. An error is logged, once, and ends nothing.
+    enough. An error is logged, once, and ends nothing. Training does not wait, but in one case: the first images of
+    cached features with ``--data.augment`` are loaded before the first step.
 
     Args:
         settings: how many images are shown.
@@ -56,6 +57,7 @@ class Pictures(Callback):
         self._due_at = 0.0
         self._waiting: Callable[[], None] | None = None
         self._has_ended = False
+        self._adding = threading.Lock()
         self._has_failed = False
         self._thumbnails: Thumbnails | None = None
 
@@ -95,11 +97,15 @@ class Pictures(Callback):
             self._thread.join(END_SECONDS)
             if self._thread.is_alive():
                 log.warning("the last pictures for TensorBoard are left out: drawing them takes too long")
-        self._has_ended = True
+        self._end()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Draw no more: the process is to end soon."""
-        self._has_ended = True
+        self._end()
+
+    def _end(self) -> None:
+        with self._adding:
+            self._has_ended = True
 
     def _draw_waiting(self) -> None:
         if self._waiting is None:
@@ -177,9 +183,11 @@ class Pictures(Callback):
             self._add("val/roc_curves", figure, step)
         counts = pr_counts(scores)
         for number, label in enumerate(labels):
-            if scores.positives[number].any() and not self._has_ended:
+            if scores.positives[number].any():
                 values = (each[number] for each in counts)
-                self.logger.experiment.add_pr_curve_raw(f"pr_curves/{label}", *values, step, THRESHOLDS)
+                with self._adding:
+                    if not self._has_ended:
+                        self.logger.experiment.add_pr_curve_raw(f"pr_curves/{label}", *values, step, THRESHOLDS)
 
     def _prediction_grid(
         self, title: str, predictions: Sequence[SamplePrediction], data: ImageDataModule, labels: Sequence[str]
@@ -202,8 +210,9 @@ class Pictures(Callback):
         return grid(title, tiles, GRID_BYTES)
 
     def _add(self, tag: str, figure: Figure, step: int) -> None:
-        if not self._has_ended:  # the logger would open another file
-            self.logger.experiment.add_encoded_image(tag, figure.content, (figure.width, figure.height), step)
+        with self._adding:
+            if not self._has_ended:  # the logger would open another file
+                self.logger.experiment.add_encoded_image(tag, figure.content, (figure.width, figure.height), step)
 
 
 def first_images(data: ImageDataModule, batch: Batch, count: int) -> Callable[[], Batch]:

@@ -63,8 +63,8 @@ class RunFiles:
             else:
                 self._failing.discard(label)
         files: dict[str, EventFile] = {}
-        for label, files in self._found.items():
-            for path, file in files.items():
+        for label, run_files in self._found.items():
+            for path, file in run_files.items():
                 # Events that lie in the URI itself have no name of their own.
                 prefix = label or ("" if "/" in path else storage.basename(self.folders[label]))
                 files[posixpath.join(prefix, path)] = file

@@ -56,7 +56,7 @@ def repeated_images(context: Context) -> Advice | None:
         return None
     return Advice(
         "repeated_images",
-        f"About {repeated.count:,} of {context.train_images:,} training images are the same file of {repeated.size:,} "
+        f"About {repeated.count:,} of {repeated.total:,} training images are the same file of {repeated.size:,} "
         f'bytes, such as a picture that says "image not found": {", ".join(repeated.examples)}.',
         "Look at them, and remove them from the data unless they are copies on purpose.",
     )
