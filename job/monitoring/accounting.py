@@ -44,6 +44,8 @@ BYTES_PER_SECOND = 50.0
 """A larger record is written less often, so that a bucket that keeps superseded versions keeps 4.3 MB a day at most."""
 
 Seconds = Annotated[float, Meta(ge=-1e11, le=1e11)]
+Timestamp = Annotated[float, Meta(ge=0, le=1e11)]
+"""Seconds since 1970, up to the year 5138: a time that datetime takes."""
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 
 _processes = itertools.count()
@@ -69,8 +71,8 @@ class Attempt(msgspec.Struct, forbid_unknown_fields=True, rename={"recomputed": 
         format: version of this record.
     """
 
-    began: Seconds
-    ended: Seconds
+    began: Timestamp
+    ended: Timestamp
     world_size: Annotated[int, Meta(ge=1, le=10**7)]
     first_step: Count = 0
     last_step: Count = 0
@@ -121,14 +123,14 @@ def totals(attempts: list[Attempt]) -> dict[str, float]:
 
     ``wall`` is the time from the beginning of the first attempt to the end of the last; where attempts overlap (two at
     a time, or clocks that differ), it is at least the sum of their parts. ``goodput`` is the share of ``wall`` in steps
-    that were not repeated and in the features that they train from; ``lost`` is the time of repeated steps. ``other``
-    is the remainder, mostly time between attempts. No figure is negative.
+    that were not repeated and in the features that they train from; ``recomputed`` is the time of repeated steps.
+    ``other`` is the remainder, mostly time between attempts. No figure is negative.
     """
     names = ("startup", "features", "step", "data_wait", "validation", "checkpoint_stall")
     sums = {name: sum(max(getattr(attempt, name), 0.0) for attempt in attempts) for name in names}
     recomputed = sum(max(attempt.recomputed, 0.0) for attempt in attempts)
-    sums["lost"] = min(recomputed, sums["step"])
-    sums["step"] -= sums["lost"]
+    sums["recomputed"] = min(recomputed, sums["step"])
+    sums["step"] -= sums["recomputed"]
     accounted = sum(sums.values())
     wall = max(max(attempt.ended for attempt in attempts) - min(attempt.began for attempt in attempts), accounted)
     goodput = (sums["step"] + sums["features"]) / wall if wall else 0.0
@@ -139,7 +141,6 @@ def shares(attempts: list[Attempt]) -> dict[str, float]:
     """Goodput, and each part of :func:`totals` as a share of ``wall``, from 0 to 1."""
     seconds = totals(attempts)
     goodput, wall = seconds.pop("goodput"), seconds.pop("wall")
-    seconds["recomputed"] = seconds.pop("lost")
     return {"goodput": goodput, **{name: value / wall if wall else 0.0 for name, value in seconds.items()}}
 
 

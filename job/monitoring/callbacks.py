@@ -73,6 +73,7 @@ def monitoring_callbacks(
         recorder,
         earlier,
         settings=settings,
+        ranking=checkpoint,
         config=config,
         advice=lambda: advisor.advice,
         before_write=lease.require_held,

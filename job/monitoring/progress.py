@@ -18,17 +18,8 @@ from job.data.dataset import Batch
 from job.process import logs
 from job.process.progress import Display, Status, duration, short_number
 
-SHOWN = (
-    "train/loss",
-    "train/accuracy",
-    "val/loss",
-    "val/accuracy",
-    "val/mAP",
-    "test/loss",
-    "test/accuracy",
-    "test/mAP",
-)
-"""Metrics that are shown, where a task has them, in this order."""
+SHOWN = ("loss", "accuracy", "mAP")
+"""Metrics of each part that are shown, where a task has them, in this order."""
 FETCH_SECONDS = 2.0
 """Between two looks at the metrics of a training step, for which the host waits for an accelerator."""
 
@@ -290,7 +281,7 @@ class TrainerProgress(ProgressBar):
             return
         self._batch_seconds = epoch.seconds / max(epoch.batches, 1)
         self._extra_seconds = epoch.paused
-        metrics = {**_values(trainer, "train/"), **(_values(trainer, "val/") if self._validated else {})}
+        metrics = {**_epoch_values(trainer), **(_values(trainer, "val/") if self._validated else {})}
         parts = [_epoch_name(trainer, number), _step(trainer), *_words(metrics)]
         facts: dict[str, object] = {**_place(trainer, number), **metrics, "seconds": round(epoch.elapsed, 3)}
         if epoch.images_per_second is not None:
@@ -348,4 +339,11 @@ def _words(metrics: Mapping[str, float]) -> list[str]:
 def _values(trainer: pl.Trainer, prefix: str) -> dict[str, float]:
     """The metrics to show, fetched from their device."""
     metrics = trainer.callback_metrics
-    return {name: float(metrics[name]) for name in SHOWN if name in metrics and name.startswith(prefix)}
+    names = (f"{prefix}{name}" for name in SHOWN)
+    return {name: float(metrics[name]) for name in names if name in metrics}
+
+
+def _epoch_values(trainer: pl.Trainer) -> dict[str, float]:
+    """Those of training, over the epoch that has ended: ``train/loss`` itself is the loss of its last step."""
+    values, mean = _values(trainer, "train/"), trainer.callback_metrics.get("train/loss_epoch")
+    return values if mean is None else {**values, "train/loss": float(mean)}

@@ -102,6 +102,15 @@ def short_number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def compact_number(value: float) -> str:
+    """A number of at least 1 in at most five characters, for a chart: 9999, 12.5k, 3.4M."""
+    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        least = 9999.5 if suffix == "k" else 0.9995 * unit  # what rounds to the unit
+        if abs(value) >= least:
+            return f"{value / unit:.3g}{suffix}"
+    return f"{value:.4g}"
+
+
 class Display:
     """Shows the status of tasks on stderr, one after the other; a bar is drawn if stderr is a terminal.
 

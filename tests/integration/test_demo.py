@@ -23,7 +23,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's bucket, as a folder, after the demo."""
     folder = tmp_path_factory.mktemp("demo")
     result = run_well("demo", "--folder", folder)
-    assert "job predict --run_dir gs://demo/runs/digits" in result.stdout
+    assert "job predict gs://demo/runs/digits " in result.stdout
     return folder / "buckets" / "demo"
 
 

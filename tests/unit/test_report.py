@@ -84,7 +84,7 @@ def content(**changes: Any) -> ReportContent:
         "metrics": {"val/accuracy": 0.5},
         "confusion_matrix": None,
         "checkpoints": Checkpoints(entry(0.5), entry(0.5)),
-        "starts": 1,
+        "attempt_count": 1,
         "seconds": {"goodput": 0.5, "wall": 10.0, "step": 5.0},
         "versions": {"job": "1"},
     }
@@ -272,7 +272,7 @@ def test_every_end_of_an_attempt_is_reported_and_the_history_has_no_gap(tmp_path
     report = read_report(str(run))
     assert [each.end for each in report.attempts] == ["failed", "killed", "finished"]
     assert [each.epoch for each in report.history] == [1, 2, 3]
-    assert (report.status, report.starts) == ("finished", 3)
+    assert (report.status, report.attempt_count) == ("finished", 3)
 
 
 def test_a_run_that_goes_on_forgets_validations_after_its_checkpoint(tmp_path: Path, colours: Path) -> None:
@@ -319,9 +319,9 @@ def writing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     """A ReportWriter whose content is that of a run, and the names of what it writes."""
     report, written = read_report(str(run_dir)), []
     monkeypatch.setattr(writer, "POLL_SECONDS", 0.02)
-    made = writer.ReportWriter(None, None, EarlierReport(str(tmp_path)), settings=None, config="")  # type: ignore[arg-type]
+    made = writer.ReportWriter(None, None, EarlierReport(str(tmp_path)), settings=None, ranking=None, config="")  # type: ignore[arg-type]
     made._facts = SimpleNamespace(run_dir=str(tmp_path))  # type: ignore[assignment]
-    monkeypatch.setattr(made, "_build", lambda state: msgspec.structs.replace(report, starts=state))
+    monkeypatch.setattr(made, "_build", lambda state: msgspec.structs.replace(report, attempt_count=state))
     monkeypatch.setattr(made, "_thumbnails_of", lambda content, fetch: {})
 
     def write(uri: str, content: bytes, before: Any) -> None:
@@ -355,9 +355,9 @@ def test_reports_are_written_in_the_background_and_only_the_newest(
     while len(written) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
     thread.stop()
-    starts = [json.loads(each)["starts"] for name, each in written if name.endswith(".json")]
-    assert starts[-1] == 49
-    assert len(starts) <= 3
+    numbers = [json.loads(each)["attempt_count"] for name, each in written if name.endswith(".json")]
+    assert numbers[-1] == 49
+    assert len(numbers) <= 3
 
 
 def test_reports_are_at_least_half_a_minute_apart(writing: Any) -> None:

@@ -23,6 +23,7 @@ from job.monitoring.drawing.canvas import (
     text_width,
 )
 from job.monitoring.drawing.curves import roc_curves
+from job.process.progress import compact_number
 
 MOST_BYTES = 128 << 10
 """Limit on the PNG of a chart."""
@@ -224,16 +225,7 @@ def _cell(canvas: Canvas, box: tuple[float, float, float, float], count: int, sh
     canvas.rectangle(box, (red, green, blue), LIGHT)
     if count and box[3] - box[1] >= 20:
         middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-        canvas.text(middle, compact(count), 10, "mm", WHITE if depth > 0.6 else BLACK)
-
-
-def compact(count: int) -> str:
-    """A count in at most five characters: 9999, 12k, 3.4M."""
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if count >= unit:
-            value = count / (1e3 if name == "k" else unit)
-            return f"{value:.1f}{name}" if value < 10 else f"{value:.0f}{name}"
-    return str(count)
+        canvas.text(middle, compact_number(count), 10, "mm", WHITE if depth > 0.6 else BLACK)
 
 
 def _hue(number: int, total: int) -> Colour:

@@ -1,4 +1,4 @@
-"""Class names, which others have chosen, as tags and captions."""
+"""Names of classes and files, which others have chosen, as tags, captions and cells."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from job.redact import redact
 
 LONGEST = 60
 """Characters of a label."""
+MOST_SEARCHED = 4096
+"""Characters that are searched for credentials; a name may have a megabyte."""
 
 
 def shortened(text: str, longest: int = LONGEST) -> str:
-    """``text`` in one line of at most ``longest`` characters: control characters escaped, credentials redacted."""
-    # A name may have a megabyte: it is cut before it is searched, and once more since escapes make it grow.
-    text = escape(redact(text[: 10 * longest]))
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+    """``text`` in one line of at most ``longest`` characters, cut in its middle.
+
+    Control characters are escaped, credentials redacted.
+    """
+    text = escape(redact(text[:MOST_SEARCHED]))
+    if len(text) <= longest:
+        return text
+    head = (longest - 1) * 2 // 3
+    return f"{text[:head]}…{text[len(text) - (longest - 1 - head) :]}"
 
 
 def class_labels(classes: Sequence[str], longest: int = LONGEST) -> tuple[str, ...]:

@@ -17,7 +17,6 @@ from job.checkpoint import confusion
 from job.checkpoint.confusion import Cells
 from job.checkpoint.manifest import Manifest
 from job.errors import JobError
-from job.model.evaluation import Evaluation
 from job.monitoring.accounting import Attempt, totals
 from job.monitoring.history import ValidationRecord
 from job.monitoring.report.content import (
@@ -74,7 +73,7 @@ class RunState:
         skipped_steps: optimizer steps skipped.
         images_per_second: throughput of this attempt; None where it has completed no epoch.
         advice: warnings.
-        evaluations: validations of this attempt by ``global_step``, the best checkpoint's and later ones.
+        results: validations by ``global_step``, for the entry of the best checkpoint.
     """
 
     status: Status
@@ -85,22 +84,16 @@ class RunState:
     skipped_steps: int
     images_per_second: float | None
     advice: tuple[AdviceEntry, ...] = ()
-    evaluations: Mapping[int, Evaluation] = field(default_factory=dict)
+    results: Mapping[int, EvaluationResult] = field(default_factory=dict)
 
 
-def build(
-    facts: RunFacts,
-    state: RunState,
-    earlier: ReportContent | None,
-    results: Mapping[int, EvaluationResult],
-) -> ReportContent:
+def build(facts: RunFacts, state: RunState, earlier: ReportContent | None) -> ReportContent:
     """The report of a run at one moment.
 
     Args:
         facts: what does not change.
         state: what does.
         earlier: report of an earlier attempt; gives how earlier attempts ended.
-        results: validations by ``global_step``, for the entry of the best checkpoint.
 
     Raises:
         JobError: the checkpoints in the bucket cannot be read.
@@ -132,11 +125,11 @@ def build(
         confusion_matrix=_confusion_matrix(facts.run_dir, best, cells),
         per_class=[] if cells is None else per_class(cells, facts.classes),
         most_confused=[] if cells is None else most_confused(cells, facts.classes),
-        evaluation=results.get(best.global_step) if best else None,
+        evaluation=state.results.get(best.global_step) if best else None,
         history=list(state.records),
         advice=list(state.advice),
         data=facts.data,
-        starts=len(state.attempts),
+        attempt_count=len(state.attempts),
         attempts=attempts[-MOST_ATTEMPTS:],
         seconds=totals(list(state.attempts)),
         configuration=facts.configuration,

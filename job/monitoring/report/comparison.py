@@ -12,9 +12,11 @@ import msgspec
 
 from job import storage
 from job.errors import CheckpointError, StorageError
+from job.monitoring.drawing.class_labels import shortened
 from job.monitoring.report import text
 from job.monitoring.report.content import FILE, ReportContent
 from job.monitoring.report.files import newest_uri, read_report
+from job.process.progress import duration
 from job.process.terminal import print_table, say
 
 log = logging.getLogger(__name__)
@@ -116,7 +118,7 @@ def _cells(row: ComparedRun, *, with_name: bool) -> list[str]:
         str(row.epochs),
         "–" if row.images_per_second is None else f"{row.images_per_second:,.0f}",
         "–" if row.goodput is None else f"{row.goodput:.0%}",
-        "–" if row.seconds is None else text.duration(row.seconds),
+        "–" if row.seconds is None else duration(row.seconds),
         row.status,
         row.run_dir,
     ]
@@ -148,7 +150,7 @@ def _compared(run_dir: str, report: ReportContent) -> ComparedRun:
         metric=best.monitor if best else "",
         mode=best.mode if best else "max",
         value=best.value if best else None,
-        backbone=text.short(backbone, 40) if isinstance(backbone, str) else None,
+        backbone=shortened(backbone, 40) if isinstance(backbone, str) else None,
         lr=float(lr) if isinstance(lr, int | float) and not isinstance(lr, bool) else _first_lr(report),
         epochs=report.epochs,
         images_per_second=report.train_images_per_second,

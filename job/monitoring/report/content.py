@@ -367,7 +367,7 @@ class ReportContent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         history: every validation of the run; above 1,000 validations every second one is dropped, repeatedly.
         advice: warnings.
         data: the images.
-        starts: number of attempts.
+        attempt_count: number of attempts.
         attempts: the last 1,000 of them.
         seconds: where the time went, over all attempts; see :func:`job.monitoring.accounting.totals`.
         configuration: resolved configuration, by option.
@@ -390,7 +390,7 @@ class ReportContent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics: Values
     confusion_matrix: ConfusionMatrix | None
     checkpoints: Checkpoints | None
-    starts: Count
+    attempt_count: Count
     seconds: dict[Text, float]
     versions: dict[Text, Text]
     status: Status = "finished"
@@ -493,9 +493,18 @@ def decode_report(uri: str, content: bytes) -> ReportContent:
 
 
 def _from_format_1(content: bytes) -> ReportContent:
-    """The report of an earlier version, whose checkpoints had the ranking metric under its own name."""
+    """The report of an earlier version.
+
+    Its checkpoints had the ranking metric under its own name; ``updated``, ``attempt_count`` and ``seconds.recomputed``
+    were ``finished``, ``starts`` and ``seconds.lost``.
+    """
     fields = msgspec.json.decode(content, type=dict[str, Any])
     fields["updated"] = fields.pop("finished", "")
+    if "starts" in fields:
+        fields["attempt_count"] = fields.pop("starts")
+    seconds = fields.get("seconds")
+    if isinstance(seconds, dict) and "lost" in seconds:
+        fields["seconds"] = {"recomputed" if name == "lost" else name: value for name, value in seconds.items()}
     checkpoints = fields.get("checkpoints") or None
     if isinstance(checkpoints, dict):
         known = ("uri", "epoch", "global_step", "metrics")

@@ -19,7 +19,9 @@ MOST_COPIES = 1000
 
 
 def numbered_name(name: str, number: int) -> str:
-    """The name of a file beside one that the bucket lets nobody replace: ``report.2.json``."""
+    """The name of the file of this number, from 1 on: ``report.json``, ``report.2.json``, …"""
+    if number == 1:
+        return name
     stem, _, suffix = name.rpartition(".")
     return f"{stem}.{number}.{suffix}"
 
@@ -34,17 +36,14 @@ def free_number(run_dir: str) -> int:
 
 def newest_uri(run_dir: str) -> str | None:
     """URI of the newest ``report.json``; None where there is none."""
-    uri = storage.join(run_dir, FILE)
-    if not storage.exists(uri):
-        return None
     number = free_number(run_dir) - 1
-    return uri if number < 2 else storage.join(run_dir, numbered_name(FILE, number))
+    uri = storage.join(run_dir, numbered_name(FILE, number))
+    return uri if number > 1 or storage.exists(uri) else None
 
 
 def page_uri(run_dir: str) -> str:
     """URI of the newest ``report.html``."""
-    number = free_number(run_dir) - 1
-    return storage.join(run_dir, PAGE if number < 2 else numbered_name(PAGE, number))
+    return storage.join(run_dir, numbered_name(PAGE, free_number(run_dir) - 1))
 
 
 def read_report(run_dir: str) -> ReportContent:
@@ -72,11 +71,13 @@ class EarlierReport:
 
     Attributes:
         is_newer: a newer version of job wrote it; known once :attr:`content` was read.
+        number: of its file, 1 where there is none; known likewise.
     """
 
     def __init__(self, run_dir: str) -> None:
         self.run_dir = run_dir
         self.is_newer = False
+        self.number = 1
 
     @functools.cached_property
     def content(self) -> ReportContent | None:
@@ -86,6 +87,7 @@ class EarlierReport:
             StorageOutage: the bucket does not answer.
         """
         try:
+            self.number = free_number(self.run_dir) - 1
             if newest_uri(self.run_dir) is None:
                 return None
             return read_report(self.run_dir)

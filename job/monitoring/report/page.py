@@ -13,11 +13,13 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from job.monitoring.drawing.class_labels import shortened
 from job.monitoring.history import ValidationRecord
 from job.monitoring.report import svg, text
 from job.monitoring.report.content import ClassMetrics, PartSummary, ReportContent
 from job.monitoring.report.svg import Series
-from job.process.terminal import escape
+from job.process.progress import duration
+from job.process.terminal import clean_lines
 from job.storage.uris import basename
 
 MOST_MATRIX_CLASSES = 50
@@ -32,7 +34,6 @@ MOST_LR_GROUPS = 8
 WIDE = 20
 """Ratio of throughputs, as of epochs with and without cached features, from which on their axis is logarithmic."""
 
-HEADLINES = ("accuracy", "top5_accuracy", "mAP", "f1", "macro_f1", "auroc", "loss", "ece")
 LABELS = {
     "f1": "F1",
     "macro_f1": "macro F1",
@@ -48,17 +49,6 @@ CHARTS = (
     ("Calibration error (ECE)", ("val/ece",)),
 )
 """Titles of charts and the metrics in them."""
-TIMES = {
-    "step": "training steps",
-    "features": "backbone features",
-    "validation": "validation",
-    "data_wait": "waiting for data",
-    "startup": "start-up",
-    "checkpoint_stall": "waiting for checkpoints",
-    "lost": "recomputed steps",
-    "other": "between attempts, other",
-}
-"""Entries of ``seconds`` in the order of the bar."""
 STATUS = {
     "running": "running",
     "finished": "finished",
@@ -79,7 +69,7 @@ def render(report: ReportContent, thumbnails: Mapping[int, bytes | None]) -> str
         .get_template("report.html.jinja")
         .render(
             report=report,
-            name=text.short(basename(report.run_dir.rstrip("/")) or report.run_dir),
+            name=shortened(basename(report.run_dir.rstrip("/")) or report.run_dir),
             status=STATUS[report.status],
             headlines=_headlines(report),
             curves=history_charts(report.history),
@@ -150,10 +140,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "short": text.short,
+        "short": shortened,
         "number": text.number,
         "percent": text.percent,
-        "duration": text.duration,
         "size": text.size,
         "moment": _moment,
         "bar": svg.inline_bar,
@@ -162,10 +151,8 @@ def _environment() -> Environment:
 
 
 def _visible(value: Any) -> Any:
-    """Text without control characters; it is escaped as HTML afterwards."""
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return "\n".join(escape(line) for line in value.expandtabs(4).split("\n"))
-    return value
+    """Text without control characters and credentials; it is escaped as HTML afterwards."""
+    return clean_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _moment(iso: str) -> str:
@@ -173,7 +160,7 @@ def _moment(iso: str) -> str:
     try:
         return datetime.fromisoformat(iso).strftime("%-d %B %Y, %H:%M UTC")
     except ValueError:
-        return text.short(iso)
+        return shortened(iso)
 
 
 def _headlines(report: ReportContent) -> list[tuple[str, str, str]]:
@@ -181,7 +168,7 @@ def _headlines(report: ReportContent) -> list[tuple[str, str, str]]:
     tiles = []
     best = report.checkpoints.best if report.checkpoints else None
     ranking = best.monitor.removeprefix("val/") if best else ""
-    for name in dict.fromkeys((ranking, *HEADLINES)):
+    for name in dict.fromkeys((ranking, *text.METRICS)):
         value = report.metrics.get(f"val/{name}", best.value if best and name == ranking else None)
         if value is not None:
             tiles.append(
@@ -196,7 +183,7 @@ def _headlines(report: ReportContent) -> list[tuple[str, str, str]]:
         processes = f"{report.world_size} process{'es' if report.world_size > 1 else ''}"
         tiles.append(("images/s", f"{report.train_images_per_second:,.0f}", f"training, {processes}"))
     if "goodput" in report.seconds:
-        wall = text.duration(report.seconds.get("wall", 0.0))
+        wall = duration(report.seconds.get("wall", 0.0))
         tiles.append(("goodput", text.percent(report.seconds["goodput"]), f"of {wall}"))
     return tiles
 
@@ -277,11 +264,11 @@ def _errors(report: ReportContent, thumbnails: Mapping[int, bytes | None]) -> li
     return [
         {
             "image": _data_uri(thumbnails.get(each.sample)),
-            "labels": ", ".join(text.short(name, 40) for name in each.labels[:5]) or "none",
-            "predicted": ", ".join(text.short(name, 40) for name in each.predicted[:5]) or "none",
+            "labels": ", ".join(shortened(name, 40) for name in each.labels[:5]) or "none",
+            "predicted": ", ".join(shortened(name, 40) for name in each.predicted[:5]) or "none",
             "confidence": each.confidence,
             "uri": each.uri,
-            "file": text.short("/".join(each.uri.split("/")[-2:]), 40),
+            "file": shortened("/".join(each.uri.split("/")[-2:]), 40),
         }
         for each in errors
     ]
@@ -306,7 +293,7 @@ def _class_counts(report: ReportContent) -> list[tuple[str, list[int], float]]:
 
 
 def _time_bar(seconds: Mapping[str, float]) -> Markup:
-    return svg.share_bar([(label, max(seconds.get(name, 0.0), 0.0)) for name, label in TIMES.items()])
+    return svg.share_bar([(label, max(seconds.get(name, 0.0), 0.0)) for name, label in text.PARTS.items()])
 
 
 def _ends(report: ReportContent) -> str:

@@ -7,11 +7,10 @@ from typing import Any
 
 from job.monitoring.report.content import CheckpointEntry, Report, ReportContent
 from job.monitoring.report.files import page_uri
+from job.monitoring.report.text import METRICS, PARTS
 from job.monitoring.tensorboard.event_folders import tensorboard_argument
 from job.process.terminal import print_table, say
 
-SHOWN = ("accuracy", "f1", "auroc", "mAP", "micro_f1", "macro_f1", "loss")
-"""Validation metrics in the order of the summary."""
 TITLES = {
     "running": "Running",
     "finished": "Finished",
@@ -26,7 +25,8 @@ def print_summary(result: Report) -> None:
     run_dir = result.run_dir
     say("Next:")
     say(f"  python -m job tensorboard {shlex.quote(tensorboard_argument(run_dir))}")
-    say(f"  python -m job predict --run_dir {shlex.quote(run_dir)} --input IMAGE_OR_FOLDER")
+    say(f"  python -m job predict {shlex.quote(run_dir)} IMAGE_OR_FOLDER")
+    say(f"  python -m job report {shlex.quote(run_dir)}")
 
 
 def print_results(report: ReportContent, run_dir: str) -> None:
@@ -50,7 +50,7 @@ def print_results(report: ReportContent, run_dir: str) -> None:
     rows += [
         ("epochs", f"{report.epochs} ({report.global_step} steps)"),
         ("speed", f"{speed:.1f} images/s training, {report.world_size} process(es)" if speed else "-"),
-        ("time", _where_time_went(report.seconds, report.starts)),
+        ("time", _where_time_went(report.seconds, report.attempt_count)),
         ("run_dir", run_dir),
         ("report", page_uri(run_dir)),
     ]
@@ -59,7 +59,7 @@ def print_results(report: ReportContent, run_dir: str) -> None:
 
 
 def _metrics(entry: CheckpointEntry) -> str:
-    values = ((name, entry.metrics.get(f"val/{name}")) for name in SHOWN)
+    values = ((name, entry.metrics.get(f"val/{name}")) for name in METRICS)
     shown = "  ".join(f"{name} {value:.4f}" for name, value in values if value is not None)
     return f"epoch {entry.epoch}: {shown or 'not validated'}"
 
@@ -74,11 +74,7 @@ def print_suggestions(result: dict[str, Any]) -> None:
         say(f"  --data.global_batch_size {most}")
 
 
-def _where_time_went(seconds: dict[str, float], starts: int) -> str:
-    parts = "  ".join(
-        f"{name.replace('lost', 'recomputed').replace('_', ' ')} {seconds.get(name, 0.0):.0f}"
-        for name in ("step", "data_wait", "validation", "checkpoint_stall", "startup", "features", "lost", "other")
-    )
-    return (
-        f"goodput {seconds.get('goodput', 0.0):.0%} of {seconds.get('wall', 0.0):.0f} s in {starts} attempt(s): {parts}"
-    )
+def _where_time_went(seconds: dict[str, float], attempts: int) -> str:
+    goodput, wall = seconds.get("goodput", 0.0), seconds.get("wall", 0.0)
+    parts = ", ".join(f"{title} {seconds.get(name, 0.0):.0f} s" for name, title in PARTS.items())
+    return f"goodput {goodput:.0%} of {wall:.0f} s in {attempts} attempt(s): {parts}"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from job.monitoring.drawing.class_labels import shortened
 from job.monitoring.report.content import CalibrationBin
-from job.monitoring.report.text import short
+from job.process.progress import compact_number
 
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34
@@ -91,7 +92,9 @@ def line_chart(
         diagonal: draw the line from the lower left to the upper right corner.
         curves: the lines are curves, not measurements: without dots, and with a legend even for a single one.
     """
-    series = [Series(short(each.name, 40), [p for p in each.points if all(map(math.isfinite, p))]) for each in series]
+    series = [
+        Series(shortened(each.name, 40), [p for p in each.points if all(map(math.isfinite, p))]) for each in series
+    ]
     series = [each for each in series if each.points]
     if not series:
         return Markup("")
@@ -155,7 +158,7 @@ def confusion_matrix(cells: Iterable[tuple[int, int, int]], classes: Sequence[st
     for label, guess, samples in cells:
         share = samples / totals[label]
         x, y = margin + guess * size, 20 + label * size
-        tip = f"{samples:,} of {short(classes[label])} predicted as {short(classes[guess])} ({share:.1%})"
+        tip = f"{samples:,} of {shortened(classes[label])} predicted as {shortened(classes[guess])} ({share:.1%})"
         parts.append(
             Markup(
                 '<rect class="{}" x="{}" y="{}" width="{}" height="{}" fill-opacity="{}"><title>{}</title></rect>'
@@ -166,14 +169,17 @@ def confusion_matrix(cells: Iterable[tuple[int, int, int]], classes: Sequence[st
         if has_text:
             parts.append(
                 Markup('<text class="{}" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-                    "cell strong" if share > 0.55 else "cell", x + (size - 1) / 2, y + size / 2 + 4, _compact(samples)
+                    "cell strong" if share > 0.55 else "cell",
+                    x + (size - 1) / 2,
+                    y + size / 2 + 4,
+                    compact_number(samples),
                 )
             )
     edge = count * size
     parts.append(Markup('<rect class="frame" x="{}" y="20" width="{}" height="{}"/>').format(margin - 0.5, edge, edge))
     for number, name in enumerate(classes):
         middle = number * size + size / 2
-        shown = short(name, NAME_CHARACTERS)
+        shown = shortened(name, NAME_CHARACTERS)
         parts.append(
             Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(
                 margin - 6, 24 + middle, shown
@@ -335,13 +341,5 @@ def _tick(value: float) -> str:
     if value == 0:
         return "0"
     if abs(value) >= 1e4:
-        return _compact(value)
+        return compact_number(value)
     return f"{value:.2g}".replace("e-0", "e-") if abs(value) < 1e-3 else f"{value:.4g}"
-
-
-def _compact(value: float) -> str:
-    """A number in at most five characters: 950, 12k, 1.2M."""
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            return f"{value / (1e3 if suffix == 'k' else limit):.3g}{suffix}"
-    return f"{value:g}"

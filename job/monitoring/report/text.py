@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from job.process.terminal import escape
-
-NAME_CHARACTERS = 80
-
-
-def short(text: str, most: int = NAME_CHARACTERS) -> str:
-    """A name of others, without control characters and cut in its middle."""
-    text = escape(text[: 4 * most]) if len(text) <= 4 * most else escape(text[: 2 * most] + text[-2 * most :])
-    if len(text) <= most:
-        return text
-    head = (most - 1) * 2 // 3
-    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+PARTS = {
+    "step": "training steps",
+    "features": "backbone features",
+    "validation": "validation",
+    "data_wait": "waiting for data",
+    "startup": "start-up",
+    "checkpoint_stall": "waiting for checkpoints",
+    "recomputed": "recomputed steps",
+    "other": "between attempts, other",
+}
+"""Parts of the wall time, see :func:`job.monitoring.accounting.totals`, and their titles, in the order in which they are shown."""
+METRICS = ("accuracy", "top5_accuracy", "mAP", "f1", "macro_f1", "micro_f1", "auroc", "loss", "ece")
+"""Validation metrics that a summary shows, where a task has them, in this order."""
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -26,19 +27,6 @@ def number(value: float | None, digits: int = 4) -> str:
 def percent(value: float | None) -> str:
     """A share, with one digit; an en dash for none."""
     return "–" if value is None else f"{value:.1%}"
-
-
-def duration(seconds: float) -> str:
-    """A time in its two largest units."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"
 
 
 def size(count: float) -> str:

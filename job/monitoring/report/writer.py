@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -12,10 +14,10 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from job import storage
+from job.checkpoint.settings import CheckpointSettings
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule, image_data
 from job.errors import JobError, LeaseError, Preempted, StorageError, StorageOutage
-from job.model.evaluation import Evaluation
 from job.model.module import TransferLearningModel
 from job.monitoring import accounting
 from job.monitoring.accounting import Accounting
@@ -23,14 +25,15 @@ from job.monitoring.advice import Advice
 from job.monitoring.drawing.thumbnails import Thumbnails
 from job.monitoring.recorder import ValidationRecorder
 from job.monitoring.report.build import RunFacts, RunState, build, message_of, parse_configuration
-from job.monitoring.report.content import FILE, AdviceEntry, EvaluationResult, Report, ReportContent, Status
+from job.monitoring.report.content import FILE, AdviceEntry, Report, ReportContent, Status
 from job.monitoring.report.data_summary import summarise
 from job.monitoring.report.files import PAGE, EarlierReport, free_number, numbered_name
 from job.monitoring.report.machine import hardware, versions
 from job.monitoring.report.measures import result_of
 from job.monitoring.report.page import render
+from job.monitoring.report.results import ValidationResults
 from job.monitoring.settings import MonitoringSettings
-from job.process.periodic import STOP_SECONDS, Periodic, call_within
+from job.process.periodic import Periodic, call_within
 from job.process.signals import Stopped
 from job.train.errors import translated
 
@@ -42,10 +45,17 @@ WRITE_SECONDS = 30.0
 BYTES_PER_SECOND = 1000.0
 """In a bucket a large report is written less often, so that one that keeps superseded versions keeps 86 MB a day."""
 
+FINISHING_SECONDS = 60.0
+"""How long the end of a complete fit waits for the thread."""
+
 STOPPING_SECONDS = 5.0
 """How long the end of a stopped or failed run waits for the thread, and for its last report."""
 
 POLL_SECONDS = 0.5
+
+
+class _Closed(JobError):
+    """The background thread is to write no more."""
 
 
 def report_of(trainer: pl.Trainer) -> Report:
@@ -60,13 +70,15 @@ class ReportWriter(Callback):
 
     A background thread writes while training goes on; it skips to the newest state, and waits
     :data:`WRITE_SECONDS` between two reports. A bucket that lets nothing be replaced keeps the first report, and gets
-    the last one under a numbered name, such as ``report.2.html``.
+    the last one under a numbered_name name, such as ``report.2.html``. The last report of a fit also gets one where the
+    thread hangs in a request, which might be completed later.
 
     Args:
         accounting: measures where the time goes.
         recorder: keeps the history of validations.
         earlier: report of earlier attempts.
         settings: says how many of the worst errors are shown.
+        ranking: names the metric that ranks checkpoints.
         config: the resolved configuration, as YAML.
         advice: returns the current advice.
         before_write: called immediately before each write; raises if this job may not write to run_dir.
@@ -82,6 +94,7 @@ class ReportWriter(Callback):
         earlier: EarlierReport,
         *,
         settings: MonitoringSettings,
+        ranking: CheckpointSettings,
         config: str,
         advice: Callable[[], Sequence[Advice]] = lambda: (),
         before_write: Callable[[], None] = storage.unconditionally,
@@ -90,6 +103,7 @@ class ReportWriter(Callback):
         self.recorder = recorder
         self.earlier = earlier
         self.settings = settings
+        self.ranking = ranking
         self.config = config
         self.advice = advice
         self.before_write = before_write
@@ -97,15 +111,18 @@ class ReportWriter(Callback):
         self._facts: RunFacts
         self._data: ImageDataModule
         self._has_started = False
-        self._evaluations: dict[int, Evaluation] = {}
-        self._results: dict[int, EvaluationResult] = {}
+        self._results: ValidationResults
         self._thumbnails: Thumbnails | None = None
         self._shown: dict[int, bytes | None] = {}
+        self._lock = threading.Lock()
+        """Of the state to be written, of :attr:`content` and of whether the thread may write; held for no request."""
         self._pending: RunState | None = None
+        self._is_closed = False
         self._saved_step = 0
         self._written_at = -float("inf")
         self._interval = WRITE_SECONDS
         self._is_replaceable = True
+        self._number = 1
         self._thread: Periodic | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -114,7 +131,7 @@ class ReportWriter(Callback):
             return
         self._prepare(trainer, pl_module)
         self._has_started = True
-        self._pending = self._state(trainer, "running")
+        self._have_written(self._state(trainer, "running"))
         self._thread = Periodic("report-writer", POLL_SECONDS, self._write_when_due)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -122,12 +139,16 @@ class ReportWriter(Callback):
         if trainer.is_global_zero and trainer.state.fn == "fit" and self._has_started:
             evaluation = cast("TransferLearningModel", pl_module).evaluation
             if evaluation is not None:
-                self._evaluations[trainer.global_step] = evaluation
-            self._pending = self._state(trainer, "running")
+                uri_of, step = self._data.parts["val"].uri, trainer.global_step
+                result = result_of(evaluation, step, self._facts.classes, uri_of, self.settings.images)
+                self._results.add(result, float(trainer.callback_metrics.get(self.ranking.metric, math.nan)))
+            self._have_written(self._state(trainer, "running"))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, *args: object) -> None:
         """Remember the step: once the checkpoint is committed, the report names it."""
         self._saved_step = trainer.global_step
+        if self._has_started:
+            self._results.keep_saved(trainer.global_step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the last report. Its figures come from the bucket, so that a run found finished has one, too.
@@ -138,9 +159,9 @@ class ReportWriter(Callback):
         if not trainer.is_global_zero:
             return
         if self._has_started:
-            self._stop_thread()
+            is_idle = self._stop_thread(FINISHING_SECONDS)
             self.content = self._build(self._state(trainer, "finished"))
-            self._publish(self.content)
+            self._publish(self.content, fetch=is_idle, replace=is_idle)
             return
         self._prepare(trainer, pl_module)
         earlier = self.earlier.content
@@ -201,13 +222,11 @@ class ReportWriter(Callback):
         )
         earlier = self.earlier.content
         self._is_replaceable = not self.earlier.is_newer
-        if earlier is not None and earlier.evaluation is not None:
-            self._results[earlier.evaluation.global_step] = earlier.evaluation
+        self._number = self.earlier.number
+        self._results = ValidationResults(self.ranking.ranking_mode, earlier.evaluation if earlier else None)
 
     def _state(self, trainer: pl.Trainer, status: Status, failure: str | None = None) -> RunState:
         """The state of this moment, on the main thread."""
-        best = self.content.checkpoints.best.global_step if self.content and self.content.checkpoints else 0
-        self._evaluations = {step: each for step, each in self._evaluations.items() if step >= best}
         attempts = self.accounting.attempts
         now = msgspec.structs.replace(attempts[-1], ended=time.time())
         seconds, images = self.recorder.train_seconds, self.recorder.train_images
@@ -221,7 +240,7 @@ class ReportWriter(Callback):
             skipped_steps=cast("TransferLearningModel", trainer.lightning_module).skipped_steps,
             images_per_second=images / seconds if seconds else earlier,
             advice=tuple(AdviceEntry(each.kind, each.message, each.suggestion) for each in self.advice()),
-            evaluations=dict(self._evaluations),
+            results=self._results.by_step(),
         )
 
     def _state_found(self, trainer: pl.Trainer) -> RunState:
@@ -234,25 +253,44 @@ class ReportWriter(Callback):
             bad_samples=tuple(self._data.bad_samples),
             skipped_steps=cast("TransferLearningModel", trainer.lightning_module).skipped_steps,
             images_per_second=None,
+            results=self._results.by_step(),
         )
 
+    def _have_written(self, state: RunState) -> None:
+        """Have the thread write a state, instead of an older one that still waits."""
+        with self._lock:
+            self._pending = state
+
+    def _have_written_again(self, state: RunState) -> None:
+        """Have the thread write a state that it took before, unless a newer one waits."""
+        with self._lock:
+            self._pending = self._pending or state
+
     def _write_when_due(self) -> None:
-        state = self._pending
-        if state is None or not self._is_replaceable or time.monotonic() - self._written_at < self._interval:
+        if not self._is_replaceable or time.monotonic() - self._written_at < self._interval:
             return
-        self._pending = None
+        with self._lock:
+            state, self._pending = self._pending, None
+        if state is None:
+            return
         self._written_at = time.monotonic()
         try:
-            self.content = content = self._build(state)
-            self._write(content)
+            content = self._build(state)
+            with self._lock:
+                if self._is_closed:
+                    return
+                self.content = content
+            self._write(content, self._number, before_write=self._require_open)
+        except _Closed:
+            return
         except (StorageOutage, LeaseError):
-            self._pending = self._pending or state
+            self._have_written_again(state)
             return
         except StorageError as error:
             self._is_replaceable = False
             log.warning(
                 "%s can no longer be updated; training continues, and the last report gets a name of its own: %s",
-                storage.join(self._facts.run_dir, FILE),
+                storage.join(self._facts.run_dir, numbered_name(FILE, self._number)),
                 error,
             )
             return
@@ -260,30 +298,60 @@ class ReportWriter(Callback):
             log.warning("the report is not updated: %s", error)
             return
         self._written_at = time.monotonic()
-        if content.global_step < self._saved_step and self._pending is None:
-            self._pending = state  # until the checkpoint of this step is committed
+        if content.global_step < self._saved_step:
+            self._have_written_again(state)  # until the checkpoint of this step is committed
 
-    def _publish(self, content: ReportContent, *, fetch: bool = True) -> None:
+    def _require_open(self) -> None:
+        """Raise if the thread may not write: a request that it made late must not replace the last report.
+
+        Raises:
+            _Closed: the thread is to end.
+            LeaseError: another job writes to the run_dir.
+        """
+        if self._is_closed:
+            raise _Closed
+        self.before_write()
+
+    def _publish(self, content: ReportContent, *, fetch: bool = True, replace: bool = True) -> None:
         """Write the last report, under a name of its own where the first may not be replaced.
+
+        Args:
+            content: the report.
+            fetch: whether thumbnails may be fetched.
+            replace: whether the first may be replaced if the bucket lets it.
 
         Raises:
             StorageError: the bucket takes none.
             LeaseError: another job writes to the run_dir.
         """
         try:
-            if self._is_replaceable:
-                self._write(content, fetch=fetch)
+            if self._is_replaceable and replace:
+                self._write(content, self._number, fetch=fetch)
                 return
         except (StorageOutage, LeaseError):
             raise
         except StorageError as error:
-            log.warning("%s cannot be replaced: %s", storage.join(self._facts.run_dir, FILE), error)
+            name = numbered_name(FILE, self._number)
+            log.warning("%s cannot be replaced: %s", storage.join(self._facts.run_dir, name), error)
         number = free_number(self._facts.run_dir)
-        self._write(content, numbered_name(FILE, number), numbered_name(PAGE, number), fetch=fetch)
+        self._write(content, number, fetch=fetch)
         log.info("the report is %s", storage.join(self._facts.run_dir, numbered_name(PAGE, number)))
 
-    def _write(self, content: ReportContent, file: str = FILE, page: str = PAGE, *, fetch: bool = True) -> None:
+    def _write(
+        self,
+        content: ReportContent,
+        number: int,
+        *,
+        fetch: bool = True,
+        before_write: Callable[[], None] | None = None,
+    ) -> None:
         """Write both files.
+
+        Args:
+            content: the report.
+            number: of the files.
+            fetch: whether thumbnails may be fetched.
+            before_write: called immediately before each write. Default: that of the constructor.
 
         Raises:
             StorageError: the bucket does not take them.
@@ -293,9 +361,13 @@ class ReportWriter(Callback):
         run_dir = self._facts.run_dir
         if not storage.is_local(run_dir):
             self._interval = max(WRITE_SECONDS, (len(encoded) + len(html)) / BYTES_PER_SECOND)
-        storage.write_bytes(storage.join(run_dir, file), encoded, self.before_write)
+        storage.write_bytes(
+            storage.join(run_dir, numbered_name(FILE, number)), encoded, before_write or self.before_write
+        )
         if html:
-            storage.write_bytes(storage.join(run_dir, page), html, self.before_write)
+            storage.write_bytes(
+                storage.join(run_dir, numbered_name(PAGE, number)), html, before_write or self.before_write
+            )
 
     def _rendered(self, content: ReportContent, *, fetch: bool) -> bytes:
         """The page; empty if drawing it fails, which must not fail the run."""
@@ -306,14 +378,7 @@ class ReportWriter(Callback):
             return b""
 
     def _build(self, state: RunState) -> ReportContent:
-        for step, evaluation in state.evaluations.items():
-            if step not in self._results:
-                uri_of = self._data.parts["val"].uri
-                self._results[step] = result_of(evaluation, step, self._facts.classes, uri_of, self.settings.images)
-        content = build(self._facts, state, self.earlier.content, self._results)
-        best = content.checkpoints.best.global_step if content.checkpoints else 0
-        self._results = {step: result for step, result in self._results.items() if step >= best}
-        return content
+        return build(self._facts, state, self.earlier.content)
 
     def _thumbnails_of(self, content: ReportContent, *, fetch: bool) -> dict[int, bytes | None]:
         """JPEG of each worst error by sample id; those of earlier attempts only if the sample is still the same."""
@@ -326,7 +391,9 @@ class ReportWriter(Callback):
             self._shown = self._thumbnails.jpegs(wanted)
         return {sample: self._shown.get(sample) for sample in wanted}
 
-    def _stop_thread(self, timeout: float = STOP_SECONDS) -> bool:
-        """Stop the thread; returns False if it is still writing after ``timeout`` seconds."""
+    def _stop_thread(self, timeout: float) -> bool:
+        """Stop the thread, which begins no further write; returns False if it is busy after ``timeout`` seconds."""
+        with self._lock:
+            self._is_closed = True
         thread, self._thread = self._thread, None
         return thread is None or thread.stop(timeout)

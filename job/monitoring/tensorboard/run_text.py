@@ -7,14 +7,14 @@ scripts from Markdown.
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import msgspec
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from job import redact
 from job.data.datamodule import ImageDataModule, image_data
+from job.monitoring.report.content import ReportContent
+from job.monitoring.report.text import PARTS
 from job.monitoring.report.writer import ReportWriter
 from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 from job.process.terminal import escape
@@ -51,8 +51,7 @@ class RunText(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what came of it, unless the run was found finished."""
         if self._has_started and self.report.content is not None:
-            content = msgspec.to_builtins(self.report.content)
-            self.logger.add_text("run/report", report_text(content), trainer.global_step)
+            self.logger.add_text("run/report", report_text(self.report.content), trainer.global_step)
 
 
 def configuration_text(config: str) -> str:
@@ -81,25 +80,24 @@ def data_text(data: ImageDataModule) -> str:
     return "\n".join([*lines, "", *(f"- {_code(note)}" for note in notes)])
 
 
-def report_text(report: dict[str, Any]) -> str:
+def report_text(report: ReportContent) -> str:
     """The report: metrics of the best and the last checkpoint, speed, where the time went, bad samples."""
-    checkpoints, seconds, speed = report["checkpoints"], report["seconds"], report["train_images_per_second"]
-    lines = [f"{report['epochs']} epochs, {report['global_step']:,} steps, {report['world_size']} process(es)", ""]
-    if checkpoints:
-        best, last = checkpoints["best"], checkpoints["last"]
+    seconds, speed = report.seconds, report.train_images_per_second
+    lines = [f"{report.epochs} epochs, {report.global_step:,} steps, {report.world_size} process(es)", ""]
+    if report.checkpoints:
+        best, last = report.checkpoints.best, report.checkpoints.last
         lines += [_row(["", "best checkpoint", "last checkpoint"]), _row(["---", "---:", "---:"])]
-        lines.append(_row(["epoch", str(best["epoch"]), str(last["epoch"])]))
-        for name in best["metrics"]:
+        lines.append(_row(["epoch", str(best.epoch), str(last.epoch)]))
+        for name in best.metrics:
             if name.count("/") == 1:  # not those of each class
-                lines.append(_row([_code(name), *(_number(each["metrics"].get(name)) for each in (best, last))]))
-        lines += ["", f"- best: {_code(best['uri'])}", f"- last: {_code(last['uri'])}"]
+                lines.append(_row([_code(name), *(_number(each.metrics.get(name)) for each in (best, last))]))
+        lines += ["", f"- best: {_code(best.uri)}", f"- last: {_code(last.uri)}"]
     lines.append(f"- speed: {f'{speed:.1f} images/s' if speed else 'not measured'}")
-    lines.append(f"- goodput {seconds['goodput']:.0%} of {seconds['wall']:,.0f} s in {report['starts']} attempt(s)")
-    spent = ((name, value) for name, value in seconds.items() if name not in ("goodput", "wall"))
-    lines += [f"    - {name.replace('lost', 'recomputed').replace('_', ' ')} {value:,.0f} s" for name, value in spent]
-    bad = report["bad_samples"]
-    lines.append(f"- unreadable images: {len(bad)}")
-    lines += [f"    - {_code(name)}" for name in bad[:MOST_NAMES]]
+    goodput, wall = seconds.get("goodput", 0.0), seconds.get("wall", 0.0)
+    lines.append(f"- goodput {goodput:.0%} of {wall:,.0f} s in {report.attempt_count} attempt(s)")
+    lines += [f"    - {title} {seconds.get(name, 0.0):,.0f} s" for name, title in PARTS.items()]
+    lines.append(f"- unreadable images: {len(report.bad_samples)}")
+    lines += [f"    - {_code(name)}" for name in report.bad_samples[:MOST_NAMES]]
     return "\n".join(lines)
 
 
