@@ -33,11 +33,13 @@ class RepeatedImages:
 
     Attributes:
         count: estimate of their number.
+        total: images among which they are.
         size: of each, in bytes.
         examples: URIs of two of them.
     """
 
     count: int
+    total: int
     size: int
     examples: tuple[str, ...]
 
@@ -74,4 +76,5 @@ def find_repeated_images(index: Index, cache_dir: str) -> RepeatedImages | None:
     if len(same) < SAME:
         return None
     count = round(len(candidates) * len(same) / READ * len(index) / len(sizes))
-    return RepeatedImages(count, size, tuple(escape(index.uri(sample))[:LONGEST_URI] for sample in same[:2]))
+    examples = tuple(escape(index.uri(sample))[:LONGEST_URI] for sample in same[:2])
+    return RepeatedImages(count, len(index), size, examples)

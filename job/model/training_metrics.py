@@ -63,7 +63,8 @@ class TrainingMetrics:
         self._pending, self._logits = [], 0
         mask = mask & losses.isfinite()
         sums = [torch.where(mask, losses, 0.0).sum(), mask.sum(), *self._counts(logits, labels, mask)]
-        dtype = torch.float32 if logits.device.type == "xla" else torch.float64
+        # Neither XLA on TPUs nor Apple's MPS has 64-bit floats.
+        dtype = torch.float64 if logits.device.type in ("cpu", "cuda") else torch.float32
         if self._sums is None:
             # A copy and no constant, for which XLA would compile another program.
             self._sums = torch.zeros(len(sums), dtype=dtype).to(logits.device)

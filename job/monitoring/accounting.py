@@ -86,19 +86,6 @@ class Attempt(msgspec.Struct, forbid_unknown_fields=True, rename={"recomputed": 
     format: Annotated[int, Meta(ge=1)] = 1
 
 
-PARTS = {
-    "step": "training steps",
-    "features": "backbone features",
-    "validation": "validation",
-    "data_wait": "waiting for data",
-    "startup": "start-up",
-    "checkpoint_stall": "waiting for checkpoints",
-    "recomputed": "recomputed steps",
-    "other": "between attempts, other",
-}
-"""Parts of the wall time by :func:`totals`, and their titles, in the order in which they are shown."""
-
-
 def read(run_dir: str) -> list[Attempt]:
     """The records of a run, in order; none, with a warning, where they cannot be read."""
     try:

@@ -156,7 +156,7 @@ SICK: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "underconfident with label smoothing": (
         "calibration",
         {"history": records(FALLING), "found": evaluation(confidences=0.7, correct=0.9), "label_smoothing": 0.4},
-        ["less sure than it is right", "Lower --model.label_smoothing"],
+        ["underconfident", "Lower --model.label_smoothing"],
     ),
     "a class is never predicted": (
         "never_predicted",
@@ -198,8 +198,8 @@ SICK: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "placeholders": (
         "repeated_images",
-        {"history": records(FALLING), "repeated_images": RepeatedImages(90, 2051, ("a.jpg", "b.jpg"))},
-        ["About 90 of 1,000", "2,051 bytes", "a.jpg, b.jpg"],
+        {"history": records(FALLING), "repeated_images": RepeatedImages(90, 320, 2051, ("a.jpg", "b.jpg"))},
+        ["About 90 of 320", "2,051 bytes", "a.jpg, b.jpg"],
     ),
 }
 
@@ -250,6 +250,12 @@ def test_a_sick_run_gets_exactly_its_advice(name: str) -> None:
 )
 def test_too_little_is_no_reason_for_advice(run: dict[str, Any]) -> None:
     assert kinds(**run) == []
+
+
+@pytest.mark.parametrize("losses", [[0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.5, 0.5, 0.9, 1.0], [0.5, 0.0, 0.3, 0.9, 1.0]])
+def test_a_loss_of_zero_is_possible(losses: list[float]) -> None:
+    for accuracy in (1.0, 0.5):
+        assert "calibration" not in kinds(records(losses, accuracy))
 
 
 def test_warm_up_is_no_low_learning_rate() -> None:

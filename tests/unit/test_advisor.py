@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from support import TINY, index_of, options, picture_files, run_here, write_files, zip_of
 
 from job.data.repeated_images import find_repeated_images
-from job.monitoring.advisor import Advisor
+from job.monitoring.advice.callback import Advisor
 
 PLACEHOLDER = picture_files(["blue"], 1)["blue/000.jpg"]
 
@@ -63,6 +64,18 @@ def test_advice_is_logged_once_and_reported(tmp_path: Path) -> None:
     assert [each["kind"] for each in advice] == ["learning_rate", "repeated_images"]
     assert "raise --lr (it is 1e-30)" in advice[0]["suggestion"]
     assert "gone-" in advice[1]["message"]
+
+
+def test_an_error_of_advice_is_logged_once_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> NoReturn:
+        raise ZeroDivisionError("of a rate")
+
+    advisor = Advisor(fails)
+    data = SimpleNamespace(classes=("a", "b"))
+    trainer = SimpleNamespace(is_global_zero=True, state=SimpleNamespace(fn="fit"), datamodule=data)
+    for _ in range(2):
+        advisor.on_validation_end(trainer, SimpleNamespace(evaluation=object()))  # type: ignore[arg-type]
+    assert caplog.text.count("there is no advice on this run: ZeroDivisionError: of a rate") == 1
 
 
 def test_other_ranks_and_commands_say_nothing() -> None:

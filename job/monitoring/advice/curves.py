@@ -18,7 +18,7 @@ STANDING_STILL = 0.01
 """Gain in accuracy below which it stands still: a percentage point."""
 
 FAR_APART = 0.10
-"""Difference in accuracy that is worth a word, if it is significant."""
+"""Difference in accuracy, reported from this value on if it is significant."""
 
 LOW_KAPPA = 0.40
 """Share of the way from guessing to perfect accuracy below which a model is poor: an agreement by Cohen's kappa below
@@ -68,7 +68,7 @@ def _fallen(history: Sequence[ValidationRecord], context: Context) -> Advice | N
     latest = max(scores[-2:])
     far = scores[best] - latest >= FAR_APART
     significant = bounds(scores[best], context.val_images).low > bounds(latest, context.val_images).high
-    if not far or not significant or min(losses[-2:]) < 1.5 * losses[best]:
+    if not far or not significant or not losses[best] or min(losses[-2:]) < 1.5 * losses[best]:
         return None
     first, last = scored[best].epoch, scored[-1].epoch
     unfrozen = [m for m in context.milestones if first <= m < last]
@@ -89,7 +89,7 @@ def _fallen(history: Sequence[ValidationRecord], context: Context) -> Advice | N
 def _too_low(history: Sequence[ValidationRecord], context: Context) -> Advice | None:
     """The loss is that of guessing, and falls by less than :data:`HARDLY_FALLS`."""
     losses, accuracies = _values(history, "val/loss"), _values(history, "val/accuracy")
-    if len(losses) < HARDLY_FALLS_VALIDATIONS or not accuracies or context.has_several_labels:
+    if len(losses) < HARDLY_FALLS_VALIDATIONS or not accuracies or context.has_several_labels or not losses[0]:
         return None
     guessing = _guessing_loss(context)
     warming_up = _highest_lr(history[-1]) > _highest_lr(history[0])

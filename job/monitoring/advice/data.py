@@ -9,7 +9,8 @@ from job.monitoring.advice.context import Advice, Context
 from job.monitoring.history import ValidationRecord
 
 STARVING = 0.20
-"""Share of the time in which training waits for data that is worth a word: without it, epochs take a fifth less."""
+"""Share of the time in which training waits for data, reported from this value on: without the wait, epochs take a
+fifth less."""
 
 STARVING_SECONDS = 60.0
 """Time over which that share is measured at least: in shorter epochs the loader has hardly begun."""
@@ -55,7 +56,7 @@ def repeated_images(context: Context) -> Advice | None:
         return None
     return Advice(
         "repeated_images",
-        f"About {repeated.count:,} of {context.train_images:,} training images are the same file of {repeated.size:,} "
+        f"About {repeated.count:,} of {repeated.total:,} training images are the same file of {repeated.size:,} "
         f'bytes, such as a picture that says "image not found": {", ".join(repeated.examples)}.',
         "Look at them, and remove them from the data unless they are copies on purpose.",
     )

@@ -12,7 +12,7 @@ import msgspec
 
 from job import storage
 from job.errors import CheckpointError, StorageError
-from job.monitoring.class_labels import shortened
+from job.monitoring.drawing.class_labels import shortened
 from job.monitoring.report import text
 from job.monitoring.report.content import FILE, ReportContent
 from job.monitoring.report.files import newest_uri, read_report

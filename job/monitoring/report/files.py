@@ -18,7 +18,7 @@ PAGE = "report.html"
 MOST_COPIES = 1000
 
 
-def numbered(name: str, number: int) -> str:
+def numbered_name(name: str, number: int) -> str:
     """The name of the file of this number, from 1 on: ``report.json``, ``report.2.json``, …"""
     if number == 1:
         return name
@@ -29,7 +29,7 @@ def numbered(name: str, number: int) -> str:
 def free_number(run_dir: str) -> int:
     """The first number from 2 on under which there is no report."""
     number = 2
-    while number < MOST_COPIES and storage.exists(storage.join(run_dir, numbered(FILE, number))):
+    while number < MOST_COPIES and storage.exists(storage.join(run_dir, numbered_name(FILE, number))):
         number += 1
     return number
 
@@ -37,13 +37,13 @@ def free_number(run_dir: str) -> int:
 def newest_uri(run_dir: str) -> str | None:
     """URI of the newest ``report.json``; None where there is none."""
     number = free_number(run_dir) - 1
-    uri = storage.join(run_dir, numbered(FILE, number))
+    uri = storage.join(run_dir, numbered_name(FILE, number))
     return uri if number > 1 or storage.exists(uri) else None
 
 
 def page_uri(run_dir: str) -> str:
     """URI of the newest ``report.html``."""
-    return storage.join(run_dir, numbered(PAGE, free_number(run_dir) - 1))
+    return storage.join(run_dir, numbered_name(PAGE, free_number(run_dir) - 1))
 
 
 def read_report(run_dir: str) -> ReportContent:

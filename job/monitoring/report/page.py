@@ -13,8 +13,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from job.monitoring.accounting import PARTS
-from job.monitoring.class_labels import shortened
+from job.monitoring.drawing.class_labels import shortened
 from job.monitoring.history import ValidationRecord
 from job.monitoring.report import svg, text
 from job.monitoring.report.content import ClassMetrics, PartSummary, ReportContent
@@ -294,7 +293,7 @@ def _class_counts(report: ReportContent) -> list[tuple[str, list[int], float]]:
 
 
 def _time_bar(seconds: Mapping[str, float]) -> Markup:
-    return svg.share_bar([(label, max(seconds.get(name, 0.0), 0.0)) for name, label in PARTS.items()])
+    return svg.share_bar([(label, max(seconds.get(name, 0.0), 0.0)) for name, label in text.TIMES.items()])
 
 
 def _ends(report: ReportContent) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from job.monitoring.accounting import PARTS
-from job.monitoring.event_folders import tensorboard_argument
 from job.monitoring.report.content import CheckpointEntry, Report, ReportContent
 from job.monitoring.report.files import page_uri
-from job.monitoring.report.text import METRICS
+from job.monitoring.report.text import METRICS, TIMES
+from job.monitoring.tensorboard.event_folders import tensorboard_argument
 from job.process.terminal import print_table, say
 
 TITLES = {
@@ -22,7 +21,7 @@ TITLES = {
 
 def print_summary(result: Report) -> None:
     """Print metrics, where everything is, and the commands to type next."""
-    print_results(result.reported, result.run_dir)
+    print_results(result.typed_content, result.run_dir)
     run_dir = result.run_dir
     say("Next:")
     say(f"  python -m job tensorboard {shlex.quote(tensorboard_argument(run_dir))}")
@@ -77,5 +76,5 @@ def print_suggestions(result: dict[str, Any]) -> None:
 
 def _where_time_went(seconds: dict[str, float], attempts: int) -> str:
     goodput, wall = seconds.get("goodput", 0.0), seconds.get("wall", 0.0)
-    parts = ", ".join(f"{title} {seconds.get(name, 0.0):.0f} s" for name, title in PARTS.items())
+    parts = ", ".join(f"{title} {seconds.get(name, 0.0):.0f} s" for name, title in TIMES.items())
     return f"goodput {goodput:.0%} of {wall:.0f} s in {attempts} attempt(s): {parts}"

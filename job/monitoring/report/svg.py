@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from job.monitoring.class_labels import shortened
+from job.monitoring.drawing.class_labels import shortened
 from job.monitoring.report.content import CalibrationBin
 from job.process.progress import compact_number
 

@@ -5,6 +5,18 @@ from __future__ import annotations
 METRICS = ("accuracy", "top5_accuracy", "mAP", "f1", "macro_f1", "micro_f1", "auroc", "loss", "ece")
 """Validation metrics that a summary shows, where a task has them, in this order."""
 
+TIMES = {
+    "step": "training steps",
+    "features": "backbone features",
+    "validation": "validation",
+    "data_wait": "waiting for data",
+    "startup": "start-up",
+    "checkpoint_stall": "waiting for checkpoints",
+    "recomputed": "recomputed steps",
+    "other": "between attempts, other",
+}
+"""Parts of ``seconds``, as of :func:`job.monitoring.accounting.totals`, and their titles, in the order of a summary."""
+
 
 def number(value: float | None, digits: int = 4) -> str:
     """A measured value; an en dash for none."""

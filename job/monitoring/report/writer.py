@@ -22,17 +22,17 @@ from job.model.module import TransferLearningModel
 from job.monitoring import accounting
 from job.monitoring.accounting import Accounting
 from job.monitoring.advice import Advice
+from job.monitoring.drawing.thumbnails import Thumbnails
 from job.monitoring.recorder import ValidationRecorder
 from job.monitoring.report.build import RunFacts, RunState, build, message_of, parse_configuration
 from job.monitoring.report.content import FILE, AdviceEntry, Report, ReportContent, Status
 from job.monitoring.report.data_summary import summarise
-from job.monitoring.report.files import PAGE, EarlierReport, free_number, numbered
+from job.monitoring.report.files import PAGE, EarlierReport, free_number, numbered_name
 from job.monitoring.report.machine import hardware, versions
 from job.monitoring.report.measures import result_of
 from job.monitoring.report.page import render
 from job.monitoring.report.results import ValidationResults
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.thumbnails import Thumbnails
 from job.process.periodic import Periodic, call_within
 from job.process.signals import Stopped
 from job.train.errors import translated
@@ -290,7 +290,7 @@ class ReportWriter(Callback):
             self._is_replaceable = False
             log.warning(
                 "%s can no longer be updated; training continues, and the last report gets a name of its own: %s",
-                storage.join(self._facts.run_dir, numbered(FILE, self._number)),
+                storage.join(self._facts.run_dir, numbered_name(FILE, self._number)),
                 error,
             )
             return
@@ -331,11 +331,11 @@ class ReportWriter(Callback):
         except (StorageOutage, LeaseError):
             raise
         except StorageError as error:
-            name = numbered(FILE, self._number)
+            name = numbered_name(FILE, self._number)
             log.warning("%s cannot be replaced: %s", storage.join(self._facts.run_dir, name), error)
         number = free_number(self._facts.run_dir)
         self._write(content, number, fetch=fetch)
-        log.info("the report is %s", storage.join(self._facts.run_dir, numbered(PAGE, number)))
+        log.info("the report is %s", storage.join(self._facts.run_dir, numbered_name(PAGE, number)))
 
     def _write(
         self,
@@ -361,9 +361,13 @@ class ReportWriter(Callback):
         run_dir = self._facts.run_dir
         if not storage.is_local(run_dir):
             self._interval = max(WRITE_SECONDS, (len(encoded) + len(html)) / BYTES_PER_SECOND)
-        storage.write_bytes(storage.join(run_dir, numbered(FILE, number)), encoded, before_write or self.before_write)
+        storage.write_bytes(
+            storage.join(run_dir, numbered_name(FILE, number)), encoded, before_write or self.before_write
+        )
         if html:
-            storage.write_bytes(storage.join(run_dir, numbered(PAGE, number)), html, before_write or self.before_write)
+            storage.write_bytes(
+                storage.join(run_dir, numbered_name(PAGE, number)), html, before_write or self.before_write
+            )
 
     def _rendered(self, content: ReportContent, *, fetch: bool) -> bytes:
         """The page; empty if drawing it fails, which must not fail the run."""

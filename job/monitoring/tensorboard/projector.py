@@ -26,11 +26,11 @@ from job.data.index.index import Index
 from job.data.sampler import BatchIndices
 from job.features.store import FeatureStore
 from job.model.module import TransferLearningModel
-from job.monitoring.canvas import jpeg
-from job.monitoring.class_labels import class_labels, shortened
-from job.monitoring.image_grid import named
+from job.monitoring.drawing.canvas import jpeg
+from job.monitoring.drawing.class_labels import class_labels, shortened
+from job.monitoring.drawing.image_grid import join_labels
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 
 log = logging.getLogger(__name__)
 
@@ -145,24 +145,27 @@ def compute_points(trainer: pl.Trainer, module: TransferLearningModel, samples: 
     batch_size = min(max(data.global_batch_size // trainer.world_size, 1), len(samples))
     parts: list[tuple[Tensor, ...]] = []
     module.eval()
-    with torch.no_grad(), trainer.precision_plugin.forward_context():
-        for batch in data.selected_loader("val", samples, batch_size):
-            if batch["error"] is not None:
-                raise batch["error"]
-            readable = batch["mask"]
-            ids, images = batch["sample"][readable], batch["image"][readable]
-            if not len(ids):
-                continue
-            features = net.features(images.to(module.device)) if cached is None else _cached(cached, ids)
-            probabilities = module.task.probabilities(net.head(features.to(module.device)))
-            sprites = torch.stack([resize(image, SPRITE_SIZE, "squash") for image in images])
-            parts.append((ids, features.float().cpu(), probabilities.float().cpu(), sprites))
-            if time.monotonic() - began > MOST_SECONDS:
-                log.info(
-                    "the projector has fewer images than wanted: reading them takes longer than %.0f s", MOST_SECONDS
-                )
-                break
-    module.train(was_training)
+    try:
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            for batch in data.selected_loader("val", samples, batch_size):
+                if batch["error"] is not None:
+                    raise batch["error"]
+                readable = batch["mask"]
+                ids, images = batch["sample"][readable], batch["image"][readable]
+                if not len(ids):
+                    continue
+                features = net.features(images.to(module.device)) if cached is None else _cached(cached, ids)
+                probabilities = module.task.probabilities(net.head(features.to(module.device)))
+                sprites = torch.stack([resize(image, SPRITE_SIZE, "squash") for image in images])
+                parts.append((ids, features.float().cpu(), probabilities.float().cpu(), sprites))
+                if time.monotonic() - began > MOST_SECONDS:
+                    log.info(
+                        "the projector has fewer images than wanted: reading them takes longer than %.0f s",
+                        MOST_SECONDS,
+                    )
+                    break
+    finally:
+        module.train(was_training)
     if not parts:
         return Points(torch.empty(0), torch.empty(0, 0), torch.empty(0, 0), torch.empty(0))
     return Points(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
@@ -217,4 +220,4 @@ def _cached(store: FeatureStore, samples: Tensor) -> Tensor:
 
 
 def _names(row: Tensor, labels: Sequence[str]) -> str:
-    return named([labels[number] for number in row.nonzero()[:, 0].tolist()])
+    return join_labels([labels[number] for number in row.nonzero()[:, 0].tolist()])

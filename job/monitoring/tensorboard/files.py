@@ -1,6 +1,6 @@
 """The filesystem that TensorBoard reads: the event files of some runs, from any storage, as one tree of names.
 
-TensorBoard's own access to storage leaves much to wish: the fast loader knows no endpoints but Google's and keeps
+TensorBoard's own access to storage has three limits: the fast loader knows no endpoints but Google's and keeps
 replaced files open; the slow one takes the endpoint of ``s3://`` from another variable than training does, lists all
 objects of a run with its checkpoints and features at each reload, and calls runs by the path of the event folder. Here
 everything goes through :mod:`job.storage`, as in training.
@@ -19,7 +19,7 @@ from tensorboard.compat.tensorflow_stub.io.gfile import StatData  # type: ignore
 
 from job import storage
 from job.errors import JobError
-from job.monitoring.event_folders import EVENT_FILE, EventFile, find_event_files
+from job.monitoring.tensorboard.event_folders import EVENT_FILE, EventFile, find_event_files
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +63,8 @@ class RunFiles:
             else:
                 self._failing.discard(label)
         files: dict[str, EventFile] = {}
-        for label, files in self._found.items():
-            for path, file in files.items():
+        for label, run_files in self._found.items():
+            for path, file in run_files.items():
                 # Events that lie in the URI itself have no name of their own.
                 prefix = label or ("" if "/" in path else storage.basename(self.folders[label]))
                 files[posixpath.join(prefix, path)] = file

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from job.monitoring.canvas import BLACK, GREEN, GREY, LIGHT, RED, Canvas, Colour, Figure, cut_to_width
-from job.monitoring.class_labels import shortened
-from job.monitoring.thumbnails import SIZE
+from job.monitoring.drawing.canvas import BLACK, GREEN, GREY, LIGHT, RED, Canvas, Colour, Figure, cut_to_width
+from job.monitoring.drawing.class_labels import shortened
+from job.monitoring.drawing.thumbnails import SIZE
 
 FRAME = 4
 """Width of a tile's frame, in pixels."""
@@ -73,11 +73,11 @@ def grid(title: str, tiles: Sequence[Tile], most_bytes: int, size: int = SIZE) -
 
 def prediction_caption(labels: Sequence[str], predicted: Sequence[str], confidence: float) -> tuple[str, str]:
     """Two lines: the prediction with its confidence, and the truth."""
-    return f"{confidence:.0%} {named(predicted)}", f"true: {named(labels)}"
+    return f"{confidence:.0%} {join_labels(predicted)}", f"true: {join_labels(labels)}"
 
 
-def named(labels: Sequence[str]) -> str:
-    """Some labels in a row, shortened; "none" without any."""
+def join_labels(labels: Sequence[str]) -> str:
+    """Join labels by commas, shortened; "none" without any."""
     shown = [shortened(label) for label in labels[:MOST_LABELS]]
     more = f" + {len(labels) - MOST_LABELS}" if len(labels) > MOST_LABELS else ""
     return (", ".join(shown) or "none") + more

@@ -39,6 +39,7 @@ class Advisor(Callback):
         self.history = history
         self.advice: list[Advice] = []
         self._logged: set[str] = set()
+        self._has_failed = False
         self._class_counts: tuple[int, ...] = ()
         self._repeated_images: RepeatedImages | None = None
         self._search: threading.Thread | None = None
@@ -59,7 +60,12 @@ class Advisor(Callback):
         if not trainer.is_global_zero or trainer.state.fn != "fit" or evaluation is None:
             return
         classes = image_data(trainer).classes
-        self.advice = advise(self.history(), evaluation, classes, self._context(trainer, module, evaluation))
+        try:
+            self.advice = advise(self.history(), evaluation, classes, self._context(trainer, module, evaluation))
+        except Exception as error:  # rank 0 must not end where the others go on
+            if not self._has_failed:
+                log.warning("there is no advice on this run: %s: %s", type(error).__name__, error)
+            self._has_failed = True
         for each in self.advice:
             if each.kind not in self._logged:
                 self._logged.add(each.kind)

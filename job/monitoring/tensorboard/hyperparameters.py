@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +12,14 @@ import yaml
 from pytorch_lightning.callbacks import Callback
 
 from job import checkpoint
+from job.checkpoint.manifest import Manifest
 from job.checkpoint.ranking import mode_of
 from job.checkpoint.settings import CheckpointSettings
-from job.monitoring.hparams_summary import Value, plain_values, session_end
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.errors import StorageError
+from job.monitoring.tensorboard.hparams_summary import Value, plain_values, session_end
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
+
+log = logging.getLogger(__name__)
 
 MODEL_LEFT_OUT = frozenset(["seed", "mean", "std", "compile_backbone", "nonfinite", "max_skipped_steps"])
 """Options of the model that are no choice of training, or are given elsewhere."""
@@ -80,8 +85,8 @@ class HyperparameterWriter(Callback):
         }
         for logger in trainer.loggers:
             logger.log_hyperparams(dict(values))
-        committed = checkpoint.ranked(checkpoint.manifests(trainer.default_root_dir))
-        self._best = committed[0].measured(self.monitor) if committed else None
+        best = _best_checkpoint(trainer.default_root_dir)
+        self._best = None if best is None else best.measured(self.monitor)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the metrics, if the validation is the best so far."""
@@ -97,8 +102,8 @@ class HyperparameterWriter(Callback):
         """Write the metrics of the best checkpoint, which may be another one than the best validation, and the end."""
         if not self._has_started:  # a run that was found finished
             return
-        if committed := checkpoint.ranked(checkpoint.manifests(trainer.default_root_dir)):
-            self._log(trainer, committed[0].metrics)
+        if (best := _best_checkpoint(trainer.default_root_dir)) is not None:
+            self._log(trainer, best.metrics)
         self.logger.add_summary(session_end(), trainer.global_step)
 
     def _log(self, trainer: pl.Trainer, metrics: Mapping[str, float | None]) -> None:
@@ -111,6 +116,16 @@ class HyperparameterWriter(Callback):
             self._logged = best
             for logger in trainer.loggers:
                 logger.log_metrics(best, step=trainer.global_step - 1)
+
+
+def _best_checkpoint(run_dir: str) -> Manifest | None:
+    """The best checkpoint so far; None, with a warning, where the bucket does not say: the run goes on without."""
+    try:
+        committed = checkpoint.ranked(checkpoint.manifests(run_dir))
+    except StorageError as error:
+        log.warning("TensorBoard's HPARAMS tab lacks the metrics of the best checkpoint: %s", error)
+        return None
+    return committed[0] if committed else None
 
 
 def _option(tree: Mapping[str, Any], option: str) -> Any:

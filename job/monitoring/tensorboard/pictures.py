@@ -18,15 +18,15 @@ from job.data.dataset import Batch
 from job.data.sampler import BatchIndices, ResumableBatchSampler
 from job.model.evaluation import Evaluation, SamplePrediction
 from job.model.module import TransferLearningModel
-from job.monitoring import charts
-from job.monitoring.canvas import Figure
-from job.monitoring.class_labels import class_labels
-from job.monitoring.curves import THRESHOLDS, pr_counts
-from job.monitoring.custom_scalars import layout
-from job.monitoring.image_grid import Tile, frame_colour, grid, named, prediction_caption
+from job.monitoring.drawing import charts
+from job.monitoring.drawing.canvas import Figure
+from job.monitoring.drawing.class_labels import class_labels
+from job.monitoring.drawing.curves import THRESHOLDS, pr_counts
+from job.monitoring.drawing.image_grid import Tile, frame_colour, grid, join_labels, prediction_caption
+from job.monitoring.drawing.thumbnails import SIZE, Thumbnails
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.tensorboard import BucketTensorBoardLogger
-from job.monitoring.thumbnails import SIZE, Thumbnails
+from job.monitoring.tensorboard.custom_scalars import layout
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,11 @@ END_SECONDS = 60.0
 
 
 class Pictures(Callback):
-    """Draws in a background thread of rank 0, which never delays training, and adds the pictures to TensorBoard.
+    """Draws in a background thread of rank 0, and adds the pictures to TensorBoard.
 
     The first and the last validation are drawn, and others only as long as :data:`LARGEST_SHARE` of the time is
-    enough. An error is logged, once, and ends nothing.
+    enough. An error is logged, once, and ends nothing. Training does not wait, but in one case: the first images of
+    cached features with ``--data.augment`` are loaded before the first step.
 
     Args:
         settings: how many images are shown.
@@ -56,6 +57,7 @@ class Pictures(Callback):
         self._due_at = 0.0
         self._waiting: Callable[[], None] | None = None
         self._has_ended = False
+        self._adding = threading.Lock()
         self._has_failed = False
         self._thumbnails: Thumbnails | None = None
 
@@ -95,11 +97,15 @@ class Pictures(Callback):
             self._thread.join(END_SECONDS)
             if self._thread.is_alive():
                 log.warning("the last pictures for TensorBoard are left out: drawing them takes too long")
-        self._has_ended = True
+        self._end()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Draw no more: the process is to end soon."""
-        self._has_ended = True
+        self._end()
+
+    def _end(self) -> None:
+        with self._adding:
+            self._has_ended = True
 
     def _draw_waiting(self) -> None:
         if self._waiting is None:
@@ -177,9 +183,11 @@ class Pictures(Callback):
             self._add("val/roc_curves", figure, step)
         counts = pr_counts(scores)
         for number, label in enumerate(labels):
-            if scores.positives[number].any() and not self._has_ended:
+            if scores.positives[number].any():
                 values = (each[number] for each in counts)
-                self.logger.experiment.add_pr_curve_raw(f"pr_curves/{label}", *values, step, THRESHOLDS)
+                with self._adding:
+                    if not self._has_ended:
+                        self.logger.experiment.add_pr_curve_raw(f"pr_curves/{label}", *values, step, THRESHOLDS)
 
     def _prediction_grid(
         self, title: str, predictions: Sequence[SamplePrediction], data: ImageDataModule, labels: Sequence[str]
@@ -202,8 +210,9 @@ class Pictures(Callback):
         return grid(title, tiles, GRID_BYTES)
 
     def _add(self, tag: str, figure: Figure, step: int) -> None:
-        if not self._has_ended:  # the logger would open another file
-            self.logger.experiment.add_encoded_image(tag, figure.content, (figure.width, figure.height), step)
+        with self._adding:
+            if not self._has_ended:  # the logger would open another file
+                self.logger.experiment.add_encoded_image(tag, figure.content, (figure.width, figure.height), step)
 
 
 def first_images(data: ImageDataModule, batch: Batch, count: int) -> Callable[[], Batch]:
@@ -232,7 +241,7 @@ def first_images(data: ImageDataModule, batch: Batch, count: int) -> Callable[[]
 
 def _true_labels(batch: Batch, labels: Sequence[str]) -> list[str]:
     if "labels" in batch:
-        return [named([labels[number] for number in row.nonzero()[:, 0].tolist()]) for row in batch["labels"]]
+        return [join_labels([labels[number] for number in row.nonzero()[:, 0].tolist()]) for row in batch["labels"]]
     return [labels[number] if number >= 0 else "" for number in batch["label"].tolist()]
 
 
