@@ -152,14 +152,24 @@ def test_hyperparameters_are_short_and_have_no_secrets() -> None:
 def test_names_of_others_are_no_markup() -> None:
     text = configuration_text("a: '```\n<script>'\n# b")
     assert all(line.startswith("    ") for line in text.split("\n"))
-    report = {
-        "epochs": 1,
-        "global_step": 1,
-        "world_size": 1,
-        "checkpoints": {},
-        "seconds": {"goodput": 0.5, "wall": 2.0, "lost": 0.0},
-        "starts": 1,
-        "train_images_per_second": None,
-        "bad_samples": ["a`|b\n# title"] * 30,
-    }
+    report = ReportContent(
+        run_dir="run",
+        started="",
+        epochs=1,
+        global_step=1,
+        world_size=1,
+        accelerator="cpu",
+        classes=["a", "b"],
+        images={},
+        bad_samples=["a`|b\n# title"] * 30,
+        skipped_steps=0,
+        train_images_per_second=None,
+        metrics={},
+        confusion_matrix=None,
+        checkpoints=None,
+        attempt_count=1,
+        seconds={"goodput": 0.5, "wall": 2.0, "recomputed": 1.0},
+        versions={},
+    )
     assert report_text(report).count("    - `aˋ¦b\\x0a# title`") == 20
+    assert "    - recomputed steps 1 s" in report_text(report)

@@ -222,7 +222,7 @@ def test_several_labels_are_right_if_all_are(tmp_path: Path) -> None:
 def test_captions_name_classes_and_are_short() -> None:
     assert prediction_caption(["cat"], ["dog"], 0.934) == ("93% dog", "true: cat")
     assert prediction_caption([], ["a", "b", "c", "d", "e"], 0.5) == ("50% a, b, c + 2", "true: none")
-    assert join_labels(["\x1b[31mred\nnext", "x" * 1000]) == "\\x1b[31mred\\x0anext, " + "x" * 59 + "…"
+    assert join_labels(["\x1b[31mred\nnext", "x" * 1000]) == "\\x1b[31mred\\x0anext, " + "x" * 39 + "…" + "x" * 20
 
 
 def test_labels_of_hostile_names_are_short_safe_and_differ() -> None:

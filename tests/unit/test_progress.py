@@ -24,7 +24,7 @@ from support import TINY, fit_here, options, picture_files, run_here, write_file
 from job import cli
 from job.monitoring import progress as monitoring
 from job.process import logs, progress
-from job.process.progress import Progress, duration
+from job.process.progress import Progress, compact_number, duration
 
 TRAINED = r"train/loss [\d.]+  train/accuracy [\d.]+  [\d.,]+ images/s  \d+:\d\d left"
 BAR = "━"
@@ -330,6 +330,41 @@ def test_the_time_left_of_a_run(clock: Callable[[float], None], lines: Callable[
         "epoch 2/2  validation  4/4 batches  1.6 images/s  0:00 left",
         "epoch 2/2  step 20  2.67 images/s  took 0:50",
     ]
+
+
+def test_the_line_of_an_epoch_has_the_loss_of_the_epoch_and_the_bar_that_of_the_step(
+    clock: Callable[[float], None], lines: Callable[[], list[str]]
+) -> None:
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True,
+        current_epoch=0,
+        max_epochs=1,
+        max_steps=-1,
+        global_step=0,
+        num_training_batches=1,
+        accumulate_grad_batches=1,
+        callback_metrics={"train/loss": 0.5, "train/loss_epoch": 0.25, "train/accuracy": 0.75},
+        should_stop=False,
+    )
+    shown: Any = monitoring.TrainerProgress()
+    shown.setup(trainer, None, "fit")
+    shown.on_train_epoch_start(trainer, None)
+    shown.on_train_batch_start(trainer, None, None, 0)
+    clock(20.0)
+    shown.on_train_batch_end(trainer, None, None, {"global_size": 8}, 0)
+    shown.on_train_epoch_end(trainer, None)
+    shown.on_train_end(trainer, None)
+    bar, line = lines()
+    assert "  train/loss 0.5  train/accuracy 0.75  " in bar
+    assert "  train/loss 0.25  train/accuracy 0.75  " in line
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1, "1"), (9999, "9999"), (9999.6, "10k"), (12_500, "12.5k"), (999_900, "1M"), (3.4e6, "3.4M"), (-2e9, "-2G")],
+)
+def test_compact_numbers(value: float, text: str) -> None:
+    assert compact_number(value) == text
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from support import TINY, Outcome, options, picture_files, run_here, scalars, wr
 
 from job import storage
 from job.checkpoint import confusion
+from job.checkpoint.settings import CheckpointSettings
 from job.errors import CheckpointError, NewerFormatError, StorageError, StorageOutage
 from job.model import evaluation as measured
 from job.monitoring.accounting import Attempt
@@ -36,6 +38,8 @@ from job.monitoring.report.content import (
     CheckpointEntry,
     Checkpoints,
     ConfusionMatrix,
+    EvaluationResult,
+    Report,
     ReportContent,
     decode_report,
     json_schema,
@@ -43,6 +47,8 @@ from job.monitoring.report.content import (
 from job.monitoring.report.files import EarlierReport, read_report
 from job.monitoring.report.measures import most_confused, per_class, result_of
 from job.monitoring.report.page import render
+from job.monitoring.report.results import ValidationResults
+from job.monitoring.report.summary import print_summary
 from job.process.signals import STOP_SIGNALS
 
 MEGABYTE = 1_000_000
@@ -399,6 +405,135 @@ def test_a_bucket_out_of_reach_delays_and_one_that_refuses_ends_updates(
     assert [name for name, _ in written] == ["report.2.json", "report.2.html"]
 
 
+@pytest.fixture
+def finishing(writing: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As ``writing``, of a fit that began; its first write waits for a gate, and its last report is number 99."""
+    made, written = writing
+    gate, has_begun, write = threading.Event(), threading.Event(), storage.write_bytes
+
+    def hang(uri: str, content: bytes, before: Any) -> None:
+        before()
+        if not has_begun.is_set():
+            has_begun.set()
+            gate.wait(10)
+        write(uri, content, before)
+
+    monkeypatch.setattr(storage, "write_bytes", hang)
+    monkeypatch.setattr(made, "_state", lambda trainer, status: 99)
+    made._has_started = True
+    made._have_written(1)
+    made._thread = writer.Periodic("report-writer", 0.02, made._write_when_due)
+    assert has_begun.wait(10)
+    yield made, written, gate
+    gate.set()
+
+
+def numbers_of(written: list[tuple[str, bytes]]) -> list[tuple[str, int | None]]:
+    return [
+        (name, json.loads(each)["attempt_count"] if name.endswith(".json") else None) for name, each in list(written)
+    ]
+
+
+FIT: Any = SimpleNamespace(is_global_zero=True)
+
+
+def test_the_last_report_waits_for_a_write_in_progress(finishing: Any) -> None:
+    made, written, gate = finishing
+    made._have_written(2)  # is never written
+    ending = threading.Thread(target=made.on_fit_end, args=(FIT, None))
+    ending.start()
+    ending.join(0.1)
+    assert ending.is_alive()
+    assert not written
+    gate.set()
+    ending.join(10)
+    # The thread begins no further write, not even of the page of its report.
+    assert numbers_of(written) == [("report.json", 1), ("report.json", 99), ("report.html", None)]
+    assert made.content.attempt_count == 99
+
+
+def test_a_write_that_hangs_replaces_no_last_report(
+    finishing: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made, written, gate = finishing
+    monkeypatch.setattr(writer, "FINISHING_SECONDS", 0.05)
+    thread = made._thread
+    made.on_fit_end(FIT, None)
+    assert numbers_of(written) == [("report.2.json", 99), ("report.2.html", None)]
+    gate.set()
+    assert thread.stop()
+    assert numbers_of(written)[2:] == [("report.json", 1)]
+    assert made.content.attempt_count == 99
+
+    for name, each in written:
+        (tmp_path / name).write_bytes(each)
+    earlier = EarlierReport(str(tmp_path))
+    assert earlier.content is not None
+    assert (earlier.content.attempt_count, earlier.number) == (99, 2)  # the next attempt replaces the newest
+
+
+def test_a_state_that_comes_during_a_failed_write_is_not_replaced_by_the_older_one(
+    writing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _ = writing
+
+    def fail(*args: Any) -> None:
+        made._have_written(2)
+        raise StorageOutage("503")
+
+    monkeypatch.setattr(storage, "write_bytes", fail)
+    made._have_written(1)
+    made._write_when_due()
+    assert made._pending == 2
+
+
+def test_a_thousand_validations_keep_a_few_results_and_no_matrix(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also where the bucket lets nothing be replaced, so that no report is built meanwhile."""
+    ranking = CheckpointSettings(monitor="val/accuracy")
+    made: Any = writer.ReportWriter(
+        None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        EarlierReport(str(tmp_path)),
+        settings=SimpleNamespace(images=8),  # type: ignore[arg-type]
+        ranking=ranking,
+        config="",
+    )
+    earlier = result_of(measured.Evaluation({}, torch.zeros(1)), 7, ["a", "b"], str, 0)
+    made._results = ValidationResults(ranking.ranking_mode, earlier)
+    made._facts = SimpleNamespace(classes=("a", "b"))
+    made._data = SimpleNamespace(parts={"val": SimpleNamespace(uri=str)})
+    made._has_started = True
+    monkeypatch.setattr(made, "_state", lambda trainer, status: made._results.by_step())
+    matrices = []
+    for step in range(10, 1010):
+        module = SimpleNamespace(evaluation=measured.Evaluation({}, torch.zeros(2, 2, dtype=torch.int64)))
+        matrices.append(weakref.ref(module.evaluation.confusion))
+        accuracy = float("nan") if step == 50 else 0.9 if step in (300, 400) else 0.95 if step == 500 else 0.5
+        trainer = SimpleNamespace(
+            is_global_zero=True,
+            global_step=step,
+            state=SimpleNamespace(fn="fit"),
+            callback_metrics={"val/accuracy": torch.tensor(accuracy)},
+        )
+        made.on_validation_end(trainer, module)
+        assert len(made._pending) <= 5
+        if step != 500:  # the best of all has no checkpoint
+            made.on_save_checkpoint(trainer)
+    del module
+    assert sorted(made._results.by_step()) == [7, 300, 400, 1008, 1009]
+    assert not [each for each in matrices if each() is not None]
+
+
+def test_the_lowest_loss_is_kept_and_a_repeated_validation_replaces_its_result() -> None:
+    results = ValidationResults("min")
+    for step, loss in ((1, 0.5), (2, 0.1), (2, 0.95), (3, 0.4), (4, 0.45), (5, 0.9), (6, 0.9)):
+        results.add(EvaluationResult(step), loss)
+        results.keep_saved(step)
+    assert sorted(results.by_step()) == [3, 4, 5, 6]
+
+
 # Other people's data
 
 
@@ -458,6 +593,16 @@ def test_names_of_others_are_text(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "\u202e" not in shown.output + page
 
 
+def test_names_with_credentials_are_redacted_on_the_page() -> None:
+    uri = "https://user:secret@host/" + "folder/" * 20 + "x.jpg?X-Amz-Signature=5ee5ee5ee"
+    error = {"sample": 1, "uri": uri, "labels": [uri], "predicted": [uri], "confidence": 0.5, "loss": 1.0}
+    report = content(classes=[uri, "red"], failure=uri, evaluation={"global_step": 1, "worst_errors": [error]})
+    page = render(msgspec.convert(msgspec.to_builtins(report), ReportContent), {})
+    assert "https://***@host/" in page
+    assert "secret" not in page
+    assert "5ee5ee" not in page
+
+
 def test_a_report_of_many_classes_and_epochs_is_bounded() -> None:
     """1,000 classes of long names, 10,000 epochs, 64 thumbnails, 1,000 bad samples, 1,000 attempts."""
     dice, count = np.random.default_rng(0), 1000
@@ -504,10 +649,11 @@ def test_a_history_is_cut_and_has_each_step_once() -> None:
 
 def test_a_report_of_the_first_format_is_read() -> None:
     old = {
-        **{name: value for name, value in msgspec.to_builtins(content()).items() if name != "format"},
+        **{name: value for name, value in msgspec.to_builtins(content(attempt_count=3)).items() if name != "format"},
         "finished": "2026-01-01T00:00:00+00:00",
         "checkpoints": {"best": {"uri": "gs://x", "epoch": 1, "global_step": 4, "val/accuracy": 0.5, "metrics": {}}},
     }
+    old["starts"], old["seconds"] = old.pop("attempt_count"), {"goodput": 0.5, "wall": 10.0, "lost": 5.0}
     for name in ("status", "failure", "updated", "planned_epochs", "history", "attempts", "data", "hardware"):
         del old[name]
     old["checkpoints"]["last"] = old["checkpoints"]["best"]
@@ -515,6 +661,8 @@ def test_a_report_of_the_first_format_is_read() -> None:
     assert report.updated == "2026-01-01T00:00:00+00:00"
     assert report.checkpoints is not None
     assert report.checkpoints.best.uri == "gs://x"
+    assert report.attempt_count == 3
+    assert report.seconds == {"goodput": 0.5, "wall": 10.0, "recomputed": 5.0}
 
 
 def test_damage_and_newer_formats_are_told_apart(tmp_path: Path) -> None:
@@ -565,6 +713,16 @@ def test_a_lower_loss_is_better(tmp_path: Path) -> None:
     for name, value in (("a", 0.9), ("b", 0.1)):
         saved(tmp_path, name, value, monitor="val/loss", mode="min")
     assert [row.value for row in compare(runs_in([str(tmp_path)]))] == [0.1, 0.9]
+
+
+def test_a_summary_ends_with_commands_that_can_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {"goodput": 0.5, "wall": 10.0, "step": 5.0, "recomputed": 4.0}
+    print_summary(Report.of(content(run_dir="/tmp/my runs/1", seconds=seconds)))
+    shown = capsys.readouterr().out
+    assert "goodput 50% of 10 s in 1 attempt(s): training steps 5 s" in shown
+    assert "recomputed steps 4 s" in shown
+    for command in ("predict '/tmp/my runs/1' IMAGE_OR_FOLDER", "report '/tmp/my runs/1'"):
+        assert f"  python -m job {command}\n" in shown
 
 
 def test_one_run_is_its_summary(run_dir: Path) -> None:

@@ -293,7 +293,7 @@ def _class_counts(report: ReportContent) -> list[tuple[str, list[int], float]]:
 
 
 def _time_bar(seconds: Mapping[str, float]) -> Markup:
-    return svg.share_bar([(label, max(seconds.get(name, 0.0), 0.0)) for name, label in text.PARTS.items()])
+    return svg.share_bar([(label, max(seconds.get(name, 0.0), 0.0)) for name, label in text.TIMES.items()])
 
 
 def _ends(report: ReportContent) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from job.monitoring.report.content import CheckpointEntry, Report, ReportContent
 from job.monitoring.report.files import page_uri
-from job.monitoring.report.text import METRICS, PARTS
+from job.monitoring.report.text import METRICS, TIMES
 from job.monitoring.tensorboard.event_folders import tensorboard_argument
 from job.process.terminal import print_table, say
 
@@ -76,5 +76,5 @@ def print_suggestions(result: dict[str, Any]) -> None:
 
 def _where_time_went(seconds: dict[str, float], attempts: int) -> str:
     goodput, wall = seconds.get("goodput", 0.0), seconds.get("wall", 0.0)
-    parts = ", ".join(f"{title} {seconds.get(name, 0.0):.0f} s" for name, title in PARTS.items())
+    parts = ", ".join(f"{title} {seconds.get(name, 0.0):.0f} s" for name, title in TIMES.items())
     return f"goodput {goodput:.0%} of {wall:.0f} s in {attempts} attempt(s): {parts}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-PARTS = {
+METRICS = ("accuracy", "top5_accuracy", "mAP", "f1", "macro_f1", "micro_f1", "auroc", "loss", "ece")
+"""Validation metrics that a summary shows, where a task has them, in this order."""
+
+TIMES = {
     "step": "training steps",
     "features": "backbone features",
     "validation": "validation",
@@ -12,9 +15,7 @@ PARTS = {
     "recomputed": "recomputed steps",
     "other": "between attempts, other",
 }
-"""Parts of the wall time, see :func:`job.monitoring.accounting.totals`, and their titles, in the order in which they are shown."""
-METRICS = ("accuracy", "top5_accuracy", "mAP", "f1", "macro_f1", "micro_f1", "auroc", "loss", "ece")
-"""Validation metrics that a summary shows, where a task has them, in this order."""
+"""Parts of ``seconds``, as of :func:`job.monitoring.accounting.totals`, and their titles, in the order of a summary."""
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -14,7 +14,7 @@ from pytorch_lightning.callbacks import Callback
 from job import redact
 from job.data.datamodule import ImageDataModule, image_data
 from job.monitoring.report.content import ReportContent
-from job.monitoring.report.text import PARTS
+from job.monitoring.report.text import TIMES
 from job.monitoring.report.writer import ReportWriter
 from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 from job.process.terminal import escape
@@ -95,7 +95,7 @@ def report_text(report: ReportContent) -> str:
     lines.append(f"- speed: {f'{speed:.1f} images/s' if speed else 'not measured'}")
     goodput, wall = seconds.get("goodput", 0.0), seconds.get("wall", 0.0)
     lines.append(f"- goodput {goodput:.0%} of {wall:,.0f} s in {report.attempt_count} attempt(s)")
-    lines += [f"    - {title} {seconds.get(name, 0.0):,.0f} s" for name, title in PARTS.items()]
+    lines += [f"    - {title} {seconds.get(name, 0.0):,.0f} s" for name, title in TIMES.items()]
     lines.append(f"- unreadable images: {len(report.bad_samples)}")
     lines += [f"    - {_code(name)}" for name in report.bad_samples[:MOST_NAMES]]
     return "\n".join(lines)
