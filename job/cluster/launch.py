@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import multiprocessing
 import os
@@ -13,7 +12,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 from job.cluster import ranks
@@ -81,7 +79,7 @@ def launch(
         log.warning("%s: not used; the launcher reads only the variables in launch --help", ", ".join(ignored))
     processes = node.processes or _gpus() or 1
     # torch elastic would leave all cores to each rank.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores() // processes, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(available_cpus() // processes, 1)))
     # One store for all rounds would keep the addresses of dead nodes (torch 2.14).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     forks = find_spec("torch_xla") is None
@@ -143,20 +141,6 @@ def _start_check(check: Callable[..., int], args: list[str], node: Node, *, fork
     process = context.Process(target=run_check, args=(check, args, node.node_rank == 0), daemon=True)
     process.start()
     return process
-
-
-def cores(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this container may use: those of its affinity, or fewer by its CPU limit, at least one.
-
-    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max), and version 1's cpu.cfs_quota_us.
-    """
-    count = available_cpus()
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
-        with contextlib.suppress(OSError, ValueError):  # "max" and -1: no limit
-            quota, period = (int(word) for word in " ".join((root / file).read_text() for file in files).split())
-            if quota > 0:
-                count = min(count, quota // period)
-    return max(count, 1)
 
 
 def launch_options(node: Node, processes: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning import callbacks as library
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
 
 from job.argparse_internals import actions
@@ -40,6 +40,7 @@ _SUPPORTED_CALLBACKS = (
     library.TQDMProgressBar,
     library.RichProgressBar,
 )
+_SUPPORTED_LOGGERS = (CSVLogger, WandbLogger, MLFlowLogger, CometLogger)
 _REFUSED_CALLBACKS: dict[type, str] = {
     library.BatchSizeFinder: "python -m job tune measures the largest batch",
     library.LearningRateFinder: "python -m job tune finds a learning rate",
@@ -118,6 +119,8 @@ def list_supported_classes(parser: LightningArgumentParser) -> None:
     for action in actions(parser):
         if action.dest == "trainer.callbacks":
             names = [*callbacks, "your own"]
+        elif action.dest == "trainer.logger":
+            names = [*(f"pytorch_lightning.loggers.{kind.__name__}" for kind in _SUPPORTED_LOGGERS), "your own"]
         elif action.dest == "trainer.strategy":
             names = ["pytorch_lightning.strategies.DDPStrategy"]
         elif action.dest in ("model.optimizer", "model.lr_scheduler"):

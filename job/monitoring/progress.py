@@ -37,24 +37,24 @@ class LogPosition(Callback):
     """Gives JSON log records the epoch and the step, on every rank."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training begins."""
+        """Set the position at which training begins."""
         logs.set_position(trainer.current_epoch + 1, trainer.global_step)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """An epoch begins."""
+        """Set the position at which the epoch begins."""
         logs.set_position(trainer.current_epoch + 1, trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """A batch is done."""
+        """Set the position after the batch."""
         logs.set_position(trainer.current_epoch + 1, trainer.global_step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The Trainer has ended."""
+        """Clear the position."""
         logs.clear_position()
 
 
 @dataclass
-class _Stretch:
+class _EpochTimer:
     """Batches that this process has done, and the time that they took.
 
     Attributes:
@@ -108,8 +108,8 @@ class TrainerProgress(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._display = Display(is_shown=False)
-        self._epoch: _Stretch | None = None
-        self._evaluation = _Stretch()
+        self._epoch: _EpochTimer | None = None
+        self._evaluation = _EpochTimer()
         self._batch_seconds: float | None = None
         self._extra_seconds = 0.0
         self._validated = False
@@ -128,13 +128,13 @@ class TrainerProgress(ProgressBar):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the line of the epoch before, whose metrics are complete only now, and begin another one."""
         self._leave_epoch(trainer)
-        self._epoch = _Stretch()
+        self._epoch = _EpochTimer()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin an epoch that was resumed in its middle."""
-        self._epoch = self._epoch or _Stretch()
+        self._epoch = self._epoch or _EpochTimer()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -146,7 +146,7 @@ class TrainerProgress(ProgressBar):
             self._display.show(self._training_status(trainer, self._epoch, batch_idx + 1))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The epoch is complete."""
+        """Note that the epoch is complete."""
         self._ended = trainer.current_epoch
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -156,13 +156,13 @@ class TrainerProgress(ProgressBar):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a validation."""
-        self._evaluation = _Stretch()
+        self._evaluation = _EpochTimer()
         if self._epoch is not None:
             self._epoch.pause()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a test."""
-        self._evaluation = _Stretch()
+        self._evaluation = _EpochTimer()
 
     def on_validation_batch_end(
         self,
@@ -217,7 +217,7 @@ class TrainerProgress(ProgressBar):
         """Remove the bar."""
         self._display.close()
 
-    def _training_status(self, trainer: pl.Trainer, epoch: _Stretch, batches: int) -> Status:
+    def _training_status(self, trainer: pl.Trainer, epoch: _EpochTimer, batches: int) -> Status:
         total = int(trainer.num_training_batches)
         return Status(
             _epoch_name(trainer, trainer.current_epoch),
@@ -308,7 +308,7 @@ class TrainerProgress(ProgressBar):
 class TuningProgress(TrainerProgress):
     """Shows the progress of a fit that is a number of steps, on rank 0."""
 
-    def _training_status(self, trainer: pl.Trainer, epoch: _Stretch, batches: int) -> Status:
+    def _training_status(self, trainer: pl.Trainer, epoch: _EpochTimer, batches: int) -> Status:
         return Status(
             "learning rates",
             trainer.global_step,

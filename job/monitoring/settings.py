@@ -16,8 +16,8 @@ class MonitoringSettings:
     """Chooses what TensorBoard and the report show besides scalars.
 
     Args:
-        images: images of each kind in TensorBoard and in the report: a training batch as the model sees it, validation
-            samples with their predictions, and the worst errors. 0: none.
+        images: images of each kind in TensorBoard and in the report: an augmented training batch before MixUp and
+            CutMix, validation samples with their predictions, and the worst errors. 0: none.
         projector: validation images in TensorBoard's projector, at most 5000, by their backbone features at the end
             of the run. 0: none.
         gradient_norm: log the norm of all gradients, or that of each parameter group as well.

@@ -16,10 +16,10 @@ from pytorch_lightning.callbacks import Callback
 
 from job.errors import first_line
 from job.lightning_internals import logs_are_due
+from job.process.cpus import CGROUP, cpu_limit
 
 log = logging.getLogger(__name__)
 
-CGROUP = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
 LEAST_SECONDS = 1.0
 """Between two samples: a shorter share of CPU or GPU says little."""
@@ -28,40 +28,67 @@ LEAST_SECONDS = 1.0
 class SystemMonitor(Callback):
     """Logs ``system/…`` on rank 0 when Lightning logs: the values of its own process, GPU and machine.
 
-    No rank waits for another one. Where all ranks do the same work, one tells how busy they are.
+    No rank waits for another one. Ranks do the same work: rank 0 represents all.
     """
 
     def __init__(self) -> None:
-        self._cpu = CpuUsage()
-        self._memory = KernelFile(PROC / "self" / "statm")
-        self._gpu: Callable[[], dict[str, float]] = dict
-        self._sampled = 0.0
-        self._waited = 0.0
+        self._sampler: SystemSampler | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to measure."""
-        if trainer.is_global_zero and pl_module.device.type == "cuda":
-            self._gpu = gpu_reader(pl_module.device)
-        self._cpu.share()
-        self._sampled, self._waited = time.monotonic(), _wait_seconds(trainer)
+        if trainer.is_global_zero:
+            self._close()
+            self._sampler = SystemSampler(pl_module.device, _wait_seconds(trainer))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Log a sample, if one is due."""
-        now = time.monotonic()
-        if not trainer.is_global_zero or now - self._sampled < LEAST_SECONDS or not logs_are_due(trainer):
+        if self._sampler is None or self._sampler.age < LEAST_SECONDS or not logs_are_due(trainer):
             return
-        values = {f"system/{name}": value for name, value in self.sample(trainer, now).items()}
+        values = {f"system/{name}": value for name, value in self._sampler.sample(_wait_seconds(trainer)).items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step - 1)
 
-    def sample(self, trainer: pl.Trainer, now: float) -> dict[str, float]:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the files."""
+        self._close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Close the files."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None
+
+
+class SystemSampler:
+    """Samples of this process, its GPU and the machine.
+
+    Args:
+        device: of the training; a GPU is sampled, too.
+        waited: seconds that training has waited for data so far.
+    """
+
+    def __init__(self, device: torch.device, waited: float) -> None:
+        self._cpu = CpuUsage()
+        self._memory = KernelFile(PROC / "self" / "statm")
+        self._gpu: Callable[[], dict[str, float]] = gpu_reader(device) if device.type == "cuda" else dict
+        self._cpu.share()
+        self._sampled, self._waited = time.monotonic(), waited
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last sample."""
+        return time.monotonic() - self._sampled
+
+    def sample(self, waited: float) -> dict[str, float]:
         """Values since the last sample, by name.
 
         Args:
-            trainer: whose loader is asked for the time that training has waited.
-            now: time of the sample, by ``time.monotonic``.
+            waited: seconds that training has waited for data so far.
         """
-        waited = _wait_seconds(trainer)
+        now = time.monotonic()
         values = {"data_wait": min(max((waited - self._waited) / max(now - self._sampled, 1e-9), 0.0), 1.0)}
         self._sampled, self._waited = now, waited
         if (share := self._cpu.share()) is not None:
@@ -69,6 +96,11 @@ class SystemMonitor(Callback):
         if pages := self._memory.words():
             values["rss_gb"] = int(pages[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
         return {**values, **self._gpu()}
+
+    def close(self) -> None:
+        """Close the files."""
+        self._cpu.close()
+        self._memory.close()
 
 
 class KernelFile:
@@ -92,6 +124,12 @@ class KernelFile:
         except OSError:
             return []
 
+    def close(self) -> None:
+        """Close the file, which has no words from then on."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
 
 class CpuUsage:
     """Share of the machine's CPU time that is used; in a container, of what the container may use.
@@ -105,14 +143,14 @@ class CpuUsage:
     """
 
     def __init__(self, cgroup: Path = CGROUP, proc: Path = PROC) -> None:
-        self._limit = _cpus(cgroup)
+        self._limit = cpu_limit(cgroup) or float(os.cpu_count() or 1)
         self._version_2 = KernelFile(cgroup / "cpu.stat")
         self._version_1 = KernelFile(cgroup / "cpuacct" / "cpuacct.usage")
         self._machine = KernelFile(proc / "stat")
         self._before: tuple[float, float] | None = None
 
     def share(self) -> float | None:
-        """From 0 to 1, since the last call; None at the first one, and where the platform does not tell."""
+        """From 0 to 1, since the last call; None at the first one. None if unavailable."""
         used, now, before = self._seconds(), time.monotonic(), self._before
         if used is None:
             return None
@@ -120,6 +158,11 @@ class CpuUsage:
         if before is None or now <= before[1]:
             return None
         return min(max((used - before[0]) / (now - before[1]) / self._limit, 0.0), 1.0)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in (self._version_2, self._version_1, self._machine):
+            file.close()
 
     def _seconds(self) -> float | None:
         if (words := self._version_2.words())[:1] == [b"usage_usec"]:
@@ -130,17 +173,6 @@ class CpuUsage:
             user, nice, system, _idle, _iowait, irq, softirq = map(int, words[1:8])  # proc(5)
             return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
         return None
-
-
-def _cpus(cgroup: Path) -> float:
-    """CPUs of the limit of a cgroup, else of the machine."""
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (cgroup / "cpu.max").read_text().split()
-        return int(quota) / int(period)
-    with contextlib.suppress(OSError, ValueError):
-        if (quota_us := int((cgroup / "cpu" / "cpu.cfs_quota_us").read_text())) > 0:
-            return quota_us / int((cgroup / "cpu" / "cpu.cfs_period_us").read_text())
-    return float(os.cpu_count() or 1)
 
 
 def gpu_reader(device: torch.device) -> Callable[[], dict[str, float]]:

@@ -46,7 +46,7 @@ class Work(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Content of ``predictions.json``: what the parts of the folder are computed from.
 
     Attributes:
-        request: input, model and options; a start with others is refused.
+        request: input, model and options; an attempt with others is refused.
         samples: number of images.
         samples_per_part: number of images in each part but the last.
         format: version of the file.
@@ -83,7 +83,7 @@ def prepare(
 ) -> tuple[Work, Path]:
     """The work in ``folder``, and its index on this node.
 
-    Rank 0 lists the images where no earlier start has done so; the other ranks wait for it.
+    Rank 0 lists the images where no earlier attempt has done so; the other ranks wait for it.
 
     Args:
         folder: of the predictions.
@@ -137,7 +137,7 @@ def done(folder: str, work: Work) -> set[int]:
 
 
 def _read(folder: str) -> Work | None:
-    """What an earlier start left; None where there is nothing."""
+    """What an earlier attempt left; None where there is nothing."""
     uri = storage.join(folder, FILE)
     if not storage.exists(uri):
         return None

@@ -110,7 +110,7 @@ def test_fit_resumes_in_another_thread(colours: Path, tmp_path: Path) -> None:
 
 def test_without_affinity_all_cpus_count(monkeypatch: pytest.MonkeyPatch, colours: Path, tmp_path: Path) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert available_cpus() == os.cpu_count()
+    assert available_cpus(tmp_path) == os.cpu_count()
     settings = config(tmp_path / "run", colours)
     del settings["data"]["num_workers"]
     assert job.fit(settings).epochs == 1

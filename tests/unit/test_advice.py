@@ -156,7 +156,7 @@ SICK: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "underconfident with label smoothing": (
         "calibration",
         {"history": records(FALLING), "found": evaluation(confidences=0.7, correct=0.9), "label_smoothing": 0.4},
-        ["less sure than it is right", "Lower --model.label_smoothing"],
+        ["underconfident", "Lower --model.label_smoothing"],
     ),
     "a class is never predicted": (
         "never_predicted",

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from job.cluster.environment import Node, find_node, ignored_variables, require_ranks
-from job.cluster.launch import cores, exit_code, launch_options
+from job.cluster.launch import exit_code, launch_options
 from job.errors import ConfigError
 
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443", "HOSTNAME": "train-1-x7k2p"}
@@ -301,26 +299,3 @@ def test_mistakes_of_other_ranks(codes: list[int], mistakes: list[int], expected
 
 def test_variables_that_torchrun_would_read_are_reported() -> None:
     assert ignored_variables({"PET_NNODES": "1", "PET_MONITOR_INTERVAL": "5"}) == ["PET_MONITOR_INTERVAL"]
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, 8),
-        ({"cpu.max": "max 100000\n"}, 8),
-        ({"cpu.max": "350000 100000\n"}, 3),
-        ({"cpu.max": "50000 100000\n"}, 1),
-        ({"cpu.max": "3200000 100000\n"}, 8),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
-        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
-    ],
-)
-def test_a_container_s_cpu_limit_counts(
-    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The limit is read from the kernel's files of cgroup v1 and v2."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert cores(tmp_path) == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import uuid
 from argparse import Namespace
 from pathlib import Path
@@ -104,6 +105,16 @@ def test_secrets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tensorboard_is_there_already(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="TensorBoardLogger is not supported"):
         additional_loggers(TensorBoardLogger(tmp_path), str(tmp_path))
+
+
+def test_the_help_lists_loggers_that_are_accepted() -> None:
+    text = "".join(run_here("fit", "--help-all").output.split())
+    listed = re.search(r"--trainer\.loggerLOGGER.*?supportedclasses:([^)]*)\)", text)
+    assert listed is not None
+    assert listed[1].split(",") == [
+        *(f"pytorch_lightning.loggers.{name}Logger" for name in ("CSV", "Wandb", "MLFlow", "Comet")),
+        "yourown",
+    ]
 
 
 def test_of_a_run_in_a_bucket_they_lie_in_a_local_folder_that_is_named(

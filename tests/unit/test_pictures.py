@@ -33,7 +33,7 @@ from job.model.evaluation import Calibration, Evaluation, SamplePrediction, Scor
 from job.monitoring.drawing import canvas, charts, curves
 from job.monitoring.drawing.canvas import GREEN, RED
 from job.monitoring.drawing.class_labels import class_labels
-from job.monitoring.drawing.image_grid import FRAME, GAP, TITLE, named, prediction_caption
+from job.monitoring.drawing.image_grid import FRAME, GAP, TITLE, join_labels, prediction_caption
 from job.monitoring.drawing.thumbnails import SIZE
 from job.monitoring.settings import MonitoringSettings
 from job.monitoring.tensorboard import pictures
@@ -222,7 +222,7 @@ def test_several_labels_are_right_if_all_are(tmp_path: Path) -> None:
 def test_captions_name_classes_and_are_short() -> None:
     assert prediction_caption(["cat"], ["dog"], 0.934) == ("93% dog", "true: cat")
     assert prediction_caption([], ["a", "b", "c", "d", "e"], 0.5) == ("50% a, b, c + 2", "true: none")
-    assert named(["\x1b[31mred\nnext", "x" * 1000]) == "\\x1b[31mred\\x0anext, " + "x" * 59 + "…"
+    assert join_labels(["\x1b[31mred\nnext", "x" * 1000]) == "\\x1b[31mred\\x0anext, " + "x" * 59 + "…"
 
 
 def test_labels_of_hostile_names_are_short_safe_and_differ() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from job.cluster.launch import cores
 from job.process import temporary
 from job.process.cpus import available_cpus
 from job.process.file_lock import has_locks, lock_exclusively
@@ -19,10 +18,9 @@ from job.storage.local_cache import locked
 def test_without_cpu_affinity_all_cores_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert available_cpus() == 6
-    assert cores(tmp_path) == 6
+    assert available_cpus(tmp_path) == 6
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert available_cpus() == 1
+    assert available_cpus(tmp_path) == 1
 
 
 def test_without_fcntl_nothing_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import time
 import types
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from support import fit_here, scalars
 
 from job.monitoring import accounting, system
 from job.monitoring.accounting import Attempt
-from job.monitoring.system import CpuUsage, KernelFile, SystemMonitor, gpu_reader
+from job.monitoring.system import CpuUsage, KernelFile, SystemMonitor, SystemSampler, gpu_reader
 
 
 def write(path: Path, text: str) -> None:
@@ -58,6 +59,8 @@ def test_the_share_of_the_cpu_is_that_of_the_container_or_else_of_the_machine(
     clock[0] += 1
     use(700)
     assert usage.share() == 1
+    usage.close()
+    assert usage.share() is None
 
 
 def test_where_the_platform_does_not_tell_nothing_is_logged(tmp_path: Path) -> None:
@@ -111,6 +114,26 @@ def test_a_fit_logs_what_it_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "system/gpu_utilization" not in found
 
 
+def open_files() -> list[str]:
+    """Files of the kernel that this process has open."""
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    files = [str(link.readlink()) for link in links if os.path.lexists(link)]
+    return sorted(file for file in files if file.endswith(("/statm", "/proc/stat", "/cpu.stat", "/cpuacct.usage")))
+
+
+@pytest.mark.parametrize("end", ["teardown", "on_exception"])
+def test_files_are_open_on_rank_0_while_it_trains(end: str) -> None:
+    monitor = SystemMonitor()
+    module: Any = SimpleNamespace(device=torch.device("cpu"))
+    assert open_files() == []
+    for is_global_zero in (False, True):
+        trainer: Any = SimpleNamespace(is_global_zero=is_global_zero, train_dataloader=None)
+        monitor.on_train_start(trainer, module)
+        assert any(file.endswith("/statm") for file in open_files()) == is_global_zero
+    getattr(monitor, end)(trainer, module, RuntimeError() if end == "on_exception" else "fit")
+    assert open_files() == []
+
+
 def test_a_sample_opens_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening a file of /proc costs more than reading it."""
     opened = []
@@ -119,13 +142,13 @@ def test_a_sample_opens_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
         opened.append(path)
         raise OSError
 
-    monitor = SystemMonitor()
-    trainer = SimpleNamespace(train_dataloader=SimpleNamespace(wait_seconds=0.0))
-    monitor.sample(trainer, time.monotonic())  # type: ignore[arg-type]
+    sampler = SystemSampler(torch.device("cpu"), waited=0.0)
+    sampler.sample(0.0)
     with monkeypatch.context() as patched:
         for module in (io, os, builtins):
             patched.setattr(module, "open", refuse)
-        values = monitor.sample(trainer, time.monotonic() + 1)  # type: ignore[arg-type]
+        values = sampler.sample(0.0)
+    sampler.close()
     assert values.keys() >= {"data_wait", "cpu", "rss_gb"}
     assert opened == []
 

@@ -18,8 +18,8 @@ from support import run_here
 from job import storage
 from job.errors import ConfigError, StorageOutage
 from job.monitoring.tensorboard import command, event_folders
-from job.monitoring.tensorboard.command import arguments, labelled, serve
-from job.monitoring.tensorboard.event_folders import find_event_files, labels, tensorboard_argument
+from job.monitoring.tensorboard.command import arguments, serve, uris_by_name
+from job.monitoring.tensorboard.event_folders import find_event_files, short_names, tensorboard_argument
 from job.monitoring.tensorboard.files import ROOT, RunFiles
 from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 from job.process.signals import Stopped
@@ -64,12 +64,12 @@ def eventually(address: str, path: str, is_complete: Callable[[Any], bool], seco
     ],
 )
 def test_names_tell_runs_apart(uris: list[str], expected: list[str]) -> None:
-    assert labels(uris) == expected
+    assert short_names(uris) == expected
 
 
 def test_one_run_given_twice_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert labelled(["1", "./1/", str(tmp_path / "1")]) == {"": str(tmp_path / "1")}
+    assert uris_by_name(["1", "./1/", str(tmp_path / "1")]) == {"": str(tmp_path / "1")}
 
 
 def test_runs_are_found_below_a_folder_and_nothing_else_is_searched(

@@ -1,7 +1,8 @@
 """Warnings about a run that an experienced colleague would give, from its validations.
 
 Each kind is a pure function in :mod:`~job.monitoring.advice.curves`, :mod:`~job.monitoring.advice.predictions` or
-:mod:`~job.monitoring.advice.data`. None speaks without enough samples.
+:mod:`~job.monitoring.advice.data`. Each needs a minimum number of
+samples.
 """
 
 from __future__ import annotations

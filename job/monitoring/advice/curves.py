@@ -18,7 +18,7 @@ STANDING_STILL = 0.01
 """Gain in accuracy below which it stands still: a percentage point."""
 
 FAR_APART = 0.10
-"""Difference in accuracy that is worth a word, if it is significant."""
+"""Difference in accuracy, reported from this value on if it is significant."""
 
 LOW_KAPPA = 0.40
 """Share of the way from guessing to perfect accuracy below which a model is poor: an agreement by Cohen's kappa below

@@ -9,7 +9,8 @@ from job.monitoring.advice.context import Advice, Context
 from job.monitoring.history import ValidationRecord
 
 STARVING = 0.20
-"""Share of the time in which training waits for data that is worth a word: without it, epochs take a fifth less."""
+"""Share of the time in which training waits for data, reported from this value on: without the wait, epochs take a
+fifth less."""
 
 STARVING_SECONDS = 60.0
 """Time over which that share is measured at least: in shorter epochs the loader has hardly begun."""

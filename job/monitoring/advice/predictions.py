@@ -28,13 +28,13 @@ CONFIDENT = 0.9
 """Confidence of a prediction from which on its reader takes it for certain."""
 
 CHANCE = 1e-4
-"""Probability by chance, over all classes, below which a class that is never predicted is worth a word."""
+"""Probability by chance, over all classes; below it, a class that is never predicted is reported."""
 
 IMBALANCED = 10
 """Ratio of class sizes from which on a data set is long-tailed (Cui et al., arXiv:1901.05555, use 10 to 200)."""
 
 FAR_BELOW = 0.10
-"""Difference in recall of rare and other classes that is worth a word, if it is significant."""
+"""Difference in recall of rare and other classes, reported from this value on if it is significant."""
 
 NAMED, LONGEST_NAME = 5, 60
 """Classes that a message names, and characters of a name."""
@@ -78,10 +78,10 @@ def calibration(history: Sequence[ValidationRecord], evaluation: Evaluation, con
             else "Train with --model.label_smoothing 0.1, or stop earlier by --early_stopping 5.",
         )
     if mean >= likely.low or not smooths:
-        return None  # without smoothing it still learns, and is less sure than it is right
+        return None  # without smoothing it still learns, and is underconfident
     return Advice(
         "calibration",
-        f"The model is less sure than it is right: its mean confidence is {mean:.3f}, its accuracy {accuracy:.3f} (ECE "
+        f"The model is underconfident: its mean confidence is {mean:.3f}, its accuracy {accuracy:.3f} (ECE "
         f"{error:.3f} over {total:,} predictions).",
         "Lower --model.label_smoothing, --model.mixup or --model.cutmix, if probabilities matter.",
     )

@@ -16,7 +16,7 @@ TREND_SIGMAS = 2.33
 """The same of the trend of a loss, which other conditions confirm: once in 100 times."""
 
 RISE = 0.10
-"""Relative rise of a loss that is worth a word; less is usual between epochs."""
+"""Relative rise of a loss, reported from this value on; less is usual between epochs."""
 
 RISING_VALIDATIONS = 5
 """Validations after the lowest loss from which on there can be a trend: 5 values are in rising order once in 120 times

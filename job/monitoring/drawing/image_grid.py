@@ -73,11 +73,11 @@ def grid(title: str, tiles: Sequence[Tile], most_bytes: int, size: int = SIZE) -
 
 def prediction_caption(labels: Sequence[str], predicted: Sequence[str], confidence: float) -> tuple[str, str]:
     """Two lines: the prediction with its confidence, and the truth."""
-    return f"{confidence:.0%} {named(predicted)}", f"true: {named(labels)}"
+    return f"{confidence:.0%} {join_labels(predicted)}", f"true: {join_labels(labels)}"
 
 
-def named(labels: Sequence[str]) -> str:
-    """Some labels in a row, shortened; "none" without any."""
+def join_labels(labels: Sequence[str]) -> str:
+    """Join labels by commas, shortened; "none" without any."""
     shown = [shortened(label) for label in labels[:MOST_LABELS]]
     more = f" + {len(labels) - MOST_LABELS}" if len(labels) > MOST_LABELS else ""
     return (", ".join(shown) or "none") + more

@@ -88,10 +88,10 @@ class ConfusionMatrix(msgspec.Struct, frozen=True, forbid_unknown_fields=True, o
         classes: number of classes.
         nonzero_cells: number of cells that are not zero.
         true_predicted_count: those cells as (true class, predicted class, count), if they are not too many.
-        true_negatives: per class, where samples have several labels; likewise the next three.
-        false_positives: per class.
-        false_negatives: per class.
-        true_positives: per class.
+        true_negatives: per class, where samples have several labels.
+        false_positives: per class, where samples have several labels.
+        false_negatives: per class, where samples have several labels.
+        true_positives: per class, where samples have several labels.
     """
 
     rows: Text | None = None
@@ -433,7 +433,7 @@ class Report:
         images_per_second: throughput of training; None where no attempt trained an epoch to its end.
         seconds: where the time went, over all attempts; see :func:`job.monitoring.accounting.totals`.
         content: all of ``report.json``, as plain JSON values.
-        reported: the same, typed.
+        typed_content: the same as a struct.
     """
 
     run_dir: str
@@ -448,7 +448,7 @@ class Report:
     images_per_second: float | None
     seconds: dict[str, float]
     content: dict[str, Any] = field(repr=False)
-    reported: ReportContent = field(repr=False)
+    typed_content: ReportContent = field(repr=False)
 
     @classmethod
     def of(cls, content: ReportContent) -> Report:
@@ -467,7 +467,7 @@ class Report:
             images_per_second=content.train_images_per_second,
             seconds=content.seconds,
             content=msgspec.json.decode(msgspec.json.encode(content)),
-            reported=content,
+            typed_content=content,
         )
 
 

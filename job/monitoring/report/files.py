@@ -18,7 +18,7 @@ PAGE = "report.html"
 MOST_COPIES = 1000
 
 
-def numbered(name: str, number: int) -> str:
+def numbered_name(name: str, number: int) -> str:
     """The name of a file beside one that the bucket lets nobody replace: ``report.2.json``."""
     stem, _, suffix = name.rpartition(".")
     return f"{stem}.{number}.{suffix}"
@@ -27,7 +27,7 @@ def numbered(name: str, number: int) -> str:
 def free_number(run_dir: str) -> int:
     """The first number from 2 on under which there is no report."""
     number = 2
-    while number < MOST_COPIES and storage.exists(storage.join(run_dir, numbered(FILE, number))):
+    while number < MOST_COPIES and storage.exists(storage.join(run_dir, numbered_name(FILE, number))):
         number += 1
     return number
 
@@ -38,13 +38,13 @@ def newest_uri(run_dir: str) -> str | None:
     if not storage.exists(uri):
         return None
     number = free_number(run_dir) - 1
-    return uri if number < 2 else storage.join(run_dir, numbered(FILE, number))
+    return uri if number < 2 else storage.join(run_dir, numbered_name(FILE, number))
 
 
 def page_uri(run_dir: str) -> str:
     """URI of the newest ``report.html``."""
     number = free_number(run_dir) - 1
-    return storage.join(run_dir, PAGE if number < 2 else numbered(PAGE, number))
+    return storage.join(run_dir, PAGE if number < 2 else numbered_name(PAGE, number))
 
 
 def read_report(run_dir: str) -> ReportContent:

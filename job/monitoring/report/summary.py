@@ -22,7 +22,7 @@ TITLES = {
 
 def print_summary(result: Report) -> None:
     """Print metrics, where everything is, and the commands to type next."""
-    print_results(result.reported, result.run_dir)
+    print_results(result.typed_content, result.run_dir)
     run_dir = result.run_dir
     say("Next:")
     say(f"  python -m job tensorboard {shlex.quote(tensorboard_argument(run_dir))}")

@@ -25,7 +25,7 @@ from job.monitoring.recorder import ValidationRecorder
 from job.monitoring.report.build import RunFacts, RunState, build, message_of, parse_configuration
 from job.monitoring.report.content import FILE, AdviceEntry, EvaluationResult, Report, ReportContent, Status
 from job.monitoring.report.data_summary import summarise
-from job.monitoring.report.files import PAGE, EarlierReport, free_number, numbered
+from job.monitoring.report.files import PAGE, EarlierReport, free_number, numbered_name
 from job.monitoring.report.machine import hardware, versions
 from job.monitoring.report.measures import result_of
 from job.monitoring.report.page import render
@@ -279,8 +279,8 @@ class ReportWriter(Callback):
         except StorageError as error:
             log.warning("%s cannot be replaced: %s", storage.join(self._facts.run_dir, FILE), error)
         number = free_number(self._facts.run_dir)
-        self._write(content, numbered(FILE, number), numbered(PAGE, number), fetch=fetch)
-        log.info("the report is %s", storage.join(self._facts.run_dir, numbered(PAGE, number)))
+        self._write(content, numbered_name(FILE, number), numbered_name(PAGE, number), fetch=fetch)
+        log.info("the report is %s", storage.join(self._facts.run_dir, numbered_name(PAGE, number)))
 
     def _write(self, content: ReportContent, file: str = FILE, page: str = PAGE, *, fetch: bool = True) -> None:
         """Write both files.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from job.errors import ConfigError
-from job.monitoring.tensorboard.event_folders import labels
+from job.monitoring.tensorboard.event_folders import short_names
 
 RELOAD_SECONDS = 5
 BUCKET_RELOAD_SECONDS = 10
@@ -42,7 +42,7 @@ def serve(run_dirs: Sequence[str], *, host: str, port: int | None) -> tuple[str,
     from job.monitoring.tensorboard.projector_paths import read_through_gfile
 
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
-    files = RunFiles(labelled(run_dirs))
+    files = RunFiles(uris_by_name(run_dirs))
     files.refresh()
     register_filesystem(SCHEME, files)
     read_through_gfile()
@@ -68,10 +68,10 @@ def arguments(run_dirs: Sequence[str], *, host: str, port: int | None) -> list[s
     ]
 
 
-def labelled(run_dirs: Sequence[str]) -> dict[str, str]:
-    """URI by label; of one alone the runs in it have their own names."""
+def uris_by_name(run_dirs: Sequence[str]) -> dict[str, str]:
+    """URI by short name; of one alone the runs in it have their own names."""
     unique = list(dict.fromkeys(_absolute(run_dir) for run_dir in run_dirs))
-    return {"": unique[0]} if len(unique) == 1 else dict(zip(labels(unique), unique, strict=True))
+    return {"": unique[0]} if len(unique) == 1 else dict(zip(short_names(unique), unique, strict=True))
 
 
 def _absolute(uri: str) -> str:

@@ -86,7 +86,7 @@ def find_event_files(uri: str) -> dict[str, EventFile]:
     return files
 
 
-def labels(uris: Sequence[str]) -> list[str]:
+def short_names(uris: Sequence[str]) -> list[str]:
     """Short names that tell URIs apart: the parts of their paths from the first to the last in which they differ.
 
     The last part of a URI that stands alone.

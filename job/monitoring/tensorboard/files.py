@@ -1,6 +1,6 @@
 """The filesystem that TensorBoard reads: the event files of some runs, from any storage, as one tree of names.
 
-TensorBoard's own access to storage leaves much to wish: the fast loader knows no endpoints but Google's and keeps
+TensorBoard's own access to storage has three limits: the fast loader knows no endpoints but Google's and keeps
 replaced files open; the slow one takes the endpoint of ``s3://`` from another variable than training does, lists all
 objects of a run with its checkpoints and features at each reload, and calls runs by the path of the event folder. Here
 everything goes through :mod:`job.storage`, as in training.

@@ -22,7 +22,7 @@ from job.monitoring.drawing import charts
 from job.monitoring.drawing.canvas import Figure
 from job.monitoring.drawing.class_labels import class_labels
 from job.monitoring.drawing.curves import THRESHOLDS, pr_counts
-from job.monitoring.drawing.image_grid import Tile, frame_colour, grid, named, prediction_caption
+from job.monitoring.drawing.image_grid import Tile, frame_colour, grid, join_labels, prediction_caption
 from job.monitoring.drawing.thumbnails import SIZE, Thumbnails
 from job.monitoring.settings import MonitoringSettings
 from job.monitoring.tensorboard.custom_scalars import layout
@@ -241,7 +241,7 @@ def first_images(data: ImageDataModule, batch: Batch, count: int) -> Callable[[]
 
 def _true_labels(batch: Batch, labels: Sequence[str]) -> list[str]:
     if "labels" in batch:
-        return [named([labels[number] for number in row.nonzero()[:, 0].tolist()]) for row in batch["labels"]]
+        return [join_labels([labels[number] for number in row.nonzero()[:, 0].tolist()]) for row in batch["labels"]]
     return [labels[number] if number >= 0 else "" for number in batch["label"].tolist()]
 
 

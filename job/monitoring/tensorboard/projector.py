@@ -28,7 +28,7 @@ from job.features.store import FeatureStore
 from job.model.module import TransferLearningModel
 from job.monitoring.drawing.canvas import jpeg
 from job.monitoring.drawing.class_labels import class_labels, shortened
-from job.monitoring.drawing.image_grid import named
+from job.monitoring.drawing.image_grid import join_labels
 from job.monitoring.settings import MonitoringSettings
 from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 
@@ -220,4 +220,4 @@ def _cached(store: FeatureStore, samples: Tensor) -> Tensor:
 
 
 def _names(row: Tensor, labels: Sequence[str]) -> str:
-    return named([labels[number] for number in row.nonzero()[:, 0].tolist()])
+    return join_labels([labels[number] for number in row.nonzero()[:, 0].tolist()])
