@@ -14,6 +14,9 @@ Floats = npt.NDArray[np.float64]
 CALIBRATION_BINS = 15
 """Bins of equal width in confidence, as in Guo et al., arXiv:1706.04599."""
 
+MOST_IMAGES = 64
+"""Samples of each kind whose predictions are kept to be shown: the worst errors, and the examples."""
+
 
 @dataclass(frozen=True)
 class Calibration:

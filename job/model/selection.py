@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from job.cluster import ranks
-from job.model.evaluation import SamplePrediction
-from job.monitoring.settings import MOST_IMAGES
+from job.model.evaluation import MOST_IMAGES, SamplePrediction
 
 MOST_LABELS = 20
 """Labels of one sample that are listed: what ranks exchange has a bound."""
@@ -25,7 +24,7 @@ _GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 
 
 class SmallestKeys:
-    """The samples of this rank with the smallest keys, at most :data:`~job.monitoring.settings.MOST_IMAGES`.
+    """The samples of this rank with the smallest keys, at most :data:`~job.model.evaluation.MOST_IMAGES`.
 
     Of equal keys those of smaller sample ids are kept, so that the order of samples does not matter.
     """

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from job.errors import ConfigError
+from job.model.evaluation import MOST_IMAGES
 
-MOST_IMAGES = 64
 MOST_PROJECTED = 5000
 
 

@@ -12,7 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, EarlyStopping
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.profilers import SimpleProfiler
@@ -21,6 +21,8 @@ from pytorch_lightning.trainer.connectors.logger_connector.logger_connector impo
 
 from job import lightning_internals as internals
 from job import torch_internals
+from job.monitoring.learning_rates import LearningRates
+from job.monitoring.vertex import VertexMetricReporter
 
 
 def trainer_of(folder: Path, *callbacks: Callback, **settings: Any) -> pl.Trainer:
@@ -209,7 +211,7 @@ def test_logs_are_due_as_lightnings_are_and_at_the_last_step(interval: int, accu
         assert is_due == (lightnings or (interval > 0 and batch == 3))
 
 
-def test_only_the_hooks_that_a_callback_defines_are_called(tmp_path: Path) -> None:
+def test_of_the_packages_callbacks_only_the_hooks_that_they_define_are_called(tmp_path: Path) -> None:
     class Profiler(SimpleProfiler):
         calls: ClassVar[list[str]] = []
 
@@ -217,12 +219,23 @@ def test_only_the_hooks_that_a_callback_defines_are_called(tmp_path: Path) -> No
             self.calls.append(action_name)
             super().start(action_name)
 
-    recorder = Recorder()
-    trainer = trainer_of(tmp_path, Callback(), recorder, max_epochs=1, profiler=Profiler())
+    ours = [LearningRates(), VertexMetricReporter("val/loss")]
+    trainer = trainer_of(tmp_path, *ours, max_epochs=1, profiler=Profiler())
     internals.skip_empty_hooks(trainer)
     trainer.fit(BoringModel())
-    assert recorder.events == [*(("batch end", number) for number in range(1, 5)), ("validated",)]
     of_steps = {name for name in Profiler.calls if "[Callback]" in name and name.endswith(internals.HOOKS_OF_STEPS)}
     assert len(of_steps) == 1
-    assert of_steps.pop().endswith("Recorder.on_train_batch_end")
-    assert [name for name in Profiler.calls if name.endswith("[Callback]Callback.on_train_start")]
+    assert of_steps.pop().endswith("LearningRates.on_train_batch_start")
+    assert [name for name in Profiler.calls if name.endswith("[Callback]VertexMetricReporter.on_train_start")]
+
+
+def test_callbacks_of_others_keep_their_hooks(tmp_path: Path) -> None:
+    class Calling(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.on_after_backward(*args[:2])
+
+    callbacks = [Calling(), Callback(), EarlyStopping("x", strict=False)]
+    before = [dict(vars(callback)) for callback in callbacks]
+    internals.skip_empty_hooks(trainer_of(tmp_path, *callbacks))
+    assert [dict(vars(callback)) for callback in callbacks] == before
+    trainer_of(tmp_path, callbacks[0], max_epochs=1).fit(BoringModel())
