@@ -111,6 +111,7 @@ def run_on(terminal: Terminal, *args: object, stdout: bool = True) -> int:
     """The exit code of ``python -m job ARGS`` on a terminal."""
     argv, code = sys.argv, 0
     with terminal.attached(stdout=stdout), warnings.catch_warnings():
+        logging.captureWarnings(False)  # an earlier run left it on, and pytest replaced its hook
         try:
             cli.main([str(arg) for arg in args])
         except SystemExit as end:
