@@ -6,7 +6,7 @@ import threading
 
 from job.cli.parser import call_with_options
 from job.errors import EXIT_INTERRUPTED
-from job.monitoring.tensorboard_command import serve
+from job.monitoring.tensorboard.command import serve
 from job.process.signals import Stopped
 from job.process.terminal import say
 

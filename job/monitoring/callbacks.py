@@ -11,21 +11,21 @@ from job.checkpoint.settings import CheckpointSettings
 from job.features.callback import FeatureCache
 from job.lightning_internals import StepHook
 from job.monitoring.accounting import Accounting
-from job.monitoring.advisor import Advisor
+from job.monitoring.advice.callback import Advisor
 from job.monitoring.gradient_norm import GradientNorm
-from job.monitoring.hyperparameters import HyperparameterWriter
 from job.monitoring.learning_rates import LearningRates
-from job.monitoring.pictures import Pictures
-from job.monitoring.projector import Projector
 from job.monitoring.recorder import ValidationRecorder
 from job.monitoring.report.files import EarlierReport
 from job.monitoring.report.writer import ReportWriter
-from job.monitoring.run_text import RunText
 from job.monitoring.settings import MonitoringSettings
 from job.monitoring.system import SystemMonitor
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.tensorboard.hyperparameters import HyperparameterWriter
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
+from job.monitoring.tensorboard.pictures import Pictures
+from job.monitoring.tensorboard.projector import Projector
+from job.monitoring.tensorboard.run_text import RunText
+from job.monitoring.tensorboard.worst_classes import WorstClasses
 from job.monitoring.vertex import VertexMetricReporter
-from job.monitoring.worst_classes import WorstClasses
 from job.resilience.lease import Lease
 
 

@@ -37,7 +37,7 @@ def print_totals(totals: Totals, classes: Sequence[str]) -> None:
     """Print the number of images, and of predictions by class, where the table does not show them all."""
     if totals.images > ROWS_SHOWN:
         counts = ", ".join(f"{name} {totals.labels[name]}" for name in classes)
-        say(f"{totals.images} images: {counts}")
+        say(f"… and {totals.images - ROWS_SHOWN} more. In all: {counts}")
 
 
 def _cells(row: Row) -> tuple[str, str, str]:

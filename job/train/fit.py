@@ -17,11 +17,11 @@ from job.features.callback import FeatureSettings
 from job.model.config import ModelConfig
 from job.model.module import TransferLearningModel
 from job.model.tasks import TASKS
-from job.monitoring.event_folders import events_uri
 from job.monitoring.report.content import Report
 from job.monitoring.report.writer import report_of
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.tensorboard.event_folders import events_uri
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 from job.process import temporary
 from job.resilience import attempts
 from job.resilience.divergence import last_checkpoint_named

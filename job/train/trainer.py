@@ -24,11 +24,11 @@ from job.features.callback import FeatureCache, FeatureSettings
 from job.lightning_internals import StepHook, add_step_hooks, disable_signal_handlers, log_last_steps, skip_empty_hooks
 from job.model.sync_batchnorm import require_synchronisable
 from job.monitoring.callbacks import monitoring_callbacks
-from job.monitoring.event_folders import events_uri
 from job.monitoring.profile import Profile
 from job.monitoring.progress import LogPosition, TrainerProgress, TuningProgress
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.tensorboard.event_folders import events_uri
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 from job.resilience.lease import Lease
 from job.resilience.lease_check import LeaseCheck
 from job.resilience.preemption import Preemption

@@ -75,4 +75,4 @@ def test_installed_versions_are_the_pinned_ones(podman: Podman, image: str) -> N
     assert installed.keys() >= {"torch", "torchvision", "pytorch-lightning", "gcsfs", "tensorboard", "dumb-init"}
     assert {n: v.partition("+")[0] for n, v in installed.items()} == {n: pinned.get(n) for n in installed}
     sizes = inside(podman, image, "du -sm /opt/venv /opt/app | sort -n").split()
-    assert int(sizes[0]) <= 4, "the layer of the code alone is small"
+    assert int(sizes[0]) <= 8, "the layer of the code alone is small"

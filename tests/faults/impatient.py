@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import gcsfs.retry
 
 from job import cli
-from job.monitoring import tensorboard
+from job.monitoring.tensorboard import logger
 from job.resilience import lease
 from job.train import fit
 
 if __name__ == "__main__":
     gcsfs.retry.asyncio = SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 10))
-    tensorboard.CLOSE_SECONDS /= 10
+    logger.CLOSE_SECONDS /= 10
     lease.RELEASE_SECONDS /= 10
     fit.Lease = functools.partial(lease.Lease, seconds=3.0)  # type: ignore[assignment,misc]
     cli.main()

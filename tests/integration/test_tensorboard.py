@@ -11,14 +11,13 @@ from support import scalars
 
 from job import storage
 from job.errors import StorageOutage
-from job.monitoring import tensorboard
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 
 pytestmark = pytest.mark.integration
 
 
 def test_every_event_of_many_steps_and_files_arrives(gcs: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorboard, "ROTATE_BYTES", 50_000)
+    monkeypatch.setattr("job.monitoring.tensorboard.logger.ROTATE_BYTES", 50_000)
     logger = BucketTensorBoardLogger(f"{gcs}/many/tensorboard", publish_seconds=1)
     for step in range(3000):
         logger.log_metrics({"a": step / 7, "b": -step}, step)
@@ -57,7 +56,7 @@ def test_an_outage_delays_events_and_loses_none(gcs: str, monkeypatch: pytest.Mo
 
 def test_a_permanent_outage_reports_where_the_events_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(tensorboard, "CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr("job.monitoring.tensorboard.logger.CLOSE_SECONDS", 1.0)
     logger = BucketTensorBoardLogger("memory://away/tensorboard")
     monkeypatch.setattr(storage, "write_bytes", lambda *_: (_ for _ in ()).throw(StorageOutage("503")))
     logger.log_metrics({"a": 1.0}, 0)

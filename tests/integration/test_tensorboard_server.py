@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support import environment, start
 
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 
 pytestmark = pytest.mark.integration
 

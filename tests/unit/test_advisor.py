@@ -14,7 +14,7 @@ from PIL import Image
 from support import TINY, index_of, options, picture_files, run_here, write_files, zip_of
 
 from job.data.repeated_images import find_repeated_images
-from job.monitoring.advisor import Advisor
+from job.monitoring.advice.callback import Advisor
 
 PLACEHOLDER = picture_files(["blue"], 1)["blue/000.jpg"]
 

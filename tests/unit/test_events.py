@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from job import storage
 from job.errors import LeaseError, StorageError, StorageOutage
-from job.monitoring import events, tensorboard
-from job.monitoring.events import EventFiles, EventWriter, number_of, renumbered
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.tensorboard import events
+from job.monitoring.tensorboard.events import EventFiles, EventWriter, number_of, renumbered
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 from job.process import temporary
 
 
@@ -193,7 +193,7 @@ def test_a_restart_counts_the_objects_that_are_there(bucket: str) -> None:
 
 
 def test_many_events_are_published_before_their_time(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorboard, "ROTATE_BYTES", 2000)
+    monkeypatch.setattr("job.monitoring.tensorboard.logger.ROTATE_BYTES", 2000)
     logger = BucketTensorBoardLogger(bucket, publish_seconds=600)
     logger.log_metrics({"a": 1.0}, 0)
     logger._publish_when_due()
@@ -225,7 +225,7 @@ def test_nothing_is_published_without_the_lease(bucket: str, tmp_path: Path) -> 
 
 def test_a_bucket_that_hangs_does_not_block_the_end(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answered = threading.Event()
-    monkeypatch.setattr(tensorboard, "CLOSE_SECONDS", -9.5)
+    monkeypatch.setattr("job.monitoring.tensorboard.logger.CLOSE_SECONDS", -9.5)
     monkeypatch.setattr(storage, "write_bytes", lambda *_: answered.wait(20))
     logger = BucketTensorBoardLogger(bucket)
     logger.log_metrics({"a": 1.0}, 0)

@@ -18,11 +18,11 @@ from test_tensorboard_command import eventually
 from job import checkpoint
 from job.checkpoint.settings import CheckpointSettings
 from job.errors import StorageOutage
-from job.monitoring.hparams_summary import MOST_CHARACTERS, plain_values
-from job.monitoring.hyperparameters import HyperparameterWriter, hyperparameters
-from job.monitoring.run_text import configuration_text, report_text
-from job.monitoring.tensorboard import BucketTensorBoardLogger
-from job.monitoring.tensorboard_command import serve
+from job.monitoring.tensorboard.command import serve
+from job.monitoring.tensorboard.hparams_summary import MOST_CHARACTERS, plain_values
+from job.monitoring.tensorboard.hyperparameters import HyperparameterWriter, hyperparameters
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
+from job.monitoring.tensorboard.run_text import configuration_text, report_text
 
 
 def rows(address: str) -> dict[str, Any]:

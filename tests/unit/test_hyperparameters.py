@@ -14,7 +14,7 @@ from job.model.classifier import build_classifier
 from job.model.config import ModelConfig
 from job.model.loading import read_pretrained
 from job.model.module import TransferLearningModel
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 
 ONE_EPOCH = {"trainer.max_epochs": 1, "data.num_workers": 0}
 

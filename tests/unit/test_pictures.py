@@ -30,14 +30,15 @@ from torchvision.transforms import v2
 from job.data.datamodule import ImageDataModule
 from job.data.dataset import Batch
 from job.model.evaluation import Calibration, Evaluation, SamplePrediction, ScoreHistograms
-from job.monitoring import canvas, charts, curves, pictures
-from job.monitoring.canvas import GREEN, RED
-from job.monitoring.class_labels import class_labels
-from job.monitoring.image_grid import FRAME, GAP, TITLE, join_labels, prediction_caption
-from job.monitoring.pictures import Pictures, first_images
+from job.monitoring.drawing import canvas, charts, curves
+from job.monitoring.drawing.canvas import GREEN, RED
+from job.monitoring.drawing.class_labels import class_labels
+from job.monitoring.drawing.image_grid import FRAME, GAP, TITLE, join_labels, prediction_caption
+from job.monitoring.drawing.thumbnails import SIZE
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.tensorboard import BucketTensorBoardLogger
-from job.monitoring.thumbnails import SIZE
+from job.monitoring.tensorboard import pictures
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
+from job.monitoring.tensorboard.pictures import Pictures, first_images
 
 CONTEXT = RequestContext()
 

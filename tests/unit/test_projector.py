@@ -23,11 +23,11 @@ from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
 from werkzeug.test import Client
 
 from job import storage
-from job.monitoring import projector
-from job.monitoring.projector import SPRITE_SIZE, spread_samples, sprite_sheet, vectors
-from job.monitoring.projector_paths import path_beside
-from job.monitoring.tensorboard import BucketTensorBoardLogger
-from job.monitoring.tensorboard_command import serve
+from job.monitoring.tensorboard import projector
+from job.monitoring.tensorboard.command import serve
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
+from job.monitoring.tensorboard.projector import SPRITE_SIZE, spread_samples, sprite_sheet, vectors
+from job.monitoring.tensorboard.projector_paths import path_beside
 
 
 class Server:

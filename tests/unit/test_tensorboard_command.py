@@ -17,11 +17,11 @@ from support import run_here
 
 from job import storage
 from job.errors import ConfigError, StorageOutage
-from job.monitoring import event_folders, tensorboard_command
-from job.monitoring.event_folders import find_event_files, short_names, tensorboard_argument
-from job.monitoring.tensorboard import BucketTensorBoardLogger
-from job.monitoring.tensorboard_command import arguments, serve, uris_by_name
-from job.monitoring.tensorboard_files import ROOT, RunFiles
+from job.monitoring.tensorboard import command, event_folders
+from job.monitoring.tensorboard.command import arguments, serve, uris_by_name
+from job.monitoring.tensorboard.event_folders import find_event_files, short_names, tensorboard_argument
+from job.monitoring.tensorboard.files import ROOT, RunFiles
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 from job.process.signals import Stopped
 
 
@@ -36,8 +36,8 @@ def write_run(run_dir: str, value: float = 1.0, steps: int = 3) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorboard_command, "RELOAD_SECONDS", 1)
-    monkeypatch.setattr(tensorboard_command, "BUCKET_RELOAD_SECONDS", 1)
+    monkeypatch.setattr(command, "RELOAD_SECONDS", 1)
+    monkeypatch.setattr(command, "BUCKET_RELOAD_SECONDS", 1)
 
 
 def eventually(address: str, path: str, is_complete: Callable[[Any], bool], seconds: float = 30) -> Any:

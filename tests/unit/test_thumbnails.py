@@ -15,8 +15,8 @@ from support import COLOURS, picture, picture_files, write_files
 
 from job.data.datamodule import ImageDataModule
 from job.errors import StorageOutage
-from job.monitoring import thumbnails
-from job.monitoring.thumbnails import Thumbnails
+from job.monitoring.drawing import thumbnails
+from job.monitoring.drawing.thumbnails import Thumbnails
 
 
 def data_of(folder: Path, **options: Any) -> ImageDataModule:

@@ -26,7 +26,7 @@ from job import lightning_internals
 from job.model.training_metrics import TrainingAccuracy, TrainingF1, TrainingMetrics
 from job.monitoring.gradient_norm import GradientNorm
 from job.monitoring.learning_rates import LearningRates
-from job.monitoring.worst_classes import worst_classes
+from job.monitoring.tensorboard.worst_classes import worst_classes
 
 RATES = ["lr/backbone/first", "lr/backbone/last", "lr/head"]
 ONE_LABEL = [

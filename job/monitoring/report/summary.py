@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from job.monitoring.event_folders import tensorboard_argument
 from job.monitoring.report.content import CheckpointEntry, Report, ReportContent
 from job.monitoring.report.files import page_uri
+from job.monitoring.tensorboard.event_folders import tensorboard_argument
 from job.process.terminal import print_table, say
 
 SHOWN = ("accuracy", "f1", "auroc", "mAP", "micro_f1", "macro_f1", "loss")

@@ -20,6 +20,7 @@ from job.model.module import TransferLearningModel
 from job.monitoring import accounting
 from job.monitoring.accounting import Accounting
 from job.monitoring.advice import Advice
+from job.monitoring.drawing.thumbnails import Thumbnails
 from job.monitoring.recorder import ValidationRecorder
 from job.monitoring.report.build import RunFacts, RunState, build, message_of, parse_configuration
 from job.monitoring.report.content import FILE, AdviceEntry, EvaluationResult, Report, ReportContent, Status
@@ -29,7 +30,6 @@ from job.monitoring.report.machine import hardware, versions
 from job.monitoring.report.measures import result_of
 from job.monitoring.report.page import render
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.thumbnails import Thumbnails
 from job.process.periodic import STOP_SECONDS, Periodic, call_within
 from job.process.signals import Stopped
 from job.train.errors import translated

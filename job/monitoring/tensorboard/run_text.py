@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import Callback
 from job import redact
 from job.data.datamodule import ImageDataModule, image_data
 from job.monitoring.report.writer import ReportWriter
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 from job.process.terminal import escape
 
 MOST_CHARACTERS = 20_000

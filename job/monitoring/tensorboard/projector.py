@@ -26,11 +26,11 @@ from job.data.index.index import Index
 from job.data.sampler import BatchIndices
 from job.features.store import FeatureStore
 from job.model.module import TransferLearningModel
-from job.monitoring.canvas import jpeg
-from job.monitoring.class_labels import class_labels, shortened
-from job.monitoring.image_grid import join_labels
+from job.monitoring.drawing.canvas import jpeg
+from job.monitoring.drawing.class_labels import class_labels, shortened
+from job.monitoring.drawing.image_grid import join_labels
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 
 log = logging.getLogger(__name__)
 

@@ -89,7 +89,7 @@ class EventFiles:
         self._path = self.folder / f"{PREFIX}{self._last:010d}.{self._suffix}"
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a program that cleans up /tmp may have removed it
         self._file = self._path.open("xb")
-        source = SourceMetadata(writer="job.monitoring.events")
+        source = SourceMetadata(writer="job.monitoring.tensorboard.events")
         self._append(Event(wall_time=time.time(), file_version=FILE_VERSION, source_metadata=source))
 
     def _append(self, event: Event) -> None:

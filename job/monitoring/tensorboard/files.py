@@ -19,7 +19,7 @@ from tensorboard.compat.tensorflow_stub.io.gfile import StatData  # type: ignore
 
 from job import storage
 from job.errors import JobError
-from job.monitoring.event_folders import EVENT_FILE, EventFile, find_event_files
+from job.monitoring.tensorboard.event_folders import EVENT_FILE, EventFile, find_event_files
 
 log = logging.getLogger(__name__)
 

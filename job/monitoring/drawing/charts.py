@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from job.model.evaluation import Calibration, Counts, Floats, ScoreHistograms
-from job.monitoring.canvas import (
+from job.monitoring.drawing.canvas import (
     BLACK,
     BLUE,
     GREY,
@@ -22,7 +22,7 @@ from job.monitoring.canvas import (
     cut_to_width,
     text_width,
 )
-from job.monitoring.curves import roc_curves
+from job.monitoring.drawing.curves import roc_curves
 
 MOST_BYTES = 128 << 10
 """Limit on the PNG of a chart."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from job.errors import ConfigError
-from job.monitoring.event_folders import short_names
+from job.monitoring.tensorboard.event_folders import short_names
 
 RELOAD_SECONDS = 5
 BUCKET_RELOAD_SECONDS = 10
@@ -38,8 +38,8 @@ def serve(run_dirs: Sequence[str], *, host: str, port: int | None) -> tuple[str,
         from tensorboard.compat.tensorflow_stub.io.gfile import register_filesystem  # type: ignore[import-untyped]
     except ImportError as error:
         raise ConfigError(f"TensorBoard is not installed ({error}): pip install tensorboard") from error
-    from job.monitoring.projector_paths import read_through_gfile
-    from job.monitoring.tensorboard_files import SCHEME, RunFiles
+    from job.monitoring.tensorboard.files import SCHEME, RunFiles
+    from job.monitoring.tensorboard.projector_paths import read_through_gfile
 
     logging.getLogger("tensorboard").setLevel(logging.WARNING)
     files = RunFiles(uris_by_name(run_dirs))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from job.monitoring.canvas import BLACK, GREEN, GREY, LIGHT, RED, Canvas, Colour, Figure, cut_to_width
-from job.monitoring.class_labels import shortened
-from job.monitoring.thumbnails import SIZE
+from job.monitoring.drawing.canvas import BLACK, GREEN, GREY, LIGHT, RED, Canvas, Colour, Figure, cut_to_width
+from job.monitoring.drawing.class_labels import shortened
+from job.monitoring.drawing.thumbnails import SIZE
 
 FRAME = 4
 """Width of a tile's frame, in pixels."""

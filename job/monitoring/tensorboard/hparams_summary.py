@@ -74,7 +74,8 @@ def _text(value: Any) -> str:
             return str(dict(value))
         arguments, defaults = value.get("init_args") or {}, _defaults(class_path)
         given = [f"{name}={_text(each)}" for name, each in arguments.items() if _listed(each) != defaults.get(name)]
-        return f"{class_path.rpartition('.')[2]}({', '.join(given)})"
+        name = class_path.rpartition(".")[2]
+        return f"{name}({', '.join(given)})" if given else name
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_text, value))}]"
     return str(value)

@@ -16,8 +16,8 @@ from job.checkpoint.manifest import Manifest
 from job.checkpoint.ranking import mode_of
 from job.checkpoint.settings import CheckpointSettings
 from job.errors import StorageError
-from job.monitoring.hparams_summary import Value, plain_values, session_end
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.tensorboard.hparams_summary import Value, plain_values, session_end
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 
 log = logging.getLogger(__name__)
 

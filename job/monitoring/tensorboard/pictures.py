@@ -18,15 +18,15 @@ from job.data.dataset import Batch
 from job.data.sampler import BatchIndices, ResumableBatchSampler
 from job.model.evaluation import Evaluation, SamplePrediction
 from job.model.module import TransferLearningModel
-from job.monitoring import charts
-from job.monitoring.canvas import Figure
-from job.monitoring.class_labels import class_labels
-from job.monitoring.curves import THRESHOLDS, pr_counts
-from job.monitoring.custom_scalars import layout
-from job.monitoring.image_grid import Tile, frame_colour, grid, join_labels, prediction_caption
+from job.monitoring.drawing import charts
+from job.monitoring.drawing.canvas import Figure
+from job.monitoring.drawing.class_labels import class_labels
+from job.monitoring.drawing.curves import THRESHOLDS, pr_counts
+from job.monitoring.drawing.image_grid import Tile, frame_colour, grid, join_labels, prediction_caption
+from job.monitoring.drawing.thumbnails import SIZE, Thumbnails
 from job.monitoring.settings import MonitoringSettings
-from job.monitoring.tensorboard import BucketTensorBoardLogger
-from job.monitoring.thumbnails import SIZE, Thumbnails
+from job.monitoring.tensorboard.custom_scalars import layout
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 
 log = logging.getLogger(__name__)
 

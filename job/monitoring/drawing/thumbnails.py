@@ -16,7 +16,7 @@ from job.data.datamodule import ImageDataModule
 from job.data.dataset import Preprocessing
 from job.data.fetch import Fetched, Fetcher
 from job.errors import StorageError
-from job.monitoring.canvas import jpeg
+from job.monitoring.drawing.canvas import jpeg
 
 log = logging.getLogger(__name__)
 

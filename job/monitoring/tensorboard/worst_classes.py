@@ -11,8 +11,8 @@ from torch import Tensor
 from job.data.datamodule import image_data
 from job.model.metrics import PER_CLASS_LIMIT
 from job.model.module import TransferLearningModel
-from job.monitoring.class_labels import shortened
-from job.monitoring.tensorboard import BucketTensorBoardLogger
+from job.monitoring.drawing.class_labels import shortened
+from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 
 TAG = "val/worst_classes"
 LISTED = 10

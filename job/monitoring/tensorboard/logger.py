@@ -25,8 +25,8 @@ from tensorboard.plugins.text.summary_v2 import text_pb  # type: ignore[import-u
 
 from job import storage
 from job.errors import JobError, LeaseError, StorageError, StorageOutage
-from job.monitoring.events import PREFIX, EventFiles, EventWriter, number_of, renumbered
-from job.monitoring.hparams_summary import plain_values, session_start
+from job.monitoring.tensorboard.events import PREFIX, EventFiles, EventWriter, number_of, renumbered
+from job.monitoring.tensorboard.hparams_summary import plain_values, session_start
 from job.process import temporary
 from job.process.periodic import Periodic, call_within
 

@@ -1,0 +1,1 @@
+"""Charts and grids of images, drawn with Pillow."""

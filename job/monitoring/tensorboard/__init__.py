@@ -1,0 +1,1 @@
+"""TensorBoard: events, pictures and texts of a run, and ``job tensorboard``."""
