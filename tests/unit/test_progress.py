@@ -111,6 +111,7 @@ def run_on(terminal: Terminal, *args: object, stdout: bool = True) -> int:
     """The exit code of ``python -m job ARGS`` on a terminal."""
     argv, code = sys.argv, 0
     with terminal.attached(stdout=stdout), warnings.catch_warnings():
+        logging.captureWarnings(False)  # an earlier run left it on, and pytest replaced its hook
         try:
             cli.main([str(arg) for arg in args])
         except SystemExit as end:
@@ -201,10 +202,15 @@ def test_other_commands_draw_a_bar_too(
         "validate": [f"--data.root={colours}", f"--run_dir={run_dir}"],
         "predict": [colours, f"--run_dir={run_dir}", f"--output={tmp_path / 'rows'}"],
         "index": [colours, f"--output={tmp_path / 'index'}"],
-        "tune": options({**TINY, "trainer.max_epochs": 1}, data__root=colours, run_dir=tmp_path, lr_finder__steps=20),
+        "tune": options(
+            {**TINY, "trainer.max_epochs": 1},
+            data__root=colours,
+            run_dir=tmp_path,
+            lr_finder__steps=20,
+            seed_everything=0,
+        ),
     }
-    code = run_on(terminal, *args, *more[args[0]])
-    assert code == 0 or "the loss falls at no learning rate" in terminal.raw, terminal.raw
+    assert run_on(terminal, *args, *more[args[0]]) == 0, terminal.raw
     assert re.search(drawn, re.sub(r"\x1b\[[\d;]*m", "", terminal.raw)), terminal.raw
     left = [line for line in terminal.lines if "batches" in line or re.search(r"\d/\d+ (images|steps)", line)]
     assert not left
