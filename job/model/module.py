@@ -456,7 +456,8 @@ class TransferLearningModel(pl.LightningModule):
             )
             raise DivergedError(f"{part}/loss is {loss}{when}: the network has diverged.")
         for name, value in values.items():
-            self.log(f"{part}/{name}", value)
+            # Lightning refuses names with "dataloader_idx", and a class may have that name.
+            self.log(f"{part}/{name}", value, add_dataloader_idx=False)
 
 
 def training_groups(trainer: pl.Trainer) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -104,8 +104,8 @@ class CollectedScores(Metric):
 
     def rankings(self) -> Iterator[Ranking]:
         """The ranking of each class, in groups of equal scores."""
-        probabilities, labels = (tensor.numpy() for tensor in self.compute())
-        for number, scores in enumerate(probabilities.reshape(-1, self.num_classes).T):
+        probabilities, labels = (tensor.numpy() for tensor in self._samples())
+        for number, scores in enumerate(probabilities.T):
             positive = labels[:, number] > 0 if labels.ndim == 2 else labels == number
             groups, members = np.unique(-scores.astype(np.float64), return_inverse=True)
             positives = np.bincount(members[positive], minlength=len(groups)).astype(np.float64)
@@ -115,8 +115,15 @@ class CollectedScores(Metric):
     def histograms(self) -> ScoreHistograms:
         """Histograms of each class's scores."""
         binned = BinnedScores(self.num_classes, sync_on_compute=False)
-        binned.update(*self.compute())
+        binned.update(*self._samples())
         return binned.histograms()
+
+    def _samples(self) -> tuple[Tensor, Tensor]:
+        """Probabilities [N, C] and labels [N] or [N, C]: torchmetrics squeezes the tensors of a single sample."""
+        probabilities, labels = self.compute()
+        probabilities = probabilities.reshape(-1, self.num_classes)
+        has_several = labels.numel() == probabilities.numel() and labels.dtype == torch.uint8
+        return probabilities, labels.reshape(-1, self.num_classes) if has_several else labels.reshape(-1)
 
 
 class BinnedScores(Metric):

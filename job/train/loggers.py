@@ -66,8 +66,8 @@ class TolerantLogger(Logger):
 
     @property
     def experiment(self) -> Any:
-        """The logger's own object."""
-        return self.inner.experiment  # type: ignore[attr-defined]
+        """The logger's own object; None once it has failed."""
+        return self._try(lambda: self.inner.experiment)  # type: ignore[attr-defined]
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Log metrics."""
@@ -89,15 +89,16 @@ class TolerantLogger(Logger):
         """Close the logger."""
         self._try(self.inner.finalize, status)
 
-    def _try(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def _try(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._failed:
-            return
+            return None
         try:
-            method(*args, **kwargs)
+            return method(*args, **kwargs)
         except Exception as error:
             self._failed = True
             kind = type(self.inner).__name__
             log.warning("%s failed and is switched off; training goes on: %s", kind, first_line(error))
+            return None
 
 
 def require_installed(chosen: Any) -> None:

@@ -87,7 +87,11 @@ def _fallen(history: Sequence[ValidationRecord], context: Context) -> Advice | N
 
 
 def _too_low(history: Sequence[ValidationRecord], context: Context) -> Advice | None:
-    """The loss is that of guessing, and falls by less than :data:`HARDLY_FALLS`."""
+    """The loss is that of guessing and hardly falls, while all layers train that the run trains."""
+    if not history or context.next_milestone(history[-1].epoch) is not None:
+        return None
+    unfrozen = max((m for m in context.milestones if m < history[-1].epoch), default=0)
+    history = [record for record in history if record.epoch > unfrozen]
     losses, accuracies = _values(history, "val/loss"), _values(history, "val/accuracy")
     if len(losses) < HARDLY_FALLS_VALIDATIONS or not accuracies or context.has_several_labels or not losses[0]:
         return None

@@ -71,6 +71,13 @@ def grid(title: str, tiles: Sequence[Tile], most_bytes: int, size: int = SIZE) -
     return canvas.photograph(most_bytes)
 
 
+def note(text: str, most_bytes: int) -> Figure:
+    """A line of text in place of a grid."""
+    canvas = Canvas(4 * SIZE, TITLE + GAP, scale=1)
+    canvas.text((GAP, 4), cut_to_width(text, canvas.width - 2 * GAP, TEXT), TEXT)
+    return canvas.photograph(most_bytes)
+
+
 def prediction_caption(labels: Sequence[str], predicted: Sequence[str], confidence: float) -> tuple[str, str]:
     """Two lines: the prediction with its confidence, and the truth."""
     return f"{confidence:.0%} {join_labels(predicted)}", f"true: {join_labels(labels)}"

@@ -364,7 +364,8 @@ class ReportContent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         per_class: metrics of each class for the best checkpoint; above 1,000 classes those of the lowest F1.
         most_confused: the pairs of classes that the best checkpoint confuses most.
         evaluation: more of the validation of the best checkpoint.
-        history: every validation of the run; above 1,000 validations every second one is dropped, repeatedly.
+        history: validations of the run, but those between an attempt's last report and a kill; above 1,000
+            validations every second one is dropped, repeatedly.
         advice: warnings.
         data: the images.
         attempt_count: number of attempts.
@@ -471,6 +472,10 @@ class Report:
         )
 
 
+_DECODER = msgspec.json.Decoder(ReportContent)
+"""Not made in the threads that read several reports: msgspec 0.22 is not thread-safe at a type's first use."""
+
+
 def decode_report(uri: str, content: bytes) -> ReportContent:
     """The report in ``content``, which was read from ``uri``.
 
@@ -487,7 +492,7 @@ def decode_report(uri: str, content: bytes) -> ReportContent:
             )
         if version == 1:
             return _from_format_1(content)
-        return msgspec.json.decode(content, type=ReportContent)
+        return _DECODER.decode(content)
     except MALFORMED as error:
         raise CheckpointError(f"{uri} is damaged: {error}") from error
 

@@ -97,7 +97,7 @@ class EarlierReport:
             self.is_newer = True
             log.warning("%s It is left unchanged, and the history of validations starts anew.", error)
         except CheckpointError as error:
-            log.warning("%s It is replaced, and the history of validations starts anew.", error)
+            log.warning("%s. It is replaced, and the history of validations starts anew.", error)
         return None
 
     def history(self) -> Sequence[ValidationRecord]:

@@ -50,8 +50,10 @@ def serve(run_dirs: Sequence[str], *, host: str, port: int | None) -> tuple[str,
     server.configure(argv=("tensorboard", *arguments(run_dirs, host=host, port=port)))
     try:
         address: str = server.launch()
-    except program.TensorBoardServerException as error:
-        raise ConfigError(f"TensorBoard cannot listen on {host}, port {port}: {error.msg}") from error
+    except (program.TensorBoardServerException, OSError) as error:
+        raise ConfigError(
+            f"TensorBoard cannot listen on {host}, port {port}: {getattr(error, 'msg', error)}"
+        ) from error
     return address, files.runs
 
 

@@ -22,7 +22,7 @@ from job.monitoring.drawing import charts
 from job.monitoring.drawing.canvas import Figure
 from job.monitoring.drawing.class_labels import class_labels
 from job.monitoring.drawing.curves import THRESHOLDS, pr_counts
-from job.monitoring.drawing.image_grid import Tile, frame_colour, grid, join_labels, prediction_caption
+from job.monitoring.drawing.image_grid import Tile, frame_colour, grid, join_labels, note, prediction_caption
 from job.monitoring.drawing.thumbnails import SIZE, Thumbnails
 from job.monitoring.settings import MonitoringSettings
 from job.monitoring.tensorboard.custom_scalars import layout
@@ -57,6 +57,7 @@ class Pictures(Callback):
         self._due_at = 0.0
         self._waiting: Callable[[], None] | None = None
         self._has_ended = False
+        self._shown: set[str] = set()
         self._adding = threading.Lock()
         self._has_failed = False
         self._thumbnails: Thumbnails | None = None
@@ -172,6 +173,8 @@ class Pictures(Callback):
         ):
             if predictions:
                 self._add(tag, self._prediction_grid(title, predictions, data, labels), step)
+            elif count and tag in self._shown:  # not the pictures of an earlier validation
+                self._add(tag, note("No wrong predictions", GRID_BYTES), step)
 
     def _add_curves(self, evaluation: Evaluation, labels: Sequence[str], step: int) -> None:
         scores = evaluation.scores
@@ -212,6 +215,7 @@ class Pictures(Callback):
     def _add(self, tag: str, figure: Figure, step: int) -> None:
         with self._adding:
             if not self._has_ended:  # the logger would open another file
+                self._shown.add(tag)
                 self.logger.experiment.add_encoded_image(tag, figure.content, (figure.width, figure.height), step)
 
 
