@@ -18,6 +18,7 @@ from test_tensorboard_command import eventually
 from job import checkpoint
 from job.checkpoint.settings import CheckpointSettings
 from job.errors import StorageOutage
+from job.monitoring.report.content import ReportContent
 from job.monitoring.tensorboard.command import serve
 from job.monitoring.tensorboard.hparams_summary import MOST_CHARACTERS, plain_values
 from job.monitoring.tensorboard.hyperparameters import HyperparameterWriter, hyperparameters
