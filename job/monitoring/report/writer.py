@@ -361,13 +361,10 @@ class ReportWriter(Callback):
         run_dir = self._facts.run_dir
         if not storage.is_local(run_dir):
             self._interval = max(WRITE_SECONDS, (len(encoded) + len(html)) / BYTES_PER_SECOND)
-        storage.write_bytes(
-            storage.join(run_dir, numbered_name(FILE, number)), encoded, before_write or self.before_write
-        )
-        if html:
-            storage.write_bytes(
-                storage.join(run_dir, numbered_name(PAGE, number)), html, before_write or self.before_write
-            )
+        for name, data in ((FILE, encoded), (PAGE, html)):
+            if data:
+                uri = storage.join(run_dir, numbered_name(name, number))
+                storage.write_bytes(uri, data, before_write or self.before_write)
 
     def _rendered(self, content: ReportContent, *, fetch: bool) -> bytes:
         """The page; empty if drawing it fails, which must not fail the run."""
