@@ -148,7 +148,10 @@ def summarise_attempts(
         earlier: entries in the report of an earlier attempt. One that was running then has been killed.
         status: of the run.
     """
-    ends: dict[str, End] = {each.began: "killed" if each.end == "running" else each.end for each in earlier}
+    # Two attempts may begin in the same second, to which times are written.
+    ends: dict[tuple[str, int], End] = {
+        (each.began, each.first_step): "killed" if each.end == "running" else each.end for each in earlier
+    }
     summaries = []
     for number, attempt in enumerate(attempts):
         following = attempts[number + 1] if number + 1 < len(attempts) else None
@@ -161,7 +164,7 @@ def summarise_attempts(
                 first_step=attempt.first_step,
                 last_step=attempt.last_step,
                 recomputed_steps=max(attempt.last_step - following.first_step, 0) if following else 0,
-                end=status if following is None else ends.get(began, "unknown"),
+                end=status if following is None else ends.get((began, attempt.first_step), "unknown"),
             )
         )
     return summaries
