@@ -67,7 +67,8 @@ class _EpochTimer:
         self.images += int(batch["global_size"])
 
     def pause(self) -> None:
-        self.paused_at = time.monotonic()
+        if self.paused_at is None:
+            self.paused_at = time.monotonic()
 
     def resume(self) -> None:
         if self.paused_at is not None:
@@ -135,6 +136,8 @@ class TrainerProgress(ProgressBar):
         self._epoch.add(batch)
         if self._display.is_due:
             self._display.show(self._training_status(trainer, self._epoch, batch_idx + 1))
+        if trainer.is_last_batch:  # what follows, as a checkpoint or the projector, trains no images
+            self._epoch.pause()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that the epoch is complete."""
@@ -189,9 +192,9 @@ class TrainerProgress(ProgressBar):
             self._display.close()
             return
         self._validated = True
-        if self._epoch is not None:
-            self._epoch.resume()
         if not trainer.is_last_batch:
+            if self._epoch is not None:
+                self._epoch.resume()
             metrics = _values(trainer, "val/")
             line = "  ".join([_epoch_name(trainer, trainer.current_epoch), _step(trainer), *_words(metrics)])
             self._display.leave(line, {**_place(trainer, trainer.current_epoch), **metrics})
@@ -280,7 +283,7 @@ class TrainerProgress(ProgressBar):
         if number is None or epoch is None:
             return
         self._batch_seconds = epoch.seconds / max(epoch.batches, 1)
-        self._extra_seconds = epoch.paused
+        self._extra_seconds = epoch.elapsed - epoch.seconds
         metrics = {**_epoch_values(trainer), **(_values(trainer, "val/") if self._validated else {})}
         parts = [_epoch_name(trainer, number), _step(trainer), *_words(metrics)]
         facts: dict[str, object] = {**_place(trainer, number), **metrics, "seconds": round(epoch.elapsed, 3)}

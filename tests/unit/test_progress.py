@@ -315,6 +315,7 @@ def test_the_time_left_of_a_run(clock: Callable[[float], None], lines: Callable[
             shown.on_train_batch_start(trainer, None, None, number)
             clock(3.0)
             trainer.global_step += 1
+            trainer.is_last_batch = number == 9
             shown.on_train_batch_end(trainer, None, None, {"global_size": 8}, number)
         shown.on_validation_start(trainer, None)
         for number in range(4):
@@ -350,6 +351,7 @@ def test_the_line_of_an_epoch_has_the_loss_of_the_epoch_and_the_bar_that_of_the_
         num_training_batches=1,
         accumulate_grad_batches=1,
         callback_metrics={"train/loss": 0.5, "train/loss_epoch": 0.25, "train/accuracy": 0.75},
+        is_last_batch=True,
         should_stop=False,
     )
     shown: Any = monitoring.TrainerProgress()
@@ -358,9 +360,11 @@ def test_the_line_of_an_epoch_has_the_loss_of_the_epoch_and_the_bar_that_of_the_
     shown.on_train_batch_start(trainer, None, None, 0)
     clock(20.0)
     shown.on_train_batch_end(trainer, None, None, {"global_size": 8}, 0)
+    clock(40.0)  # of a checkpoint
     shown.on_train_epoch_end(trainer, None)
     shown.on_train_end(trainer, None)
     bar, line = lines()
+    assert "0.4 images/s  took 1:00" in line
     assert "  train/loss 0.5  train/accuracy 0.75  " in bar
     assert "  train/loss 0.25  train/accuracy 0.75  " in line
 
