@@ -127,12 +127,6 @@ class TrainingCLI(LightningCLI):
                 "about 30 s in total, and torch elastic kills ranks 30 s after a SIGTERM.",
             )
             parser.add_argument(
-                "--early_stopping",
-                type=int,
-                default=0,
-                help="Stop after this many validations in a row without a better --checkpoint.monitor. 0 disables.",
-            )
-            parser.add_argument(
                 "--profile",
                 action="store_true",
                 help="Record ten steps with torch.profiler to run_dir/profile, and print a summary.",
@@ -157,6 +151,12 @@ class TrainingCLI(LightningCLI):
                 help="Test-time augmentation: hflip averages predictions over horizontal flips.",
             )
         parser.add_class_arguments(CheckpointSettings, "checkpoint", sub_configs=True)
+        parser.add_argument(
+            "--early_stopping",
+            type=int,
+            default=0,
+            help="Stop a fit after this many validations in a row without a better --checkpoint.monitor. 0 disables.",
+        )
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
 

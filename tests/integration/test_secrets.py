@@ -183,7 +183,7 @@ def test_names_are_escaped_on_the_terminal(hostile: Path, tmp_path: Path) -> Non
     result = run_here("fit", *options(TINY, data__root=hostile, run_dir=run_dir, **changes))
     assert result.returncode == 0, result.output
     assert_harmless(result.output)
-    assert f"--run_dir '{run_dir}'" in result.output
+    assert f"predict '{run_dir}'" in result.output
     result = run_here("validate", "--run_dir", run_dir)
     assert result.returncode == 0, result.output
     assert_harmless(result.output)
