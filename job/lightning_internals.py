@@ -133,8 +133,8 @@ def skip_empty_hooks(trainer: pl.Trainer) -> None:
     an attribute that is not callable (trainer/call.py, ``_call_callback_hooks``). Callbacks of others stay as they are:
     their owner may use them again, or call ``super()``.
     """
-    ours = [each for each in trainer.callbacks if type(each).__module__.startswith("job.")]  # type: ignore[attr-defined]
-    for callback in ours:
+    own = [each for each in trainer.callbacks if type(each).__module__.startswith("job.")]  # type: ignore[attr-defined]
+    for callback in own:
         for hook in HOOKS_OF_STEPS:
             if getattr(getattr(callback, hook), "__func__", None) is getattr(Callback, hook):
                 setattr(callback, hook, None)
