@@ -32,7 +32,8 @@ class BinnedCalibration(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Wrong and correct predictions per bin, int64 [bins, 2], and sums of confidences, of all ranks."""
-        return self.counts, self.confidence
+        # On XLA what was summed over ranks lies on the chips.
+        return self.counts.cpu(), self.confidence.cpu()
 
     def calibration(self) -> Calibration:
         """The diagram of all ranks."""

@@ -162,7 +162,8 @@ class ClassCounts(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Confusion matrix int64 [C, C], and number of samples in the top 5, of all ranks."""
-        return self.confusion, self.in_top
+        # On XLA what was summed over ranks lies on the chips.
+        return self.confusion.cpu(), self.in_top.cpu()
 
 
 class EvaluationMetrics(TaskMetrics):

@@ -100,7 +100,8 @@ class CollectedScores(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Probabilities and labels of all ranks."""
-        return dim_zero_cat(self.probabilities), dim_zero_cat(self.labels)
+        # On XLA what was summed over ranks lies on the chips.
+        return dim_zero_cat(self.probabilities).cpu(), dim_zero_cat(self.labels).cpu()
 
     def rankings(self) -> Iterator[Ranking]:
         """The ranking of each class, in groups of equal scores."""
@@ -156,7 +157,8 @@ class BinnedScores(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Histograms of the positive and the negative samples of all ranks, int64 [C, BINS]."""
-        return self.positives, self.every - self.positives
+        # On XLA what was summed over ranks lies on the chips.
+        return self.positives.cpu(), (self.every - self.positives).cpu()
 
     def rankings(self) -> Iterator[Ranking]:
         """The ranking of each class, in groups of one bin."""
