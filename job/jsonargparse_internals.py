@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from typing import Any
 
 from jsonargparse import _typehints as typehints
+
+from job.config.class_defaults import default_arguments
 
 _discard_invalid: Any = typehints.discard_init_args_on_class_path_change
 
@@ -26,14 +26,8 @@ def use_defaults_of_chosen_class() -> None:
 def _discard(parser_or_action: Any, before: Any, chosen: Any) -> None:
     """Remove arguments of the class before that have its defaults, and those that the chosen class does not take."""
     if before and "init_args" in before and before["class_path"] != chosen["class_path"]:
-        defaults = _defaults(before["class_path"])
+        defaults = default_arguments(before["class_path"])
         for name, value in list(dict(before["init_args"]).items()):
             if name in defaults and defaults[name] == value:
                 before["init_args"].pop(name)
     _discard_invalid(parser_or_action, before, chosen)
-
-
-def _defaults(class_path: str) -> dict[str, Any]:
-    module, _, name = class_path.rpartition(".")
-    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    return {name: each.default for name, each in parameters.items() if each.default is not each.empty}

@@ -168,9 +168,7 @@ class TrainerProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the batch, and show the progress if it is time to."""
-        self._evaluation.add(batch)
-        if self._display.is_due:
-            self._display.show(self._evaluation_status(trainer, "validation", _total(trainer.num_val_batches)))
+        self._count_evaluated(trainer, batch, "validation", trainer.num_val_batches)
 
     def on_test_batch_end(
         self,
@@ -182,9 +180,7 @@ class TrainerProgress(ProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the batch, and show the progress if it is time to."""
-        self._evaluation.add(batch)
-        if self._display.is_due:
-            self._display.show(self._evaluation_status(trainer, "test", _total(trainer.num_test_batches)))
+        self._count_evaluated(trainer, batch, "test", trainer.num_test_batches)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave a line for a validation within an epoch; at the end of one, its metrics are in the epoch's line."""
@@ -210,6 +206,13 @@ class TrainerProgress(ProgressBar):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove the bar."""
         self._display.close()
+
+    def _count_evaluated(
+        self, trainer: pl.Trainer, batch: Batch, task: str, batches: list[int | float] | int | float
+    ) -> None:
+        self._evaluation.add(batch)
+        if self._display.is_due:
+            self._display.show(self._evaluation_status(trainer, task, _total(batches)))
 
     def _training_status(self, trainer: pl.Trainer, epoch: _EpochTimer, batches: int) -> Status:
         total = int(trainer.num_training_batches)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +16,7 @@ from tensorboard.plugins.hparams import (  # type: ignore[import-untyped]
 )
 
 from job import redact
+from job.config.class_defaults import default_arguments
 from job.process.terminal import escape
 
 MOST_CHARACTERS = 100
@@ -72,24 +71,15 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         if not isinstance(class_path := value.get("class_path"), str):
             return str(dict(value))
-        arguments, defaults = value.get("init_args") or {}, _defaults(class_path)
-        given = [f"{name}={_text(each)}" for name, each in arguments.items() if _listed(each) != defaults.get(name)]
+        arguments, defaults = value.get("init_args") or {}, default_arguments(class_path)
+        given = [
+            f"{name}={_text(each)}" for name, each in arguments.items() if _listed(each) != _listed(defaults.get(name))
+        ]
         name = class_path.rpartition(".")[2]
         return f"{name}({', '.join(given)})" if given else name
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_text, value))}]"
     return str(value)
-
-
-def _defaults(class_path: str) -> dict[str, Any]:
-    """Default arguments of a class, as YAML has them; none of a class that is not imported."""
-    module, _, name = class_path.rpartition(".")
-    kind = getattr(sys.modules.get(module), name, None)
-    try:
-        parameters = inspect.signature(kind).parameters if callable(kind) else {}
-    except ValueError:  # a class written in C
-        return {}
-    return {name: _listed(each.default) for name, each in parameters.items()}
 
 
 def _listed(value: Any) -> Any:
