@@ -87,10 +87,11 @@ def main(
         kind: what runs the pods: a Job of Kubernetes, the same in a queue of Kueue, a JobSet, or a TrainJob of Kubeflow
             Trainer v2.
         queue: of Kueue (a LocalQueue of the namespace).
-        service_account: of Kubernetes, which pods run as; on Vertex AI the address of one of Google Cloud. Default: train.
+        service_account: of Kubernetes, which pods run as; on Vertex AI the address of one of Google Cloud. Default:
+            train.
         namespace: of Kubernetes. Default: that of kubectl's context.
         context: of kubectl. Default: the current one.
-        disk_gb: size of each node's boot disk, as in --disk-size of its node pool; the cache of samples follows from it.
+        disk_gb: size of each node's boot disk, as in --disk-size of its node pool; it decides the size of the cache.
         fit: options of fit, as in one of its configuration files; for the file that --config names.
         vertex: start a custom job of Vertex AI, without a cluster.
         project: of Google Cloud, for Vertex AI.
@@ -129,8 +130,8 @@ def main(
     if vertex:
         if output is not None or queue or namespace or context or kind != "job" or replace:
             raise ConfigError(
-                "--vertex has no cluster, and so no --output, --queue, --namespace, --context, --kind or --replace. Its "
-                "runs may have the same name."
+                "--vertex has no cluster, and so no --output, --queue, --namespace, --context, --kind or --replace. "
+                "Its runs may have the same name."
             )
         _submit_to_vertex(run, project, region, dry_run=dry_run)
         return
@@ -170,8 +171,8 @@ def _service_account(name: str | None, *, on_vertex: bool) -> str:
         return require_email("service_account", name)
     if "@" in name:
         raise ConfigError(
-            f"--service_account {name} is an account of Google Cloud; pods run as one of Kubernetes, which is bound to it "
-            "once (k8s/README.md, Workload Identity). Give the name of that one."
+            f"--service_account {name} is an account of Google Cloud; pods run as one of Kubernetes, which is bound to "
+            "it once (k8s/README.md, Workload Identity). Give the name of that one."
         )
     return require_object_name("service_account", name)
 

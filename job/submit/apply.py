@@ -56,8 +56,8 @@ def _continue(kubectl: Kubectl, existing: Workload, content: str) -> None:
         )
     if existing.ending is not None:
         raise ConfigError(
-            f"the run {existing.run} exists already, and {existing.state} ({existing.ending.text}). --replace starts it "
-            "again; with the same run_dir it resumes."
+            f"the run {existing.run} exists already, and {existing.state} ({existing.ending.text}). --replace starts "
+            "it again; with the same run_dir it resumes."
         )
     if existing.queue and resume_queued(kubectl, existing):
         say(f"{existing.run} was stopped, and waits in its queue again.")
@@ -97,8 +97,8 @@ def _require_service_account(kubectl: Kubectl, run: Run) -> None:
     if kubectl.get(f"serviceaccounts/{run.service_account}") is None:
         raise ConfigError(
             f"there is no service account {run.service_account} in the namespace. The pods of all runs use one, which "
-            f"may read the data and write run_dir. Create it once: kubectl create serviceaccount {run.service_account}, "
-            "or name another one by --service_account."
+            "may read the data and write run_dir. Create it once: "
+            f"kubectl create serviceaccount {run.service_account}; or name another one by --service_account."
         )
 
 

@@ -36,7 +36,10 @@ def stop(kubectl: Kubectl, run: str, *, wait: Callable[[float], None] = time.sle
     if _wait_for_pods(kubectl, found, wait):
         say(f"{run} is stopped: its pods have saved and ended. The command that started it lets it go on.")
     else:
-        say(f"{run} is being stopped: some pods have not ended after {STOP_SECONDS:.0f} s. See python -m job status {run}.")
+        say(
+            f"{run} is being stopped: some pods have not ended after {STOP_SECONDS:.0f} s. "
+            f"python -m job status {run}{kubectl.flags} names them."
+        )
 
 
 def delete(kubectl: Kubectl, run: str) -> None:

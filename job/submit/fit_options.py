@@ -168,7 +168,8 @@ def _require_not_own(name: str, has_data: bool) -> None:
 def _require_not_local(name: str, value: str) -> None:
     if name in _SOURCES and "://" not in value and _exists(value):
         raise ConfigError(
-            f"--{name} {escape(value)} is of this machine, and pods are on others. Upload it to a bucket, and give its URI."
+            f"--{name} {escape(value)} is of this machine, and pods are on others. Upload it to a bucket, and "
+            "give its URI."
         )
 
 

@@ -27,7 +27,9 @@ _NO_CLUSTER = re.compile(
     r"(?i)current-context is not set|context .* does not exist|no context exists|invalid configuration|"
     r"missing or incomplete configuration|localhost:8080"
 )
-_NO_LOGIN = re.compile(r"(?i)unauthorized|you must be logged in|getting credentials|exec plugin|executable .* not found")
+_NO_LOGIN = re.compile(
+    r"(?i)unauthorized|you must be logged in|getting credentials|exec plugin|executable .* not found"
+)
 _CONTROLLERS = {
     "JobSet": "JobSet (https://jobset.sigs.k8s.io)",
     "TrainJob": "Kubeflow Trainer v2 (https://trainer.kubeflow.org)",
@@ -133,8 +135,8 @@ def _run(command: Sequence[str], *, stdin: str | None, seconds: float) -> str:
         )
     except subprocess.TimeoutExpired as error:
         raise ClusterUnreachable(
-            f"the cluster did not answer within {seconds:.0f} s ({_words(command)}). Is it up, and reachable from here? "
-            "kubectl cluster-info shows it."
+            f"the cluster did not answer within {seconds:.0f} s ({_words(command)}). Is it up, and reachable from "
+            "here? kubectl cluster-info shows it."
         ) from error
     except OSError as error:
         raise ConfigError(f"kubectl cannot be started: {error}. See https://kubernetes.io/docs/tasks/tools/") from error

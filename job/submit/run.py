@@ -62,7 +62,9 @@ class Run:
         if self.nodes % self.slices:
             raise ConfigError(f"--nodes {self.nodes} cannot be divided into --slices {self.slices} of the same size.")
         if self.kind == "kueue" and not self.queue:
-            raise ConfigError("--kind kueue needs the name of a queue: give --queue. kubectl get localqueues lists them.")
+            raise ConfigError(
+                "--kind kueue needs the name of a queue: give --queue. kubectl get localqueues lists them."
+            )
         if self.kind == "trainjob" and self.family != "gpu":
             raise ConfigError(
                 f"--kind trainjob is for GPUs, and {self.machine.name} has none. Give --kind job or another --machine."

@@ -33,7 +33,9 @@ def print_run(kubectl: Kubectl, run: str) -> None:
         say("It has no pods." if found.has_ended or found.is_suspended else "It has no pods yet.")
         return
     rows = [_row(pod) for pod in pods]
-    print_table(["node", "pod", "phase", "on", "exit code", "restarts", "age", ""], rows, right=["exit code", "restarts"])
+    print_table(
+        ["node", "pod", "phase", "on", "exit code", "restarts", "age", ""], rows, right=["exit code", "restarts"]
+    )
 
 
 def _state(found: Workload) -> str:

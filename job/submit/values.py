@@ -58,8 +58,8 @@ def require_name(name: str) -> str:
         proposal = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         proposal = proposal if _LABEL.fullmatch(proposal) else f"run-{proposal}".rstrip("-")
         raise ConfigError(
-            f"--name {escape(repr(name))} is no name for Kubernetes, which takes lower-case letters, digits and hyphens, "
-            f"a letter first and no hyphen last. {proposal} would be one."
+            f"--name {escape(repr(name))} is no name for Kubernetes, which takes lower-case letters, digits and "
+            f"hyphens, a letter first and no hyphen last. {proposal} would be one."
         )
     return name
 
@@ -121,8 +121,8 @@ def require_bucket(option: str, uri: str) -> str:
     scheme = _SCHEME.match(uri)
     if scheme is None or scheme[1] in _OF_THIS_MACHINE:
         raise ConfigError(
-            f"--{option} {escape(uri[:200])} is of this machine, and pods are on others. Give the URI of a bucket, such "
-            "as gs://my-bucket/…."
+            f"--{option} {escape(uri[:200])} is of this machine, and pods are on others. Give the URI of a bucket, "
+            "such as gs://my-bucket/…."
         )
     return uri
 

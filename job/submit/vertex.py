@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def arguments_of(run: Run) -> list[str]:
     """
     if run.fit_files:
         raise ConfigError(
-            "--vertex: Vertex AI takes no configuration files. Give the options of fit themselves, or a recipe by its name."
+            "--vertex: Vertex AI takes no configuration files. Give the options of fit themselves, or the name of a recipe."
         )
     return [
         "launch",
@@ -104,10 +105,8 @@ def start(run: Run, project: str, region: str, *, wait: Callable[[float], None] 
     client = _client(region)
     from google.api_core.exceptions import GoogleAPICallError, ServerError, TooManyRequests
     from google.cloud.aiplatform_v1.types import CustomJob, CustomJobSpec
-    from google.protobuf import json_format
 
-    spec = CustomJobSpec()
-    json_format.ParseDict(spec_of(run), CustomJobSpec.pb(spec))
+    spec = CustomJobSpec.from_json(json.dumps(spec_of(run)))
     job = CustomJob(display_name=run.name, job_spec=spec)
     try:
         created = client.create_custom_job(parent=f"projects/{project}/locations/{region}", custom_job=job)

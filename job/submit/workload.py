@@ -18,7 +18,13 @@ State = Literal["runs", "waits in its queue", "is stopped", "is complete", "has 
 
 RESOURCES = {"Job": "jobs.batch", "TrainJob": "trainjobs.trainer.kubeflow.org", "JobSet": "jobsets.jobset.x-k8s.io"}
 """In the order in which they are looked up: a TrainJob has a JobSet of the same name."""
-PARTS = ("services", "configmaps", "serviceaccounts", "networkpolicies.networking.k8s.io", "poddisruptionbudgets.policy")
+PARTS = (
+    "services",
+    "configmaps",
+    "serviceaccounts",
+    "networkpolicies.networking.k8s.io",
+    "poddisruptionbudgets.policy",
+)
 """Kinds of the other objects that a run may have."""
 CONTENT_ANNOTATION = "job/submitted-content"
 """Digest of what was applied, by which the same command is recognised."""
@@ -268,8 +274,9 @@ def require(kubectl: Kubectl, run: str) -> Workload:
     if workload is None or not workload.is_own:
         where = f"the namespace {kubectl.namespace}" if kubectl.namespace else "the namespace of kubectl's context"
         known = ", ".join(each.run for each in find_all(kubectl))
+        others = f"There are {known}." if known else "There is none at all."
         raise ConfigError(
-            f"there is no run {run} in {where}: {f'there are {known}' if known else 'there is none at all'}. A Job that "
+            f"there is no run {run} in {where}. {others} One that "
             "has ended is removed after a day; its results stay in run_dir. --namespace and --context look elsewhere."
         )
     return workload
