@@ -44,7 +44,7 @@ def arguments_of(run: Run) -> list[str]:
     """
     if run.fit_files:
         raise ConfigError(
-            "--vertex: Vertex AI takes no configuration files. Give the options of fit themselves, or the name of a recipe."
+            "--vertex: Vertex AI takes no configuration files. Give options of fit, or the name of a recipe."
         )
     return [
         "launch",
