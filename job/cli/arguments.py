@@ -17,7 +17,9 @@ TRAINING_ALIASES = {
 DATA_ALIASES = {"batch_size": "data.global_batch_size"}
 """Short names of common options of tune, validate and test."""
 
-FLAGS = frozenset(["help", "help-all", "version", "print_config", "profile", "json"])
+FLAGS = frozenset(
+    ["help", "help-all", "version", "print_config", "profile", "json", "spot", "vertex", "dry_run", "replace"]
+)
 """Options without a value; every other option takes the next argument, unless its value follows an equals sign."""
 _SHORT = {"-c": "--config", "-h": "--help"}
 
