@@ -29,8 +29,10 @@ SCAN_SECONDS = 10.0
 """Of the listing; data that have more images are judged by those that it has found."""
 DATA_SECONDS = 8.0
 WEIGHTS_SECONDS = 18.0
-MEASURING_SECONDS = 8.0
-"""About how long steps and loader are measured."""
+MEASURING_SHARE = 0.5
+"""Share of the limit of the measurement that is used for it: a single step may take longer."""
+MOST_MEASURING_SECONDS = 12.0
+"""About how long steps and loader are measured at most."""
 TOTAL_SECONDS = 46.0
 """Of all checks; imports come before them."""
 LEAST_TRAINING_SECONDS = 12.0
@@ -146,7 +148,8 @@ def _training(
     results: list[training.Measured] = []
 
     def measure() -> list[Finding]:
-        measured, findings = training.measure(config, images, settings.trainer, folder, MEASURING_SECONDS)
+        aim = min(MEASURING_SHARE * seconds, MOST_MEASURING_SECONDS)
+        measured, findings = training.measure(config, images, settings.trainer, folder, aim)
         if measured is not None:
             results.append(measured)
         return findings

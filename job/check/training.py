@@ -24,7 +24,7 @@ from job.model.module import TransferLearningModel
 from job.model.steps import batches_per_epoch, optimizer_steps
 from job.train.batch_size_finder import NOTICEABLE
 from job.train.errors import translate_errors
-from job.train.step_memory import free_bytes, peak_bytes, run_step
+from job.train.step_memory import free_bytes, held_bytes, peak_bytes, run_step
 from job.train.trainer import measuring_trainer
 
 DEVICE, MEMORY = "device", "memory"
@@ -141,16 +141,16 @@ class Measurement(Callback):
 
     def _measure_steps(self, trainer: pl.Trainer, module: TransferLearningModel, measured: Measured) -> None:
         stages = _stages(module.config, measured.epochs)
-        began, limit = time.monotonic(), self.seconds * _STEP_SHARE
         module.enter_stage(stages[-1])
         size = min(FIRST_SIZE, measured.batch)
-        run_step(trainer, module, size, trainer.optimizers[0])  # allocates what stays, the optimizer's state included
+        # Allocates what stays, the optimizer's state included, and is slow: kernels are chosen or compiled.
+        run_step(trainer, module, size, trainer.optimizers[0])
         measured.checkpoint_bytes = _checkpoint_bytes(trainer, module)
+        began, limit = time.monotonic(), self.seconds * _STEP_SHARE
         size = self._measure_memory(trainer, module, measured, size, began + limit / 2)
         for stage in stages:
             module.enter_stage(stage)
-            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            measured.gradient_bytes[stage] = sum(parameter.nbytes for parameter in trained)
+            measured.gradient_bytes[stage] = _gradient_bytes(module)
             measured.seconds_per_image[stage] = _timed(trainer, module, size) / size
             if time.monotonic() - began > limit:
                 break
@@ -167,7 +167,7 @@ class Measurement(Callback):
         """Extrapolate from batches that grow until the difference can be seen; returns the size of the last one."""
         if module.device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
             return size
-        began = time.monotonic()
+        began, held = time.monotonic(), held_bytes(module.device)
         first, small = size, peak_bytes(trainer, module, size)
         seconds, more = time.monotonic() - began, 0.0
         while size < measured.batch and more < NOTICEABLE:
@@ -177,10 +177,11 @@ class Measurement(Callback):
             began = time.monotonic()
             more, size = peak_bytes(trainer, module, larger) - small, larger
             seconds = time.monotonic() - began
-        each = max(more, 0.0) / (size - first) if size > first else 0.0
+        if size > first:
+            each = max(more, 0.0) / (size - first)
+        else:  # a second batch would take too long, or there is none larger
+            each = max(small - held - _gradient_bytes(module), 0.0) / first
         averages = sum(parameter.nbytes for parameter in module.parameters()) if module.config.ema else 0
-        if size == first < measured.batch:  # too slow for a second one
-            return size
         measured.memory_needed = small + each * (measured.batch - first) + averages
         measured.memory_available = small + free_bytes(module.device)
         if module.device.type == "cuda" and measured.memory_needed < TIGHT * measured.memory_available:
@@ -225,9 +226,13 @@ def _timed(trainer: pl.Trainer, module: TransferLearningModel, size: int) -> flo
     return time.monotonic() - began
 
 
+def _gradient_bytes(module: TransferLearningModel) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+
+
 def _checkpoint_bytes(trainer: pl.Trainer, module: TransferLearningModel) -> int:
     """Weights, their averages and the optimizer's state, all of which a checkpoint holds."""
-    weights = sum(value.nbytes for value in module.net.state_dict().values())
+    weights: int = sum(value.nbytes for value in module.net.state_dict().values())
     states = (value for state in trainer.optimizers[0].state.values() for value in state.values())
     optimizer: int = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     return (2 * weights if module.config.ema else weights) + optimizer
@@ -235,7 +240,7 @@ def _checkpoint_bytes(trainer: pl.Trainer, module: TransferLearningModel) -> int
 
 def _memory(measured: Measured) -> Iterator[Finding]:
     if measured.memory_needed is None:
-        message = "the memory of a step could not be measured: this takes CUDA or Linux, and a step within seconds."
+        message = "the memory of a step could not be measured, which takes CUDA or Linux."
         yield warn(MEMORY, message, "If a step fails for lack of memory, lower --data.global_batch_size.")
         return
     needed, available = measured.memory_needed, measured.memory_available

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -53,6 +54,13 @@ def peak_bytes(trainer: pl.Trainer, module: TransferLearningModel, size: int) ->
     run_step(trainer, module, size)
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024.0 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+
+
+def held_bytes(device: torch.device) -> float:
+    """Bytes that this process holds."""
+    if device.type == "cuda":
+        return float(torch.cuda.memory_allocated(device))
+    return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_bytes(device: torch.device) -> float:
