@@ -27,7 +27,7 @@ from job.data.index.layout import Part
 from job.data.index.left_out import LeftOutKind, summary
 from job.data.index.parts import Layout, parts_of
 from job.data.index.sources import INDEX_FILE, ListingContext, Source, format_of, resolve
-from job.data.index.sources.base import LONGEST_CLASS
+from job.data.index.sources.base import LONGEST_CLASS, TimeLimit
 from job.data.index.sources.columns import Columns
 from job.errors import DataError
 from job.process.progress import Progress
@@ -46,6 +46,7 @@ def build(
     force_listing: bool = False,
     access: Access | None = None,
     columns: Columns | None = None,
+    time_limit: TimeLimit | None = None,
 ) -> IndexInfo:
     """List ``roots`` and write their index into the local ``folder``.
 
@@ -58,6 +59,7 @@ def build(
         access: what tables and saved indexes may name; default: what lies in object stores and on public web
             servers, and local files where they are local themselves.
         columns: names of the columns of tables; default: the usual ones.
+        time_limit: ends the listing early, so that the index lacks images; default: none.
 
     Raises:
         DataError: the layout of the data is not understood.
@@ -82,6 +84,7 @@ def build(
                 labelled=layout_of != "images",
                 columns=columns or Columns(),
                 progress=progress,
+                time_limit=time_limit or TimeLimit(),
             )
             try:
                 listed = parts_of(
