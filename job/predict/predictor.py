@@ -16,7 +16,7 @@ from job.cluster import ranks
 from job.data.augment import ResizeMode, resize
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.data.python_images import PythonImage, is_one_image, pixels_of, pixels_of_each
-from job.errors import ConfigError, DivergedError, JobError, first_line
+from job.errors import ConfigError, DivergedError, JobError
 from job.model.classifier import TTA, Classifier, from_spec, mean_over_flips
 from job.model.compile import compile_module
 from job.model.spec import decode_spec, net_state
@@ -126,9 +126,10 @@ class Predictor:
         except (JobError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of any part of torch.compile, or of the compiler that it calls
+            reason = " ".join(str(error).split("\n")[:2]).strip()[:500]
             raise ConfigError(
                 f"--compile: torch.compile failed for {self.net.name} on {self.device} ({type(error).__name__}: "
-                f"{first_line(error)}). Leave the option out."
+                f"{reason}). Leave the option out."
             ) from error
 
     @overload  # a string is one image, although it is an iterable of strings
@@ -175,7 +176,6 @@ class Predictor:
         """
         return self.predictions(self.probabilities(images))
 
-    @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
         """Probability of each class, float [B, C] on :attr:`device`, of prepared images, uint8 [B, 3, S, S].
 
@@ -185,9 +185,11 @@ class Predictor:
         if count < self._compiled_batch_size:
             images = torch.cat([images, images[:1].expand(self._compiled_batch_size - count, -1, -1, -1)])
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        # Images are prepared outside inference mode: torch.compile would compile anew for tensors that are made in it.
+        with torch.inference_mode(), autocast:
             logits = mean_over_flips(self.net, images) if self.tta == "hflip" else self.net(images)
-        return TASKS[self.net.task].probabilities(logits)[:count]
+            return TASKS[self.net.task].probabilities(logits)[:count]
 
     def predictions(self, probabilities: Tensor) -> list[Prediction]:
         """The predictions that follow from probabilities, float [B, C].
