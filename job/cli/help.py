@@ -60,6 +60,7 @@ _FIT = {
     "model": [
         Option("model.backbone", "NAME", "A torchvision model, or a timm model as timm/NAME.", "resnet50"),
         Option("model.weights", "DEFAULT|none|URI", "Pretrained weights of the backbone.", "DEFAULT"),
+        Option("init_from", "RUN_DIR", "Start a new run from another run's weights, also with other classes."),
         Option("model.milestones", "[E1,E2]", "Epochs at which the last layers, then all layers, train.", "[5, 10]"),
         Option("model.ema", "DECAY", "EMA decay; EMA weights are used for evaluation. 0 disables.", "0.0"),
     ],
@@ -91,7 +92,7 @@ _FIT = {
 _TUNE = {
     "run": [*_RUN, _SEED],
     "data": _DATA,
-    "model": _FIT["model"][:2],
+    "model": _FIT["model"][:3],
     "search": [
         Option("lr_finder.lowest", "RATE", "Lowest learning rate to try.", "1e-06"),
         Option("lr_finder.highest", "RATE", "Highest learning rate to try.", "1.0"),

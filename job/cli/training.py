@@ -101,7 +101,7 @@ class TrainingCLI(LightningCLI):
             fail_untyped=False,
             instantiate=False,
             sub_configs=True,
-            skip={"tta", "pretrained", "check_finite"},
+            skip={"tta", "pretrained", "init_from", "check_finite"},
         )
         parser.add_lightning_class_args(ImageDataModule, "data")
         list_supported_classes(parser)
@@ -157,6 +157,13 @@ class TrainingCLI(LightningCLI):
             default=0,
             help="Stop a fit after this many validations in a row without a better --checkpoint.monitor. 0 disables.",
         )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="Start a new run from the weights of another one, with its head as far as classes agree: a run_dir "
+            "(its best checkpoint), RUN_DIR/checkpoints/last or a checkpoint file. Only fit and tune use it.",
+        )
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
 
@@ -188,6 +195,7 @@ class TrainingCLI(LightningCLI):
             "watchdog",
             "monitoring",
             "early_stopping",
+            "init_from",
         )
         return FitSettings(
             trainer=dict(options["trainer"]), config=self.config_yaml(), **{name: options[name] for name in names}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from job import checkpoint, storage
+from job.checkpoint.initial import initial_checkpoint, require_other_run
 from job.checkpoint.io import BackgroundCheckpointIO
 from job.checkpoint.retention import Retention
 from job.checkpoint.settings import CheckpointSettings
@@ -54,6 +55,7 @@ class FitSettings:
         watchdog: limits of a step.
         monitoring: what TensorBoard and the report show.
         early_stopping: validations in a row without a better checkpoint after which training ends; 0 disables.
+        init_from: run_dir, or checkpoint, of another run whose weights a new run starts with.
         ends_hanging_process: let the watchdog end this process, not only print its stacks.
         ends_at_second_interrupt: end this process at a second Ctrl-C, instead of raising Stopped.
     """
@@ -69,6 +71,7 @@ class FitSettings:
     watchdog: WatchdogSettings = field(default_factory=WatchdogSettings)
     monitoring: MonitoringSettings = field(default_factory=MonitoringSettings)
     early_stopping: int = 0
+    init_from: str | None = None
     ends_hanging_process: bool = True
     ends_at_second_interrupt: bool = True
 
@@ -101,6 +104,7 @@ def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Re
         if ranks.local_rank() == 0:
             temporary.delete_stale()
         resumed = ranks.from_rank_zero(lambda: _resume_point(run_dir, settings.resume))
+        init_from = ranks.from_rank_zero(lambda: _init_from(settings, resumed))
         step = resumed.global_step if resumed else -1
         before = ranks.from_rank_zero(lambda: attempts.begin(run_dir, step, settings.config, lease.require_held))
         logger = BucketTensorBoardLogger(events_uri(run_dir), purge_step=max(step, 0), before_write=lease.require_held)
@@ -134,10 +138,18 @@ def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Re
             if resumed:
                 log.info("resuming after step %d, epoch %d", resumed.global_step, resumed.epoch)
             uri = storage.join(run_dir, checkpoint.FOLDER, resumed.file) if resumed else None
-            model = TransferLearningModel(pretrained=resumed is None, **vars(config))
+            model = TransferLearningModel(pretrained=resumed is None, init_from=init_from, **vars(config))
             with preemption.deferred():
                 trainer.fit(model, datamodule=data, ckpt_path=uri)
             return report_of(trainer)
+
+
+def _init_from(settings: FitSettings, resumed: checkpoint.Manifest | None) -> str | None:
+    """The checkpoint file to start from; of a run that resumes, what the user gave, which need not exist any more."""
+    if settings.init_from is None or resumed is not None:
+        return settings.init_from
+    require_other_run(settings.init_from, settings.run_dir)
+    return initial_checkpoint(settings.init_from)
 
 
 def _resume_point(run_dir: str, resume: Resume) -> checkpoint.Manifest | None:
