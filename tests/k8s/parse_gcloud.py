@@ -1,7 +1,7 @@
 """Parse commands as gcloud does, without running them: ``python parse_gcloud.py LIB``.
 
-Reads the words of one command a line, as JSON, and prints the lines that gcloud refuses. LIB is the folder ``lib`` of the
-Google Cloud SDK.
+Reads the words of one command a line, as JSON, and prints the lines that gcloud refuses. LIB is the folder ``lib`` of
+the Google Cloud SDK.
 """
 
 from __future__ import annotations

@@ -645,9 +645,9 @@ def test_the_guide_names_every_overlay() -> None:
 
 def test_the_guide_s_commands_are_complete_scripts(tmp_path: Path) -> None:
     """The shell parses them, and knows every variable; the programs do nothing."""
-    programs = ["kubectl", "gcloud", "docker", "kind", "pip", "python", "sed"]
+    programs = ["kubectl", "gcloud", "docker", "kind", "pip", "python", "sed", "aws"]
     stubs = [f"{program}() {{ :; }}" for program in programs]
-    keys = ["ACCESS_KEY_ID=x SECRET_ACCESS_KEY=x"]  # the reader's own
+    keys = ["ACCESS_KEY_ID=x SECRET_ACCESS_KEY=x ROLE=x"]  # the reader's own
     (tmp_path / "job").mkdir()
     script = "\n".join([*stubs, *keys, *re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)])
     result = subprocess.run(["bash", "-euc", script], cwd=tmp_path / "job", capture_output=True, text=True)
