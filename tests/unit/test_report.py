@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html.parser
 import json
 import os
@@ -299,14 +300,43 @@ def test_a_report_that_cannot_be_read_costs_a_warning(damage: bytes, tmp_path: P
     (tmp_path / "run/report.json").write_bytes(damage)
     done = fit(tmp_path, colours, trainer__max_epochs=2)
     assert done.returncode == 0, done.output
-    assert "history of validations starts anew" in done.output
+    assert ("It is left unchanged." if b"9" in damage else "It is replaced.") in done.output
     if b"9" in damage:  # a newer version's
         assert (tmp_path / "run/report.json").read_bytes() == damage
         written = decode_report("", (tmp_path / "run/report.2.json").read_bytes())
         assert (tmp_path / "run/report.2.html").exists()
     else:
         written = read_report(str(tmp_path / "run"))
-    assert [each.epoch for each in written.history] == [2]
+    assert [each.epoch for each in written.history] == [1, 2]  # from the checkpoint
+
+
+@pytest.mark.parametrize("lost", ["validations", "report", "history"])
+def test_validations_between_the_last_report_and_a_kill_are_not_lost(lost: str, tmp_path: Path, colours: Path) -> None:
+    run = tmp_path / "run"
+    assert fit(tmp_path, colours, trainer__max_epochs=3).returncode == 0
+    before = read_report(str(run))
+    if lost == "report":
+        (run / "report.json").unlink()
+    elif lost == "validations":
+        (run / "report.json").write_bytes(msgspec.structs.replace(before, history=before.history[:1]).to_json())
+    else:  # the checkpoint's copy is damaged
+        rewrite_newest(run, history="[{}]")
+    done = fit(tmp_path, colours, trainer__max_epochs=4)
+    assert done.returncode == 0, done.output
+    history = read_report(str(run)).history
+    assert history[:3] == before.history
+    assert [each.epoch for each in history] == [1, 2, 3, 4]
+    assert ("history is damaged" in done.output) == (lost == "history")
+
+
+def rewrite_newest(run: Path, **changes: object) -> None:
+    """Change entries of the newest checkpoint, with a manifest that fits."""
+    newest = max((run / "checkpoints").glob("*.ckpt"))
+    torch.save({**torch.load(newest, weights_only=True), **changes}, newest)
+    manifest = newest.with_name(f"{newest.name}.json")
+    content = newest.read_bytes()
+    facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.write_bytes(msgspec.json.encode({**msgspec.json.decode(manifest.read_bytes()), **facts}))
 
 
 def test_how_attempts_ended_comes_from_the_earlier_report() -> None:
