@@ -137,6 +137,16 @@ def tuning_trainer(settings: dict[str, Any], run_dir: str, rates: LRFinder, batc
     return _trainer({**settings, **fixed}, [batches, rates], [], [], run_dir, TuningProgress())
 
 
+def measuring_trainer(settings: dict[str, Any], folder: str, measurement: Callback) -> pl.Trainer:
+    """A Trainer for a callback that measures at the start of training and then stops it; writes below ``folder`` only.
+
+    The user's own callbacks and loggers take no part: they might write elsewhere.
+    """
+    fixed = {"limit_val_batches": 0, "enable_checkpointing": False, "enable_progress_bar": False, "profiler": None}
+    fixed |= {"min_epochs": None, "min_steps": None, "max_time": None, "callbacks": None}
+    return _trainer({**settings, **fixed}, [measurement], [], [], folder)
+
+
 def _trainer(
     settings: dict[str, Any],
     callbacks: list[Callback],

@@ -75,3 +75,11 @@ def test_installed_versions_are_the_pinned_ones(podman: Podman, image: str) -> N
     assert {n: v.partition("+")[0] for n, v in installed.items()} == {n: pinned.get(n) for n in installed}
     sizes = inside(podman, image, "du -sm /opt/venv /opt/app | sort -n").split()
     assert int(sizes[0]) <= 8, "the layer of the code alone is small"
+
+
+def test_the_image_is_below_3_gb_where_torch_comes_without_cuda(podman: Podman, image: str) -> None:
+    packages = "/opt/venv/lib/python3.11/site-packages"
+    cuda = f"{packages}/nvidia* {packages}/triton {packages}/cuda* {packages}/torch/lib/*cuda*"
+    everything, of_cuda = inside(podman, image, f"du -smx / | cut -f1; du -scm {cuda} | tail -1 | cut -f1").split()
+    assert int(of_cuda) > 1000, "PyPI's torch, with CUDA"
+    assert int(everything) - int(of_cuda) < 3000

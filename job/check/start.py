@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import re
-import uuid
-
-from job import storage
+from job.check.access import remove_probe, require_data, write_probe
 from job.data.datamodule import ImageDataModule
-from job.data.index.sources import expand_braces
-from job.errors import StorageError
 from job.model.backbone import build_skeleton
 from job.model.config import ModelConfig
-from job.redact import HTTP
 
 
 def check(config: ModelConfig, data: ImageDataModule, run_dir: str, *, writes: bool) -> None:
     """Raise the error of a fit that cannot start: unknown backbone, missing data, no access.
 
-    Of several archives the first one is looked up, unless a pattern has to be listed for it. The images are not listed.
+    ``python -m job check`` finds out more (:mod:`job.check.preflight`), by the same functions.
 
     Args:
         config: hyperparameters of the model.
@@ -31,12 +23,6 @@ def check(config: ModelConfig, data: ImageDataModule, run_dir: str, *, writes: b
         JobError: a subclass says what is wrong.
     """
     build_skeleton(config.backbone, data.image_size)
-    for uri in itertools.chain.from_iterable(data.uris.values()):
-        first = expand_braces(uri)[0]
-        if uri.startswith(HTTP) or not re.search("[*?]", first):
-            storage.info(first)
+    require_data(data)
     if writes:
-        file = storage.join(run_dir, f"write-check-{uuid.uuid4().hex}")
-        storage.write_bytes(file, b"")
-        with contextlib.suppress(StorageError):  # a bucket with a retention policy lets nobody delete
-            storage.remove(file)
+        remove_probe(write_probe(run_dir))  # training does without the right to delete
