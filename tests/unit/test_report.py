@@ -30,6 +30,7 @@ from job.checkpoint.settings import CheckpointSettings
 from job.errors import CheckpointError, NewerFormatError, StorageError, StorageOutage
 from job.model import evaluation as measured
 from job.monitoring.accounting import Attempt
+from job.monitoring.drawing.thumbnails import ValidationThumbnails
 from job.monitoring.history import MOST_RECORDS, ValidationRecord, thinned, until_step
 from job.monitoring.report import writer
 from job.monitoring.report.build import summarise_attempts
@@ -355,8 +356,16 @@ def writing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     """A ReportWriter whose content is that of a run, and the names of what it writes."""
     report, written = read_report(str(run_dir)), []
     monkeypatch.setattr(writer, "POLL_SECONDS", 0.02)
-    made = writer.ReportWriter(None, None, EarlierReport(str(tmp_path)), settings=None, ranking=None, config="")  # type: ignore[arg-type]
-    made._facts = SimpleNamespace(run_dir=str(tmp_path))  # type: ignore[assignment]
+    made: Any = writer.ReportWriter(
+        None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        EarlierReport(str(tmp_path)),
+        settings=None,  # type: ignore[arg-type]
+        ranking=None,  # type: ignore[arg-type]
+        config="",
+        thumbnails=ValidationThumbnails(),
+    )
+    made._facts = SimpleNamespace(run_dir=str(tmp_path))
     monkeypatch.setattr(made, "_build", lambda state: msgspec.structs.replace(report, attempt_count=state))
     monkeypatch.setattr(made, "_thumbnails_of", lambda content, fetch: {})
 
@@ -529,6 +538,7 @@ def test_a_thousand_validations_keep_a_few_results_and_no_matrix(
         settings=SimpleNamespace(images=8),  # type: ignore[arg-type]
         ranking=ranking,
         config="",
+        thumbnails=ValidationThumbnails(),
     )
     earlier = result_of(measured.Evaluation({}, torch.zeros(1)), 7, ["a", "b"], str, 0)
     made._results = ValidationResults(ranking.ranking_mode, earlier)
