@@ -108,7 +108,7 @@ def _first_checks(config: ModelConfig, images: ImageDataModule, settings: FitSet
     if ranks.local_rank() == 0:
         checks += [
             Check(access.RUN_DIR, lambda: access.run_dir_access(run_dir), ACCESS_SECONDS, mend, "fail"),
-            Check(network.WEIGHTS, lambda: network.weights(config, images), WEIGHTS_SECONDS, network.MEND),
+            Check(network.WEIGHTS, lambda: network.weights(config, images, settings), WEIGHTS_SECONDS, network.MEND),
             Check(cluster.NODES, cluster.nodes, ACCESS_SECONDS, cluster.MEND),
             Check(machine.SHARED_MEMORY, lambda: machine.shared_memory(images), 5.0, machine.SHM_MEND),
             Check(

@@ -80,6 +80,25 @@ def test_a_healthy_run_is_all_ok_and_changes_nothing(colours: Path, tmp_path: Pa
     assert time.monotonic() - began < 60
 
 
+def test_a_healthy_run_in_a_bucket_leaves_nothing_there(gcs_colours: str, tmp_path: Path) -> None:
+    before = [entry.key for entry in storage.list_files(gcs_colours.rpartition("/")[0])]
+    run_dir = f"{gcs_colours.rpartition('/')[0]}/preflight/1"
+    outcome, report = checked(data__root=gcs_colours, run_dir=run_dir, data__cache_dir=tmp_path)
+    assert outcome.returncode == 0, outcome.output
+    # The machine of the tests may be anywhere.
+    assert {each.check for each in report.findings if each.status != "ok"} <= {"region", "cache_disk"}, outcome.output
+    assert [entry.key for entry in storage.list_files(gcs_colours.rpartition("/")[0])] == before
+    assert not list((tmp_path / "samples").rglob("*.jpg"))
+
+
+def test_a_missing_bucket_is_named(gcs: str, colours: Path) -> None:
+    outcome, report = checked(data__root=colours, run_dir="gs://no-such-bucket/run")
+    assert outcome.returncode == 2
+    assert {each.check for each in report.findings if each.status == "fail"} >= {"run_dir_access"}
+    assert statuses(report.findings)["weights"] == "ok"
+    assert all(each.mend for each in report.findings if each.status != "ok")
+
+
 def test_the_table_names_each_finding_and_what_to_do(tmp_path: Path) -> None:
     result = run_here("check", *options(TINY, data__root=tmp_path / "nothing", run_dir=tmp_path / "run"))
     assert result.returncode == 2
@@ -317,14 +336,29 @@ def test_an_earlier_run(tmp_path: Path) -> None:
     status, message = found(config.replace("backbone: timm/test_resnet", "backbone: resnet18"))
     assert status == "fail" and "model.backbone: timm/test_resnet → resnet18" in message
     assert found(config, resume="never")[0] == "fail"
-    outcome, _ = checked(data__root=tmp_path / "colours", run_dir=run_dir, trainer__max_epochs=1)
+    outcome, report = checked(data__root=tmp_path / "colours", run_dir=run_dir, trainer__max_epochs=1)
     assert outcome.returncode == 0, outcome.output
+    assert statuses(report.findings)["earlier_run"] == "ok", outcome.output
     assert before == {path: path.read_bytes() for path in sorted(run_dir.rglob("*")) if path.is_file()}
 
 
 def test_no_checkpoint_where_one_must_be(tmp_path: Path) -> None:
     (finding,) = run_dir_state.earlier_run(FitSettings(str(tmp_path), {}, "{}", resume="must"))
     assert finding.status == "fail"
+
+
+def test_weights_of_another_run(tmp_path: Path) -> None:
+    run_dir = fit_here(tmp_path, trainer__max_epochs=1)
+    config, images = ModelConfig(backbone="timm/test_resnet"), ImageDataModule(root=str(tmp_path), image_size=32)
+    other = FitSettings(str(tmp_path / "second"), {}, "{}", init_from=str(run_dir))
+    (finding,) = network.weights(config, images, other)
+    assert f"with {run_dir}, of 2 classes" in finding.message
+    with pytest.raises(JobError, match="has the backbone timm/test_resnet"):
+        list(network.weights(ModelConfig(backbone="resnet18"), images, other))
+    with pytest.raises(JobError, match="--init_from"):
+        list(network.weights(config, images, FitSettings(str(tmp_path / "second"), {}, "{}", init_from=str(tmp_path))))
+    (finding,) = network.weights(config, images, FitSettings(str(run_dir), {}, "{}"))
+    assert "the run's own checkpoint" in finding.message
 
 
 # Data
@@ -376,7 +410,7 @@ def test_files_that_are_left_out(colours: Path, tmp_path: Path) -> None:
 def test_a_listing_that_takes_too_long(tmp_path: Path) -> None:
     import generated  # noqa: F401  (registers its protocol)
 
-    images = ImageDataModule(root="generated://50x20000", image_size=32, cache_dir=str(tmp_path / "cache"))
+    images = ImageDataModule(root="generated://400x2000", image_size=32, cache_dir=str(tmp_path / "cache"))
     (finding,) = data.scan(images, str(tmp_path / "run"), tmp_path / "index", 0.5)
     assert finding.status == "warn"
     assert "the listing was ended after" in finding.message
@@ -389,9 +423,8 @@ def test_a_listing_that_takes_too_long(tmp_path: Path) -> None:
 def test_weights_of_another_architecture(colours: Path, tmp_path: Path) -> None:
     safetensors.torch.save_file({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "wrong.safetensors")
     config = ModelConfig(backbone="timm/test_resnet", weights=str(tmp_path / "wrong.safetensors"))
-    finding = run_check(Check("weights", lambda: network.weights(config, ImageDataModule(root=str(colours))), 20, "x"))[
-        0
-    ]
+    images, settings = ImageDataModule(root=str(colours), image_size=32), FitSettings(str(tmp_path / "run"), {}, "{}")
+    (finding,) = run_check(Check("weights", lambda: network.weights(config, images, settings), 20, "Correct it."))
     assert finding.status == "fail"
     assert "do not fit the backbone" in finding.message
 
