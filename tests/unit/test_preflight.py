@@ -37,12 +37,13 @@ from job.errors import JobError, StorageError
 from job.features.callback import FeatureSettings
 from job.model.config import ModelConfig
 from job.model.freeze import Stage
-from job.process.identity import ProcessId
+from job.process.identity import ProcessId, process_age
 from job.resilience.lease import FILE as LEASE_FILE
 from job.resilience.lease import Lease
 from job.resilience.lease_file import FORMAT, Holder
 from job.train.fit import FitSettings
 
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
@@ -499,10 +500,18 @@ def test_too_little_memory_for_a_step(colours: Path, tmp_path: Path, monkeypatch
     assert "--data.global_batch_size" in finding.mend
 
 
-def test_an_option_that_training_would_refuse(colours: Path, tmp_path: Path) -> None:
-    _, report = checked(
-        data__root=colours, run_dir=tmp_path / "run", model__optimizer="SGD", model__optimizer__momentum=-1
-    )
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"model__optimizer": "SGD", "model__optimizer__momentum": -1},
+        pytest.param(
+            {"trainer__accelerator": "gpu"},
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_an_option_that_training_would_refuse(refused: dict[str, object], colours: Path, tmp_path: Path) -> None:
+    _, report = checked(data__root=colours, run_dir=tmp_path / "run", **refused)
     (finding,) = (each for each in report.findings if each.status == "fail")
     assert finding.check == "training_step"
     assert statuses(report.findings)["data_overlap"] == "ok"
@@ -554,6 +563,12 @@ def test_cached_features_spare_the_loader(colours: Path, tmp_path: Path) -> None
 
 
 # Time limits
+
+
+def test_the_age_of_this_process() -> None:
+    first = process_age()
+    time.sleep(0.05)
+    assert 0 < first < process_age() < time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def test_a_check_that_hangs_or_fails_does_not_stop_the_others() -> None:
