@@ -19,7 +19,10 @@ DATA_ALIASES = {"batch_size": "data.global_batch_size"}
 FIT_COMMANDS = frozenset(["fit", "check"])
 """Commands with the options of a fit."""
 
-FLAGS = frozenset(["help", "help-all", "version", "print_config", "profile", "json"])
+FLAGS = frozenset(
+    ["help", "help-all", "version", "print_config", "profile", "json", "compile", "from_stdin"]
+    + ["spot", "vertex", "dry_run", "replace"]
+)
 """Options without a value; every other option takes the next argument, unless its value follows an equals sign."""
 _SHORT = {"-c": "--config", "-h": "--help"}
 

@@ -50,7 +50,7 @@ _SEED = Option("seed_everything", "N", "Seed of sample order, augmentation and i
 _FIT = {
     "run": [
         *_RUN,
-        Option("resume", "auto|never|must", "Continue from the newest checkpoint in RUN_DIR.", "auto"),
+        Option("resume", "auto|never|must|best", "Continue from the newest checkpoint, or the best.", "auto"),
         _SEED,
     ],
     "data": [

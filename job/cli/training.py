@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn
 from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
+from job.checkpoint.resume import Resume
 from job.checkpoint.settings import CheckpointSettings
 from job.cli.arguments import FIT_COMMANDS, aliases_of
 from job.cli.parser import ENV_PREFIX, ParserMixin
@@ -122,10 +123,11 @@ class TrainingCLI(LightningCLI):
         if self.verb in FIT_COMMANDS:
             parser.add_argument(
                 "--resume",
-                type=Literal["auto", "never", "must"],
+                type=Resume,
                 default="auto",
                 help="Resume from the newest checkpoint in run_dir: auto resumes if there is one, must fails if there "
-                "is none, never fails if there is one.",
+                "is none, never fails if there is one. best goes back to the best checkpoint and abandons later ones, "
+                "once: a restart with the same options continues from the newest since.",
             )
             parser.add_argument(
                 "--grace",

@@ -11,9 +11,11 @@ from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
+from job.checkpoint.abandoned import StepBack
 from job.checkpoint.callback import Checkpointer
 from job.checkpoint.io import BackgroundCheckpointIO
 from job.checkpoint.restore import check_restored
+from job.checkpoint.resume import StepBackWriter
 from job.checkpoint.settings import CheckpointSettings
 from job.cluster import ranks, xla
 from job.cluster.xla_records import CompilationCache, Counts, Trace
@@ -52,6 +54,7 @@ def training_trainer(
     monitoring: MonitoringSettings,
     early_stopping: int,
     profile: bool,
+    step_back: StepBack | None,
     io: BackgroundCheckpointIO,
     watchdog: Watchdog,
     preemption: Preemption,
@@ -69,6 +72,7 @@ def training_trainer(
         monitoring: what TensorBoard and the report show.
         early_stopping: validations without a better checkpoint after which training ends; 0 disables.
         profile: record a few steps by torch's profiler.
+        step_back: checkpoints that the run abandons when training starts.
         io: writes checkpoints.
         watchdog: ends this process if it hangs.
         preemption: says whether this process is to stop.
@@ -88,6 +92,7 @@ def training_trainer(
         logger=logger,
     )
     callbacks: list[Callback] = [
+        StepBackWriter(step_back, lease.require_held),
         SavedConfig(config, lease.require_held),
         *measured.callbacks,
         watchdog,

@@ -151,5 +151,8 @@ def expanded(text: str, environment: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
+    import submitted
+
+    submitted.write()
     for name in KUSTOMIZATIONS:
         (GOLDEN / f"{name}.yaml").write_text(render(name))

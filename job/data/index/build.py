@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
+from collections.abc import Collection
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -47,19 +48,22 @@ def build(
     access: Access | None = None,
     columns: Columns | None = None,
     time_limit: TimeLimit | None = None,
+    known_classes: Collection[str] | None = None,
 ) -> IndexInfo:
     """List ``roots`` and write their index into the local ``folder``.
 
     Args:
         roots: URIs by the name of their part; with the layout "parts" the name is ignored.
         layout_of: "parts" (train, val and test are found below each root), "classes" (each root is
-            one part) or "images" (each root is one part, without labels).
+            one part) or "images" (each root is one part, whose images need no labels).
         request: options to store in the index.
         force_listing: do not use an index that ``job index`` left beside the data.
         access: what tables and saved indexes may name; default: what lies in object stores and on public web
             servers, and local files where they are local themselves.
         columns: names of the columns of tables; default: the usual ones.
         time_limit: ends the listing early, so that the index lacks images; default: none.
+        known_classes: with the layout "images", keep the labels that images have: those of a table or archive, or
+            folders, if some of these are known classes. Default: without labels.
 
     Raises:
         DataError: the layout of the data is not understood.
@@ -88,7 +92,13 @@ def build(
             )
             try:
                 listed = parts_of(
-                    location, name, layout_of, Path(scratch) / str(number), context, force_listing=force_listing
+                    location,
+                    name,
+                    layout_of,
+                    Path(scratch) / str(number),
+                    context,
+                    force_listing=force_listing,
+                    known_classes=known_classes,
                 )
             finally:  # of data that is refused, what was left out may be what was meant
                 if kinds := context.left_out.kinds():
