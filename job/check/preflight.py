@@ -65,7 +65,7 @@ def preflight(
     folder = temporary.folder("check")
     findings = run_checks(_first_checks(config, images, settings, folder))
     if ranks.rank() == 0 and images.parts:
-        findings += _data_checks(config, images)
+        findings += _data_checks(config, images, settings.run_dir)
     result: Estimate | None = None
     try:
         with ranks.process_group(RANKS_SECONDS):
@@ -110,6 +110,8 @@ def _first_checks(config: ModelConfig, images: ImageDataModule, settings: FitSet
             Check(bucket.REGION, lambda: bucket.regions([*uris, run_dir]), ACCESS_SECONDS, mend),
         ]
     if ranks.local_rank() == 0:
+        if (shared := settings.features.uri) is not None and settings.features.use != "never":
+            checks.append(Check(access.FEATURES, lambda: access.features_access(shared), ACCESS_SECONDS, mend, "fail"))
         checks += [
             Check(access.RUN_DIR, lambda: access.run_dir_access(run_dir), ACCESS_SECONDS, mend, "fail"),
             Check(network.WEIGHTS, lambda: network.weights(config, images, settings), WEIGHTS_SECONDS, network.MEND),
@@ -125,11 +127,17 @@ def _first_checks(config: ModelConfig, images: ImageDataModule, settings: FitSet
     return [*checks, Check(machine.OPEN_FILES, machine.open_files, 5.0, machine.FILES_MEND)]
 
 
-def _data_checks(config: ModelConfig, images: ImageDataModule) -> list[Finding]:
+def _data_checks(config: ModelConfig, images: ImageDataModule, run_dir: str) -> list[Finding]:
     return run_checks(
         [
             Check(data.CLASSES, lambda: data.classes(images, config), DATA_SECONDS, access.DATA_MEND),
             Check(data.SAMPLES, lambda: data.samples(images), DATA_SECONDS, access.DATA_MEND),
+            Check(
+                run_dir_state.EARLIER_RUN,
+                lambda: run_dir_state.resumed_data(images, run_dir),
+                DATA_SECONDS,
+                "Look at the index in run_dir.",
+            ),
             Check(data.OVERLAP, lambda: data.overlap(images), DATA_SECONDS, access.DATA_MEND),
         ]
     )

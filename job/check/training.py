@@ -129,7 +129,7 @@ class Measurement(Callback):
         measured.batches = batches_per_epoch(trainer, size, data.global_batch_size)
         measured.batch = max(data.global_batch_size // ranks.world_size(), 1)
         measured.is_cpu = module.device.type == "cpu"
-        measured.device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else "CPU"
+        measured.device = _name(module.device)
         threads = f", {torch.get_num_threads()} thread(s)" if measured.is_cpu else ""
         self.findings.append(ok(DEVICE, f"{measured.device}{threads}, precision {trainer.precision}."))
         if ranks.world_size() > 1:
@@ -224,6 +224,10 @@ def _timed(trainer: pl.Trainer, module: TransferLearningModel, size: int) -> flo
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
     return time.monotonic() - began
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def _gradient_bytes(module: TransferLearningModel) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.server
 import json
 import shutil
@@ -38,6 +39,7 @@ from job.features.callback import FeatureSettings
 from job.model.config import ModelConfig
 from job.model.freeze import Stage
 from job.process.identity import ProcessId, process_age
+from job.resilience import attempts
 from job.resilience.lease import FILE as LEASE_FILE
 from job.resilience.lease import Lease
 from job.resilience.lease_file import FORMAT, Holder
@@ -341,6 +343,35 @@ def test_an_earlier_run(tmp_path: Path) -> None:
     assert outcome.returncode == 0, outcome.output
     assert statuses(report.findings)["earlier_run"] == "ok", outcome.output
     assert before == {path: path.read_bytes() for path in sorted(run_dir.rglob("*")) if path.is_file()}
+
+
+def test_other_images_than_those_of_the_run(tmp_path: Path) -> None:
+    run_dir = fit_here(tmp_path, trainer__max_epochs=1)
+    changes: dict[str, object] = {"data__root": tmp_path / "colours", "run_dir": run_dir, "trainer__max_epochs": 1}
+    (tmp_path / "colours" / "red" / "003.jpg").unlink()
+    outcome, report = checked(**changes)
+    assert outcome.returncode == 2
+    (finding,) = (each for each in report.findings if each.status == "fail")
+    assert finding.check == "earlier_run"
+    assert "the training images have changed" in finding.message
+    assert run_here("fit", *options(TINY, **changes)).returncode == 2
+
+
+def test_too_many_failed_attempts_and_a_damaged_configuration(tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"{}").hexdigest()
+    record = attempts.Attempts(attempts.FORMAT, -1, digest, failed=attempts.MAX_FAILED, last_error="no luck")
+    (tmp_path / attempts.FILE).write_bytes(msgspec.json.encode(record))
+    with pytest.raises(JobError, match="no luck"):
+        list(run_dir_state.earlier_run(FitSettings(str(tmp_path), {}, "{}")))
+    (tmp_path / "config.yaml").write_text("- not a mapping")
+    findings = list(run_dir_state.earlier_run(FitSettings(str(tmp_path), {}, "{a: 1}")))
+    assert [finding.status for finding in findings] == ["warn", "ok"]
+
+
+def test_shared_features_are_written_too(colours: Path, tmp_path: Path) -> None:
+    outcome, report = checked(data__root=colours, run_dir=tmp_path / "run", features__uri="/proc/features")
+    assert outcome.returncode == 2
+    assert statuses(report.findings)["features_access"] == "fail"
 
 
 def test_no_checkpoint_where_one_must_be(tmp_path: Path) -> None:
