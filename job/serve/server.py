@@ -73,7 +73,8 @@ async def _serve(load: Callable[[], Predictor], settings: Settings, listener: so
         say(f"listening at {address} (Ctrl-C ends it)")
         batcher.start()
         await server.serve([listener])
-        unfinished = lifecycle.in_flight
+        await asyncio.sleep(0)  # uvicorn has just cancelled what was not finished
+        unfinished = lifecycle.abandoned
         has_ended = batcher.close()
         if batcher.failure is not None:
             raise batcher.failure

@@ -12,19 +12,19 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import fork_server
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
 from serving import wait_for
-from support import COLOURS, REPOSITORY, environment, fit_here, picture
+from support import COLOURS, environment, fit_here, picture, start
 
 import job
 
@@ -50,7 +50,7 @@ class Served:
         log: what it wrote.
     """
 
-    process: subprocess.Popen[str]
+    process: fork_server.Process | subprocess.Popen[bytes]
     url: str
     log: Path
 
@@ -64,14 +64,7 @@ class Served:
 def served(folder: Path, *args: object, name: str = "server", ready: bool = True, **variables: str) -> Iterator[Served]:
     log = folder / f"{name}.log"
     with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "job", "serve", *map(str, args), "--port=0"],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment(**variables),
-            cwd=REPOSITORY,
-        )
+        process = start("serve", *args, "--port=0", stdout=file, stderr=file, variables=environment(**variables))
     try:
         wait_for(lambda: "listening at" in log.read_text() or process.poll() is not None, 120)
         port = re.search(r"listening at http://\S+:(\d+)", log.read_text())
@@ -86,7 +79,8 @@ def served(folder: Path, *args: object, name: str = "server", ready: bool = True
 
 
 def test_predictions_are_those_of_python_and_the_log_is_json(run_dir: Path, tmp_path: Path) -> None:
-    with served(tmp_path, JOB_LOG="json", AIP_STORAGE_URI=str(run_dir), AIP_HEALTH_ROUTE="/ping") as server:
+    variables = {"JOB_LOG": "json", "AIP_STORAGE_URI": str(run_dir), "AIP_HEALTH_ROUTE": "/ping"}
+    with served(tmp_path, "--precision=fp32", **variables) as server:
         assert httpx.get(f"{server.url}/ping", trust_env=False).status_code == 200
         body = {"instances": [{"b64": base64.b64encode(content).decode()} for content in PICTURES]}
         answer = httpx.post(f"{server.url}/predict?key=hunter2", json=body, trust_env=False)
