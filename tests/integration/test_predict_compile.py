@@ -18,7 +18,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fit_here(tmp_path_factory.mktemp("compile"))
 
 
-def test_a_machine_without_a_compiler_is_refused(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_compiler_is_refused(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     result = run_here("predict", trained, tmp_path, "--compile")

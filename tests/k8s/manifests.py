@@ -20,6 +20,7 @@ KUSTOMIZATIONS = {
         [
             *(REPOSITORY / "k8s" / "overlays").iterdir(),
             REPOSITORY / "k8s" / "accounts",
+            REPOSITORY / "k8s" / "predict",
             REPOSITORY / "k8s" / "tensorboard",
             REPOSITORY / "k8s" / "queues",
             REPOSITORY / "k8s" / "trainer",
