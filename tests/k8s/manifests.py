@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 NOT_TRAINING = {
     path.replace("/", "-"): REPOSITORY / "k8s" / path
-    for path in ("accounts", "queues", "queues/flex-start", "storage", "tensorboard", "trainer")
+    for path in ("accounts", "predict", "queues", "queues/flex-start", "storage", "tensorboard", "trainer")
 }
 """What is set up once, beside the runs, by name."""
 TRAINING = {

@@ -39,6 +39,8 @@ from k8s.manifests import (
 )
 from support import run
 
+from job.cli import predict
+from job.cli.parser import function_parser
 from job.cli.training import TrainingCLI
 from job.cluster import machines
 from job.cluster.environment import DEFAULT_PORT, find_node
@@ -483,6 +485,41 @@ def test_the_command_is_parsed(name: str, tmp_path: Path) -> None:
         args = [argument.replace(f"={inside}", f"={outside}") for argument in args]
     options = TrainingCLI("fit", args[2:]).config_init
     assert options["run_dir"].startswith("gs://")
+
+
+@needs_kubectl
+def test_the_pods_of_a_prediction_are_ranks_that_need_no_other() -> None:
+    manifests = rendered("predict")
+    job, (container,) = job_of(manifests), pod_of(manifests)["containers"]
+    assert "maxFailedIndexes" not in job
+    assert job["backoffLimitPerIndex"] > 0
+    assert not of_kind(manifests, "Service")
+    for index in range(job["completions"]):
+        variables = environment_of(container, {**FIELDS, COMPLETION_INDEX: str(index)})
+        assert variables == {"RANK": str(index), "WORLD_SIZE": str(job["completions"])}
+    options = function_parser("predict", predict.main, ("run_dir", "input")).parse_args(arguments_of(container)[1:])
+    assert arguments_of(container)[0] == "predict"
+    assert (options.run_dir, options.input) == ("gs://BUCKET/runs/1", "gs://BUCKET/new")
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
+@needs_kubectl
+def test_the_documented_prediction_is_a_kustomization(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "predict.md").read_text()
+    (content,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    shutil.copytree(REPOSITORY / "k8s", tmp_path / "job" / "k8s")
+    folder = tmp_path / "runs" / "cats-new"
+    folder.mkdir(parents=True)
+    (folder / "kustomization.yaml").write_text(content)
+    manifests = list(yaml.safe_load_all(kustomize(folder)))
+    for manifest in manifests:
+        validate(manifest)
+    (job,) = of_kind(manifests, "Job")
+    assert job["metadata"]["name"] == "cats-new-predict"
+    (container,) = pod_of(manifests)["containers"]
+    assert container["image"].startswith("REGION-docker.pkg.dev/")
+    options = function_parser("predict", predict.main, ("run_dir", "input")).parse_args(arguments_of(container)[1:])
+    assert options.output == "gs://BUCKET/predictions/cats-new"
 
 
 @needs_kubectl
