@@ -17,7 +17,7 @@ TRAINING_ALIASES = {
 DATA_ALIASES = {"batch_size": "data.global_batch_size"}
 """Short names of common options of tune, validate and test."""
 
-FLAGS = frozenset(["help", "help-all", "version", "print_config", "profile", "json"])
+FLAGS = frozenset(["help", "help-all", "version", "print_config", "profile", "json", "overwrite"])
 """Options without a value; every other option takes the next argument, unless its value follows an equals sign."""
 _SHORT = {"-c": "--config", "-h": "--help"}
 
