@@ -252,7 +252,7 @@ def test_onnx_has_labels_and_preprocessing(exported: Path, run_dir: Path) -> Non
 
 
 PROGRAMS = {
-    "onnx": "import onnxruntime; run = lambda x: onnxruntime.InferenceSession('model.onnx').run(None, {'images': x})[0]",
+    "onnx": "import onnxruntime as o; run = lambda x: o.InferenceSession('model.onnx').run(None, {'images': x})[0]",
     "pt2": "import torch; m = torch.export.load('model.pt2').module(); run = lambda x: m(torch.from_numpy(x)).numpy()",
 }
 
