@@ -11,12 +11,13 @@
 # make docs       the documentation as a website in site/; warnings and broken links are errors
 # make docs-serve the same on http://localhost:8000, rebuilt at each change
 # make reference  docs/configuration.txt, from --help-all
+# make lock       requirements/*.txt: versions and hashes of all dependencies. UPGRADE=--upgrade: the newest ones
 PYTHON ?= python3
 VENV ?= .venv
 VENV_TPU ?= .venv-tpu
 DATA ?=
 
-.PHONY: demo test test-all processes unit xla container golden lint docs docs-serve reference
+.PHONY: demo test test-all processes unit xla container golden lint docs docs-serve reference lock
 .PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup benchmark-monitoring
 .DELETE_ON_ERROR:
 
@@ -69,15 +70,34 @@ docs-serve: $(VENV)/installed
 reference: $(VENV)/installed
 	COLUMNS=120 $(VENV)/bin/python -m job fit --help-all > docs/configuration.txt
 
+# Each file is locked with what it holds already, and dev first: the images have the versions that are tested.
+LOCK = $(VENV)/bin/uv pip compile --quiet $(UPGRADE) --universal --python-version 3.11.5 --generate-hashes --no-annotate \
+	--no-header
+LOCK_IMAGE = $(LOCK) --constraint requirements/dev.txt setup.cfg
+
+lock: $(VENV)/installed
+	$(LOCK) setup.cfg --extra dev --output-file requirements/dev.txt
+	$(LOCK_IMAGE) --extra container --extra demo --extra s3 --extra serve --output-file requirements/cpu.txt
+	$(LOCK_IMAGE) --extra container --extra timm --extra s3 --extra serve --output-file requirements/gpu.txt
+	$(LOCK) setup.cfg --extra tpu-dev --output-file requirements/tpu-dev.txt
+	$(LOCK) --constraint requirements/tpu-dev.txt setup.cfg --extra container --extra tpu --extra timm \
+		--output-file requirements/tpu.txt
+	$(LOCK) requirements/build.in --output-file requirements/build.txt
+
+# A virtual environment of a list, whose files are checked against its hashes; the package itself in place.
+define environment
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --only-binary :all: \
+		--requirement $(2)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+endef
+
 # torch-xla pins a torch of its own.
-$(VENV_TPU)/installed: setup.cfg pyproject.toml constraints-tpu.txt
-	$(PYTHON) -m venv $(VENV_TPU)
-	$(VENV_TPU)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-tpu.txt -e ".[tpu,demo]" \
-		pytest pytest-timeout
+$(VENV_TPU)/installed: setup.cfg pyproject.toml requirements/tpu-dev.txt
+	$(call environment,$(VENV_TPU),requirements/tpu-dev.txt)
 	touch $@
 
-$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+$(VENV)/installed: setup.cfg pyproject.toml requirements/dev.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11, 5) and 'Python 3.11.5 or newer is needed: make PYTHON=python3.11')"
+	$(call environment,$(VENV),requirements/dev.txt)
 	touch $@

@@ -53,7 +53,7 @@ COMMANDS = {
     "validate": Command("job.cli.evaluate", "Evaluate a checkpoint on the validation images.", on_ranks=True),
     "test": Command("job.cli.evaluate", "Evaluate a checkpoint on the test images.", on_ranks=True),
     "predict": Command("job.cli.predict", "Classify images with a checkpoint."),
-    "check": Command("job.cli.check", "Find out before a run what would stop it or slow it down."),
+    "check": Command("job.cli.check", "Find out before a run what would stop it or slow it down.", on_ranks=True),
     "export": Command("job.cli.export", "Write a model for use without this package: ONNX, torch.export, weights."),
     "serve": Command("job.cli.serve", "Answer predictions over HTTP."),
     "index": Command("job.cli.index", "List a data set ahead of training."),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from job.check.start import check as check_fit
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
 from job.monitoring.report.summary import print_summary
-from job.train.check import check as check_fit
 from job.train.fit import fit as train
 
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 from job import storage
+from job.checkpoint.initial import initial_checkpoint
 from job.cli.evaluate import EVALUATION_TIMEOUT
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
@@ -25,9 +26,11 @@ def tune(args: list[str]) -> None:
     # What trains in the first epoch trains in all steps, at rates that no schedule sets.
     milestones = [epoch if epoch == 0 else sys.maxsize for epoch in cli.model_config.milestones]
     config = replace(cli.model_config, lr_scheduler=None, lr_interval="epoch", milestones=milestones)
-    # The learning rate range test diverges on purpose.
-    model = TransferLearningModel(check_finite=False, **vars(config))
     with ranks.process_group(EVALUATION_TIMEOUT):
+        source = options["init_from"]
+        init_from = ranks.from_rank_zero(lambda: initial_checkpoint(source)) if source else None
+        # The learning rate range test diverges on purpose.
+        model = TransferLearningModel(check_finite=False, init_from=init_from, **vars(config))
         with translate_errors(cli.datamodule.global_batch_size):
             trainer = tuning_trainer(dict(options["trainer"]), options["run_dir"], rates, batches)
             trainer.fit(model, datamodule=cli.datamodule)

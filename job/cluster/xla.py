@@ -108,7 +108,7 @@ class SPMDStrategy(SingleDeviceStrategy):
         except ImportError as error:
             raise ConfigError(
                 f"--trainer.accelerator tpu needs torch-xla, which does not load here ({error}). Install the "
-                "package with its extra in an environment of its own: pip install -c constraints-tpu.txt '.[tpu]'"
+                "package with its extra in an environment of its own: pip install '.[tpu]'"
             ) from error
         # Without this libtpu would ask Google's metadata server for minutes.
         if os.environ.get("PJRT_DEVICE", "TPU") == "TPU" and not tpu_chips():

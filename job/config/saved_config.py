@@ -51,7 +51,7 @@ _NEVER_SAVED = frozenset(["data.cache_dir", "data.allow"])
 _SOURCES = frozenset(["data.root", "data.train", "data.val", "data.test"])
 """Options with URIs to read; see :class:`~job.data.index.access.Access`."""
 _OTHER_COMMANDS = frozenset(
-    ["run_dir", "resume", "grace", "profile", "early_stopping", "watchdog", "features", "lr", "lr_finder"]
+    ["run_dir", "resume", "grace", "profile", "early_stopping", "init_from", "watchdog", "features", "lr", "lr_finder"]
 )
 
 

@@ -63,6 +63,10 @@ class BadSampleLimit:
             raise ConfigError(f"{option} must be a number such as 10, or a share below 100% such as 0.5%: {value!r}.")
         return cls(None, Fraction(match[1]) / 100)
 
+    def allowed(self, size: int) -> int:
+        """Unreadable samples to tolerate of ``size`` samples."""
+        return int(self.share * size) if self.count is None else self.count
+
     def require_few(self, bad: Mapping[tuple[str, int], str], sizes: Mapping[str, int], option: str) -> None:
         """Raise :class:`~job.errors.DataError` when more samples are unreadable than the limit allows.
 
@@ -77,7 +81,7 @@ class BadSampleLimit:
             return
         for part, size in sizes.items():
             lines = [line for (its_part, _), line in bad.items() if its_part == part]
-            allowed = int(self.share * size)
+            allowed = self.allowed(size)
             if len(lines) > allowed:
                 described = f" of {size:,} in {part}" if len(sizes) > 1 else f" of {size:,}"
                 raise _too_many(lines, described, f"{allowed:,} ({float(self.share * 100):g}%)", option)

@@ -96,7 +96,7 @@ class BatchLoader(DataLoader[Batch]):
     def _by_threads(self) -> Iterator[Batch]:
         """Batches in order, with enough ahead to keep all threads busy while one is trained on."""
         if self._pool is None:
-            self._pool = _one_core_threads(self.threads)
+            self._pool = one_core_threads(self.threads)
         pending: deque[Future[Batch]] = deque()
         try:
             for indices in self.dataset.sampler:
@@ -139,7 +139,7 @@ class BatchLoader(DataLoader[Batch]):
         self._resume_at = state["batch"]
 
 
-def _one_core_threads(count: int) -> ThreadPoolExecutor:
+def one_core_threads(count: int) -> ThreadPoolExecutor:
     """Threads whose torch operations use one core each, as in torch's own loader processes.
 
     torch keeps one setting per thread, and a global one for new threads: all of these are set before the global one is

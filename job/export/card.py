@@ -234,8 +234,8 @@ def _limits(model: ModelDescription) -> str:
     return (
         "## Licence and limits\n\nThe licence of this model is not known to the program that wrote this card: it "
         "depends on the training images and on the pretrained weights. Fill in `license`, and `base_model` if the "
-        "backbone was pretrained. The classifier answers with one of its classes whatever the image shows.\n\nWritten by "
-        f"job from the checkpoint with SHA-256 `{model.checkpoint_sha256}`."
+        "backbone was pretrained. The classifier answers with one of its classes whatever the image shows."
+        f"\n\nWritten by job from the checkpoint with SHA-256 `{model.checkpoint_sha256}`."
     )
 
 

@@ -91,7 +91,7 @@ class Classifier(nn.Module):
     @property
     def num_logits(self) -> int:
         """Width of the output: 1 for two classes of which an image has one."""
-        return _num_logits(len(self.classes), self.task)
+        return num_logits(len(self.classes), self.task)
 
     @property
     def backbone_trains(self) -> bool:
@@ -230,13 +230,13 @@ def _head_input(state: Mapping[str, Tensor]) -> int:
 def _shapes(skeleton: nn.Module, spec: ClassifierSpec, features: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a classifier's state dict."""
     with torch.device("meta"):
-        head = build_head(features, spec.hidden, logits=_num_logits(len(spec.classes), spec.task))
+        head = build_head(features, spec.hidden, logits=num_logits(len(spec.classes), spec.task))
     parts = {"backbone.": skeleton.state_dict(), "head.": head.state_dict()}
     shapes = {prefix + name: tuple(value.shape) for prefix, part in parts.items() for name, value in part.items()}
     return {"mean": (3, 1, 1), "std": (3, 1, 1), **shapes}
 
 
-def _num_logits(classes: int, task: TaskName) -> int:
+def num_logits(classes: int, task: TaskName) -> int:
     """Width of the output: 1 for two classes of which an image has one."""
     return 1 if classes == 2 and task == "classification" else classes
 

@@ -77,7 +77,7 @@ def _state_dict(loaded: Any, uri: str) -> dict[str, Tensor]:
         if loaded and not sections and all(isinstance(value, Tensor) for value in loaded.values()):
             if path:
                 log.info("weights %s: taken from its section %s", uri, ".".join(path))
-            return _plain_tensors(loaded, uri)
+            return plain_tensors(loaded, uri)
         if not sections:
             break
         if len(sections) > 1:
@@ -101,7 +101,12 @@ def _has_tensors(value: Any, depth: int = MAX_DEPTH) -> bool:
     return any(_has_tensors(value.get(name), depth - 1) for name in (*EMA_SECTIONS, *SECTIONS))
 
 
-def _plain_tensors(state: Mapping[str, Tensor], uri: str) -> dict[str, Tensor]:
+def plain_tensors(state: Mapping[str, Tensor], uri: str) -> dict[str, Tensor]:
+    """The state dict, whose tensors are dense ones on the CPU.
+
+    Raises:
+        WeightsError: one is not.
+    """
     for name, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
             raise WeightsError(

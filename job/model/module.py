@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy
@@ -16,6 +17,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from job.checkpoint.initial import (
+    INITIAL_WEIGHTS_KEY,
+    InitialWeights,
+    require_same_start,
+    saved_initial_weights,
+)
 from job.checkpoint.state import CLASSIFIER_KEY, PRECISION_KEY, SKIPPED_STEPS_KEY
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule, image_data
@@ -35,12 +42,13 @@ from job.model.loading import read_pretrained, restore_module
 from job.model.memory_format import log_layout
 from job.model.metrics import TaskMetrics
 from job.model.optimizer import OptimizerTrial, fuse, make_optimizer, make_scheduler, parameter_groups
-from job.model.scheduling import plateau_settings
+from job.model.scheduling import AutoSchedule, plateau_settings
 from job.model.spec import decode_spec, net_state, require_same_network, require_state
 from job.model.steps import accumulation, completes_step, optimizer_steps, window_samples
 from job.model.task import Task
 from job.model.tasks import TASKS
 from job.model.training_metrics import TrainingMetrics
+from job.model.warm_start import build_from, read_warm_start
 from job.model.weights import versioned
 from job.torch_internals import compile_seconds
 
@@ -55,6 +63,8 @@ class TransferLearningModel(pl.LightningModule):
     Args:
         tta: test-time augmentation of validation and test: "hflip" averages over horizontal flips.
         pretrained: load ``weights`` when the network is built; False if a checkpoint follows, which has others.
+        init_from: checkpoint file of another run, whose weights the network starts with instead; where a checkpoint
+            follows, the URI of a run that it must have started from.
         check_finite: stop or skip steps whose loss or gradients are not finite, as ``nonfinite`` says.
         options: hyperparameters by keyword: the fields of :class:`~job.model.config.ModelConfig`.
 
@@ -66,10 +76,17 @@ class TransferLearningModel(pl.LightningModule):
         training_metrics: loss and accuracy of the steps of this epoch.
         group_names: name of each parameter group of the optimizer; several may share one.
         evaluation: result of the last validation or test; None before the first.
+        initial_weights: the checkpoint that the run started from; None where it is none of another run.
     """
 
     def __init__(
-        self, *, tta: TTA = "none", pretrained: bool = True, check_finite: bool = True, **options: Any
+        self,
+        *,
+        tta: TTA = "none",
+        pretrained: bool = True,
+        init_from: str | None = None,
+        check_finite: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.config = ModelConfig(**options)
@@ -78,6 +95,7 @@ class TransferLearningModel(pl.LightningModule):
         self.guard: DivergenceGuard | None = guard
         self.tta = tta
         self.pretrained = pretrained
+        self.init_from = init_from
         self.stage = Stage.HEAD
         self.net: Classifier
         self.resize: str
@@ -85,6 +103,7 @@ class TransferLearningModel(pl.LightningModule):
         self.training_metrics: TrainingMetrics
         self.group_names: tuple[str, ...] = ()
         self.evaluation: Evaluation | None = None
+        self.initial_weights: InitialWeights | None = None
         self._head_alone = False
         self._threads = torch.get_num_threads()
         self._compile_seconds = 0.0
@@ -110,13 +129,7 @@ class TransferLearningModel(pl.LightningModule):
             self._require_possible_on_xla()
         data = self.data
         self._require_task_for(data)
-        self.net = build_classifier(
-            self.config,
-            read_pretrained(self.config.weights) if self.pretrained else "none",
-            classes=data.classes,
-            image_size=data.image_size,
-            device_type=device.type,
-        )
+        self.net = self._build_net(device.type)
         if self.trainer.state.fn == "fit":
             log_layout(self.net.name, self.net.memory_format, device.type)
         if self.config.compile_backbone:
@@ -125,6 +138,24 @@ class TransferLearningModel(pl.LightningModule):
         samples = max((len(index) for part, index in data.parts.items() if part != "train"), default=0)
         self.metrics = self.task.make_metrics(data.classes, samples=samples, synchronise=self.trainer.world_size > 1)
         self.enter_stage(Stage.HEAD if self.config.milestones else Stage.ALL)
+
+    def _build_net(self, device_type: str) -> Classifier:
+        data, config = self.data, self.config
+        if self.init_from is None or not self.pretrained:
+            weights = read_pretrained(config.weights) if self.pretrained else "none"
+            return build_classifier(
+                config, weights, classes=data.classes, image_size=data.image_size, device_type=device_type
+            )
+        warm_start = read_warm_start(self.init_from, config.backbone)
+        self.initial_weights = warm_start.origin
+        return build_from(
+            warm_start,
+            config,
+            classes=data.classes,
+            image_size=data.image_size,
+            resize=data.resize,
+            device_type=device_type,
+        )
 
     def _require_task_for(self, data: ImageDataModule) -> None:
         if data.parts["train"].has_several_labels and not TASKS[self.config.task].takes_several_labels:
@@ -393,6 +424,15 @@ class TransferLearningModel(pl.LightningModule):
         fixed = {f"model.{name}": value for name, value in self.config.fixed_values().items()}
         return {**fixed, **self._try_optimizer().settings}
 
+    def resume_hint(self, different: Collection[str]) -> str:
+        """Explain a schedule that is as long as the run, where --trainer.max_epochs has changed."""
+        if "model.lr_scheduler" not in different or not isinstance(self.config.lr_scheduler, AutoSchedule):
+            return ""
+        return (
+            " Its length is auto: it was planned for the first --trainer.max_epochs and is not stretched, so that a "
+            "longer training is a new run."
+        )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the description of the network, which predicts without this class, and the precision."""
         if self.guard is not None:
@@ -400,6 +440,8 @@ class TransferLearningModel(pl.LightningModule):
         checkpoint[CLASSIFIER_KEY] = self._description()
         checkpoint[PRECISION_KEY] = str(self.trainer.precision)
         checkpoint[SKIPPED_STEPS_KEY] = self.skipped_steps
+        if self.initial_weights is not None:
+            checkpoint[INITIAL_WEIGHTS_KEY] = msgspec.to_builtins(self.initial_weights)
         if self._average is not None:
             self._average.save(checkpoint)
 
@@ -418,6 +460,9 @@ class TransferLearningModel(pl.LightningModule):
         self.metrics.restore(decode_spec(checkpoint[CLASSIFIER_KEY], "the checkpoint"))
         if self.trainer.state.fn != "fit":
             return
+        self.initial_weights = saved_initial_weights(checkpoint)
+        if self.init_from is not None:
+            require_same_start(self.initial_weights, self.init_from)
         if self.guard is not None:
             self.guard.skipped_steps = checkpoint.get(SKIPPED_STEPS_KEY, 0)
         saved, precision = checkpoint[PRECISION_KEY], str(self.trainer.precision)

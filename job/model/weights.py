@@ -77,11 +77,11 @@ def load_weights(
     backbone.load_state_dict(versioned(inside, backbone))
     unused = len(state) - sum(prefix + key in state for key in inside)
     log.info(
-        "weights %s: %d tensors loaded%s; %d others, of a head or outside of the backbone, not used",
+        "weights %s: %d tensors loaded%s%s",
         source,
         len(inside) - len(counters),
         f" without the prefix {prefix}" if prefix else "",
-        unused,
+        f"; {unused} others, of a head or outside of the backbone, not used" if unused else "",
     )
 
 

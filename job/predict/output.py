@@ -6,6 +6,8 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nlargest
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -13,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from job.predict.predictor import MultilabelPrediction, Prediction, Predictor
+from job.predict.predictor import Prediction, Predictor
 
 FileFormat = Literal["jsonl", "parquet"]
 FORMATS: tuple[FileFormat, ...] = ("jsonl", "parquet")
@@ -30,6 +32,9 @@ SCHEMA = pa.schema(
         ("classes", pa.list_(pa.string())),
         ("probabilities", pa.list_(pa.float32())),
         ("model", pa.string()),
+        ("calibrated", pa.bool_()),
+        ("true_label", pa.string()),
+        ("true_labels", pa.list_(pa.string())),
         ("error", pa.string()),
     ]
 )
@@ -43,11 +48,39 @@ class Row:
         uri: of the image.
         prediction: None for an unreadable image.
         error: why it cannot be read.
+        true_labels: its label in the data, or several; None: the data has none for it.
     """
 
     uri: str
     prediction: Prediction | None = None
     error: str | None = None
+    true_labels: str | list[str] | None = None
+
+    def as_json(self, predictor: Predictor, top_k: int | None = None) -> dict[str, Any]:
+        """The entries of a JSON line.
+
+        Args:
+            predictor: whose prediction it is.
+            top_k: number of most probable classes, in falling order; None: all, in the order of classes.
+        """
+        entry: dict[str, Any] = {"uri": self.uri}
+        if self.prediction is not None:
+            entry |= {**self.prediction.as_json(), "model": predictor.fingerprint, "calibrated": predictor.calibrated}
+            if top_k is not None:
+                entry["probabilities"] = dict(nlargest(top_k, entry["probabilities"].items(), key=itemgetter(1)))
+        if self.true_labels is not None:
+            entry["true_label" if isinstance(self.true_labels, str) else "true_labels"] = self.true_labels
+        return entry if self.error is None else {**entry, "error": self.error}
+
+
+def json_line(entry: dict[str, Any], *, ascii: bool = False) -> str:
+    """One line of strict JSON.
+
+    Args:
+        entry: the object.
+        ascii: escape all other characters, for any terminal and encoding.
+    """
+    return json.dumps(entry, ensure_ascii=ascii, allow_nan=False) + "\n"
 
 
 class PredictionFile(ABC):
@@ -62,7 +95,7 @@ class PredictionFile(ABC):
 
     def __init__(self, path: Path, predictor: Predictor, top_k: int | None) -> None:
         self.path = path
-        self.model = predictor.fingerprint
+        self.predictor = predictor
         self.top_k = top_k
 
     def __enter__(self) -> PredictionFile:
@@ -70,16 +103,6 @@ class PredictionFile(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-    def entry(self, row: Row) -> dict[str, Any]:
-        """The fields of a row, in both formats."""
-        if row.prediction is None:
-            return {"uri": row.uri, "error": row.error}
-        entry = {"uri": row.uri, **row.prediction.as_json(), "model": self.model}
-        if self.top_k is not None:
-            ranked = sorted(row.prediction.probabilities.items(), key=lambda item: -item[1])
-            entry["probabilities"] = dict(ranked[: self.top_k])
-        return entry
 
     @abstractmethod
     def add(self, rows: Sequence[Row]) -> None:
@@ -99,7 +122,7 @@ class JsonLines(PredictionFile):
 
     def add(self, rows: Sequence[Row]) -> None:
         """Append rows."""
-        self._file.writelines(json.dumps(self.entry(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        self._file.writelines(json_line(row.as_json(self.predictor, self.top_k)) for row in rows)
 
     def close(self) -> None:
         """Complete the file."""
@@ -117,13 +140,11 @@ class Parquet(PredictionFile):
     def add(self, rows: Sequence[Row]) -> None:
         """Append rows."""
         for row in rows:
-            entry, prediction = self.entry(row), row.prediction
+            entry = row.as_json(self.predictor, self.top_k)
             entry["uri"] = row.uri.encode(errors="backslashreplace").decode()
-            if prediction is not None:
+            if row.prediction is not None:
                 entry["classes"] = list(entry["probabilities"])
                 entry["probabilities"] = list(entry["probabilities"].values())
-                if not isinstance(prediction, MultilabelPrediction):
-                    entry["probability"] = prediction.probabilities[prediction.label]
             for name, column in self._columns.items():
                 column.append(entry.get(name))
         if len(self._columns["uri"]) >= ROWS_PER_GROUP:

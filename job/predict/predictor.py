@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -16,10 +16,12 @@ from job.cluster import ranks
 from job.data.augment import ResizeMode, resize
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.data.python_images import PythonImage, is_one_image, pixels_of, pixels_of_each
-from job.errors import ConfigError, DivergedError
+from job.errors import ConfigError, DivergedError, JobError
 from job.model.classifier import TTA, Classifier, from_spec, mean_over_flips
+from job.model.compile import compile_module
 from job.model.spec import decode_spec, net_state
 from job.model.tasks import TASKS
+from job.predict.precision import Precision, automatic_precision
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Prediction:
 
     def as_json(self) -> dict[str, Any]:
         """The entries of a JSON line."""
-        return {"label": self.label, "probabilities": self.probabilities}
+        probability = self.probabilities[self.label]
+        return {"label": self.label, "probability": probability, "probabilities": self.probabilities}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Predictor:
         thresholds: of a multi-label network: probability of each class from which it is predicted. Empty: 0.5.
         max_image_pixels: height times width of the largest image to decode.
         fingerprint: the first 16 hexadecimal digits of the checkpoint's SHA-256.
+        precision: "bf16" computes by autocast, "fp32" in float32.
     """
 
     def __init__(
@@ -76,11 +80,14 @@ class Predictor:
         thresholds: Sequence[float] = (),
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         fingerprint: str = "",
+        precision: Precision = "fp32",
     ) -> None:
         self.net = net.eval()
         self.tta = tta
         self.max_image_pixels = max_image_pixels
         self.fingerprint = fingerprint
+        self.precision: Precision = precision
+        self._compiled_batch_size = 0
         self.thresholds = tuple(thresholds or [0.5] * len(net.classes))
         self.resize: ResizeMode = "crop" if resize == "crop" else "squash"
 
@@ -93,6 +100,37 @@ class Predictor:
     def device(self) -> torch.device:
         """Where the network runs."""
         return self.net.mean.device
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether probabilities are calibrated: checkpoints hold no calibration."""
+        return False
+
+    def compile(self, batch_size: int) -> None:
+        """Compile the network by ``torch.compile``, and predict a batch of black images.
+
+        Smaller batches are padded to this size, since each other shape would be compiled anew.
+
+        Args:
+            batch_size: images per batch.
+
+        Raises:
+            ConfigError: it cannot be compiled on this machine.
+        """
+        size = self.net.image_size
+        images = torch.zeros(batch_size, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as a loader has them
+        compile_module(self.net, self.device, "--compile")
+        self._compiled_batch_size = batch_size
+        try:
+            self.predict_batch(images)
+        except (JobError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of any part of torch.compile, or of the compiler that it calls
+            reason = " ".join(str(error).split("\n")[:2]).strip()[:500]
+            raise ConfigError(
+                f"--compile: torch.compile failed for {self.net.name} on {self.device} ({type(error).__name__}: "
+                f"{reason}). Leave the option out."
+            ) from error
 
     @overload  # a string is one image, although it is an iterable of strings
     def predict(self, images: PythonImage, batch_size: int = 32) -> Prediction: ...  # type: ignore[overload-overlap]
@@ -130,16 +168,36 @@ class Predictor:
             predictions += self.predict_batch(torch.stack(batch))
         return predictions
 
-    @torch.inference_mode()
     def predict_batch(self, images: Tensor) -> list[Prediction]:
         """Classify prepared images, uint8 [B, 3, S, S].
 
         Raises:
             DivergedError: the network's outputs are not finite.
         """
-        images = images.to(self.device)
-        logits = mean_over_flips(self.net, images) if self.tta == "hflip" else self.net(images)
-        probabilities = TASKS[self.net.task].probabilities(logits).cpu()
+        return self.predictions(self.probabilities(images))
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Probability of each class, float [B, C] on :attr:`device`, of prepared images, uint8 [B, 3, S, S].
+
+        On CUDA this does not wait for the device.
+        """
+        count = len(images)
+        if count < self._compiled_batch_size:
+            images = torch.cat([images, images[:1].expand(self._compiled_batch_size - count, -1, -1, -1)])
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        # Images are prepared outside inference mode: torch.compile would compile anew for tensors that are made in it.
+        with torch.inference_mode(), autocast:
+            logits = mean_over_flips(self.net, images) if self.tta == "hflip" else self.net(images)
+            return TASKS[self.net.task].probabilities(logits)[:count]
+
+    def predictions(self, probabilities: Tensor) -> list[Prediction]:
+        """The predictions that follow from probabilities, float [B, C].
+
+        Raises:
+            DivergedError: they are not finite.
+        """
+        probabilities = probabilities.cpu()
         if not probabilities.isfinite().all():
             raise DivergedError(
                 "the network's outputs are not finite: its weights have diverged. Use another checkpoint."
@@ -155,7 +213,13 @@ class Predictor:
         return MultilabelPrediction(label, by_class, [name for name, value, least in chosen if value >= least])
 
 
-def load(uri: str, device: str | None = None, tta: TTA = "none", max_image_pixels: int = MAX_IMAGE_PIXELS) -> Predictor:
+def load(
+    uri: str,
+    device: str | None = None,
+    tta: TTA = "none",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    precision: Precision | Literal["auto"] = "fp32",
+) -> Predictor:
     """Load a model for prediction.
 
     Args:
@@ -164,6 +228,7 @@ def load(uri: str, device: str | None = None, tta: TTA = "none", max_image_pixel
             CPU.
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
         max_image_pixels: height times width of the largest image to decode; default: 178,956,970, as in Pillow.
+        precision: "bf16" computes by autocast, "fp32" in float32, "auto" in bf16 where the device does so natively.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
@@ -173,7 +238,9 @@ def load(uri: str, device: str | None = None, tta: TTA = "none", max_image_pixel
     if device is None:
         gpus = torch.cuda.device_count()
         device = f"cuda:{ranks.local_rank() % gpus}" if gpus else "cpu"
-    net = from_spec(saved[CLASSIFIER_KEY], net_state(saved, uri), source=uri, device_type=torch.device(device).type)
+    place = torch.device(device)
+    net = from_spec(saved[CLASSIFIER_KEY], net_state(saved, uri), source=uri, device_type=place.type)
     spec = decode_spec(saved[CLASSIFIER_KEY], uri)
     fingerprint = checkpoint.sha256(uri)[:16]
-    return Predictor(net.to(device), spec.resize, tta, spec.thresholds, max_image_pixels, fingerprint)
+    chosen = automatic_precision(place) if precision == "auto" else precision
+    return Predictor(net.to(place), spec.resize, tta, spec.thresholds, max_image_pixels, fingerprint, chosen)

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from job import storage
-from job.data.dataset import ImageDataset, Preprocessing
+from job.data.dataset import Batch, ImageDataset, Preprocessing
 from job.data.index.index import Index
 from job.data.loader import BatchLoader
 from job.data.sampler import FeatureBatchSampler
@@ -53,19 +55,39 @@ def predict_index(predictor: Predictor, index: Index, samples: range, reading: R
     )
     sampler = FeatureBatchSampler([samples], 1, reading.batch_size)
     dataset = ImageDataset(index, sampler, preprocessing, cache_dir=reading.cache_dir)
+    pending: tuple[Batch, Tensor] | None = None
     for batch in BatchLoader(dataset, reading.num_workers):
         if batch["error"] is not None:
             raise batch["error"]
-        bad = {each.sample: each.line for each in batch["bad"]}
-        rows = []
-        predictions = predictor.predict_batch(batch["image"])[: batch["global_size"]]  # the rest is padding
-        for sample, prediction in zip(batch["sample"].tolist(), predictions, strict=False):
-            uri = index.uri(sample)
-            if sample in bad:
-                rows.append(Row(uri, error=bad[sample].removeprefix(f"{uri} ")))
-            else:
-                rows.append(Row(uri, prediction))
-        yield rows
+        computing = batch, predictor.probabilities(batch["image"])
+        if pending is not None:  # while a GPU computes the next batch
+            yield _rows(predictor, index, *pending)
+        pending = computing
+    if pending is not None:
+        yield _rows(predictor, index, *pending)
+
+
+def _rows(predictor: Predictor, index: Index, batch: Batch, probabilities: Tensor) -> list[Row]:
+    """The rows of a batch, without its padding."""
+    bad = {each.sample: each.line for each in batch["bad"]}
+    samples = batch["sample"].tolist()[: batch["global_size"]]
+    labels = _true_labels(index, batch)
+    rows = []
+    for place, (sample, prediction) in enumerate(zip(samples, predictor.predictions(probabilities), strict=False)):
+        uri = index.uri(sample)
+        if sample in bad:
+            rows.append(Row(uri, None, bad[sample].removeprefix(f"{uri} "), labels[place]))
+        else:
+            rows.append(Row(uri, prediction, None, labels[place]))
+    return rows
+
+
+def _true_labels(index: Index, batch: Batch) -> list[str | list[str] | None]:
+    """The label of each image of a batch, or a list where the data has several per image; None without one."""
+    names = index.classes
+    if "labels" in batch:
+        return [[names[number] for number in row.nonzero().flatten().tolist()] for row in batch["labels"]]
+    return [names[number] if number >= 0 else None for number in batch["label"].tolist()]
 
 
 def predict_to_file(

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,11 +14,19 @@ import pyarrow.parquet as pq
 from job import storage
 from job.data.bad_samples import BadSample
 from job.predict.output import FileFormat, Row
+from job.predict.predictor import Predictor
 from job.predict.work import Work
 from job.storage.json_files import write_json
 
+if TYPE_CHECKING:
+    # It imports torchmetrics, which images without labels do without.
+    from job.predict.evaluator import Evaluator
+
 FILE = "summary.json"
+ROWS_AT_ONCE = 1024
 COLUMNS = ["uri", "label", "labels", "error"]
+PROBABILITIES = ["classes", "probabilities"]
+"""Columns that only a comparison with true labels needs."""
 
 
 @dataclass
@@ -50,23 +58,51 @@ class Totals:
             self.labels[entry["label"]] += 1
         self.images += 1
 
-    def write(self, folder: str, work: Work, model: str) -> None:
-        """Write ``summary.json``: the folder is complete."""
+    def write(self, folder: str, work: Work, predictor: Predictor, metrics: dict[str, float] | None) -> None:
+        """Write ``summary.json``: the folder is complete.
+
+        Args:
+            folder: of the predictions.
+            work: its parts.
+            predictor: whose predictions they are.
+            metrics: comparison with true labels; None without these.
+        """
         summary = {"images": self.images, "unreadable": len(self.unreadable), "labels": dict(self.labels)}
-        write_json(storage.join(folder, FILE), {**summary, "parts": work.parts, "model": model})
+        model = {"model": predictor.fingerprint, "calibrated": predictor.calibrated, "precision": predictor.precision}
+        measured = {} if metrics is None else {"metrics": metrics}
+        write_json(storage.join(folder, FILE), {**summary, "parts": work.parts, **model, **measured})
 
     @classmethod
-    def of_folder(cls, folder: str, work: Work, form: FileFormat) -> Totals:
-        """Count the rows of all parts."""
+    def of_folder(cls, folder: str, work: Work, form: FileFormat, evaluator: Evaluator | None = None) -> Totals:
+        """Count the rows of all parts; one part is held in memory at a time.
+
+        Args:
+            folder: of the predictions.
+            work: its parts.
+            form: their format.
+            evaluator: compares them with true labels.
+        """
         totals = cls()
         for part in range(work.parts):
-            for entry in _entries(storage.read_bytes(storage.join(folder, work.name_of(part))), form):
+            content = storage.read_bytes(storage.join(folder, work.name_of(part)))
+            entries: list[dict[str, Any]] = []
+            for entry in _entries(content, form, COLUMNS if evaluator is None else COLUMNS + PROBABILITIES):
                 totals._count(entry["uri"], entry)
+                entries.append(entry)
+                if evaluator is not None and len(entries) == ROWS_AT_ONCE:
+                    evaluator.add(entries)
+                    entries.clear()
+            if evaluator is not None:
+                evaluator.add(entries)
         return totals
 
 
-def _entries(content: bytes, form: FileFormat) -> Iterator[dict[str, Any]]:
+def _entries(content: bytes, form: FileFormat, columns: list[str]) -> Iterator[dict[str, Any]]:
     if form == "jsonl":
         yield from map(json.loads, content.splitlines())
-    else:
-        yield from pq.read_table(pa.BufferReader(content), columns=COLUMNS).to_pylist()
+        return
+    for batch in pq.ParquetFile(pa.BufferReader(content)).iter_batches(ROWS_AT_ONCE, columns=columns):
+        for entry in batch.to_pylist():
+            if entry.get("classes") is not None:
+                entry["probabilities"] = dict(zip(entry["classes"], entry["probabilities"], strict=True))
+            yield entry

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ from job.cluster import ranks
 from job.data.index.file import load_index_info
 from job.data.index.store import local_index, publish_index
 from job.errors import ConfigError, DataError
+from job.predict.precision import Precision
 from job.storage.format_version import MALFORMED
 from job.storage.json_files import read_limited, write_json
 
@@ -58,6 +59,11 @@ class Work(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Annotated[int, Meta(ge=1)] = FORMAT
 
     @property
+    def precision(self) -> Precision:
+        """Precision of the parts."""
+        return "bf16" if self.request.get("precision") == "bf16" else "fp32"
+
+    @property
     def parts(self) -> int:
         """Number of parts."""
         return -(-self.samples // self.samples_per_part)
@@ -79,7 +85,13 @@ def samples_per_part(samples: int, world_size: int, batch_size: int) -> int:
 
 
 def prepare(
-    folder: str, request: dict[str, Any], list_images: Callable[[Path], None], batch_size: int, cache_dir: Path
+    folder: str,
+    request: dict[str, Any],
+    list_images: Callable[[Path], None],
+    batch_size: int,
+    cache_dir: Path,
+    *,
+    adopted: Collection[str] = (),
 ) -> tuple[Work, Path]:
     """The work in ``folder``, and its index on this node.
 
@@ -91,6 +103,7 @@ def prepare(
         list_images: writes the index of the input into a local folder.
         batch_size: images per batch.
         cache_dir: of the node.
+        adopted: entries of the request that an earlier attempt, or rank 0, has decided.
 
     Raises:
         ConfigError: the folder holds predictions of another input or model, or with other options.
@@ -115,9 +128,10 @@ def prepare(
         changed = [
             f"{name} was {work.request.get(name)}, is {request.get(name)}"
             for name in sorted(work.request.keys() | request.keys())
-            if work.request.get(name) != request.get(name)
+            if work.request.get(name) != request.get(name) and name not in adopted
         ]
-        raise ConfigError(f"{folder} holds other predictions: {'; '.join(changed)}. Choose another --output.")
+        if changed:
+            raise ConfigError(f"{folder} holds other predictions: {'; '.join(changed)}. Choose another --output.")
     return work, local_index(storage.join(folder, INDEX_FOLDER), cache_dir)
 
 

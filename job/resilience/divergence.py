@@ -40,5 +40,5 @@ def _advice(run_dir: str, io: BackgroundCheckpointIO) -> str:
     return (
         f"The last good checkpoint is {uri} (step {committed[-1].global_step}). The same command with {change} goes on "
         "from there. A lower learning rate (--model.lr) needs another --run_dir; "
-        f"--model.weights={uri} starts it from these weights."
+        f"--init_from={uri} starts it from these weights."
     )

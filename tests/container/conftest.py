@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ import pytest
 from pods import REPOSITORY, Cluster, Podman
 
 IMAGE = "localhost/job:cpu"
+BASE = "localhost/python:3.11-stand-in"
+"""Debian's Python instead of the base image, which a machine without access to a registry cannot pull."""
 TOOLS = ("buildah", "podman", "runc", "debootstrap", "kubectl")
 MACHINE_S_OWN = ("/etc/pip.conf", "/etc/ssl/certs/ca-certificates.crt")
 """How pip finds its registry here: mounted while building, part of no image."""
@@ -51,10 +52,8 @@ def image(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield built
         return
     dockerfile = REPOSITORY / "docker" / "Dockerfile"
-    base = re.search(r"^ARG BASE=(\S+)$", dockerfile.read_text(), re.MULTILINE)
-    assert base is not None
-    if podman("image", "exists", base[1], check=False).returncode:
-        stand_in(podman, base[1], tmp_path_factory.mktemp("base"))
+    if podman("image", "exists", BASE, check=False).returncode:
+        stand_in(podman, BASE, tmp_path_factory.mktemp("base"))
     mounts = [f"--volume={path}:{path}:ro" for path in MACHINE_S_OWN if Path(path).exists()]
     runc = shutil.which("runc")
     options = [
@@ -62,14 +61,19 @@ def image(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         f"--runtime={runc}",
         *mounts,
     ]
-    words = ["--build-arg=TORCH_INDEX=", "--label=org.opencontainers.image.revision=abc", f"--file={dockerfile}"]
+    words = [
+        f"--build-arg=BASE={BASE}",
+        "--build-arg=TORCH_INDEX=",
+        "--label=org.opencontainers.image.revision=abc",
+        f"--file={dockerfile}",
+    ]
     podman.call("buildah", "bud", *options, *words, f"--tag={IMAGE}", REPOSITORY, timeout=1500)
     yield IMAGE
     podman("image", "rm", "--force", IMAGE)
 
 
 def stand_in(podman: Podman, name: str, folder: Path) -> None:
-    """Tag a Debian image with the base image's name, for machines without access to a registry."""
+    """Make an image of Debian with Python."""
     root = folder / "root"
     packages = "ca-certificates,python3,python3-pip,python3-venv"
     podman.call("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", root, timeout=600)

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from k8s.manifests import Manifest, environment_of
+from k8s.manifests import Manifest, environment_of, expanded
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -84,7 +84,8 @@ class Cluster:
                 (folder / key).write_text(text)
             flags += [f"--volume={folder}:{path}{':ro' if 'configMap' in volume else ''}"]
         if "command" in container:
-            flags += [f"--entrypoint={json.dumps(container['command'])}"]
+            command = [expanded(word, environment) for word in container["command"]]
+            flags += [f"--entrypoint={json.dumps(command)}"]
         self.started.append(hostname)
         self.podman("run", "--detach", *flags, self.image, *container.get("args", []))
         return hostname

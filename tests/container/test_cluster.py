@@ -68,8 +68,8 @@ def test_tensorboard_reads_events_from_the_bucket(cluster: Cluster, bucket: str)
     (deployment,) = of_kind(rendered("tensorboard"), "Deployment")
     pod = copy.deepcopy(deployment["spec"]["template"]["spec"])
     (container,) = pod["containers"]
-    container["command"] = [word.replace("gs://BUCKET/runs", "gs://demo/runs") for word in container["command"]]
     container["env"] = [
+        {"name": "RUNS", "value": "gs://demo/runs"},
         {"name": "STORAGE_EMULATOR_HOST", "value": "http://bucket:4443"},
         {"name": "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "value": "false"},
     ]

@@ -121,7 +121,8 @@ def test_predicting_from_the_bucket(fitted: str, gcs: str) -> None:
     for name in ("blue", "red"):
         for n in range(6):
             storage.write_bytes(f"{gcs}/new/{name}{n}.jpg", picture(COLOURS[name], 9000 + n))
-    result = run_well("predict", "--ckpt", fitted, "--input", f"{gcs}/new", "--output", f"{gcs}/predictions.jsonl")
+    options = ["--ckpt", fitted, "--input", f"{gcs}/new", "--precision", "fp32"]
+    result = run_well("predict", *options, "--output", f"{gcs}/predictions.jsonl")
     assert f"{gcs}/new/blue0.jpg" in result.stdout
     lines = [json.loads(line) for line in storage.read_bytes(f"{gcs}/predictions.jsonl").splitlines()]
     assert len(lines) == 12
@@ -137,9 +138,7 @@ def test_predicting_from_the_bucket(fitted: str, gcs: str) -> None:
     for prediction in predictions:
         assert prediction.probabilities == pytest.approx(by_uri[f"{gcs}/new/red1.jpg"], abs=1e-5)
 
-    run_well(
-        "predict", "--ckpt", fitted, "--input", f"{gcs}/new", "--output", f"{gcs}/averaged.jsonl", "--tta", "hflip"
-    )
+    run_well("predict", *options, "--output", f"{gcs}/averaged.jsonl", "--tta", "hflip")
     averaged = [json.loads(line) for line in storage.read_bytes(f"{gcs}/averaged.jsonl").splitlines()]
     predictor = job.load(fitted, tta="hflip")
     image = torch.from_numpy(np.array(Image.open(io.BytesIO(picture(COLOURS["red"], 9001))))).permute(2, 0, 1)

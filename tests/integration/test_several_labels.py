@@ -80,7 +80,7 @@ def test_several_labels_are_learned_and_predicted(run_dir: Path, table: Path) ->
     assert result.returncode == 0, result.output
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(lines) == 96
-    assert all(set(line) == {"uri", "labels", "probabilities", "model"} for line in lines)
+    assert all(set(line) == {"uri", "labels", "probabilities", "model", "calibrated"} for line in lines)
     expected = {json.loads(line)["uri"]: json.loads(line)["label"] for line in table.read_text().splitlines()}
     right = sum(line["labels"] == expected[Path(line["uri"]).name] for line in lines)
     assert right > 80

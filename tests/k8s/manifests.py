@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -18,6 +19,7 @@ KUSTOMIZATIONS = {
     for folder in sorted(
         [
             *(REPOSITORY / "k8s" / "overlays").iterdir(),
+            REPOSITORY / "k8s" / "accounts",
             REPOSITORY / "k8s" / "tensorboard",
             REPOSITORY / "k8s" / "queues",
             REPOSITORY / "k8s" / "trainer",
@@ -27,6 +29,18 @@ KUSTOMIZATIONS = {
 }
 """Every kustomization that can be applied, by name; the ``with-`` ones put a component on an overlay."""
 
+RUN = """\
+namePrefix: {name}-
+labels:
+  - {{pairs: {{app.kubernetes.io/instance: {name}}}, includeSelectors: true, includeTemplates: true}}
+resources: [{overlay}]
+images:
+  - {{name: job, newName: registry.example/{name}/job, newTag: "1"}}
+configMapGenerator:
+  - {{name: config, behavior: replace, files: [config.yaml]}}
+"""
+"""A run's own kustomization, outside the repository, as in k8s/README.md."""
+
 Manifest = dict[str, Any]
 COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
@@ -34,10 +48,24 @@ COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-ind
 @functools.cache
 def render(name: str) -> str:
     """Return the YAML that ``kubectl apply -k`` would send."""
-    result = subprocess.run(["kubectl", "kustomize", str(KUSTOMIZATIONS[name])], capture_output=True, text=True)
+    return kustomize(KUSTOMIZATIONS[name])
+
+
+def kustomize(folder: Path) -> str:
+    """Render the kustomization in ``folder``."""
+    result = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert not result.stderr, result.stderr  # warnings of what is deprecated
     return result.stdout
+
+
+def rendered_run(name: str, overlay: str, folder: Path) -> list[Manifest]:
+    """Return the manifests of a run of its own name, whose kustomization is written to ``folder``."""
+    folder.mkdir(parents=True)
+    relative = Path(os.path.relpath(KUSTOMIZATIONS[overlay], folder.resolve()))
+    (folder / "kustomization.yaml").write_text(RUN.format(name=name, overlay=relative))
+    (folder / "config.yaml").write_text(f"run_dir: gs://bucket/{name}\n")
+    return list(yaml.safe_load_all(kustomize(folder)))
 
 
 def rendered(name: str) -> list[Manifest]:
@@ -61,7 +89,10 @@ def job_of(manifests: list[Manifest]) -> Manifest:
 
 
 def _trainer_job(trainjob: Manifest) -> Manifest:
-    """What Trainer v2.3.0 makes of the runtime's job "node": torch.go, jobset.go and builder.go of its plugins."""
+    """What Trainer v2.3.0 makes of the runtime's job "node": torch.go, jobset.go and builder.go of its plugins.
+
+    First it merges runtimePatches into the runtime, lists by their names (core/trainingruntime.go).
+    """
     (runtime,) = of_kind(rendered("trainer"), "ClusterTrainingRuntime")
     assert runtime["metadata"]["name"] == trainjob["spec"]["runtimeRef"]["name"]
     (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
@@ -70,8 +101,17 @@ def _trainer_job(trainjob: Manifest) -> Manifest:
     job: Manifest = copy.deepcopy(replicated["template"]["spec"])
     (container,) = job["template"]["spec"]["containers"]
     assert container["name"] == "node"
+    for patch in trainjob["spec"].get("runtimePatches", []):
+        (patched,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+        assert patched["name"] == "node"
+        pod = patched["template"]["spec"]["template"]
+        job["template"]["metadata"]["labels"] |= pod["metadata"]["labels"]
+        for volume in pod["spec"]["volumes"]:
+            (index,) = (n for n, v in enumerate(job["template"]["spec"]["volumes"]) if v["name"] == volume["name"])
+            job["template"]["spec"]["volumes"][index] = volume
     name, trainer = trainjob["metadata"]["name"], trainjob["spec"]["trainer"]
     job["parallelism"] = job["completions"] = trainer["numNodes"]
+    container["image"] = trainer["image"]
     container["args"] = trainer.get("args", container.get("args", []))
     container["env"] += [
         {"name": "PET_NNODES", "value": str(trainer["numNodes"])},
@@ -99,12 +139,20 @@ def environment_of(container: Manifest, fields: dict[str, str]) -> dict[str, str
     values: dict[str, str] = {}
     for variable in container.get("env", []):
         if "value" in variable:
-            values[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], variable["value"])
-        else:
+            values[variable["name"]] = expanded(variable["value"], values)
+        elif "fieldRef" in variable["valueFrom"]:
             values[variable["name"]] = fields[variable["valueFrom"]["fieldRef"]["fieldPath"]]
     return values
 
 
+def expanded(text: str, environment: dict[str, str]) -> str:
+    """Return ``text`` with each ``$(NAME)`` replaced, as the kubelet does in a container's variables and command."""
+    return re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], text)
+
+
 if __name__ == "__main__":
+    import submitted
+
+    submitted.write()
     for name in KUSTOMIZATIONS:
         (GOLDEN / f"{name}.yaml").write_text(render(name))

@@ -8,10 +8,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from job import storage
+from job.check.start import check
 from job.data.datamodule import ImageDataModule
 from job.errors import ConfigError, StorageError
 from job.model.config import ModelConfig
-from job.train.check import check
 
 
 def checked(data: str, run_dir: object, backbone: str = "resnet18", *, writes: bool = True) -> None:

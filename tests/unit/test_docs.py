@@ -245,7 +245,8 @@ def test_a_yaml_block_is_valid(block: Block, options: Callable[[list[str]], None
         (tmp_path / "config.yaml").write_text(block.text)
         options(["fit", "--config", str(tmp_path / "config.yaml"), "--run_dir", "runs/1"])
     for path in (path for path in content.get("resources", []) + content.get("components", [])):
-        assert (REPOSITORY / "k8s" / "overlays" / "yours" / path / "kustomization.yaml").resolve().exists()
+        # Of a run in runs/NAME, beside the repository in a folder job.
+        assert (REPOSITORY / path.removeprefix("../../job/") / "kustomization.yaml").exists()
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ from k8s.manifests import (
     arguments_of,
     environment_of,
     job_of,
+    kustomize,
     of_kind,
     pod_of,
     render,
     rendered,
+    rendered_run,
 )
 from support import run
 
@@ -42,7 +44,7 @@ from job.cluster.machines import GIB, SYSTEM_PODS, Resources, allocatable_storag
 from job.errors import EXIT_NODES_MISSING, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 VERTEX = sorted((REPOSITORY / "k8s" / "vertex").glob("*.yaml"))
-TRAINING = [name for name in KUSTOMIZATIONS if name not in ("tensorboard", "queues", "trainer")]
+TRAINING = [name for name in KUSTOMIZATIONS if name not in ("accounts", "tensorboard", "queues", "trainer")]
 VERSIONS = ("1.35", "1.36", "1.37")
 CHIPS_PER_HOST = {"4x4": 4, "2x4": 8}
 """https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: 2x4 comes as one host of eight chips, too."""
@@ -148,45 +150,128 @@ def test_the_validation_can_fail() -> None:
             validate(manifest)
 
 
-@needs_kubectl
-@pytest.mark.parametrize("name", KUSTOMIZATIONS)
-def test_references_between_manifests_resolve(name: str) -> None:
-    """ConfigMaps (kustomize hashes their names), service accounts, volumes, and what selectors select."""
-    manifests = rendered(name)
+def pods_of(manifests: list[Manifest]) -> list[Manifest]:
+    """The pod templates of all workloads: metadata and spec."""
+    templates = [dict(deployment["spec"]["template"]) for deployment in of_kind(manifests, "Deployment")]
+    training = any(of_kind(manifests, kind) for kind in ("Job", "JobSet", "TrainJob"))
+    return [*templates, dict(job_of(manifests)["template"])] if training else templates
+
+
+def selectors_of(manifests: list[Manifest]) -> list[dict[str, str]]:
+    """Every selector of pods: of Services, Deployments, policies, budgets, affinity and topology spread."""
+    found = []
+    for manifest in manifests:
+        spec = manifest.get("spec", {})
+        if manifest["kind"] == "Service":
+            found.append(spec["selector"])
+        found += list(_label_selectors(manifest))
+    return found
+
+
+def _label_selectors(node: Any) -> Iterator[dict[str, str]]:
+    if isinstance(node, list):
+        for item in node:
+            yield from _label_selectors(item)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("selector", "podSelector", "labelSelector") and "matchLabels" in value:
+                assert set(value) == {"matchLabels"}
+                yield value["matchLabels"]
+            else:
+                yield from _label_selectors(value)
+
+
+def assert_names_exist(manifests: list[Manifest]) -> None:
+    """ConfigMaps (kustomize hashes their names), accounts, volumes, subdomains, and pods that selectors select."""
     names = {(m["kind"], m["metadata"]["name"]) for m in manifests}
-    workloads = [
-        *([{"spec": job_of(manifests)}] if name in TRAINING else []),
-        *of_kind(manifests, "Deployment"),
-    ]
-    labels = [workload["spec"]["template"]["metadata"]["labels"] for workload in workloads]
-    for workload in workloads:
-        pod = workload["spec"]["template"]["spec"]
+    accounts = {m["metadata"]["name"] for m in rendered("accounts")} | {"default"}
+    pods = pods_of(manifests)
+    for pod in (pod["spec"] for pod in pods):
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         for volume in volumes.values():
             if "configMap" in volume:
                 assert ("ConfigMap", volume["configMap"]["name"]) in names
         for container in pod["containers"]:
             assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
-        if "serviceAccountName" in pod:
-            assert ("ServiceAccount", pod["serviceAccountName"]) in names
-    for kind, selector in (
-        ("Service", lambda spec: spec["selector"]),
-        ("Deployment", lambda spec: spec["selector"]["matchLabels"]),
-        ("NetworkPolicy", lambda spec: spec["podSelector"]["matchLabels"]),
-        ("PodDisruptionBudget", lambda spec: spec["selector"]["matchLabels"]),
-    ):
-        for manifest in of_kind(manifests, kind):
-            required = selector(manifest["spec"]).items()
-            assert any(required <= label.items() for label in labels), (kind, required)
+            for variable in container.get("env", []):
+                if "configMapKeyRef" in variable.get("valueFrom", {}):
+                    assert ("ConfigMap", variable["valueFrom"]["configMapKeyRef"]["name"]) in names
+                if variable["name"] == "BUCKET_HOST":
+                    assert ("Service", variable["value"]) in names
+        assert pod.get("serviceAccountName", "default") in accounts
+        if "subdomain" in pod:
+            assert ("Service", pod["subdomain"]) in names
+    for selector in selectors_of(manifests):
+        assert any(selector.items() <= pod["metadata"]["labels"].items() for pod in pods), selector
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_references_between_manifests_resolve(name: str) -> None:
+    assert_names_exist(rendered(name))
+
+
+@needs_kubectl
+@pytest.mark.parametrize("overlay", TRAINING)
+def test_two_runs_share_nothing(overlay: str, tmp_path: Path) -> None:
+    """Neither an object, so that one can be deleted, nor a selector; each is complete and valid by itself."""
+    runs = {name: rendered_run(name, overlay, tmp_path / name) for name in ("cats", "dogs")}
+    objects = [{(m["kind"], m["metadata"]["name"]) for m in manifests} for manifests in runs.values()]
+    assert objects[0]
+    assert not objects[0] & objects[1]
+    for name, manifests in runs.items():
+        assert_names_exist(manifests)
+        assert selectors_of(manifests)
+        for manifest in manifests:
+            validate(manifest)
+            assert manifest["metadata"]["labels"]["app.kubernetes.io/instance"] == name
+        for selector in selectors_of(manifests):
+            assert selector["app.kubernetes.io/instance"] == name
+        for pod in pods_of(manifests):
+            assert pod["metadata"]["labels"]["app.kubernetes.io/instance"] == name
+            if overlay != "cpu-local":  # brings its image's name
+                assert {c["image"] for c in pod["spec"]["containers"]} == {f"registry.example/{name}/job:1"}
+        (config,) = of_kind(manifests, "ConfigMap")
+        assert config["data"] == {"config.yaml": f"run_dir: gs://bucket/{name}\n"}
+    assert not [text for text in map(json.dumps, runs["cats"]) if "dogs" in text]
+
+
+@needs_kubectl
+def test_the_pods_of_a_named_run_meet_at_its_own_address(tmp_path: Path) -> None:
+    manifests = rendered_run("cats", "gpu-multinode", tmp_path / "cats")
+    fields = {**FIELDS, "metadata.labels['batch.kubernetes.io/job-name']": "cats-train"}
+    (container,) = pod_of(manifests)["containers"]
+    node = find_node({"JOB_COMPLETION_INDEX": "1", **environment_of(container, fields)})
+    assert node.host == "cats-train-0.cats-train"
+    assert pod_of(manifests)["subdomain"] == "cats-train"
+    bucket = rendered_run("cats", "cpu-local", tmp_path / "local")
+    (container,) = pod_of(bucket)["containers"]
+    assert environment_of(container, fields)["STORAGE_EMULATOR_HOST"] == "http://cats-bucket:4443"
+
+
+@needs_kubectl
+def test_only_the_run_s_pods_reach_the_demo_s_bucket(tmp_path: Path) -> None:
+    manifests = rendered_run("cats", "cpu-local", tmp_path / "cats")
+    (policy,) = (p for p in of_kind(manifests, "NetworkPolicy") if p["metadata"]["name"] == "cats-bucket")
+    (rule,) = policy["spec"]["ingress"]
+    (peer,) = rule["from"]
+    assert peer["podSelector"]["matchLabels"].items() <= job_of(manifests)["template"]["metadata"]["labels"].items()
+    assert [port["port"] for port in rule["ports"]] == [4443]
+
+
+@needs_kubectl
+def test_a_budget_refuses_every_eviction() -> None:
+    (budget,) = of_kind(rendered("with-disruption-budget"), "PodDisruptionBudget")
+    assert budget["spec"]["minAvailable"] >= 1000
+    for name in TRAINING:
+        assert name == "with-disruption-budget" or not of_kind(rendered(name), "PodDisruptionBudget")
 
 
 @needs_kubectl
 @pytest.mark.parametrize("name", KUSTOMIZATIONS)
 def test_pods_run_with_restricted_privileges(name: str) -> None:
     manifests = rendered(name)
-    pods = [deployment["spec"]["template"]["spec"] for deployment in of_kind(manifests, "Deployment")]
-    pods += [pod_of(manifests)] if name in TRAINING else []
-    for pod in pods:
+    for pod in (pod["spec"] for pod in pods_of(manifests)):
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] == 10001
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -237,8 +322,6 @@ def test_the_launcher_understands_the_manifest(name: str) -> None:
         assert {port["port"] for port in service["spec"]["ports"]} == {DEFAULT_PORT}
         if len(nodes) > 1:
             assert {node.host for node in nodes} == {f"train-0.{service['metadata']['name']}"}
-    (budget,) = of_kind(manifests, "PodDisruptionBudget")
-    assert budget["spec"]["minAvailable"] == len(nodes)
 
 
 def _as_gke_adds(worker: int, slice_id: int, slices: int, hosts: int) -> dict[str, str]:
@@ -277,7 +360,7 @@ def test_volumes_are_large_enough(name: str) -> None:
     pod, train = pod_of(rendered(name)), train_of(name)
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     paths = {mount["mountPath"]: volumes[mount["name"]] for mount in train["volumeMounts"]}
-    (config,) = of_kind(rendered(name), "ConfigMap")
+    config = of_kind(rendered(name), "ConfigMap")[0]
     data = yaml.safe_load(config["data"]["config.yaml"])["data"]
     sizes = {path: quantity(v["emptyDir"]["sizeLimit"]) for path, v in paths.items() if "emptyDir" in v}
     assert sizes[data["cache_dir"]] >= data["cache_gb"] * 1e9
@@ -320,8 +403,7 @@ def test_the_pods_of_a_trainjob_are_those_of_a_job() -> None:
     job, trainjob = pod_of(rendered("gpu-multinode")), pod_of(rendered("trainjob"))
     containers = [pod["containers"][0] for pod in (job, trainjob)]
     assert containers[1]["command"][:3] == ["dumb-init", "--single-child", "--"]  # as the image's entry point
-    run_dir = "--run_dir=gs://BUCKET/runs/1"
-    assert [*arguments_of(containers[0]), run_dir] == arguments_of(containers[1])
+    assert arguments_of(containers[0]) == arguments_of(containers[1])
     for pod, container in zip((job, trainjob), containers, strict=True):
         for key in ("name", "env", "args", "command"):
             container.pop(key, None)
@@ -401,7 +483,7 @@ def _example(parameter: Manifest) -> object:
 
 
 def test_placeholders_are_the_same_everywhere() -> None:
-    """The placeholders are those that k8s/README.md replaces by sed."""
+    """Those of Vertex AI's files are replaced by the sed of k8s/README.md, the others in a run's own files."""
     placeholders = {"PROJECT", "REGION", "BUCKET", "TENSORBOARD"}
     for file in (REPOSITORY / "k8s").rglob("*.yaml"):
         lines = [line for line in file.read_text().splitlines() if not line.lstrip().startswith("#")]
@@ -424,8 +506,8 @@ def test_the_guide_names_every_overlay() -> None:
     named = {name for row in rows for name in re.findall(r"`(?:overlays/)?([\w/.*-]+)`", row)}
     overlays = {folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir()}
     components = {f"components/{folder.name}" for folder in (REPOSITORY / "k8s" / "components").iterdir()}
-    assert named == overlays | components - {"components/tpu"} | {"tensorboard", "vertex/*.yaml"}
-    for path in re.findall(r"\b(?:k8s|docker)/[\w./-]+", "\n".join(COMMANDS)):
+    assert named == overlays | components - {"components/tpu"} | {"accounts", "tensorboard", "vertex/*.yaml"}
+    for path in re.findall(r"(?<![\w)]/)\b(?:k8s|docker)/[\w./-]+", "\n".join(COMMANDS).replace("$file", "gpu")):
         assert (REPOSITORY / path.rstrip(".")).exists(), path
 
 
@@ -540,14 +622,32 @@ def test_the_job_knows_the_guide_s_commands() -> None:
     assert help_texts
 
 
-def test_the_guides_sed_replaces_every_placeholder(tmp_path: Path) -> None:
-    """Run the guide's sed on a copy."""
-    shutil.copytree(REPOSITORY / "k8s", tmp_path / "k8s")
-    (line,) = (line for line in COMMANDS if line.startswith("sed "))
-    names = {"PROJECT": "my-project", "REGION": "europe-west4", "BUCKET": "my-bucket"}
-    subprocess.run(["bash", "-ec", line], check=True, cwd=tmp_path, env={**os.environ, **names})
-    for file in (tmp_path / "k8s").rglob("*.yaml"):
-        text = file.read_text()
-        assert not re.search(r"PROJECT|REGION|BUCKET", text), file
-        yaml.safe_load_all(text)
-    assert "gs://my-bucket/images" in (tmp_path / "k8s" / "base" / "config.yaml").read_text()
+SHELL = [block for block in re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL) if "cat >" in block or "sed " in block]
+
+
+@needs_kubectl
+def test_the_guide_s_files_make_a_run(tmp_path: Path) -> None:
+    """Run its commands that write files, in a copy of k8s/; kubectl and gcloud do nothing."""
+    shutil.copytree(REPOSITORY / "k8s", tmp_path / "job" / "k8s")
+    names = "\n".join(line for line in COMMANDS if line.startswith("export "))
+    script = "\n".join(["kubectl() { :; }", "gcloud() { :; }", names, *SHELL])
+    subprocess.run(["bash", "-ec", script], check=True, cwd=tmp_path / "job", capture_output=True)
+    run_manifests = list(yaml.safe_load_all(kustomize(tmp_path / "runs" / "cats")))
+    assert_names_exist(run_manifests)
+    (config,) = of_kind(run_manifests, "ConfigMap")
+    (tmp_path / "config.yaml").write_text(config["data"]["config.yaml"])
+    options = TrainingCLI("fit", [f"--config={tmp_path / 'config.yaml'}"]).config_init
+    assert options["run_dir"] == "gs://my-project-job/runs/cats"
+    image = "europe-west4-docker.pkg.dev/my-project/job/job"
+    assert pod_of(run_manifests)["containers"][0]["image"] == f"{image}:gpu"
+    tensorboard = list(yaml.safe_load_all(kustomize(tmp_path / "runs" / "tensorboard")))
+    (config,) = of_kind(tensorboard, "ConfigMap")
+    assert config["data"] == {"runs": "gs://my-project-job/runs"}
+    assert pods_of(tensorboard)[0]["spec"]["containers"][0]["image"] == f"{image}:cpu"
+    vertex = {file.name for file in (tmp_path / "runs" / "vertex").iterdir()}
+    assert vertex == {file.name for file in VERTEX}
+    for file in (tmp_path / "runs" / "vertex").iterdir():
+        assert not re.search(r"PROJECT|REGION|BUCKET", file.read_text()), file
+    committed = {file: file.read_bytes() for file in (REPOSITORY / "k8s").rglob("*") if file.is_file()}
+    for file, content in committed.items():
+        assert (tmp_path / "job" / file.relative_to(REPOSITORY)).read_bytes() == content

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
+from collections.abc import Collection
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -27,7 +28,7 @@ from job.data.index.layout import Part
 from job.data.index.left_out import LeftOutKind, summary
 from job.data.index.parts import Layout, parts_of
 from job.data.index.sources import INDEX_FILE, ListingContext, Source, format_of, resolve
-from job.data.index.sources.base import LONGEST_CLASS
+from job.data.index.sources.base import LONGEST_CLASS, TimeLimit
 from job.data.index.sources.columns import Columns
 from job.errors import DataError
 from job.process.progress import Progress
@@ -46,18 +47,23 @@ def build(
     force_listing: bool = False,
     access: Access | None = None,
     columns: Columns | None = None,
+    time_limit: TimeLimit | None = None,
+    known_classes: Collection[str] | None = None,
 ) -> IndexInfo:
     """List ``roots`` and write their index into the local ``folder``.
 
     Args:
         roots: URIs by the name of their part; with the layout "parts" the name is ignored.
         layout_of: "parts" (train, val and test are found below each root), "classes" (each root is
-            one part) or "images" (each root is one part, without labels).
+            one part) or "images" (each root is one part, whose images need no labels).
         request: options to store in the index.
         force_listing: do not use an index that ``job index`` left beside the data.
         access: what tables and saved indexes may name; default: what lies in object stores and on public web
             servers, and local files where they are local themselves.
         columns: names of the columns of tables; default: the usual ones.
+        time_limit: ends the listing early, so that the index lacks images; default: none.
+        known_classes: with the layout "images", keep the labels that images have: those of a table or archive, or
+            folders, if some of these are known classes. Default: without labels.
 
     Raises:
         DataError: the layout of the data is not understood.
@@ -82,10 +88,17 @@ def build(
                 labelled=layout_of != "images",
                 columns=columns or Columns(),
                 progress=progress,
+                time_limit=time_limit or TimeLimit(),
             )
             try:
                 listed = parts_of(
-                    location, name, layout_of, Path(scratch) / str(number), context, force_listing=force_listing
+                    location,
+                    name,
+                    layout_of,
+                    Path(scratch) / str(number),
+                    context,
+                    force_listing=force_listing,
+                    known_classes=known_classes,
                 )
             finally:  # of data that is refused, what was left out may be what was meant
                 if kinds := context.left_out.kinds():

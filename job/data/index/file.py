@@ -30,6 +30,8 @@ ROWS_PER_BATCH = 1 << 16
 MOST_BYTES = 128 << 20
 """Size of an index.json that is still read."""
 MOST_CLASSES = 1 << 20
+UNLABELLED_PART = "all"
+"""Name of the only part of images to predict, which need no labels."""
 LARGEST = 1 << 42
 """Bytes of a sample, of an archive, and of a part."""
 SCHEMA = pa.schema(
@@ -191,7 +193,7 @@ def verify_parts(folder: Path, info: IndexInfo, uri: str) -> None:
             if hash_file(path) != part.sha256:
                 raise ValueError(f"its SHA-256 differs from the one in {INDEX_FILE}")
             for batch in open_part(path, part.rows, info.schema):
-                _verify_rows(batch, info)
+                _verify_rows(batch, info, needs_labels=name != UNLABELLED_PART)
         except (pa.ArrowException, ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
                 raise StorageError(f"cannot read {path}: {error.strerror}.") from error
@@ -229,7 +231,7 @@ def open_part(
     return batches
 
 
-def _verify_rows(batch: pa.RecordBatch, info: IndexInfo) -> None:
+def _verify_rows(batch: pa.RecordBatch, info: IndexInfo, *, needs_labels: bool) -> None:
     """Check the values of some rows, column by column."""
     batch.validate(full=True)
     if any(column.null_count for column in batch.columns):
@@ -240,7 +242,8 @@ def _verify_rows(batch: pa.RecordBatch, info: IndexInfo) -> None:
     _require_range("source", source, 0, len(info.sources) - 1)
     most = len(info.classes) - 1
     has_one_label = info.classes and not info.several_labels
-    _require_range("label", batch.column("label"), *((0, most) if has_one_label else (-1, -1)))
+    least = 0 if has_one_label and needs_labels else -1
+    _require_range("label", batch.column("label"), least, most if has_one_label else -1)
     if info.several_labels:
         _verify_labels(batch.column("labels"), most)
     _require_range("offset", offset, -1, LARGEST)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -38,7 +38,7 @@ class Part:
         root: URI to name in messages.
         images: number of images by class.
         tables: returns its samples, whenever it is called, in tables with the columns of :data:`LISTING`; ``class`` is
-            set where ``images`` has classes.
+            set where ``images`` has classes, in :func:`labelled_images` of the images that have a label.
         problem: why its images have no usable labels; None: they have.
         several_labels: some samples have ``classes``, and not exactly one of them.
     """
@@ -150,6 +150,44 @@ def all_images(listing: Listing) -> Part:
     return Part(listing.uri, {}, tables)
 
 
+def labelled_images(listing: Listing, known: Collection[str]) -> Part:
+    """Every image, with its label where the data has one.
+
+    Labels of the data (WebDataset, a table) are used. Otherwise folders are classes if any has the name of a known one:
+    all folders of that level at which most images lie in known ones. So an image may have a class that is not known.
+
+    Args:
+        listing: the images.
+        known: names of classes.
+
+    Raises:
+        DataError: there is no image.
+    """
+    if _has_labels(listing):
+        images: Counter[str] = Counter()
+        each = [_count_labels(table.filter(table["image"]), images) for table in listing.tables()]
+        return Part(listing.uri, dict(images), all_images(listing).tables, several_labels=any(each))
+    tree = folder_tree(listing)
+    paths = {path: folder.images for path, folder in walk(tree.root, "") if path and folder.images}
+    level = _level_of_classes(paths, frozenset(known))
+    if level is None:
+        return all_images(listing)
+    names = {path: path.split("/")[level] for path in paths if path.count("/") >= level}
+    images = Counter()
+    for path, name in names.items():
+        images[name] += paths[path]
+
+    def tables() -> Iterator[pa.Table]:
+        folders, classes = (pa.array(column, pa.string()) for column in (names.keys(), names.values()))
+        for table in listing.tables():
+            table = table.filter(table["image"])
+            places = pc.index_in(tree.folders(table["name"]), folders)
+            table = table.set_column(table.column_names.index("class"), "class", pc.take(classes, places))
+            yield table.select(LISTING.names)
+
+    return Part(listing.uri, dict(images), tables)
+
+
 def class_order(names: set[str]) -> list[str]:
     """Class names in order: of their numbers if all are numbers, else of the alphabet."""
     return sorted(sorted(names), key=int) if all(name.isdecimal() for name in names) else sorted(names)
@@ -174,11 +212,7 @@ def _labelled_parts(listing: Listing) -> dict[str, Part]:
             if missing := pc.sum(without).as_py() or 0:
                 unlabelled, example = unlabelled + missing, example or table.filter(without)["key"][0].as_py()
             samples += len(table)
-            lists = table["classes"]
-            is_several |= bool(pc.any(pc.not_equal(pc.list_value_length(lists), 1)).as_py())
-            for labels in (table["class"].filter(pc.is_null(lists)), pc.list_flatten(lists)):
-                for pair in pc.value_counts(labels.drop_null()).to_pylist():
-                    images[pair["values"]] += pair["counts"]
+            is_several |= _count_labels(table, images)
         problem = f"{unlabelled:,} of its images have no label, for example {example}" if unlabelled else None
         if problem and part != "test":
             raise DataError(
@@ -188,6 +222,33 @@ def _labelled_parts(listing: Listing) -> dict[str, Part]:
         if samples:
             parts[part] = Part(listing.uri, dict(images), functools.partial(tables, part), problem, is_several)
     return parts
+
+
+def _count_labels(table: pa.Table, images: Counter[str]) -> bool:
+    """Count the images of each class; returns whether one of them has several labels, or an empty list of them."""
+    lists = table["classes"]
+    for labels in (table["class"].filter(pc.is_null(lists)), pc.list_flatten(lists)):
+        for pair in pc.value_counts(labels.drop_null()).to_pylist():
+            images[pair["values"]] += pair["counts"]
+    return bool(pc.any(pc.not_equal(pc.list_value_length(lists), 1)).as_py())
+
+
+def _level_of_classes(images: Mapping[str, int], known: frozenset[str]) -> int | None:
+    """The level of folders at which most images lie in a folder of a known name, the uppermost of equals.
+
+    Args:
+        images: number of images by the folder in which they lie.
+        known: names of classes.
+
+    Returns:
+        0 for the uppermost folders; None where no folder has such a name.
+    """
+    matches: Counter[int] = Counter()
+    for path, count in images.items():
+        for level, name in enumerate(path.split("/")):
+            if name in known:
+                matches[level] += count
+    return min(matches, key=lambda level: (-matches[level], level), default=None)
 
 
 def _level_of_parts(listing: Listing, tree: FolderTree) -> tuple[str, Folder, dict[str, list[str]]] | None:

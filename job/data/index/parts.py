@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,14 @@ Layout = Literal["parts", "classes", "images"]
 
 
 def parts_of(
-    location: Location, name: str, layout_of: Layout, scratch: Path, context: ListingContext, *, force_listing: bool
+    location: Location,
+    name: str,
+    layout_of: Layout,
+    scratch: Path,
+    context: ListingContext,
+    *,
+    force_listing: bool,
+    known_classes: Collection[str] | None = None,
 ) -> dict[str, Part]:
     """The parts under one URI; its sources are appended to those of ``context``.
 
@@ -41,6 +48,7 @@ def parts_of(
         scratch: path of local files that must stay as long as the parts are used.
         context: settings of the listing.
         force_listing: do not use a saved index.
+        known_classes: see :func:`job.data.index.build.build`.
 
     Raises:
         DataError: the layout of the data is not understood, or a saved index cannot be used.
@@ -62,6 +70,8 @@ def parts_of(
         return layout.find_parts(listing, context.left_out)
     if layout_of == "classes":
         return {name: layout.class_folders(listing, context.left_out)}
+    if known_classes is not None:
+        return {name: layout.labelled_images(listing, known_classes)}
     return {name: layout.all_images(listing)}
 
 

@@ -15,6 +15,7 @@ import yaml
 from job import checkpoint, storage
 from job.checkpoint import confusion
 from job.checkpoint.confusion import Cells
+from job.checkpoint.initial import InitialWeights
 from job.checkpoint.manifest import Manifest
 from job.errors import JobError
 from job.monitoring.accounting import Attempt, totals
@@ -58,6 +59,7 @@ class RunFacts:
     configuration: dict[str, Any]
     versions: dict[str, str]
     hardware: Hardware
+    initial_weights: InitialWeights | None
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def build(facts: RunFacts, state: RunState, earlier: ReportContent | None) -> Re
         configuration=facts.configuration,
         versions=facts.versions,
         hardware=facts.hardware,
+        initial_weights=facts.initial_weights,
     )
 
 

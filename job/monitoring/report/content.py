@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from job.checkpoint.initial import InitialWeights
 from job.errors import CheckpointError, NewerFormatError
 from job.monitoring.history import MOST_RECORDS, ValidationRecord
 from job.storage.format_version import MALFORMED, Unversioned, format_version
@@ -374,6 +375,8 @@ class ReportContent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         configuration: resolved configuration, by option.
         versions: versions of packages.
         hardware: of rank 0.
+        initial_weights: checkpoint of another run that this run started from (--init_from); None: it started from
+            pretrained or random weights.
         format: version of this format.
     """
 
@@ -409,6 +412,7 @@ class ReportContent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attempts: Annotated[list[AttemptSummary], Meta(max_length=MOST_ATTEMPTS)] = []
     configuration: dict[str, Any] = {}
     hardware: Hardware = Hardware()
+    initial_weights: InitialWeights | None = None
     format: int = FORMAT
 
     def to_json(self) -> bytes:

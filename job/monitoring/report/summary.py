@@ -47,6 +47,8 @@ def print_results(report: ReportContent, run_dir: str) -> None:
         else:
             rows += [("last checkpoint", _metrics(last)), ("", last.uri)]
     speed = report.train_images_per_second
+    if report.initial_weights:
+        rows.append(("initial weights", report.initial_weights.uri))
     rows += [
         ("epochs", f"{report.epochs} ({report.global_step} steps)"),
         ("speed", f"{speed:.1f} images/s training, {report.world_size} process(es)" if speed else "-"),

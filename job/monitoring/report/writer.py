@@ -219,6 +219,7 @@ class ReportWriter(Callback):
             configuration=parse_configuration(self.config),
             versions=versions(),
             hardware=hardware(),
+            initial_weights=cast("TransferLearningModel", pl_module).initial_weights,
         )
         earlier = self.earlier.content
         self._is_replaceable = not self.earlier.is_newer
