@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from job import checkpoint
 from job.check import access, bucket, cluster, data, machine, network, run_dir_state, training
 from job.check import estimate as estimates
 from job.check.finding import CheckReport, Estimate, Finding, fail, warn, worst
@@ -108,7 +110,12 @@ def _first_checks(config: ModelConfig, images: ImageDataModule, settings: FitSet
     if ranks.local_rank() == 0:
         checks += [
             Check(access.RUN_DIR, lambda: access.run_dir_access(run_dir), ACCESS_SECONDS, mend, "fail"),
-            Check(network.WEIGHTS, lambda: network.weights(config, images), WEIGHTS_SECONDS, network.MEND),
+            Check(
+                network.WEIGHTS,
+                lambda: _weights(config, images, settings),
+                WEIGHTS_SECONDS,
+                network.MEND,
+            ),
             Check(cluster.NODES, cluster.nodes, ACCESS_SECONDS, cluster.MEND),
             Check(machine.SHARED_MEMORY, lambda: machine.shared_memory(images), 5.0, machine.SHM_MEND),
             Check(
@@ -119,6 +126,12 @@ def _first_checks(config: ModelConfig, images: ImageDataModule, settings: FitSet
             ),
         ]
     return [*checks, Check(machine.OPEN_FILES, machine.open_files, 5.0, machine.FILES_MEND)]
+
+
+def _weights(config: ModelConfig, images: ImageDataModule, settings: FitSettings) -> Iterator[Finding]:
+    """Check the weights of a new run; one that resumes needs neither --init_from nor what it refers to."""
+    init_from = None if checkpoint.scan(settings.run_dir).good else settings.init_from
+    return network.weights(config, images, init_from)
 
 
 def _data_checks(config: ModelConfig, images: ImageDataModule) -> list[Finding]:
