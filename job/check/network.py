@@ -31,6 +31,11 @@ _TORCH_BEGINNINGS = (b"PK\x03\x04", b"\x80")
 def weights(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Iterator[Finding]:
     """Build the network, and load its weights: names, shapes and, of a checkpoint, its SHA-256 must fit.
 
+    Args:
+        config: hyperparameters of the model.
+        data: the images.
+        settings: of the fit, which says whether the run starts from another run's weights.
+
     Raises:
         JobError: a subclass says what does not fit.
     """

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from job import checkpoint, storage
 from job.check.finding import Finding, fail, ok, warn
+from job.checkpoint.resume import require_epochs_left
 from job.config.run_config import FILE as CONFIG_FILE
 from job.config.run_config import changes, listed_changes
 from job.data.datamodule import ImageDataModule
@@ -82,13 +83,15 @@ def earlier_run(settings: FitSettings) -> Iterator[Finding]:
             "Choose another --run_dir, or --resume=auto.",
         )
         return
-    if not scan.good and settings.resume == "must":
+    if not scan.good and settings.resume in ("must", "best"):
         yield fail(
             EARLIER_RUN,
-            f"--resume is must, but {run_dir} holds no checkpoint that can be used.",
+            f"--resume is {settings.resume}, but {run_dir} holds no checkpoint that can be used.",
             "Correct --run_dir, or use --resume=auto.",
         )
         return
+    if scan.good:
+        require_epochs_left(run_dir, scan.good[-1], settings.trainer.get("max_epochs"))
     uri = storage.join(run_dir, CONFIG_FILE)
     try:
         changed = changes(uri, settings.config) if storage.exists(uri) else {}

@@ -177,7 +177,7 @@ def test_aliases_reach_the_configuration() -> None:
         ("--data.image_size large", "--data.image_size large: expected a whole number."),
         ("--lr x", "--model.lr x: expected a number or null."),
         ("--model.optimizer.weight_decay x", "weight_decay x: expected a number."),
-        ("--resume yes", "--resume yes: expected one of auto, never, must."),
+        ("--resume yes", "--resume yes: expected one of auto, never, must, best."),
         ("--grace 0", "--grace 0: it must be above 0."),
         ("--model.mean 1", "--model.mean 1: expected a list, such as [1, 2] or null."),
         (

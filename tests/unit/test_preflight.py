@@ -374,8 +374,17 @@ def test_shared_features_are_written_too(colours: Path, tmp_path: Path) -> None:
     assert statuses(report.findings)["features_access"] == "fail"
 
 
-def test_no_checkpoint_where_one_must_be(tmp_path: Path) -> None:
-    (finding,) = run_dir_state.earlier_run(FitSettings(str(tmp_path), {}, "{}", resume="must"))
+def test_fewer_epochs_than_trained(tmp_path: Path) -> None:
+    run_dir = str(fit_here(tmp_path, trainer__max_epochs=2))
+    settings = FitSettings(run_dir, {"max_epochs": 1}, "{}")
+    (finding,) = run_check(Check("earlier_run", lambda: run_dir_state.earlier_run(settings), 20, "x"))
+    assert finding.status == "fail"
+    assert "has trained 2 epochs, and --trainer.max_epochs is 1" in finding.message
+
+
+@pytest.mark.parametrize("resume", ["must", "best"])
+def test_no_checkpoint_where_one_must_be(resume: Any, tmp_path: Path) -> None:
+    (finding,) = run_dir_state.earlier_run(FitSettings(str(tmp_path), {}, "{}", resume=resume))
     assert finding.status == "fail"
 
 
@@ -459,6 +468,17 @@ def test_weights_of_another_architecture(colours: Path, tmp_path: Path) -> None:
     (finding,) = run_check(Check("weights", lambda: network.weights(config, images, settings), 20, "Correct it."))
     assert finding.status == "fail"
     assert "do not fit the backbone" in finding.message
+
+
+def test_weights_of_another_run(tmp_path: Path) -> None:
+    run_dir = str(fit_here(tmp_path, trainer__max_epochs=1, data__cache_dir=tmp_path / "cache"))
+    images = ImageDataModule(root=str(tmp_path / "colours"), image_size=32)
+    for backbone, status in (("timm/test_resnet", "ok"), ("resnet18", "fail")):
+        config = ModelConfig(backbone=backbone, weights="gs://none/not-read.pth")
+        (finding,) = run_check(Check("weights", lambda c=config: network.weights(c, images, run_dir), 20, "x"))
+        assert (finding.status, run_dir in finding.message) == (status, True)
+    (finding,) = run_check(Check("weights", lambda: network.weights(config, images, str(tmp_path)), 20, "x"))
+    assert "--init_from: no checkpoint in" in finding.message
 
 
 def usage(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
