@@ -187,7 +187,9 @@ def _is_group_unusable(findings: list[Finding]) -> bool:
     Where a step is refused on all ranks it is for an option, before any of them waits for another one.
     """
     ended = [finding for finding in findings if finding.check == STEP]
-    return len(ended) > 0 and (len(ended) < ranks.world_size() or any(each.status == "warn" for each in ended))
+    if ranks.world_size() == 1 or not ended:
+        return False
+    return len(ended) < ranks.world_size() or any(each.status == "warn" for each in ended)
 
 
 def _share_index(images: ImageDataModule, folder: Path) -> bool:
