@@ -18,6 +18,7 @@ from job.check.finding import Finding, fail, ok, warn
 from job.data.datamodule import ImageDataModule
 from job.data.index.sources import expand_braces
 from job.errors import StorageError
+from job.process.periodic import call_within
 from job.redact import HTTP
 from job.storage import conditional
 
@@ -29,18 +30,35 @@ RUN_DIR_MEND = (
 )
 
 
+PATTERN_SECONDS = 20.0
+"""How long a pattern with a wildcard is listed; one that takes longer passes."""
+
+
 def require_data(data: ImageDataModule) -> None:
     """Look up each URI of the data.
-
-    Of several archives the first one is looked up, unless a pattern has to be listed for it. The images are not listed.
 
     Raises:
         StorageError: one is missing, or this process may not read it.
     """
     for uri in itertools.chain.from_iterable(data.uris.values()):
-        first = expand_braces(uri)[0]
-        if uri.startswith(HTTP) or not re.search("[*?]", first):
-            storage.info(first)
+        require_readable(uri)
+
+
+def require_readable(uri: str) -> None:
+    """Look up a URI of data.
+
+    Of several archives the first one is looked up; one at least must match a wildcard. The images are not listed.
+
+    Raises:
+        StorageError: it is missing, or this process may not read it.
+    """
+    first = expand_braces(uri)[0]
+    if uri.startswith(HTTP) or not re.search("[*?]", first):
+        storage.info(first)
+        return
+    with contextlib.suppress(TimeoutError):
+        if not call_within(PATTERN_SECONDS, lambda: storage.glob(first), "pattern"):
+            raise StorageError(f"nothing matches {first}. Check the spelling.")
 
 
 def write_probe(run_dir: str) -> str:
