@@ -106,6 +106,18 @@ def tune(machine: Machine) -> str:
     return f"{batch} images fit, {2 * batch} are refused"
 
 
+def preflight(machine: Machine) -> str:
+    """Check a run before it starts: memory and speed of a step on this device; nothing is written."""
+    run_dir = machine.scratch / "preflight"
+    output = machine.run_successfully("check", *machine.settings(run_dir), "--json")
+    report, _ = json.JSONDecoder().raw_decode(output[output.index("{\n") :])
+    found = {finding["check"]: finding for finding in report["findings"]}
+    for name in ("device", "memory", "loader", "estimate"):
+        assert found[name]["status"] == "ok", found[name]
+    assert not run_dir.exists(), list(run_dir.iterdir())
+    return str(found["memory"]["message"])
+
+
 def out_of_memory(machine: Machine) -> str:
     """Exit with 2 and one message if a batch does not fit into memory."""
     needs_cuda(machine, "a CPU's memory is shared with everything else on the machine")
@@ -191,5 +203,6 @@ CHECKS: tuple[Callable[[Machine], str], ...] = (
     no_visible_device,
     two_processes_on_one_gpu,
     tune,
+    preflight,
     out_of_memory,
 )

@@ -83,10 +83,8 @@ def preflight(
                 seconds=max(until - time.monotonic(), LEAST_TRAINING_SECONDS),
             )
             findings += _gathered(own, GATHER_SECONDS)
-            if ranks.world_size() > 1 and any(finding.check == STEP for finding in findings):
-                raise RankLost(
-                    "a training step has not ended well on all ranks."
-                )  # the group may be in the middle of it
+            if _is_group_unusable(findings):
+                raise RankLost("a training step has not ended on all ranks.")
     except JobError as error:
         findings.append(fail(cluster.RANKS, str(error), _RANKS_MEND))
     temporary.remove(folder)
@@ -157,8 +155,8 @@ def _training(
 ) -> tuple[list[Finding], Estimate | None]:
     """Measure on all ranks together; only rank 0 has an estimate."""
     if not _share_index(images, folder / "index"):
-        message = "steps, memory and loader are not measured, since the data could not be listed."
-        return ([] if ranks.rank() else [warn(STEP, message, access.DATA_MEND)]), None
+        message = "samples, steps, memory and loader are not checked, since the data could not be listed."
+        return ([] if ranks.rank() else [warn(data.SAMPLES, message, access.DATA_MEND)]), None
     results: list[training.Measured] = []
 
     def measure() -> list[Finding]:
@@ -183,6 +181,17 @@ def _training(
     if ranks.rank() == 0:
         findings += estimates.describe(result)
     return findings, result
+
+
+def _is_group_unusable(findings: list[Finding]) -> bool:
+    """Whether some ranks may be in the middle of a collective operation, so that the process group cannot be closed.
+
+    Where a step is refused on all ranks it is for an option, before any of them waits for another one.
+    """
+    ended = [finding for finding in findings if finding.check == STEP]
+    if ranks.world_size() == 1 or not ended:
+        return False
+    return len(ended) < ranks.world_size() or any(each.status == "warn" for each in ended)
 
 
 def _share_index(images: ImageDataModule, folder: Path) -> bool:

@@ -136,6 +136,7 @@ class Measurement(Callback):
             finding, measured.reduced_per_second = all_reduce(module.device)
             self.findings.append(finding)
         self._measure_steps(trainer, module, measured)
+        module.enter_stage(_stages(module.config, measured.epochs)[0])  # as training would find it
         measured.loader_rate = loader_rate(data, self.seconds * _LOADER_SHARE)
         trainer.should_stop = True
 

@@ -121,8 +121,10 @@ def run(args: list[str]) -> int:
         return _report(stopped)
 
 
-def check(args: list[str], *, writes: bool) -> int:
+def check_start(args: list[str], *, writes: bool) -> int:
     """Check a command's options and its access to data, without running it; returns the exit code.
+
+    Not named ``check``: importing the command of that name sets the attribute to its module.
 
     Args:
         args: a command that has a check, and its options.

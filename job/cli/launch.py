@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from job.cli import COMMANDS, HELP_OPTIONS, check, run, run_command
+from job.cli import COMMANDS, HELP_OPTIONS, check_start, run, run_command
 from job.cli.arguments import canonical_arguments, option_value
 from job.cli.known_options import require_known_options
 from job.config.recipes import local_config
@@ -67,7 +67,7 @@ def launch(args: list[str]) -> None:
     # Imported once for all ranks of the node.
     modules = [command.module, *optional_libraries(args[1:])] if command.on_ranks else []
     # The interpreter's own end, which collects the garbage of torch, takes seconds of the grace.
-    end_process(start(args, run, modules, check if command.has_check else None))
+    end_process(start(args, run, modules, check_start if command.has_check else None))
 
 
 def optional_libraries(args: Sequence[str]) -> list[str]:

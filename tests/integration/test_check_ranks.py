@@ -50,3 +50,15 @@ def test_a_failure_ends_all_ranks_of_torchrun_with_one_report(colours: Path, tmp
     assert ("weights", 0) in failed
     assert "1 check(s) failed: weights." in result.stderr
     assert result.stdout.count('"findings"') == 1
+
+
+def test_data_and_options_that_stop_all_ranks_alike(colours: Path, tmp_path: Path) -> None:
+    missing = options(TINY, data__root=tmp_path / "nothing", run_dir=tmp_path / "run")
+    refused = options(TINY, data__root=colours, run_dir=tmp_path / "run", model__optimizer="torch.optim.SGD")
+    for arguments, failed in ((missing, "data_access"), ([*refused, "--model.optimizer.momentum=-1"], "training_step")):
+        result = run("check", *arguments, "--json", processes=2)
+        assert result.returncode == 2, result.stdout + result.stderr
+        report = report_of(result.stdout)
+        found = {(finding.check, finding.rank) for finding in report.findings if finding.status == "fail"}
+        assert {(failed, 0), (failed, 1)} <= found
+        assert not any(check == "ranks" for check, _ in found), report.findings

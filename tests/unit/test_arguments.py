@@ -108,7 +108,7 @@ def test_training_from_python_takes_no_grace(tmp_path: Path) -> None:
         fit({"run_dir": str(tmp_path / "run"), "data": {"root": str(tmp_path)}, "grace": 3.0})
 
 
-@pytest.fixture(scope="module", params=["fit", "tune", "validate", "test"])
+@pytest.fixture(scope="module", params=["fit", "check", "tune", "validate", "test"])
 def cli(request: pytest.FixtureRequest) -> TrainingCLI:
     return TrainingCLI(request.param, ["--run_dir=x", "--data.root=y", "--model.weights=none"])
 

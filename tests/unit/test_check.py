@@ -104,14 +104,14 @@ def test_commands_that_are_launched(
         "predict": [f"--input={colours}", f"--output={tmp_path / 'out'}"],
     }.get(verb, [f"--data.root={colours}"])
     good = [verb, f"--run_dir={trained}", *arguments]
-    assert cli.check(good, writes=True) == 0, capsys.readouterr().err
+    assert cli.check_start(good, writes=True) == 0, capsys.readouterr().err
     bad = [verb, f"--run_dir={tmp_path / 'none'}", *arguments]
     if verb in ("validate", "test", "predict"):
-        assert cli.check(bad, writes=False) == 2
+        assert cli.check_start(bad, writes=False) == 2
         assert str(tmp_path / "none") in capsys.readouterr().err
-    assert cli.check([argument.replace(str(colours), "/no/such") for argument in good], writes=False) == 2
+    assert cli.check_start([argument.replace(str(colours), "/no/such") for argument in good], writes=False) == 2
     assert "/no/such: no such bucket, object or folder" in capsys.readouterr().err
-    assert cli.check([*good, "--nonsense=1"], writes=False) == 2
+    assert cli.check_start([*good, "--nonsense=1"], writes=False) == 2
     assert "nonsense" in capsys.readouterr().err
 
 

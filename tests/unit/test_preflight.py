@@ -29,6 +29,7 @@ from job import storage
 from job.check import access, bucket, cluster, data, machine, network, run_dir_state
 from job.check.estimate import Plan, estimate, loader
 from job.check.finding import CheckReport, Finding, ok
+from job.check.preflight import preflight
 from job.check.runner import Check, run_check, run_checks
 from job.check.training import Measured
 from job.checkpoint.settings import CheckpointSettings
@@ -640,6 +641,23 @@ def test_a_check_that_hangs_or_fails_does_not_stop_the_others() -> None:
     assert time.monotonic() - began < 2
     assert statuses(findings) == {"hangs": "warn", "silent": "fail", "crashes": "fail", "works": "ok"}
     assert findings[0].message.startswith("not finished after")
+
+
+def test_a_step_that_takes_too_long_does_not_fail_the_check(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr("job.check.training.run_step", lambda *args: released.wait(20))
+    monkeypatch.setattr("job.check.preflight.TOTAL_SECONDS", 0.0)
+    monkeypatch.setattr("job.check.preflight.LEAST_TRAINING_SECONDS", 1.0)
+    images = ImageDataModule(root=str(colours), image_size=32, cache_dir=str(tmp_path / "cache"))
+    config = ModelConfig(backbone="timm/test_resnet", weights="none")
+    settings = FitSettings(str(tmp_path / "run"), {"accelerator": "cpu", "max_epochs": 1, "precision": "32-true"}, "{}")
+    report = preflight(config, images, settings)
+    released.set()
+    assert report.status == "warn"
+    assert "not finished after 1 s" in {each.check: each.message for each in report.findings}["training_step"]
+    assert report.estimate is None
 
 
 def test_no_secret_and_no_markup_in_a_finding(tmp_path: Path) -> None:
