@@ -563,6 +563,8 @@ def test_the_page_has_no_script_and_allows_none(server: Running) -> None:
         (["x", "--prot", "80"], "--port"),
         (["/nowhere", "--port", "0"], "/nowhere"),
         (["x", "--host", "203.0.113.1"], "--host"),
+        (["x", "--device", "gpu"], "--device gpu cannot be used"),
+        (["x", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
     ],
 )
 def test_mistakes_end_with_2(options: list[str], message: str, tmp_path: Path) -> None:
