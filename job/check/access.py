@@ -10,16 +10,19 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from job import storage
 from job.check.clock import compare_clocks
 from job.check.finding import Finding, fail, ok, warn
 from job.data.datamodule import ImageDataModule
 from job.data.index.sources import expand_braces
 from job.errors import StorageError
+from job.process.periodic import call_within
 from job.redact import HTTP
 from job.storage import conditional
 
-DATA, RUN_DIR = "data_access", "run_dir_access"
+DATA, RUN_DIR, FEATURES = "data_access", "run_dir_access", "features_access"
 DATA_MEND = "Correct --data.root (or --data.train, .val, .test), or give the account the right to read and list it."
 RUN_DIR_MEND = (
     "Correct --run_dir, or give the account the right to create, read, list and delete objects below it (on Google "
@@ -27,18 +30,35 @@ RUN_DIR_MEND = (
 )
 
 
+PATTERN_SECONDS = 20.0
+"""How long a pattern with a wildcard is listed; one that takes longer passes."""
+
+
 def require_data(data: ImageDataModule) -> None:
     """Look up each URI of the data.
-
-    Of several archives the first one is looked up, unless a pattern has to be listed for it. The images are not listed.
 
     Raises:
         StorageError: one is missing, or this process may not read it.
     """
     for uri in itertools.chain.from_iterable(data.uris.values()):
-        first = expand_braces(uri)[0]
-        if uri.startswith(HTTP) or not re.search("[*?]", first):
-            storage.info(first)
+        require_readable(uri)
+
+
+def require_readable(uri: str) -> None:
+    """Look up a URI of data.
+
+    Of several archives the first one is looked up; one at least must match a wildcard. The images are not listed.
+
+    Raises:
+        StorageError: it is missing, or this process may not read it.
+    """
+    first = expand_braces(uri)[0]
+    if uri.startswith(HTTP) or not re.search("[*?]", first):
+        storage.info(first)
+        return
+    with contextlib.suppress(TimeoutError):
+        if not call_within(PATTERN_SECONDS, lambda: storage.glob(first), "pattern"):
+            raise StorageError(f"nothing matches {first}. Check the spelling.")
 
 
 def write_probe(run_dir: str) -> str:
@@ -89,6 +109,13 @@ def run_dir_access(run_dir: str) -> Iterator[Finding]:
             "Give the account the right to delete: without it superseded checkpoints occupy space, and no lease "
             "protects the run from a second job.",
         )
+
+
+def features_access(uri: str) -> Iterator[Finding]:
+    """The same below ``--features.uri``, where several runs share cached features."""
+    for finding in run_dir_access(uri):
+        if finding.check == RUN_DIR:
+            yield msgspec.structs.replace(finding, check=FEATURES)
 
 
 def _rights(run_dir: str, uri: str) -> Iterator[Finding]:

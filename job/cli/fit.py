@@ -17,7 +17,8 @@ def fit(args: list[str]) -> None:
         print_summary(report)
 
 
-def check(args: list[str], *, writes: bool) -> None:
+def check(verb: str, args: list[str], *, writes: bool) -> None:
     """Check the options of ``python -m job fit ARGS``, and access to its data and run_dir."""
-    cli = TrainingCLI("fit", args)
-    check_fit(cli.model_config, cli.datamodule, cli.config_init["run_dir"], writes=writes)
+    cli = TrainingCLI(verb, args)
+    options = cli.config_init
+    check_fit(cli.model_config, cli.datamodule, options["run_dir"], writes=writes, init_from=options["init_from"])

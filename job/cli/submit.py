@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from job.argparse_internals import actions, option_names
-from job.cli.arguments import FLAGS, TRAINING_ALIASES
+from job.cli.arguments import FLAGS, TRAINING_ALIASES, canonical_arguments
 from job.cli.known_options import option_names as options_of_command
 from job.cli.parser import Parser
 from job.cli.runs import cluster, follow_to_the_end
@@ -39,10 +39,11 @@ def submit(args: list[str]) -> None:
     own, fit_args = args[:place], args[place + 1 :]
     parser = _parser()
     _require_in_front(parser, own)
-    require_public([argument.partition("=")[2] or argument for argument in own])
-    has_data = any(re.match(r"--data(=|$)", argument) for argument in own)
-    fit = fit_options.from_arguments(fit_args, has_data=has_data)
-    options = parser.parse_args(own).as_dict()
+    canonical = canonical_arguments(own, options=option_names(parser), positional=parser.positional)
+    require_public(dict(argument.removeprefix("--").partition("=")[::2] for argument in canonical))
+    fit = fit_options.from_arguments(fit_args)
+    with fit_options.shell_options_removed():
+        options = parser.parse_args(own).as_dict()
     options.pop("config", None)
     main(**options, fit_arguments=fit)
 
@@ -104,7 +105,7 @@ def main(
     fit_arguments = fit_arguments or fit_options.FitOptions((), {})
     options = fit or {}
     require_public({"run_dir": run_dir, "data": data, "fit": options})
-    fit_options.check_mapping(options, has_data=data is not None)
+    fit_options.check_names(options, fit_arguments.args, has_data=data is not None)
     if data is not None:
         require_bucket("data", data)
     run = Run(

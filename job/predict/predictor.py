@@ -202,11 +202,11 @@ class Predictor:
             raise DivergedError(
                 "the network's outputs are not finite: its weights have diverged. Use another checkpoint."
             )
-        return [self._prediction(row) for row in probabilities]
+        best = probabilities.argmax(dim=1).tolist()
+        return [self._prediction(label, values) for label, values in zip(best, probabilities.tolist(), strict=True)]
 
-    def _prediction(self, row: Tensor) -> Prediction:
-        values = row.tolist()
-        label, by_class = self.classes[int(row.argmax())], dict(zip(self.classes, values, strict=True))
+    def _prediction(self, best: int, values: list[float]) -> Prediction:
+        label, by_class = self.classes[best], dict(zip(self.classes, values, strict=True))
         if not TASKS[self.net.task].takes_several_labels:
             return Prediction(label, by_class)
         chosen = zip(self.classes, values, self.thresholds, strict=True)

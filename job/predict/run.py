@@ -72,14 +72,13 @@ def _rows(predictor: Predictor, index: Index, batch: Batch, probabilities: Tenso
     bad = {each.sample: each.line for each in batch["bad"]}
     samples = batch["sample"].tolist()[: batch["global_size"]]
     labels = _true_labels(index, batch)
-    rows = []
-    for place, (sample, prediction) in enumerate(zip(samples, predictor.predictions(probabilities), strict=False)):
-        uri = index.uri(sample)
-        if sample in bad:
-            rows.append(Row(uri, None, bad[sample].removeprefix(f"{uri} "), labels[place]))
-        else:
-            rows.append(Row(uri, prediction, None, labels[place]))
-    return rows
+    predictions = predictor.predictions(probabilities)
+    return [
+        Row(uri, None, bad[sample].removeprefix(f"{uri} "), label)
+        if sample in bad
+        else Row(uri, prediction, None, label)
+        for sample, uri, prediction, label in zip(samples, index.uris(samples), predictions, labels, strict=False)
+    ]
 
 
 def _true_labels(index: Index, batch: Batch) -> list[str | list[str] | None]:

@@ -3,15 +3,17 @@
 A part is the predictions of a fixed range of samples. Its name is its number, and its file is written whole or not at
 all: a part that exists is done, and to compute one twice replaces it by the same rows. So any number of processes may
 be killed and started again, also another number of them, without a row lost or doubled, and without a claim, a lock or
-a clock. Process r of W begins with the parts r, r + W, r + 2 W, …, and goes on with those that others have left.
+a clock. Process r of W begins with the parts r, r + W, r + 2 W, …, and goes on with those that others have left. None
+needs another one: where rank 0 does not come, the others list the images themselves, and the first list counts.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +26,9 @@ from job.data.index.file import load_index_info
 from job.data.index.store import local_index, publish_index
 from job.errors import ConfigError, DataError
 from job.predict.precision import Precision
+from job.storage import conditional
 from job.storage.format_version import MALFORMED
-from job.storage.json_files import read_limited, write_json
+from job.storage.json_files import read_limited
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,8 @@ MOST_SAMPLES = 10_000
 """Samples of the largest part."""
 PARTS_PER_PROCESS = 8
 """Parts that a process has at least, so that a restart repeats little, where there are enough samples."""
+PATIENCE_SECONDS = 120.0
+"""Time after which another rank lists the images, too: rank 0 may have no machine, or list very many."""
 POLL_SECONDS = 1.0
 REPORT_SECONDS = 60.0
 
@@ -50,12 +55,14 @@ class Work(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         request: input, model and options; an attempt with others is refused.
         samples: number of images.
         samples_per_part: number of images in each part but the last.
+        index: folder of the list of images.
         format: version of the file.
     """
 
     request: dict[str, str | int | float | None]
     samples: Count
     samples_per_part: Annotated[int, Meta(ge=1, le=2**31)]
+    index: Annotated[str, Meta(pattern=r"\Aindex(-[0-9]{1,9})?\Z")] = "index"
     format: Annotated[int, Meta(ge=1)] = FORMAT
 
     @property
@@ -95,7 +102,7 @@ def prepare(
 ) -> tuple[Work, Path]:
     """The work in ``folder``, and its index on this node.
 
-    Rank 0 lists the images where no earlier attempt has done so; the other ranks wait for it.
+    Rank 0 lists the images where no earlier attempt has done so; the other ranks wait for it, but not forever.
 
     Args:
         folder: of the predictions.
@@ -110,15 +117,14 @@ def prepare(
         DataError: ``predictions.json`` or the index is damaged.
     """
     work, rank = _read(folder), ranks.rank()
-    if work is None and rank == 0:
-        with tempfile.TemporaryDirectory(prefix="job-index-") as scratch:
-            list_images(Path(scratch))
-            (part,) = load_index_info(Path(scratch)).parts.values()
-            publish_index(Path(scratch), storage.join(folder, INDEX_FOLDER))
-        work = Work(request, part.rows, samples_per_part(part.rows, ranks.world_size(), batch_size))
-        write_json(storage.join(folder, FILE), msgspec.to_builtins(work))
-    reported = time.monotonic()
+    started = reported = time.monotonic()
     while work is None:
+        waited = time.monotonic() - started
+        if rank == 0 or waited >= PATIENCE_SECONDS:
+            if rank:
+                log.warning("rank %d lists the images, since rank 0 has not done so for %.0f s", rank, waited)
+            work = _list(folder, request, list_images, batch_size)
+            break
         if time.monotonic() - reported >= REPORT_SECONDS:
             reported = time.monotonic()
             log.warning("rank %d waits for rank 0, which lists the images", rank)
@@ -132,16 +138,47 @@ def prepare(
         ]
         if changed:
             raise ConfigError(f"{folder} holds other predictions: {'; '.join(changed)}. Choose another --output.")
-    return work, local_index(storage.join(folder, INDEX_FOLDER), cache_dir)
+    return work, local_index(storage.join(folder, work.index), cache_dir)
+
+
+def _list(folder: str, request: dict[str, Any], list_images: Callable[[Path], None], batch_size: int) -> Work:
+    """List the images, unless another rank has done so in the meantime; returns what is in the folder then."""
+    index = f"{INDEX_FOLDER}-{ranks.rank()}" if ranks.rank() else INDEX_FOLDER
+    with tempfile.TemporaryDirectory(prefix="job-index-") as scratch:
+        list_images(Path(scratch))
+        (part,) = load_index_info(Path(scratch)).parts.values()
+        publish_index(Path(scratch), storage.join(folder, index))
+    samples = samples_per_part(part.rows, ranks.world_size(), batch_size)
+    content = msgspec.json.format(msgspec.json.encode(Work(request, part.rows, samples, index)), indent=2)
+    conditional.write_if(storage.join(folder, FILE), content, None)
+    work = _read(folder)
+    assert work is not None  # this rank's, or that of another one
+    return work
 
 
 def remaining(folder: str, work: Work) -> Iterator[int]:
-    """Yield the part to compute next, until there are all: this rank's own in order, then one that others have left."""
-    rank, world_size = ranks.rank(), ranks.world_size()
+    """Yield the part to compute next, until there are all: this rank's own in order, then those that others left."""
     while missing := sorted(set(range(work.parts)) - done(folder, work)):
-        own = [part for part in missing if part % world_size == rank]
-        # A rank that is behind comes to its last part last, and ranks that help begin at different ones.
-        yield own[0] if own else missing[-1 - rank % len(missing)]
+        yield next_part(missing, ranks.rank(), ranks.world_size())
+
+
+def next_part(missing: Sequence[int], rank: int, world_size: int) -> int:
+    """The part that a rank computes next.
+
+    Of the parts of others it takes any: ranks that help rarely take the same one. The first part that a rank has left
+    is the last choice, since that rank may be computing it.
+
+    Args:
+        missing: parts that do not exist, in order; at least one.
+        rank: of this process.
+        world_size: number of processes.
+    """
+    firsts: dict[int, int] = {}
+    for part in missing:
+        firsts.setdefault(part % world_size, part)
+    if rank in firsts:
+        return firsts[rank]
+    return random.choice(sorted(set(missing) - set(firsts.values())) or missing)
 
 
 def done(folder: str, work: Work) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,11 +42,8 @@ class FitOptions:
     files: Mapping[str, str]
 
 
-def from_arguments(args: Sequence[str], *, has_data: bool) -> FitOptions:
+def from_arguments(args: Sequence[str]) -> FitOptions:
     """The arguments that follow ``--``, each as ``--name=value``; configuration files are read.
-
-    Args:
-        has_data: ``--data`` says already where the images are.
 
     Raises:
         ConfigError: an option does not exist, is not for pods, or is submit's own.
@@ -60,7 +58,6 @@ def from_arguments(args: Sequence[str], *, has_data: bool) -> FitOptions:
         name, equals, value = argument.removeprefix("--").partition("=")
         if name in _REQUESTS:
             raise ConfigError(f"--{name} starts no training. Run python -m job fit --{name}.")
-        _require_not_own(name, has_data)
         _require_not_local(name, value)
         if name == "config" and equals:
             if Path(value).parent == recipes.FOLDER:
@@ -73,23 +70,29 @@ def from_arguments(args: Sequence[str], *, has_data: bool) -> FitOptions:
     return FitOptions(tuple(result), files)
 
 
-def check_mapping(options: Mapping[str, Any], *, has_data: bool) -> None:
-    """Check ``fit`` of submit's configuration file, which has the form of one of fit's.
+def check_names(options: Mapping[str, Any], args: Sequence[str], *, has_data: bool) -> None:
+    """Check options of fit against those of submit.
+
+    Args:
+        options: as in one of fit's configuration files.
+        args: arguments of fit, each as ``--name=value``.
+        has_data: ``--data`` says already where the images are.
 
     Raises:
-        ConfigError: an option is not for pods, or is submit's own.
+        ConfigError: an option is not for pods, or given twice.
     """
-    require_public(dict(options))
-    for name, value in _flat(options):
-        _require_not_own(name, has_data)
+    pairs = list(_flat(options))
+    for name, value in pairs:
         if isinstance(value, str):
             _require_not_local(name, value)
+    for name in [*(name for name, _ in pairs), *(argument[2:].partition("=")[0] for argument in args)]:
+        own = _OWN.get(name)
+        if own is not None and (own != "data" or has_data):
+            raise ConfigError(f"--{name} of fit is --{own} of submit. Give it once, before the --.")
 
 
 def flags_of(options: Mapping[str, Any]) -> list[str]:
     """A mapping of options as arguments, for where there is no file."""
-    import json
-
     return [
         f"--{name}={value if isinstance(value, str) else json.dumps(value, allow_nan=False)}"
         for name, value in _flat(options)
@@ -128,7 +131,7 @@ def check_arguments(args: Sequence[str], files: Mapping[str, str], termination: 
         for name, text in files.items():
             (folder / name).write_text(text)
         local = [argument.replace(f"={CONFIG_FOLDER}/", f"={folder}/", 1) for argument in args[2:]]
-        with _own_environment():
+        with shell_options_removed():
             cli = TrainingCLI("fit", local)
         backbone = cli.model_config.backbone
         with contextlib.suppress(ImportError):
@@ -148,8 +151,8 @@ def check_arguments(args: Sequence[str], files: Mapping[str, str], termination: 
 
 
 @contextlib.contextmanager
-def _own_environment() -> Iterator[None]:
-    """Without the variables by which this shell configures fit: the pods do not have them."""
+def shell_options_removed() -> Iterator[None]:
+    """While the context lasts, remove the variables by which this shell configures fit: the pods do not have them."""
     kept = {log_format.VARIABLE, "JOB_LOG_SECONDS"}
     names = [name for name in os.environ if name.startswith(f"{ENV_PREFIX}_") and name not in kept]
     removed = {name: os.environ.pop(name) for name in names}
@@ -157,12 +160,6 @@ def _own_environment() -> Iterator[None]:
         yield
     finally:
         os.environ.update(removed)
-
-
-def _require_not_own(name: str, has_data: bool) -> None:
-    own = _OWN.get(name)
-    if own is not None and (own != "data" or has_data):
-        raise ConfigError(f"--{name} of fit is --{own} of submit. Give it once, before the --.")
 
 
 def _require_not_local(name: str, value: str) -> None:

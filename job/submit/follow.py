@@ -154,7 +154,7 @@ class Streams:
                     return
 
 
-def follow(kubectl: Kubectl, run: str, *, poll_seconds: float = POLL_SECONDS) -> int:
+def follow(kubectl: Kubectl, run: str) -> int:
     """Print the logs of all pods of a run, those that replace others included, until it ends.
 
     Returns:
@@ -178,7 +178,7 @@ def follow(kubectl: Kubectl, run: str, *, poll_seconds: float = POLL_SECONDS) ->
                 if time.monotonic() - last_answer > UNREACHABLE_SECONDS:
                     raise
                 announced.problem("cluster", str(error).splitlines()[0])
-                streams.show(poll_seconds)
+                streams.show(POLL_SECONDS)
                 continue
             streams.follow(pods)
             for pod in pods:
@@ -188,7 +188,7 @@ def follow(kubectl: Kubectl, run: str, *, poll_seconds: float = POLL_SECONDS) ->
                 streams.drain()
                 return _end(run, current, list(codes.values()))
             announced.state(current, pods)
-            streams.show(poll_seconds)
+            streams.show(POLL_SECONDS)
 
 
 class Announcements:

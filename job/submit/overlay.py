@@ -50,7 +50,11 @@ _POD_PATHS = {
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes strings that the YAML of another program might read as something else, such as y or 0o17."""
+    """Quotes strings that another program's YAML might read as something else: y, 0o17. Writes no anchors."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Whether a value is written again where it occurs again."""
+        return True
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

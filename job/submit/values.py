@@ -10,8 +10,8 @@ from job import redact
 from job.errors import ConfigError
 from job.process.terminal import escape
 
-NAME_CHARACTERS = 40
-"""Kubernetes allows 63 for the name of a pod, of which a JobSet's pods need 20 for "-train-slice-0-12-x7k2p"."""
+NAME_CHARACTERS = 38
+"""Kubernetes allows 63 for the name of a pod; a JobSet's pods end with "-train-slice-99-999-x7k2p"."""
 
 _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 """RFC 1035, which Services demand: stricter than RFC 1123 in its first character."""
@@ -124,6 +124,8 @@ def require_bucket(option: str, uri: str) -> str:
             f"--{option} {escape(uri[:200])} is of this machine, and pods are on others. Give the URI of a bucket, "
             "such as gs://my-bucket/…."
         )
+    if escape(uri) != uri or any(character.isspace() for character in uri):
+        raise ConfigError(f"--{option} {escape(uri[:200])} has spaces or control characters.")
     return uri
 
 

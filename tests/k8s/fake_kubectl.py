@@ -1,7 +1,8 @@
 """A kubectl whose cluster is a JSON file: $FAKE_CLUSTER. What needs no cluster is left to the real one.
 
-The file has: objects by "RESOURCE/NAME" (created by apply); ``steps``, of which each look at a run's workload takes one:
-objects to merge, or null to remove one; ``logs``, lines by pod; ``fail``, a message by verb; ``calls``, all arguments.
+The file has: objects by "RESOURCE/NAME" (created by apply); ``steps``, of which each look at a workload that exists
+takes one: objects to merge, or null to remove one; ``logs``, lines by pod; ``fail``, a message by verb; ``unknown``,
+resources whose controller is not installed. All arguments go to a second file, ``.calls``.
 """
 
 import json
@@ -20,6 +21,7 @@ RESOURCES = {
     "JobSet": "jobsets.jobset.x-k8s.io",
     "TrainJob": "trainjobs.trainer.kubeflow.org",
 }
+WORKLOADS = ("jobs.batch", "jobsets.jobset.x-k8s.io", "trainjobs.trainer.kubeflow.org")
 ALIASES = {"service": "services", "networkpolicy": "networkpolicies.networking.k8s.io", "configmap": "configmaps"}
 
 
@@ -76,7 +78,7 @@ def main():
             del objects[key]
             print(f"{key} deleted")
     elif verb == "get":
-        if "/" in names[0] and names[0].partition("/")[0] in RESOURCES.values() and cluster.get("steps"):
+        if names[0] in objects and names[0].partition("/")[0] in WORKLOADS and cluster.get("steps"):
             for key, changes in cluster["steps"].pop(0).items():
                 if changes is None:
                     objects.pop(key, None)

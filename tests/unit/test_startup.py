@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, environment, picture_files, write_files
+from support import REPOSITORY, environment, fit_here, picture_files, write_files
 
 HEAVY = (
     "torch",
@@ -89,6 +89,34 @@ def test_serve_imports_no_lightning(tmp_path: Path) -> None:
     packages = imported("serve", tmp_path, "--port=0", code=2)
     assert {"torch", "uvicorn"} <= packages
     assert not packages & set(LIGHTNING)
+
+
+LOAD = """
+import sys, time
+began = time.monotonic()
+import job
+predictor = job.load(sys.argv[1])
+loaded = time.monotonic()
+print(predictor.predict(sys.argv[2]).label)
+print(f"loaded in {loaded - began:.1f} s, predicted in {time.monotonic() - loaded:.2f} s", file=sys.stderr)
+print(*{name.split(".")[0] for name in sys.modules})
+"""
+
+
+def test_load_and_predict_import_no_lightning(tmp_path: Path) -> None:
+    run_dir = fit_here(tmp_path)
+    image = next((tmp_path / "colours").glob("*/*.jpg"))
+    process = subprocess.run(
+        [sys.executable, "-c", LOAD, run_dir, image],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=REPOSITORY,
+        check=True,
+    )
+    label, modules = process.stdout.splitlines()
+    assert label in ("blue", "red")
+    assert not set(modules.split()) & set(LIGHTNING)
 
 
 def test_launch_imports_torchrun_alone() -> None:

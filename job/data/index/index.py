@@ -187,8 +187,12 @@ class Index:
 
     def uri(self, sample: int) -> str:
         """URI of a sample; a member of an archive as ARCHIVE/MEMBER."""
-        place = self[sample]
-        return redact.identity(storage.join(self.sources[place.source].uri, place.key))
+        return self.uris([sample])[0]
+
+    def uris(self, samples: Sequence[int]) -> list[str]:
+        """URIs of some samples, in the given order."""
+        places = self.rows(samples)
+        return [redact.identity(storage.join(self.sources[place.source].uri, place.key)) for place in places]
 
 
 class PartWriter:
