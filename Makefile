@@ -4,6 +4,7 @@
 # make test-all   all tests                        make golden     generated files: manifests, options, schema
 # make processes  all but the image and TPU path
 # make benchmark-checkpoint, benchmark-data, benchmark-train   what each costs, against others
+# make benchmark-serve   throughput and latency of the server, and a restart under load
 # make benchmark-startup   CPU seconds that each command takes to start
 # make benchmark-monitoring   what monitoring adds to steps and validations, and the size of TensorBoard events
 # make benchmark-gpu   whether everything works on a GPU, and how fast
@@ -18,7 +19,7 @@ VENV_TPU ?= .venv-tpu
 DATA ?=
 
 .PHONY: demo test test-all processes unit xla container golden lint docs docs-serve reference lock
-.PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup benchmark-monitoring
+.PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup benchmark-monitoring benchmark-serve
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -55,7 +56,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup benchmark-monitoring: benchmark-%: $(VENV)/installed
+benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup benchmark-monitoring benchmark-serve: benchmark-%: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/$*.py
 
 # Material announces its end of life in 2027 at each build.

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
@@ -124,6 +125,19 @@ class Client:
     async def get(self, path: str) -> int:
         """Status of a GET request."""
         return await self.send(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+
+
+def batches(port: int) -> tuple[float, float]:
+    """Images and batches that the server has computed."""
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("job_serve_batch_size_"))
+    return float(values["job_serve_batch_size_sum"]), float(values["job_serve_batch_size_count"])
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def request_of(image: bytes) -> bytes:
@@ -273,29 +287,44 @@ def main() -> None:
         print(f"precision {predictor.precision}")
         pool = one_core_threads(available_cpus())
         ratios, limits, p99s, halves, lone = [], [], [], [], []
+        cpu_ratios, cpu_limits = [], []
         for _ in range(args.rounds):
+            used = time.process_time()
             model = bare(predictor, args.seconds)
+            model_cpu = model * args.seconds / (time.process_time() - used)
+            used = time.process_time()
             with_decoding = decoding_and_model(predictor, files, args.seconds, pool)
+            both_cpu = with_decoding * args.seconds / (time.process_time() - used)
             alone = percentile(single(predictor, files, args.seconds / 2), 0.5)
-            with server(run) as (_, port):
+            with server(run) as (process, port):
                 asyncio.run(closed_loop(port, CLIENTS, 2, requests))
+                before, used = batches(port), cpu_seconds(process.pid)
                 rate, latencies = asyncio.run(closed_loop(port, CLIENTS, args.seconds, requests))
+                server_cpu = cpu_seconds(process.pid) - used
+                images, count = (now - then for now, then in zip(batches(port), before, strict=True))
                 one = percentile(asyncio.run(closed_loop(port, 1, args.seconds / 2, requests))[1], 0.5)
                 half = percentile(asyncio.run(open_loop(port, rate / 2, args.seconds, requests)), 0.99)
             p99 = percentile(latencies, 0.99)
             ratios.append(rate / model)
+            cpu_ratios.append(len(latencies) / server_cpu / model_cpu)
+            cpu_limits.append(len(latencies) / server_cpu / both_cpu)
             limits.append(rate / with_decoding)
             p99s.append(p99 / alone)
             halves.append(half / alone)
             lone.append(one / alone)
-            print(
-                f"bare model {model:.1f} images/s, decoding and model {with_decoding:.1f}, server {rate:.1f} "
-                f"(p50 {percentile(latencies, 0.5):.0f} ms, p99 {p99:.0f} ms); one image alone {alone:.1f} ms, "
-                f"by the server {one:.1f} ms; p99 at half of the load {half:.0f} ms"
-            )
+            lines = [
+                f"bare model {model:.1f} images/s, decoding and model {with_decoding:.1f}, server {rate:.1f} in "
+                f"batches of {images / count:.1f} (p50 {percentile(latencies, 0.5):.0f} ms, p99 {p99:.0f} ms)",
+                f"one image alone {alone:.1f} ms, by the server {one:.1f} ms; p99 at half of the load {half:.0f} ms",
+                f"images per second of CPU time: bare model {model_cpu:.1f}, decoding and model {both_cpu:.1f}, server "
+                f"{len(latencies) / server_cpu:.1f}",
+            ]
+            print(*lines, sep="\n", flush=True)
         for name, values in (
             (f"throughput with {CLIENTS} clients / bare model", ratios),
             (f"throughput with {CLIENTS} clients / decoding and model", limits),
+            ("the first by CPU time of the processes, without the client's", cpu_ratios),
+            ("the second by CPU time", cpu_limits),
             ("latency of one client / Predictor.predict of one file", lone),
             (f"p99 with {CLIENTS} clients / Predictor.predict of one file", p99s),
             ("p99 at half of the load, random arrivals / Predictor.predict of one file", halves),

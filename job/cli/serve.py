@@ -103,7 +103,11 @@ def main(
         raise ConfigError(f'serve needs {", ".join(missing)}: pip install "job[serve]"')
     # torch takes seconds to import: not for --help or a misspelt option.
     from job.predict.predictor import Predictor, load
+    from job.serve.device import require_device
     from job.serve.server import serve as run
+
+    if device is not None:
+        require_device(device)
 
     def load_model() -> Predictor:
         predictor = load(checkpoint_uri, device, tta, max_image_pixels, precision)

@@ -37,7 +37,9 @@ def prepare(image: Image, size: int, mode: ResizeMode, max_image_pixels: int) ->
     if isinstance(image, np.ndarray):
         height, width = image.shape[:2]
         if height * width > max_image_pixels:
-            raise DataError(f"is refused: {width} x {height} pixels, more than max_image_pixels ({max_image_pixels:,})")
+            raise DataError(
+                f"an array of {width} x {height} pixels is refused: more than max_image_pixels ({max_image_pixels:,})"
+            )
         return resize(pixels_of(image, size, max_image_pixels), size, mode)
     try:
         return resize(decode(image, size, min(LARGE, max_image_pixels)), size, mode)
@@ -51,4 +53,4 @@ def prepare(image: Image, size: int, mode: ResizeMode, max_image_pixels: int) ->
 def reason(error: DataError) -> str:
     """Why an image cannot be read, for the client."""
     text = str(error)
-    return text if text.startswith(("a ", "an ", "floats")) else f"the image {text}"
+    return text if text.startswith(("a ", "an ", "floats")) else f"the file {text}"

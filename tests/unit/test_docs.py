@@ -36,6 +36,8 @@ README = REPOSITORY / "README.md"
 PAGES = [README, REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 GUIDE = REPOSITORY / "k8s" / "README.md"
 """Its commands are checked by test_manifests.py."""
+SERVING = REPOSITORY / "docs" / "serve.md"
+"""Its commands for Kubernetes are checked by test_serve_manifests.py."""
 FORMS = sorted((REPOSITORY / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
 TARGETS = {name for line in re.findall(r"^([a-z][\w -]*):(?!=)", MAKEFILE, re.MULTILINE) for name in line.split()}
@@ -189,6 +191,11 @@ def check_export(words: list[str], options: Callable[[list[str]], None]) -> None
         assert option in parameters, name
 
 
+def check_curl(words: list[str], options: Callable[[list[str]], None]) -> None:
+    """Requests to the server of predictions, whose tests send them."""
+    assert words[-1] == "localhost:8080/predict"
+
+
 CHECKS: dict[str, Callable[[list[str], Callable[[list[str]], None]], None]] = {
     "python": check_python,
     "export": check_export,
@@ -197,6 +204,7 @@ CHECKS: dict[str, Callable[[list[str], Callable[[list[str]], None]], None]] = {
     "kubectl": check_kubectl,
     "docker": check_docker,
     "pip": check_pip,
+    "curl": check_curl,
 }
 
 
@@ -236,7 +244,7 @@ def test_options_of_filesystems_have_the_names_of_fsspec() -> None:
 
 def test_every_block_has_a_language_that_is_checked() -> None:
     assert {block.language for block in BLOCKS} <= {"bash", "sh", "yaml", "python", "text"}
-    assert {block.page for block in BLOCKS if block.language == "sh"} == {GUIDE}
+    assert {block.page for block in BLOCKS if block.language == "sh"} == {GUIDE, SERVING}
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)

@@ -95,7 +95,7 @@ def test_an_unreadable_image_has_an_error_beside_the_predictions_of_others(serve
     assert answer.status_code == 200
     first, second, third = answer.json()["predictions"]
     assert_same([first, third], expected([PICTURES[0], PICTURES[2]]))
-    assert second == {"error": "the image is no image of a known format (8 bytes)."}
+    assert second == {"error": "the file is no image of a known format (8 bytes)."}
 
 
 def infer(server: Running, tensor: dict[str, Any], **more: Any) -> httpx.Response:
@@ -544,7 +544,7 @@ def test_the_page_has_no_script_and_allows_none(server: Running) -> None:
     files = [("image", ("<b>&\u202e.jpg", PICTURES[0])), ("image", ("two.jpg", b"no image"))]
     shown = server.client.post("/", files=files).text
     assert "<b>" not in shown
-    assert "the image is no image of a known format" in shown
+    assert "the file is no image of a known format" in shown
     assert expected(PICTURES[:1])[0]["label"] in shown
 
 
@@ -563,6 +563,8 @@ def test_the_page_has_no_script_and_allows_none(server: Running) -> None:
         (["x", "--prot", "80"], "--port"),
         (["/nowhere", "--port", "0"], "/nowhere"),
         (["x", "--host", "203.0.113.1"], "--host"),
+        (["x", "--device", "gpu"], "--device gpu cannot be used"),
+        (["x", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
     ],
 )
 def test_mistakes_end_with_2(options: list[str], message: str, tmp_path: Path) -> None:
