@@ -269,7 +269,8 @@ def main() -> None:
     requests = [request_of(file) for file in files]
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(Path(folder), args.backbone)
-        predictor = job.load(str(run))
+        predictor = job.load(str(run), precision="auto")
+        print(f"precision {predictor.precision}")
         pool = one_core_threads(available_cpus())
         ratios, limits, p99s, halves, lone = [], [], [], [], []
         for _ in range(args.rounds):

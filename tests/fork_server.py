@@ -33,6 +33,8 @@ MODULES = (
     "job.cli.tune",
     "job.cli.evaluate",
     "job.cli.predict",
+    "job.cli.serve",
+    "job.serve.server",
     "job.cli.index",
     "job.cli.checkpoints",
     "job.cli.launch",

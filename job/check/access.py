@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from job import storage
 from job.check.clock import compare_clocks
 from job.check.finding import Finding, fail, ok, warn
@@ -19,7 +21,7 @@ from job.errors import StorageError
 from job.redact import HTTP
 from job.storage import conditional
 
-DATA, RUN_DIR = "data_access", "run_dir_access"
+DATA, RUN_DIR, FEATURES = "data_access", "run_dir_access", "features_access"
 DATA_MEND = "Correct --data.root (or --data.train, .val, .test), or give the account the right to read and list it."
 RUN_DIR_MEND = (
     "Correct --run_dir, or give the account the right to create, read, list and delete objects below it (on Google "
@@ -89,6 +91,13 @@ def run_dir_access(run_dir: str) -> Iterator[Finding]:
             "Give the account the right to delete: without it superseded checkpoints occupy space, and no lease "
             "protects the run from a second job.",
         )
+
+
+def features_access(uri: str) -> Iterator[Finding]:
+    """The same below ``--features.uri``, where several runs share cached features."""
+    for finding in run_dir_access(uri):
+        if finding.check == RUN_DIR:
+            yield msgspec.structs.replace(finding, check=FEATURES)
 
 
 def _rights(run_dir: str, uri: str) -> Iterator[Finding]:

@@ -42,6 +42,9 @@ def nodes(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     if node.nodes == 1:
         yield ok(NODES, f"{node.platform}: one node.")
         return
+    if node.platform == "torchrun worker":  # it has met the others
+        yield ok(NODES, f"node {node.node_rank} of {node.nodes}, whose ranks torch elastic has started.")
+        return
     where = f"node {node.node_rank} of {node.nodes} ({node.platform})"
     if not _has_address(node.host):
         yield fail(NODES, f"{where}: node 0, {node.host}, has no DNS record after {DNS_SECONDS:.0f} s.", _ADDRESS_MEND)
@@ -91,8 +94,9 @@ def all_reduce(device: torch.device) -> tuple[Finding, float]:
     _synchronise(device)
     seconds = max((time.monotonic() - began) / _ROUNDS, 1e-9)
     rate = values.nbytes / seconds
+    backend = "NCCL" if device.type == "cuda" else "gloo"
     message = (
-        f"{ranks.world_size()} ranks exchange {gigabytes(values.nbytes)} by {dist.get_backend(None)} in "
+        f"{ranks.world_size()} ranks exchange {gigabytes(values.nbytes)} by {backend} in "
         f"{1000 * seconds:.0f} ms ({gigabytes(rate)}/s)."
     )
     if rate < _LEAST_BYTES_PER_SECOND:

@@ -142,6 +142,8 @@ def samples(data: ImageDataModule) -> Iterator[Finding]:
     sizes = {}
     for part, index in data.parts.items():
         chosen = _spread(len(index), DECODED)
+        if not len(chosen):
+            continue
         dataset = data.dataset(part, SelectedBatchSampler(chosen, len(chosen)))
         batch = dataset[dataset.sampler.batch(0, 0)]
         if batch["error"] is not None:

@@ -80,19 +80,23 @@ class ChecksFailed(JobError):
 
 def ok(check: str, message: str) -> Finding:
     """A finding that asks for nothing."""
-    return Finding(check, "ok", redact(message))
+    return Finding(check, "ok", _one_line(message))
 
 
 def warn(check: str, message: str, mend: str) -> Finding:
     """A finding that does not prevent the run."""
-    return Finding(check, "warn", redact(message), mend)
+    return Finding(check, "warn", _one_line(message), mend)
 
 
 def fail(check: str, message: str, mend: str) -> Finding:
     """A finding that prevents the run."""
-    return Finding(check, "fail", redact(message), mend)
+    return Finding(check, "fail", _one_line(message), mend)
 
 
 def worst(findings: Iterable[Finding]) -> Status:
     """The worst status among findings."""
     return max((finding.status for finding in findings), key=_ORDER.index, default="ok")
+
+
+def _one_line(message: str) -> str:
+    return redact(" ".join(line.strip() for line in message.splitlines()))

@@ -1,31 +1,57 @@
-"""The backbone and its pretrained weights."""
+"""The backbone and the weights that the run starts with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from job import checkpoint
 from job.check.finding import Finding, ok
+from job.checkpoint.initial import initial_checkpoint, require_other_run
 from job.data.datamodule import ImageDataModule
-from job.model.backbone import build_backbone, build_skeleton
+from job.errors import StorageError
+from job.model.backbone import build_skeleton
+from job.model.classifier import build_classifier
 from job.model.config import ModelConfig
 from job.model.loading import read_pretrained
+from job.model.warm_start import read_warm_start
+from job.model.weights import PretrainedWeights
+from job.train.fit import FitSettings
 
 WEIGHTS = "weights"
-MEND = "Correct --model.backbone or --model.weights; none starts from random weights."
+MEND = "Correct --model.backbone, --data.image_size, --model.weights or --init_from, whichever this names."
+_CLASSES = ("a", "b")
+"""Stand for those of the data, of which the backbone knows nothing."""
+_LIBRARY = {"none": "random weights", "DEFAULT": "the library's pretrained weights"}
 
 
-def weights(config: ModelConfig, data: ImageDataModule) -> Iterator[Finding]:
-    """Build the backbone, and load its weights into it: names, shapes and, of a checkpoint, its SHA-256 must fit.
+def weights(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Iterator[Finding]:
+    """Build the network, and load its weights: names, shapes and, of a checkpoint, its SHA-256 must fit.
 
     Raises:
         JobError: a subclass says what does not fit.
     """
-    build_skeleton(config.backbone, data.image_size)  # an unknown name costs no download
-    backbone = build_backbone(config.backbone, read_pretrained(config.weights), data.image_size)
-    parameters = sum(parameter.numel() for parameter in backbone.parameters())
-    origin = {"none": "random weights", "DEFAULT": "the library's pretrained weights"}
-    yield ok(
-        WEIGHTS,
-        f"{config.backbone}, {parameters / 1e6:.3g} M parameters, with "
-        f"{origin.get(config.weights, f'the weights {config.weights}')}.",
-    )
+    skeleton = build_skeleton(config.backbone, data.image_size)  # an unknown name costs no download
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    described = f"{config.backbone}, {parameters / 1e6:.3g} M parameters, with"
+    if _has_checkpoint(settings.run_dir):
+        yield ok(WEIGHTS, f"{described} those of the run's own checkpoint, from which it continues.")
+        return
+    values: str | PretrainedWeights
+    if settings.init_from is not None:
+        require_other_run(settings.init_from, settings.run_dir)
+        values = read_warm_start(initial_checkpoint(settings.init_from), config.backbone).backbone
+    else:
+        values = read_pretrained(config.weights)
+    build_classifier(config, values, classes=_CLASSES, image_size=data.image_size, device_type="cpu")
+    if isinstance(values, str):
+        yield ok(WEIGHTS, f"{described} {_LIBRARY[values]}.")
+        return
+    of_classes = f", of {len(values.classifier.classes):,} classes" if values.classifier is not None else ""
+    yield ok(WEIGHTS, f"{described} {settings.init_from or config.weights}{of_classes}.")
+
+
+def _has_checkpoint(run_dir: str) -> bool:
+    try:
+        return bool(checkpoint.scan(run_dir).good)
+    except StorageError:  # a check of its own reports it
+        return False

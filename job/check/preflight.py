@@ -18,6 +18,7 @@ from job.data.datamodule import ImageDataModule
 from job.errors import JobError, RankLost
 from job.model.config import ModelConfig
 from job.process import temporary
+from job.process.identity import process_age
 from job.process.periodic import call_within
 from job.train.fit import FitSettings
 
@@ -33,8 +34,10 @@ MEASURING_SHARE = 0.5
 """Share of the limit of the measurement that is used for it: a single step may take longer."""
 MOST_MEASURING_SECONDS = 12.0
 """About how long steps and loader are measured at most."""
-TOTAL_SECONDS = 46.0
-"""Of all checks; imports come before them."""
+TOTAL_SECONDS = 55.0
+"""From the start of the process to the end of the last check."""
+IMPORT_SECONDS = 15.0
+"""Age of the process that counts at most: of one that has done other things before, the checks have the rest."""
 LEAST_TRAINING_SECONDS = 12.0
 """Limit of the measurement where the other checks have taken most of the time."""
 RANKS_SECONDS = 40.0
@@ -58,10 +61,11 @@ def preflight(
         price_per_hour: of all machines of the run.
     """
     began = time.monotonic()
+    until = began + TOTAL_SECONDS - min(process_age(), IMPORT_SECONDS)
     folder = temporary.folder("check")
     findings = run_checks(_first_checks(config, images, settings, folder))
     if ranks.rank() == 0 and images.parts:
-        findings += _data_checks(config, images)
+        findings += _data_checks(config, images, settings.run_dir)
     result: Estimate | None = None
     try:
         with ranks.process_group(RANKS_SECONDS):
@@ -74,7 +78,7 @@ def preflight(
                 folder,
                 price_per_hour,
                 is_far=is_far,
-                seconds=max(TOTAL_SECONDS - (time.monotonic() - began), LEAST_TRAINING_SECONDS),
+                seconds=max(until - time.monotonic(), LEAST_TRAINING_SECONDS),
             )
             findings += _gathered(own, GATHER_SECONDS)
             if ranks.world_size() > 1 and any(finding.check == STEP for finding in findings):
@@ -106,9 +110,11 @@ def _first_checks(config: ModelConfig, images: ImageDataModule, settings: FitSet
             Check(bucket.REGION, lambda: bucket.regions([*uris, run_dir]), ACCESS_SECONDS, mend),
         ]
     if ranks.local_rank() == 0:
+        if (shared := settings.features.uri) is not None and settings.features.use != "never":
+            checks.append(Check(access.FEATURES, lambda: access.features_access(shared), ACCESS_SECONDS, mend, "fail"))
         checks += [
             Check(access.RUN_DIR, lambda: access.run_dir_access(run_dir), ACCESS_SECONDS, mend, "fail"),
-            Check(network.WEIGHTS, lambda: network.weights(config, images), WEIGHTS_SECONDS, network.MEND),
+            Check(network.WEIGHTS, lambda: network.weights(config, images, settings), WEIGHTS_SECONDS, network.MEND),
             Check(cluster.NODES, cluster.nodes, ACCESS_SECONDS, cluster.MEND),
             Check(machine.SHARED_MEMORY, lambda: machine.shared_memory(images), 5.0, machine.SHM_MEND),
             Check(
@@ -121,11 +127,17 @@ def _first_checks(config: ModelConfig, images: ImageDataModule, settings: FitSet
     return [*checks, Check(machine.OPEN_FILES, machine.open_files, 5.0, machine.FILES_MEND)]
 
 
-def _data_checks(config: ModelConfig, images: ImageDataModule) -> list[Finding]:
+def _data_checks(config: ModelConfig, images: ImageDataModule, run_dir: str) -> list[Finding]:
     return run_checks(
         [
             Check(data.CLASSES, lambda: data.classes(images, config), DATA_SECONDS, access.DATA_MEND),
             Check(data.SAMPLES, lambda: data.samples(images), DATA_SECONDS, access.DATA_MEND),
+            Check(
+                run_dir_state.EARLIER_RUN,
+                lambda: run_dir_state.resumed_data(images, run_dir),
+                DATA_SECONDS,
+                "Look at the index in run_dir.",
+            ),
             Check(data.OVERLAP, lambda: data.overlap(images), DATA_SECONDS, access.DATA_MEND),
         ]
     )

@@ -10,6 +10,11 @@ from job import checkpoint, storage
 from job.check.finding import Finding, fail, ok, warn
 from job.config.run_config import FILE as CONFIG_FILE
 from job.config.run_config import changes, listed_changes
+from job.data.datamodule import ImageDataModule
+from job.data.index.index import Index
+from job.data.index.sources import INDEX_FILE
+from job.data.index.store import local_index
+from job.errors import ConfigError
 from job.model.config import ModelConfig
 from job.resilience import attempts
 from job.resilience.lease import FILE as LEASE_FILE
@@ -85,7 +90,11 @@ def earlier_run(settings: FitSettings) -> Iterator[Finding]:
         )
         return
     uri = storage.join(run_dir, CONFIG_FILE)
-    changed = changes(uri, settings.config) if storage.exists(uri) else {}
+    try:
+        changed = changes(uri, settings.config) if storage.exists(uri) else {}
+    except ConfigError as error:
+        yield warn(EARLIER_RUN, str(error), "Delete or restore the file; a fit writes its own, and keeps this one.")
+        changed = {}
     resumes = f"{run_dir} holds a run, which continues after step {step:,}" if scan.good else f"{run_dir} has no run"
     if fixed := {name: change for name, change in changed.items() if scan.good and name in FIXED}:
         yield fail(
@@ -106,4 +115,19 @@ def earlier_run(settings: FitSettings) -> Iterator[Finding]:
             EARLIER_RUN,
             f"{len(scan.damaged)} checkpoint(s) cannot be used: {scan.damaged[0]}",
             "An older one is used. python -m job checkpoints verify lists them.",
+        )
+
+
+def resumed_data(data: ImageDataModule, run_dir: str) -> Iterator[Finding]:
+    """Whether the training images are those of the run that would be resumed: with others a resume is refused."""
+    uri = data.index_uri(run_dir)
+    if not checkpoint.scan(run_dir).good or not storage.exists(storage.join(uri, INDEX_FILE)):
+        return
+    before = Index(local_index(uri, data.cache_dir), "train", data.access).fingerprint()
+    now = data.parts["train"].fingerprint()
+    if before != now:
+        yield fail(
+            EARLIER_RUN,
+            f"the training images have changed since {run_dir} was started: {before} → {now}.",
+            "Put them back as they were, or choose another --run_dir.",
         )

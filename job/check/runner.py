@@ -48,7 +48,7 @@ def run_check(check: Check) -> list[Finding]:
     try:
         findings = call_within(check.seconds, lambda: list(check.run()), f"{_THREAD}{check.name}")
     except TimeoutError:
-        message = f"not finished after {check.seconds:.0f} s, so that this could not be found out."
+        message = f"not finished after {check.seconds:.0f} s: what it waits for does not answer, or too slowly."
         findings = [(fail if check.status_at_timeout == "fail" else warn)(check.name, message, check.mend)]
     except Exception as error:
         better = translated(error)

@@ -129,8 +129,8 @@ class Measurement(Callback):
         measured.batches = batches_per_epoch(trainer, size, data.global_batch_size)
         measured.batch = max(data.global_batch_size // ranks.world_size(), 1)
         measured.is_cpu = module.device.type == "cpu"
-        measured.device = torch.cuda.get_device_name(module.device) if module.device.type == "cuda" else "CPU"
-        threads = f", {torch.get_num_threads()} threads" if measured.is_cpu else ""
+        measured.device = _name(module.device)
+        threads = f", {torch.get_num_threads()} thread(s)" if measured.is_cpu else ""
         self.findings.append(ok(DEVICE, f"{measured.device}{threads}, precision {trainer.precision}."))
         if ranks.world_size() > 1:
             finding, measured.reduced_per_second = all_reduce(module.device)
@@ -183,7 +183,7 @@ class Measurement(Callback):
             each = max(small - held - _gradient_bytes(module), 0.0) / first
         averages = sum(parameter.nbytes for parameter in module.parameters()) if module.config.ema else 0
         measured.memory_needed = small + each * (measured.batch - first) + averages
-        measured.memory_available = small + free_bytes(module.device)
+        measured.memory_available = held_bytes(module.device) + free_bytes(module.device)
         if module.device.type == "cuda" and measured.memory_needed < TIGHT * measured.memory_available:
             return measured.batch  # a small batch does not show a GPU's speed
         return size
@@ -224,6 +224,10 @@ def _timed(trainer: pl.Trainer, module: TransferLearningModel, size: int) -> flo
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
     return time.monotonic() - began
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
 def _gradient_bytes(module: TransferLearningModel) -> int:

@@ -27,6 +27,8 @@ def main(
     port: int | None = None,
     name: str = "model",
     device: str | None = None,
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    compile: bool = False,
     tta: Literal["none", "hflip"] = "none",
     max_batch_size: int = 32,
     max_wait_ms: float = 5.0,
@@ -52,6 +54,10 @@ def main(
         port: port to listen on; 0 takes any free one. Default: AIP_HTTP_PORT, which Vertex AI sets, or 8080.
         name: the model's name in the routes /v1/models/NAME and /v2/models/NAME.
         device: torch device. Default: the first GPU, where CUDA has one, else the CPU.
+        precision: bf16 computes by autocast, fp32 in float32. auto is bf16 where the hardware multiplies it natively,
+            else fp32.
+        compile: compile the network by torch.compile, which takes a minute and a C++ compiler; every batch is then
+            padded to --max_batch_size.
         tta: test-time augmentation: hflip averages predictions over horizontal flips.
         max_batch_size: images that the model computes at once.
         max_wait_ms: milliseconds that an image waits for others, if there are any.
@@ -96,7 +102,13 @@ def main(
     if missing := [package for package in PACKAGES if find_spec(package) is None]:
         raise ConfigError(f'serve needs {", ".join(missing)}: pip install "job[serve]"')
     # torch takes seconds to import: not for --help or a misspelt option.
-    from job.predict.predictor import load
+    from job.predict.predictor import Predictor, load
     from job.serve.server import serve as run
 
-    run(lambda: load(checkpoint_uri, device, tta, max_image_pixels), settings)
+    def load_model() -> Predictor:
+        predictor = load(checkpoint_uri, device, tta, max_image_pixels, precision)
+        if compile:
+            predictor.compile(max_batch_size)
+        return predictor
+
+    run(load_model, settings)

@@ -270,7 +270,7 @@ class ImageDataModule(pl.LightningDataModule):
         run_dir = self._run_dir()
         if (usable := self.usable_index(run_dir)) is not None:
             return usable
-        uri = self._index_uri(run_dir)
+        uri = self.index_uri(run_dir)
         with report_disk_full(self.cache_dir, "make the index"):
             scratch = tempfile.TemporaryDirectory(prefix=".index-", dir=self.cache_dir)
         with scratch as folder:
@@ -280,7 +280,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     def usable_index(self, run_dir: str) -> str | None:
         """URI of the index that an earlier attempt left in run_dir; None if there is none of this data as it is."""
-        uri, roots = self._index_uri(run_dir), [root for roots in self.uris.values() for root in roots]
+        uri, roots = self.index_uri(run_dir), [root for roots in self.uris.values() for root in roots]
         return uri if is_run_index_usable(uri, self.cache_dir, self._request(), roots, self.access) else None
 
     def make_index(self, folder: Path, time_limit: TimeLimit | None = None) -> None:
@@ -315,7 +315,8 @@ class ImageDataModule(pl.LightningDataModule):
             request["columns"] = str(self.columns)
         return request
 
-    def _index_uri(self, run_dir: str) -> str:
+    def index_uri(self, run_dir: str) -> str:
+        """Where the index of this data is in run_dir, once a run has made it."""
         name = hashlib.sha256(json.dumps(self._request()).encode()).hexdigest()[:16]
         return storage.join(run_dir, "index", name)
 

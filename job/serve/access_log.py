@@ -69,8 +69,10 @@ class AccessLog:
         self.lifecycle.in_flight += 1
         try:
             await self.app(scope, receive, counted_send)
-        except asyncio.CancelledError:
-            raise
+        except asyncio.CancelledError:  # the server has waited long enough
+            self.lifecycle.abandoned += 1
+            if not status:
+                await _send_error(counted_send, 503, "the server stops. Try again later.")
         except Exception:
             log.exception("a request failed:")
             if not status:

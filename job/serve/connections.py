@@ -89,10 +89,14 @@ class Connection(H11Protocol):
             self._start_timer(HEADER_SECONDS)
 
     def on_response_complete(self) -> None:
-        """Wait for the client to read the answer for a limited time."""
+        """Wait for the client to read the answer, or for the header that it has begun, for a limited time."""
         super().on_response_complete()
-        if not self._is_in_request and self.transport.get_write_buffer_size() > 0:
+        if self._is_in_request:
+            return
+        if self.transport.get_write_buffer_size() > 0:
             self._start_timer(self.config.limits.timeout)
+        elif self.conn.trailing_data[0]:
+            self._start_timer(HEADER_SECONDS)
 
     def pause_writing(self) -> None:
         """Wait for the client to read the answer for a limited time."""

@@ -35,6 +35,9 @@ def prepare(image: Image, size: int, mode: ResizeMode, max_image_pixels: int) ->
         DataError: it is no readable image, or too large.
     """
     if isinstance(image, np.ndarray):
+        height, width = image.shape[:2]
+        if height * width > max_image_pixels:
+            raise DataError(f"is refused: {width} x {height} pixels, more than max_image_pixels ({max_image_pixels:,})")
         return resize(pixels_of(image, size, max_image_pixels), size, mode)
     try:
         return resize(decode(image, size, min(LARGE, max_image_pixels)), size, mode)

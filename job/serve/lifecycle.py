@@ -34,6 +34,7 @@ class Lifecycle:
     Attributes:
         is_draining: whether a signal came.
         in_flight: requests without an answer yet.
+        abandoned: requests that were not finished in time.
     """
 
     def __init__(self, batcher: Batcher, stopping: asyncio.Event, grace: float, drain_delay: float) -> None:
@@ -43,6 +44,7 @@ class Lifecycle:
         self.drain_delay = drain_delay
         self.is_draining = False
         self.in_flight = 0
+        self.abandoned = 0
         self._deadline: float | None = None
 
     @property

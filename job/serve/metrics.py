@@ -29,7 +29,7 @@ class Metrics:
     """Counters, gauges and histograms, in a registry of their own."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # a further series for each
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a further series for each
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)

@@ -55,18 +55,26 @@ def serve(load: Callable[[], Predictor], settings: Settings) -> None:
             sys.setswitchinterval(before)
 
 
-async def _serve(load: Callable[[], Predictor], settings: Settings, listener: socket.socket, address: str) -> None:
+def build_server(load: Callable[[], Predictor], settings: Settings) -> Server:
+    """A server for the running event loop; its ``lifecycle`` has the model's queue."""
     stopping = asyncio.Event()
     metrics = Metrics()
     batcher = Batcher(load, settings, metrics, on_failure=stopping.set)
     lifecycle = Lifecycle(batcher, stopping, settings.grace, settings.drain_delay)
     app = create_app(batcher, lifecycle, metrics, settings)
-    server = Server(ServerConfig(app, settings.limits), lifecycle)
+    return Server(ServerConfig(app, settings.limits), lifecycle)
+
+
+async def _serve(load: Callable[[], Predictor], settings: Settings, listener: socket.socket, address: str) -> None:
+    server = build_server(load, settings)
+    lifecycle = server.lifecycle
+    batcher = lifecycle.batcher
     with DrainSignals(settings.grace, lifecycle.drain) as signals:
         say(f"listening at {address} (Ctrl-C ends it)")
         batcher.start()
         await server.serve([listener])
-        unfinished = lifecycle.in_flight
+        await asyncio.sleep(0)  # uvicorn has just cancelled what was not finished
+        unfinished = lifecycle.abandoned
         has_ended = batcher.close()
         if batcher.failure is not None:
             raise batcher.failure

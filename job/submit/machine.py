@@ -20,6 +20,8 @@ TMP_GIB = 15
 """Size of /tmp, which holds a checkpoint during its upload."""
 TPU_TOPOLOGIES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 """Topology of a slice of v5e or v6e by its chips: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus"""
+TPU7X_TOPOLOGIES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
+"""The same of TPU7x, whose slices have three dimensions."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def short_name(machine: Machine) -> str:
     if not machine.accelerators:
         return machine.name
     words = machine.accelerator.removeprefix("nvidia-").removeprefix("tesla-")
-    if words.startswith("tpu"):
+    if words.startswith("tpu-"):
         generation = re.match(r"tpu-?(v?\w+?)(-lite)?(-podslice|-slice|-device)?$", words)
         words = (generation[1] + ("e" if generation[2] else "")) if generation else words
     elif not words.startswith("a100"):  # which comes with 40 GB and with 80
@@ -119,10 +121,11 @@ def tpu_topology(machine: Machine, hosts: int) -> str:
         ConfigError: there is no such slice.
     """
     chips = machine.accelerators * hosts
-    if chips not in TPU_TOPOLOGIES or (hosts > 1 and machine.accelerators != 4):
-        counts = [count // 4 for count in TPU_TOPOLOGIES if count > 4]
+    topologies = TPU7X_TOPOLOGIES if machine.accelerator == "tpu7x" else TPU_TOPOLOGIES
+    if chips not in topologies or (hosts > 1 and machine.accelerators != 4):
+        counts = [count // 4 for count in topologies if count > 4]
         raise ConfigError(
             f"there is no TPU slice of {hosts} {machine.name}. A slice has one host, or "
             f"{', '.join(map(str, counts))} hosts of four chips: change --nodes or --machine."
         )
-    return TPU_TOPOLOGIES[chips]
+    return topologies[chips]

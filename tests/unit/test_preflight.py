@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.server
 import json
 import shutil
@@ -37,12 +38,14 @@ from job.errors import JobError, StorageError
 from job.features.callback import FeatureSettings
 from job.model.config import ModelConfig
 from job.model.freeze import Stage
-from job.process.identity import ProcessId
+from job.process.identity import ProcessId, process_age
+from job.resilience import attempts
 from job.resilience.lease import FILE as LEASE_FILE
 from job.resilience.lease import Lease
 from job.resilience.lease_file import FORMAT, Holder
 from job.train.fit import FitSettings
 
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
@@ -78,6 +81,25 @@ def test_a_healthy_run_is_all_ok_and_changes_nothing(colours: Path, tmp_path: Pa
     assert report.estimate.price == pytest.approx(report.estimate.seconds / 1000, abs=0.01)
     assert report.estimate.checkpoint_bytes > 1_000_000
     assert time.monotonic() - began < 60
+
+
+def test_a_healthy_run_in_a_bucket_leaves_nothing_there(gcs_colours: str, tmp_path: Path) -> None:
+    before = [entry.key for entry in storage.list_files(gcs_colours.rpartition("/")[0])]
+    run_dir = f"{gcs_colours.rpartition('/')[0]}/preflight/1"
+    outcome, report = checked(data__root=gcs_colours, run_dir=run_dir, data__cache_dir=tmp_path)
+    assert outcome.returncode == 0, outcome.output
+    # The machine of the tests may be anywhere.
+    assert {each.check for each in report.findings if each.status != "ok"} <= {"region", "cache_disk"}, outcome.output
+    assert [entry.key for entry in storage.list_files(gcs_colours.rpartition("/")[0])] == before
+    assert not list((tmp_path / "samples").rglob("*.jpg"))
+
+
+def test_a_missing_bucket_is_named(gcs: str, colours: Path) -> None:
+    outcome, report = checked(data__root=colours, run_dir="gs://no-such-bucket/run")
+    assert outcome.returncode == 2
+    assert {each.check for each in report.findings if each.status == "fail"} >= {"run_dir_access"}
+    assert statuses(report.findings)["weights"] == "ok"
+    assert all(each.mend for each in report.findings if each.status != "ok")
 
 
 def test_the_table_names_each_finding_and_what_to_do(tmp_path: Path) -> None:
@@ -317,14 +339,58 @@ def test_an_earlier_run(tmp_path: Path) -> None:
     status, message = found(config.replace("backbone: timm/test_resnet", "backbone: resnet18"))
     assert status == "fail" and "model.backbone: timm/test_resnet → resnet18" in message
     assert found(config, resume="never")[0] == "fail"
-    outcome, _ = checked(data__root=tmp_path / "colours", run_dir=run_dir, trainer__max_epochs=1)
+    outcome, report = checked(data__root=tmp_path / "colours", run_dir=run_dir, trainer__max_epochs=1)
     assert outcome.returncode == 0, outcome.output
+    assert statuses(report.findings)["earlier_run"] == "ok", outcome.output
     assert before == {path: path.read_bytes() for path in sorted(run_dir.rglob("*")) if path.is_file()}
+
+
+def test_other_images_than_those_of_the_run(tmp_path: Path) -> None:
+    run_dir = fit_here(tmp_path, trainer__max_epochs=1)
+    changes: dict[str, object] = {"data__root": tmp_path / "colours", "run_dir": run_dir, "trainer__max_epochs": 1}
+    (tmp_path / "colours" / "red" / "003.jpg").unlink()
+    outcome, report = checked(**changes)
+    assert outcome.returncode == 2
+    (finding,) = (each for each in report.findings if each.status == "fail")
+    assert finding.check == "earlier_run"
+    assert "the training images have changed" in finding.message
+    assert run_here("fit", *options(TINY, **changes)).returncode == 2
+
+
+def test_too_many_failed_attempts_and_a_damaged_configuration(tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"{}").hexdigest()
+    record = attempts.Attempts(attempts.FORMAT, -1, digest, failed=attempts.MAX_FAILED, last_error="no luck")
+    (tmp_path / attempts.FILE).write_bytes(msgspec.json.encode(record))
+    with pytest.raises(JobError, match="no luck"):
+        list(run_dir_state.earlier_run(FitSettings(str(tmp_path), {}, "{}")))
+    (tmp_path / "config.yaml").write_text("- not a mapping")
+    findings = list(run_dir_state.earlier_run(FitSettings(str(tmp_path), {}, "{a: 1}")))
+    assert [finding.status for finding in findings] == ["warn", "ok"]
+
+
+def test_shared_features_are_written_too(colours: Path, tmp_path: Path) -> None:
+    outcome, report = checked(data__root=colours, run_dir=tmp_path / "run", features__uri="/proc/features")
+    assert outcome.returncode == 2
+    assert statuses(report.findings)["features_access"] == "fail"
 
 
 def test_no_checkpoint_where_one_must_be(tmp_path: Path) -> None:
     (finding,) = run_dir_state.earlier_run(FitSettings(str(tmp_path), {}, "{}", resume="must"))
     assert finding.status == "fail"
+
+
+def test_weights_of_another_run(tmp_path: Path) -> None:
+    run_dir = fit_here(tmp_path, trainer__max_epochs=1)
+    config, images = ModelConfig(backbone="timm/test_resnet"), ImageDataModule(root=str(tmp_path), image_size=32)
+    other = FitSettings(str(tmp_path / "second"), {}, "{}", init_from=str(run_dir))
+    (finding,) = network.weights(config, images, other)
+    assert f"with {run_dir}, of 2 classes" in finding.message
+    with pytest.raises(JobError, match="has the backbone timm/test_resnet"):
+        list(network.weights(ModelConfig(backbone="resnet18"), images, other))
+    with pytest.raises(JobError, match="--init_from"):
+        list(network.weights(config, images, FitSettings(str(tmp_path / "second"), {}, "{}", init_from=str(tmp_path))))
+    (finding,) = network.weights(config, images, FitSettings(str(run_dir), {}, "{}"))
+    assert "the run's own checkpoint" in finding.message
 
 
 # Data
@@ -376,7 +442,7 @@ def test_files_that_are_left_out(colours: Path, tmp_path: Path) -> None:
 def test_a_listing_that_takes_too_long(tmp_path: Path) -> None:
     import generated  # noqa: F401  (registers its protocol)
 
-    images = ImageDataModule(root="generated://50x20000", image_size=32, cache_dir=str(tmp_path / "cache"))
+    images = ImageDataModule(root="generated://400x2000", image_size=32, cache_dir=str(tmp_path / "cache"))
     (finding,) = data.scan(images, str(tmp_path / "run"), tmp_path / "index", 0.5)
     assert finding.status == "warn"
     assert "the listing was ended after" in finding.message
@@ -389,9 +455,8 @@ def test_a_listing_that_takes_too_long(tmp_path: Path) -> None:
 def test_weights_of_another_architecture(colours: Path, tmp_path: Path) -> None:
     safetensors.torch.save_file({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "wrong.safetensors")
     config = ModelConfig(backbone="timm/test_resnet", weights=str(tmp_path / "wrong.safetensors"))
-    finding = run_check(Check("weights", lambda: network.weights(config, ImageDataModule(root=str(colours))), 20, "x"))[
-        0
-    ]
+    images, settings = ImageDataModule(root=str(colours), image_size=32), FitSettings(str(tmp_path / "run"), {}, "{}")
+    (finding,) = run_check(Check("weights", lambda: network.weights(config, images, settings), 20, "Correct it."))
     assert finding.status == "fail"
     assert "do not fit the backbone" in finding.message
 
@@ -466,10 +531,18 @@ def test_too_little_memory_for_a_step(colours: Path, tmp_path: Path, monkeypatch
     assert "--data.global_batch_size" in finding.mend
 
 
-def test_an_option_that_training_would_refuse(colours: Path, tmp_path: Path) -> None:
-    _, report = checked(
-        data__root=colours, run_dir=tmp_path / "run", model__optimizer="SGD", model__optimizer__momentum=-1
-    )
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"model__optimizer": "SGD", "model__optimizer__momentum": -1},
+        pytest.param(
+            {"trainer__accelerator": "gpu"},
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_an_option_that_training_would_refuse(refused: dict[str, object], colours: Path, tmp_path: Path) -> None:
+    _, report = checked(data__root=colours, run_dir=tmp_path / "run", **refused)
     (finding,) = (each for each in report.findings if each.status == "fail")
     assert finding.check == "training_step"
     assert statuses(report.findings)["data_overlap"] == "ok"
@@ -521,6 +594,12 @@ def test_cached_features_spare_the_loader(colours: Path, tmp_path: Path) -> None
 
 
 # Time limits
+
+
+def test_the_age_of_this_process() -> None:
+    first = process_age()
+    time.sleep(0.05)
+    assert 0 < first < process_age() < time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def test_a_check_that_hangs_or_fails_does_not_stop_the_others() -> None:

@@ -55,7 +55,7 @@ class InferInput(msgspec.Struct, frozen=True):
     name: str
     datatype: str
     shape: Annotated[list[Dimension], Meta(min_length=1, max_length=4)]
-    data: msgspec.Raw = msgspec.Raw()
+    data: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     parameters: dict[str, Any] = {}
 
 
