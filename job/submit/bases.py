@@ -36,7 +36,7 @@ def base_of(run: Run) -> str:
 
 def components_of(run: Run) -> list[str]:
     """Folders of components that the run's kustomization adds."""
-    return ["components/kueue"] if run.queue and run.kind != "trainjob" else []
+    return ["components/kueue"] if run.queue else []
 
 
 def path_of(name: str) -> Path:

@@ -17,6 +17,7 @@ SECONDS = 60
 """Limit of one request. A cluster that does not answer at all would be waited for without one."""
 _SHOWN = 2000
 """Characters of kubectl's own message that are shown."""
+_LOG_LINE = re.compile(r"[EWI]\d{4} \d\d:\d\d:\d\d")
 _NO_KIND = re.compile(r"no matches for kind \"(\w+)\"|the server doesn't have a resource type \"([\w.]+)\"")
 _UNREACHABLE = re.compile(
     r"(?i)unable to connect to the server|connection refused|no such host|i/o timeout|tls handshake timeout|"
@@ -146,6 +147,8 @@ def _run(command: Sequence[str], *, stdin: str | None, seconds: float) -> str:
 
 
 def _error(command: Sequence[str], text: str) -> JobError:
+    # What kubectl's library logs of its attempts, unless it is all.
+    text = "\n".join(line for line in text.splitlines() if not _LOG_LINE.match(line)) or text
     message = clean(text[:_SHOWN])
     if match := _NO_KIND.search(text):
         kind = match[1] or match[2]

@@ -198,7 +198,6 @@ def _operations(run: Run, manifests: Sequence[Manifest]) -> list[Operation]:
         operations.append(_add(f"{pod_path}/serviceAccountName", run.service_account))
     if run.queue:
         operations.append(_add(f"/metadata/labels/{QUEUE_LABEL.replace('/', '~1')}", run.queue))
-        operations.append(_add("/spec/suspend", True))
     args = [argument.replace("$", "$$") for argument in run.fit_args]  # the kubelet expands $(NAME)
     if workload["kind"] == "TrainJob":
         trainer = workload["spec"]["trainer"]

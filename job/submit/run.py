@@ -57,8 +57,8 @@ class Run:
         for option, number in (("nodes", self.nodes), ("slices", self.slices)):
             if not 1 <= number <= 1000:
                 raise ConfigError(f"--{option} must be from 1 to 1000, not {number}.")
-        if self.kind != "jobset" and self.slices > 1:
-            raise ConfigError(f"--slices {self.slices}: several slices need --kind jobset.")
+        if self.slices > 1 and (self.kind != "jobset" or self.family != "tpu"):
+            raise ConfigError(f"--slices {self.slices}: several slices need a TPU as --machine, and --kind jobset.")
         if self.nodes % self.slices:
             raise ConfigError(f"--nodes {self.nodes} cannot be divided into --slices {self.slices} of the same size.")
         if self.kind == "kueue" and not self.queue:

@@ -35,6 +35,7 @@ def _cases() -> dict[str, list[str]]:
         cases[f"{name}-job-spot"] = [*several, "--spot"]
         cases[f"{name}-kueue"] = [*several, "--kind", "kueue", "--queue", "training"]
         if chips == "gpu":
+            cases[f"{name}-jobset"] = [*several, "--kind", "jobset"]
             cases[f"{name}-trainjob"] = [*several, "--kind", "trainjob"]
             cases[f"{name}-trainjob-spot"] = [*several, "--kind", "trainjob", "--spot", "--queue", "training"]
         if chips == "tpu" and machine.accelerators == 4:

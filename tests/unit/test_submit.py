@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -122,13 +123,15 @@ def test_all_pods_find_one_another(name: str) -> None:
     manifests = manifests_of(name)
     job, pod = job_of(manifests), pod_of(manifests)
     if "google.com/tpu" in pod["containers"][0]["resources"]["limits"]:
-        hosts = int(submitted.CASES[name][submitted.CASES[name].index("--nodes") + 1]) if "--nodes" in name else 1
-        assert hosts >= 1
         chips = pod["containers"][0]["resources"]["limits"]["google.com/tpu"] * job["completions"]
         sides = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
-        assert chips == int(sides[0]) * int(sides[1])
+        assert chips == math.prod(map(int, sides))
         return
-    fields = {**FIELDS, "metadata.labels['batch.kubernetes.io/job-name']": "cats-train"}
+    fields = FIELDS | {
+        "metadata.labels['batch.kubernetes.io/job-name']": "cats-train",
+        "metadata.labels['jobset.sigs.k8s.io/jobset-name']": "cats-train",
+    }
+    is_jobset = bool(of_kind(manifests, "JobSet"))
     nodes = [
         find_node(
             {
@@ -141,11 +144,12 @@ def test_all_pods_find_one_another(name: str) -> None:
     assert job["parallelism"] == job["completions"]
     assert [node.node_rank for node in nodes] == list(range(len(nodes)))
     if len(nodes) > 1:
-        assert {node.host for node in nodes} == {"cats-train-0.cats-train"}
-    assert pod["subdomain"] == "cats-train"
+        host = "cats-train-node-0-0" if is_jobset else "cats-train-0"
+        assert {node.host for node in nodes} == {f"{host}.cats-train"}
+    assert is_jobset or pod["subdomain"] == "cats-train"
 
 
-@pytest.mark.parametrize("name", ["l4x8-job", "l4x8-trainjob", "v5ex4-jobset"])
+@pytest.mark.parametrize("name", ["l4x8-job", "l4x8-jobset", "l4x8-trainjob", "v5ex4-jobset"])
 def test_two_runs_share_no_object_and_no_selector(name: str) -> None:
     """What one run's selectors select are that run's pods alone."""
     runs = {run: manifests_of(name, run) for run in ("cats", "dogs")}
@@ -234,7 +238,7 @@ def test_values_may_stand_in_a_file(capsys: pytest.CaptureFixture[str], tmp_path
         submit(["--config", str(file), "--dry-run"])
 
 
-@pytest.mark.parametrize("kind", [("job",), ("kueue", "--queue", "gold"), ("trainjob",)])
+@pytest.mark.parametrize("kind", [("job",), ("kueue", "--queue", "gold"), ("jobset",), ("trainjob", "--queue", "gold")])
 def test_the_written_folder_renders_to_the_same(
     kind: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -331,6 +335,7 @@ def test_a_wrong_value_is_refused(option: str, values: list[str], message: str) 
         (["--machine", "v5ex8", "--nodes", "2"], "no TPU slice of 2 ct5lp-hightpu-8t"),
         (["--machine", "v5ex4", "--nodes", "3"], "no TPU slice of 3"),
         (["--kind", "jobset", "--machine", "v5ex4", "--nodes", "3", "--slices", "2"], "cannot be divided"),
+        (["--kind", "jobset", "--nodes", "2", "--slices", "2"], "several slices need a TPU"),
         (["--dry-run", "--output", "x"], "Give one of them"),
         (["--project", "my-project"], "Give --vertex"),
         (["--vertex", "--namespace", "x"], "--vertex has no cluster"),
