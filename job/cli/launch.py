@@ -26,7 +26,8 @@ example:
 
 environment variables to set:
   LAUNCH_PROCESSES    Number of processes per node. Default: the number of GPUs, or 1.
-  LAUNCH_RESTARTS     Number of times that failed ranks are restarted in place. Default: 0.
+  LAUNCH_RESTARTS     Number of times that failed ranks are restarted in place. Default: 0. Restarts because another
+                      node was replaced do not count.
   LAUNCH_NODES        Number of nodes of an Indexed Job. Default: 1.
   LAUNCH_COORDINATOR  HOST or HOST:PORT of node 0 of an Indexed Job with several nodes.
   LAUNCH_ID           Name that distinguishes this job from others with the same coordinator (Indexed Job, TPU,

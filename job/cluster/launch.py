@@ -30,6 +30,7 @@ from job.errors import (
 )
 from job.process import signals, temporary
 from job.process.cpus import available_cpus
+from job.process.descendants import kill_descendants
 from job.process.ending import end_process
 
 if TYPE_CHECKING:
@@ -160,8 +161,9 @@ def _run_round(
     codes = str(folder / "codes")
     Path(codes).mkdir()
     stop = threading.Event()
-    if rounds.in_place:
-        threading.Thread(target=_end_with_others, args=(rounds, current, codes, stop), daemon=True).start()
+    if node.nodes > 1:
+        end = (lambda: end_ranks(codes, 0)) if run is not None else kill_descendants
+        threading.Thread(target=_end_with_others, args=(rounds, current, end, stop), daemon=True).start()
     try:
         if run is not None:
             failed = run_ranks(node, current, processes, run_rank, (run, args, codes), folder / "torch")
@@ -178,12 +180,13 @@ def _run_round(
         temporary.remove(folder)
 
 
-def _end_with_others(rounds: Rounds, current: Round, codes: str, stop: threading.Event) -> None:
+def _end_with_others(rounds: Rounds, current: Round, end: Callable[[], None], stop: threading.Event) -> None:
     """In a thread: kill ranks that do not end after those of another node, because they hang, say."""
     over = rounds.wait_for_end(current, stop)
     if over and over != FINISHED:
         log.info("%s, so those of this node end", _OVER.get(over, "the round is over"))
-        end_ranks(codes, REPLACED_SECONDS if over == REPLACED else STOP_SECONDS)
+        if not stop.wait(REPLACED_SECONDS if over == REPLACED else STOP_SECONDS):
+            end()
 
 
 def _start_check(check: Callable[..., int], args: list[str], node: Node, *, forks: bool) -> BaseProcess:

@@ -11,6 +11,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
+from job.errors import ConfigError
+
 
 class Saboteur(Callback):
     """Sends a signal at a given step, in the first starts only.
@@ -55,6 +57,17 @@ class Saboteur(Callback):
         if due and phase == self.phase and trainer.global_rank == self.rank:
             self.marker.write_text("x" * (strikes + 1))
             os.kill(os.getpid() if self.target == "rank" else _launcher(), self.signal)
+
+
+class Mistake(Callback):
+    """Fails on one rank alone, as for a mistake of the user's on its node."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_rank == self.rank:
+            raise ConfigError("the disk of this node is too small.")
 
 
 def _launcher() -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from harness import Job, fit_options
+from harness import Job, descendants, fit_options
 from support import assert_same_weights, run_well, scalars
 
 from job.demo.gcs_server import free_port
@@ -15,31 +16,42 @@ from job.monitoring import accounting
 
 pytestmark = pytest.mark.integration
 
-EPOCHS = 16
+EPOCHS = 14
 PACE = "[{class_path: saboteur.Pace, init_args: {seconds: 0.08}}]"
 
 
 class Nodes:
-    """Two launchers, and the logs of all that have been.
+    """Two launchers, and the logs of all that have been; none is left when a test ends.
 
     Args:
         folder: for the logs.
         arguments: a command and its options.
+        settings: environment variables of the first two.
     """
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, **settings: str) -> None:
         self.folder, self.arguments, self.port = folder, arguments, free_port()
-        self.starts = [0, 0]
-        self.jobs = [self.start(0), self.start(1)]
+        self.starts, self.all = [0, 0], list[Job]()
+        self.jobs = [self.start(0, **settings), self.start(1, **settings)]
 
-    def start(self, rank: int) -> Job:
+    def start(self, rank: int, **settings: str) -> Job:
         self.starts[rank] += 1
         variables = {
+            **settings,
             "JOB_COMPLETION_INDEX": str(rank),
             "LAUNCH_NODES": "2",
             "LAUNCH_COORDINATOR": f"localhost:{self.port}",
         }
-        return Job(self.folder / f"log-{rank}-{self.starts[rank]}", "launch", *self.arguments, **variables)
+        self.all.append(Job(self.folder / f"log-{rank}-{self.starts[rank]}", "launch", *self.arguments, **variables))
+        return self.all[-1]
+
+    def __enter__(self) -> Nodes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for job in self.all:
+            if job.process.poll() is None:
+                job.kill()
 
     @property
     def epochs(self) -> int:
@@ -79,18 +91,60 @@ def test_nodes_that_are_replaced(tmp_path: Path) -> None:
     whole, run_dir = str(tmp_path / "whole"), str(tmp_path / "run")
     run_well(*fit_options(whole, trainer__max_epochs=EPOCHS), processes=2)
     settings = {"trainer__max_epochs": EPOCHS, "trainer__callbacks": PACE, "checkpoint__every_n_steps": 2}
-    nodes = Nodes(tmp_path, *fit_options(run_dir, **settings))
-    seconds = []
-    for replaced, times in ((1, 10), (0, 2)):
-        survivor = nodes.jobs[1 - replaced].process.pid
-        for count in range(times):
-            nodes.wait_for_epoch()
-            seconds.append(nodes.replace(replaced, signal.SIGKILL if count % 2 else signal.SIGTERM))
-        assert nodes.jobs[1 - replaced].process.pid == survivor
-    print("seconds until both nodes train again:", [round(value, 1) for value in seconds])
-    codes = [job.wait() for job in nodes.jobs]
-    assert codes == [0, 0], nodes.output
-    assert max(seconds) < 30, seconds
-    assert len(accounting.read(run_dir)) == len(seconds) + 1
-    assert scalars(run_dir)["train/loss"] == scalars(whole)["train/loss"]
-    assert_same_weights(run_dir, whole)
+    with Nodes(tmp_path, *fit_options(run_dir, **settings)) as nodes:
+        seconds = []
+        for replaced, times in ((1, 10), (0, 2)):
+            survivor = nodes.jobs[1 - replaced].process.pid
+            for count in range(times):
+                nodes.wait_for_epoch()
+                seconds.append(nodes.replace(replaced, signal.SIGKILL if count % 2 else signal.SIGTERM))
+            assert nodes.jobs[1 - replaced].process.pid == survivor
+        print("seconds until both nodes train again:", [round(value, 1) for value in seconds])
+        codes = [job.wait() for job in nodes.jobs]
+        assert codes == [0, 0], nodes.output
+        assert max(seconds) < 30, seconds
+        assert len(accounting.read(run_dir)) == len(seconds) + 1
+        assert scalars(run_dir)["train/loss"] == scalars(whole)["train/loss"]
+        assert_same_weights(run_dir, whole)
+
+
+def test_ranks_that_hang_are_killed_when_the_other_node_is_replaced(tmp_path: Path) -> None:
+    settings = {"trainer__max_epochs": EPOCHS, "trainer__callbacks": PACE}
+    with Nodes(tmp_path, *fit_options(str(tmp_path / "run"), **settings)) as nodes:
+        nodes.wait_for_epoch()
+        os.kill(rank_of(nodes.jobs[0]), signal.SIGSTOP)
+        assert nodes.replace(1, signal.SIGKILL) < 60
+        assert "another node was replaced, so those of this node end" in nodes.output
+        for job in nodes.jobs:
+            job.process.send_signal(signal.SIGTERM)
+        assert [job.wait() for job in nodes.jobs] == [143, 143], nodes.output
+
+
+def test_a_mistake_on_one_node_ends_both(tmp_path: Path) -> None:
+    mistake = "[{class_path: saboteur.Mistake, init_args: {rank: 1}}]"
+    with Nodes(tmp_path, *fit_options(str(tmp_path / "run"), trainer__callbacks=mistake)) as nodes:
+        assert [job.wait() for job in nodes.jobs] == [2, 2], nodes.output
+        assert nodes.output.count("the disk of this node is too small") == 1
+        assert "the ranks of node 1 ended because of a mistake" in nodes.jobs[0].output
+
+
+@pytest.mark.parametrize(("settings", "code"), [({}, 143), ({"LAUNCH_WAIT_SECONDS": "3"}, 69)])
+def test_the_wait_for_a_successor_ends(settings: dict[str, str], code: int, tmp_path: Path) -> None:
+    """By a signal, or after a limit."""
+    arguments = fit_options(str(tmp_path / "run"), trainer__max_epochs=EPOCHS, trainer__callbacks=PACE)
+    with Nodes(tmp_path, *arguments, **settings) as nodes:
+        nodes.wait_for_epoch()
+        nodes.jobs[1].kill()
+        nodes.jobs[0].wait_for("ended with code 75")
+        if code == 143:
+            time.sleep(1)
+            nodes.jobs[0].process.send_signal(signal.SIGTERM)
+        assert nodes.jobs[0].wait(20) == code, nodes.output
+        assert "Traceback" not in nodes.output
+
+
+def rank_of(job: Job) -> int:
+    """The process of the only rank of a launcher."""
+    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in descendants(job.process.pid)}
+    (rank,) = (pid for pid, name in names.items() if name.startswith("job rank "))
+    return rank
