@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from typing import Any, Protocol, cast
 
 import pytorch_lightning as pl
@@ -40,6 +41,9 @@ class Fingerprinted(Protocol):
 
     def fingerprint(self) -> dict[str, Any]:
         """Settings, by option, that a run which resumes must share."""
+
+    def resume_hint(self, different: Collection[str]) -> str:
+        """Explanation of settings that differ, for the message; empty, or a sentence after a space."""
 
 
 class Checkpointer(Checkpoint):
@@ -217,11 +221,13 @@ class Checkpointer(Checkpoint):
         saved, current = checkpoint[COMPATIBILITY_KEY], self._compatibility(trainer)
         if FORMAT_KEY not in checkpoint:  # earlier versions compared fewer settings
             current = {key: value for key, value in current.items() if key in saved}
-        different = [f"{key} was {saved.get(key)}, is {new}" for key, new in current.items() if saved.get(key) != new]
+        different = {key: new for key, new in current.items() if saved.get(key) != new}
         if different:
+            listed = "; ".join(f"{key} was {saved.get(key)}, is {new}" for key, new in different.items())
+            hint = cast("Fingerprinted", pl_module).resume_hint(different)
             raise CheckpointError(
-                f"this run cannot go on from its checkpoint: {'; '.join(different)}. Use the settings and the data it "
-                "was started with, or another --run_dir."
+                f"this run cannot go on from its checkpoint: {listed}.{hint} Use the settings and the data it was "
+                f"started with, or another --run_dir; --init_from={self.run_dir} starts that from these weights."
             )
         manifest = manifest_entry(checkpoint)
         self._saved, self._saved_metrics = (manifest.global_step, manifest.epoch), bool(manifest.metrics)

@@ -58,6 +58,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         self._buffers: list[Tensor] = []
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._abandoned: frozenset[str] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Copy the state and start its upload, once an earlier one has ended.
@@ -175,7 +176,7 @@ class BackgroundCheckpointIO(CheckpointIO):
     def _upload(self, staged: Path, uri: str) -> str:
         """Upload the state; returns its URI, with another name where the bucket does not let an object be replaced."""
         names: list[str] = []
-        self._retry(lambda: names.append(checkpoint.free_name(uri)), f"the checkpoint {uri} waits")
+        self._retry(lambda: names.append(self._free_name(uri)), f"the checkpoint {uri} waits")
         name = names[0]
         for number in range(2, NAMES_TRIED + 2):
             try:
@@ -190,6 +191,12 @@ class BackgroundCheckpointIO(CheckpointIO):
             else:
                 break
         return name
+
+    def _free_name(self, uri: str) -> str:
+        """A name that no good or abandoned checkpoint has; checkpoints are abandoned only before an attempt."""
+        if self._abandoned is None:
+            self._abandoned = checkpoint.abandoned_names(storage.split(uri)[0])
+        return checkpoint.free_name(uri, self._abandoned)
 
     def _upload_as(self, staged: Path, uri: str, waiting: str) -> None:
         self._retry(lambda: storage.upload(staged, uri, self.before_write), waiting)

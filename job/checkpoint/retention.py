@@ -47,16 +47,19 @@ class Retention:
         """Those of a run's checkpoints that are not kept."""
         settings = self.settings
         kept = [*committed[-settings.keep_last :], *best_of_each_validation(committed, settings.keep_best)]
-        if settings.keep_every_n_epochs is not None:
-            kept += [m for m in committed if m.batch == 0 and m.epoch % settings.keep_every_n_epochs == 0]
-        return [manifest for manifest in committed if manifest not in kept]
+        return self._not_kept_for_ever([manifest for manifest in committed if manifest not in kept])
+
+    def _not_kept_for_ever(self, committed: list[Manifest]) -> list[Manifest]:
+        every = self.settings.keep_every_n_epochs
+        return [m for m in committed if every is None or m.batch != 0 or m.epoch % every != 0]
 
     def remove_superseded(self) -> None:
         """Delete what is not kept; called after a commit, so that there is always a newer checkpoint."""
         if time.monotonic() - self._refused_at < SECONDS_BETWEEN_REFUSED_REMOVALS:
             return
         try:
-            for manifest in self.superseded(checkpoint.manifests(self.run_dir)):
+            abandoned = self._not_kept_for_ever(checkpoint.scan(self.run_dir).abandoned)
+            for manifest in [*self.superseded(checkpoint.manifests(self.run_dir)), *abandoned]:
                 self.before_write()
                 checkpoint.remove(storage.join(self.run_dir, checkpoint.FOLDER, manifest.file))
         except LeaseError:

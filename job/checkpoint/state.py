@@ -29,6 +29,8 @@ SKIPPED_STEPS_KEY = "skipped_steps"
 """Optimizer steps that were skipped since their gradients were not finite."""
 TRAINING_WEIGHTS_KEY = "training_weights"
 """With an EMA: the weights in training that differ from the averaged ones in ``state_dict``."""
+HISTORY_KEY = "history"
+"""Validations so far, as JSON: a list of :class:`~job.monitoring.history.ValidationRecord`."""
 CONFUSION_KEY = "confusion"
 """The confusion matrix on its way to its own file; the state file does not hold it."""
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from job import storage
 from job.checkpoint import confusion
+from job.checkpoint.abandoned import StepBack, read_steps_back
 from job.checkpoint.manifest import (
     MAX_BYTES,
     NAME_PATTERN,
@@ -63,17 +65,27 @@ class Scan:
         good: manifests that can be read and stand beside their state file, oldest first.
         damaged: one message per manifest that cannot be used.
         newer: one message per manifest that a newer version of job wrote.
+        abandoned: manifests of checkpoints that the run has abandoned; see :mod:`job.checkpoint.abandoned`.
+        steps_back: when it did, oldest first.
     """
 
     good: list[Manifest] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     newer: list[str] = field(default_factory=list)
+    abandoned: list[Manifest] = field(default_factory=list)
+    steps_back: list[StepBack] = field(default_factory=list)
 
 
 def scan(run_dir: str) -> Scan:
-    """Read all manifests of a run."""
+    """Read all manifests of a run.
+
+    Raises:
+        CheckpointError: the note of abandoned checkpoints is damaged, or of a newer format.
+    """
     folder, result = storage.join(run_dir, FOLDER), Scan()
     entries = {entry.key: entry for entry in _top_level(folder)}
+    result.steps_back = read_steps_back(folder, entries)
+    abandoned = {name for step_back in result.steps_back for name in step_back.abandoned}
     for key, entry in entries.items():
         if not key.endswith(manifest_uri(SUFFIX)):
             continue
@@ -98,7 +110,7 @@ def scan(run_dir: str) -> Scan:
                 raise
             # Retention of a running job removed it after it was listed.
         else:
-            result.good.append(manifest)
+            (result.abandoned if manifest.file in abandoned else result.good).append(manifest)
     result.good.sort(key=order)
     return result
 
@@ -220,28 +232,38 @@ def newest_verified(run_dir: str) -> Manifest | None:
     return None
 
 
-def free_name(uri: str) -> str:
+def free_name(uri: str, abandoned: Collection[str] = ()) -> str:
     """``uri``, or its next free variant (``….ckpt`` becomes ``…-2.ckpt``) where a manifest that is no good has it.
 
     A damaged manifest is kept for a repair by hand.
+
+    Args:
+        uri: of the new checkpoint.
+        abandoned: names of checkpoints that the run has abandoned, which are not used again.
     """
     number, candidate = 1, uri
-    while True:
-        try:
-            content = (
-                read_limited(manifest_uri(candidate), MAX_BYTES) if storage.exists(manifest_uri(candidate)) else None
-            )
-            if content is None or decode_manifest(manifest_uri(candidate), content).file == storage.basename(candidate):
-                return candidate
-        except CheckpointError:
-            pass
+    while storage.basename(candidate) in abandoned or not _is_free(candidate):
         number += 1
         candidate = numbered(uri, number)
+    return candidate
 
 
 def numbered(uri: str, number: int) -> str:
     """The name of a further file for the same step."""
     return f"{uri.removesuffix(SUFFIX)}-{number}{SUFFIX}"
+
+
+def abandoned_names(folder: str) -> frozenset[str]:
+    """Files of all checkpoints that a run has ever abandoned; a new checkpoint must not have their names.
+
+    Args:
+        folder: of the checkpoints.
+
+    Raises:
+        CheckpointError: a note of abandoned checkpoints is damaged.
+    """
+    steps_back = read_steps_back(folder, [entry.key for entry in _top_level(folder)])
+    return frozenset(name for step_back in steps_back for name in step_back.abandoned)
 
 
 def confusion_cells(run_dir: str, manifest: Manifest) -> confusion.Cells | None:
@@ -266,6 +288,17 @@ def remove(uri: str) -> None:
     storage.remove(manifest_uri(uri))
     storage.remove(uri + confusion.SUFFIX)
     storage.remove(uri)
+
+
+def _is_free(uri: str) -> bool:
+    """Whether there is no manifest, or that of a checkpoint of this very name, which is written again."""
+    if not storage.exists(manifest_uri(uri)):
+        return True
+    try:
+        content = read_limited(manifest_uri(uri), MAX_BYTES)
+        return decode_manifest(manifest_uri(uri), content).file == storage.basename(uri)
+    except CheckpointError:
+        return False
 
 
 def _top_level(folder: str) -> list[storage.Entry]:

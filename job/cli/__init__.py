@@ -49,11 +49,15 @@ COMMANDS = {
     "fit": Command(
         "job.cli.fit", "Train a model, or continue its training, in RUN_DIR.", on_ranks=True, has_check=True
     ),
-    "tune": Command("job.cli.tune", "Find an initial learning rate and the largest batch that fits.", on_ranks=True),
-    "validate": Command("job.cli.evaluate", "Evaluate a checkpoint on the validation images.", on_ranks=True),
-    "test": Command("job.cli.evaluate", "Evaluate a checkpoint on the test images.", on_ranks=True),
-    "predict": Command("job.cli.predict", "Classify images with a checkpoint."),
-    "check": Command("job.cli.check", "Find out before a run what would stop it or slow it down."),
+    "tune": Command(
+        "job.cli.tune", "Find an initial learning rate and the largest batch that fits.", on_ranks=True, has_check=True
+    ),
+    "validate": Command(
+        "job.cli.evaluate", "Evaluate a checkpoint on the validation images.", on_ranks=True, has_check=True
+    ),
+    "test": Command("job.cli.evaluate", "Evaluate a checkpoint on the test images.", on_ranks=True, has_check=True),
+    "predict": Command("job.cli.predict", "Classify images with a checkpoint.", has_check=True),
+    "check": Command("job.cli.check", "Find out before a run what would stop it or slow it down.", on_ranks=True),
     "export": Command("job.cli.export", "Write a model for use without this package: ONNX, torch.export, weights."),
     "serve": Command("job.cli.serve", "Answer predictions over HTTP."),
     "index": Command("job.cli.index", "List a data set ahead of training."),
@@ -127,7 +131,7 @@ def check(args: list[str], *, writes: bool) -> int:
     logs.set_up(ranks.rank(), is_rank=False)
     sys.argv = [sys.argv[0]]
     try:
-        importlib.import_module(COMMANDS[args[0]].module).check(args[1:], writes=writes)
+        importlib.import_module(COMMANDS[args[0]].module).check(args[0], args[1:], writes=writes)
     except Exception as error:
         return _report(translated(error))
     return 0

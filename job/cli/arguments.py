@@ -13,11 +13,14 @@ TRAINING_ALIASES = {
     "batch_size": "data.global_batch_size",
     "patience": "early_stopping",
 }
-"""Short names of common options of fit."""
+"""Short names of common options of fit and check."""
 DATA_ALIASES = {"batch_size": "data.global_batch_size"}
 """Short names of common options of tune, validate and test."""
+FIT_COMMANDS = frozenset(["fit", "check"])
+"""Commands with the options of a fit."""
 
-FLAGS = frozenset(["help", "help-all", "version", "print_config", "profile", "json", "compile", "from_stdin"])
+FLAGS = frozenset({"help", "help-all", "version", "print_config", "profile", "json", "compile", "from_stdin"})
+FLAGS |= {"spot", "vertex", "dry_run", "replace", "overwrite"}
 """Options without a value; every other option takes the next argument, unless its value follows an equals sign."""
 _SHORT = {"-c": "--config", "-h": "--help"}
 
@@ -64,6 +67,11 @@ def canonical_arguments(
         names += names[-1:] * (len(bare) - len(names))
     canonical += [f"--{name}={value}" for name, value in zip(names, bare, strict=False)]
     return canonical + bare[len(names) :]
+
+
+def aliases_of(command: str) -> dict[str, str]:
+    """Short names of common options of a command that builds a Trainer."""
+    return TRAINING_ALIASES if command in FIT_COMMANDS else DATA_ALIASES
 
 
 def option_value(args: Sequence[str], name: str) -> str | None:

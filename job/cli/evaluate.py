@@ -12,6 +12,7 @@ from typing import Literal
 import yaml
 
 from job import checkpoint, redact, storage
+from job.check.start import check_evaluation
 from job.checkpoint import confusion
 from job.cli.arguments import canonical_arguments, option_value
 from job.cli.parser import CONFIG_VARIABLE, ENV_PREFIX
@@ -60,6 +61,14 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
                 storage.join(options["run_dir"], f"{verb}.json"),
                 {"ckpt": redact.redact(uri), "metrics": results[0], "confusion_matrix": counts},
             )
+
+
+def check(verb: str, args: list[str], *, writes: bool) -> None:
+    """Check the options of ``python -m job validate ARGS``, or of ``test``, its checkpoint, and access to its data."""
+    with _with_saved_config(args) as configured:
+        cli = TrainingCLI(verb, configured)
+    options = cli.config_init
+    check_evaluation(cli.datamodule, options["ckpt"] or options["run_dir"], options["run_dir"], writes=writes)
 
 
 @contextlib.contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from job.check.start import check as check_fit
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
 from job.monitoring.report.summary import print_summary
-from job.train.check import check as check_fit
 from job.train.fit import fit as train
 
 
@@ -17,7 +17,8 @@ def fit(args: list[str]) -> None:
         print_summary(report)
 
 
-def check(args: list[str], *, writes: bool) -> None:
+def check(verb: str, args: list[str], *, writes: bool) -> None:
     """Check the options of ``python -m job fit ARGS``, and access to its data and run_dir."""
-    cli = TrainingCLI("fit", args)
-    check_fit(cli.model_config, cli.datamodule, cli.config_init["run_dir"], writes=writes)
+    cli = TrainingCLI(verb, args)
+    options = cli.config_init
+    check_fit(cli.model_config, cli.datamodule, options["run_dir"], writes=writes, init_from=options["init_from"])

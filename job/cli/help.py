@@ -50,7 +50,7 @@ _SEED = Option("seed_everything", "N", "Seed of sample order, augmentation and i
 _FIT = {
     "run": [
         *_RUN,
-        Option("resume", "auto|never|must", "Continue from the newest checkpoint in RUN_DIR.", "auto"),
+        Option("resume", "auto|never|must|best", "Continue from the newest checkpoint, or the best.", "auto"),
         _SEED,
     ],
     "data": [
@@ -111,16 +111,25 @@ _EVALUATE = {
     ],
     "hardware": _HARDWARE,
 }
-COMMON = {"fit": _FIT, "tune": _TUNE, "validate": _EVALUATE, "test": _EVALUATE}
+_CHECK = {
+    **_FIT,
+    "report": [
+        Option("json", "", "Print the report as JSON."),
+        Option("price_per_hour", "PRICE", "Price of all machines per hour, for an estimate of the whole run."),
+    ],
+}
+COMMON = {"fit": _FIT, "check": _CHECK, "tune": _TUNE, "validate": _EVALUATE, "test": _EVALUATE}
 """Common options by command and group."""
 SUMMARIES = {
     "fit": "Train a model, or continue its training, in RUN_DIR.",
+    "check": "Find out what would stop a fit with these options, or slow it down; nothing is trained.",
     "tune": "Find an initial learning rate and the largest batch that fits; nothing that is trained is kept.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "test": "Evaluate a checkpoint on the test images.",
 }
 EXAMPLES = {
     "fit": "python -m job fit gs://BUCKET/runs/1 --config head --data.root gs://BUCKET/data --model.backbone resnet18",
+    "check": "python -m job check gs://BUCKET/runs/1 --config head --data.root gs://BUCKET/data --price_per_hour 2.5",
     "tune": "python -m job tune gs://BUCKET/runs/1 --data.root gs://BUCKET/images --model.backbone resnet18",
     "validate": "python -m job validate gs://BUCKET/runs/1 --tta hflip",
     "test": "python -m job test gs://BUCKET/runs/1 --data.test gs://BUCKET/test-images",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from job.cli import messages
-from job.cli.arguments import DATA_ALIASES, FLAGS, TRAINING_ALIASES, canonical_arguments
+from job.cli.arguments import FLAGS, aliases_of, canonical_arguments
 from job.config.reserved import RESERVED, reserved_error
 from job.errors import ConfigError
 
@@ -32,7 +32,7 @@ def require_known_options(command: str, args: Sequence[str]) -> None:
     names = option_names(command)
     if not names:
         return
-    aliases = TRAINING_ALIASES if command == "fit" else DATA_ALIASES
+    aliases = aliases_of(command)
     canonical = canonical_arguments(args, options=names, aliases=aliases, positional=("run_dir",))
     options = [(arg, arg[2:].partition("=")[0]) for arg in canonical if arg.startswith("--") and len(arg) > 2]
     unknown = [(arg, name) for arg, name in options if name not in FLAGS and not _is_known(name, names)]

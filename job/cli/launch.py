@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 
 from job.cli import COMMANDS, HELP_OPTIONS, check, run, run_command
@@ -11,6 +10,7 @@ from job.cli.arguments import canonical_arguments, option_value
 from job.cli.known_options import require_known_options
 from job.config.recipes import local_config
 from job.errors import ConfigError
+from job.process.ending import end_process
 
 OPTIONAL_LIBRARIES = {"gs://": "gcsfs", "gcs://": "gcsfs", "s3://": "s3fs", "timm/": "timm"}
 """Libraries that take a second or more to import, by the text in the options that needs them."""
@@ -66,7 +66,8 @@ def launch(args: list[str]) -> None:
     command = COMMANDS[args[0]]
     # Imported once for all ranks of the node.
     modules = [command.module, *optional_libraries(args[1:])] if command.on_ranks else []
-    sys.exit(start(args, run, modules, check if command.has_check else None))
+    # The interpreter's own end, which collects the garbage of torch, takes seconds of the grace.
+    end_process(start(args, run, modules, check if command.has_check else None))
 
 
 def optional_libraries(args: Sequence[str]) -> list[str]:

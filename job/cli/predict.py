@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from job import redact, storage
-from job.cli.parser import call_with_options
+from job.cli.parser import call_with_options, function_parser
 from job.cluster import ranks
 from job.data.bad_samples import BadSampleLimit, BadSamples
 from job.data.index.access import from_options, is_local_uri
@@ -29,11 +29,23 @@ log = logging.getLogger(__name__)
 FileFormat = Literal["jsonl", "parquet"]
 SUFFIXES: dict[str, FileFormat] = {".jsonl": "jsonl", ".parquet": "parquet"}
 EVALUATION_FILE = "evaluation.json"
+POSITIONAL = ("run_dir", "input")
 
 
 def predict(args: list[str]) -> None:
     """Run ``python -m job predict ARGS``."""
-    call_with_options("predict", main, args, positional=("run_dir", "input"))
+    call_with_options("predict", main, args, positional=POSITIONAL)
+
+
+def check(verb: str, args: list[str], *, writes: bool) -> None:
+    """Check the options of ``python -m job predict ARGS``, its checkpoint, and access to its images and output."""
+    options = function_parser(verb, main, POSITIONAL).parse_args(args)
+    ckpt = options.ckpt or options.run_dir
+    if None in (options.input, ckpt, options.output) or _file_format(options.output) is not None:
+        return  # several processes refuse these at once
+    from job.check.start import check_prediction
+
+    check_prediction(options.input, ckpt, options.output, writes=writes)
 
 
 def main(

@@ -1,4 +1,4 @@
-"""Options of the commands that build a Trainer: fit, tune, validate and test."""
+"""Options of the commands that build a Trainer: fit, check, tune, validate and test."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any, Literal, NoReturn
 from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
+from job.checkpoint.resume import Resume
 from job.checkpoint.settings import CheckpointSettings
-from job.cli.arguments import DATA_ALIASES, TRAINING_ALIASES
+from job.cli.arguments import FIT_COMMANDS, aliases_of
 from job.cli.parser import ENV_PREFIX, ParserMixin
 from job.config.reserved import RESERVED, reserved_error
 from job.config.trainer_options import (
@@ -50,7 +51,7 @@ class TrainingParser(ParserMixin, LightningArgumentParser):
 
 
 class TrainingCLI(LightningCLI):
-    """Options of fit, tune, validate and test; see ``--help-all``.
+    """Options of fit, check, tune, validate and test; see ``--help-all``.
 
     Attributes:
         config_init: the options, with instances of the classes that they name.
@@ -76,7 +77,7 @@ class TrainingCLI(LightningCLI):
                 "prog": f"python -m job {verb}",
                 "usage": f"python -m job {verb} RUN_DIR [options]",
                 "description": f"All options of {verb}.",
-                "aliases": TRAINING_ALIASES if verb == "fit" else DATA_ALIASES,
+                "aliases": aliases_of(verb),
                 "positional": ("run_dir",),
             },
             trainer_defaults={"max_epochs": 15, "log_every_n_steps": 10},
@@ -111,13 +112,22 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--run_dir", type=str, required=True, help="Folder of all results: an fsspec URI or a path."
         )
-        if self.verb == "fit":
+        if self.verb == "check":
+            parser.add_argument("--json", action="store_true", help="Print the report as JSON.")
+            parser.add_argument(
+                "--price_per_hour",
+                type=PositiveFloat | None,
+                default=None,
+                help="Price of all machines of the run per hour, in any currency. Default: no estimate of the price.",
+            )
+        if self.verb in FIT_COMMANDS:
             parser.add_argument(
                 "--resume",
-                type=Literal["auto", "never", "must"],
+                type=Resume,
                 default="auto",
                 help="Resume from the newest checkpoint in run_dir: auto resumes if there is one, must fails if there "
-                "is none, never fails if there is one.",
+                "is none, never fails if there is one. best goes back to the best checkpoint and abandons later ones, "
+                "once: a restart with the same options continues from the newest since.",
             )
             parser.add_argument(
                 "--grace",
@@ -174,7 +184,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Create the data module, and check the options of model and Trainer, which the command builds."""
-        if self.verb != "fit":
+        if self.verb not in FIT_COMMANDS:
             self.config["trainer"]["logger"] = None
         require_installed(self.config["trainer"]["logger"])
         self.config_init = self.parser.instantiate_classes(self.config)
@@ -204,7 +214,7 @@ class TrainingCLI(LightningCLI):
     def config_yaml(self) -> str:
         """The resolved configuration, for ``--config``; per-attempt options are excluded."""
         config = self.config.clone()
-        for name in ("resume", "grace", "profile", "watchdog", "features", "monitoring"):
+        for name in ("resume", "grace", "profile", "watchdog", "features", "monitoring", "json", "price_per_hour"):
             config.pop(name, None)
         text: str = self.parser.dump(config, skip_none=False, skip_validation=True)
         return text

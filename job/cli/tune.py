@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 from job import storage
+from job.check.start import check as check_fit
 from job.checkpoint.initial import initial_checkpoint
 from job.cli.evaluate import EVALUATION_TIMEOUT
 from job.cli.training import TrainingCLI
@@ -47,3 +48,10 @@ def tune(args: list[str]) -> None:
             }
             write_json(storage.join(options["run_dir"], "tune.json"), result)
             print_suggestions(result)
+
+
+def check(verb: str, args: list[str], *, writes: bool) -> None:
+    """Check the options of ``python -m job tune ARGS``, and access to its data and run_dir."""
+    cli = TrainingCLI(verb, args)
+    options = cli.config_init
+    check_fit(cli.model_config, cli.datamodule, options["run_dir"], writes=writes, init_from=options["init_from"])

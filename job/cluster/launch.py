@@ -8,37 +8,48 @@ import os
 import signal
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from job.cluster import ranks
 from job.cluster.environment import Node, find_node, ignored_variables
+from job.cluster.outcomes import FAILED, FINISHED, LOST, REPLACED
 from job.cluster.rank_process import end_ranks, mistakes, run_check, run_rank, start_fork_server
 from job.errors import (
     EXIT_HANGUP,
     EXIT_INTERNAL_ERROR,
     EXIT_INTERRUPTED,
+    EXIT_NODES_MISSING,
     EXIT_PREEMPTED,
     EXIT_RETRY,
     EXIT_USER_ERROR,
-    NodesMissing,
+    first_line,
 )
 from job.process import signals, temporary
 from job.process.cpus import available_cpus
 from job.process.ending import end_process
 
+if TYPE_CHECKING:
+    from job.cluster.rounds import Round, Rounds
+
 log = logging.getLogger(__name__)
 
-JOIN_SECONDS = 600
-"""Limit of torch's rendezvous, which begins when all nodes are there, and of that after a restart of the ranks."""
 SIGNAL_EXIT_BASE = 128
 FORK_SERVER_LOST = 255
 """Exit code that multiprocessing reports of a process whose fork server has ended."""
-STOP_SECONDS = 30.0
-"""Seconds that ranks have to save their state; torch elastic gives them as many."""
+STOP_SECONDS = 30
+"""Seconds that ranks have to save their state after a signal, and to end when those of another node have ended."""
+REPLACED_SECONDS = 10
+"""Seconds that ranks have to end when another node is there for the second time: its first launcher had all of its own.
+"""
+_OVER = {
+    FAILED: "the ranks of another node ended",
+    REPLACED: "another node was replaced",
+    LOST: "node 0 was lost",
+}
 
 
 def launch(
@@ -47,7 +58,7 @@ def launch(
     """Run ``run(args)`` in as many processes as this node should have; returns the exit code.
 
     The ranks are forked from one process that has imported ``modules`` and touched no device: eight ranks import once,
-    and ranks that torch elastic restarts (``LAUNCH_RESTARTS``) do not import at all. Where torch-xla is installed,
+    and ranks that are started again do not import at all. Where torch-xla is installed,
     which starts threads when it is imported, a rank is a new process, ``python -m job``.
 
     The exit code is the ranks' own, where torchrun's would be 1: that of a user's mistake (2) before that of a stop on
@@ -55,7 +66,9 @@ def launch(
     elastic gives the ranks 30 s to save.
 
     On several nodes the command is checked first: a mistake ends each node at once, though others are missing. Then
-    they wait for one another, without limit unless ``LAUNCH_WAIT_SECONDS`` is set.
+    they wait for one another, without limit unless ``LAUNCH_WAIT_SECONDS`` is set. When another node was replaced, the
+    ranks of this node are started again, as often as that happens (:mod:`job.cluster.rounds`); and when none was, up to
+    ``LAUNCH_RESTARTS`` times.
 
     Args:
         args: a command of ``python -m job`` with its options.
@@ -66,7 +79,8 @@ def launch(
 
     Raises:
         ConfigError: the environment is not understood.
-        NodesMissing: other nodes are missing after ``LAUNCH_WAIT_SECONDS``, or did not come back.
+        NodesMissing: other nodes are missing after ``LAUNCH_WAIT_SECONDS``.
+        RankLost: on node 0, another process uses the port of the store.
     """
     node = find_node(os.environ)
     log.setLevel(logging.INFO)  # where RANK counts nodes, all but the first would be silent
@@ -80,58 +94,96 @@ def launch(
     processes = node.processes or _gpus() or 1
     # torch elastic would leave all cores to each rank.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(available_cpus() // processes, 1)))
-    # One store for all rounds would keep the addresses of dead nodes (torch 2.14).
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     forks = find_spec("torch_xla") is None
     if forks:
         start_fork_server(modules)
+        # Not in the ranks: torch prints the stack of each request that a lost store does not answer.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     checking = _start_check(check, args, node, forks=forks) if node.nodes > 1 and check is not None else None
     with signals.ending_at_once():  # C code that imports a module may turn the exception of a signal into another one
         # Imported while the server imports.
         from torch.distributed.elastic.multiprocessing.api import SignalException
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        from job.cluster.waiting import wait_for_nodes
+        from job.cluster.agent import quieten_torch
+        from job.cluster.rounds import Rounds
 
     if checking is not None:
         checking.join()
         if checking.exitcode == EXIT_USER_ERROR:
             return EXIT_USER_ERROR
-    store = wait_for_nodes(node) if node.nodes > 1 else None
-    # It logs the traceback of its own exception for each rank that ends; the rank has said why.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_without_traceback)
-    config = LaunchConfig(**launch_options(node, processes))
-    log.info(
-        "torch elastic starts %s, restarts: %d",
-        "1 process" if processes == 1 else f"{processes} processes",
-        node.restarts,
-    )
+    quieten_torch()
+    rounds = Rounds(node, in_place=forks and node.platform != "TPU")  # JobSet restarts all hosts of a slice
     try:
-        codes = str(temporary.folder("launch"))
-        try:
-            if forks:
-                elastic_launch(config, run_rank)(run, args, codes)
-            else:
-                elastic_launch(config, sys.executable)("-u", "-m", "job", *args)
-        except ChildFailedError as error:
-            failed = [failure.exitcode for failure in error.failures.values()]
-            if FORK_SERVER_LOST in failed:
-                end_ranks(codes, STOP_SECONDS)
-            return exit_code(failed, mistakes(codes))
-        except SignalException as error:
-            return SIGNAL_EXIT_BASE + int(error.sigval)
-        except (RendezvousConnectionError, RendezvousTimeoutError) as error:
-            raise NodesMissing(
-                f"other nodes of {node.nodes} were lost ({type(error).__name__}). A restart waits for them and resumes."
-            ) from error
+        code = 0
+        while True:
+            current = rounds.gather(code)
+            if isinstance(current, int):
+                return current
+            log.info(
+                "torch elastic starts %s, restarts: %d",
+                "1 process" if processes == 1 else f"{processes} processes",
+                node.restarts,
+            )
+            code = _run_round(node, rounds, current, processes, run if forks else None, args)
+            if (final := rounds.end(current, code)) is not None:
+                return final
+            log.info("the ranks of this node ended with code %d, and start again when all nodes are there", code)
+    except SignalException as error:
+        return 0 if rounds.finished else SIGNAL_EXIT_BASE + int(error.sigval)
     finally:
-        del store  # node 0 has served it until here
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)  # torch's handlers would raise an exception outside of it
-    return 0
+
+
+def _run_round(
+    node: Node,
+    rounds: Rounds,
+    current: Round,
+    processes: int,
+    run: Callable[[list[str]], int] | None,
+    args: list[str],
+) -> int:
+    """Run the ranks of this node once; returns its exit code.
+
+    Args:
+        node: this node.
+        rounds: all rounds.
+        current: this one.
+        processes: number of ranks.
+        run: the command line as a function; None: run a new interpreter.
+        args: a command of ``python -m job`` with its options.
+    """
+    from job.cluster.agent import run_ranks
+
+    folder = temporary.folder("launch")
+    codes = str(folder / "codes")
+    Path(codes).mkdir()
+    stop = threading.Event()
+    if rounds.in_place:
+        threading.Thread(target=_end_with_others, args=(rounds, current, codes, stop), daemon=True).start()
+    try:
+        if run is not None:
+            failed = run_ranks(node, current, processes, run_rank, (run, args, codes), folder / "torch")
+        else:
+            failed = run_ranks(node, current, processes, sys.executable, ("-u", "-m", "job", *args), folder / "torch")
+        if FORK_SERVER_LOST in failed:
+            end_ranks(codes, STOP_SECONDS)
+        return exit_code(failed, mistakes(codes)) if failed else 0
+    except (OSError, RuntimeError) as error:
+        log.error("other nodes of %d were lost while the ranks started (%s)", node.nodes, first_line(error, 200))
+        return EXIT_NODES_MISSING
+    finally:
+        stop.set()
+        temporary.remove(folder)
+
+
+def _end_with_others(rounds: Rounds, current: Round, codes: str, stop: threading.Event) -> None:
+    """In a thread: kill ranks that do not end after those of another node, because they hang, say."""
+    over = rounds.wait_for_end(current, stop)
+    if over and over != FINISHED:
+        log.info("%s, so those of this node end", _OVER.get(over, "the round is over"))
+        end_ranks(codes, REPLACED_SECONDS if over == REPLACED else STOP_SECONDS)
 
 
 def _start_check(check: Callable[..., int], args: list[str], node: Node, *, forks: bool) -> BaseProcess:
@@ -143,40 +195,11 @@ def _start_check(check: Callable[..., int], args: list[str], node: Node, *, fork
     return process
 
 
-def launch_options(node: Node, processes: int) -> dict[str, Any]:
-    """The arguments of torch's ``LaunchConfig`` for ``node``."""
-    options: dict[str, Any] = {
-        "min_nodes": node.nodes,
-        "max_nodes": node.nodes,
-        "nproc_per_node": processes,
-        "max_restarts": node.restarts,
-        "start_method": "forkserver",
-        "rdzv_backend": "c10d",
-    }
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
-        options["signals_to_handle"] = "SIGTERM,SIGINT,SIGQUIT"
-    if node.nodes == 1:
-        return {**options, "rdzv_endpoint": "localhost:0", "run_id": str(uuid.uuid4())}
-    # Left to itself torch compares host names, which a pod's need not be.
-    rendezvous = {"is_host": "true" if node.node_rank == 0 else "false", "join_timeout": str(JOIN_SECONDS)}
-    return {
-        **options,
-        "rdzv_endpoint": f"{node.host}:{node.port}",
-        "run_id": node.run_id or "job",
-        "rdzv_configs": rendezvous,
-    }
-
-
 def _gpus() -> int:
     with signals.ending_at_once():
         import torch
 
     return torch.cuda.device_count()
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    record.exc_info = None
-    return True
 
 
 def exit_code(codes: list[int], mistakes: Sequence[int] = ()) -> int:

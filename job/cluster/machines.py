@@ -11,6 +11,8 @@ import msgspec
 
 TABLE = Path(__file__).with_name("machines.toml")
 GIB = 2**30
+LOCAL_SSD_GIB = 375
+"""Size of one local SSD."""
 
 _CPU_SHARES = ((1, 0.06), (1, 0.01), (2, 0.005), (float("inf"), 0.0025))
 """Reserved shares of the first processor, the next one, the next two, and all others."""
@@ -53,6 +55,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         source: page with these figures.
         accelerator: value of the node label ``cloud.google.com/gke-accelerator`` or ``gke-tpu-accelerator``, or empty.
         accelerators: GPUs, or TPU chips.
+        local_ssd_gib: local SSDs that belong to the machine.
     """
 
     name: str
@@ -61,20 +64,22 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str
     accelerator: str = ""
     accelerators: Annotated[int, msgspec.Meta(ge=0)] = 0
+    local_ssd_gib: Annotated[int, msgspec.Meta(ge=0)] = 0
 
-    def allocatable(self, disk_gb: int) -> Resources:
+    def allocatable(self, disk_gb: int, local_ssd_gib: int = 0) -> Resources:
         """What GKE leaves for pods, its own DaemonSets included.
 
         Source: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-node-sizes
 
         Args:
             disk_gb: size of the boot disk, as in ``gcloud container node-pools create --disk-size``; those are GiB.
+            local_ssd_gib: local SSDs of ``--ephemeral-storage-local-ssd``, which then take the boot disk's place.
         """
         memory_gib = self.memory_gib * (1 - _KERNEL_SHARE) - _reserved(self.memory_gib, _MEMORY_SHARES)
         return Resources(
             cpus=self.cpus - _reserved(self.cpus, _CPU_SHARES),
             memory=(memory_gib - _MEMORY_EVICTION_GIB) * GIB,
-            ephemeral_storage=allocatable_storage(disk_gb),
+            ephemeral_storage=allocatable_local_ssd(local_ssd_gib) if local_ssd_gib else allocatable_storage(disk_gb),
         )
 
 
@@ -85,6 +90,16 @@ def allocatable_storage(disk_gb: int) -> float:
     """
     reserved = min(0.5 * disk_gb, 6 + 0.35 * disk_gb, 100)
     return (disk_gb * _FILE_SYSTEM_SHARE * (1 - _DISK_EVICTION_SHARE) - reserved) * GIB
+
+
+def allocatable_local_ssd(gib: int) -> float:
+    """Bytes of ephemeral storage that pods can request on a GKE node with ``gib`` of local SSDs for it.
+
+    Source: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-node-sizes#local_ephemeral_storage_reservation
+    """
+    disks = max(gib // LOCAL_SSD_GIB, 1)
+    reserved = {1: 50, 2: 75}.get(disks, 100)
+    return (gib * _FILE_SYSTEM_SHARE * (1 - _DISK_EVICTION_SHARE) - reserved) * GIB
 
 
 def machines() -> dict[str, Machine]:

@@ -14,7 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
-from job.errors import EXIT_HANGUP, EXIT_INTERNAL_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from job.errors import EXIT_INTERNAL_ERROR, EXIT_USER_ERROR
 from job.multiprocessing_internals import fork_fork_server
 from job.process import signals, temporary
 from job.process.ending import end_process
@@ -23,11 +23,9 @@ from job.process.parent_death import signal_at_parent_death
 FORK_SERVER = "job.cluster.fork_server"
 LOADER_FORK_SERVER = "job.data.fork_server"
 NAME = "job rank"
-_STOPPED = (EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_HANGUP)
 
 
 class _Rank(NamedTuple):
-    restart: int
     pid: int
     code: int
 
@@ -54,7 +52,7 @@ def run_rank(run: Callable[[list[str]], int], args: list[str], codes: str) -> No
     Args:
         run: the command line, as a function that returns an exit code.
         args: its arguments.
-        codes: folder with a file per restart and rank of this node: its process ID and exit code.
+        codes: folder with a file per rank of this node: its process ID and exit code.
     """
     # Before any thread starts; from here on the loader processes need no imports of their own.
     fork_fork_server([LOADER_FORK_SERVER])
@@ -67,11 +65,10 @@ def run_rank(run: Callable[[list[str]], int], args: list[str], codes: str) -> No
         Path("/proc/self/comm").write_text(f"{NAME} {os.environ['RANK']}")
     if (folder := str(Path.cwd())) not in sys.path and "" not in sys.path:
         sys.path.insert(0, folder)  # as python -m has it: classes of the configuration may lie there
-    restart = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    file = Path(codes) / f"{restart}-{os.environ['LOCAL_RANK']}"
+    file = Path(codes) / os.environ["LOCAL_RANK"]
     _write(file, f"{os.getpid()} 0")
     sys.argv = ["job", *args]
-    code = _final_code(codes, restart) or run(args)
+    code = run(args)
     signals.end_at_once(code)
     if code:
         _write(file, f"{os.getpid()} {code}")
@@ -89,34 +86,16 @@ def run_check(check: Callable[..., int], args: list[str], writes: bool) -> None:
     end_process(check(args, writes=writes))
 
 
-def _final_code(codes: str, restart: int) -> int:
-    """The exit code of earlier ranks of this node, if another attempt is no use; otherwise 0.
-
-    torch elastic restarts after any failure. A user's mistake has been reported and would be repeated, and a stop on
-    request, in which all ranks exit with the code of a signal, is to last.
-    """
-    ended = [rank for rank in _ended(codes) if rank.restart < restart]
-    if any(rank.code == EXIT_USER_ERROR for rank in ended):
-        return EXIT_USER_ERROR
-    last = [rank.code for rank in ended if rank.restart == restart - 1]
-    return last[0] if last and all(code in _STOPPED for code in last) else 0
-
-
 def mistakes(codes: str) -> list[int]:
-    """Exit codes for mistakes and unexpected exceptions of the ranks of the last restart.
+    """Exit codes for mistakes and unexpected exceptions of the ranks.
 
     torch elastic reports only the first rank that it finds to have ended, which may have ended because of another.
     """
-    ended = _ended(codes)
-    last = max((rank.restart for rank in ended), default=0)
-    return [r.code for r in ended if r.restart == last and r.code in (EXIT_USER_ERROR, EXIT_INTERNAL_ERROR)]
+    return [rank.code for rank in _ended(codes) if rank.code in (EXIT_USER_ERROR, EXIT_INTERNAL_ERROR)]
 
 
 def end_ranks(codes: str, seconds: float) -> None:
-    """Wait until all ranks of this node have exited, and kill those that have not after ``seconds``.
-
-    For ranks whose fork server has ended: torch elastic takes them for ended, too.
-    """
+    """Wait until all ranks of this node have exited, and kill those that have not after ``seconds``."""
     deadline = time.monotonic() + seconds
     while running := [rank.pid for rank in _ended(codes) if _is_rank(rank.pid)]:
         if time.monotonic() > deadline:
@@ -144,5 +123,5 @@ def _ended(codes: str) -> list[_Rank]:
     with contextlib.suppress(OSError):
         for file in Path(codes).iterdir():
             if len(words := file.read_text().split()) == 2:
-                ranks.append(_Rank(int(file.name.partition("-")[0]), *map(int, words)))
+                ranks.append(_Rank(*map(int, words)))
     return ranks

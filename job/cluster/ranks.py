@@ -92,18 +92,20 @@ def _store_of_this_attempt(agent_store: Any, timeout: timedelta) -> Any:
 
     The agent keeps one store for all restarts, with the addresses of dead ranks in it, which gloo would connect to
     (torch 2.14). The restart count cannot tell them apart: agents that joined at different times count differently.
-    A port that an earlier rank 0 left there refuses the connection.
+    A port that an earlier rank 0 left there refuses the connection. ``launch`` has another run id at each restart.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    host = os.environ["MASTER_ADDR"]
+    from job.cluster.store import serve
+
+    host, key = os.environ["MASTER_ADDR"], f"job/port/{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
     if rank() == 0:
-        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-        agent_store.set("job/port", str(store.port))
+        store = serve(host, 0, timeout)
+        agent_store.set(key, str(store.port))
         return store
     deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
-        port = int(agent_store.get("job/port"))
+        port = int(agent_store.get(key))
         with contextlib.suppress(OSError):
             socket.create_connection((host, port), timeout=5).close()
             return TCPStore(host, port, is_master=False, timeout=timeout)

@@ -1,35 +1,20 @@
-"""Wait for the other nodes of the job before torch's rendezvous, which would give up and fail.
-
-A node whose machine has yet to come is no failure: the others wait for it, and name it. Node 0 hosts the store of the
-rendezvous from the beginning. The others write a counter there, so that node 0 also notices those that have gone again,
-and lets all of them go on at the same time.
-"""
+"""Waiting for something that other nodes have to do, and saying so."""
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 import time
-import uuid
 from dataclasses import dataclass, field
-from datetime import timedelta
 
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
-
-from job.cluster.environment import Node
-from job.errors import NodesMissing, RankLost, first_line
+from job.errors import NodesMissing
 
 log = logging.getLogger(__name__)
 
 LOG_SECONDS = 60.0
 POLL_SECONDS = 0.5
-CONNECT_SECONDS = 2.0
-GONE_SECONDS = 15.0
-"""A node whose counter has not changed for so long is missing."""
 NAMED_NODES = 8
 """Number of missing nodes that a message lists."""
-_STORE_TIMEOUT = timedelta(seconds=10)
 
 
 @dataclass
@@ -65,23 +50,6 @@ class Wait:
             self._logged = time.monotonic()
 
 
-def wait_for_nodes(node: Node) -> Store:
-    """Wait until all nodes of the job are running.
-
-    Returns:
-        The store of the rendezvous, which must be kept on node 0 until the ranks have ended.
-
-    Raises:
-        NodesMissing: some are missing after ``node.wait_seconds``.
-        RankLost: on node 0, another process uses the port.
-    """
-    wait = Wait(node.wait_seconds)
-    wait_for_address(node.host, wait)
-    store = _gather(node, wait) if node.node_rank == 0 else _join(node, wait)
-    log.info("all %d nodes are running, after %.0f s", node.nodes, wait.seconds)
-    return store
-
-
 def wait_for_address(host: str, wait: Wait) -> None:
     """Wait until the name of node 0 has an address.
 
@@ -100,67 +68,8 @@ def wait_for_address(host: str, wait: Wait) -> None:
             return
 
 
-def _gather(node: Node, wait: Wait) -> Store:
-    """On node 0, wait for the counters of all others."""
-    # Multi-tenant: torch's rendezvous in this process uses the same server.
-    try:
-        store = TCPStore(node.host, node.port, is_master=True, wait_for_workers=False, multi_tenant=True)
-    except RuntimeError as error:
-        raise RankLost(f"node 0 cannot serve the rendezvous at {node.host}:{node.port}: {first_line(error)}") from error
-    present = _prefixed(store, node)
-    counters: dict[int, tuple[bytes, float]] = {}
-    while True:
-        now = time.monotonic()
-        for rank in range(1, node.nodes):
-            counter = present.get(str(rank)) if present.check([str(rank)]) else b""
-            if counter and counter != counters.get(rank, (b"", now))[0]:
-                counters[rank] = (counter, now)
-        missing = [r for r in range(1, node.nodes) if r not in counters or now - counters[r][1] > GONE_SECONDS]
-        if not missing:
-            present.set("complete", "1")
-            return store
-        present.set("missing", json.dumps(missing))
-        wait.report(_named(missing, node.nodes))
-        time.sleep(POLL_SECONDS)
-
-
-def _join(node: Node, wait: Wait) -> Store:
-    """On the other nodes, count until node 0 has seen all of them."""
-    token, count = uuid.uuid4().hex, 0
-    while True:
-        try:
-            # Without this torch would log each attempt.
-            socket.create_connection((node.host, node.port), CONNECT_SECONDS).close()
-            store = TCPStore(node.host, node.port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
-            present = _prefixed(store, node)
-            while True:
-                count += 1
-                present.set(str(node.node_rank), f"{token} {count}")
-                if present.check(["complete"]):
-                    return store
-                others = present.get("missing") if present.check(["missing"]) else b"[]"
-                wait.report(_named(_ranks(others, node), node.nodes))
-                time.sleep(POLL_SECONDS)
-        except (OSError, RuntimeError):  # torch's DistNetworkError is a RuntimeError
-            wait.report(f"node 0: nothing answers at {node.host}:{node.port}")
-            time.sleep(POLL_SECONDS)
-
-
-def _prefixed(store: Store, node: Node) -> PrefixStore:
-    return PrefixStore(f"job.nodes/{node.run_id}", store)
-
-
-def _ranks(text: bytes, node: Node) -> list[int]:
-    """The missing nodes as node 0 lists them, this one excepted."""
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return []
-    known = set(range(1, node.nodes)) - {node.node_rank}
-    return sorted(known.intersection(v for v in values if isinstance(v, int))) if isinstance(values, list) else []
-
-
-def _named(missing: list[int], nodes: int) -> str:
+def named(missing: list[int], nodes: int) -> str:
+    """Missing nodes in words."""
     if not missing:
         return f"the other nodes of {nodes}"
     names = [str(rank) for rank in missing[:NAMED_NODES]]

@@ -46,24 +46,34 @@ def save_config(run_dir: str, text: str, before_write: Callable[[], None] = stor
     uri = storage.join(run_dir, FILE)
     if storage.exists(uri):
         try:
-            old, new = _flatten(read_mapping(uri)), _flatten(yaml.safe_load(text))
+            changed = changes(uri, text)
         except ConfigError as error:
             kept = _keep(run_dir, before_write)
             log.warning("%s This run writes its own settings; the damaged file is kept as %s", error, kept)
         else:
-            changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
             if changed:
-                shown = [
-                    f"{name}: {_short(old.get(name))} → {_short(new.get(name))}" for name in changed[:CHANGES_SHOWN]
-                ]
-                more = len(changed) - len(shown)
-                log.warning(
-                    "settings changed since the last attempt: %s%s",
-                    "; ".join(shown),
-                    f" and {more} more" if more else "",
-                )
+                log.warning("settings changed since the last attempt: %s", listed_changes(changed))
                 _keep(run_dir, before_write)
     replace(uri, text.encode(errors="backslashreplace"), before_write)
+
+
+def changes(uri: str, text: str) -> dict[str, str]:
+    """Settings of the configuration ``text`` that differ from those in the file at ``uri``: "old → new" by option.
+
+    Raises:
+        ConfigError: the file is damaged or too large.
+        StorageError: it cannot be read.
+    """
+    old, new = _flatten(read_mapping(uri)), _flatten(yaml.safe_load(text))
+    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return {name: f"{_short(old.get(name))} → {_short(new.get(name))}" for name in changed}
+
+
+def listed_changes(changed: dict[str, str]) -> str:
+    """What :func:`changes` returned, for a message."""
+    shown = [f"{name}: {change}" for name, change in list(changed.items())[:CHANGES_SHOWN]]
+    more = len(changed) - len(shown)
+    return "; ".join(shown) + (f" and {more} more" if more else "")
 
 
 def read_mapping(uri: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from job.data.index.index import Index
 from job.data.index.left_out import LeftOutKind
 from job.data.index.local_copy import materialise
 from job.data.index.parts import Layout
+from job.data.index.sources.base import TimeLimit
 from job.data.index.sources.columns import from_option as columns_from_option
 from job.data.index.store import is_run_index_usable, local_index, publish_index
 from job.data.loader import BatchLoader
@@ -167,14 +168,17 @@ class ImageDataModule(pl.LightningDataModule):
         wanted_dir, self.cache_dir = self.cache_dir, usable_cache_dir(self.cache_dir)
         self.is_cache_usable = wanted_dir == self.cache_dir
         # All ranks train on one listing, even while somebody is uploading.
-        folder = local_index(ranks.from_rank_zero(self._find_index), self.cache_dir)
+        self.open_index(local_index(ranks.from_rank_zero(self._find_index), self.cache_dir))
+        self._open_cache()
+
+    def open_index(self, folder: Path) -> None:
+        """Take the parts from the index in a local folder."""
         info = load_index_info(folder)
         self.parts = {part: Index(folder, part, self.access) for part in info.parts}
         self.absent_parts = info.absent
         self.left_out = info.left_out
         for source in info.sources:
             materialise(source, str(self.cache_dir), self.access)
-        self._open_cache()
         sizes = ", ".join(f"{part} {len(index):,}" for part, index in self.parts.items())
         log.info("%d classes; images: %s", len(self.classes), sizes)
 
@@ -263,31 +267,58 @@ class ImageDataModule(pl.LightningDataModule):
 
     def _find_index(self) -> str:
         """URI of the index's folder: that of an earlier attempt in run_dir, or a new one."""
-        request: dict[str, Any] = {"uris": self.uris, "val_fraction": self.val_fraction, "seed": self.seed}
-        if str(self.columns):
-            request["columns"] = str(self.columns)
-        name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
-        uri = storage.join(self._run_dir(), "index", name)
-        roots = [root for roots in self.uris.values() for root in roots]
-        if is_run_index_usable(uri, self.cache_dir, request, roots, self.access):
-            return uri
+        run_dir = self._run_dir()
+        if (usable := self.usable_index(run_dir)) is not None:
+            return usable
+        uri = self.index_uri(run_dir)
         with report_disk_full(self.cache_dir, "make the index"):
             scratch = tempfile.TemporaryDirectory(prefix=".index-", dir=self.cache_dir)
         with scratch as folder:
-            layout: Layout = "parts" if "root" in self.uris else "classes"
-            info = build(
-                self.uris,
-                Path(folder),
-                str(self.cache_dir),
-                layout,
-                request=request,
-                access=self.access,
-                columns=self.columns,
-            )
-            if "val" not in info.parts:
-                split(Path(folder), self.val_fraction, self.seed)
+            self.make_index(Path(folder))
             publish_index(Path(folder), uri, write_check(self.trainer))
         return uri
+
+    def usable_index(self, run_dir: str) -> str | None:
+        """URI of the index that an earlier attempt left in run_dir; None if there is none of this data as it is."""
+        uri, roots = self.index_uri(run_dir), [root for roots in self.uris.values() for root in roots]
+        return uri if is_run_index_usable(uri, self.cache_dir, self._request(), roots, self.access) else None
+
+    def make_index(self, folder: Path, time_limit: TimeLimit | None = None) -> None:
+        """List the data, and write their index into a local folder.
+
+        Args:
+            folder: of the index.
+            time_limit: ends the listing early, so that the index lacks images; default: none.
+
+        Raises:
+            DataError: the layout of the data is not understood.
+            StorageError: something cannot be listed or written.
+        """
+        layout: Layout = "parts" if "root" in self.uris else "classes"
+        info = build(
+            self.uris,
+            folder,
+            str(self.cache_dir),
+            layout,
+            request=self._request(),
+            access=self.access,
+            columns=self.columns,
+            time_limit=time_limit,
+        )
+        if "val" not in info.parts:
+            split(folder, self.val_fraction, self.seed)
+
+    def _request(self) -> dict[str, Any]:
+        """The options that an index depends on."""
+        request: dict[str, Any] = {"uris": self.uris, "val_fraction": self.val_fraction, "seed": self.seed}
+        if str(self.columns):
+            request["columns"] = str(self.columns)
+        return request
+
+    def index_uri(self, run_dir: str) -> str:
+        """Where the index of this data is in run_dir, once a run has made it."""
+        name = hashlib.sha256(json.dumps(self._request()).encode()).hexdigest()[:16]
+        return storage.join(run_dir, "index", name)
 
     def _run_dir(self) -> str:
         if self.trainer is not None:

@@ -91,6 +91,10 @@ Image.preinit()
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+class ImageTooLarge(DataError):
+    """An image of more pixels than allowed, which was not decoded."""
+
+
 def decode(content: bytes, at_least: int = 0, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Tensor:
     """An encoded image as uint8 [3, H, W], RGB, upright by its EXIF orientation.
 
@@ -105,7 +109,7 @@ def decode(content: bytes, at_least: int = 0, max_image_pixels: int = MAX_IMAGE_
         max_image_pixels: pixels of the largest image to decode.
 
     Raises:
-        DataError: empty, not an image, truncated, or a decompression bomb. No other exception is raised.
+        DataError: empty, not an image or truncated; ImageTooLarge: a decompression bomb. No other exception is raised.
     """
     if not content:
         raise DataError("is empty (0 bytes)")
@@ -228,7 +232,7 @@ def _number(value: object) -> int:
 
 def _refuse_bomb(width: int, height: int, limit: int) -> None:
     if width * height > limit:
-        raise DataError(
+        raise ImageTooLarge(
             f"is refused as a decompression bomb: {width} x {height} pixels, more than max_image_pixels ({limit:,})"
         )
 

@@ -49,7 +49,7 @@ def read_weights(uri: str) -> PretrainedWeights:
         CheckpointError: the run_dir holds no checkpoint, or a damaged one.
         StorageError: it cannot be read.
     """
-    file = _file(uri)
+    file = weights_file(uri)
     if file.endswith(checkpoint.SUFFIX) and storage.exists(checkpoint.manifest_uri(file)):
         loaded: Any = checkpoint.load(file)
         classifier = decode_spec(loaded[CLASSIFIER_KEY], uri)
@@ -58,8 +58,13 @@ def read_weights(uri: str) -> PretrainedWeights:
     return PretrainedWeights(uri, _state_dict(loaded, file), classifier)
 
 
-def _file(uri: str) -> str:
-    """The file that ``--model.weights`` refers to."""
+def weights_file(uri: str) -> str:
+    """The file that ``--model.weights`` refers to.
+
+    Raises:
+        CheckpointError: the run_dir holds no checkpoint.
+        StorageError: there is no such file or folder.
+    """
     if uri.lower().endswith(FILE_SUFFIXES):
         return uri
     if uri.rstrip("/").endswith((f"/{checkpoint.FOLDER}/best", f"/{checkpoint.FOLDER}/last")):

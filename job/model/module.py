@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +42,7 @@ from job.model.loading import read_pretrained, restore_module
 from job.model.memory_format import log_layout
 from job.model.metrics import TaskMetrics
 from job.model.optimizer import OptimizerTrial, fuse, make_optimizer, make_scheduler, parameter_groups
-from job.model.scheduling import plateau_settings
+from job.model.scheduling import AutoSchedule, plateau_settings
 from job.model.spec import decode_spec, net_state, require_same_network, require_state
 from job.model.steps import accumulation, completes_step, optimizer_steps, window_samples
 from job.model.task import Task
@@ -423,6 +423,15 @@ class TransferLearningModel(pl.LightningModule):
         """
         fixed = {f"model.{name}": value for name, value in self.config.fixed_values().items()}
         return {**fixed, **self._try_optimizer().settings}
+
+    def resume_hint(self, different: Collection[str]) -> str:
+        """Explain a schedule that is as long as the run, where --trainer.max_epochs has changed."""
+        if "model.lr_scheduler" not in different or not isinstance(self.config.lr_scheduler, AutoSchedule):
+            return ""
+        return (
+            " Its length is auto: it was planned for the first --trainer.max_epochs and is not stretched, so that a "
+            "longer training is a new run."
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the description of the network, which predicts without this class, and the precision."""

@@ -114,9 +114,10 @@ def require_same_network(saved: Any, current: Mapping[str, Any], optional: Itera
         if getattr(before, name) != getattr(now, name) and name not in optional
     ]
     if different:
+        start = "" if before.backbone != now.backbone else "; --init_from RUN_DIR starts that from these weights"
         raise CheckpointError(
             f"the checkpoint does not fit this run: {'; '.join(different)}. Use the settings it was trained with, "
-            "or another --run_dir."
+            f"or another --run_dir{start}."
         )
 
 

@@ -12,6 +12,7 @@ from job.features.callback import FeatureCache
 from job.lightning_internals import StepHook
 from job.monitoring.accounting import Accounting
 from job.monitoring.advice.callback import Advisor
+from job.monitoring.drawing.thumbnails import ValidationThumbnails
 from job.monitoring.gradient_norm import GradientNorm
 from job.monitoring.learning_rates import LearningRates
 from job.monitoring.recorder import ValidationRecorder
@@ -68,6 +69,7 @@ def monitoring_callbacks(
     earlier = EarlierReport(run_dir)
     recorder = ValidationRecorder(accounting, earlier.history)
     advisor = Advisor(lambda: recorder.records)
+    thumbnails = ValidationThumbnails()
     report = ReportWriter(
         accounting,
         recorder,
@@ -75,6 +77,7 @@ def monitoring_callbacks(
         settings=settings,
         ranking=checkpoint,
         config=config,
+        thumbnails=thumbnails,
         advice=lambda: advisor.advice,
         before_write=lease.require_held,
     )
@@ -89,7 +92,7 @@ def monitoring_callbacks(
         report,
         RunText(config, report, logger),
         WorstClasses(logger),
-        Pictures(settings, logger),
+        Pictures(settings, logger, thumbnails),
         Projector(settings, logger),
         VertexMetricReporter(checkpoint.metric),
     ]

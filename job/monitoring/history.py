@@ -8,8 +8,14 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from job.errors import CheckpointError
+from job.storage.format_version import MALFORMED
+
 MOST_RECORDS = 1000
 """Validations that a history holds."""
+
+MOST_CHARACTERS = 32 << 20
+"""Length of a history as JSON that is read."""
 
 MetricName = Annotated[str, Meta(min_length=1, max_length=1000)]
 
@@ -37,6 +43,9 @@ class ValidationRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seconds: float = 0.0
 
 
+Records = Annotated[list[ValidationRecord], Meta(max_length=MOST_RECORDS)]
+
+
 def thinned(records: Sequence[ValidationRecord]) -> list[ValidationRecord]:
     """At most :data:`MOST_RECORDS` records: above, every second one is dropped, but not the first and the last."""
     kept = list(records)
@@ -49,3 +58,23 @@ def until_step(records: Sequence[ValidationRecord], global_step: int) -> list[Va
     """Records up to ``global_step``, which a run that resumes there keeps; each step once, in order."""
     by_step = {record.global_step: record for record in records if record.global_step <= global_step}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def encode(records: Sequence[ValidationRecord]) -> str:
+    """The records as the JSON text in a checkpoint: one value, which is copied at once."""
+    return msgspec.json.encode(records).decode()
+
+
+def decode(text: object) -> list[ValidationRecord]:
+    """The records in a checkpoint, which is untrusted.
+
+    Raises:
+        CheckpointError: it holds none, or too many.
+    """
+    if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
+        raise CheckpointError(f"the checkpoint's history is no text of at most {MOST_CHARACTERS:,} characters")
+    try:
+        records: list[ValidationRecord] = msgspec.json.decode(text, type=Records)
+    except MALFORMED as error:
+        raise CheckpointError(f"the checkpoint's history is damaged: {error}") from error
+    return records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -10,10 +11,14 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
+from job.checkpoint.state import HISTORY_KEY
 from job.data.dataset import Batch
+from job.errors import CheckpointError
 from job.monitoring.accounting import Accounting
-from job.monitoring.history import ValidationRecord, thinned, until_step
+from job.monitoring.history import ValidationRecord, decode, encode, thinned, until_step
 from job.monitoring.learning_rates import learning_rates
+
+log = logging.getLogger(__name__)
 
 PREFIXES = ("train/", "val/")
 
@@ -23,7 +28,7 @@ class ValidationRecorder(Callback):
 
     Args:
         accounting: measures where the time goes.
-        earlier: returns the records of earlier attempts; called once, when training starts.
+        earlier: returns the records that the report of an earlier attempt has, for a checkpoint without them.
 
     Attributes:
         records: validations of the run so far, in order.
@@ -35,6 +40,7 @@ class ValidationRecorder(Callback):
         self.accounting = accounting
         self.earlier = earlier
         self.records: list[ValidationRecord] = []
+        self._loaded: list[ValidationRecord] | None = None
         self.train_seconds = 0.0
         self.train_images = 0
         self._clock: float | None = None
@@ -44,7 +50,24 @@ class ValidationRecorder(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the records up to the step that training continues from."""
         if trainer.is_global_zero:
-            self.records = until_step(self.earlier(), trainer.global_step)
+            self.records = until_step(self.earlier() if self._loaded is None else self._loaded, trainer.global_step)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the records, which a kill would otherwise lose with the report that is not written yet."""
+        if trainer.is_global_zero:
+            checkpoint[HISTORY_KEY] = encode(self.records)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Read the records; a checkpoint of an earlier version has none."""
+        if trainer.is_global_zero and HISTORY_KEY in checkpoint:
+            try:
+                self._loaded = decode(checkpoint[HISTORY_KEY])
+            except CheckpointError as error:
+                log.warning("%s; it is taken from the report", error)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of the epoch."""

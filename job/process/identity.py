@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -74,3 +75,11 @@ def _link(path: str) -> str | None:
     with contextlib.suppress(OSError):
         return str(Path(path).readlink())
     return None
+
+
+def process_age() -> float:
+    """Seconds since this process started; 0 where the kernel does not tell, as on macOS."""
+    stat = stat_fields(os.getpid())
+    if stat is None or not hasattr(time, "CLOCK_BOOTTIME"):
+        return 0.0
+    return max(time.clock_gettime(time.CLOCK_BOOTTIME) - int(stat[START]) / os.sysconf("SC_CLK_TCK"), 0.0)

@@ -87,7 +87,12 @@ class StopSignals:
         grace: seconds; None: no limit, for a process whose children have one.
         at_end: called before the process is ended from outside of the main thread.
         owns_process: end the process at a second Ctrl-C; else, in a notebook say, raise :class:`Stopped` there.
+
+    Attributes:
+        consequence: of an end from outside of the main thread, for the message.
     """
+
+    consequence = "a restart resumes from the last committed checkpoint, if there is one."
 
     def __init__(
         self,
@@ -181,8 +186,7 @@ class StopSignals:
             remaining = None if self._deadline is None else max(self._deadline - time.monotonic(), 0)
             if not poll.poll(None if remaining is None else 1000 * remaining) and self._deadline is not None:
                 self._end(
-                    f"could not stop cleanly within {self.grace or 0:.0f} s of the signal: a restart resumes from "
-                    "the last committed checkpoint, if there is one.",
+                    f"could not stop cleanly within {self.grace or 0:.0f} s of the signal: {self.consequence}",
                     self._received[0],
                 )
             numbers = os.read(self._reader, 64)

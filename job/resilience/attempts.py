@@ -95,6 +95,22 @@ def begin(
     Raises:
         ConfigError: too many attempts before it have ended without a new checkpoint.
     """
+    before = earlier(run_dir, step, configuration)
+    _write(run_dir, msgspec.structs.replace(before, lost=before.lost + 1), before_write)  # until its end is known
+    return before
+
+
+def earlier(run_dir: str, step: int, configuration: str) -> Attempts:
+    """The attempts before the next one, which would resume at ``step``.
+
+    Args:
+        run_dir: of the run.
+        step: ``global_step`` of its newest checkpoint; -1: none.
+        configuration: of the next attempt.
+
+    Raises:
+        ConfigError: too many of them have ended without a new checkpoint.
+    """
     digest = hashlib.sha256(configuration.encode()).hexdigest()
     before = read(run_dir)
     if before is None or before.step != step or before.configuration != digest:
@@ -107,7 +123,6 @@ def begin(
             f"{before.failed} of them with an error: another restart would not help.{cause} Fix the cause, then delete "
             f"{storage.join(run_dir, FILE)} or change an option, and start it again."
         )
-    _write(run_dir, msgspec.structs.replace(before, lost=before.lost + 1), before_write)  # until its end is known
     return before
 
 

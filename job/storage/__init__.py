@@ -9,16 +9,19 @@ This module is the interface; ``stores`` has one file per kind of storage.
 
 from __future__ import annotations
 
+from job.storage.bucket_settings import BucketSettings
 from job.storage.checksums import TooLarge
 from job.storage.errors import NotFound, translate_errors
 from job.storage.filesystems import filesystem, http_client, is_local, is_process_local, protocols
 from job.storage.listing import LISTINGS_IN_FLIGHT, Entry, glob, list_files, list_pages, version
 from job.storage.objects import (
+    bucket_settings,
     download,
     download_verified,
     exists,
     info,
     info_below,
+    modified,
     open_for_reading,
     read_bounded,
     read_bytes,
@@ -40,11 +43,13 @@ from job.storage.uris import basename, join, split
 __all__ = [
     "CONNECTIONS",
     "LISTINGS_IN_FLIGHT",
+    "BucketSettings",
     "Entry",
     "NotFound",
     "Reader",
     "TooLarge",
     "basename",
+    "bucket_settings",
     "download",
     "download_verified",
     "exists",
@@ -58,6 +63,7 @@ __all__ = [
     "join",
     "list_files",
     "list_pages",
+    "modified",
     "open_for_reading",
     "protocols",
     "read_bounded",

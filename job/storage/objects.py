@@ -10,10 +10,12 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 from job.errors import DataError, JobError, StorageOutage
+from job.storage.bucket_settings import BucketSettings
 from job.storage.checksums import checksum_of
 from job.storage.errors import translate_errors
 from job.storage.filesystems import filesystem, store_of
@@ -48,6 +50,28 @@ def info(uri: str) -> dict[str, Any]:
     with translate_errors(uri, "look up"):
         details: dict[str, Any] = fs.info(path)
         return details
+
+
+def modified(uri: str) -> datetime | None:
+    """When an object was written, by the store's clock; None where the store does not say."""
+    fs, path = filesystem(uri)
+    with translate_errors(uri, "look up"):
+        try:
+            when: datetime = fs.modified(path)
+        except NotImplementedError:
+            return None
+    return when if when.tzinfo is not None else when.replace(tzinfo=UTC)
+
+
+def bucket_settings(uri: str) -> BucketSettings | None:
+    """Settings of the bucket that holds ``uri``; None where the store has no buckets, or does not tell.
+
+    Raises:
+        StorageError: the account may not read them.
+    """
+    store, path = store_of(uri)
+    with translate_errors(uri, "read the settings of the bucket of"):
+        return store.bucket_settings(path)
 
 
 def info_below(root: str, key: str) -> dict[str, Any]:

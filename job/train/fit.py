@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from job import checkpoint, storage
 from job.checkpoint.initial import initial_checkpoint, require_other_run
 from job.checkpoint.io import BackgroundCheckpointIO
+from job.checkpoint.resume import Resume, require_epochs_left, resume_point
 from job.checkpoint.retention import Retention
 from job.checkpoint.settings import CheckpointSettings
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule
-from job.errors import CheckpointError, ConfigError
 from job.features.callback import FeatureSettings
 from job.model.config import ModelConfig
 from job.model.module import TransferLearningModel
@@ -35,8 +35,6 @@ from job.train.trainer import training_trainer
 
 log = logging.getLogger("job")
 
-Resume = Literal["auto", "never", "must"]
-
 
 @dataclass(frozen=True)
 class FitSettings:
@@ -47,7 +45,7 @@ class FitSettings:
         trainer: the user's arguments of Trainer.
         config: the resolved configuration, as YAML, which is saved in run_dir.
         resume: continue from the newest checkpoint in run_dir: if there is one (auto), else fail (must), or refuse a
-            run_dir that has one (never).
+            run_dir that has one (never). Go back to the best one (best), once.
         grace: seconds from a signal to stop to the end of the process; None: no limit.
         profile: record a few steps by torch's profiler.
         checkpoint: when checkpoints are taken.
@@ -103,7 +101,10 @@ def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Re
         ranks.from_rank_zero(lease.acquire)
         if ranks.local_rank() == 0:
             temporary.delete_stale()
-        resumed = ranks.from_rank_zero(lambda: _resume_point(run_dir, settings.resume))
+        point = ranks.from_rank_zero(lambda: resume_point(run_dir, settings.resume, settings.config))
+        resumed = point.manifest if point else None
+        if resumed:
+            require_epochs_left(run_dir, resumed, settings.trainer.get("max_epochs"))
         init_from = ranks.from_rank_zero(lambda: _init_from(settings, resumed))
         step = resumed.global_step if resumed else -1
         before = ranks.from_rank_zero(lambda: attempts.begin(run_dir, step, settings.config, lease.require_held))
@@ -129,6 +130,7 @@ def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Re
                 monitoring=settings.monitoring,
                 early_stopping=settings.early_stopping,
                 profile=settings.profile,
+                step_back=point.step_back if point else None,
                 io=io,
                 watchdog=watchdog,
                 preemption=preemption,
@@ -150,18 +152,3 @@ def _init_from(settings: FitSettings, resumed: checkpoint.Manifest | None) -> st
         return settings.init_from
     require_other_run(settings.init_from, settings.run_dir)
     return initial_checkpoint(settings.init_from)
-
-
-def _resume_point(run_dir: str, resume: Resume) -> checkpoint.Manifest | None:
-    if resume == "never":
-        scan = checkpoint.scan(run_dir)
-        if count := len(scan.good) + len(scan.damaged) + len(scan.newer):
-            raise ConfigError(
-                f"{run_dir} holds {count} checkpoint(s) of an earlier run, and --resume is never. "
-                "Choose another --run_dir, or --resume=auto."
-            )
-        return None
-    newest = checkpoint.newest_verified(run_dir)
-    if newest is None and resume == "must":
-        raise CheckpointError(f"--resume is must, but {run_dir} holds no checkpoint.")
-    return newest

@@ -11,9 +11,11 @@ from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
+from job.checkpoint.abandoned import StepBack
 from job.checkpoint.callback import Checkpointer
 from job.checkpoint.io import BackgroundCheckpointIO
 from job.checkpoint.restore import check_restored
+from job.checkpoint.resume import StepBackWriter
 from job.checkpoint.settings import CheckpointSettings
 from job.cluster import ranks, xla
 from job.cluster.xla_records import CompilationCache, Counts, Trace
@@ -52,6 +54,7 @@ def training_trainer(
     monitoring: MonitoringSettings,
     early_stopping: int,
     profile: bool,
+    step_back: StepBack | None,
     io: BackgroundCheckpointIO,
     watchdog: Watchdog,
     preemption: Preemption,
@@ -69,6 +72,7 @@ def training_trainer(
         monitoring: what TensorBoard and the report show.
         early_stopping: validations without a better checkpoint after which training ends; 0 disables.
         profile: record a few steps by torch's profiler.
+        step_back: checkpoints that the run abandons when training starts.
         io: writes checkpoints.
         watchdog: ends this process if it hangs.
         preemption: says whether this process is to stop.
@@ -88,6 +92,7 @@ def training_trainer(
         logger=logger,
     )
     callbacks: list[Callback] = [
+        StepBackWriter(step_back, lease.require_held),
         SavedConfig(config, lease.require_held),
         *measured.callbacks,
         watchdog,
@@ -130,6 +135,16 @@ def tuning_trainer(settings: dict[str, Any], run_dir: str, rates: LRFinder, batc
         raise ConfigError("tune does not work on XLA, which would compile every step: use a CPU or a GPU.")
     fixed = {"max_epochs": -1, "max_steps": rates.steps, "limit_val_batches": 0, "enable_checkpointing": False}
     return _trainer({**settings, **fixed}, [batches, rates], [], [], run_dir, TuningProgress())
+
+
+def measuring_trainer(settings: dict[str, Any], folder: str, measurement: Callback) -> pl.Trainer:
+    """A Trainer for a callback that measures at the start of training and then stops it; writes below ``folder`` only.
+
+    The user's own callbacks and loggers take no part: they might write elsewhere.
+    """
+    fixed = {"limit_val_batches": 0, "enable_checkpointing": False, "enable_progress_bar": False, "profiler": None}
+    fixed |= {"min_epochs": None, "min_steps": None, "max_time": None, "callbacks": None}
+    return _trainer({**settings, **fixed}, [measurement], [], [], folder)
 
 
 def _trainer(

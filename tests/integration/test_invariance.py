@@ -57,6 +57,28 @@ def test_a_resume_at_an_epochs_end_is_bit_equal(epochs: int, colours: Path, tmp_
         assert other[tag] == one[tag]
 
 
+def test_a_warm_start_and_a_step_back_do_not_depend_on_the_number_of_processes(colours: Path, tmp_path: Path) -> None:
+    """The highest loss counts as the best, so that the run goes back to its first checkpoint."""
+    first = str(tmp_path / "first")
+    run_well("fit", *options(TINY, data__root=colours, run_dir=first, trainer__max_epochs=1, model__milestones="[0]"))
+    frozen = {"model__milestones": "[9]", "features__use": "never", "trainer__max_epochs": 2}
+    ranking = {"checkpoint__monitor": "val/loss", "checkpoint__mode": "max", "model__lr": 0.01}
+    losses = {}
+    for processes in (1, 2):
+        run_dir = str(tmp_path / str(processes))
+        settings = options(TINY, data__root=colours, run_dir=run_dir, init_from=first, **frozen, **ranking)
+        started = run_well("fit", *settings, processes=processes)
+        assert started.stderr.count("head: 2 of 2 classes taken over") == 1
+        back = run_well("fit", *settings, "--resume=best", "--trainer.gradient_clip_val=0.1", processes=processes)
+        assert back.stderr.count("1 later checkpoint(s) are abandoned") == 1
+        names = [manifest.file for manifest in checkpoint.manifests(run_dir)]
+        assert names == ["epoch=001-step=00000004.ckpt", "epoch=002-step=00000008-2.ckpt"]
+        curves = scalars(run_dir)
+        losses[processes] = [value for tag in ("train/loss", "val/loss") for _, value in curves[tag]]
+    assert len(losses[1]) == 8 + 2
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_resuming_at_another_precision_is_logged(colours: Path, tmp_path: Path) -> None:
     """From bf16 to float32, as on a machine without bf16 units."""
     settings = options(TINY, data__root=colours, run_dir=tmp_path / "run", model__milestones="[]")

@@ -318,40 +318,37 @@ def test_a_limit_of_the_wait_and_a_signal_end_it(colours: Path, tmp_path: Path) 
 
 
 def test_a_node_that_is_lost_before_training_is_no_failure(colours: Path, tmp_path: Path) -> None:
-    """It was there, and does not come to torch's rendezvous."""
-    log, port = tmp_path / "log", free_port()
-    arguments = options(TINY, data__root=colours, run_dir=tmp_path / "run")
-    lines = ["import sys", "from job import cli", "from job.cluster import launch", "launch.JOIN_SECONDS = 3"]
+    """It was there, and does not start its ranks: the other waits for its successor, and both train."""
+    logs, port = [tmp_path / f"log-{rank}" for rank in range(2)], free_port()
+    arguments = options({**TINY, "trainer.max_epochs": 1}, data__root=colours, run_dir=tmp_path / "run")
+    lines = ["import sys", "from job import cli", "from job.cluster import agent", "agent.JOIN_SECONDS = 3"]
     code = "; ".join([*lines, "cli.main(sys.argv[1:])"])
     variables = {"JOB_COMPLETION_INDEX": "0", "LAUNCH_NODES": "2", "LAUNCH_COORDINATOR": f"localhost:{port}"}
-    with log.open("w") as file:
+    with logs[0].open("w") as file:
         line = [sys.executable, "-c", code, "launch", "fit", *arguments]
-        process = subprocess.Popen(line, stdout=file, stderr=file, env=environment(**variables), cwd=REPOSITORY)
-    wait_for_text("waiting for node 1 of 2", log, process)
-    store = TCPStore("localhost", port, is_master=False, wait_for_workers=False)
-    PrefixStore("job.nodes/", store).set("1", "1")
-    assert process.wait(120) == 69, log.read_text()
-    assert "job: error: other nodes of 2 were lost (RendezvousTimeoutError)" in log.read_text()
-    assert "Traceback" not in log.read_text()
+        first = subprocess.Popen(line, stdout=file, stderr=file, env=environment(**variables), cwd=REPOSITORY)
+    wait_for_text("waiting for node 1 of 2", logs[0], first)
+    job = PrefixStore("job.nodes/", TCPStore("localhost", port, is_master=False, wait_for_workers=False))
+    job.set(f"{job.get('round').decode()}/here/1", "lost 1")
+    wait_for_text("other nodes of 2 were lost while the ranks started", logs[0], first)
+    second = start_node(1, logs[1], port, *arguments)
+    assert [process.wait(120) for process in (first, second)] == [0, 0], logs[0].read_text()
+    assert logs[0].read_text().count("waiting for node 1 of 2") == 2
+    assert "Traceback" not in logs[0].read_text() + logs[1].read_text()
 
 
-def test_a_trial_of_vertex_ai(colours: Path, tmp_path: Path) -> None:
-    """The metric and the events are written where Vertex AI reads them."""
-    spec = {"cluster": {"workerpool0": ["trial-0:2222"]}, "task": {"type": "workerpool0", "index": 0}}
-    variables = {
-        "CLUSTER_SPEC": json.dumps(spec),
-        "CLOUD_ML_TRIAL_ID": "3",
-        "CLOUD_ML_HP_METRIC_FILE": str(tmp_path / "hypertune" / "output.metrics"),
-        "AIP_TENSORBOARD_LOG_DIR": str(tmp_path / "vertex" / "tensorboard"),
-        "LAUNCH_PROCESSES": "2",
-    }
-    result = run("launch", "fit", *options(TINY, data__root=colours, run_dir=tmp_path / "run"), **variables)
-    assert result.returncode == 0, result.stderr
-    assert "Vertex AI: alone" in result.stderr
-    assert not (tmp_path / "run" / "tensorboard").exists()
-    lines = (tmp_path / "hypertune" / "output.metrics").read_text().splitlines()
-    reported = [json.loads(line) for line in lines]
-    assert {record["trial"] for record in reported} == {"3"}
-    logged = scalars(str(tmp_path / "vertex"))["val/accuracy"]
-    assert [float(record["metric"]) for record in reported] == pytest.approx([value for _, value in logged])
-    assert len(reported) == 3
+def test_launchers_end_with_their_ranks(colours: Path, tmp_path: Path) -> None:
+    """A preempted machine has 15 s in all: what the launcher takes is lost to the ranks."""
+    port = free_port()
+    arguments = options({**TINY, "trainer.max_epochs": 1}, data__root=colours, run_dir=tmp_path / "run")
+    logs = [tmp_path / f"log-{rank}" for rank in range(2)]
+    processes = [start_node(rank, logs[rank], port, *arguments) for rank in range(2)]
+    wait_for_text("starting fit", logs[0], processes[0])
+    while any(rank_processes(process.pid) for process in processes):
+        time.sleep(0.05)
+    begun = time.monotonic()
+    codes = [process.wait(60) for process in processes]
+    seconds = time.monotonic() - begun
+    print(f"the launchers ended {seconds:.1f} s after their ranks")
+    assert codes == [0, 0], logs[0].read_text() + logs[1].read_text()
+    assert seconds < 2

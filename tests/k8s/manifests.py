@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,25 @@ import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
-KUSTOMIZATIONS = {
-    folder.name: folder
-    for folder in sorted(
-        [
-            *(REPOSITORY / "k8s" / "overlays").iterdir(),
-            REPOSITORY / "k8s" / "accounts",
-            REPOSITORY / "k8s" / "predict",
-            REPOSITORY / "k8s" / "tensorboard",
-            REPOSITORY / "k8s" / "queues",
-            REPOSITORY / "k8s" / "trainer",
-            *Path(__file__).parent.glob("with-*"),
-        ]
-    )
+NOT_TRAINING = {
+    path.replace("/", "-"): REPOSITORY / "k8s" / path
+    for path in ("accounts", "predict", "queues", "queues/flex-start", "storage", "tensorboard", "trainer")
 }
-"""Every kustomization that can be applied, by name; the ``with-`` ones put a component on an overlay."""
+"""What is set up once, beside the runs, by name."""
+TRAINING = {
+    folder.name: folder
+    for folder in sorted([*(REPOSITORY / "k8s" / "overlays").iterdir(), *Path(__file__).parent.glob("with-*")])
+}
+"""The overlays, and components on overlays as a user would put them together."""
+KUSTOMIZATIONS = {**NOT_TRAINING, **TRAINING}
+"""Every kustomization that can be applied, by name."""
 
 RUN = """\
 namePrefix: {name}-
 labels:
   - {{pairs: {{app.kubernetes.io/instance: {name}}}, includeSelectors: true, includeTemplates: true}}
 resources: [{overlay}]
+components: [{components}]
 images:
   - {{name: job, newName: registry.example/{name}/job, newTag: "1"}}
 configMapGenerator:
@@ -60,11 +59,13 @@ def kustomize(folder: Path) -> str:
     return result.stdout
 
 
-def rendered_run(name: str, overlay: str, folder: Path) -> list[Manifest]:
+def rendered_run(name: str, overlay: str, folder: Path, components: Sequence[str] = ()) -> list[Manifest]:
     """Return the manifests of a run of its own name, whose kustomization is written to ``folder``."""
     folder.mkdir(parents=True)
-    relative = Path(os.path.relpath(KUSTOMIZATIONS[overlay], folder.resolve()))
-    (folder / "kustomization.yaml").write_text(RUN.format(name=name, overlay=relative))
+    used = [KUSTOMIZATIONS[overlay], *(REPOSITORY / "k8s" / "components" / component for component in components)]
+    paths = [os.path.relpath(path, folder.resolve()) for path in used]
+    text = RUN.format(name=name, overlay=paths[0], components=", ".join(paths[1:]))
+    (folder / "kustomization.yaml").write_text(text)
     (folder / "config.yaml").write_text(f"run_dir: gs://bucket/{name}\n")
     return list(yaml.safe_load_all(kustomize(folder)))
 
@@ -152,5 +153,8 @@ def expanded(text: str, environment: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
+    import submitted
+
+    submitted.write()
     for name in KUSTOMIZATIONS:
         (GOLDEN / f"{name}.yaml").write_text(render(name))

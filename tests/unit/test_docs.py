@@ -42,7 +42,9 @@ TARGETS = {name for line in re.findall(r"^([a-z][\w -]*):(?!=)", MAKEFILE, re.MU
 README_WORDS = 1000
 SOURCE_FOLDERS = ("job", "tests", "docs", "k8s", "docker", "benchmarks", ".github", ".ci")
 OTHER_PROGRAMS_OPTIONS = {"--nnodes", "--max-restarts", "--device", "--quick", "--clear-soft-delete", "--disk-size"}
-OTHER_PROGRAMS_OPTIONS |= {"--logdir", "--load_fast", "--patch"}
+OTHER_PROGRAMS_OPTIONS |= {"--logdir", "--load_fast", "--flex-start", "--ephemeral-storage-local-ssd", "--tpu-topology"}
+OTHER_PROGRAMS_OPTIONS |= {"--machine-type", "--accelerator", "--disk-type", "--reservation-affinity", "--reservation"}
+OTHER_PROGRAMS_OPTIONS |= {"--patch"}
 """Options of torchrun, gcloud, kubectl, TensorBoard and the benchmarks that the text names."""
 
 

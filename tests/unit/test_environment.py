@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from job.cluster.environment import Node, find_node, ignored_variables, require_ranks
-from job.cluster.launch import exit_code, launch_options
+from job.cluster.environment import find_node, ignored_variables, require_ranks
+from job.cluster.launch import exit_code
 from job.errors import ConfigError
 
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443", "HOSTNAME": "train-1-x7k2p"}
@@ -241,18 +241,6 @@ def test_variables_of_other_launchers_are_refused(environment: dict[str, str], m
     with pytest.raises(ConfigError) as excinfo:
         require_ranks(environment)
     assert message in str(excinfo.value)
-
-
-def test_options_of_torch_elastic() -> None:
-    alone = launch_options(Node("plain"), 2)
-    assert (alone["min_nodes"], alone["max_nodes"], alone["nproc_per_node"], alone["max_restarts"]) == (1, 1, 2, 0)
-    options = launch_options(find_node({**INDEXED, "LAUNCH_RESTARTS": "3"}), 8)
-    assert options["rdzv_endpoint"] == "train-0.train:29400"
-    assert options["run_id"] == "6f0c"
-    assert options["max_restarts"] == 3
-    assert options["rdzv_configs"]["is_host"] == "false"
-    first = launch_options(find_node({**INDEXED, "JOB_COMPLETION_INDEX": "0"}), 8)
-    assert first["rdzv_configs"]["is_host"] == "true"
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from job.model.backbone import build_backbone
 from job.model.classifier import Classifier
 from job.model.freeze import Stage
 from job.model.module import TransferLearningModel
-from job.train.batch_size_finder import BatchSizeFinder, _peak
+from job.train.batch_size_finder import BatchSizeFinder
 from job.train.lr_finder import LRFinder
+from job.train.step_memory import peak_bytes
 
 
 def finder(losses: list[float]) -> LRFinder:
@@ -76,6 +77,6 @@ def test_memory_is_predicted_and_the_network_restored() -> None:
     assert finder.per_rank % 8 == 0
 
     module.enter_stage(Stage.ALL)  # 256 images of about 2.5 MB, far beyond what was measured
-    small, large = (_peak(trainer, module, size) for size in (32, 256))  # type: ignore[arg-type]
+    small, large = (peak_bytes(trainer, module, size) for size in (32, 256))  # type: ignore[arg-type]
     assert 0.7 < (large - small) / (224 * finder.bytes_each) < 1.4
     assert finder.per_rank * finder.bytes_each > 1e9  # of the memory of any machine that runs this

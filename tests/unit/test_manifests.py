@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -24,6 +25,7 @@ from k8s.manifests import (
     GOLDEN,
     KUSTOMIZATIONS,
     REPOSITORY,
+    TRAINING,
     Manifest,
     arguments_of,
     environment_of,
@@ -46,13 +48,13 @@ from job.cluster.machines import GIB, SYSTEM_PODS, Resources, allocatable_storag
 from job.errors import EXIT_NODES_MISSING, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 VERTEX = sorted((REPOSITORY / "k8s" / "vertex").glob("*.yaml"))
-TRAINING = [name for name in KUSTOMIZATIONS if name not in ("accounts", "predict", "tensorboard", "queues", "trainer")]
 VERSIONS = ("1.35", "1.36", "1.37")
-CHIPS_PER_HOST = {"4x4": 4, "2x4": 8}
+CHIPS_PER_HOST = {"4x4": 4, "2x4": 8, "2x2x1": 4, "2x2x4": 4}
 """https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: 2x4 comes as one host of eight chips, too."""
 FIELDS = {
     "metadata.labels['batch.kubernetes.io/job-name']": "train",
     "metadata.labels['batch.kubernetes.io/controller-uid']": "the-uid",
+    "metadata.labels['jobset.sigs.k8s.io/jobset-name']": "train",
     "metadata.labels['jobset.sigs.k8s.io/jobset-uid']": "the-uid",
 }
 """A pod's own, for a Job or JobSet named train."""
@@ -60,6 +62,9 @@ SCHEMAS = {
     (schema["apiVersion"], schema["kind"]): schema["schema"]
     for schema in (yaml.safe_load(file.read_text()) for file in Path(__file__).parents[1].glob("k8s/schemas/*.yaml"))
 }
+
+SDK = Path(shutil.which("gcloud") or "/").resolve().parents[1] / "lib" if shutil.which("gcloud") else None
+"""The Google Cloud SDK's own packages."""
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
 
@@ -85,7 +90,7 @@ def strict(schema: Any) -> Any:
 def validate(manifest: Manifest) -> None:
     key = (manifest["apiVersion"], manifest["kind"])
     if key not in SCHEMAS:
-        for version in VERSIONS:
+        for version in versions_of(manifest):
             kubernetes_validate.validate(manifest, version, strict=True)
         return
     schema = strict(SCHEMAS[key])
@@ -94,6 +99,15 @@ def validate(manifest: Manifest) -> None:
     if manifest["kind"] == "ClusterTrainingRuntime":
         template = manifest["spec"]["template"]
         validate({"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": {}, **template})
+
+
+def versions_of(manifest: Manifest) -> tuple[str, ...]:
+    """The versions of Kubernetes that know all fields of the manifest."""
+    if manifest["kind"] == "PodGroup":
+        return ("1.37",)
+    if manifest["kind"] == "Job" and "schedulingGroup" in manifest["spec"]["template"]["spec"]:
+        return ("1.36", "1.37")
+    return VERSIONS
 
 
 def quantity(text: str | int) -> float:
@@ -141,6 +155,9 @@ def test_the_validation_can_fail() -> None:
     for name, kind, where in (
         ("tpu-multislice", "JobSet", "failurePolicy"),
         ("queues", "ClusterQueue", None),
+        ("queues-flex-start", "ProvisioningRequestConfig", None),
+        ("queues-flex-start", "AdmissionCheck", None),
+        ("gpu-jobset", "JobSet", "network"),
         ("trainjob", "TrainJob", "trainer"),
         ("trainer", "ClusterTrainingRuntime", "mlPolicy"),
         ("trainer", "ClusterTrainingRuntime", "template"),
@@ -198,11 +215,20 @@ def assert_names_exist(manifests: list[Manifest]) -> None:
             for variable in container.get("env", []):
                 if "configMapKeyRef" in variable.get("valueFrom", {}):
                     assert ("ConfigMap", variable["valueFrom"]["configMapKeyRef"]["name"]) in names
+                if "secretKeyRef" in variable.get("valueFrom", {}):
+                    assert f"kubectl create secret generic {variable['valueFrom']['secretKeyRef']['name']} " in GUIDE
                 if variable["name"] == "BUCKET_HOST":
                     assert ("Service", variable["value"]) in names
         assert pod.get("serviceAccountName", "default") in accounts
         if "subdomain" in pod:
             assert ("Service", pod["subdomain"]) in names
+        if "schedulingGroup" in pod:
+            assert ("PodGroup", pod["schedulingGroup"]["podGroupName"]) in names
+        for volume in volumes.values():
+            if "ephemeral" in volume:
+                (storage_class,) = of_kind(rendered("storage"), "StorageClass")
+                claim = volume["ephemeral"]["volumeClaimTemplate"]["spec"]
+                assert claim["storageClassName"] == storage_class["metadata"]["name"]
     for selector in selectors_of(manifests):
         assert any(selector.items() <= pod["metadata"]["labels"].items() for pod in pods), selector
 
@@ -221,11 +247,12 @@ def test_two_runs_share_nothing(overlay: str, tmp_path: Path) -> None:
     objects = [{(m["kind"], m["metadata"]["name"]) for m in manifests} for manifests in runs.values()]
     assert objects[0]
     assert not objects[0] & objects[1]
+    for manifest in runs["cats"]:
+        validate(manifest)
     for name, manifests in runs.items():
         assert_names_exist(manifests)
         assert selectors_of(manifests)
         for manifest in manifests:
-            validate(manifest)
             assert manifest["metadata"]["labels"]["app.kubernetes.io/instance"] == name
         for selector in selectors_of(manifests):
             assert selector["app.kubernetes.io/instance"] == name
@@ -266,7 +293,8 @@ def test_a_budget_refuses_every_eviction() -> None:
     (budget,) = of_kind(rendered("with-disruption-budget"), "PodDisruptionBudget")
     assert budget["spec"]["minAvailable"] >= 1000
     for name in TRAINING:
-        assert name == "with-disruption-budget" or not of_kind(rendered(name), "PodDisruptionBudget")
+        asked_for = name in ("with-disruption-budget", "with-everything")
+        assert bool(of_kind(rendered(name), "PodDisruptionBudget")) == asked_for
 
 
 @needs_kubectl
@@ -324,16 +352,20 @@ def test_the_launcher_understands_the_manifest(name: str) -> None:
         assert {port["port"] for port in service["spec"]["ports"]} == {DEFAULT_PORT}
         if len(nodes) > 1:
             assert {node.host for node in nodes} == {f"train-0.{service['metadata']['name']}"}
+    elif jobset and slices == 1:
+        # JobSet's pods are called <jobset>-<replicated job>-<its index>-<pod's index>.
+        assert {node.host for node in nodes} == {"train-node-0-0.train"}
+        assert jobset[0]["spec"]["network"]["publishNotReadyAddresses"] is True
 
 
 def _as_gke_adds(worker: int, slice_id: int, slices: int, hosts: int) -> dict[str, str]:
-    names = [f"train-slice-{slice_id}-{n}.train" if slices > 1 else f"train-{n}.train" for n in range(hosts)]
+    names = [f"train-node-{slice_id}-{n}.train" if slices > 1 else f"train-{n}.train" for n in range(hosts)]
     variables = {"TPU_WORKER_ID": str(worker), "TPU_WORKER_HOSTNAMES": ",".join(names)}
     if slices > 1:
         variables |= {
             "MEGASCALE_NUM_SLICES": str(slices),
             "MEGASCALE_SLICE_ID": str(slice_id),
-            "MEGASCALE_COORDINATOR_ADDRESS": "train-slice-0-0.train:8080",
+            "MEGASCALE_COORDINATOR_ADDRESS": "train-node-0-0.train:8080",
         }
     return variables
 
@@ -364,12 +396,17 @@ def test_volumes_are_large_enough(name: str) -> None:
     paths = {mount["mountPath"]: volumes[mount["name"]] for mount in train["volumeMounts"]}
     config = of_kind(rendered(name), "ConfigMap")[0]
     data = yaml.safe_load(config["data"]["config.yaml"])["data"]
+    cache_gb = float(options_of(arguments_of(train)).get("data.cache_gb", data["cache_gb"]))
     sizes = {path: quantity(v["emptyDir"]["sizeLimit"]) for path, v in paths.items() if "emptyDir" in v}
-    assert sizes[data["cache_dir"]] >= data["cache_gb"] * 1e9
+    claims = [volume["ephemeral"]["volumeClaimTemplate"]["spec"] for volume in pod["volumes"] if "ephemeral" in volume]
+    if claims:
+        assert quantity(claims[0]["resources"]["requests"]["storage"]) >= 1.05 * cache_gb * 1e9
+    else:
+        assert sizes[data["cache_dir"]] >= cache_gb * 1e9
     limits, requests = train["resources"]["limits"], train["resources"]["requests"]
-    assert quantity(limits["ephemeral-storage"]) >= sizes["/tmp"] + sizes[data["cache_dir"]]
+    assert quantity(limits["ephemeral-storage"]) >= sizes["/tmp"] + sizes.get(data["cache_dir"], 0)
     # A pod that uses more than it requests is the first to be evicted when the node's disk is full.
-    assert quantity(requests["ephemeral-storage"]) >= sizes["/tmp"] + sizes[data["cache_dir"]]
+    assert quantity(requests["ephemeral-storage"]) >= sizes["/tmp"] + sizes.get(data["cache_dir"], 0)
     # NCCL maps some 33 MB a pair of GPUs; gloo and the loader's threads nothing.
     assert paths["/dev/shm"]["emptyDir"]["medium"] == "Memory"
     gpus = int(limits.get("nvidia.com/gpu", 0))
@@ -389,14 +426,32 @@ def test_chips_times_hosts_are_the_topology(name: str) -> None:
 
 
 @needs_kubectl
-def test_a_jobset_s_pods_are_those_of_a_job() -> None:
-    """The two pod templates differ only where they must."""
-    job, jobset = pod_of(rendered("tpu-v5e-multihost")), pod_of(rendered("tpu-multislice"))
-    for pod in (job, jobset):
+@pytest.mark.parametrize(("job", "jobset"), [("gpu-multinode", "gpu-jobset"), ("tpu-v5e-multihost", "tpu-multislice")])
+def test_a_jobset_has_the_pods_of_the_job(job: str, jobset: str) -> None:
+    """Only what tells a pod its place differs; what the JobSet counts, its Jobs do not."""
+    specs = [job_of(rendered(name)) for name in (job, jobset)]
+    for key in ("completions", "parallelism", "completionMode", "podFailurePolicy", "podReplacementPolicy"):
+        assert specs[0][key] == specs[1][key]
+    pods = [spec["template"]["spec"] for spec in specs]
+    for pod in pods:
         pod["containers"][0].pop("env")
         pod.pop("subdomain", None)  # JobSet sets its own
         pod["volumes"].sort(key=lambda volume: volume["name"])
-    assert job == jobset
+    assert pods[0] == pods[1]
+    (manifest,) = of_kind(rendered(jobset), "JobSet")
+    assert specs[1]["backoffLimit"] == 0
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 10
+    assert not of_kind(rendered(jobset), "Job")
+    assert not of_kind(rendered(jobset), "Service")
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", [name for name in TRAINING if "tpu" in name or "jobset" in name])
+def test_the_number_of_nodes_is_said_once(name: str) -> None:
+    (container,) = pod_of(rendered(name))["containers"]
+    nodes = environment_of(container, {**FIELDS, COMPLETION_INDEX: "0"})["LAUNCH_NODES"]
+    slices = [jobset["spec"]["replicatedJobs"][0]["replicas"] for jobset in of_kind(rendered(name), "JobSet")] or [1]
+    assert int(nodes) == job_of(rendered(name))["completions"] * slices[0]
 
 
 @needs_kubectl
@@ -470,7 +525,8 @@ def test_the_documented_prediction_is_a_kustomization(tmp_path: Path) -> None:
 @needs_kubectl
 def test_kueue_admits_the_whole_job() -> None:
     queue = of_kind(rendered("queues"), "LocalQueue")[0]
-    for name, kind in (("with-kueue", "Job"), ("with-kueue-jobset", "JobSet")):
+    workloads = (("with-kueue", "Job"), ("with-kueue-jobset", "JobSet"), ("with-kueue-trainjob", "TrainJob"))
+    for name, kind in workloads:
         (workload,) = of_kind(rendered(name), kind)
         assert workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queue["metadata"]["name"]
         assert workload["spec"]["suspend"] is True
@@ -484,6 +540,82 @@ def test_kueue_admits_the_whole_job() -> None:
     assert set(requests) <= set(group["coveredResources"])  # Kueue leaves a Job suspended that asks for more
     node_selector = pod_of(rendered("with-kueue"))["nodeSelector"]
     assert flavour["spec"]["nodeLabels"].items() <= node_selector.items()
+
+
+@needs_kubectl
+def test_queued_provisioning_asks_for_all_nodes_at_once() -> None:
+    """The run names the queue, that a check, and that the class of Google's provisioning requests."""
+    manifests = rendered("queues-flex-start")
+    (job,) = of_kind(rendered("with-queued-provisioning"), "Job")
+    (queue,), (cluster_queue,) = of_kind(manifests, "LocalQueue"), of_kind(manifests, "ClusterQueue")
+    (check,), (config,) = of_kind(manifests, "AdmissionCheck"), of_kind(manifests, "ProvisioningRequestConfig")
+    (flavour,) = of_kind(manifests, "ResourceFlavor")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queue["metadata"]["name"]
+    assert job["spec"]["suspend"] is True
+    seconds = job["metadata"]["annotations"]["provreq.kueue.x-k8s.io/maxRunDurationSeconds"]
+    assert int(seconds) == job["spec"]["activeDeadlineSeconds"] == 7 * 86400
+    assert queue["spec"]["clusterQueue"] == cluster_queue["metadata"]["name"]
+    (named,) = cluster_queue["spec"]["admissionChecksStrategy"]["admissionChecks"]
+    assert named["name"] == check["metadata"]["name"]
+    assert check["spec"]["parameters"]["kind"] == config["kind"]
+    assert check["spec"]["parameters"]["name"] == config["metadata"]["name"]
+    (resource,) = config["spec"]["managedResources"]
+    assert resource in job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    (group,) = cluster_queue["spec"]["resourceGroups"]
+    assert group["flavors"][0]["name"] == flavour["metadata"]["name"]
+    selector = job["spec"]["template"]["spec"]["nodeSelector"]
+    labels = flavour["spec"]["nodeLabels"]
+    assert {label for label in labels if selector.get(label, labels[label]) != labels[label]} == set()
+
+
+@needs_kubectl
+@pytest.mark.parametrize("name", [name for name in TRAINING if "multi" in name or "spot" in name])
+def test_kubernetes_can_schedule_several_nodes_as_a_gang(name: str) -> None:
+    """Its Job controller does so for such Jobs only: KEP-5547, of 1.36."""
+    for job in of_kind(rendered(name), "Job"):
+        assert job["spec"]["completionMode"] == "Indexed"
+        assert job["spec"]["parallelism"] == job["spec"]["completions"] > 1
+        assert "schedulingGroup" not in job["spec"]["template"]["spec"]
+
+
+@needs_kubectl
+def test_the_pod_group_has_all_pods(tmp_path: Path) -> None:
+    manifests = rendered_run("cats", "with-pod-group", tmp_path / "cats")
+    (group,), (job,) = of_kind(manifests, "PodGroup"), of_kind(manifests, "Job")
+    assert group["spec"]["schedulingPolicy"]["gang"]["minCount"] == job["spec"]["parallelism"]
+    assert job["spec"]["template"]["spec"]["schedulingGroup"] == {"podGroupName": "cats-train"}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, "1.35", strict=True)
+
+
+@needs_kubectl
+def test_the_policy_lets_pods_reach_what_gives_them_tokens() -> None:
+    """GKE's metadata server; on EKS Pod Identity's agent."""
+    for name, expected in (
+        ("gpu", {("169.254.169.254/32", 80), ("169.254.169.252/32", 988)}),
+        ("eks", {("169.254.170.23/32", 80), ("fd00:ec2::23/128", 80)}),
+    ):
+        (policy,) = of_kind(rendered(name), "NetworkPolicy")
+        allowed = {
+            (peer["ipBlock"]["cidr"], port["port"])
+            for rule in policy["spec"]["egress"]
+            for peer in rule.get("to", [])
+            if "ipBlock" in peer
+            for port in rule["ports"]
+        }
+        assert expected <= allowed
+        assert name != "eks" or expected == allowed
+        anywhere = [rule["ports"] for rule in policy["spec"]["egress"] if "to" not in rule]
+        assert any({"port": 443, "protocol": "TCP"} in ports for ports in anywhere)
+
+
+@needs_kubectl
+def test_no_key_is_in_a_file() -> None:
+    assert not of_kind(rendered("with-s3-compatible"), "Secret")
+    environment = {variable["name"]: variable for variable in train_of("with-s3-compatible")["env"]}
+    for name in ("FSSPEC_S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        reference = environment[name]["valueFrom"]["secretKeyRef"]
+        assert f"--from-literal={reference['key']}=" in GUIDE
 
 
 @pytest.mark.parametrize("file", VERTEX, ids=lambda file: file.stem)
@@ -541,11 +673,40 @@ COMMANDS = [
 def test_the_guide_names_every_overlay() -> None:
     rows = re.findall(r"^\| (.*?) \|", GUIDE, re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(?:overlays/)?([\w/.*-]+)`", row)}
-    overlays = {folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir()}
-    components = {f"components/{folder.name}" for folder in (REPOSITORY / "k8s" / "components").iterdir()}
-    assert named == overlays | components - {"components/tpu"} | {"accounts", "tensorboard", "vertex/*.yaml"}
+    folders = [file.parent.relative_to(REPOSITORY / "k8s") for file in (REPOSITORY / "k8s").rglob("kustomization.yaml")]
+    kustomizations = {str(folder).removeprefix("overlays/") for folder in folders}
+    assert named == kustomizations - {"base", "components/tpu", "components/jobset/from-job"} | {"vertex/*.yaml"}
     for path in re.findall(r"(?<![\w)]/)\b(?:k8s|docker)/[\w./-]+", "\n".join(COMMANDS).replace("$file", "gpu")):
         assert (REPOSITORY / path.rstrip(".")).exists(), path
+
+
+def test_the_guide_s_commands_are_complete_scripts(tmp_path: Path) -> None:
+    """The shell parses them, and knows every variable; the programs do nothing."""
+    programs = ["kubectl", "gcloud", "docker", "kind", "pip", "python", "sed", "aws"]
+    stubs = [f"{program}() {{ :; }}" for program in programs]
+    keys = ["ACCESS_KEY_ID=x SECRET_ACCESS_KEY=x ROLE=x"]  # the reader's own
+    (tmp_path / "job").mkdir()
+    script = "\n".join([*stubs, *keys, *re.findall(r"```sh\n(.*?)```", GUIDE, re.DOTALL)])
+    result = subprocess.run(["bash", "-euc", script], cwd=tmp_path / "job", capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(SDK is None, reason="gcloud is not installed")
+def test_gcloud_knows_the_guide_s_commands(tmp_path: Path) -> None:
+    comments = [line for file in VERTEX for line in re.findall(r"^#   (gcloud (?:.*\\\n#)*.*)", file.read_text(), re.M)]
+    in_comments = [re.sub(r"\\\n#|\(.*\)", "", line) for line in comments]
+    lines = [line for line in COMMANDS if line.startswith("gcloud ")] + in_comments
+    assert len(lines) > 25
+    misspelt = f"{lines[0]} --qiet"
+    commands = "\n".join(json.dumps(shlex.split(line, comments=True)[1:]) for line in [*lines, misspelt])
+    script = REPOSITORY / "tests" / "k8s" / "parse_gcloud.py"
+    environment = {**os.environ, "CLOUDSDK_CONFIG": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, script, str(SDK)], input=commands, capture_output=True, text=True, env=environment
+    )
+    refused = [line for line in result.stdout.splitlines() if line]
+    assert len(refused) == 1, result.stdout + result.stderr
+    assert "--qiet" in refused[0]
 
 
 NODE_POOLS = {
@@ -557,6 +718,12 @@ NODE_POOLS = {
     for name in re.findall(r"[\w-]+", re.split(r"[:(]", part)[0])
 }
 """Options of the ``node-pools create`` line of each overlay, which the comment above it names."""
+WORKLOAD_POLICIES = dict(re.findall(r"create workload-policy ([\w-]+) (?:.|\\\n)*?--accelerator-topology=(\S+)", GUIDE))
+"""Topologies of the workload policies that node pools name as their placement policies."""
+MACHINES = re.findall(
+    r"^\| (?:`components/machines/([\w-]+)`|the overlays) \| `([\w-]+)` \| `([\w-]+)` \|", GUIDE, re.MULTILINE
+)
+"""The guide's table: component, machine type, accelerator."""
 
 
 def requests_of(pod: Manifest, *, of: str = "requests") -> Resources:
@@ -576,7 +743,7 @@ def assert_fits(pods: list[Resources], node: Resources, system: Resources) -> No
 
 def test_there_is_a_node_pool_for_every_overlay() -> None:
     overlays = {folder.name for folder in (REPOSITORY / "k8s" / "overlays").iterdir()}
-    assert set(NODE_POOLS) == overlays - {"cpu-local"}
+    assert set(NODE_POOLS) == overlays - {"cpu-local", "eks"}
 
 
 @needs_kubectl
@@ -596,15 +763,60 @@ def test_pods_fit_on_the_nodes_of_the_guide(name: str) -> None:
         assert pool["accelerator"].startswith(f"type={machine.accelerator},count={machine.accelerators},")
     assert job_of(rendered(name))["completions"] <= int(pool.get("max-nodes", pool["num-nodes"]))
     if job_of(rendered(name))["completions"] > 1 and chips:
-        assert pool["tpu-topology"] == pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+        topology = pool.get("tpu-topology") or WORKLOAD_POLICIES[pool["placement-policy"]]
+        assert topology == pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
 
 
 @needs_kubectl
-def test_the_gpu_overlay_s_pods_fit_on_an_a3_too() -> None:
-    """As a comment in the overlay says."""
-    machine = machines.machines()["a3-highgpu-8g"]
-    assert f"{machine.name} eight {machine.accelerator}" in (REPOSITORY / "k8s/overlays/gpu/job.yaml").read_text()
-    assert_fits([requests_of(pod_of(rendered("gpu")))], machine.allocatable(200), SYSTEM_PODS)
+@pytest.mark.parametrize(("component", "machine_type", "accelerator"), MACHINES)
+def test_pods_fit_on_the_machines_of_the_guide(
+    component: str, machine_type: str, accelerator: str, tmp_path: Path
+) -> None:
+    machine = machines.machines()[machine_type]
+    assert accelerator == machine.accelerator
+    components = [f"machines/{component}"] if component else []
+    manifests = rendered_run("cats", "gpu-spot", tmp_path / "cats", components)
+    for manifest in manifests:
+        validate(manifest)
+    pod = pod_of(manifests)
+    (train,) = pod["containers"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-accelerator"] == accelerator
+    assert train["resources"]["limits"]["nvidia.com/gpu"] == machine.accelerators
+    assert_fits([requests_of(pod)], machine.allocatable(200), SYSTEM_PODS)
+    assert requests_of(pod).cpus > 0.6 * machine.cpus
+
+
+def test_the_guide_has_every_machine_component() -> None:
+    components = {folder.name for folder in (REPOSITORY / "k8s" / "components" / "machines").iterdir()}
+    assert {component for component, _, _ in MACHINES} == components | {""}
+
+
+@needs_kubectl
+@pytest.mark.parametrize("machine_type", ["a2-ultragpu-8g", "a3-highgpu-8g", "a3-ultragpu-8g", "a4-highgpu-8g", ""])
+def test_the_large_cache_fits_on_local_ssds(machine_type: str) -> None:
+    """Those of the machine, or the eight that the guide gives an L4 machine."""
+    (count,) = re.findall(r"`--ephemeral-storage-local-ssd=count=(\d+)`", GUIDE)
+    table = machines.machines()
+    machine = table[machine_type or "g2-standard-96"]
+    node = machine.allocatable(200, machine.local_ssd_gib or int(count) * machines.LOCAL_SSD_GIB)
+    wanted = requests_of(pod_of(rendered("with-everything"))).ephemeral_storage
+    assert machine.allocatable(1000).ephemeral_storage < wanted <= node.ephemeral_storage
+
+
+@needs_kubectl
+def test_the_pool_for_queued_provisioning_has_the_run_s_machines() -> None:
+    (command,) = re.findall(r"gcloud container node-pools create l4-queued (?:.*\\\n)*.*", GUIDE)
+    pool = dict(re.findall(r"--([\w-]+)=(\S+)", command.replace("\\\n", " ")))
+    job = job_of(rendered("with-queued-provisioning"))
+    machine = machines.machines()[pool["machine-type"]]
+    assert_fits([requests_of(job["template"]["spec"])], machine.allocatable(int(pool["disk-size"])), SYSTEM_PODS)
+    assert job["completions"] <= int(pool["total-max-nodes"])
+    (queue,) = of_kind(rendered("queues-flex-start"), "ClusterQueue")
+    (group,) = queue["spec"]["resourceGroups"]
+    requests = job["template"]["spec"]["containers"][0]["resources"]["requests"]
+    for resource in group["flavors"][0]["resources"]:
+        wanted = quantity(requests[resource["name"]]) * job["completions"]
+        assert quantity(resource["nominalQuota"]) >= wanted, resource
 
 
 @needs_kubectl

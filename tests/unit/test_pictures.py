@@ -34,7 +34,7 @@ from job.monitoring.drawing import canvas, charts, curves
 from job.monitoring.drawing.canvas import GREEN, RED
 from job.monitoring.drawing.class_labels import class_labels
 from job.monitoring.drawing.image_grid import FRAME, GAP, TITLE, join_labels, prediction_caption
-from job.monitoring.drawing.thumbnails import SIZE
+from job.monitoring.drawing.thumbnails import SIZE, ValidationThumbnails
 from job.monitoring.settings import MonitoringSettings
 from job.monitoring.tensorboard import pictures
 from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
@@ -120,7 +120,7 @@ class Run:
             self.data = cast("ImageDataModule", Renamed(self.data, classes))
         self.folder = folder / "run" / "tensorboard"
         self.logger = BucketTensorBoardLogger(str(self.folder))
-        self.callback = Pictures(MonitoringSettings(images=images), self.logger)
+        self.callback = Pictures(MonitoringSettings(images=images), self.logger, ValidationThumbnails())
         self.module = SimpleNamespace(evaluation=None)
         self.trainer = SimpleNamespace(is_global_zero=True, global_step=0, datamodule=self.data)
 
@@ -314,10 +314,10 @@ def test_areas_under_roc_curves_are_shares_of_ordered_pairs() -> None:
     positives, negatives = (np.bincount(bins[labels == label], minlength=100) for label in (1, 0))
     never = np.zeros_like(positives)
     histograms = ScoreHistograms(np.stack([positives, never]), np.stack([negatives, negatives]), np.arange(100) / 100)
-    found = curves.roc_curves(histograms)
+    found = curves.curves_of_classes(histograms)
     assert list(found) == [0]
     area = np.mean(np.sign(bins[labels == 1][:, None] - bins[labels == 0][None]) / 2 + 0.5)  # Mann-Whitney
-    assert found[0].area == pytest.approx(area)
+    assert found[0].auroc == pytest.approx(area)
 
 
 def test_more_than_50_classes_have_one_curve(tmp_path: Path) -> None:

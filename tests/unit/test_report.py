@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html.parser
 import json
 import os
@@ -29,6 +30,7 @@ from job.checkpoint.settings import CheckpointSettings
 from job.errors import CheckpointError, NewerFormatError, StorageError, StorageOutage
 from job.model import evaluation as measured
 from job.monitoring.accounting import Attempt
+from job.monitoring.drawing.thumbnails import ValidationThumbnails
 from job.monitoring.history import MOST_RECORDS, ValidationRecord, thinned, until_step
 from job.monitoring.report import writer
 from job.monitoring.report.build import summarise_attempts
@@ -299,14 +301,43 @@ def test_a_report_that_cannot_be_read_costs_a_warning(damage: bytes, tmp_path: P
     (tmp_path / "run/report.json").write_bytes(damage)
     done = fit(tmp_path, colours, trainer__max_epochs=2)
     assert done.returncode == 0, done.output
-    assert "history of validations starts anew" in done.output
+    assert ("It is left unchanged." if b"9" in damage else "It is replaced.") in done.output
     if b"9" in damage:  # a newer version's
         assert (tmp_path / "run/report.json").read_bytes() == damage
         written = decode_report("", (tmp_path / "run/report.2.json").read_bytes())
         assert (tmp_path / "run/report.2.html").exists()
     else:
         written = read_report(str(tmp_path / "run"))
-    assert [each.epoch for each in written.history] == [2]
+    assert [each.epoch for each in written.history] == [1, 2]  # from the checkpoint
+
+
+@pytest.mark.parametrize("lost", ["validations", "report", "history"])
+def test_validations_between_the_last_report_and_a_kill_are_not_lost(lost: str, tmp_path: Path, colours: Path) -> None:
+    run = tmp_path / "run"
+    assert fit(tmp_path, colours, trainer__max_epochs=3).returncode == 0
+    before = read_report(str(run))
+    if lost == "report":
+        (run / "report.json").unlink()
+    elif lost == "validations":
+        (run / "report.json").write_bytes(msgspec.structs.replace(before, history=before.history[:1]).to_json())
+    else:  # the checkpoint's copy is damaged
+        rewrite_newest(run, history="[{}]")
+    done = fit(tmp_path, colours, trainer__max_epochs=4)
+    assert done.returncode == 0, done.output
+    history = read_report(str(run)).history
+    assert history[:3] == before.history
+    assert [each.epoch for each in history] == [1, 2, 3, 4]
+    assert ("history is damaged" in done.output) == (lost == "history")
+
+
+def rewrite_newest(run: Path, **changes: object) -> None:
+    """Change entries of the newest checkpoint, with a manifest that fits."""
+    newest = max((run / "checkpoints").glob("*.ckpt"))
+    torch.save({**torch.load(newest, weights_only=True), **changes}, newest)
+    manifest = newest.with_name(f"{newest.name}.json")
+    content = newest.read_bytes()
+    facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest.write_bytes(msgspec.json.encode({**msgspec.json.decode(manifest.read_bytes()), **facts}))
 
 
 def test_how_attempts_ended_comes_from_the_earlier_report() -> None:
@@ -325,8 +356,16 @@ def writing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     """A ReportWriter whose content is that of a run, and the names of what it writes."""
     report, written = read_report(str(run_dir)), []
     monkeypatch.setattr(writer, "POLL_SECONDS", 0.02)
-    made = writer.ReportWriter(None, None, EarlierReport(str(tmp_path)), settings=None, ranking=None, config="")  # type: ignore[arg-type]
-    made._facts = SimpleNamespace(run_dir=str(tmp_path))  # type: ignore[assignment]
+    made: Any = writer.ReportWriter(
+        None,  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        EarlierReport(str(tmp_path)),
+        settings=None,  # type: ignore[arg-type]
+        ranking=None,  # type: ignore[arg-type]
+        config="",
+        thumbnails=ValidationThumbnails(),
+    )
+    made._facts = SimpleNamespace(run_dir=str(tmp_path))
     monkeypatch.setattr(made, "_build", lambda state: msgspec.structs.replace(report, attempt_count=state))
     monkeypatch.setattr(made, "_thumbnails_of", lambda content, fetch: {})
 
@@ -499,6 +538,7 @@ def test_a_thousand_validations_keep_a_few_results_and_no_matrix(
         settings=SimpleNamespace(images=8),  # type: ignore[arg-type]
         ranking=ranking,
         config="",
+        thumbnails=ValidationThumbnails(),
     )
     earlier = result_of(measured.Evaluation({}, torch.zeros(1)), 7, ["a", "b"], str, 0)
     made._results = ValidationResults(ranking.ranking_mode, earlier)

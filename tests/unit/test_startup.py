@@ -52,6 +52,8 @@ def imported(*args: object, code: int, **variables: str) -> set[str]:
         (["checkpoints", "ls", "x", "--run-dri", "y"], 2),
         (["predict", "--inptu", "x"], 2),
         (["predict", "--help"], 0),
+        (["serve", "--help"], 0),
+        (["serve", "--prot", "80"], 2),
         (["report", "/nowhere"], 2),
         (["demo", "--help"], 0),
         (["launch", "--help"], 0),
@@ -80,6 +82,12 @@ def test_index_and_checkpoints_import_no_torch(tmp_path: Path) -> None:
 def test_predict_imports_no_lightning(tmp_path: Path) -> None:
     packages = imported("predict", tmp_path, "--input", tmp_path, code=2)
     assert "torch" in packages
+    assert not packages & set(LIGHTNING)
+
+
+def test_serve_imports_no_lightning(tmp_path: Path) -> None:
+    packages = imported("serve", tmp_path, "--port=0", code=2)
+    assert {"torch", "uvicorn"} <= packages
     assert not packages & set(LIGHTNING)
 
 

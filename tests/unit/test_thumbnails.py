@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support import COLOURS, picture, picture_files, write_files
+from support import COLOURS, fit_here, picture, picture_files, write_files
 
 from job.data.datamodule import ImageDataModule
 from job.errors import StorageOutage
 from job.monitoring.drawing import thumbnails
 from job.monitoring.drawing.thumbnails import Thumbnails
+from job.monitoring.report.files import read_report
 
 
 def data_of(folder: Path, **options: Any) -> ImageDataModule:
@@ -108,3 +109,21 @@ def test_an_error_of_the_bucket_is_no_error_here(data: ImageDataModule, monkeypa
     failed.set_exception(StorageOutage("503"))
     monkeypatch.setattr(made._fetcher, "start", lambda samples: failed)
     assert made.jpeg(0) is None
+
+
+def test_a_fit_fetches_each_image_once_for_tensorboard_and_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[int] = []
+    original = Thumbnails._fetched
+    monkeypatch.setattr(
+        Thumbnails, "_fetched", lambda self, samples: fetched.extend(samples) or original(self, samples)
+    )
+    run_dir = fit_here(tmp_path, trainer__max_epochs=1, data__cache_dir=tmp_path / "cache")
+    report = read_report(str(run_dir))
+    assert report.evaluation is not None
+    worst = {each.sample for each in report.evaluation.worst_errors}
+    assert worst
+    assert (run_dir / "report.html").read_text().count("data:image/jpeg") == len(worst)
+    assert worst <= set(fetched)
+    assert len(fetched) == len(set(fetched))

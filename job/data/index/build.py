@@ -28,7 +28,7 @@ from job.data.index.layout import Part
 from job.data.index.left_out import LeftOutKind, summary
 from job.data.index.parts import Layout, parts_of
 from job.data.index.sources import INDEX_FILE, ListingContext, Source, format_of, resolve
-from job.data.index.sources.base import LONGEST_CLASS
+from job.data.index.sources.base import LONGEST_CLASS, TimeLimit
 from job.data.index.sources.columns import Columns
 from job.errors import DataError
 from job.process.progress import Progress
@@ -47,6 +47,7 @@ def build(
     force_listing: bool = False,
     access: Access | None = None,
     columns: Columns | None = None,
+    time_limit: TimeLimit | None = None,
     known_classes: Collection[str] | None = None,
 ) -> IndexInfo:
     """List ``roots`` and write their index into the local ``folder``.
@@ -60,6 +61,7 @@ def build(
         access: what tables and saved indexes may name; default: what lies in object stores and on public web
             servers, and local files where they are local themselves.
         columns: names of the columns of tables; default: the usual ones.
+        time_limit: ends the listing early, so that the index lacks images; default: none.
         known_classes: with the layout "images", keep the labels that images have: those of a table or archive, or
             folders, if some of these are known classes. Default: without labels.
 
@@ -86,6 +88,7 @@ def build(
                 labelled=layout_of != "images",
                 columns=columns or Columns(),
                 progress=progress,
+                time_limit=time_limit or TimeLimit(),
             )
             try:
                 listed = parts_of(

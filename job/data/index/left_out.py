@@ -20,7 +20,7 @@ REPEATED_ROWS = "rows that name an image again"
 NOT_UTF8 = "files whose names are not UTF-8"
 UNREADABLE = "unreadable folders"
 NO_IMAGES = "folders without an image"
-_EXPECTED = frozenset({HIDDEN, COMPANIONS})
+EXPECTED = frozenset({HIDDEN, COMPANIONS})
 """Kinds that nobody misses."""
 COMPANION_PATTERN = (
     r"(?i)(^|/)((readme|license|licence|copying|makefile|dockerfile|changelog)[^/]*"
@@ -77,4 +77,4 @@ class LeftOut:
 
     def is_expected(self) -> bool:
         """Whether all of it is hidden, or usual beside images."""
-        return self._kinds.keys() <= _EXPECTED
+        return self._kinds.keys() <= EXPECTED

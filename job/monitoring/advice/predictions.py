@@ -11,6 +11,7 @@ import numpy.typing as npt
 from job.model.evaluation import Evaluation
 from job.monitoring.advice.context import Advice, Context
 from job.monitoring.advice.statistics import SIGMAS, bounds
+from job.monitoring.class_counts import counts_of_matrix
 from job.monitoring.history import ValidationRecord
 from job.process.terminal import escape
 
@@ -38,8 +39,6 @@ FAR_BELOW = 0.10
 
 NAMED, LONGEST_NAME = 5, 60
 """Classes that a message names, and characters of a name."""
-
-Counts = npt.NDArray[np.int64]
 
 
 def calibration(history: Sequence[ValidationRecord], evaluation: Evaluation, context: Context) -> Advice | None:
@@ -96,7 +95,7 @@ def never_predicted(
     missing = np.flatnonzero(_is_never_predicted(evaluation))
     if not len(missing):
         return None
-    _, support, _ = _counts(evaluation)
+    _, support, _ = counts_of_matrix(evaluation.confusion.numpy())
     named = ", ".join(
         f"{escape(classes[number])[:LONGEST_NAME]} ({support[number]:,})" for number in missing[:NAMED].tolist()
     )
@@ -119,7 +118,7 @@ def imbalance(
 ) -> Advice | None:
     """Classes that are rare in training are recognised far less often than others."""
     counts = np.asarray(context.class_counts, np.int64)
-    correct, support, _ = _counts(evaluation)
+    correct, support, _ = counts_of_matrix(evaluation.confusion.numpy())
     if len(history) < MATURE_VALIDATIONS or context.is_balanced or len(counts) != len(support) or not len(counts):
         return None
     is_rare = counts * IMBALANCED <= counts.max()
@@ -141,17 +140,9 @@ def imbalance(
     )
 
 
-def _counts(evaluation: Evaluation) -> tuple[Counts, Counts, Counts]:
-    """Per class: correct predictions, samples, predictions."""
-    confusion: Counts = evaluation.confusion.numpy()
-    if confusion.ndim == 3:
-        return confusion[:, 1, 1], confusion[:, 1].sum(axis=1), confusion[:, :, 1].sum(axis=1)
-    return confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-
-
 def _is_never_predicted(evaluation: Evaluation) -> npt.NDArray[np.bool_]:
     """Classes that are never predicted, which one of half the mean recall would hardly be by chance; bool [C]."""
-    correct, support, predicted = _counts(evaluation)
+    correct, support, predicted = counts_of_matrix(evaluation.confusion.numpy())
     recall = int(correct.sum()) / max(int(support.sum()), 1)
     by_chance = (1 - recall / 2) ** support.astype(np.float64)
     missing: npt.NDArray[np.bool_] = (predicted == 0) & (support > 0) & (by_chance * len(support) < CHANCE)

@@ -22,7 +22,7 @@ from job.monitoring.drawing.canvas import (
     cut_to_width,
     text_width,
 )
-from job.monitoring.drawing.curves import roc_curves
+from job.monitoring.drawing.curves import curves_of_classes
 from job.process.progress import compact_number
 
 MOST_BYTES = 128 << 10
@@ -111,10 +111,10 @@ def roc(scores: ScoreHistograms, labels: Sequence[str]) -> Figure | None:
         scores: of at most :data:`MOST_CLASSES` classes.
         labels: of the classes.
     """
-    curves = roc_curves(scores)
+    curves = {number: curve for number, curve in curves_of_classes(scores).items() if curve.auroc is not None}
     if not curves:
         return None
-    names = {number: f"{curve.area:.3f} {labels[number]}" for number, curve in curves.items()}
+    names = {number: f"{curve.auroc:.3f} {labels[number]}" for number, curve in curves.items()}
     in_column = 25
     columns = -(-len(curves) // in_column)
     plot = _Plot(
@@ -127,7 +127,7 @@ def roc(scores: ScoreHistograms, labels: Sequence[str]) -> Figure | None:
     plot.line([(0, 0), (1, 1)], LIGHT)
     for place, (number, curve) in enumerate(curves.items()):
         colour = _hue(place, len(curves))
-        plot.line(list(zip(curve.false_positive_rate, curve.true_positive_rate, strict=True)), colour, 1.5)
+        plot.line(list(zip(curve.false_positive_rate, curve.recall, strict=True)), colour, 1.5)
         column, row = divmod(place, in_column)
         x, y = MARGIN + PLOT + 16 + 200 * column, TITLE_HEIGHT + 8 + row * 17
         plot.canvas.rectangle((x, y - 2, x + 12, y + 2), colour)

@@ -46,33 +46,47 @@ def pr_counts(scores: ScoreHistograms, thresholds: int = THRESHOLDS) -> PRCounts
     )
 
 
-class ROC(NamedTuple):
-    """A ROC curve.
+class Curves(NamedTuple):
+    """PR and ROC curve of a class against the rest, from the highest threshold to the lowest.
 
     Attributes:
-        false_positive_rate: float64 [points], ascending from 0 to 1.
-        true_positive_rate: float64 [points], ascending from 0 to 1.
+        recall: float64 [points], ascending from 0 to 1; the true positive rate of the ROC curve.
+        precision: float64 [points].
+        false_positive_rate: float64 [points], ascending from 0 to 1; zeros where all samples are of the class.
+        average_precision: area under the PR curve.
+        auroc: area under the ROC curve; None where all samples are of the class.
     """
 
+    recall: Floats
+    precision: Floats
     false_positive_rate: Floats
-    true_positive_rate: Floats
-
-    @property
-    def area(self) -> float:
-        """Area under the curve (AUROC)."""
-        return float(np.trapezoid(self.true_positive_rate, self.false_positive_rate))
+    average_precision: float
+    auroc: float | None
 
 
-def roc_curves(scores: ScoreHistograms) -> dict[int, ROC]:
-    """The curve of each class that has both positive and negative samples, by class number."""
-    curves = {}
-    for number, (positives, negatives) in enumerate(zip(scores.positives, scores.negatives, strict=True)):
-        if positives.any() and negatives.any():
-            used = (positives + negatives) > 0
-            rates = (np.cumsum(counts[used][::-1]) / counts.sum() for counts in (negatives, positives))
-            false, true = (np.concatenate([[0.0], rate]) for rate in rates)
-            curves[number] = ROC(false, true)
-    return curves
+def curves_of_classes(scores: ScoreHistograms) -> dict[int, Curves]:
+    """The curves of each class that has samples, by class number."""
+    return {
+        number: _curves(positives, negatives)
+        for number, (positives, negatives) in enumerate(zip(scores.positives, scores.negatives, strict=True))
+        if positives.any()
+    }
+
+
+def _curves(positives: Counts, negatives: Counts) -> Curves:
+    """The curves from histograms of scores in ascending order."""
+    filled = (positives + negatives > 0)[::-1]
+    hits, false_alarms = positives[::-1][filled].cumsum(), negatives[::-1][filled].cumsum()
+    recall, precision = hits / hits[-1], hits / (hits + false_alarms)
+    has_negatives = bool(false_alarms[-1])
+    false_positive_rate = false_alarms / false_alarms[-1] if has_negatives else np.zeros(len(hits))
+    average_precision = float((np.diff(recall, prepend=0.0) * precision).sum())
+    recall, precision, false_positive_rate = (
+        np.concatenate([[first], values])
+        for first, values in ((0.0, recall), (precision[0], precision), (0.0, false_positive_rate))
+    )
+    auroc = min(float(np.trapezoid(recall, false_positive_rate)), 1.0) if has_negatives else None
+    return Curves(recall, precision, false_positive_rate, min(average_precision, 1.0), auroc)
 
 
 def _at_or_above(counts: Counts) -> Floats:

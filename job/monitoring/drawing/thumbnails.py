@@ -95,3 +95,18 @@ class Thumbnails:
             log.debug("no thumbnail: %s", error)
             return None
         return jpeg(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), self.most_bytes)
+
+
+class ValidationThumbnails:
+    """The thumbnails of the validation part, of which all users fetch each once; safe between threads."""
+
+    def __init__(self) -> None:
+        self._thumbnails: Thumbnails | None = None
+        self._lock = threading.Lock()
+
+    def jpegs(self, data: ImageDataModule, samples: Iterable[int]) -> dict[int, bytes | None]:
+        """:meth:`Thumbnails.jpegs`, of the data module's validation part; the same data module at each call."""
+        with self._lock:
+            if self._thumbnails is None:
+                self._thumbnails = Thumbnails(data, "val")
+        return self._thumbnails.jpegs(samples)

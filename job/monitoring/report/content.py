@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from job.checkpoint.initial import InitialWeights
 from job.errors import CheckpointError, NewerFormatError
-from job.monitoring.history import MOST_RECORDS, ValidationRecord
+from job.monitoring.history import Records
 from job.storage.format_version import MALFORMED, Unversioned, format_version
 
 FILE = "report.json"
@@ -365,8 +365,7 @@ class ReportContent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         per_class: metrics of each class for the best checkpoint; above 1,000 classes those of the lowest F1.
         most_confused: the pairs of classes that the best checkpoint confuses most.
         evaluation: more of the validation of the best checkpoint.
-        history: validations of the run, but those between an attempt's last report and a kill; above 1,000
-            validations every second one is dropped, repeatedly.
+        history: validations of the run; above 1,000 validations every second one is dropped, repeatedly.
         advice: warnings.
         data: the images.
         attempt_count: number of attempts.
@@ -406,7 +405,7 @@ class ReportContent(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     per_class: Annotated[list[ClassMetrics], Meta(max_length=MOST_CLASSES)] = []
     most_confused: Annotated[list[ConfusedPair], Meta(max_length=MOST_PAIRS)] = []
     evaluation: EvaluationResult | None = None
-    history: Annotated[list[ValidationRecord], Meta(max_length=MOST_RECORDS)] = []
+    history: Records = []
     advice: Annotated[list[AdviceEntry], Meta(max_length=1000)] = []
     data: DataSummary = DataSummary()
     attempts: Annotated[list[AttemptSummary], Meta(max_length=MOST_ATTEMPTS)] = []

@@ -95,9 +95,9 @@ class EarlierReport:
             raise
         except NewerFormatError as error:
             self.is_newer = True
-            log.warning("%s It is left unchanged, and the history of validations starts anew.", error)
+            log.warning("%s It is left unchanged.", error)
         except CheckpointError as error:
-            log.warning("%s. It is replaced, and the history of validations starts anew.", error)
+            log.warning("%s. It is replaced.", error)
         return None
 
     def history(self) -> Sequence[ValidationRecord]:

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from job.checkpoint.confusion import Cells
 from job.model import evaluation as measured
+from job.monitoring.class_counts import counts_of_cells
+from job.monitoring.drawing.curves import curves_of_classes
 from job.monitoring.report.content import (
     MOST_CLASSES,
     MOST_CURVES,
@@ -27,7 +29,6 @@ CURVE_POINTS = 60
 """Points of a PR or ROC curve."""
 
 Floats = npt.NDArray[np.float64]
-Counts = npt.NDArray[np.int64]
 
 
 def per_class(cells: Cells, classes: Sequence[str]) -> list[ClassMetrics]:
@@ -39,7 +40,7 @@ def per_class(cells: Cells, classes: Sequence[str]) -> list[ClassMetrics]:
         cells: confusion matrix as rows of (true class, predicted class, count), or int64 [C, 2, 2].
         classes: names.
     """
-    correct, support, predicted = _counts(cells, len(classes))
+    correct, support, predicted = counts_of_cells(cells, len(classes))
     listed = [
         ClassMetrics(
             name=name,
@@ -62,7 +63,7 @@ def most_confused(cells: Cells, classes: Sequence[str]) -> list[ConfusedPair]:
     """The pairs of different classes with the highest counts; none where samples have several labels."""
     if cells.ndim == 3:
         return []
-    _, support, _ = _counts(cells, len(classes))
+    _, support, _ = counts_of_cells(cells, len(classes))
     wrong = cells[cells[:, 0] != cells[:, 1]]
     wrong = wrong[np.argsort(-wrong[:, 2], kind="stable")[:MOST_PAIRS]]
     return [
@@ -102,19 +103,6 @@ def result_of(
     )
 
 
-def _counts(cells: Cells, classes: int) -> tuple[Counts, Counts, Counts]:
-    """Per class: correct predictions, samples, predictions."""
-    if cells.ndim == 3:
-        correct = cells[:, 1, 1]
-        return correct, correct + cells[:, 1, 0], correct + cells[:, 0, 1]
-    correct, support, predicted = (np.zeros(classes, np.int64) for _ in range(3))
-    np.add.at(support, cells[:, 0], cells[:, 2])
-    np.add.at(predicted, cells[:, 1], cells[:, 2])
-    diagonal = cells[cells[:, 0] == cells[:, 1]]
-    correct[diagonal[:, 0]] = diagonal[:, 2]
-    return correct, support, predicted
-
-
 def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
@@ -142,36 +130,21 @@ def _calibration(calibration: measured.Calibration) -> Calibration:
 
 
 def _curves(scores: measured.ScoreHistograms, classes: Sequence[str]) -> list[Curves]:
-    """Curves of the classes that have samples."""
-    return [
-        _curve(name, positives, negatives)
-        for name, positives, negatives in zip(classes, scores.positives, scores.negatives, strict=True)
-        if positives.sum()
-    ]
-
-
-def _curve(name: str, positives: Counts, negatives: Counts) -> Curves:
-    """The curves of one class, from histograms of its scores in ascending order."""
-    filled = (positives + negatives > 0)[::-1]
-    hits, false_alarms = positives[::-1][filled].cumsum(), negatives[::-1][filled].cumsum()
-    recall, precision = hits / hits[-1], hits / (hits + false_alarms)
-    has_negatives = bool(false_alarms[-1])
-    false_positive_rate = false_alarms / false_alarms[-1] if has_negatives else np.zeros(len(hits))
-    average_precision = float((np.diff(recall, prepend=0.0) * precision).sum())
-    recall, precision, false_positive_rate = (
-        np.concatenate([[first], values])
-        for first, values in ((0.0, recall), (precision[0], precision), (0.0, false_positive_rate))
-    )
-    auroc = float(np.trapezoid(recall, false_positive_rate)) if has_negatives else None
-    chosen = _spread(recall, precision, false_positive_rate)
-    return Curves(
-        name=name,
-        recall=recall[chosen].round(4).tolist(),
-        precision=precision[chosen].round(4).tolist(),
-        false_positive_rate=false_positive_rate[chosen].round(4).tolist(),
-        average_precision=min(average_precision, 1.0),
-        auroc=None if auroc is None else min(auroc, 1.0),
-    )
+    """Curves of the classes that have samples, thinned."""
+    listed = []
+    for number, curves in curves_of_classes(scores).items():
+        chosen = _spread(curves.recall, curves.precision, curves.false_positive_rate)
+        listed.append(
+            Curves(
+                name=classes[number],
+                recall=curves.recall[chosen].round(4).tolist(),
+                precision=curves.precision[chosen].round(4).tolist(),
+                false_positive_rate=curves.false_positive_rate[chosen].round(4).tolist(),
+                average_precision=curves.average_precision,
+                auroc=curves.auroc,
+            )
+        )
+    return listed
 
 
 def _spread(*values: Floats) -> npt.NDArray[np.intp]:

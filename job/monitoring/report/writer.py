@@ -22,7 +22,7 @@ from job.model.module import TransferLearningModel
 from job.monitoring import accounting
 from job.monitoring.accounting import Accounting
 from job.monitoring.advice import Advice
-from job.monitoring.drawing.thumbnails import Thumbnails
+from job.monitoring.drawing.thumbnails import ValidationThumbnails
 from job.monitoring.recorder import ValidationRecorder
 from job.monitoring.report.build import RunFacts, RunState, build, message_of, parse_configuration
 from job.monitoring.report.content import FILE, AdviceEntry, Report, ReportContent, Status
@@ -80,6 +80,7 @@ class ReportWriter(Callback):
         settings: says how many of the worst errors are shown.
         ranking: names the metric that ranks checkpoints.
         config: the resolved configuration, as YAML.
+        thumbnails: of validation samples, shared with TensorBoard's pictures.
         advice: returns the current advice.
         before_write: called immediately before each write; raises if this job may not write to run_dir.
 
@@ -96,6 +97,7 @@ class ReportWriter(Callback):
         settings: MonitoringSettings,
         ranking: CheckpointSettings,
         config: str,
+        thumbnails: ValidationThumbnails,
         advice: Callable[[], Sequence[Advice]] = lambda: (),
         before_write: Callable[[], None] = storage.unconditionally,
     ) -> None:
@@ -105,6 +107,7 @@ class ReportWriter(Callback):
         self.settings = settings
         self.ranking = ranking
         self.config = config
+        self.thumbnails = thumbnails
         self.advice = advice
         self.before_write = before_write
         self.content: ReportContent | None = None
@@ -112,7 +115,6 @@ class ReportWriter(Callback):
         self._data: ImageDataModule
         self._has_started = False
         self._results: ValidationResults
-        self._thumbnails: Thumbnails | None = None
         self._shown: dict[int, bytes | None] = {}
         self._lock = threading.Lock()
         """Of the state to be written, of :attr:`content` and of whether the thread may write; held for no request."""
@@ -384,9 +386,7 @@ class ReportWriter(Callback):
         errors = content.evaluation.worst_errors if content.evaluation else []
         wanted = [each.sample for each in errors if each.sample < len(index) and index.uri(each.sample) == each.uri]
         if fetch and any(self._shown.get(sample) is None for sample in wanted):
-            if self._thumbnails is None:
-                self._thumbnails = Thumbnails(self._data, "val")
-            self._shown = self._thumbnails.jpegs(wanted)
+            self._shown = self.thumbnails.jpegs(self._data, wanted)
         return {sample: self._shown.get(sample) for sample in wanted}
 
     def _stop_thread(self, timeout: float) -> bool:

@@ -23,7 +23,7 @@ from job.monitoring.drawing.canvas import Figure
 from job.monitoring.drawing.class_labels import class_labels
 from job.monitoring.drawing.curves import THRESHOLDS, pr_counts
 from job.monitoring.drawing.image_grid import Tile, frame_colour, grid, join_labels, note, prediction_caption
-from job.monitoring.drawing.thumbnails import SIZE, Thumbnails
+from job.monitoring.drawing.thumbnails import SIZE, ValidationThumbnails
 from job.monitoring.settings import MonitoringSettings
 from job.monitoring.tensorboard.custom_scalars import layout
 from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
@@ -48,11 +48,15 @@ class Pictures(Callback):
     Args:
         settings: how many images are shown.
         logger: where they go.
+        thumbnails: of validation samples, shared with the report.
     """
 
-    def __init__(self, settings: MonitoringSettings, logger: BucketTensorBoardLogger) -> None:
+    def __init__(
+        self, settings: MonitoringSettings, logger: BucketTensorBoardLogger, thumbnails: ValidationThumbnails
+    ) -> None:
         self.settings = settings
         self.logger = logger
+        self.thumbnails = thumbnails
         self._thread: threading.Thread | None = None
         self._due_at = 0.0
         self._waiting: Callable[[], None] | None = None
@@ -60,7 +64,6 @@ class Pictures(Callback):
         self._shown: set[str] = set()
         self._adding = threading.Lock()
         self._has_failed = False
-        self._thumbnails: Thumbnails | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the layout of the custom scalars tab."""
@@ -195,9 +198,7 @@ class Pictures(Callback):
     def _prediction_grid(
         self, title: str, predictions: Sequence[SamplePrediction], data: ImageDataModule, labels: Sequence[str]
     ) -> Figure:
-        if self._thumbnails is None:
-            self._thumbnails = Thumbnails(data, "val")
-        images = self._thumbnails.jpegs([each.sample for each in predictions])
+        images = self.thumbnails.jpegs(data, [each.sample for each in predictions])
         tiles = [
             Tile(
                 images[each.sample],

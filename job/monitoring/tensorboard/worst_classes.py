@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from job.data.datamodule import image_data
 from job.model.metrics import PER_CLASS_LIMIT
 from job.model.module import TransferLearningModel
+from job.monitoring.class_counts import counts_of_matrix
 from job.monitoring.drawing.class_labels import shortened
 from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 
@@ -46,13 +48,10 @@ def worst_classes(confusion: Tensor, classes: Sequence[str]) -> str:
         confusion: int64 [C, C], rows are true classes, or [C, 2, 2], as of :class:`~job.model.evaluation.Evaluation`.
         classes: names.
     """
-    several = confusion.ndim == 3
-    hits = confusion[:, 1, 1] if several else confusion.diagonal()
-    samples = confusion[:, 1].sum(dim=1) if several else confusion.sum(dim=1)
-    predicted = confusion[:, :, 1].sum(dim=1) if several else confusion.sum(dim=0)
-    f1 = 2 * hits / (samples + predicted).clamp(min=1)
-    present = samples.nonzero()[:, 0]
-    lowest = present[f1[present].argsort(stable=True)[:LISTED]].tolist()
+    hits, samples, predicted = counts_of_matrix(confusion.numpy())
+    f1 = 2 * hits / np.maximum(samples + predicted, 1)
+    present = np.flatnonzero(samples)
+    lowest = present[f1[present].argsort(kind="stable")[:LISTED]].tolist()
     lines = ["| class | F1 | precision | recall | samples |", "|---|---:|---:|---:|---:|"]
     for number in lowest:
         correct, count, guesses = int(hits[number]), int(samples[number]), int(predicted[number])

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
+from job.storage.bucket_settings import BucketSettings
 from job.storage.checksums import Checksum, bounded_range, require_within
 from job.storage.fsspec_internals import cat_file
 from job.storage.http_status import cause_of_not_found
@@ -195,6 +196,12 @@ class Store:
         """Limit of the protection by conditional writes, as a clause for a message; None: there is none."""
         name = protocols_of(self.fs)[0]
         return f"conditional writes are not supported on {name}://, so that two jobs that start at once may both get it"
+
+    # Settings
+
+    def bucket_settings(self, path: str) -> BucketSettings | None:
+        """Settings of the bucket that holds ``path``; None where the store does not tell them."""
+        return None
 
     def _version(self, path: str) -> str | None:
         current = self.read_versioned(path)

@@ -14,6 +14,7 @@ import aiohttp
 import fsspec
 from fsspec.asyn import sync
 
+from job.storage.bucket_settings import BucketSettings
 from job.storage.checksums import Checksum, bounded_range, require_within
 from job.storage.fsspec_internals import cat_file, gcs_call, gcs_headers, gcs_location, record_gcs_headers
 from job.storage.stores.base import Store, Versioned
@@ -116,6 +117,22 @@ class GoogleCloudStorage(Store):
     def conditional_write_weakness(self, path: str) -> str | None:
         """None: the server compares the generation."""
         return None
+
+    def bucket_settings(self, path: str) -> BucketSettings:
+        """Settings by the JSON API: https://cloud.google.com/storage/docs/json_api/v1/buckets#resource."""
+        bucket = self.fs.split_path(path)[0]
+        # Emulators leave out what they do not have, and so does Google where there is no policy.
+        details = gcs_call(self.fs, "GET", "b/{}", bucket, json_out=True)
+        seconds = int((details.get("retentionPolicy") or {}).get("retentionPeriod") or 0)
+        held = "every new object is put on hold" if details.get("defaultEventBasedHold") else None
+        return BucketSettings(
+            bucket,
+            region=str(details.get("location") or "").lower() or None,
+            retention=f"objects cannot be deleted or replaced for {seconds:,} s" if seconds else held,
+            soft_delete_seconds=int((details.get("softDeletePolicy") or {}).get("retentionDurationSeconds") or 0),
+            versioning=bool((details.get("versioning") or {}).get("enabled")),
+            storage_class=details.get("storageClass"),
+        )
 
 
 @functools.cache

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fsspec.asyn import sync
 
+from job.errors import first_line
+from job.storage.bucket_settings import BucketSettings
 from job.storage.checksums import Checksum, etag_checksum, require_within
 from job.storage.fsspec_internals import s3_call, s3_call_sync, s3_payer
 from job.storage.stores.base import Store, Versioned
@@ -80,6 +84,34 @@ class S3(Store):
         """None: the server compares the ETag."""
         return None
 
+    def bucket_settings(self, path: str) -> BucketSettings:
+        """Settings by one request each, for which an account may have the right or not."""
+        bucket = self.fs.split_path(path)[0]
+        answers: dict[str, Any] = {}
+        unknown: dict[str, str] = {}
+        for name, method in (
+            ("region", "get_bucket_location"),
+            ("versioning", "get_bucket_versioning"),
+            ("retention", "get_object_lock_configuration"),
+        ):
+            try:
+                answers[name] = s3_call_sync(self.fs, method, Bucket=bucket)
+            except OSError as error:
+                if name != "retention" or _error_code(error) != "ObjectLockConfigurationNotFoundError":
+                    unknown[name] = first_line(error)
+        lock = answers.get("retention", {}).get("ObjectLockConfiguration", {})
+        kept = lock.get("Rule", {}).get("DefaultRetention")
+        return BucketSettings(
+            bucket,
+            # us-east-1 is null there.
+            region=(answers["region"].get("LocationConstraint") or "us-east-1").lower()
+            if "region" in answers
+            else None,
+            retention=f"object lock keeps each version ({_retention(kept)})" if kept else None,
+            versioning=answers.get("versioning", {}).get("Status") == "Enabled",
+            unknown=unknown,
+        )
+
     def _key(self, path: str) -> dict[str, str]:
         bucket, key, _ = self.fs.split_path(path)
         return {"Bucket": bucket, "Key": key, **s3_payer(self.fs)}
@@ -88,6 +120,19 @@ class S3(Store):
 def _is_condition_failed(error: OSError) -> bool:
     if isinstance(error, FileExistsError):
         return True
+    return _error_code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
+
+
+def _error_code(error: OSError) -> str | None:
     response = getattr(error.__cause__, "response", None) or {}
-    code = response.get("Error", {}).get("Code")
-    return code in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
+    code: str | None = response.get("Error", {}).get("Code")
+    return code
+
+
+def _region(answer: dict[str, Any]) -> str:
+    return str(answer.get("LocationConstraint") or "us-east-1").lower()  # null stands for us-east-1
+
+
+def _retention(rule: dict[str, Any]) -> str:
+    length = f"{rule['Days']} days" if "Days" in rule else f"{rule.get('Years', '?')} years"
+    return f"{str(rule.get('Mode', '')).lower()}, {length}"

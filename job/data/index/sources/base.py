@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -73,6 +74,24 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
             raise ValueError("uri holds a zero byte")
 
 
+@dataclass
+class TimeLimit:
+    """A time after which a listing ends, with what it has found by then.
+
+    Attributes:
+        until: by :func:`time.monotonic`.
+        passed: a listing has ended for it.
+    """
+
+    until: float = float("inf")
+    passed: bool = False
+
+    def is_over(self) -> bool:
+        """Whether the listing must end, which :attr:`passed` then says."""
+        self.passed = self.passed or time.monotonic() > self.until
+        return self.passed
+
+
 @dataclass(frozen=True)
 class ListingContext:
     """Settings of a listing, and the sources of the index that it is for.
@@ -88,6 +107,7 @@ class ListingContext:
         folders: states of the folders that are listed.
         unreadable: keys of folders that cannot be read, but may hold images.
         progress: counts the files.
+        time_limit: ends the listing early.
     """
 
     sources: list[Source]
@@ -99,6 +119,7 @@ class ListingContext:
     folders: list[FolderState] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     progress: Progress = field(default_factory=lambda: Progress("listing", "files", is_shown=False))
+    time_limit: TimeLimit = field(default_factory=TimeLimit)
 
 
 class SourceFormat(ABC):

@@ -1,0 +1,10 @@
+"""How a round of ranks ends (:mod:`job.cluster.rounds`)."""
+
+FINISHED = "finished"
+"""The ranks of all nodes have finished."""
+FAILED = "failed"
+"""The ranks of a node ended with an exit code that is not 0."""
+REPLACED = "replaced"
+"""A node was started for the second time."""
+LOST = "lost"
+"""Node 0, and its store, have gone."""
