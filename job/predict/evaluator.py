@@ -129,13 +129,13 @@ class Evaluator:
         """Print the metrics, and which images do not count."""
         rows = [(name, f"{value:.4f}") for name, value in evaluation.metrics.items()]
         if rows:
-            print_table(["metric", "value"], rows, title=f"{self.images:,} images with a label", right=["value"])
+            print_table(["metric", "value"], rows, title=f"{self.images:,} image(s) with a label", right=["value"])
         if self.unlabelled:
-            say(f"{self.unlabelled:,} images have no label, and do not count.")
+            say(f"{self.unlabelled:,} image(s) without a label do not count.")
         if self.unknown:
             named = ", ".join(f"{name} ({count:,})" for name, count in self.unknown.most_common(CLASSES_SHOWN))
             more = f" and {len(self.unknown) - CLASSES_SHOWN:,} more" if len(self.unknown) > CLASSES_SHOWN else ""
-            whose = "labels" if self._takes_several else "images"
+            whose = "label(s)" if self._takes_several else "image(s)"
             say(
                 f"{self.unknown.total():,} {whose} of {len(self.unknown):,} class(es) that the network does not know "
                 f"do not count: {named}{more}."

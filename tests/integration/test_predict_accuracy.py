@@ -99,8 +99,8 @@ def test_unknown_classes_unlabelled_and_unreadable_images_are_said_and_do_not_co
         *("predict", run_dir, data, "--output", tmp_path / "p.jsonl", "--precision", "fp32", "--max_bad_samples", 1)
     )
     assert result.returncode == 0, result.output
-    assert "1 images have no label" in result.output
-    assert "2 images of 1 class(es) that the network does not know do not count: purple (2)" in result.output
+    assert "1 image(s) without a label do not count" in result.output
+    assert "2 image(s) of 1 class(es) that the network does not know do not count: purple (2)" in result.output
     evaluation = json.loads((tmp_path / "p.evaluation.json").read_text())
     assert evaluation["metrics"]["accuracy"] == pytest.approx(validated(run_dir)["metrics"]["val/accuracy"])
     assert (evaluation["images"], evaluation["unlabelled"]) == (50, 1)
