@@ -20,7 +20,21 @@ FIT_COMMANDS = frozenset(["fit", "check"])
 """Commands with the options of a fit."""
 
 FLAGS = frozenset(
-    "help help-all version print_config profile json compile from_stdin spot vertex dry_run replace overwrite".split()
+    [
+        "help",
+        "help-all",
+        "version",
+        "print_config",
+        "profile",
+        "json",
+        "compile",
+        "from_stdin",
+        "spot",
+        "vertex",
+        "dry_run",
+        "replace",
+        "overwrite",
+    ]
 )
 """Options without a value; every other option takes the next argument, unless its value follows an equals sign."""
 _SHORT = {"-c": "--config", "-h": "--help"}

@@ -64,7 +64,16 @@ def network_graph(model: TrainedModel) -> onnx.ModelProto:
             f"{model.description.backbone} needs operators of ONNX opset {exported}, and this export writes opset "
             f"{OPSET}. Leave out onnx, int8 and triton."
         )
+    _strip(graph)
     return graph
+
+
+def _strip(graph: onnx.ModelProto) -> None:
+    """Remove what the exporter notes of each operator: stack traces, with paths of this machine."""
+    for part in (graph.graph, *graph.functions):
+        for node in part.node:
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
 
 
 def require_size(model: TrainedModel) -> None:
