@@ -166,13 +166,11 @@ def runner(path: Path) -> Run:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Context in which the exporters print nothing: what they report concerns their own developers."""
-    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")}
-    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            for name in levels:
-                logging.getLogger(name).setLevel(logging.ERROR)
+    """Context in which exporters print and log no warnings: what they report concerns their own developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # ONNX Runtime logs thousands of lines by the root logger
+    try:
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
             yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+    finally:
+        logging.disable(before)
