@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from job import checkpoint
 from job.check import access, bucket, cluster, data, machine, network, run_dir_state, training
 from job.check import estimate as estimates
 from job.check.finding import CheckReport, Estimate, Finding, fail, warn, worst

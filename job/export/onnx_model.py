@@ -64,7 +64,16 @@ def network_graph(model: TrainedModel) -> onnx.ModelProto:
             f"{model.description.backbone} needs operators of ONNX opset {exported}, and this export writes opset "
             f"{OPSET}. Leave out onnx, int8 and triton."
         )
+    _strip(graph)
     return graph
+
+
+def _strip(graph: onnx.ModelProto) -> None:
+    """Remove what the exporter notes of each operator: stack traces, with paths of this machine."""
+    for part in (graph.graph, *graph.functions):
+        for node in part.node:
+            node.ClearField("metadata_props")
+            node.ClearField("doc_string")
 
 
 def require_size(model: TrainedModel) -> None:
@@ -157,13 +166,11 @@ def runner(path: Path) -> Run:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Context in which the exporters print nothing: what they report concerns their own developers."""
-    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")}
-    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            for name in levels:
-                logging.getLogger(name).setLevel(logging.ERROR)
+    """Context in which exporters print and log no warnings: what they report concerns their own developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # ONNX Runtime logs thousands of lines by the root logger
+    try:
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
             yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+    finally:
+        logging.disable(before)

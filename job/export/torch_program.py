@@ -38,6 +38,8 @@ def write_program(model: TrainedModel, kind: InputKind, path: Path) -> None:
         shape = {0: batch, 1: torch.export.Dim("height"), 2: torch.export.Dim("width")}
     try:
         program = torch.export.export(whole.eval(), (example,), dynamic_shapes=(shape,))
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # has paths of this machine
         torch.export.save(program, path, extra_files={DESCRIPTION: msgspec.json.encode(spec).decode()})
     except Exception as error:  # torch.export raises errors of any class
         raise ExportError(

@@ -24,7 +24,7 @@ import timm
 import torch
 import torchvision
 from PIL import Image
-from support import COLOURS, fit_here, picture, picture_files, run_here, write_files
+from support import COLOURS, REPOSITORY, fit_here, picture, picture_files, run_here, write_files
 from torch import nn
 
 from job import checkpoint, load, storage
@@ -237,7 +237,13 @@ def test_export_lists_its_files_and_measurements(exported: Path, run_dir: Path) 
     assert small.loss is not None
     assert small.calibration_images == 16
     assert small.validation_images == 4
-    assert str(run_dir) not in (exported / "export.json").read_text()  # it may be published
+
+
+def test_files_name_no_path_of_this_machine(exported: Path, run_dir: Path) -> None:
+    for path in (each for each in exported.rglob("*") if each.is_file()):
+        content = path.read_bytes()
+        for private in (str(run_dir.parent), str(REPOSITORY), "site-packages"):
+            assert private.encode() not in content, (path, private)
 
 
 def test_onnx_has_labels_and_preprocessing(exported: Path, run_dir: Path) -> None:

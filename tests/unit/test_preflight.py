@@ -471,17 +471,6 @@ def test_weights_of_another_architecture(colours: Path, tmp_path: Path) -> None:
     assert "do not fit the backbone" in finding.message
 
 
-def test_weights_of_another_run(tmp_path: Path) -> None:
-    run_dir = str(fit_here(tmp_path, trainer__max_epochs=1, data__cache_dir=tmp_path / "cache"))
-    images = ImageDataModule(root=str(tmp_path / "colours"), image_size=32)
-    for backbone, status in (("timm/test_resnet", "ok"), ("resnet18", "fail")):
-        config = ModelConfig(backbone=backbone, weights="gs://none/not-read.pth")
-        (finding,) = run_check(Check("weights", lambda c=config: network.weights(c, images, run_dir), 20, "x"))
-        assert (finding.status, run_dir in finding.message) == (status, True)
-    (finding,) = run_check(Check("weights", lambda: network.weights(config, images, str(tmp_path)), 20, "x"))
-    assert "--init_from: no checkpoint in" in finding.message
-
-
 def usage(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(1 << 40, 0, free))
 
