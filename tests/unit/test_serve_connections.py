@@ -50,14 +50,14 @@ def _length(content: bytes) -> int:
 
 
 def test_a_header_that_does_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.4)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 1.5)
     with running() as run:
         for beginning in (b"", b"GET / HT", GET + b"GET / HT"):
             with connected(run) as client:
                 began = time.monotonic()
                 client.sendall(beginning)
                 read_all(client)
-                assert 0.3 < time.monotonic() - began < 10
+                assert 0.3 < time.monotonic() - began < 20
         with connected(run) as client, pytest.raises(OSError):  # one byte at a time does not prolong it
             for _ in range(200):
                 client.sendall(b"G")
@@ -65,7 +65,7 @@ def test_a_header_that_does_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
         with connected(run) as client:  # an idle one that was answered stays open
             client.sendall(GET)
             assert status_of(client) == 200
-            time.sleep(0.8)
+            time.sleep(2.5)
             client.sendall(GET)
             assert status_of(client) == 200
 
