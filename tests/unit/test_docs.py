@@ -46,8 +46,17 @@ SOURCE_FOLDERS = ("job", "tests", "docs", "k8s", "docker", "benchmarks", ".githu
 OTHER_PROGRAMS_OPTIONS = {"--nnodes", "--max-restarts", "--device", "--quick", "--clear-soft-delete", "--disk-size"}
 OTHER_PROGRAMS_OPTIONS |= {"--logdir", "--load_fast", "--flex-start", "--ephemeral-storage-local-ssd", "--tpu-topology"}
 OTHER_PROGRAMS_OPTIONS |= {"--machine-type", "--accelerator", "--disk-type", "--reservation-affinity", "--reservation"}
-OTHER_PROGRAMS_OPTIONS |= {"--patch"}
-"""Options of torchrun, gcloud, kubectl, TensorBoard and the benchmarks that the text names."""
+OTHER_PROGRAMS_OPTIONS |= {
+    "--patch",
+    "--model-repository",
+    "--require-hashes",
+    "--no-deps",
+    "--only-binary",
+    "--build-arg",
+    "--upgrade",
+    "--data-binary",
+}
+"""Options of torchrun, gcloud, kubectl, pip, docker, curl, Triton, TensorBoard and the benchmarks that the text names."""
 
 
 class Block(NamedTuple):
