@@ -46,17 +46,9 @@ SOURCE_FOLDERS = ("job", "tests", "docs", "k8s", "docker", "benchmarks", ".githu
 OTHER_PROGRAMS_OPTIONS = {"--nnodes", "--max-restarts", "--device", "--quick", "--clear-soft-delete", "--disk-size"}
 OTHER_PROGRAMS_OPTIONS |= {"--logdir", "--load_fast", "--flex-start", "--ephemeral-storage-local-ssd", "--tpu-topology"}
 OTHER_PROGRAMS_OPTIONS |= {"--machine-type", "--accelerator", "--disk-type", "--reservation-affinity", "--reservation"}
-OTHER_PROGRAMS_OPTIONS |= {
-    "--patch",
-    "--model-repository",
-    "--require-hashes",
-    "--no-deps",
-    "--only-binary",
-    "--build-arg",
-    "--upgrade",
-    "--data-binary",
-}
-"""Options of torchrun, gcloud, kubectl, pip, docker, curl, Triton, TensorBoard and the benchmarks that the text names."""
+OTHER_PROGRAMS_OPTIONS |= {"--patch", "--model-repository", "--require-hashes", "--no-deps", "--only-binary"}
+OTHER_PROGRAMS_OPTIONS |= {"--build-arg", "--upgrade", "--data-binary", "--rm", "--entrypoint", "--target", "--file"}
+"""Options of other programs that the text names."""
 
 
 class Block(NamedTuple):
