@@ -87,7 +87,7 @@ def cluster(namespace: str | None, context: str | None) -> Kubectl:
     """kubectl for a namespace and a context.
 
     Raises:
-        ConfigError: no namespace has such a name.
+        ConfigError: the name of the namespace is not valid.
     """
     if namespace is not None:
         require_object_name("namespace", namespace)

@@ -66,7 +66,7 @@ class Node:
         processes: training processes per node; 0: one per GPU, or one.
         run_id: distinguishes jobs with the same rendezvous endpoint; may be empty.
         evidence: the variables that this was derived from.
-        restarts: how often torch elastic restarts the ranks before the launcher exits.
+        restarts: how often the ranks are started again, besides the times at which another node was replaced.
         wait_seconds: how long the node waits for the others; None: without limit.
     """
 

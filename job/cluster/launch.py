@@ -113,7 +113,7 @@ def launch(
         if checking.exitcode == EXIT_USER_ERROR:
             return EXIT_USER_ERROR
     quieten_torch()
-    rounds = Rounds(node, in_place=forks and node.platform != "TPU")  # JobSet restarts all hosts of a slice
+    rounds = Rounds(node, in_place=forks and node.platform != "TPU")  # a lost host takes its slice with it
     try:
         code = 0
         while True:
@@ -173,6 +173,8 @@ def _run_round(
             end_ranks(codes, STOP_SECONDS)
         return exit_code(failed, mistakes(codes)) if failed else 0
     except (OSError, RuntimeError) as error:
+        if node.nodes == 1:
+            raise
         log.error("other nodes of %d were lost while the ranks started (%s)", node.nodes, first_line(error, 200))
         return EXIT_NODES_MISSING
     finally:

@@ -61,8 +61,8 @@ REQUEST_SECONDS = 10.0
 """Limit of a request to the store: the connection to a machine that has lost its power stays open."""
 LEAVE_SECONDS = 10.0
 """How long node 0 still serves the store when all nodes may end."""
-MISTAKE_SECONDS = 30.0
-"""As LEAVE_SECONDS, where the ranks of other nodes have yet to end."""
+MISTAKE_SECONDS = 45.0
+"""As LEAVE_SECONDS, where the ranks of other nodes have yet to end, or to be killed after 30 s."""
 FINISH_POLL_SECONDS = 0.1
 _STOPPED = (EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_HANGUP)
 _LOST_ERRORS = (OSError, RuntimeError)
@@ -146,7 +146,7 @@ class Rounds:
         if code == 0:
             return self._finish(current)
         if code == EXIT_USER_ERROR:
-            self._quietly(lambda: self._report_mistake(self._job(current)))
+            self._quietly(lambda: self._report_mistake(current))
             if self._node.node_rank == 0:
                 self._leave(self._job(current), MISTAKE_SECONDS)
             return code
@@ -241,9 +241,13 @@ class Rounds:
             return mistake
         others = named([], self._node.nodes)
         round_id = _text(job, "round")
-        if not round_id or round_id == self._last:
-            return others  # node 0 has yet to notice that the last round is over
+        if not round_id:
+            return others
         keys = PrefixStore(round_id, job)
+        if round_id == self._last:
+            # Node 0 has yet to notice that this round is over: the store may not have answered the request to say so.
+            keys.compare_set("over", "", FAILED)
+            return self._finished(job) if _text(keys, "over") == FINISHED else others
         if not (start := _text(keys, "start")):
             keys.set(f"here/{self._node.node_rank}", counter)
             return named(_missing(_text(keys, "missing"), self._node), self._node.nodes)
@@ -254,13 +258,18 @@ class Rounds:
             return Round(round_id, self._node.host, self._node.port, keys)
         # This node takes the place of one that has gone, and whose round goes on or hangs.
         keys.compare_set("over", "", REPLACED)
-        if _text(keys, "over") == FINISHED:
-            log.info("the other nodes have finished")
-            return 0
-        return others
+        return self._finished(job) if _text(keys, "over") == FINISHED else others
 
-    def _report_mistake(self, job: Store) -> None:
+    def _finished(self, job: Store) -> int:
+        log.info("the other nodes have finished")
+        job.add("left", 1)
+        return 0
+
+    def _report_mistake(self, current: Round) -> None:
+        job = self._job(current)
         job.set("mistake", str(self._node.node_rank))
+        # Else ranks that hang, rather than fail, would never end.
+        current.keys.compare_set("over", "", FAILED)
         if self._node.node_rank > 0:
             job.add("left", 1)
 
@@ -293,7 +302,8 @@ class Rounds:
         except _LOST_ERRORS:
             log.warning("node 0 was lost after the ranks of this node had finished")
         self.finished = False
-        return None if self.in_place else 0
+        # Not 0: Kubernetes would never start this node again, and the others would wait for it.
+        return None if self.in_place else EXIT_RETRY
 
     def _leave(self, job: Store, seconds: float) -> None:
         """On node 0, serve the store until the other nodes have read that all end, or for so many seconds."""

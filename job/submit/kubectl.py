@@ -160,6 +160,8 @@ def _error(command: Sequence[str], text: str) -> JobError:
             "kubectl knows no cluster, or not this one. Create its entry (gcloud container clusters get-credentials "
             f"CLUSTER), or name one by --context: kubectl config get-contexts lists them.\n{message}"
         )
+    if "exceeded quota" in text:
+        return ConfigError(f"a quota of this namespace does not allow it.\n{message}")
     if "forbidden" in text.lower():
         return ConfigError(
             "you do not have the right to do this in this namespace. Ask an administrator for the role edit, or give "
@@ -169,6 +171,8 @@ def _error(command: Sequence[str], text: str) -> JobError:
         return ConfigError(f"there is no such namespace. Create it, or give another --namespace.\n{message}")
     if _NO_LOGIN.search(text):
         return ConfigError(f"the cluster does not know who you are. Log in again (gcloud auth login).\n{message}")
+    if "timed out waiting for" in text:
+        return ClusterUnreachable(f"not all objects are gone yet. Try again when their pods have ended.\n{message}")
     if _UNREACHABLE.search(text):
         return ClusterUnreachable(f"the cluster cannot be reached. Try again.\n{message}")
     return ConfigError(f"{_words(command)} failed:\n{message}")

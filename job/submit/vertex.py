@@ -142,7 +142,7 @@ def _client(region: str) -> JobServiceClient:
         from google.cloud.aiplatform_v1 import JobServiceClient
     except ImportError as error:
         raise ConfigError(
-            "--vertex needs Google's client of Vertex AI. Install it: pip install 'job[vertex]'. Or give --dry_run, "
+            "--vertex needs Google's client of Vertex AI. Install it: pip install '.[vertex]'. Or give --dry_run, "
             "and the output to gcloud ai custom-jobs create --config."
         ) from error
     try:

@@ -30,6 +30,8 @@ CONTENT_ANNOTATION = "job/submitted-content"
 """Digest of what was applied, by which the same command is recognised."""
 IGNORED_EXIT_CODES = (0, 69, 143)
 """Of pods that ended without a failure of their own."""
+CONTAINERS = ("train", "node")
+"""Name of the container that trains, of a TrainJob the latter."""
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _JOB_INDEX = "jobset.sigs.k8s.io/job-index"
 _MAX_MESSAGE = 500
@@ -126,8 +128,9 @@ class Pod(msgspec.Struct, frozen=True):
 
     @property
     def container(self) -> ContainerStatus | None:
-        """The status of the container that trains."""
-        return next(iter(self.status.container_statuses or ()), None)
+        """The status of the container that trains; sidecars, which a mesh adds, may precede it."""
+        statuses = self.status.container_statuses or ()
+        return next((each for each in statuses if each.name in CONTAINERS), next(iter(statuses), None))
 
     @property
     def exit_code(self) -> int | None:

@@ -20,12 +20,12 @@ def bucket(cluster: Cluster) -> str:
     return name
 
 
-def start_nodes(cluster: Cluster) -> list[str]:
-    """The Job's pods, with fewer epochs than the demo has."""
+def start_node(cluster: Cluster, index: int) -> str:
+    """A pod of the Job, with fewer epochs than the demo has."""
     manifests = rendered("cpu-local")
     pod, (config,) = copy.deepcopy(pod_of(manifests)), of_kind(manifests, "ConfigMap")
     pod["containers"][0]["args"].append("--trainer.max_epochs=4")
-    return [cluster.start(pod, "train", config=config, index=index) for index in (1, 0)]
+    return cluster.start(pod, "train", config=config, index=index)
 
 
 def run_job(cluster: Cluster, *args: str) -> str:
@@ -36,16 +36,15 @@ def run_job(cluster: Cluster, *args: str) -> str:
 
 
 def test_preempted_and_resumed(cluster: Cluster, bucket: str) -> None:
-    nodes = start_nodes(cluster)
+    nodes = [start_node(cluster, index) for index in (1, 0)]
     cluster.wait_for("train-0", "epoch 3/")
     cluster.podman("stop", "--time", 30, "train-1")  # SIGTERM, as kubelet sends it to process 1
-    assert [cluster.exit_code(name) for name in nodes] == [143, 143], "\n".join(map(cluster.log, nodes))
-    log = cluster.log("train-0")
-    assert "Indexed Job: node 0 of 2, meeting at train-0.train:29400" in log
-    for name in nodes:
-        cluster.remove(name)
+    assert cluster.exit_code("train-1") == 143, "\n".join(map(cluster.log, nodes))
+    cluster.wait_for("train-0", "ended with code 143, and start again when all nodes are there")
+    assert "Indexed Job: node 0 of 2, meeting at train-0.train:29400" in cluster.log("train-0")
+    cluster.remove("train-1")
 
-    nodes = start_nodes(cluster)
+    start_node(cluster, 1)
     assert [cluster.exit_code(name) for name in nodes] == [0, 0], "\n".join(map(cluster.log, nodes))
     log = cluster.log("train-0")
     resumed = re.search(r"resuming after step (\d+), epoch (\d+)", log)

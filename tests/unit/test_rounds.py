@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, TCPStore
 from job.cluster import rounds as module
 from job.cluster import store, waiting
 from job.cluster.environment import Node
-from job.cluster.outcomes import FAILED, LOST, REPLACED
+from job.cluster.outcomes import FAILED, FINISHED, LOST, REPLACED
 from job.cluster.rounds import Round, Rounds
 from job.errors import EXIT_NODES_MISSING, NodesMissing, RankLost
 
@@ -44,7 +44,8 @@ def free_port() -> int:
 class Cluster:
     """Launchers of one job."""
 
-    def __init__(self, threads: ThreadPoolExecutor, nodes: int, **settings: int) -> None:
+    def __init__(self, threads: ThreadPoolExecutor, nodes: int, *, in_place: bool = True, **settings: int) -> None:
+        self.in_place = in_place
         self.threads, self.nodes, self.port, self.settings = threads, nodes, free_port(), settings
         self.launchers = [self.launcher(rank) for rank in range(nodes)]
         self.rounds: list[Round] = []
@@ -53,7 +54,8 @@ class Cluster:
     def launcher(self, rank: int) -> Rounds:
         settings = {"wait_seconds": 20, **self.settings}
         return Rounds(
-            Node("Indexed Job", self.nodes, rank, "localhost", self.port, run_id="run", **settings), in_place=True
+            Node("Indexed Job", self.nodes, rank, "localhost", self.port, run_id="run", **settings),
+            in_place=self.in_place,
         )
 
     def gather(self, *codes: int) -> list[Round | int]:
@@ -179,8 +181,10 @@ def test_ranks_that_fail_though_no_node_was_replaced(
 def test_a_users_mistake_ends_all(mistaken: int, threads: ThreadPoolExecutor, caplog: pytest.LogCaptureFixture) -> None:
     cluster = Cluster(threads, 3)
     cluster.gather()
-    end = threads.submit(cluster.launchers[mistaken].end, cluster.rounds[mistaken], 2)
     others = [rank for rank in range(3) if rank != mistaken]
+    watches = [cluster.watch(rank) for rank in others]
+    end = threads.submit(cluster.launchers[mistaken].end, cluster.rounds[mistaken], 2)
+    assert [watch.result(30) for watch in watches] == [FAILED, FAILED]
     assert [cluster.begin(rank, 75).result(30) for rank in sorted(others, reverse=True)] == [2, 2]
     assert end.result(30) == 2
     assert f"the ranks of node {mistaken} ended because of a mistake" in caplog.text
@@ -209,6 +213,31 @@ def test_ranks_that_fail_after_others_have_finished(threads: ThreadPoolExecutor)
     cluster.gather()
     assert cluster.end(0, 75) == [None, None]
     assert cluster.gather(0, 75) == [75, 75]
+
+
+def test_ranks_that_fail_after_others_have_finished_on_tpu(threads: ThreadPoolExecutor) -> None:
+    """The finished node must start again, too: after exit code 0 Kubernetes would not let it."""
+    cluster = Cluster(threads, 2, in_place=False)
+    cluster.gather()
+    assert cluster.end(0, 70) == [75, 70]
+
+
+def test_a_failure_that_the_store_has_missed(threads: ThreadPoolExecutor) -> None:
+    """The node reports it again while it waits for the next round; else all would wait for one another."""
+    cluster = Cluster(threads, 2, restarts=1)
+    cluster.gather()
+    end = threads.submit(cluster.launchers[0].end, cluster.rounds[0], 0)
+    waiting_node = cluster.begin(1, 75)
+    assert end.result(30) is None
+    results = [cluster.begin(0).result(30), waiting_node.result(30)]
+    assert all(isinstance(result, Round) for result in results)
+
+
+def test_a_node_that_learns_late_that_all_have_finished(threads: ThreadPoolExecutor) -> None:
+    cluster = Cluster(threads, 2)
+    cluster.gather()
+    cluster.rounds[0].keys.set("over", FINISHED)
+    assert cluster.begin(1, 75).result(30) == 0
 
 
 def test_one_node_alone(threads: ThreadPoolExecutor) -> None:

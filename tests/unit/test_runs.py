@@ -308,6 +308,8 @@ def test_without_a_service_account_nothing_is_applied(cluster: Cluster, capfd: p
     [
         ("apply", 'Error from server (Forbidden): jobs.batch is forbidden: User "me"', 2, "the right to do this"),
         ("get", 'Error from server (Forbidden): jobs.batch "x" is forbidden', 2, "the right to do this"),
+        ("apply", 'services "x" is forbidden: exceeded quota: q, used: services=5', 2, "a quota of this namespace"),
+        ("apply", "error: timed out waiting for the condition on jobs/x", 75, "not all objects are gone yet"),
         ("get", "error: current-context is not set", 2, "kubectl knows no cluster"),
         ("get", 'error: context "x" does not exist', 2, "kubectl knows no cluster"),
         ("get", "The connection to the server localhost:8080 was refused", 2, "kubectl knows no cluster"),
@@ -446,9 +448,10 @@ def test_status_shows_what_pods_wait_for(cluster: Cluster, capfd: pytest.Capture
     objects["jobs.batch/cats-train"]["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
     condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes: \x1b[2J"}
     image = {"name": "train", "state": {"waiting": {"reason": "ErrImagePull", "message": "no such image"}}}
+    sidecar = {"name": "istio-proxy", "state": {"running": {}}}
     pods = {
         "pods/c": pod("c", 2, "Pending", conditions=[condition]),
-        "pods/b": pod("b", 1, "Pending", containerStatuses=[image]),
+        "pods/b": pod("b", 1, "Pending", containerStatuses=[sidecar, image]),
         "pods/a0": pod("a0", 0, "Failed", code=137, reason="Evicted", message="disk"),
         "pods/a1": pod("a1", 0),
         "pods/foreign": pod("foreign", 0, job="dogs-train"),
