@@ -89,7 +89,7 @@ def _wait_for_pods(kubectl: Kubectl, found: Workload, wait: Callable[[float], No
     deadline = time.monotonic() + STOP_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(ClusterUnreachable):
-            if not any(pod.status.phase in ("Pending", "Running") for pod in workload.pods(kubectl, found)):
+            if not workload.has_active(workload.pods(kubectl, found)):
                 return True
         wait(POLL_SECONDS)
     return False

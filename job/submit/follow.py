@@ -17,7 +17,7 @@ from job.process import logs
 from job.process.terminal import clean_lines, say
 from job.submit import workload
 from job.submit.kubectl import ClusterUnreachable, Kubectl
-from job.submit.workload import Pod, Workload
+from job.submit.workload import Pod, Workload, has_active
 
 POLL_SECONDS = 3.0
 UNREACHABLE_SECONDS = 600.0
@@ -184,7 +184,8 @@ def follow(kubectl: Kubectl, run: str) -> int:
             for pod in pods:
                 if pod.exit_code is not None:
                     codes[pod.metadata.uid or pod.metadata.name] = pod.exit_code
-            if current is None or current.has_ended or current.state == "is stopped":
+            # Pods of a stopped run still save, and log that they do.
+            if current is None or current.has_ended or (current.state == "is stopped" and not has_active(pods)):
                 streams.drain()
                 return _end(run, current, list(codes.values()))
             announced.state(current, pods)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -304,6 +305,11 @@ def pods(kubectl: Kubectl, workload: Workload) -> list[Pod]:
     content = kubectl.get("pods", f"--selector={workload.pod_selector}")
     found = _convert(content or {}, _Pods).items
     return sorted(found, key=lambda pod: (pod.index, pod.metadata.creation_timestamp or ""))
+
+
+def has_active(pods: Sequence[Pod]) -> bool:
+    """Whether some pods have not ended yet."""
+    return any(pod.status.phase in ("Pending", "Running") for pod in pods)
 
 
 def exit_code(workload: Workload, codes: list[int]) -> int:

@@ -516,6 +516,8 @@ def test_the_documented_prediction_is_a_kustomization(tmp_path: Path) -> None:
         validate(manifest)
     (job,) = of_kind(manifests, "Job")
     assert job["metadata"]["name"] == "cats-new-predict"
+    (policy,) = of_kind(manifests, "NetworkPolicy")  # of its own pods alone
+    assert policy["spec"]["podSelector"]["matchLabels"]["app.kubernetes.io/instance"] == "cats-new"
     (container,) = pod_of(manifests)["containers"]
     assert container["image"].startswith("REGION-docker.pkg.dev/")
     options = function_parser("predict", predict.main, ("run_dir", "input")).parse_args(arguments_of(container)[1:])

@@ -251,6 +251,13 @@ def test_the_same_command_twice_is_one_run(cluster: Cluster, capfd: pytest.Captu
     assert "with the same options: nothing was applied" in capfd.readouterr().out
 
 
+def test_a_stopped_run_is_followed_until_its_pods_have_ended(cluster: Cluster) -> None:
+    stopped = {"jobs.batch/cats-train": {"spec": {"suspend": True}}}
+    cluster.write(steps=[{}, {}, {**stopped, "pods/p0": pod("p0", 0)}, {}, {}, {"pods/p0": None}])
+    assert submit() == 143
+    assert cluster.content["steps"] == []
+
+
 def test_a_name_that_is_taken_is_refused(cluster: Cluster, capfd: pytest.CaptureFixture[str]) -> None:
     cluster.write(steps=[{}, {}, {"jobs.batch/cats-train": COMPLETE}])
     assert submit() == 0
