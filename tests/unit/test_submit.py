@@ -117,6 +117,18 @@ def test_fits_on_its_machine(name: str) -> None:
     assert yaml.safe_load(config["data"]["config.yaml"])["data"]["cache_gb"] * 1e9 <= sizes["cache"]
 
 
+@pytest.mark.parametrize("queues", ["queues", "queues-flex-start"])
+def test_a_run_fits_into_the_queue_of_the_guide(queues: str) -> None:
+    """Kueue never admits one that requests more than the whole quota."""
+    (queue,) = of_kind(rendered(queues), "ClusterQueue")
+    (flavor,) = queue["spec"]["resourceGroups"][0]["flavors"]
+    quota = {resource["name"]: quantity(resource["nominalQuota"]) for resource in flavor["resources"]}
+    manifests = manifests_of("l4x8-kueue")
+    requests = pod_of(manifests)["containers"][0]["resources"]["requests"]
+    for name, amount in requests.items():
+        assert job_of(manifests)["parallelism"] * quantity(amount) <= quota[name], name
+
+
 @pytest.mark.parametrize("name", [name for name in CLUSTER_CASES if "trainjob" not in name])
 def test_all_pods_find_one_another(name: str) -> None:
     """By the launcher's own reading of the variables in the manifest."""
