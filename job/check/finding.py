@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from job.errors import JobError
+from job.errors import EXIT_RETRY, JobError
 from job.redact import redact
 
 Status = Literal["ok", "warn", "fail"]
@@ -26,6 +26,7 @@ class Finding(msgspec.Struct, frozen=True):
         mend: what to do about it; empty if nothing needs to be done.
         rank: that found it.
         seconds: that the check took.
+        temporary: a "fail" that may be over soon: a store that does not answer.
     """
 
     check: str
@@ -34,6 +35,7 @@ class Finding(msgspec.Struct, frozen=True):
     mend: str = ""
     rank: int = 0
     seconds: float = 0.0
+    temporary: bool = False
 
 
 class Estimate(msgspec.Struct, frozen=True):
@@ -78,6 +80,12 @@ class ChecksFailed(JobError):
     """At least one check has failed."""
 
 
+class ChecksUnanswered(ChecksFailed):
+    """The checks that have failed may succeed later."""
+
+    exit_code = EXIT_RETRY
+
+
 def ok(check: str, message: str) -> Finding:
     """A finding that asks for nothing."""
     return Finding(check, "ok", _one_line(message))
@@ -88,9 +96,9 @@ def warn(check: str, message: str, mend: str) -> Finding:
     return Finding(check, "warn", _one_line(message), mend)
 
 
-def fail(check: str, message: str, mend: str) -> Finding:
+def fail(check: str, message: str, mend: str, *, temporary: bool = False) -> Finding:
     """A finding that prevents the run."""
-    return Finding(check, "fail", _one_line(message), mend)
+    return Finding(check, "fail", _one_line(message), mend, temporary=temporary)
 
 
 def worst(findings: Iterable[Finding]) -> Status:

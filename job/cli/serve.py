@@ -100,7 +100,7 @@ def main(
         drain_delay=drain_delay,
     )
     if missing := [package for package in PACKAGES if find_spec(package) is None]:
-        raise ConfigError(f'serve needs {", ".join(missing)}: pip install "job[serve]"')
+        raise ConfigError(f'serve needs {", ".join(missing)}: pip install ".[serve]"')
     # torch takes seconds to import: not for --help or a misspelt option.
     from job.predict.predictor import Predictor, load
     from job.serve.device import require_device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -46,6 +47,8 @@ STOP_SECONDS = 30
 REPLACED_SECONDS = 10
 """Seconds that ranks have to end when another node is there for the second time: its first launcher had all of its own.
 """
+_LOCAL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+"""Of this machine, whatever happens to others."""
 _OVER = {
     FAILED: "the ranks of another node ended",
     REPLACED: "another node was replaced",
@@ -120,15 +123,11 @@ def launch(
             current = rounds.gather(code)
             if isinstance(current, int):
                 return current
-            log.info(
-                "torch elastic starts %s, restarts: %d",
-                "1 process" if processes == 1 else f"{processes} processes",
-                node.restarts,
-            )
+            log.info("torch elastic starts %s", "1 process" if processes == 1 else f"{processes} processes")
             code = _run_round(node, rounds, current, processes, run if forks else None, args)
             if (final := rounds.end(current, code)) is not None:
                 return final
-            log.info("the ranks of this node ended with code %d, and start again when all nodes are there", code)
+            log.info("the ranks of this node ended with code %d; it waits for the others", code)
     except SignalException as error:
         return 0 if rounds.finished else SIGNAL_EXIT_BASE + int(error.sigval)
     finally:
@@ -173,7 +172,7 @@ def _run_round(
             end_ranks(codes, STOP_SECONDS)
         return exit_code(failed, mistakes(codes)) if failed else 0
     except (OSError, RuntimeError) as error:
-        if node.nodes == 1:
+        if node.nodes == 1 or getattr(error, "errno", None) in _LOCAL_ERRORS:
             raise
         log.error("other nodes of %d were lost while the ranks started (%s)", node.nodes, first_line(error, 200))
         return EXIT_NODES_MISSING

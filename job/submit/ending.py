@@ -9,14 +9,13 @@ from collections.abc import Callable
 from job.errors import ConfigError
 from job.process.terminal import say
 from job.submit import workload
-from job.submit.kubectl import ClusterUnreachable, Kubectl, NoSuchKind
+from job.submit.kubectl import ClusterUnreachable, Kubectl
 from job.submit.workload import PARTS, Workload, instance_selector
 
 STOP_SECONDS = 120.0
 """Time in which all pods should have saved and ended; their grace is 15 or 30 s."""
 POLL_SECONDS = 2.0
 DELETE_SECONDS = 180
-_WORKLOADS_OF_KUEUE = "workloads.kueue.x-k8s.io"
 
 
 def stop(kubectl: Kubectl, run: str, *, wait: Callable[[float], None] = time.sleep) -> None:
@@ -73,16 +72,10 @@ def _deactivate(kubectl: Kubectl, found: Workload) -> bool:
 
 def _set_active(kubectl: Kubectl, found: Workload, *, active: bool) -> bool:
     """Set ``spec.active`` of the run's Workload in Kueue; returns whether that changed anything."""
-    content = None
-    with contextlib.suppress(NoSuchKind):
-        content = kubectl.get(_WORKLOADS_OF_KUEUE, f"--selector=kueue.x-k8s.io/job-uid={found.metadata.uid}")
-    changed = False
-    for item in (content or {}).get("items", []):
-        if item.get("spec", {}).get("active", True) != active:
-            name = f"{_WORKLOADS_OF_KUEUE}/{item['metadata']['name']}"
-            kubectl.run("patch", name, "--type=merge", f'--patch={{"spec":{{"active":{str(active).lower()}}}}}')
-            changed = True
-    return changed
+    changed = [name for name, was in workload.of_kueue(kubectl, found.metadata.uid).items() if was != active]
+    for name in changed:
+        kubectl.run("patch", name, "--type=merge", f'--patch={{"spec":{{"active":{str(active).lower()}}}}}')
+    return bool(changed)
 
 
 def _wait_for_pods(kubectl: Kubectl, found: Workload, wait: Callable[[float], None]) -> bool:

@@ -27,6 +27,8 @@ REMINDER_SECONDS = 60.0
 DRAIN_SECONDS = 10.0
 """How long the last lines of a run that has ended are waited for."""
 _LONGEST_LINE = 100_000
+_MOST_ATTEMPTS = 100
+"""To read a container's log; a node that is lost takes the rest of it along."""
 
 
 class _Record(msgspec.Struct):
@@ -54,6 +56,7 @@ class _Stream:
         self.prefix = prefix
         self.lines = lines
         self.last_time = ""
+        self.attempts = 0
         self.process: subprocess.Popen[str] | None = None
         self.thread: threading.Thread | None = None
 
@@ -62,8 +65,14 @@ class _Stream:
         """Whether lines may come."""
         return self.thread is not None and self.thread.is_alive()
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all lines of a container that has ended were read, or cannot be."""
+        return self.process is not None and (self.process.poll() == 0 or self.attempts >= _MOST_ATTEMPTS)
+
     def open(self) -> None:
         """Start reading, after the last line that was read."""
+        self.attempts += 1
         since = [f"--since-time={self.last_time}"] if self.last_time else []
         # All lines: of several pods kubectl shows the last ten.
         options = ("--follow", "--tail=-1", "--timestamps", *since)
@@ -93,7 +102,7 @@ class _Stream:
             return
         while line := process.stdout.readline(_LONGEST_LINE):
             moment, _, text = line.rstrip("\n").partition(" ")
-            if moment > after:
+            if _instant(moment) > _instant(after):
                 self.last_time = moment
                 self.lines.put(f"{self.prefix}{_readable(text)}")
 
@@ -130,10 +139,12 @@ class Streams:
             stream = self._streams.setdefault(
                 key, _Stream(self.kubectl, pod.metadata.name, f"[node {number}] ", self.lines)
             )
-            if not stream.is_open:
-                stream.open()
-            if container.state.terminated is not None:
+            if stream.is_open:
+                continue
+            if container.state.terminated is not None and stream.is_complete:
                 self._ended.add(key)
+            else:
+                stream.open()
 
     def show(self, seconds: float) -> None:
         """Print lines as they come, for some time."""
@@ -231,6 +242,12 @@ def _end(run: str, current: Workload | None, codes: list[int]) -> int:
     else:
         logs.report(f"{run} is complete.", level=20)
     return code
+
+
+def _instant(moment: str) -> tuple[str, str]:
+    """A time as Kubernetes writes it, without zeros at the end of the fraction, in a form that can be compared."""
+    second, _, fraction = moment.removesuffix("Z").partition(".")
+    return second, fraction.ljust(9, "0")
 
 
 def _readable(line: str) -> str:

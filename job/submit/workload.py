@@ -27,6 +27,7 @@ PARTS = (
     "poddisruptionbudgets.policy",
 )
 """Kinds of the other objects that a run may have."""
+_WORKLOADS_OF_KUEUE = "workloads.kueue.x-k8s.io"
 CONTENT_ANNOTATION = "job/submitted-content"
 """Digest of what was applied, by which the same command is recognised."""
 IGNORED_EXIT_CODES = (0, 69, 143)
@@ -167,6 +168,7 @@ class Pod(msgspec.Struct, frozen=True):
 
 class _Spec(msgspec.Struct, frozen=True):
     suspend: bool | None = None
+    active: bool = True
 
 
 class _Status(msgspec.Struct, frozen=True, rename="camel"):
@@ -196,6 +198,7 @@ class Workload:
         kind: of the object.
         metadata: of the object.
         is_suspended: whether it has no pods for the time being.
+        is_stopped: whether it stays suspended: by ``stop``, and not because it waits in a queue.
         conditions: those that are true.
     """
 
@@ -203,6 +206,7 @@ class Workload:
     kind: str
     metadata: Metadata
     is_suspended: bool
+    is_stopped: bool
     conditions: tuple[Condition, ...]
 
     @property
@@ -237,7 +241,7 @@ class Workload:
         if self.ending is not None:
             return "has failed" if self.ending.type == "Failed" else "is complete"
         if self.is_suspended:
-            return "waits in its queue" if self.queue else "is stopped"
+            return "is stopped" if self.is_stopped else "waits in its queue"
         return "runs"
 
     @property
@@ -264,7 +268,7 @@ def find(kubectl: Kubectl, run: str) -> Workload | None:
         with contextlib.suppress(NoSuchKind):
             content = kubectl.get(f"{resource}/{object_name(run)}")
         if content is not None:
-            return _workload(run, kind, _convert(content, _Object))
+            return _workload(kubectl, run, kind, _convert(content, _Object))
     return None
 
 
@@ -296,7 +300,7 @@ def find_all(kubectl: Kubectl) -> list[Workload]:
         for each in _convert(content or {}, _Objects).items:
             run = (each.metadata.labels or {})[INSTANCE_LABEL]
             if each.metadata.name == object_name(run):
-                found.setdefault(run, _workload(run, kind, each))
+                found.setdefault(run, _workload(kubectl, run, kind, each))
     return [found[run] for run in sorted(found)]
 
 
@@ -330,9 +334,22 @@ def exit_code(workload: Workload, codes: list[int]) -> int:
     return EXIT_PREEMPTED if EXIT_PREEMPTED in codes else EXIT_RETRY
 
 
-def _workload(run: str, kind: str, each: _Object) -> Workload:
+def of_kueue(kubectl: Kubectl, uid: str) -> dict[str, bool]:
+    """Kueue's Workloads of a Job, JobSet or TrainJob, as kubectl's arguments name them, and whether each is active."""
+    content = None
+    with contextlib.suppress(NoSuchKind):
+        content = kubectl.get(_WORKLOADS_OF_KUEUE, f"--selector=kueue.x-k8s.io/job-uid={uid}")
+    items = _convert(content or {}, _Objects).items
+    return {f"{_WORKLOADS_OF_KUEUE}/{item.metadata.name}": item.spec.active for item in items}
+
+
+def _workload(kubectl: Kubectl, run: str, kind: str, each: _Object) -> Workload:
     conditions = tuple(one for one in each.status.conditions or () if one.status == "True")
-    return Workload(run, kind, each.metadata, bool(each.spec.suspend), conditions)
+    is_suspended = bool(each.spec.suspend)
+    is_stopped = is_suspended
+    if is_suspended and QUEUE_LABEL in (each.metadata.labels or {}):
+        is_stopped = not all(of_kueue(kubectl, each.metadata.uid).values())
+    return Workload(run, kind, each.metadata, is_suspended, is_stopped, conditions)
 
 
 def _convert(content: Any, kind: type[_Type]) -> _Type:

@@ -40,7 +40,7 @@ def test_preempted_and_resumed(cluster: Cluster, bucket: str) -> None:
     cluster.wait_for("train-0", "epoch 3/")
     cluster.podman("stop", "--time", 30, "train-1")  # SIGTERM, as kubelet sends it to process 1
     assert cluster.exit_code("train-1") == 143, "\n".join(map(cluster.log, nodes))
-    cluster.wait_for("train-0", "ended with code 143, and start again when all nodes are there")
+    cluster.wait_for("train-0", "ended with code 143; it waits for the others")
     assert "Indexed Job: node 0 of 2, meeting at train-0.train:29400" in cluster.log("train-0")
     cluster.remove("train-1")
 

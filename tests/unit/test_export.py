@@ -486,7 +486,7 @@ def test_missing_packages_are_named(run_dir: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
     result = run_here("export", run_dir, tmp_path / "out")
     assert result.returncode == 2
-    assert 'needs onnxscript. Install them: pip install "job[export]"' in result.output
+    assert 'needs onnxscript. Install them: pip install ".[export]"' in result.output
     assert parse_formats(["pt2", "weights,onnx"]) == ("onnx", "pt2", "weights")
 
 

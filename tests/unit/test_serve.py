@@ -584,7 +584,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("job.cli.serve.PACKAGES", ("fastapi", "no_such_package"))
     outcome = run_here("serve", "x")
     assert outcome.returncode == 2
-    assert 'pip install "job[serve]"' in outcome.output
+    assert 'pip install ".[serve]"' in outcome.output
 
 
 def test_limits_are_checked() -> None:
