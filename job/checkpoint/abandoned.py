@@ -9,7 +9,7 @@ is never changed, so that a bucket which forbids overwriting takes it.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Annotated
 
 import msgspec
@@ -57,9 +57,14 @@ def read_steps_back(folder: str, names: Collection[str]) -> list[StepBack]:
     return [_read(storage.join(folder, name)) for _, name in numbers]
 
 
-def file_name(number: int) -> str:
-    """The name of the file of this number, from 1 on."""
-    return f"abandoned-{number:03d}.json"
+def next_file_name(names: Iterable[str]) -> str:
+    """The name after all of these: a user may have deleted an earlier file.
+
+    Args:
+        names: of the files in the folder of the checkpoints.
+    """
+    last = max((int(match[1]) for name in names if (match := re.match(FILE_PATTERN, name))), default=0)
+    return f"abandoned-{last + 1:03d}.json"
 
 
 def encode(step_back: StepBack) -> bytes:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from job import checkpoint
+from job import checkpoint, redact
 from job.checkpoint.manifest import Sha256
 from job.errors import CheckpointError, ConfigError
 
@@ -95,4 +95,5 @@ def _folder(uri: str) -> str:
 
 
 def _absolute(uri: str) -> str:
-    return uri.rstrip("/") if "://" in uri else str(Path(uri).resolve())
+    # Without credentials: a checkpoint has *** in their place, and a restart may have others.
+    return redact.identity(uri).rstrip("/") if "://" in uri else str(Path(uri).resolve())

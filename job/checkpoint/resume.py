@@ -91,8 +91,8 @@ class StepBackWriter(Callback):
             ranks.from_rank_zero(lambda: self._write(trainer.default_root_dir, step_back))
 
     def _write(self, run_dir: str, step_back: StepBack) -> None:
-        number = len(checkpoint.scan(run_dir).steps_back) + 1
-        uri = storage.join(run_dir, checkpoint.FOLDER, abandoned.file_name(number))
+        folder = storage.join(run_dir, checkpoint.FOLDER)
+        uri = storage.join(folder, abandoned.next_file_name(entry.key for entry in storage.list_files(folder)))
         storage.write_bytes(uri, abandoned.encode(step_back), self.before_write)
         if names := step_back.abandoned:
             further = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""

@@ -90,6 +90,6 @@ def resize_difference(run: Run, model: TrainedModel, encoded: list[bytes]) -> tu
     if float(distance.mean()) > RESIZE_TOLERANCE:
         raise ExportError(
             f"the exported network predicts otherwise from whole images: probabilities differ by {distance.mean():.2g} "
-            f"in the mean, more than {RESIZE_TOLERANCE:g}. Choose --input resized, and resize as config.json says."
+            f"in the mean, more than {RESIZE_TOLERANCE:g}. Choose --input resized, and resize as export.json says."
         )
     return float(distance.max()), float((actual.argmax(axis=1) != expected.argmax(axis=1)).mean())

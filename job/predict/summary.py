@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from job import storage
 from job.data.bad_samples import BadSample
+from job.errors import DataError
 from job.predict.output import FileFormat, Row
 from job.predict.predictor import Predictor
 from job.predict.work import Work
@@ -81,20 +82,33 @@ class Totals:
             work: its parts.
             form: their format.
             evaluator: compares them with true labels.
+
+        Raises:
+            DataError: a part does not have one row per image, so that rows and labels would not belong together.
         """
         totals = cls()
         for part in range(work.parts):
-            content = storage.read_bytes(storage.join(folder, work.name_of(part)))
+            uri = storage.join(folder, work.name_of(part))
+            content = storage.read_bytes(uri)
+            samples = work.samples_of(part)
             entries: list[dict[str, Any]] = []
             for entry in _entries(content, form, COLUMNS if evaluator is None else COLUMNS + PROBABILITIES):
+                if totals.images == samples.stop:
+                    raise _wrong_rows(uri, len(samples))
                 totals._count(entry["uri"], entry)
                 entries.append(entry)
                 if evaluator is not None and len(entries) == ROWS_AT_ONCE:
                     evaluator.add(entries)
                     entries.clear()
+            if totals.images != samples.stop:
+                raise _wrong_rows(uri, len(samples))
             if evaluator is not None:
                 evaluator.add(entries)
         return totals
+
+
+def _wrong_rows(uri: str, rows: int) -> DataError:
+    return DataError(f"{uri} does not hold {rows:,} rows, one per image. Delete it, and run the same command again.")
 
 
 def _entries(content: bytes, form: FileFormat, columns: list[str]) -> Iterator[dict[str, Any]]:

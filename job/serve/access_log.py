@@ -35,7 +35,7 @@ class AccessLog:
     Args:
         app: the application.
         routes: its paths.
-        quiet: paths whose requests are logged only if they fail: probes and metrics.
+        quiet: paths of probes and metrics, whose answers with status 200 or 503 are not logged.
         lifecycle: whether the server drains.
         metrics: of the server.
     """

@@ -43,7 +43,7 @@ class Pending:
     """An image that was admitted.
 
     Args:
-        image: as it came.
+        image: as it came; None once it is decoded, or its request is given up.
         loop: of the request.
 
     Attributes:
@@ -132,7 +132,11 @@ class Batcher:
         self.admitted += len(pending)
         for each in pending:
             self._decoders.submit(self._decode, each)
-        return await asyncio.gather(*(each.future for each in pending))
+        try:
+            return await asyncio.gather(*(each.future for each in pending))
+        finally:
+            for each in pending:
+                each.image = None  # of a request that is given up, it no longer counts in --max_pending_mb
 
     def run_in_thread(self, function: Callable[[], T]) -> asyncio.Future[T]:
         """Call a function in a decoding thread, so that the event loop goes on."""
@@ -142,10 +146,9 @@ class Batcher:
         """Decode an image, in a thread of the pool."""
         predictor, image = self.predictor, pending.image
         assert predictor is not None
-        assert image is not None
         pending.image = None
         result: Result | Exception | None = None
-        if not pending.future.cancelled():
+        if image is not None and not pending.future.cancelled():
             try:
                 size, mode = predictor.net.image_size, predictor.resize
                 pending.pixels = prepare(image, size, mode, self.limits.max_image_pixels)
@@ -173,6 +176,8 @@ class Batcher:
             self.failure, self.is_ready = error, False
             with contextlib.suppress(RuntimeError):  # the event loop is closed
                 self._loop.call_soon_threadsafe(self.on_failure)
+            while pending := self._decoded.get():  # until the server stops: nobody waits for what cannot come
+                self._resolve([(pending, error)])
 
     def _load_and_warm(self) -> None:
         """Load the model, and compute a batch of each power of two: libraries choose and compile at the first one."""

@@ -63,7 +63,9 @@ class BodyReader:
                         body += chunk
             except TimeoutError:
                 raise RequestError(408, f"the body did not arrive within {self.timeout:g} s.") from None
-            yield bytes(body)
+            content = bytes(body)
+            body.clear()  # else each body would be in memory twice, and count once
+            yield content
         finally:
             self.pending_bytes -= held
 

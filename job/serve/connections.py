@@ -84,7 +84,8 @@ class Connection(H11Protocol):
             return
         super().data_received(data)
         if self._is_in_request:
-            self._stop_timer()
+            if not self.flow.write_paused:  # else a client that does not read could keep the connection by sending
+                self._stop_timer()
         elif self._timer is None:
             self._start_timer(HEADER_SECONDS)
 
@@ -94,9 +95,9 @@ class Connection(H11Protocol):
         if self._is_in_request:
             return
         if self.transport.get_write_buffer_size() > 0:
-            self._start_timer(self.config.limits.timeout)
-        elif self.conn.trailing_data[0]:
-            self._start_timer(HEADER_SECONDS)
+            self._start_timer(self.config.limits.timeout, self._abort_unless_read)
+        else:
+            self._wait_for_rest_of_header()
 
     def pause_writing(self) -> None:
         """Wait for the client to read the answer for a limited time."""
@@ -107,6 +108,7 @@ class Connection(H11Protocol):
         """The client reads again."""
         super().resume_writing()
         self._stop_timer()
+        self._wait_for_rest_of_header()
 
     @property
     def is_idle(self) -> bool:
@@ -125,9 +127,13 @@ class Connection(H11Protocol):
                 return True
         return False
 
-    def _start_timer(self, seconds: float) -> None:
+    def _wait_for_rest_of_header(self) -> None:
+        if not self._is_in_request and self.conn.trailing_data[0]:
+            self._start_timer(HEADER_SECONDS)
+
+    def _start_timer(self, seconds: float, at_end: Callable[[], None] | None = None) -> None:
         self._stop_timer()
-        self._timer = self.loop.call_later(seconds, self._abort)
+        self._timer = self.loop.call_later(seconds, at_end or self._abort)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -137,6 +143,14 @@ class Connection(H11Protocol):
     def _abort(self) -> None:
         self._timer = None
         self.transport.abort()
+
+    def _abort_unless_read(self) -> None:
+        """The end of an answer that is too short to pause writing: nothing reports that the client has read it."""
+        if self.transport.get_write_buffer_size() > 0:
+            self._abort()
+        else:
+            self._stop_timer()
+            self._wait_for_rest_of_header()
 
 
 class Server(uvicorn.Server):

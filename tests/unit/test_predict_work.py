@@ -11,8 +11,9 @@ from support import COLOURS, picture, write_files
 
 from job import storage
 from job.data.index.build import build
-from job.errors import ConfigError
+from job.errors import ConfigError, DataError
 from job.predict import work
+from job.predict.summary import Totals
 from job.predict.work import next_part, prepare
 
 
@@ -98,3 +99,15 @@ def test_of_two_lists_the_first_counts(images: Path, tmp_path: Path, monkeypatch
     chosen, _ = prepare(output, request, list_slowly, 4, tmp_path / "cache")
     assert chosen.index == "index-2"
     assert storage.exists(f"{output}/index-2/index.json")
+
+
+@pytest.mark.parametrize(("part", "rows"), [(0, 1), (0, 3), (1, 0), (1, 2)])
+def test_a_part_without_one_row_per_image_is_refused(part: int, rows: int, tmp_path: Path) -> None:
+    plan = work.Work({"format": "jsonl"}, samples=3, samples_per_part=2)
+    line = '{"uri": "a.png", "error": "is empty"}\n'
+    for number in range(2):
+        (tmp_path / plan.name_of(number)).write_text(line * len(plan.samples_of(number)))
+    assert Totals.of_folder(str(tmp_path), plan, "jsonl").images == 3
+    (tmp_path / plan.name_of(part)).write_text(line * rows)
+    with pytest.raises(DataError, match=rf"part-0000{part}-of-00002\.jsonl does not hold {2 - part} rows"):
+        Totals.of_folder(str(tmp_path), plan, "jsonl")

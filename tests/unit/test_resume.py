@@ -164,9 +164,14 @@ def test_no_best_checkpoint_is_an_error(validated: bool, tmp_path: Path) -> None
     ],
 )
 def test_a_damaged_file_is_named(run: Run, content: str, error: type[JobError]) -> None:
-    Path(run.run_dir, "checkpoints", abandoned.file_name(1)).write_text(content)
+    Path(run.run_dir, "checkpoints", "abandoned-001.json").write_text(content)
     with pytest.raises(error, match=r"abandoned-001\.json"):
         run.start("auto")
+
+
+def test_a_further_file_replaces_none_where_an_earlier_one_was_deleted() -> None:
+    assert abandoned.next_file_name([]) == "abandoned-001.json"
+    assert abandoned.next_file_name(["abandoned-002.json", "last.ckpt", "x/abandoned-007.json"]) == "abandoned-003.json"
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import gc
 import io
 import json
 import logging
@@ -21,6 +23,8 @@ from serving import Running, Slow, running, tiny_predictor, wait_for
 from support import COLOURS, picture, run_here
 
 from job.errors import ConfigError, DivergedError
+from job.serve.batching import Batcher, Pending
+from job.serve.metrics import Metrics
 from job.serve.settings import Limits, Settings, VertexEnvironment
 
 PICTURES = [picture(colour, seed) for seed, colour in enumerate(COLOURS.values())]
@@ -481,6 +485,45 @@ def test_a_batch_that_fails_and_a_model_that_fails_for_good() -> None:
         run.thread.join(30)
         assert not run.thread.is_alive()
         assert run.server.lifecycle.batcher.failure is slow.error
+
+
+def test_requests_that_wait_for_a_model_that_fails_are_answered() -> None:
+    slow = Slow()
+    with running(lambda: slow, limits={"max_batch_size": 1}) as run, ThreadPoolExecutor(8) as pool:
+        slow.go.clear()
+        slow.error = RuntimeError("a device that is lost")
+        waiting = [pool.submit(run.client.post, "/predict", content=PICTURES[0]) for _ in range(8)]
+        wait_for(lambda: run.server.lifecycle.batcher.admitted == 8)
+        began = time.monotonic()
+        slow.go.set()
+        assert {each.result().status_code for each in waiting} == {500}
+        assert time.monotonic() - began < 15  # of a grace of 25
+
+
+def test_images_of_a_request_that_is_given_up_are_not_kept() -> None:
+    async def main() -> None:
+        batcher = Batcher(tiny_predictor, Settings(num_workers=1), Metrics(), lambda: None)
+        batcher.start()
+        while not batcher.is_ready:
+            await asyncio.sleep(0.01)
+        is_free = threading.Event()
+        batcher.run_in_thread(is_free.wait)  # the only decoding thread
+        try:
+            task = asyncio.ensure_future(batcher.predict([PICTURES[0]]))
+            await asyncio.sleep(0)
+            (pending,) = (each for each in gc.get_objects() if isinstance(each, Pending))
+            held = [pending.image]
+            task.cancel()
+            await asyncio.wait([task])
+            held.append(pending.image)
+            assert held == [PICTURES[0], None]
+        finally:
+            is_free.set()
+        while batcher.admitted:
+            await asyncio.sleep(0.01)
+        assert batcher.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_draining_finishes_what_was_accepted() -> None:

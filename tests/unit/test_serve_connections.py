@@ -104,6 +104,26 @@ def test_a_client_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
         wait_for(lambda: not run.server.server_state.connections)
 
 
+def test_a_client_that_sends_but_does_not_read() -> None:
+    with running(limits={"timeout": 0.5}) as run:
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", run.port))
+        connections = run.server.server_state.connections
+        wait_for(lambda: connections)
+        (connection,) = connections
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+        def is_closed_after_a_request() -> bool:
+            with contextlib.suppress(OSError):
+                client.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n")
+            time.sleep(0.1)  # one request at a time
+            return not connections
+
+        with client:
+            wait_for(is_closed_after_a_request)
+
+
 @pytest.mark.parametrize(
     ("request_text", "status"),
     [

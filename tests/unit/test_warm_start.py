@@ -12,7 +12,7 @@ import torch
 from support import COLOURS, TINY, Outcome, options, picture_files, run_here, write_files
 from torch import Tensor
 
-from job import checkpoint
+from job import checkpoint, redact
 from job.checkpoint.initial import InitialWeights, initial_checkpoint, require_other_run, require_same_start
 from job.errors import CheckpointError, ConfigError, JobError
 from job.model.classifier import Classifier, build_classifier
@@ -172,6 +172,19 @@ def test_a_run_that_resumes_with_another_source_is_refused() -> None:
         require_same_start(None, saved.uri)
     with pytest.raises(ConfigError, match="is in the --run_dir of this run"):
         require_other_run("./runs/1/checkpoints/best", "runs/1")
+
+
+def test_a_run_resumes_where_its_source_has_credentials() -> None:
+    for given in (
+        "https://host.example/runs/1/checkpoints/a.ckpt?sig=hunter2hunter2",
+        "s3://AK:hunter2@b/runs/1/x.ckpt",
+    ):
+        plain = redact.remember(given)
+        saved = InitialWeights(redact.saved_form(plain), "0" * 64)
+        assert saved.uri != plain
+        require_same_start(saved, plain)
+        with pytest.raises(CheckpointError, match="would have no effect"):
+            require_same_start(saved, plain.replace("runs/1", "runs/2"))
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

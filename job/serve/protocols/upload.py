@@ -12,6 +12,7 @@ from job.serve.protocols.instances import Parameters, require_count
 from job.serve.protocols.json_body import decode_json
 
 MOST_FIELDS = 8
+"""Parts of a form beside the files, those that hold nothing included."""
 MOST_FIELD_BYTES = 1024
 
 
@@ -39,6 +40,7 @@ class _Form:
         self.max_instances = max_instances
         self.files: list[UploadedFile] = []
         self.fields: dict[str, bytes] = {}
+        self.parts = 0
         self.is_complete = False
         self._begin()
 
@@ -47,8 +49,11 @@ class _Form:
         self._name, self._value, self._content = b"", b"", bytearray()
 
     def on_part_begin(self) -> None:
-        if len(self.files) > self.max_instances or len(self.fields) > MOST_FIELDS:
-            raise RequestError(413, f"the form holds more than {self.max_instances} files (--max_instances).")
+        self.parts += 1
+        if self.parts > self.max_instances + MOST_FIELDS:
+            raise RequestError(
+                413, f"the form holds more than {self.max_instances} files (--max_instances) and {MOST_FIELDS} fields."
+            )
         self._begin()
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
