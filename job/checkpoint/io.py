@@ -187,7 +187,7 @@ class BackgroundCheckpointIO(CheckpointIO):
                 # A bucket with a retention policy, or an account that may only create: something is there already.
                 if number > NAMES_TRIED or not storage.exists(name):
                     raise
-                name = checkpoint.numbered(uri, number)
+                name = self._free_name(checkpoint.numbered(uri, number))
             else:
                 break
         return name

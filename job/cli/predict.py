@@ -127,10 +127,10 @@ def main(
     predictor = load(checkpoint_uri, tta=tta, max_image_pixels=max_image_pixels, precision=precision)
     why = " (chosen for this hardware; change it by --precision)" if precision == "auto" else ""
     log.info("%s, precision %s%s", describe_device(predictor.device), predictor.precision, why)
-    if compile:
-        predictor.compile(batch_size)
     threads = max(available_cpus() // ranks.local_world_size(), 1) if num_workers is None else num_workers
     if input is None:
+        if compile:
+            predictor.compile(batch_size)
         # A reader of its own, which is never closed: a thread that waits for a line holds its lock.
         stdin = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
         answer_lines(predictor, stdin, sys.stdout, access, batch_size, threads, top_k=top_k, limit=limit)
@@ -166,6 +166,8 @@ def main(
         if work.precision != predictor.precision:
             log.warning("precision %s, as of the other parts in %s", work.precision, output)
             predictor.precision = work.precision
+        if compile:
+            predictor.compile(batch_size)
         sources = [source.uri for source in load_index_info(folder).sources]
         access.require_sources(sources, output, local=is_local_uri(input))
         index = Index(folder, INDEX_PART, access)
@@ -183,6 +185,8 @@ def main(
         with tempfile.TemporaryDirectory(prefix="job-index-") as scratch:
             list_images(Path(scratch))
             index = Index(scratch, INDEX_PART, access)
+            if compile:
+                predictor.compile(batch_size)
             batches = predict_to_file(predictor, index, reading, output, file_format or "jsonl", top_k)
             evaluator = evaluator_of(predictor, index)
             totals = show(batches if evaluator is None else evaluator.watch(batches), len(index))

@@ -17,6 +17,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from job.export import equality
 from job.export.manifest import ModelDescription
 from job.export.network import Array, Run, TrainedModel
 from job.model.backbone import CONVERTS_IMAGES, TIMM, build_backbone
@@ -27,8 +28,6 @@ log = logging.getLogger(__name__)
 FILE = "model.safetensors"
 HEAD_FILE = "head.safetensors"
 CONFIG = "config.json"
-TOLERANCE = 1e-4
-"""Difference of probabilities up to which the library's own network counts as equal."""
 
 
 def write_weights(model: TrainedModel, folder: Path, pixels: Tensor) -> tuple[list[str], str]:
@@ -156,7 +155,7 @@ def _is_equal(whole: nn.Module, model: TrainedModel, images: Tensor) -> bool:
     output = whole(images)
     if output.shape != expected.shape:
         return False
-    return bool((_probabilities(output, model.description) - expected).abs().max() <= TOLERANCE)
+    return bool((_probabilities(output, model.description) - expected).abs().max() <= equality.TOLERANCE)
 
 
 def _probabilities(logits: Tensor, spec: ModelDescription) -> Tensor:

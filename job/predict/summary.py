@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 
 from job import storage
 from job.data.bad_samples import BadSample
-from job.errors import DataError
+from job.errors import DataError, first_line
 from job.predict.output import FileFormat, Row
 from job.predict.predictor import Predictor
 from job.predict.work import Work
@@ -84,36 +85,42 @@ class Totals:
             evaluator: compares them with true labels.
 
         Raises:
-            DataError: a part does not have one row per image, so that rows and labels would not belong together.
+            DataError: a part is damaged, or does not have one row per image, so that rows and labels would not belong
+                together.
         """
         totals = cls()
         for part in range(work.parts):
             uri = storage.join(folder, work.name_of(part))
             content = storage.read_bytes(uri)
             samples = work.samples_of(part)
-            entries: list[dict[str, Any]] = []
-            for entry in _entries(content, form, COLUMNS if evaluator is None else COLUMNS + PROBABILITIES):
-                if totals.images == samples.stop:
-                    raise _wrong_rows(uri, len(samples))
-                totals._count(entry["uri"], entry)
-                entries.append(entry)
-                if evaluator is not None and len(entries) == ROWS_AT_ONCE:
-                    evaluator.add(entries)
-                    entries.clear()
-            if totals.images != samples.stop:
-                raise _wrong_rows(uri, len(samples))
-            if evaluator is not None:
-                evaluator.add(entries)
+            try:
+                totals._add_part(content, form, samples.stop, evaluator)
+            except (ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+                raise DataError(
+                    f"{uri} does not hold {len(samples):,} rows of predictions, one per image ({first_line(error)}). "
+                    "Delete it, and run the same command again."
+                ) from error
         return totals
 
-
-def _wrong_rows(uri: str, rows: int) -> DataError:
-    return DataError(f"{uri} does not hold {rows:,} rows, one per image. Delete it, and run the same command again.")
+    def _add_part(self, content: bytes, form: FileFormat, stop: int, evaluator: Evaluator | None) -> None:
+        entries: list[dict[str, Any]] = []
+        for entry in _entries(content, form, COLUMNS if evaluator is None else COLUMNS + PROBABILITIES):
+            if self.images == stop:
+                raise ValueError("it has more")
+            self._count(entry["uri"], entry)
+            entries.append(entry)
+            if evaluator is not None and len(entries) == ROWS_AT_ONCE:
+                evaluator.add(entries)
+                entries.clear()
+        if self.images != stop:
+            raise ValueError("it has fewer")
+        if evaluator is not None:
+            evaluator.add(entries)
 
 
 def _entries(content: bytes, form: FileFormat, columns: list[str]) -> Iterator[dict[str, Any]]:
     if form == "jsonl":
-        yield from map(json.loads, content.splitlines())
+        yield from map(json.loads, io.BytesIO(content))
         return
     for batch in pq.ParquetFile(pa.BufferReader(content)).iter_batches(ROWS_AT_ONCE, columns=columns):
         for entry in batch.to_pylist():
