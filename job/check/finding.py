@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from job.errors import EXIT_RETRY, JobError
+from job.errors import JobError
 from job.redact import redact
 
 Status = Literal["ok", "warn", "fail"]
@@ -26,7 +26,6 @@ class Finding(msgspec.Struct, frozen=True):
         mend: what to do about it; empty if nothing needs to be done.
         rank: that found it.
         seconds: that the check took.
-        temporary: a "fail" that may be over soon: a store that does not answer.
     """
 
     check: str
@@ -35,7 +34,6 @@ class Finding(msgspec.Struct, frozen=True):
     mend: str = ""
     rank: int = 0
     seconds: float = 0.0
-    temporary: bool = False
 
 
 class Estimate(msgspec.Struct, frozen=True):
@@ -80,12 +78,6 @@ class ChecksFailed(JobError):
     """At least one check has failed."""
 
 
-class ChecksUnanswered(ChecksFailed):
-    """The checks that have failed may succeed later."""
-
-    exit_code = EXIT_RETRY
-
-
 def ok(check: str, message: str) -> Finding:
     """A finding that asks for nothing."""
     return Finding(check, "ok", _one_line(message))
@@ -96,9 +88,9 @@ def warn(check: str, message: str, mend: str) -> Finding:
     return Finding(check, "warn", _one_line(message), mend)
 
 
-def fail(check: str, message: str, mend: str, *, temporary: bool = False) -> Finding:
+def fail(check: str, message: str, mend: str) -> Finding:
     """A finding that prevents the run."""
-    return Finding(check, "fail", _one_line(message), mend, temporary=temporary)
+    return Finding(check, "fail", _one_line(message), mend)
 
 
 def worst(findings: Iterable[Finding]) -> Status:

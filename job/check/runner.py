@@ -13,7 +13,7 @@ import msgspec
 
 from job.check.finding import Finding, Status, fail, warn
 from job.cluster import ranks
-from job.errors import EXIT_RETRY, JobError, first_line
+from job.errors import JobError, first_line
 from job.process.periodic import call_within
 from job.train.errors import translated
 
@@ -49,10 +49,7 @@ def run_check(check: Check) -> list[Finding]:
         findings = call_within(check.seconds, lambda: list(check.run()), f"{_THREAD}{check.name}")
     except TimeoutError:
         message = f"not finished after {check.seconds:.0f} s: what it waits for does not answer, or too slowly."
-        if check.status_at_timeout == "fail":
-            findings = [fail(check.name, message, check.mend, temporary=True)]
-        else:
-            findings = [warn(check.name, message, check.mend)]
+        findings = [(fail if check.status_at_timeout == "fail" else warn)(check.name, message, check.mend)]
     except Exception as error:
         better = translated(error)
         if isinstance(better, JobError):
@@ -60,8 +57,7 @@ def run_check(check: Check) -> list[Finding]:
         else:
             log.error("the check %s ended by an unexpected exception:", check.name, exc_info=error)
             message = f"{type(error).__name__}: {first_line(error)}"
-        temporary = isinstance(better, JobError) and better.exit_code == EXIT_RETRY
-        findings = [fail(check.name, message, check.mend, temporary=temporary)]
+        findings = [fail(check.name, message, check.mend)]
     seconds = round(time.monotonic() - began, 3)
     return [msgspec.structs.replace(finding, rank=ranks.rank(), seconds=seconds) for finding in findings]
 

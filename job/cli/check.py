@@ -6,12 +6,13 @@ from json import dumps, loads
 
 import msgspec
 
-from job.check.finding import CheckReport, ChecksFailed, ChecksUnanswered
+from job.check.finding import CheckReport, ChecksFailed
 from job.check.preflight import preflight
 from job.check.runner import are_unfinished
 from job.check.table import print_report
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
+from job.errors import EXIT_USER_ERROR
 from job.process import logs
 from job.process.ending import end_process
 
@@ -21,7 +22,6 @@ def check(args: list[str]) -> None:
 
     Raises:
         ChecksFailed: at least one check has failed.
-        ChecksUnanswered: the same, and each of them may succeed later.
     """
     cli = TrainingCLI("check", args)
     options = cli.config_init
@@ -32,20 +32,16 @@ def check(args: list[str]) -> None:
             print(dumps(loads(msgspec.json.encode(report)), indent=2))
         else:
             print_report(report)
-    error = _error(report)
+    message = _failures(report)
     if are_unfinished():
-        if error:
-            logs.report(f"job: error: {error}")
-        end_process(error.exit_code if error else 0)
-    if error:
-        raise error
+        if message:
+            logs.report(f"job: error: {message}")
+        end_process(EXIT_USER_ERROR if message else 0)
+    if message:
+        raise ChecksFailed(message)
 
 
-def _error(report: CheckReport) -> ChecksFailed | None:
-    """The error that names the checks that have failed."""
-    failures = [finding for finding in report.findings if finding.status == "fail"]
-    names = list(dict.fromkeys(finding.check for finding in failures))
-    if not names:
-        return None
-    message = f"{len(names)} check(s) failed: {', '.join(names)}."
-    return (ChecksUnanswered if all(finding.temporary for finding in failures) else ChecksFailed)(message)
+def _failures(report: CheckReport) -> str:
+    """Names of the checks that have failed; empty if none has."""
+    failed = list(dict.fromkeys(finding.check for finding in report.findings if finding.status == "fail"))
+    return f"{len(failed)} check(s) failed: {', '.join(failed)}." if failed else ""
