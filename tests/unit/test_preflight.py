@@ -50,6 +50,15 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 DiskUsage = namedtuple("DiskUsage", "total used free")
 
 
+@pytest.fixture(autouse=True)
+def unfinished_checks() -> Iterator[None]:
+    """Wait for checks that a test left running: the next one's command would end this process, as its own."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("check-"):
+            thread.join(60)
+
+
 def checked(**changes: object) -> tuple[Outcome, CheckReport]:
     outcome = run_here("check", *options(TINY, **changes), "--json")
     start = outcome.output.index("{\n")
