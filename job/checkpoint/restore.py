@@ -18,6 +18,7 @@ from job.checkpoint.state import (
     COMPATIBILITY_KEY,
     MANIFEST_KEY,
     PRECISION_KEY,
+    SKIPPED_STEPS_KEY,
     STOPPED_KEY,
     TRAINING_WEIGHTS_KEY,
     difference,
@@ -109,6 +110,9 @@ def _problem(checkpoint: dict[str, Any], expected_loops: dict[str, Any]) -> str 
     for key, kind in optional.items():
         if key in checkpoint and not isinstance(checkpoint[key], kind):
             return f"its entry {key!r} is no {kind.__name__}"
+    skipped = checkpoint.get(SKIPPED_STEPS_KEY, 0)
+    if type(skipped) is not int or _out_of_range(skipped):
+        return f"its entry {SKIPPED_STEPS_KEY!r} is no count"
     if not is_plain(checkpoint[COMPATIBILITY_KEY]) or not is_plain(checkpoint.get(CALLBACKS_KEY, {})):
         return f"{COMPATIBILITY_KEY!r} or {CALLBACKS_KEY!r} holds more than numbers and text"
     for name, tensor in checkpoint.get(TRAINING_WEIGHTS_KEY, {}).items():

@@ -128,9 +128,10 @@ def main(
     why = " (chosen for this hardware; change it by --precision)" if precision == "auto" else ""
     log.info("%s, precision %s%s", describe_device(predictor.device), predictor.precision, why)
     threads = max(available_cpus() // ranks.local_world_size(), 1) if num_workers is None else num_workers
+    in_parts = output is not None and file_format is None
+    if compile and not in_parts:
+        predictor.compile(batch_size)
     if input is None:
-        if compile:
-            predictor.compile(batch_size)
         # A reader of its own, which is never closed: a thread that waits for a line holds its lock.
         stdin = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115
         answer_lines(predictor, stdin, sys.stdout, access, batch_size, threads, top_k=top_k, limit=limit)
@@ -185,8 +186,6 @@ def main(
         with tempfile.TemporaryDirectory(prefix="job-index-") as scratch:
             list_images(Path(scratch))
             index = Index(scratch, INDEX_PART, access)
-            if compile:
-                predictor.compile(batch_size)
             batches = predict_to_file(predictor, index, reading, output, file_format or "jsonl", top_k)
             evaluator = evaluator_of(predictor, index)
             totals = show(batches if evaluator is None else evaluator.watch(batches), len(index))
