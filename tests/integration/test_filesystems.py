@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -150,3 +151,13 @@ def test_doubled_slashes_in_a_bucket(s3: str) -> None:
     assert index.classes == ("blue", "red")
     assert sorted(index.keys) == [f"/train/{key.replace('/', '//')}" for key in sorted(files)]
     assert sorted(read(index, [0, 1, 2, 3])) == sorted(files.values())
+
+
+def test_the_end_of_one_reader_leaves_the_connections_of_others(gcs: str) -> None:
+    storage.write_bytes(f"{gcs}/shared/a", b"a")
+    reader = storage.Reader(f"{gcs}/shared")
+    assert reader.read("a") == b"a"
+    reader.store.fs.clear_instance_cache()
+    del reader
+    gc.collect()  # closes its session
+    assert storage.Reader(f"{gcs}/shared").read("a") == b"a"

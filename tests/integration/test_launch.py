@@ -88,8 +88,12 @@ def free_port() -> int:
 
 def rank_processes(launcher: int) -> list[int]:
     """Return the launcher's rank processes, by their name in ps."""
-    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in descendants(launcher)}
-    return [pid for pid, name in names.items() if name.startswith("job rank ")]
+    found = []
+    for pid in descendants(launcher):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            if Path(f"/proc/{pid}/comm").read_text().startswith("job rank "):
+                found.append(pid)
+    return found
 
 
 @contextlib.contextmanager

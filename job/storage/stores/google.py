@@ -51,7 +51,8 @@ class GoogleCloudStorage(Store):
 
     def for_reading(self) -> Store:
         """The same bucket with more connections, whose responses are checked."""
-        fs = type(self.fs)(session_kwargs={"connector": _connector(self.fs.loop)})
+        # A session that ends would close the connections of all others.
+        fs = type(self.fs)(session_kwargs={"connector": _connector(self.fs.loop), "connector_owner": False})
         record_gcs_headers(fs)
         return GoogleCloudStorage(fs)
 
