@@ -28,8 +28,6 @@ JOIN_SECONDS = 30
 """How long the agents wait for one another's numbers of processes; all nodes were there a moment ago."""
 EXIT_BARRIER_SECONDS = 1.0
 """How long an agent waits for the others' ranks to finish; then the launchers do, without blocking signals."""
-STOP_SECONDS = 30
-"""Seconds that ranks have to save their state after a signal."""
 
 
 class GatheredNodes(RendezvousHandler):
@@ -124,7 +122,6 @@ def run_ranks(
         DefaultLogsSpecs(log_dir=str(folder)),
         start_method="forkserver",
         exit_barrier_timeout=EXIT_BARRIER_SECONDS,
-        shutdown_timeout=STOP_SECONDS,
     )
     result = agent.run()
     return [failure.exitcode for failure in result.failures.values()] if result.is_failed() else []
