@@ -63,11 +63,9 @@ def run_rank(run: Callable[[list[str]], int], args: list[str], codes: str) -> No
     gc.freeze()
     with contextlib.suppress(OSError):  # Linux: the name in top and ps; all ranks have the server's command line
         Path("/proc/self/comm").write_text(f"{NAME} {os.environ['RANK']}")
-    if (folder := str(Path.cwd())) not in sys.path and "" not in sys.path:
-        sys.path.insert(0, folder)  # as python -m has it: classes of the configuration may lie there
+    _set_up_command(args)
     file = Path(codes) / os.environ["LOCAL_RANK"]
     _write(file, f"{os.getpid()} 0")
-    sys.argv = ["job", *args]
     code = run(args)
     signals.end_at_once(code)
     if code:
@@ -80,10 +78,15 @@ def run_check(check: Callable[..., int], args: list[str], writes: bool) -> None:
     """Run ``check(args)`` in this process, and exit with the code that it returns."""
     signals.end_at_once()
     signal_at_parent_death(signal.SIGTERM)
-    if (folder := str(Path.cwd())) not in sys.path and "" not in sys.path:
-        sys.path.insert(0, folder)
-    sys.argv = ["job", *args]
+    _set_up_command(args)
     end_process(check(args, writes=writes))
+
+
+def _set_up_command(args: list[str]) -> None:
+    """Let ``sys.path`` and ``sys.argv`` be as ``python -m job`` has them."""
+    if (folder := str(Path.cwd())) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)  # classes of the configuration may lie there
+    sys.argv = ["job", *args]
 
 
 def mistakes(codes: str) -> list[int]:
