@@ -101,7 +101,7 @@ def bucket() -> Iterator[type[CountingFileSystem]]:
 
 
 def image(size: int) -> bytes:
-    return PICTURE + bytes(size - len(PICTURE))
+    return PICTURE.ljust(size, b"\1")
 
 
 def listed(uri: str) -> list[Member]:
@@ -159,13 +159,10 @@ def random_tar(rng: random.Random, tar_format: int) -> bytes:
         for number in range(rng.randint(20, 60)):
             long = "d" * 90 + "/" + "e" * (40 if tar_format == tarfile.USTAR_FORMAT else 200) + "/"
             accent = "\xe9" if rng.random() < 0.2 else ""
-            name = (
-                f"{rng.choice(['', 'a/', 'a.b/', long])}{accent}{number:03}.{rng.choice(['jpg', 'cls', 'txt', 'png'])}"
-            )
+            suffix = rng.choice(["jpg", "cls", "txt", "png"])
+            name = f"{rng.choice(['', 'a/', 'a.b/', long])}{accent}{number:03}.{suffix}"
             item = tarfile.TarInfo(name)
-            item.mtime = (
-                rng.choice([0, 1_700_000_000, 1.5]) if tar_format == tarfile.PAX_FORMAT else rng.randrange(1 << 33)
-            )
+            item.mtime = 1.5 if tar_format == tarfile.PAX_FORMAT else rng.randrange(1 << 33)
             kind = rng.random()
             if kind < 0.1 and names:
                 item.type, item.linkname = tarfile.LNKTYPE, rng.choice(names)
@@ -180,7 +177,8 @@ def random_tar(rng: random.Random, tar_format: int) -> bytes:
                     content = tar_of({f"x/{n}.jpg": rng.randbytes(40_000) for n in range(3)})
                 item.size = len(content)
                 archive.addfile(item, io.BytesIO(content))
-                names.append(name)
+                if tar_format != tarfile.USTAR_FORMAT or len(name.encode()) < 100:
+                    names.append(name)
     return buffer.getvalue()
 
 
@@ -317,14 +315,10 @@ def on_two_ranks(folder: Path, shards: int) -> list[tuple[str, set[str]]]:
 
 def test_two_ranks_share_the_shards(bucket: type[CountingFileSystem], tmp_path: Path) -> None:
     for n in range(40):
-        bucket.objects[f"b/s-{n:02}.tar"] = tar_of(
-            {
-                f"{n:02}.{i}.{kind}": content
-                for i in range(5)
-                for kind, content in (("jpg", PICTURE), ("cls", b"%d" % i))
-            }
-            | {"notes.bin": b""}
-        )
+        files = {"notes.bin": b""}
+        for i in range(5):
+            files |= {f"{n:02}.{i}.jpg": PICTURE, f"{n:02}.{i}.cls": b"%d" % i}
+        bucket.objects[f"b/s-{n:02}.tar"] = tar_of(files)
     alone = index_of("counted://b/s-{00..39}.tar", layout="classes")
     bucket.reads.clear()
     (first, own), (second, others) = on_two_ranks(tmp_path, 40)
