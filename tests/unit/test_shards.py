@@ -148,6 +148,15 @@ def test_small_members_are_read_in_blocks(bucket: type[CountingFileSystem]) -> N
     assert requested(bucket) <= 1.01 * len(content)
 
 
+def test_large_images_behind_small_ones(bucket: type[CountingFileSystem]) -> None:
+    files = {f"a/{n:04}.jpg": image(3000) for n in range(2000)}
+    small = len(tar_of(files))
+    bucket.objects["b/s.tar"] = tar_of(files | {f"b/{n:04}.jpg": image(200_000) for n in range(60)})
+    assert len(index_of("counted://b/s.tar", layout="classes")) == 2060
+    assert requested(bucket) < small + (5 << 20)  # one block too many, and headers
+    assert max(size for _, _, size in bucket.reads) <= 5 << 20
+
+
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
 

@@ -72,7 +72,7 @@ class Ranges:
         if offset - known > self._largest_gap:
             if known:
                 self._runs = [*self._runs[1 - REMEMBERED_RUNS :], self._used - self._run_start]
-            self._run_start, self._ahead = offset, max(self._runs, default=FIRST_READ)
+            self._run_start, self._ahead = offset, min(max(self._runs, default=FIRST_READ), LARGEST_GAP)
             self._start, self._buffer = offset, b""
             known = offset
         elif known:
