@@ -70,28 +70,22 @@ def read(uri: str, expected: ConfusionFile) -> Cells:
         raise CheckpointError(f"the confusion matrix {uri} is damaged: {error}") from error
     per_class = tensors.get(PER_CLASS_TENSOR)
     if per_class is not None:
-        if (
-            per_class.dtype != np.int64
-            or per_class.shape != (expected.classes, 2, 2)
-            or per_class.min() < 0
-            or _is_absurd(per_class)
-        ):
+        if per_class.dtype != np.int64 or per_class.shape != (expected.classes, 2, 2) or not _are_counts(per_class):
             raise CheckpointError(
                 f"the confusion matrix {uri} is damaged: it holds no int64 [{expected.classes}, 2, 2] of counts."
             )
         return per_class
-    cells_read = tensors.get(TENSOR)
-    if cells_read is None or cells_read.dtype != np.int64 or cells_read.ndim != 2 or cells_read.shape[1] != 3:
+    cells = tensors.get(TENSOR)
+    if cells is None or cells.dtype != np.int64 or cells.ndim != 2 or cells.shape[1] != 3:
         raise CheckpointError(f"the confusion matrix {uri} is damaged: it holds no int64 [N, 3] {TENSOR!r}.")
-    if cells_read.size and (
-        cells_read.min() < 0 or cells_read[:, :2].max() >= expected.classes or _is_absurd(cells_read[:, 2])
-    ):
+    if cells.size and (cells.min() < 0 or cells[:, :2].max() >= expected.classes or not _are_counts(cells[:, 2])):
         raise CheckpointError(f"the confusion matrix {uri} is damaged: a class or a count is out of range.")
-    return cells_read
+    return cells
 
 
-def _is_absurd(counts: npt.NDArray[np.int64]) -> bool:
-    return float(counts.sum(dtype=np.float64)) > MOST_SAMPLES
+def _are_counts(values: npt.NDArray[np.int64]) -> bool:
+    """Whether none is negative, and their sum is exact in JSON."""
+    return bool(values.min() >= 0 and values.sum(dtype=np.float64) <= MOST_SAMPLES)
 
 
 def as_json(nonzero: Cells, classes: int, uri: str | None = None) -> dict[str, Any]:

@@ -154,10 +154,10 @@ class BinnedScores(Metric):
 
     A bin counts as a group of equal scores. So the average precision of a class differs from the exact one by at most
     the mean, over the positive samples, of the share that the sample's bin has of all samples scored as high or higher,
-    and AUROC by at most half the share of pairs of a positive and a negative sample that are in one bin. Both bounds are
-    computed with the metrics (:meth:`Ranking.auroc_error`, :meth:`Ranking.average_precision_error`): about 1e-3 unless
-    most scores of a class are equal. Thresholds lie between bins, 1/64 apart in log-odds, which resolve the small
-    probabilities of many classes.
+    and AUROC by at most half the share of pairs of a positive and a negative sample that are in one bin. Both bounds
+    are computed with the metrics (:meth:`Ranking.auroc_error`, :meth:`Ranking.average_precision_error`): about 1e-3
+    unless most scores of a class are equal. Thresholds lie between bins, 1/64 apart in log-odds, which resolve the
+    small probabilities of many classes.
 
     Above 4,096 classes bins are 2, 4, 8 or 16 times as wide, and both bounds grow by that factor. So each of the two
     histograms takes at most 32 MiB up to 65,536 classes.
@@ -242,7 +242,7 @@ def _sum_over_ranks(counts: Tensor, group: Any = None) -> list[Tensor]:
     torchmetrics gathers the histograms of all ranks: memory that grows with their number.
     """
     if dist.get_backend(group) == "xla":
-        return gather_all_tensors(counts, group)  # type: ignore[no-any-return]
+        return gather_all_tensors(counts, group)
     total = counts.clone()  # the state of this rank is restored after the computation
     dist.all_reduce(total, group=group)
     return [total]

@@ -222,8 +222,8 @@ class EvaluationResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         calibration: confidence against accuracy; None where it was not measured.
         curves: of each class, for few classes.
         worst_errors: wrong predictions of the highest loss, the worst first.
-        metric_errors: largest possible difference from the exact value, by metric without ``val/``, of those that are computed from
-            histograms of the scores, as for more than 100 classes or 50,000 images; the others are exact.
+        metric_errors: largest possible difference from the exact value, by metric without ``val/``, of those that are
+            computed from histograms of the scores, above 100 classes or 50,000 images; the others are exact.
     """
 
     global_step: Count
