@@ -179,6 +179,11 @@ class SampleCache:
         digest = _digest(key)
         return digest in self._pending or self._table.find(_fingerprint(digest)) is not None
 
+    @property
+    def accepts(self) -> bool:
+        """Whether what is put now is likely to be stored: the disk keeps up, and there is room."""
+        return not self._full and 2 * self._pending_bytes < PENDING_BYTES and time.monotonic() >= self._no_room_until
+
     def put(self, key: str, content: bytes) -> None:
         """Store ``content`` soon, in another thread.
 
