@@ -344,7 +344,7 @@ class SampleCache:
     def _segments(self) -> list[_Segment]:
         segments = []
         for entry in os.scandir(self.folder):
-            if (name := _SEGMENT_NAME.fullmatch(entry.name)) and not entry.is_symlink():
+            if (name := _SEGMENT_NAME.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
                 status = entry.stat(follow_symlinks=False)
                 segments.append(_Segment(status.st_mtime, status.st_size, int(name[1], 16), Path(entry.path)))
         return segments

@@ -70,14 +70,15 @@ class Table:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._opened: tuple[FileIO, int] | None = None
+        self._identity: os.stat_result | None = None
 
     def find(self, fingerprint: int) -> Place | None:
         """The place stored under a fingerprint, or None; reads without a lock."""
         opened = self._opened
         if opened is not None and (place := _find(*opened, fingerprint)) is not None:
             return place
-        # A table that has grown is another file.
-        if (current := self._current()) is None or current is opened:
+        # A table that has grown is another file. This is one system call per miss.
+        if self._is_at_path() or (current := self._current()) is None:
             return None
         return _find(*current, fingerprint)
 
@@ -156,12 +157,19 @@ class Table:
             return None
         if header is None:
             return None
-        self._opened = (file, header.bits)
+        self._opened, self._identity = (file, header.bits), os.fstat(file.fileno())
         return self._opened
+
+    def _is_at_path(self) -> bool:
+        """Whether the opened file is still the one at :attr:`path`."""
+        try:
+            return self._identity is not None and os.path.samestat(self.path.lstat(), self._identity)
+        except OSError:
+            return False
 
     def _replace(self, slots: npt.NDArray[np.void], total: int, more: int = 0) -> None:
         """Write a new table with these entries and room for others, and rename it to :attr:`path`."""
-        bits = min(max((4 * (len(slots) + more)).bit_length(), _FEWEST_BITS), _MOST_BITS)
+        bits = min(max((3 * (len(slots) + more)).bit_length(), _FEWEST_BITS), _MOST_BITS)
         slots = np.sort(slots, order="fingerprint")
         first = (slots["fingerprint"] >> np.uint64(64 - bits)).astype(np.int64)
         # In the order of fingerprints each entry takes the next free slot from its first one on.

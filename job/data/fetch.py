@@ -149,11 +149,12 @@ class Fetcher:
         fetched: dict[int, Fetched] = {}
         with self._neighbours.claimed(members if self.cache and self.cache.accepts else []) as claim:
             own = {number: sample for number, sample in far.items() if number not in claim.elsewhere}
+            sources = {far[number].source for number in members}
             others = sorted(claim.samples - far.keys())
             neighbours = {
                 number: sample
                 for number, sample in zip(others, self.index.rows(others), strict=True)
-                if self._is_fetchable_neighbour(sample)
+                if sample.source in sources and self._is_fetchable_neighbour(sample)
             }
             for number, raw in (self._fetch_all(own, neighbours) if own else {}).items():
                 if number in neighbours:
@@ -179,7 +180,6 @@ class Fetcher:
         return (
             0 <= sample.size <= LARGEST_MEMBER
             and sample.offset >= 0
-            and not self._reader(sample.source).is_local
             and self.cache is not None
             and not self.cache.has(self._cache_key(sample))
         )

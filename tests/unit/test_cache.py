@@ -344,5 +344,8 @@ def test_a_segment_that_is_no_file_is_a_cache_miss(kind: str, tmp_path: Path) ->
         os.mkfifo(segment)
     else:
         segment.mkdir()
-    assert SampleCache(cache.folder, cache.limit).get("a") is None
+    other = SampleCache(cache.folder, cache.limit)
+    assert other.get("a") is None
+    store(other, a=b"content")
+    assert opened(cache.folder, cache.limit).get("a") == b"content"
     assert (tmp_path / "elsewhere").read_bytes() == before
