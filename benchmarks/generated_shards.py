@@ -17,6 +17,7 @@ import io
 import os
 import re
 import tarfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,13 @@ class Counts:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._values = np.memmap(Path(folder) / str(os.getpid()), np.int64, "w+", shape=(len(self.KINDS),))
 
+    @classmethod
+    def of_process(cls, folder: str) -> Counts:
+        """The counts of this process, shared by its filesystems: fsspec makes one per thread."""
+        with _making_counts:
+            key = (os.getpid(), folder)
+            return _counts.get(key) or _counts.setdefault(key, cls(folder))
+
     def add(self, kind: str, size: int = 0) -> None:
         """Count a request."""
         self._values[self.KINDS.index(kind)] += 1
@@ -160,6 +168,10 @@ class Counts:
         files = [np.fromfile(file, np.int64) for file in Path(folder).glob("*")]
         sums = np.sum([np.zeros(len(cls.KINDS), np.int64), *(file for file in files if len(file))], axis=0)
         return dict(zip(cls.KINDS, sums.tolist(), strict=True))
+
+
+_counts: dict[tuple[int, str], Counts] = {}
+_making_counts = threading.Lock()
 
 
 class ShardFileSystem(AsyncFileSystem):  # type: ignore[misc]
@@ -176,7 +188,7 @@ class ShardFileSystem(AsyncFileSystem):  # type: ignore[misc]
     def __init__(self, latency: float = 0.0, counts: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.latency = latency
-        self._counts = Counts(counts) if counts else None
+        self._counts = Counts.of_process(counts) if counts else None
 
     async def _request(self, kind: str, size: int = 0) -> None:
         if self._counts is not None:
