@@ -152,7 +152,7 @@ class Counts:
 
     @classmethod
     def of_process(cls, folder: str) -> Counts:
-        """The counts of this process, shared by its filesystems: fsspec makes one per thread."""
+        """The counts of this process, shared by its filesystems: threads that open one at once make several."""
         with _making_counts:
             key = (os.getpid(), folder)
             return _counts.get(key) or _counts.setdefault(key, cls(folder))
