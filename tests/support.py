@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import fork_server
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -263,6 +264,11 @@ def run_well(
     result = run(*args, processes=processes, fresh=fresh, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+def own_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The log lines of this package: threads of libraries that earlier tests started may log at any time."""
+    return [record.getMessage() for record in caplog.records if record.name.split(".")[0] == "job"]
 
 
 def scalars(run_dir: str) -> dict[str, list[tuple[int, float]]]:
