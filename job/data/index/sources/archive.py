@@ -74,8 +74,8 @@ class Archive(SourceFormat):
                 yield listing_rows(keys, number, offsets, sizes, versions, label=label, labels=labels)
 
 
-def unreadable(uri: str, file: BoundedFile, error: Exception) -> Exception:
+def unreadable(uri: str, file: BoundedFile | None, error: Exception) -> Exception:
     """The exception for an archive that cannot be parsed, or that of its file."""
-    if file.failure is not None:
+    if file is not None and file.failure is not None:
         return file.failure
     return DataError(f"{uri} is not a readable archive: {error or type(error).__name__}. Upload it again.")

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
-import tarfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, NamedTuple, cast
+from typing import IO, NamedTuple
 
 import numpy as np
 
 from job.data.index.bounded import BoundedFile
 from job.data.index.left_out import LeftOut
 from job.data.index.names import printable
+from job.data.index.ranges import (
+    LARGEST_DISK_GAP,
+    LARGEST_READ,
+    LARGEST_STREAM_GAP,
+    Ranges,
+    fetch_from,
+    run_without_waiting,
+)
 from job.data.index.sources.archive import LINKS_OUTSIDE, Archive, Member, unreadable
 from job.data.index.sources.base import is_image
 from job.data.index.sources.webdataset import Group, Labels, is_label, key_of, labelled, parse_label
-from job.errors import DataError
+from job.data.index.tar_headers import Header, Kind, TarHeaders
+from job.errors import DataError, JobError
 
 LARGEST_LABEL = 1 << 20
-"""Bytes of the largest .cls or .json file beside an image, and of the largest header in a tar."""
+"""Bytes of the largest .cls or .json file beside an image."""
 MOST_WAITING = 1 << 17
 """Links that are held in memory since their targets come later in the archive."""
 LONGEST_CHAIN = 40
 """Links from one to the next, as Linux follows them."""
 CACHED_LABELS = 4096
-_BLOCK = tarfile.BLOCKSIZE
-_RECORD = 20 * _BLOCK
 
 
 class Tar(Archive):
@@ -49,21 +56,40 @@ class Tar(Archive):
 
 
 def list_tar(uri: str, file: IO[bytes], left_out: LeftOut | None = None) -> Iterator[Member]:
+    """:func:`tar_members` of an open file."""
+    bounded = BoundedFile(file, 2 * LARGEST_READ)
+    size = bounded.seek(0, os.SEEK_END)
+    gap = LARGEST_DISK_GAP if _is_on_disk(file) else LARGEST_STREAM_GAP
+    members = tar_members(uri, Ranges(fetch_from(bounded), size, gap), left_out or LeftOut())
+    try:
+        yield from run_without_waiting(members)
+    except DataError:
+        if bounded.failure is not None:
+            raise bounded.failure from None
+        raise
+
+
+async def tar_members(uri: str, ranges: Ranges, left_out: LeftOut) -> AsyncIterator[Member]:
     """The files of a tar archive, in their order; those behind links come when their targets are known.
 
     An image's label is taken from the .cls or .json file of the same name next to it, on either side. A link to a file
     of the archive is that file under another name. Other links, devices and pipes are left out.
 
+    Args:
+        uri: of the archive, for messages.
+        ranges: its content.
+        left_out: counts members that are no files.
+
     Raises:
         DataError: it is no tar archive, cut short or damaged, or it has sparse images or a label that is none.
     """
-    bounded = BoundedFile(file, LARGEST_LABEL)
     try:
-        yield from _Listing(uri, bounded, left_out or LeftOut()).members()
-    except DataError:
+        async for member in _Listing(uri, ranges, left_out).members():
+            yield member
+    except JobError:
         raise
     except Exception as error:
-        raise unreadable(uri, bounded, error) from error
+        raise unreadable(uri, None, error) from error
 
 
 class _Link(NamedTuple):
@@ -81,71 +107,69 @@ class _TarGroup(Group):
 class _Listing:
     """One pass over the headers of a tar."""
 
-    def __init__(self, uri: str, file: BoundedFile, left_out: LeftOut) -> None:
+    def __init__(self, uri: str, ranges: Ranges, left_out: LeftOut) -> None:
         self._uri = uri
-        self._file = file
+        self._ranges = ranges
         self._left_out = left_out
         self._places = _Places()
         self._waiting: list[_TarGroup] = []
         self._waiting_links = 0
         self._labels: dict[int, Labels | DataError] = {}
 
-    def members(self) -> Iterator[Member]:
-        group, end = _TarGroup(), 0
-        with tarfile.open(fileobj=cast("IO[bytes]", self._file), mode="r:", encoding="utf-8") as archive:
-            while (item := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # else it would remember all of them
-                if item.size < 0 or archive.offset <= item.offset:
-                    raise tarfile.ReadError("a member's size is negative")
-                end = archive.offset
-                name = printable(item.name)
-                # Files that macOS puts between the others (._a.jpg) belong to no sample.
-                key = key_of(name) if not posixpath.basename(name).startswith(".") else group.key
-                if key != group.key and not item.isdir():
-                    yield from self._finished(group)
-                    group = _TarGroup(key)
-                self._add(group, name, item)
-            yield from self._finished(group)
-            _require_end(self._file, end)
-            yield from self._resolved(final=True)
+    async def members(self) -> AsyncIterator[Member]:
+        group, headers = _TarGroup(), TarHeaders(self._ranges)
+        while (item := await headers.next()) is not None:
+            name = printable(item.name)
+            # Files that macOS puts between the others (._a.jpg) belong to no sample.
+            key = key_of(name) if name[name.rfind("/") + 1 :][:1] != "." else group.key
+            if key != group.key and item.kind is not Kind.FOLDER:
+                for member in await self._finished(group):
+                    yield member
+                group = _TarGroup(key)
+            if item.kind is Kind.FILE:
+                self._places.add(item.name, item.offset, item.size)
+                if is_label(name):
+                    group.labels[name] = await self._read_label(name, item.offset, item.size)
+                else:
+                    group.members.append(Member(name, item.offset, item.size, 0, None))
+            else:
+                self._add_special(group, name, item)
+        for member in await self._finished(group):
+            yield member
+        await headers.require_end()
+        for member in await self._resolved(final=True):
+            yield member
 
-    def _add(self, group: _TarGroup, name: str, item: tarfile.TarInfo) -> None:
-        if item.islnk() or item.issym():
+    def _add_special(self, group: _TarGroup, name: str, item: Header) -> None:
+        if item.kind in (Kind.HARD_LINK, Kind.SYMBOLIC_LINK):
             if (target := _target(item)) is None:
                 self._left_out.add(LINKS_OUTSIDE, name)
             else:
                 group.links.append(_Link(name, target))
-        elif item.issparse():
+        elif item.kind is Kind.SPARSE:
             if is_image(name):
                 raise DataError(f"{self._uri}: member {name} is a sparse file. Pack it again without --sparse.")
             if is_label(name):
                 group.labels[name] = _no_label()
             else:
                 self._left_out.add("sparse files", name)
-        elif item.isfile() or item.type not in tarfile.SUPPORTED_TYPES:  # POSIX: unknown types are files
-            self._places.add(item.name, item.offset_data, item.size)
-            if is_label(name):
-                group.labels[name] = self._read_label(name, item.offset_data, item.size)
-            else:
-                group.members.append(Member(name, item.offset_data, item.size, 0, None))
-        elif not item.isdir():
+        elif item.kind is Kind.DEVICE:
             self._left_out.add("devices and pipes", name)
 
-    def _finished(self, group: _TarGroup) -> Iterator[Member]:
+    async def _finished(self, group: _TarGroup) -> Iterable[Member]:
         """The members of a group, unless it has links."""
         if not group.links:
-            yield from labelled(self._uri, group, self._left_out)
-            return
+            return labelled(self._uri, group, self._left_out)
         self._waiting.append(group)
         self._waiting_links += len(group.links)
-        if self._waiting_links > MOST_WAITING:
-            yield from self._resolved(final=False)
+        return await self._resolved(final=False) if self._waiting_links > MOST_WAITING else ()
 
-    def _resolved(self, *, final: bool) -> Iterator[Member]:
+    async def _resolved(self, *, final: bool) -> list[Member]:
         """The members of the waiting groups whose links lead to known files; at the end of all groups."""
         waiting, self._waiting, self._waiting_links = self._waiting, [], 0
         links = {_name_hash(link.name): link.target for group in waiting for link in group.links}
         places = self._places.find(list(links.values()))
+        members: list[Member] = []
         for group in waiting:
             unresolved = []
             for link in group.links:
@@ -153,14 +177,14 @@ class _Listing:
                 while target not in places and target in links and steps < LONGEST_CHAIN:
                     target, steps = links[target], steps + 1
                 if target in places:
-                    self._add_target(group, link.name, *places[target])
+                    await self._add_target(group, link.name, *places[target])
                 else:
                     unresolved.append(link)
             group.links = unresolved
             if not unresolved or final:
                 for link in unresolved:
                     self._left_out.add(LINKS_OUTSIDE, link.name)
-                yield from labelled(self._uri, group, self._left_out)
+                members += labelled(self._uri, group, self._left_out)
             else:
                 self._waiting.append(group)
                 self._waiting_links += len(unresolved)
@@ -169,23 +193,24 @@ class _Listing:
                 f"{self._uri} has more than {MOST_WAITING // 2:,} links whose targets are not in the archive, or come "
                 "later in it. Pack it again with --dereference."
             )
+        return members
 
-    def _add_target(self, group: Group, name: str, offset: int, size: int) -> None:
+    async def _add_target(self, group: Group, name: str, offset: int, size: int) -> None:
         self._places.add(name, offset, size)
         if is_label(name):
             if offset not in self._labels:
                 if len(self._labels) >= CACHED_LABELS:
                     self._labels.clear()
-                self._labels[offset] = self._read_label(name, offset, size)
+                self._labels[offset] = await self._read_label(name, offset, size)
             group.labels[name] = self._labels[offset]
         else:
             group.members.append(Member(name, offset, size, 0, None))
 
-    def _read_label(self, name: str, offset: int, size: int) -> Labels | DataError:
+    async def _read_label(self, name: str, offset: int, size: int) -> Labels | DataError:
         if size > LARGEST_LABEL:
             return _no_label()
-        self._file.seek(offset)
-        content = self._file.read(size)
+        if (content := self._ranges.held(offset, size)) is None:
+            content = await self._ranges.read(offset, size)
         try:
             return parse_label(content, is_json=name.lower().endswith(".json"))
         except DataError as error:  # it may lie beside no image: not all .json files are labels
@@ -225,27 +250,24 @@ def _normal(name: str) -> str:
     return name if plain else posixpath.normpath(name).lstrip("/")
 
 
-def _target(link: tarfile.TarInfo) -> int | None:
+def _target(link: Header) -> int | None:
     """Hash of the name of a link's target; None if it lies outside of the archive."""
-    target = link.linkname
-    if link.issym():
+    target = link.target
+    if link.kind is Kind.SYMBOLIC_LINK:
         if target.startswith("/"):
             return None
         target = posixpath.normpath(posixpath.join(posixpath.dirname(_normal(link.name)), target))
     return None if target.split("/", 1)[0] == ".." else _name_hash(target)
 
 
+def _is_on_disk(file: IO[bytes]) -> bool:
+    """Whether a read from another place costs next to nothing: from a disk or memory."""
+    try:
+        file.fileno()
+    except (AttributeError, OSError):
+        return hasattr(file, "getbuffer")
+    return True
+
+
 def _no_label() -> DataError:
     return DataError(f"is sparse or larger than {LARGEST_LABEL:,} bytes, and no label")
-
-
-def _require_end(file: BoundedFile, end: int) -> None:
-    """Tell the end of a tar, which is zeros, from a damaged header, at which tarfile ends without an error."""
-    file.seek(end)
-    if file.read(_RECORD).strip(b"\0"):
-        raise tarfile.ReadError(f"bytes that are no header follow member data at byte {end:,}")
-    # POSIX ends a tar archive by zeros; tarfile takes a cut between two members for the end.
-    size = file.seek(0, 2)
-    file.seek(max(size - _BLOCK, 0))
-    if file.read().strip(b"\0"):
-        raise tarfile.ReadError("it is cut short")
