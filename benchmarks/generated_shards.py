@@ -169,6 +169,12 @@ class Counts:
         sums = np.sum([np.zeros(len(cls.KINDS), np.int64), *(file for file in files if len(file))], axis=0)
         return dict(zip(cls.KINDS, sums.tolist(), strict=True))
 
+    @staticmethod
+    def clear(folder: str | Path) -> None:
+        """Forget what was counted; no process may count any more."""
+        for file in Path(folder).glob("*"):
+            file.unlink()
+
 
 _counts: dict[tuple[int, str], Counts] = {}
 _making_counts = threading.Lock()

@@ -42,6 +42,7 @@ BATCH = 32
 EPOCHS = 2
 CHECKPOINT_EVERY = 4
 """Steps."""
+MODEL = ("--model.backbone=timm/test_vit", "--model.weights=none", "--model.milestones=[0,0]")
 LIMIT_SECONDS = 500
 
 
@@ -125,8 +126,14 @@ class Rehearsal:
             "OMP_NUM_THREADS": "1",
         }
 
-    def fit(self, name: str, epochs: int) -> Fit:
+    def fit(self, name: str, epochs: int, *, run: str = "run", index: Path | None = None) -> Fit:
         """Train up to a number of epochs.
+
+        Args:
+            name: of the log, and of the folder of the timeline.
+            epochs: after which it ends.
+            run: name of the run_dir.
+            index: folder of a saved index; None: the shards are given.
 
         Raises:
             RuntimeError: the command fails.
@@ -138,20 +145,13 @@ class Rehearsal:
             "init_args": {"folder": str(timeline), "counts": str(self.counts)},
         }
         arguments = [
-            *(f"--data.train={pattern(self.train)}", f"--data.val={pattern(self.val)}", f"--run_dir={self.run_dir}"),
-            *(
-                f"--data.global_batch_size={BATCH}",
-                "--data.image_size=160",
-                f"--data.cache_dir={self.folder / 'cache'}",
-            ),
-            *("--model.backbone=timm/test_vit", "--model.weights=none", "--model.milestones=[0,0]"),
+            *(f"--run_dir={self.folder / run}", f"--data.cache_dir={self.folder / 'cache'}"),
+            *([f"--data.root={index / 'index.json'}"] if index else self._shards()),
+            *(f"--data.global_batch_size={BATCH}", "--data.image_size=160", "--features.use=never", *MODEL),
             *(f"--trainer.{key}={value}" for key, value in limits.items()),
-            *(
-                "--trainer.accelerator=cpu",
-                "--trainer.log_every_n_steps=4",
-                f"--trainer.callbacks={json.dumps(callback)}",
-            ),
-            *(f"--checkpoint.every_n_steps={CHECKPOINT_EVERY}", "--features.use=never"),
+            *("--trainer.accelerator=cpu", "--trainer.log_every_n_steps=4"),
+            f"--trainer.callbacks={json.dumps(callback)}",
+            f"--checkpoint.every_n_steps={CHECKPOINT_EVERY}",
         ]
         began = time.time()
         fit.peak_pss, fit.cpu_seconds = self._run(name, "launch", "fit", *arguments)
@@ -161,11 +161,16 @@ class Rehearsal:
             fit.stages.append([{**line, "seconds": line["time"] - began} for line in lines])
         return fit
 
-    def index(self) -> float:
-        """Seconds of ``job index`` of the training shards."""
+    def check(self) -> float:
+        """Seconds of ``job check``."""
         began = time.time()
-        self._run("index", "index", pattern(self.train), f"--output={self.folder / 'saved'}")
+        options = (f"--run_dir={self.folder / 'checked'}", f"--data.cache_dir={self.folder / 'cache'}")
+        self._run("check", "check", *options, *self._shards(), *MODEL, "--trainer.accelerator=cpu")
         return time.time() - began
+
+    def _shards(self) -> tuple[str, str]:
+        """Options that name the shards."""
+        return f"--data.train={pattern(self.train)}", f"--data.val={pattern(self.val)}"
 
     def _run(self, name: str, *command: str) -> tuple[int, float]:
         """Run a command; returns the peak of its processes' memory and their CPU seconds."""
@@ -227,6 +232,8 @@ def sizes(folder: Path, glob: str) -> list[int]:
 def rehearse(rehearsal: Rehearsal, console: Console) -> tuple[dict[str, Any], list[Goal]]:
     """Run everything; returns the figures and the goals."""
     total = data_bytes(rehearsal.train) + data_bytes(rehearsal.val)
+    checked = rehearsal.check()
+    Counts.clear(rehearsal.counts)
     fit = rehearsal.fit("fit", EPOCHS)
     run_dir = rehearsal.run_dir
     index, first_batch, first_step, validation = map(fit.at, ("index", "first batch", "first step", "validation"))
@@ -258,14 +265,17 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> tuple[dict[str, Any], li
     again = rehearsal.fit("again", EPOCHS + 1)
     after = again.at("index")
     resumed = {kind: after[kind] - before[kind] for kind in Counts.KINDS}
+    saved = rehearsal.fit("saved", 1, run="other", index=folder)
     figures: dict[str, Any] = {
         "options": {name: str(value) for name, value in vars(rehearsal.options).items() if value is not None},
         "versions": library_versions(),
         "data_bytes": total,
         "fit": asdict(fit),
         "resumed": asdict(again),
+        "from_saved_index": asdict(saved),
         "index": {"bytes": index_bytes, "load_seconds": load_seconds, "load_memory": load_bytes},
         "checkpoint": {"stalls": stalls, "state": state, "manifest": manifest, "confusion": confusion},
+        "check_seconds": checked,
         "validations": fit.seconds_per_validation(),
         "event_bytes": events,
         **report,
@@ -283,6 +293,8 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> tuple[dict[str, Any], li
         "report": ", ".join(f"{name} {size:,} bytes" for name, size in report.items()),
         "second attempt: index, first step": f"{after['seconds']:.1f} s, {again.at('first step')['seconds']:.1f} s",
         "second attempt: requests until the index": ", ".join(f"{resumed[kind]:,} {kind}" for kind in Counts.KINDS),
+        "check": f"{checked:.1f} s",
+        "other run with a saved index: first step": f"{saved.at('first step')['seconds']:.1f} s",
     }.items():
         others.add_row(name, cell)
     console.print(others)
@@ -290,6 +302,7 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> tuple[dict[str, Any], li
         Goal("bytes asked for to index, of the data", 100 * index["bytes"] / total, 1.0, "%"),
         Goal("start to first step", first_step["seconds"], 60.0, "s"),
         Goal("second attempt, start to first step", again.at("first step")["seconds"], 60.0, "s"),
+        Goal("other run with a saved index, start to first step", saved.at("first step")["seconds"], 60.0, "s"),
         Goal("stall of a checkpoint, median", 1000 * sorted(stalls)[len(stalls) // 2], 20.0 + state / 1e6, "ms"),
         Goal("manifest", manifest, 2048, "bytes"),
         Goal("opening the index", load_seconds, 1.0, "s"),
