@@ -7,6 +7,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,6 +20,7 @@ from torchvision.transforms import v2
 
 from job import redact, storage
 from job.cluster import ranks
+from job.cluster.shared_work import Helpers, from_rank_zero
 from job.data.augment import ResizeMode
 from job.data.bad_samples import BadSample, BadSampleLimit, BadSamples
 from job.data.cache import SampleCache
@@ -29,6 +31,7 @@ from job.data.index.file import load_index_info
 from job.data.index.index import Index
 from job.data.index.left_out import LeftOutKind
 from job.data.index.local_copy import materialise
+from job.data.index.parallel import help_to_list
 from job.data.index.parts import Layout
 from job.data.index.sources.base import TimeLimit
 from job.data.index.sources.columns import from_option as columns_from_option
@@ -168,7 +171,8 @@ class ImageDataModule(pl.LightningDataModule):
         wanted_dir, self.cache_dir = self.cache_dir, usable_cache_dir(self.cache_dir)
         self.is_cache_usable = wanted_dir == self.cache_dir
         # All ranks train on one listing, even while somebody is uploading.
-        self.open_index(local_index(ranks.from_rank_zero(self._find_index), self.cache_dir))
+        uri = from_rank_zero(self._find_index, partial(help_to_list, cache_dir=str(self.cache_dir)))
+        self.open_index(local_index(uri, self.cache_dir))
         self._open_cache()
 
     def open_index(self, folder: Path) -> None:
@@ -265,7 +269,7 @@ class ImageDataModule(pl.LightningDataModule):
     def _sizes(self) -> dict[str, int]:
         return {part: len(index) for part, index in self.parts.items()}
 
-    def _find_index(self) -> str:
+    def _find_index(self, helpers: Helpers | None) -> str:
         """URI of the index's folder: that of an earlier attempt in run_dir, or a new one."""
         run_dir = self._run_dir()
         if (usable := self.usable_index(run_dir)) is not None:
@@ -274,7 +278,7 @@ class ImageDataModule(pl.LightningDataModule):
         with report_disk_full(self.cache_dir, "make the index"):
             scratch = tempfile.TemporaryDirectory(prefix=".index-", dir=self.cache_dir)
         with scratch as folder:
-            self.make_index(Path(folder))
+            self.make_index(Path(folder), helpers=helpers)
             publish_index(Path(folder), uri, write_check(self.trainer))
         return uri
 
@@ -283,12 +287,13 @@ class ImageDataModule(pl.LightningDataModule):
         uri, roots = self.index_uri(run_dir), [root for roots in self.uris.values() for root in roots]
         return uri if is_run_index_usable(uri, self.cache_dir, self._request(), roots, self.access) else None
 
-    def make_index(self, folder: Path, time_limit: TimeLimit | None = None) -> None:
+    def make_index(self, folder: Path, time_limit: TimeLimit | None = None, helpers: Helpers | None = None) -> None:
         """List the data, and write their index into a local folder.
 
         Args:
             folder: of the index.
             time_limit: ends the listing early, so that the index lacks images; default: none.
+            helpers: other ranks that list archives, too.
 
         Raises:
             DataError: the layout of the data is not understood.
@@ -304,6 +309,7 @@ class ImageDataModule(pl.LightningDataModule):
             access=self.access,
             columns=self.columns,
             time_limit=time_limit,
+            helpers=helpers,
         )
         if "val" not in info.parts:
             split(folder, self.val_fraction, self.seed)

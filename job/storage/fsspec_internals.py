@@ -93,6 +93,12 @@ async def cat_file(fs: AsyncFileSystem, path: str, **limits: int) -> bytes:
     return data
 
 
+async def info(fs: AsyncFileSystem, path: str) -> dict[str, Any]:
+    """``fs.info`` as a coroutine, as :func:`cat_file`."""
+    details: dict[str, Any] = await fs._info(path)
+    return details
+
+
 def raise_for_status(fs: AsyncFileSystem, response: Any, url: str) -> None:
     """Raise as fsspec's HTTP filesystem does: FileNotFoundError for 404, else what aiohttp raises.
 

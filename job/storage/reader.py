@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 from fsspec.asyn import sync
 
@@ -76,6 +77,11 @@ class Reader:
             if length is None:
                 return await self._fetch_whole(key, size)
             return await self.store.fetch_range(self._path(key), start, length)
+
+    async def fetch_info(self, key: str) -> dict[str, Any]:
+        """The details that the filesystem reports of ``root/key``: ``size`` in bytes, checksums."""
+        with translate_errors(self._uri(key), "look up"), translate_unknown():
+            return await self.store.fetch_info(self._path(key))
 
     async def _fetch_verified(self, key: str, start: int, length: int | None) -> bytes:
         """:meth:`fetch`; content that does not match its checksum is requested again."""

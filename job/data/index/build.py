@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from job import redact
 from job.cluster import ranks
+from job.cluster.shared_work import Helpers
 from job.data.index import classes_of_parts, layout
 from job.data.index.access import Access
 from job.data.index.file import MOST_CLASSES, IndexInfo, PartInfo, load_index_info
@@ -49,6 +50,7 @@ def build(
     columns: Columns | None = None,
     time_limit: TimeLimit | None = None,
     known_classes: Collection[str] | None = None,
+    helpers: Helpers | None = None,
 ) -> IndexInfo:
     """List ``roots`` and write their index into the local ``folder``.
 
@@ -64,6 +66,7 @@ def build(
         time_limit: ends the listing early, so that the index lacks images; default: none.
         known_classes: with the layout "images", keep the labels that images have: those of a table or archive, or
             folders, if some of these are known classes. Default: without labels.
+        helpers: other ranks that list archives, too.
 
     Raises:
         DataError: the layout of the data is not understood.
@@ -89,6 +92,8 @@ def build(
                 columns=columns or Columns(),
                 progress=progress,
                 time_limit=time_limit or TimeLimit(),
+                helpers=helpers,
+                tick=helpers.tick if helpers else lambda: None,
             )
             try:
                 listed = parts_of(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import pyarrow.compute as pc
 from job import storage
 from job.data.index.bounded import compression_of
 from job.data.index.names import folder_of
+from job.data.index.parallel import ArchiveTask, list_archives
 from job.data.index.part_names import part_of_path, recognise
 from job.data.index.sources import FORMATS, ListingContext, Source, format_of, resolve
 from job.data.index.sources.base import LISTING
@@ -25,7 +25,6 @@ from job.errors import DataError
 UNNAMED = "images that no metadata file names"
 UNLABELLED_METADATA = "metadata files without a column of labels"
 MOST_ARCHIVES = 1 << 20
-ARCHIVES_AT_ONCE = 8
 _METADATA = r"(?i)(^|/)metadata\.(csv|tsv|jsonl|parquet)$"
 """As Hugging Face's image folders have them."""
 _PARQUET = r"(?i)\.parquet$"
@@ -88,22 +87,14 @@ def tables_of(
     sources: list[Source], numbers: Iterable[int], contexts: Iterable[ListingContext]
 ) -> Iterator[Iterable[pa.Table]]:
     """The rows of several sources in order; archives are listed several at once."""
-
-    def tables(source: Source, number: int, context: ListingContext) -> list[pa.Table]:
-        return list(format_of(source).rows(source, number, context))
-
     each = list(zip(sources, numbers, contexts, strict=True))
     if any(format_of(source).samples == "elsewhere" for source in sources):  # which add sources of their own
         for done, (source, number, context) in enumerate(each):
             context.progress.share_done = done / len(each)
             yield format_of(source).rows(source, number, context)
         return
-    with ThreadPoolExecutor(ARCHIVES_AT_ONCE) as pool:
-        for start in range(0, len(each), ARCHIVES_AT_ONCE):
-            batch = each[start : start + ARCHIVES_AT_ONCE]
-            for done, rows in enumerate(pool.map(tables, *zip(*batch, strict=True)), start + 1):
-                batch[0][2].progress.share_done = done / len(each)
-                yield rows
+    tasks = [ArchiveTask(source, number, context.labelled) for source, number, context in each]
+    yield from list_archives(tasks, each[0][2])
 
 
 def parts_of_pattern(uri: str, sources: list[Source]) -> list[str | None]:

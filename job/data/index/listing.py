@@ -108,6 +108,7 @@ def _write(target: Path, tables: Iterable[ListedRows], context: ListingContext) 
             unusual |= renamed
             writer.write_table(named)
             context.progress.advance(len(listed.rows))
+            context.tick()
             if context.time_limit.is_over():
                 break
     return unusual

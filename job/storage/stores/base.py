@@ -14,7 +14,7 @@ from fsspec.asyn import AsyncFileSystem
 
 from job.storage.bucket_settings import BucketSettings
 from job.storage.checksums import Checksum, bounded_range, require_within
-from job.storage.fsspec_internals import cat_file
+from job.storage.fsspec_internals import cat_file, info
 from job.storage.http_status import cause_of_not_found
 
 in_process = threading.Lock()
@@ -117,6 +117,10 @@ class Store:
         if length is None:
             require_within(len(data), uri, largest)
         return data
+
+    async def fetch_info(self, path: str) -> dict[str, Any]:
+        """The details that the filesystem reports of one object."""
+        return await info(self.fs, path)
 
     async def fetch_range(self, path: str, start: int, length: int) -> bytes:
         """``length`` bytes from ``start`` on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from job import redact, storage
@@ -17,6 +18,7 @@ from job.errors import ConfigError, StorageError
 __all__ = ["FORMATS", "ListingContext", "Location", "Source", "SourceFormat", "expand_braces", "format_of", "resolve"]
 
 INDEX_FILE = "index.json"
+LOOKUPS_IN_FLIGHT = 64
 SAVED_INDEX = ".index"
 """Folder in which ``job index`` keeps the index of a folder."""
 FORMATS: tuple[SourceFormat, ...] = (Tar(), Zip(), TFRecord(), Table(), ParquetImages(), Folder())
@@ -56,7 +58,14 @@ class Location:
             raise ConfigError(
                 f"{self.uri}: a pattern stands for archives, tables or .tfrecord files. Give several folders as a list."
             )
-        return [format.source(uri) for format, uri in zip(formats, uris, strict=True)]
+        if len(uris) == 1:
+            return [formats[0].source(uris[0])]
+        with ThreadPoolExecutor(LOOKUPS_IN_FLIGHT) as pool:
+            lookups = [pool.submit(format.source, uri) for format, uri in zip(formats, uris, strict=True)]
+            try:
+                return [lookup.result() for lookup in lookups]
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 def resolve(uri: str) -> Location:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import IO, ClassVar, NamedTuple
 
 import pyarrow as pa
+from fsspec.asyn import sync
 
 from job import storage
 from job.data.index.bounded import BoundedFile
@@ -16,6 +18,8 @@ from job.data.index.local_copy import materialise
 from job.data.index.sources.base import ROWS, ListingContext, Source, SourceFormat, listing_rows
 from job.errors import DataError
 
+SEGMENTS = 128
+"""Parts of an archive that are read at once where it is listed alone."""
 LINKS_OUTSIDE = "links to no file of the archive"
 """Kind of members that are left out."""
 
@@ -65,13 +69,43 @@ class Archive(SourceFormat):
 
     def rows(self, source: Source, number: int, context: ListingContext) -> Iterator[pa.Table]:
         """The members of the archive."""
+        if self.lists_async and not source.whole and (reader := storage.Reader(source.uri)).is_async:
+            yield from self._rows_of_coroutine(reader.loop, self.tables_async(source, number, context, SEGMENTS))
+            return
         with storage.open_for_reading(materialise(source, context.cache_dir)) as file:
             members = self.members(source.uri, file, context.left_out)
             while chunk := list(itertools.islice(members, ROWS)):
-                keys, offsets, sizes, versions, label, labels = zip(*chunk, strict=True)
-                if not self.has_member_checksums:
-                    versions = (source.version,) * len(keys)
-                yield listing_rows(keys, number, offsets, sizes, versions, label=label, labels=labels)
+                context.tick()
+                yield self.table(source, number, chunk)
+
+    def tables_async(
+        self, source: Source, number: int, context: ListingContext, segments: int
+    ) -> AsyncIterator[pa.Table]:
+        """:meth:`rows` of an archive on an asynchronous filesystem, if :attr:`lists_async`.
+
+        Args:
+            source: which one.
+            number: its place in the index.
+            context: settings.
+            segments: parts of the archive that may be read at once.
+        """
+        raise NotImplementedError
+
+    def _rows_of_coroutine(
+        self, loop: asyncio.AbstractEventLoop, tables: AsyncIterator[pa.Table]
+    ) -> Iterator[pa.Table]:
+        async def following() -> pa.Table | None:
+            return await anext(tables, None)
+
+        while (table := sync(loop, following)) is not None:
+            yield table
+
+    def table(self, source: Source, number: int, members: list[Member]) -> pa.Table:
+        """Members of an archive as a table of :data:`~job.data.index.sources.base.LISTING`."""
+        keys, offsets, sizes, versions, label, labels = zip(*members, strict=True)
+        if not self.has_member_checksums:
+            versions = (source.version,) * len(keys)
+        return listing_rows(keys, number, offsets, sizes, versions, label=label, labels=labels)
 
 
 def unreadable(uri: str, file: BoundedFile | None, error: Exception) -> Exception:

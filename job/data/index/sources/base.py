@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,6 +13,7 @@ import msgspec
 import pyarrow as pa
 
 from job import storage
+from job.cluster.shared_work import Helpers
 from job.data.index.access import Access
 from job.data.index.bounded import compression_of
 from job.data.index.folder_state import FolderState
@@ -108,6 +109,8 @@ class ListingContext:
         unreadable: keys of folders that cannot be read, but may hold images.
         progress: counts the files.
         time_limit: ends the listing early.
+        helpers: other ranks that list archives, too; None: there are none.
+        tick: gives a sign of progress.
     """
 
     sources: list[Source]
@@ -120,6 +123,8 @@ class ListingContext:
     unreadable: list[str] = field(default_factory=list)
     progress: Progress = field(default_factory=lambda: Progress("listing", "files", is_shown=False))
     time_limit: TimeLimit = field(default_factory=TimeLimit)
+    helpers: Helpers | None = None
+    tick: Callable[[], None] = lambda: None
 
 
 class SourceFormat(ABC):
@@ -131,6 +136,7 @@ class SourceFormat(ABC):
         numbered: pattern of other names by which it is.
         samples: where samples lie: each an object of its own below the source, members of the source, or elsewhere.
         is_shard: samples are stored for sequential reading, so that neighbours may be trained on together.
+        lists_async: an archive can be listed by a coroutine, where its filesystem is asynchronous.
         is_packed: the bytes of a sample must be unpacked, which also verifies them.
     """
 
@@ -140,6 +146,7 @@ class SourceFormat(ABC):
     samples: ClassVar[Literal["objects", "members", "elsewhere"]]
     is_shard: ClassVar[bool] = False
     is_packed: ClassVar[bool] = False
+    lists_async: ClassVar[bool] = False
 
     def source(self, uri: str) -> Source:
         """The source at ``uri``; requests its details.

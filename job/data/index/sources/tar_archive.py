@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import posixpath
 from array import array
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
+from job import storage
 from job.data.index.bounded import BoundedFile
 from job.data.index.left_out import LeftOut
 from job.data.index.names import printable
 from job.data.index.ranges import (
     LARGEST_DISK_GAP,
+    LARGEST_GAP,
     LARGEST_READ,
     LARGEST_STREAM_GAP,
     Ranges,
@@ -23,7 +26,7 @@ from job.data.index.ranges import (
     run_without_waiting,
 )
 from job.data.index.sources.archive import LINKS_OUTSIDE, Archive, Member, unreadable
-from job.data.index.sources.base import is_image
+from job.data.index.sources.base import ListingContext, Source, is_image
 from job.data.index.sources.webdataset import Group, Labels, is_label, key_of, labelled, parse_label
 from job.data.index.tar_headers import Header, Kind, TarHeaders
 from job.errors import DataError, JobError
@@ -35,6 +38,8 @@ MOST_WAITING = 1 << 17
 LONGEST_CHAIN = 40
 """Links from one to the next, as Linux follows them."""
 CACHED_LABELS = 4096
+ROWS_IN_MEMORY = 2048
+"""Members that are held as Python objects per archive that is listed: hundreds are at once."""
 
 
 class Tar(Archive):
@@ -49,10 +54,34 @@ class Tar(Archive):
         *(".tar.zst", ".tar.zstd", ".tzst"),
     )
     is_shard = True
+    lists_async = True
 
     def members(self, uri: str, file: IO[bytes], left_out: LeftOut) -> Iterator[Member]:
         """See :func:`list_tar`."""
         return list_tar(uri, file, left_out)
+
+    async def tables_async(
+        self, source: Source, number: int, context: ListingContext, segments: int
+    ) -> AsyncIterator[pa.Table]:
+        """The members of the archive, from its headers and labels alone."""
+        reader = storage.Reader(source.uri)
+        details = await reader.fetch_info("")
+        if source.version and storage.version(details) != source.version:
+            raise DataError(f"{source.uri} was replaced while it was listed. Start again.")
+
+        def fetch(offset: int, size: int) -> Awaitable[bytes]:
+            context.tick()
+            return reader.fetch("", offset, size)
+
+        ranges = Ranges(fetch, int(details["size"]), LARGEST_GAP)
+        members: list[Member] = []
+        async for member in tar_members(source.uri, ranges, context.left_out):
+            members.append(member)
+            if len(members) == ROWS_IN_MEMORY:
+                yield self.table(source, number, members)
+                members = []
+        if members:
+            yield self.table(source, number, members)
 
 
 def list_tar(uri: str, file: IO[bytes], left_out: LeftOut | None = None) -> Iterator[Member]:
