@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import fork_server
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
@@ -136,6 +137,13 @@ def contents(fetcher: Fetcher, fetched: list[Fetched]) -> list[bytes | DataError
         except DataError as error:
             results.append(error)
     return results
+
+
+def cells_of(matrix: object) -> npt.NDArray[np.int64]:
+    """The cells of a confusion matrix that are not zero: rows of (true class, predicted class, count)."""
+    counts = np.asarray(matrix, np.int64)
+    places = np.argwhere(counts)
+    return np.column_stack([places, counts[tuple(places.T)]])
 
 
 def options(settings: dict[str, object], **changes: object) -> list[str]:

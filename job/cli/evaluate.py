@@ -55,8 +55,7 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
             rows = [(name, f"{value:.4f}") for name, value in results[0].items()]
             print_table(["metric", "value"], rows, title=f"{verb} {uri}", right=["value"])
             assert model.evaluation is not None  # each evaluation ends with one
-            matrix = model.evaluation.confusion
-            counts = confusion.as_json(confusion.cells(matrix), len(matrix))
+            counts = confusion.as_json(model.evaluation.confusion, len(cli.datamodule.classes))
             write_json(
                 storage.join(options["run_dir"], f"{verb}.json"),
                 {"ckpt": redact.redact(uri), "metrics": results[0], "confusion_matrix": counts},

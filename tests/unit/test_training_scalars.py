@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.loggers.logger import Logger
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, multilabel_confusion_matrix
-from support import TINY, fit_here, options, picture, picture_files, run_here, scalars, write_files
+from support import TINY, cells_of, fit_here, options, picture, picture_files, run_here, scalars, write_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.optim import SGD, Optimizer
@@ -111,8 +111,9 @@ def test_the_worst_classes_are_those_of_the_lowest_f1() -> None:
     f1 = f1_score(true, predicted, average=None, labels=range(13))
     order = [int(place) for place in f1.argsort(kind="stable")[:10]]
     one_hot = [F.one_hot(each, 14) for each in (true, predicted)]
-    for counts in (confusion_matrix(true, predicted, labels=range(14)), multilabel_confusion_matrix(*one_hot)):
-        lines = worst_classes(torch.from_numpy(counts), names).split("\n")[2:]
+    cells = cells_of(confusion_matrix(true, predicted, labels=range(14)))
+    for counts in (cells, multilabel_confusion_matrix(*one_hot)):
+        lines = worst_classes(counts, names).split("\n")[2:]
         assert lines[0] == "| `a¦ˋbˋ` | 0.000 | - | 0.000 | 1 |"
         assert [line.split("`")[1] for line in lines[1:]] == [names[place] for place in order[1:]]
         assert [float(line.split(" | ")[1]) for line in lines] == pytest.approx(
