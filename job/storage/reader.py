@@ -73,10 +73,13 @@ class Reader:
         Raises:
             ChecksumMismatch: the content does not match its checksum.
         """
-        with translate_errors(self._uri(key), "read"), translate_unknown():
+        try:
             if length is None:
                 return await self._fetch_whole(key, size)
             return await self.store.fetch_range(self._path(key), start, length)
+        except Exception:  # contexts around each of millions of requests would cost a tenth of them
+            with translate_errors(self._uri(key), "read"), translate_unknown():
+                raise
 
     async def fetch_info(self, key: str) -> dict[str, Any]:
         """The details that the filesystem reports of ``root/key``: ``size`` in bytes, checksums."""

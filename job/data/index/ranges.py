@@ -18,8 +18,8 @@ LARGEST_STREAM_GAP = 4 << 20
 LARGEST_DISK_GAP = 4 << 10
 
 T = TypeVar("T")
-Fetch = Callable[[int, int], Awaitable[bytes]]
-"""Returns the bytes of an archive: (first byte, how many)."""
+Fetch = Callable[[int, int, int], Awaitable[bytes]]
+"""Returns bytes of an archive: (first byte, how many, how many at least)."""
 
 
 class Ranges:
@@ -59,7 +59,7 @@ class Ranges:
         """``size`` bytes from ``offset`` on, fewer at the end of the archive."""
         size = max(min(size, self.size - offset), 0)
         if offset < self._start or not size:  # the target of a link
-            return await self._fetch(offset, size) if size else b""
+            return await self._fetch(offset, size, size) if size else b""
         if offset + size > self._start + len(self._buffer):
             await self._advance(offset, offset + size)
         content = self.held(offset, size)
@@ -77,7 +77,7 @@ class Ranges:
             known = offset
         elif known:
             self._ahead = min(2 * self._ahead, LARGEST_READ)
-        content = await self._fetch(known, min(max(end - known, self._ahead), self.size - known))
+        content = await self._fetch(known, min(max(end - known, self._ahead), self.size - known), end - known)
         if len(content) < end - known:
             raise ValueError(f"it ends at byte {known + len(content):,}, not {self.size:,} as when it was looked up")
         self._buffer = self._buffer[max(offset - self._start, 0) :] + content
@@ -87,7 +87,7 @@ class Ranges:
 def fetch_from(file: BoundedFile) -> Fetch:
     """The fetch function of an open file, which never waits."""
 
-    async def fetch(offset: int, size: int) -> bytes:
+    async def fetch(offset: int, size: int, least: int) -> bytes:
         file.seek(offset)
         return file.read(size)
 

@@ -105,10 +105,7 @@ class TarHeaders:
             return None
         kind = Kind.FOLDER if block[156] == 0x35 else Kind.FILE
         try:
-            # Of at most 257 bytes the lower half of Adler-32 is their sum, plus one.
-            total = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
-            checksum = block[148:156]
-            if _octal(checksum) != total - sum(checksum) + 8 * 0x20:
+            if not has_checksum(block):
                 return None
             size = _octal(block[124:136])
             _octal(block[136:148])
@@ -219,6 +216,18 @@ class _View:
         return self._place
 
 
+def has_checksum(block: bytes) -> bool:
+    """Whether a block has the checksum of a header, the sum of its unsigned bytes, in octal.
+
+    Raises:
+        ValueError: the checksum is no octal number.
+    """
+    # Of at most 257 bytes the lower half of Adler-32 is their sum, plus one.
+    total = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
+    checksum = block[148:156]
+    return _octal(checksum) == total - sum(checksum) + 8 * 0x20
+
+
 def _octal(field: bytes) -> int:
     """A number as :mod:`tarfile` reads it, other than in base 256.
 
@@ -227,6 +236,11 @@ def _octal(field: bytes) -> int:
     """
     if field[0] & 0x80:
         raise ValueError("base 256")
+    if field[-1] in b"\0 ":
+        try:
+            return int(field[:-1], 8)
+        except ValueError:  # blanks or zero bytes
+            pass
     return int(field.partition(b"\0")[0].strip() or b"0", 8)
 
 

@@ -28,6 +28,7 @@ from job.data.index.ranges import (
 from job.data.index.sources.archive import LINKS_OUTSIDE, Archive, Member, unreadable
 from job.data.index.sources.base import ListingContext, Source, is_image
 from job.data.index.sources.webdataset import Group, Labels, is_label, key_of, labelled, parse_label
+from job.data.index.tar_ahead import WalksAhead
 from job.data.index.tar_headers import Header, Kind, TarHeaders
 from job.errors import DataError, JobError
 
@@ -69,19 +70,21 @@ class Tar(Archive):
         if source.version and storage.version(details) != source.version:
             raise DataError(f"{source.uri} was replaced while it was listed. Start again.")
 
-        def fetch(offset: int, size: int) -> Awaitable[bytes]:
+        def fetch(offset: int, size: int, least: int) -> Awaitable[bytes]:
             context.tick()
             return reader.fetch("", offset, size)
 
-        ranges = Ranges(fetch, int(details["size"]), LARGEST_GAP)
-        members: list[Member] = []
-        async for member in tar_members(source.uri, ranges, context.left_out):
-            members.append(member)
-            if len(members) == ROWS_IN_MEMORY:
+        size = int(details["size"])
+        async with WalksAhead(fetch, size, segments) as walks:
+            ranges = Ranges(walks.fetch if segments > 1 else fetch, size, LARGEST_GAP)
+            members: list[Member] = []
+            async for member in tar_members(source.uri, ranges, context.left_out):
+                members.append(member)
+                if len(members) == ROWS_IN_MEMORY:
+                    yield self.table(source, number, members)
+                    members = []
+            if members:
                 yield self.table(source, number, members)
-                members = []
-        if members:
-            yield self.table(source, number, members)
 
 
 def list_tar(uri: str, file: IO[bytes], left_out: LeftOut | None = None) -> Iterator[Member]:
@@ -188,6 +191,8 @@ class _Listing:
     async def _finished(self, group: _TarGroup) -> Iterable[Member]:
         """The members of a group, unless it has links."""
         if not group.links:
+            if len(group.members) == len(group.labels) == 1 and (member := _labelled_alone(group)) is not None:
+                return (member,)
             return labelled(self._uri, group, self._left_out)
         self._waiting.append(group)
         self._waiting_links += len(group.links)
@@ -287,6 +292,16 @@ def _target(link: Header) -> int | None:
             return None
         target = posixpath.normpath(posixpath.join(posixpath.dirname(_normal(link.name)), target))
     return None if target.split("/", 1)[0] == ".." else _name_hash(target)
+
+
+def _labelled_alone(group: Group) -> Member | None:
+    """The only image of a group, with its only label of the same name: what :func:`labelled` yields, sooner."""
+    member = group.members[0]
+    ((name, label),) = group.labels.items()
+    key = member.key
+    if isinstance(label, str) and key.rpartition(".")[0] == name.rpartition(".")[0] and is_image(key):
+        return Member(key, member.offset, member.size, 0, label)
+    return None
 
 
 def _is_on_disk(file: IO[bytes]) -> bool:
