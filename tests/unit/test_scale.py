@@ -18,6 +18,8 @@ import generated_shards
 from generated_shards import Counts
 
 from job import storage
+from job.check.data import scan
+from job.data.datamodule import ImageDataModule
 from job.data.index.file import load_index_info
 from job.data.index.index import Index
 
@@ -78,3 +80,20 @@ def test_a_step_of_a_thousand_classes_from_a_thousand_shards(counts: Path, tmp_p
     report = json.loads((run_dir / "report.json").read_text())
     assert report["status"] == "finished"
     assert Counts.total(counts)["lookups"] >= SHARDS
+
+
+def test_a_check_of_many_large_shards_reports_what_it_has_found(
+    counts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing that would take minutes ends with the first shards, not without an answer."""
+    monkeypatch.setitem(generated_shards.fsspec.config.conf, "shards", {"latency": 0.005, "counts": str(counts)})
+    images = ImageDataModule(
+        train=f"shards://train/100-classes/400000-images/{SHARDS}-shards/{{0000..{SHARDS - 1:04d}}}.tar",
+        val="shards://val/100-classes/2000-images/4-shards",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    (finding,) = scan(images, str(tmp_path / "run"), tmp_path / "index", seconds=5.0)
+    assert finding.status == "warn"
+    assert "the listing was ended after 5 s, and had found 100 classes" in finding.message
+    assert 400 <= len(images.parts["train"]) < 400_000
+    assert len(images.parts["val"]) >= 500
