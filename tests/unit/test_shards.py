@@ -1,0 +1,417 @@
+"""Tar shards in a bucket: few bytes, many requests at once, all ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import multiprocessing
+import os
+import random
+import socket
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+import torch.distributed as dist
+from fsspec.asyn import AsyncFileSystem
+from support import index_of, picture_files, read, tar_of
+
+from job.cluster import shared_work
+from job.cluster.shared_work import Helpers, SharedTasks, from_rank_zero
+from job.data.index import tar_ahead
+from job.data.index.access import Access
+from job.data.index.build import build
+from job.data.index.index import Index
+from job.data.index.left_out import LeftOut
+from job.data.index.parallel import help_to_list
+from job.data.index.sources import ListingContext, Source, resolve
+from job.data.index.sources.archive import Member
+from job.data.index.sources.tar_archive import Tar, list_tar
+from job.errors import ConfigError, DataError, JobError, RankLost, StorageError, StorageOutage
+
+PICTURE = next(iter(picture_files(["red"], 1).values()))
+
+
+class CountingFileSystem(AsyncFileSystem):  # type: ignore[misc]
+    """Objects in memory, read by ranges that are counted; each request takes a while.
+
+    Attributes:
+        objects: content by path.
+        reads: (path, first byte, how many) of each read.
+        most: most requests that were in flight together.
+    """
+
+    protocol = "counted"
+    objects: ClassVar[dict[str, bytes]] = {}
+    reads: ClassVar[list[tuple[str, int, int]]] = []
+    lookups: ClassVar[list[str]] = []
+    latency: ClassVar[float] = 0.0
+    in_flight: ClassVar[int] = 0
+    most: ClassVar[int] = 0
+
+    async def _request(self) -> None:
+        cls = type(self)
+        cls.in_flight += 1
+        cls.most = max(cls.most, cls.in_flight)
+        await asyncio.sleep(self.latency)
+        cls.in_flight -= 1
+
+    async def _info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        await self._request()
+        self.lookups.append(path)
+        if path not in self.objects:
+            raise FileNotFoundError(path)
+        content = self.objects[path]
+        return {"name": path, "type": "file", "size": len(content), "ETag": str(hash(content))}
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        await self._request()
+        content = self.objects[path][start:end]
+        self.reads.append((path, start or 0, len(content)))
+        return content
+
+    async def _ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        await self._request()
+        names = [name for name in self.objects if name.startswith(f"{path}/")]
+        if not names:
+            raise FileNotFoundError(path)
+        return [
+            {"name": name, "type": "file", "size": len(self.objects[name]), "ETag": str(hash(self.objects[name]))}
+            for name in names
+        ]
+
+
+@pytest.fixture
+def bucket() -> Iterator[type[CountingFileSystem]]:
+    """The bucket ``counted://b``, empty."""
+    fsspec.register_implementation("counted", CountingFileSystem, clobber=True)
+    for attribute in (CountingFileSystem.objects, CountingFileSystem.reads, CountingFileSystem.lookups):
+        attribute.clear()
+    CountingFileSystem.latency, CountingFileSystem.in_flight, CountingFileSystem.most = 0.0, 0, 0
+    CountingFileSystem.clear_instance_cache()
+    yield CountingFileSystem
+    CountingFileSystem.objects.clear()
+
+
+def image(size: int) -> bytes:
+    return PICTURE.ljust(size, b"\1")
+
+
+def listed(uri: str) -> list[Member]:
+    """The members of a tar file in a bucket."""
+    context = ListingContext([], "/nowhere", Access(), labelled=True)
+    rows = [row for table in Tar().rows(Source(uri, "tar"), 0, context) for row in table.to_pylist()]
+    return [
+        Member(row["key"], row["offset"], row["size"], 0, row["class"], row["classes"] and tuple(row["classes"]))
+        for row in rows
+    ]
+
+
+def requested(bucket: type[CountingFileSystem]) -> int:
+    return sum(size for _, _, size in bucket.reads)
+
+
+def test_headers_alone_are_read_of_large_images(bucket: type[CountingFileSystem]) -> None:
+    content = tar_of({f"{'ab'[n % 2]}/{n:03}.jpg": image(50_000 + n) for n in range(100)})
+    bucket.objects["b/s.tar"] = content
+    index = index_of("counted://b/s.tar", layout="classes")
+    assert (len(index), index.classes) == (100, ("a", "b"))
+    assert requested(bucket) < 0.0135 * len(content)  # 1 % are headers, the rest is the end of so small a file
+    assert len(bucket.reads) < 105
+    assert read(index, [1, 98]) == [image(50_001), image(50_098)]
+
+
+def test_a_label_is_read_together_with_the_headers_around_it(bucket: type[CountingFileSystem]) -> None:
+    files = {}
+    for n in range(60):
+        files |= {f"{n:03}.cls": b"%d" % (n % 3), f"{n:03}.jpg": image(110_000)}
+    content = tar_of(files)
+    bucket.objects["b/s.tar"] = content
+    assert index_of("counted://b/s.tar", layout="classes").labels.tolist() == [n % 3 for n in range(60)]
+    assert requested(bucket) < 0.0175 * len(content)
+    assert len(bucket.reads) < 65
+
+
+def test_small_members_are_read_in_blocks(bucket: type[CountingFileSystem]) -> None:
+    content = tar_of({f"a/{n:04}.jpg": image(3000) for n in range(2000)})
+    bucket.objects["b/s.tar"] = content
+    assert len(index_of("counted://b/s.tar", layout="classes")) == 2000
+    assert len(bucket.reads) < 20
+    assert requested(bucket) <= 1.01 * len(content)
+
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def random_tar(rng: random.Random, tar_format: int) -> bytes:
+    """Members of all kinds and sizes; some hold tar files."""
+    buffer = io.BytesIO()
+    names: list[str] = []
+    globals_ = {"comment": "x"} if rng.random() < 0.3 else {}
+    with tarfile.open(fileobj=buffer, mode="w", format=tar_format, pax_headers=globals_) as archive:
+        for number in range(rng.randint(20, 60)):
+            long = "d" * 90 + "/" + "e" * (40 if tar_format == tarfile.USTAR_FORMAT else 200) + "/"
+            accent = "\xe9" if rng.random() < 0.2 else ""
+            suffix = rng.choice(["jpg", "cls", "txt", "png"])
+            name = f"{rng.choice(['', 'a/', 'a.b/', long])}{accent}{number:03}.{suffix}"
+            item = tarfile.TarInfo(name)
+            item.mtime = 1.5 if tar_format == tarfile.PAX_FORMAT else rng.randrange(1 << 33)
+            kind = rng.random()
+            if kind < 0.1 and names:
+                item.type, item.linkname = tarfile.LNKTYPE, rng.choice(names)
+                archive.addfile(item)
+            elif kind < 0.15:
+                item.type = tarfile.DIRTYPE
+                archive.addfile(item)
+            else:
+                size = rng.choice([0, 3, 511, 512, 513, 40_000, 70_000, 150_000])
+                content = b"dog" if name.endswith("cls") else rng.randbytes(size)
+                if rng.random() < 0.1:
+                    content = tar_of({f"x/{n}.jpg": rng.randbytes(40_000) for n in range(3)})
+                item.size = len(content)
+                archive.addfile(item, io.BytesIO(content))
+                if tar_format != tarfile.USTAR_FORMAT or len(name.encode()) < 100:
+                    names.append(name)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("tar_format", FORMATS)
+def test_members_are_those_that_tarfile_finds(
+    tar_format: str, bucket: type[CountingFileSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a bucket, where several walks begin in the middle, some of them in a nested tar, and from a disk."""
+    monkeypatch.setattr(tar_ahead, "SEGMENT", 256 << 10)
+    monkeypatch.setattr(tar_ahead, "LEAST_GAPS", 1)
+    rng = random.Random(tar_format)
+    for _ in range(12):
+        content = random_tar(rng, FORMATS[tar_format])
+        bucket.objects["b/s.tar"] = content
+        found = {member.key: (member.offset, member.size) for member in listed("counted://b/s.tar")}
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            files = {item.name: item for item in archive}
+            expected = {}
+            for name, item in files.items():
+                target = files[item.linkname] if item.islnk() else item
+                while target.islnk():
+                    target = files[target.linkname]
+                if target.isfile() and not name.endswith("cls"):
+                    expected[name] = (target.offset_data, target.size)
+        assert found == expected
+        assert listed("counted://b/s.tar") == list(list_tar("s.tar", io.BytesIO(content)))
+
+
+def test_a_large_tar_is_walked_at_several_places_at_once(
+    bucket: type[CountingFileSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar_ahead, "SEGMENT", 4 << 20)
+    monkeypatch.setattr(tar_ahead, "SCAN", 8 << 10)
+    content = tar_of({f"a/{n:04}.jpg": image(60_000) for n in range(640)})
+    bucket.objects["b/s.tar"] = content
+    bucket.latency = 0.005
+    members = listed("counted://b/s.tar")
+    assert [member.key for member in members] == [f"a/{n:04}.jpg" for n in range(640)]
+    assert bucket.most >= 8
+    assert len(bucket.reads) < 640 * 1.25
+    assert requested(bucket) < 0.025 * len(content)
+    reads = Counter(bucket.reads)
+    assert sum(count for count in reads.values() if count > 1) < 5
+
+
+def test_damaged_shards_are_refused_wherever_a_walk_meets_the_damage(
+    bucket: type[CountingFileSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tar_ahead, "SEGMENT", 256 << 10)
+    content = tar_of({f"a/{n:04}.jpg": image(60_000) for n in range(40)})
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        offsets = [item.offset for item in archive]
+    for number in (0, 5, 20, 39):
+        damaged = bytearray(content)
+        damaged[offsets[number] + 148 : offsets[number] + 156] = b"0000000\0"
+        bucket.objects["b/s.tar"] = bytes(damaged)
+        with pytest.raises(DataError, match=r"counted://b/s\.tar is not a readable archive"):
+            listed("counted://b/s.tar")
+    bucket.objects["b/s.tar"] = content[: offsets[30]]
+    with pytest.raises(DataError, match="cut short"):
+        listed("counted://b/s.tar")
+
+
+def test_a_thousand_shards_are_looked_up_and_listed_many_at_once(
+    bucket: type[CountingFileSystem], tmp_path: Path
+) -> None:
+    bucket.latency = 0.05
+    for n in range(1000):
+        bucket.objects[f"b/s-{n:04}.tar"] = tar_of({f"{n:04}.jpg": PICTURE, f"{n:04}.cls": b"%d" % (n % 7)})
+    began = time.monotonic()
+    info = build({"train": ["counted://b/s-{0000..0999}.tar"]}, tmp_path, str(tmp_path), "classes")
+    seconds = time.monotonic() - began
+    assert info.parts["train"].rows == 1000
+    assert [source.uri for source in info.sources] == [f"counted://b/s-{n:04}.tar" for n in range(1000)]
+    assert Index(tmp_path, "train").keys == [f"{n:04}.jpg" for n in range(1000)]
+    assert bucket.most > 200
+    assert seconds < 30  # one by one these are 3,000 requests of 50 ms
+
+
+def test_the_first_shard_that_cannot_be_read_is_named(bucket: type[CountingFileSystem], tmp_path: Path) -> None:
+    for n in range(20):
+        bucket.objects[f"b/s-{n:02}.tar"] = tar_of({f"{n}.jpg": PICTURE, f"{n}.cls": b"0"})
+    bucket.objects["b/s-07.tar"] = bucket.objects["b/s-12.tar"] = b"no tar" * 500
+    with pytest.raises(DataError, match=r"s-07\.tar is not a readable archive"):
+        build({"train": ["counted://b/s-{00..19}.tar"]}, tmp_path, str(tmp_path), "classes")
+    with pytest.raises(StorageError, match=r"s-20\.tar"):
+        resolve("counted://b/s-{00..29}.tar").sources()
+
+
+def test_a_shard_that_is_replaced_while_it_is_listed_is_refused(bucket: type[CountingFileSystem]) -> None:
+    bucket.objects["b/s.tar"] = tar_of({"0.jpg": PICTURE, "0.cls": b"0"})
+    (source,) = resolve("counted://b/s.tar").sources()
+    bucket.objects["b/s.tar"] = tar_of({"0.jpg": PICTURE * 2, "0.cls": b"0"})
+    with pytest.raises(DataError, match="was replaced while it was listed"):
+        list(Tar().rows(source, 0, ListingContext([], "/nowhere", Access(), labelled=True)))
+
+
+def index_on_rank(rank: int, port: int, folder: str, shards: int) -> None:
+    """Index shards on this rank of two, and save what it has read."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    CountingFileSystem.latency = 0.01
+
+    def make(helpers: Helpers | None) -> str:
+        assert helpers is not None
+        Path(folder, "index").mkdir()
+        roots = {"train": [f"counted://b/s-{{00..{shards - 1}}}.tar"]}
+        return str(build(roots, Path(folder, "index"), folder, "classes", helpers=helpers).parts["train"].rows)
+
+    try:
+        result = from_rank_zero(make, partial(help_to_list, cache_dir=folder))
+    except JobError as error:
+        result = f"{type(error).__name__}: {error}"
+    reads = sorted({path for path, _, _ in CountingFileSystem.reads})
+    Path(folder, str(rank)).write_text(json.dumps([result, reads]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_two_ranks(folder: Path, shards: int) -> list[tuple[str, set[str]]]:
+    """What each rank returned, and the shards that it has read."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=index_on_rank, args=(n, port, str(folder), shards)) for n in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+        assert process.exitcode == 0
+    results = [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
+    return [(result, set(reads)) for result, reads in results]
+
+
+def test_two_ranks_share_the_shards(bucket: type[CountingFileSystem], tmp_path: Path) -> None:
+    for n in range(40):
+        files = {"notes.bin": b""}
+        for i in range(5):
+            files |= {f"{n:02}.{i}.jpg": PICTURE, f"{n:02}.{i}.cls": b"%d" % i}
+        bucket.objects[f"b/s-{n:02}.tar"] = tar_of(files)
+    alone = index_of("counted://b/s-{00..39}.tar", layout="classes")
+    bucket.reads.clear()
+    (first, own), (second, others) = on_two_ranks(tmp_path, 40)
+    assert first == second == "200"
+    assert own.isdisjoint(others)
+    assert len(own | others) == 40
+    assert min(len(own), len(others)) >= 10
+    together = Index(tmp_path / "index", "train")
+    assert together.fingerprint() == alone.fingerprint()
+    assert together.rows(range(200)) == alone.rows(range(200))
+    left_out = json.loads((tmp_path / "index" / "index.json").read_text())["left_out"]
+    assert [(kind["kind"], kind["count"]) for kind in left_out] == [("files without an image's suffix", 40)]
+
+
+def test_a_shard_that_another_rank_cannot_read_ends_all_ranks_with_its_error(
+    bucket: type[CountingFileSystem], tmp_path: Path
+) -> None:
+    for n in range(10):
+        bucket.objects[f"b/s-{n:02}.tar"] = tar_of({f"{n}.jpg": PICTURE, f"{n}.cls": b"0"})
+    for n in (8, 9):
+        bucket.objects[f"b/s-{n:02}.tar"] = b"no tar" * 500
+    (first, _), (second, _) = on_two_ranks(tmp_path, 10)
+    assert first == second
+    assert first.startswith("DataError: counted://b/s-08.tar is not a readable archive")
+
+
+class MemoryStore:
+    """The parts of torch's store that shared work uses, in one process."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def set(self, key: str, value: Any) -> None:
+        self.values[key] = value if isinstance(value, bytes) else value.encode()
+
+    def get(self, key: str) -> bytes:
+        return self.values[key]
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def add(self, key: str, value: int) -> int:
+        self.values[key] = self.values.get(key, 0) + value
+        return self.values[key]
+
+    def delete_key(self, key: str) -> bool:
+        return self.values.pop(key, None) is not None
+
+
+def test_results_of_any_size_go_through_the_store_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_work, "LARGEST_VALUE", 1000)
+    store = MemoryStore()
+    tasks = SharedTasks(store, "t", 3, lambda: None)
+    assert [tasks.claim() for _ in range(4)] == [0, 1, 2, None]
+    for number, result in enumerate((b"", b"x" * 1000, b"y" * 2500)):
+        assert tasks.result(number) is None
+        tasks.finish(number, result)
+        assert tasks.result(number) == result
+        assert tasks.result(number) is None
+    assert store.values.keys() == {"t/claimed"}
+
+
+def test_a_rank_waits_as_long_as_some_rank_makes_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(shared_work.time, "monotonic", lambda: now)
+    store = MemoryStore()
+    waiting, busy = Helpers(store), Helpers(store)
+    for _ in range(10):
+        now += 1000
+        busy.tick()
+        waiting.require_progress()
+    now += 1000
+    waiting.require_progress()
+    now += 300
+    with pytest.raises(RankLost, match="has made progress for 1200 s"):
+        waiting.require_progress()
+
+
+@pytest.mark.parametrize("error", [DataError("a"), ConfigError("b"), StorageOutage("c"), ValueError("d")])
+def test_errors_of_other_ranks_are_of_the_same_kind(error: Exception) -> None:
+    copy = shared_work.Failure.of(error).exception()
+    if isinstance(error, JobError):
+        assert (type(copy), str(copy)) == (type(error), str(error))
+    else:
+        assert str(copy) == "another rank failed (ValueError: d). See its log."
+
+
+def test_the_listing_of_a_shard_counts_what_is_left_out(bucket: type[CountingFileSystem]) -> None:
+    bucket.objects["b/s.tar"] = tar_of({"a.jpg": PICTURE, "a.seg.png": b"", "a.cls": b"0", "b.cls": b"1"})
+    left_out = LeftOut()
+    context = ListingContext([], "/nowhere", Access(), labelled=True, left_out=left_out)
+    list(Tar().rows(Source("counted://b/s.tar", "tar"), 0, context))
+    assert {kind.kind for kind in left_out.kinds()} == {
+        "other images of WebDataset samples",
+        "labels with no image of their name beside them",
+    }
