@@ -36,7 +36,7 @@ LEAST_BYTES, MOST_BYTES = 52_000, 400_000
 MEDIAN_BYTES, SPREAD = 104_000, 0.4
 """Of the log-normal distribution of image sizes, whose mean is 113 kB, as ImageNet's."""
 _BLOCK = tarfile.BLOCKSIZE
-_HEAD = 3 * _BLOCK
+HEAD_BYTES = 3 * _BLOCK
 """Bytes before an image: the header and the content of its label, and its own header."""
 _STEP = 7_919
 """A prime: neighbours have labels this far apart."""
@@ -78,7 +78,7 @@ class Shard:
     @functools.cached_property
     def starts(self) -> npt.NDArray[np.int64]:
         """int64 [N + 1], first byte of each sample, and the first one after all of them."""
-        return np.append(0, np.cumsum(_HEAD + _padded(self.sizes)))
+        return np.append(0, np.cumsum(HEAD_BYTES + _padded(self.sizes)))
 
     @property
     def bytes(self) -> int:
@@ -92,7 +92,7 @@ class Shard:
         sample = int(np.searchsorted(self.starts, start, side="right")) - 1
         while place < stop and sample < len(self.sizes):
             offset, end = place - int(self.starts[sample]), min(stop, int(self.starts[sample + 1]))
-            content = self._sample(sample, whole=end - int(self.starts[sample]) > _HEAD)
+            content = self._sample(sample, whole=end - int(self.starts[sample]) > HEAD_BYTES)
             parts.append(content[offset : offset + end - place])
             place, sample = end, sample + 1
         return b"".join((*parts, bytes(stop - place)))
@@ -112,7 +112,7 @@ class Shard:
         return head + _with_comments(picture(number % PICTURES), size).ljust(_padded(size), b"\0")
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(2048)
 def shard_of(path: str) -> Shard | None:
     """The shard at a path within the filesystem; None for the folder of a data set.
 

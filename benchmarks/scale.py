@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from generated_shards import Counts, install, register, shard_of
+from generated_shards import HEAD_BYTES, Counts, install, register, shard_of
 from rich.console import Console
 from rich.table import Table
 from scale_timeline import memory
@@ -298,8 +298,10 @@ def rehearse(rehearsal: Rehearsal, console: Console) -> tuple[dict[str, Any], li
     }.items():
         others.add_row(name, cell)
     console.print(others)
+    # A label in a file of its own, and two headers, are more than 1 % of an image of less than 150 kB.
+    least = max(0.01, 1.05 * HEAD_BYTES * (rehearsal.options.images + rehearsal.options.val_images) / total)
     goals = [
-        Goal("bytes asked for to index, of the data", 100 * index["bytes"] / total, 1.0, "%"),
+        Goal("bytes asked for to index, of the data", 100 * index["bytes"] / total, 100 * least, "%"),
         Goal("start to first step", first_step["seconds"], 60.0, "s"),
         Goal("second attempt, start to first step", again.at("first step")["seconds"], 60.0, "s"),
         Goal("other run with a saved index, start to first step", saved.at("first step")["seconds"], 60.0, "s"),
