@@ -81,7 +81,7 @@ class Tasks:
 def list_archives(tasks: Sequence[ArchiveTask], context: ListingContext) -> Iterator[list[pa.Table]]:
     """The members of archives, in order; several are listed at once, on all ranks.
 
-    After the time limit, archives that are not finished are empty, except for the first one.
+    After the time limit, archives that are not finished are empty, except for the first one, of which a part is listed.
 
     Args:
         tasks: the archives.
