@@ -24,6 +24,8 @@ THREADS = 8
 """Archives that are listed at once where a thread waits for each."""
 WALKS = 512
 """Archives that are listed at once where requests are awaited: each has one in flight."""
+FEW_WALKS = 16
+"""The same for a listing with a time limit, so that some archives are complete when it has passed."""
 POLL_SECONDS = 0.05
 
 
@@ -79,6 +81,8 @@ class Tasks:
 def list_archives(tasks: Sequence[ArchiveTask], context: ListingContext) -> Iterator[list[pa.Table]]:
     """The members of archives, in order; several are listed at once, on all ranks.
 
+    After the time limit, archives that are not finished are empty, except for the first one, of which a part is listed.
+
     Args:
         tasks: the archives.
         context: settings of the listing.
@@ -107,7 +111,7 @@ def list_archives(tasks: Sequence[ArchiveTask], context: ListingContext) -> Iter
     running = _start(tasks, context, claims.claim, finish, ranks)
     try:
         for number in range(len(tasks)):
-            while number not in done:
+            while number not in done and not (number and context.time_limit.is_over()):
                 running.require_alive()
                 if shared is not None and helpers is not None:
                     if (content := shared.result(number)) is not None:
@@ -117,7 +121,7 @@ def list_archives(tasks: Sequence[ArchiveTask], context: ListingContext) -> Iter
                 with changed:
                     if number not in done:
                         changed.wait(POLL_SECONDS)
-            listed = done.pop(number)
+            listed = done.pop(number, Listed([], []))
             for each in listed.left_out:
                 context.left_out.add(each.kind, each.example, each.count)
             if listed.error is not None:
@@ -213,7 +217,7 @@ def _start(
 
         return _Running([pool.submit(work) for _ in range(min(THREADS, share))], pool)
 
-    walks = max(min(WALKS, share), 1)
+    walks = max(min(FEW_WALKS if context.time_limit.exists else WALKS, share), 1)
 
     async def walk() -> None:
         while (number := claim()) is not None:
