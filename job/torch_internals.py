@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 def connect_default_store() -> Any:
@@ -15,6 +17,15 @@ def connect_default_store() -> Any:
     Nothing public returns the store that ``init_process_group`` was given or made.
     """
     return dist.distributed_c10d._get_default_store().clone()
+
+
+def without_buffer_broadcasts() -> dict[str, Any]:
+    """Arguments of DistributedDataParallel by which rank 0 does not broadcast its buffers in each forward pass.
+
+    torch 2.14 warns of ``broadcast_buffers``, whose successor earlier releases do not have.
+    """
+    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}
 
 
 def flag_not_finite(tensors: list[Tensor], flag: Tensor, scale: Tensor) -> None:

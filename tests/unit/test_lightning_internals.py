@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.profilers import SimpleProfiler
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from torch.nn.parallel import DistributedDataParallel
 
 from job import lightning_internals as internals
 from job import torch_internals
@@ -168,6 +170,17 @@ def test_a_second_connection_to_the_store(monkeypatch: pytest.MonkeyPatch) -> No
     try:
         torch_internals.connect_default_store().set("pulse", "1")
         assert dist.distributed_c10d._get_default_store().get("pulse") == b"1"
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ranks_broadcast_no_buffers_in_a_forward_pass() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            network = DistributedDataParallel(torch.nn.BatchNorm1d(2), **torch_internals.without_buffer_broadcasts())
+        assert not network.will_sync_module_buffers()
     finally:
         dist.destroy_process_group()
 
