@@ -26,9 +26,9 @@ from job.model.config import ModelConfig
 from job.model.module import TransferLearningModel
 from job.monitoring.settings import MonitoringSettings
 from job.resilience.watchdog import WatchdogSettings
+from job.sweep.trials import SweepSettings
 from job.train.fit import FitSettings
 from job.train.loggers import require_installed
-from job.sweep.trials import SweepSettings
 from job.train.lr_finder import LRFinder
 
 

@@ -30,7 +30,7 @@ def copies(features: Tensor, seed: int = 0) -> npt.NDArray[np.int64]:
     """
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(features.shape[1], generator=generator)
-    projected = torch.cat([block.float() @ direction for block in features.split(4096)])
+    projected = torch.cat([block.float() @ direction for block in torch.split(features, 4096)])
     order = projected.argsort()
     groups = np.arange(len(features))
     for distance in range(1, NEIGHBOURS + 1):

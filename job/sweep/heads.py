@@ -272,7 +272,7 @@ class HeadBatch:
             rows = max(UPDATE_ELEMENTS // parameter[0].numel(), 1)
             parts = zip(
                 *(
-                    value.split(rows)
+                    torch.split(value, rows)
                     for value in (parameter, gradient, mean, square, step_size.view(shape), keep.view(shape))
                 ),
                 strict=True,

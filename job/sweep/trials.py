@@ -7,7 +7,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from job.errors import ConfigError
@@ -177,8 +177,11 @@ def _numbers(
         if ends[0] >= ends[1]:
             raise ConfigError(f"--sweep.{name}: {value} is no range LOW..HIGH: {low} is not below {high}.")
         return Range(*ends)
-    items = value.strip("[] ").split(",") if isinstance(value, str) else value
-    listed = [items] if isinstance(items, (int, float)) else list(items)
+    listed: list[float | str]
+    if isinstance(value, str):
+        listed = list(value.strip("[] ").split(","))
+    else:
+        listed = [value] if isinstance(value, (int, float)) else list(value)
     return _without_repetition(name, [_number(name, item, in_range, bounds) for item in listed])
 
 
@@ -201,18 +204,17 @@ def _hidden(value: list[list[int]] | int | str) -> list[tuple[int, ...]]:
     Raises:
         ConfigError: one is no width.
     """
-    if isinstance(value, int):
-        value = str(value)
+    choices: list[tuple[int, ...]] = []
+    lists: object = value
     if isinstance(value, str) and value.strip().startswith("["):
         try:
-            value = json.loads(value)
+            lists = json.loads(value)
         except json.JSONDecodeError as error:
             raise _hidden_error(value) from error
-    if isinstance(value, list):
-        nested = value if all(isinstance(widths, list) for widths in value) else [value]
+    if isinstance(lists, list):
+        nested = lists if all(isinstance(widths, list) for widths in lists) else [lists]
         choices = [tuple(widths) for widths in nested]
     else:
-        choices = []
         for item in str(value).split(","):
             text = item.strip().lower()
             try:
@@ -245,8 +247,3 @@ def _without_repetition(name: str, values: list[T]) -> list[T]:
     if not values:
         raise ConfigError(f"--sweep.{name} is empty: give at least one value.")
     return list(dict.fromkeys(values))
-
-
-def trial_fields() -> tuple[str, ...]:
-    """Names of a trial's settings, in the order of tables."""
-    return tuple(each.name for each in fields(Trial))

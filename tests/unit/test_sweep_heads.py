@@ -15,9 +15,7 @@ from job.data.sampler import ResumableBatchSampler
 from job.model.config import ModelConfig
 from job.model.head import build_head
 from job.model.tasks import TASKS
-from job.sweep.folds import copies, stratified_folds
 from job.sweep.heads import ALL_SAMPLES, Head, HeadBatch, Plan, Targets, class_weights_of, initial_head
-from job.sweep.scores import expected_maximum, luck_of, mean_average_precision, ranking, score_heads
 
 CPU = torch.device("cpu")
 SAMPLES, WIDTH = 60, 8
@@ -50,8 +48,9 @@ def problem(classes: int, several_labels: bool = False) -> tuple[Matrix, Targets
 
 def alone(head: Head, start: torch.nn.Sequential, plan: Plan, matrix: Matrix, targets: Targets, folds: np.ndarray):
     """Train one head by torch.optim and the loss of ``fit``, one step per batch."""
-    network = build_head(WIDTH, [layer.out_features for layer in start if hasattr(layer, "out_features")][:-1],
-                         targets.num_logits)
+    network = build_head(
+        WIDTH, [layer.out_features for layer in start if hasattr(layer, "out_features")][:-1], targets.num_logits
+    )
     network.load_state_dict(start.state_dict())
     task_name = "multilabel" if targets.several_labels else "classification"
     config = ModelConfig(
