@@ -126,7 +126,7 @@ _SWEEP = {
     "heads": [
         Option("lr", "A,B,…", "Learning rates of AdamW; a range as 1e-4..1e-1 with --samples.", alias_of="sweep.lr"),
         Option("weight_decay", "A,B,…", "Weight decays.", "0,0.01,0.1,1", alias_of="sweep.weight_decay"),
-        Option("hidden", "A,B,…", "Hidden layers: none, 256, 256x32, …", "none,256", alias_of="sweep.hidden"),
+        Option("hidden", "A,B,…", "Hidden layers: none, 256, 256x32, …", "none,64", alias_of="sweep.hidden"),
         Option("label_smoothing", "A,B,…", "Label smoothing.", "0,0.1", alias_of="sweep.label_smoothing"),
         Option("class_weights", "A,B", "none, balanced, or both.", "none", alias_of="sweep.class_weights"),
         Option("dropout", "A,B,…", "Dropout before each linear layer.", "0", alias_of="sweep.dropout"),
@@ -134,7 +134,7 @@ _SWEEP = {
     ],
     "comparison": [
         Option("folds", "N", "Folds of the cross-validation.", "5", alias_of="sweep.folds"),
-        Option("epochs", "N", "Epochs per head. Default: about 600 steps.", alias_of="sweep.epochs"),
+        Option("epochs", "N", "Epochs per head. Default: about 300 steps.", alias_of="sweep.epochs"),
         Option("batch_size", "N", "Images per step. Default: 32 to 1024.", alias_of="sweep.batch_size"),
     ],
     "hardware": _HARDWARE,

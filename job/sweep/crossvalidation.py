@@ -19,11 +19,11 @@ from job.sweep.heads import Head, HeadBatch, Plan, heads_per_block, initial_head
 from job.sweep.scores import FoldScore, score_heads
 from job.sweep.trials import Trial
 
-STEPS = 600
+STEPS = 300
 """Steps of a head by default."""
 LEAST_EPOCHS, MOST_EPOCHS = 5, 100
 LEAST_BATCH, MOST_BATCH = 32, 1024
-BATCHES_PER_EPOCH = 32
+BATCHES_PER_EPOCH = 64
 """Steps per epoch from which on a larger batch is chosen."""
 SMALL_STEP_FLOPS = 2e7
 """Steps with fewer are faster on one thread."""

@@ -75,7 +75,7 @@ class SweepSettings:
         dropout: dropout of the inputs of each of the head's linear layers, from 0 to below 1.
         samples: number of random combinations; 0: the grid of all combinations.
         folds: folds of the cross-validation on the training images.
-        epochs: epochs per head. Default: as many as have about 600 steps, from 5 to 100.
+        epochs: epochs per head. Default: as many as have about 300 steps, from 5 to 100.
         batch_size: samples per step. Default: a power of two between 32 and 1024, by the number of images.
         block_mb: memory of the heads that are trained together, in 10^6 bytes.
         logged: number of best trials that TensorBoard shows, each as a run of its own.
@@ -83,7 +83,7 @@ class SweepSettings:
 
     lr: list[float] | float | str = "1e-4,3e-4,1e-3,3e-3,1e-2,3e-2"
     weight_decay: list[float] | float | str = "0,0.01,0.1,1"
-    hidden: list[list[int]] | int | str = "none,256"
+    hidden: list[list[int]] | int | str = "none,64"
     label_smoothing: list[float] | float | str = "0,0.1"
     class_weights: str = "none"
     dropout: list[float] | float | str = "0"
