@@ -52,6 +52,9 @@ COMMANDS = {
     "tune": Command(
         "job.cli.tune", "Find an initial learning rate and the largest batch that fits.", on_ranks=True, has_check=True
     ),
+    "sweep": Command(
+        "job.cli.sweep", "Train many heads of a frozen backbone at once, and keep the best.", on_ranks=True
+    ),
     "validate": Command(
         "job.cli.evaluate", "Evaluate a checkpoint on the validation images.", on_ranks=True, has_check=True
     ),
