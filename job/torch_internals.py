@@ -35,3 +35,15 @@ def compile_seconds() -> float:
     from torch._dynamo.utils import calculate_time_spent
 
     return float(calculate_time_spent().get("total_wall_time", 0.0))
+
+
+def resize_bytes_into(out: Tensor, image: Tensor) -> None:
+    """:func:`torch.nn.functional.interpolate`, bilinear and antialiased, into memory that exists.
+
+    The public function allocates its result, which then is to be copied.
+
+    Args:
+        out: uint8 [B, C, h, w].
+        image: uint8 [B, C, H, W].
+    """
+    torch.ops.aten._upsample_bilinear2d_aa.out(image, out.shape[2:], False, None, None, out=out)

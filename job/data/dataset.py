@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 
-from job.data.augment import ResizeMode, own_generators, resize, seeded
+from job.data.augment import ResizeMode, own_generators, resize, resize_into, seeded
 from job.data.bad_samples import BadSample
 from job.data.cache import SampleCache
-from job.data.decode import decode
+from job.data.decode import decode, decode_pixels
 from job.data.fetch import Fetched, Fetcher
 from job.data.index.index import Index
 from job.data.pixels import MAX_IMAGE_PIXELS
@@ -120,6 +120,23 @@ class Preprocessing:
         image = decode(content, self.image_size, self.max_image_pixels)
         try:
             return resize(image, self.image_size, self.resize)
+        except RuntimeError as error:  # raised by torch when it runs out of memory
+            raise DataError(f"cannot be resized: {first_line(error)}") from error
+
+    def decode_into(self, out: Tensor, content: bytes, variant: int) -> None:
+        """:meth:`decoded` and :meth:`pixels` into an image of a batch; only without ``augment``.
+
+        Args:
+            out: uint8 [1, 3, image_size, image_size], channels last in memory.
+            content: the file.
+            variant: its number.
+
+        Raises:
+            DataError: the content is no readable image.
+        """
+        pixels = decode_pixels(content, self.image_size, self.max_image_pixels)
+        try:
+            resize_into(out, pixels, self.resize, flip=self.flip and variant > 0)
         except RuntimeError as error:  # raised by torch when it runs out of memory
             raise DataError(f"cannot be resized: {first_line(error)}") from error
 
@@ -245,15 +262,29 @@ class ImageDataset(Dataset[Batch]):
         return self.preprocessing.variant(self.seed, indices.epoch, int(indices.samples[row]), repeat)
 
     def _read_into(self, batch: Batch, indices: BatchIndices) -> None:
-        decoded, image = -1, torch.empty(0)
+        preprocessing, fetcher = self.preprocessing, self._opened_fetcher()
+        rows = batch["image"].split(1)
+        first, image = -1, torch.empty(0)
         for row, (sample, fetched) in enumerate(zip(indices.samples.tolist(), self._fetched(indices), strict=True)):
+            variant = self.variant(indices, row)
             try:
-                if sample != decoded:  # the variants of a sample are neighbours
-                    decoded, image = -1, self.preprocessing.decoded(self._opened_fetcher().content(fetched))
-                    decoded = sample
-                variant = self.variant(indices, row)
-                seed = sample_seed(self.seed, variant, sample)
-                batch["image"][row] = self.preprocessing.pixels(image, variant, seed)
+                # The variants of a sample are neighbours.
+                is_first = first < 0 or sample != indices.samples[first]
+                if is_first:
+                    first = -1
+                    content = fetcher.content(fetched)
+                if preprocessing.augment is None:
+                    if is_first:
+                        preprocessing.decode_into(rows[row], content, variant)
+                    else:
+                        flip = preprocessing.flip and (variant > 0) != (self.variant(indices, first) > 0)
+                        rows[row].copy_(rows[first].flip(3) if flip else rows[first])
+                else:
+                    if is_first:
+                        image = preprocessing.decoded(content)
+                    rows[row][0] = preprocessing.pixels(image, variant, sample_seed(self.seed, variant, sample))
+                if is_first:
+                    first = row
             except DataError as error:
                 if batch["mask"][row]:
                     line = f"{self.index.uri(sample)} {error}"

@@ -96,7 +96,12 @@ class ImageTooLarge(DataError):
 
 
 def decode(content: bytes, at_least: int = 0, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Tensor:
-    """An encoded image as uint8 [3, H, W], RGB, upright by its EXIF orientation.
+    """:func:`decode_pixels` as a tensor, uint8 [3, H, W]."""
+    return torch.from_numpy(decode_pixels(content, at_least, max_image_pixels)).permute(2, 0, 1)
+
+
+def decode_pixels(content: bytes, at_least: int = 0, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Pixels:
+    """An encoded image as uint8 [H, W, 3], RGB, upright by its EXIF orientation.
 
     Transparency is laid on white; see :func:`job.data.pixels.to_rgb` for more than 8 bits. Malformed metadata is
     ignored.
@@ -115,9 +120,7 @@ def decode(content: bytes, at_least: int = 0, max_image_pixels: int = MAX_IMAGE_
         raise DataError("is empty (0 bytes)")
     try:
         pixels = _jpeg(content, at_least, max_image_pixels) if content.startswith(b"\xff\xd8") else None
-        if pixels is None:
-            pixels = _by_pillow(content, at_least, max_image_pixels)
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return _by_pillow(content, at_least, max_image_pixels) if pixels is None else pixels
     except DataError:
         raise
     except Exception as error:  # a decoder may raise anything, and one image must not end the run
