@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from job.data.pixels import Pixels
-from job.torch_internals import resize_bytes_into
+from job.torch_internals import resize_bytes
 
 ResizeMode = Literal["squash", "crop"]
 
@@ -27,7 +26,10 @@ CROP_FIRST_RATIO = 64
 """Ratio of the sides above which only the part of an image that ``crop`` keeps is resized."""
 LONG_SIDE = 65_535
 """Side, in pixels, above which an image is averaged before it is resized: the weights of a resize grow with it."""
-_RESIZES_BYTES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("aarch64", "arm64")
+_RESIZES_BYTES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in (
+    "aarch64",
+    "arm64",
+)
 """Whether torchvision resizes uint8 as such on this CPU; on others it converts to float and back."""
 
 
@@ -53,9 +55,9 @@ def resize_into(out: Tensor, pixels: Pixels, mode: ResizeMode, *, flip: bool = F
         size = _resized(height, width, image_size, mode)
         if size != (height, width):
             if size == (image_size, image_size) and not flip:
-                resize_bytes_into(out, image)
+                resize_bytes(image, size, out)
                 return
-            image = interpolate(image, size, mode="bilinear", antialias=True)
+            image = resize_bytes(image, size)
         if size != (image_size, image_size):
             top, left = (round((side - image_size) / 2) for side in size)  # as torchvision's center_crop
             image = image[:, :, top : top + image_size, left : left + image_size]

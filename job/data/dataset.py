@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
@@ -24,6 +25,7 @@ from job.data.fetch import Fetched, Fetcher
 from job.data.index.index import Index
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.data.sampler import BatchIndices, ResumableBatchSampler, sample_seed
+from job.data.workers import one_core_threads
 from job.errors import ConfigError, DataError, JobError, first_line
 
 SAMPLES_AHEAD = 512
@@ -31,6 +33,8 @@ BYTES_AHEAD = 64 << 20
 """Prefetch of a loader beyond the batch that it decodes: enough for 100 ms per request, and bounded."""
 BYTES_AT_ONCE = 256 << 20
 """A larger batch is fetched in portions of this size: one while the previous one is decoded."""
+CHUNKS_PER_THREAD = 4
+"""Parts of a batch that threads decode together, so that all end at about the same time."""
 ASSUMED_BYTES = 1 << 20
 """Size of a sample whose size is not in the index, until some have been read."""
 
@@ -88,6 +92,11 @@ class Preprocessing:
     def variants(self) -> int | None:
         """Number of variants per sample; None: unlimited."""
         return self.augment_views if self.augment is not None else 2 if self.flip else 1
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of an image in a batch."""
+        return 3 * self.image_size**2
 
     @property
     def cache_key(self) -> str:
@@ -170,24 +179,28 @@ class Preprocessing:
         return out
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Ahead:
     """The first portion of a batch, which is fetched ahead.
 
     Attributes:
         future: its samples.
-        expected: bytes according to the index.
+        expected: bytes according to the index, and once they have been read, as they are.
         rest: the batch's other portions.
+        is_counted: bytes have been counted after reading.
     """
 
     future: Future[list[Fetched]]
     expected: int
     rest: list[npt.NDArray[np.int64]]
+    is_counted: bool = False
 
     def size(self) -> int:
         """Bytes in memory, now or soon."""
-        if self.future.done() and not self.future.cancelled() and self.future.exception() is None:
-            return sum(each.size for each in self.future.result())
+        if not self.is_counted and self.future.done():
+            if not self.future.cancelled() and self.future.exception() is None:
+                self.expected = sum(each.size for each in self.future.result())
+            self.is_counted = True
         return self.expected
 
 
@@ -226,13 +239,21 @@ class ImageDataset(Dataset[Batch]):
         self._fetcher: Fetcher | None = None
         self._mean_bytes = 0.0
         self._ahead: dict[tuple[int, int], _Ahead] = {}
+        self._threads: ThreadPoolExecutor | None = None
+        self._chunks = 1
 
     def __getstate__(self) -> dict[str, Any]:
         # Filesystems and threads belong to the process that made them.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_fetcher", "_ahead")}
+        own = ("_lock", "_fetcher", "_ahead", "_threads")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _fetcher=None, _ahead={})
+        self.__dict__.update(state, _lock=threading.Lock(), _fetcher=None, _ahead={}, _threads=None)
+
+    def use_threads(self, count: int) -> None:
+        """Decode the samples of each batch in several threads of this process; without ``augment`` only."""
+        self._threads = one_core_threads(count)
+        self._chunks = CHUNKS_PER_THREAD * count
 
     def __getitem__(self, indices: BatchIndices) -> Batch:
         size = self.preprocessing.image_size
@@ -262,17 +283,36 @@ class ImageDataset(Dataset[Batch]):
         return self.preprocessing.variant(self.seed, indices.epoch, int(indices.samples[row]), repeat)
 
     def _read_into(self, batch: Batch, indices: BatchIndices) -> None:
-        preprocessing, fetcher = self.preprocessing, self._opened_fetcher()
-        rows = batch["image"].split(1)
+        fetched = self._fetched(indices)
+        if self._threads is None:
+            batch["bad"] += self._read_rows(batch, indices, 0, fetched)
+            return
+        parts: list[Future[list[BadSample]]] = []
+        try:
+            for first, last in itertools.pairwise(_bounds(indices.samples, self._chunks)):
+                samples = list(itertools.islice(fetched, last - first))
+                parts.append(self._threads.submit(self._read_rows, batch, indices, first, samples))
+        finally:
+            wait(parts)  # they write into the batch, also if another one fails
+        for part in parts:
+            batch["bad"] += part.result()
+
+    def _read_rows(
+        self, batch: Batch, indices: BatchIndices, start: int, fetched: Iterable[Fetched]
+    ) -> list[BadSample]:
+        """Decode into the rows from ``start`` on; return the unreadable samples."""
+        preprocessing, fetcher, bad = self.preprocessing, self._opened_fetcher(), []
+        rows = torch.split(batch["image"], 1)
         first, image = -1, torch.empty(0)
-        for row, (sample, fetched) in enumerate(zip(indices.samples.tolist(), self._fetched(indices), strict=True)):
-            variant = self.variant(indices, row)
+        for row, one in enumerate(fetched, start):
+            sample = int(indices.samples[row])
             try:
+                variant = self.variant(indices, row)
                 # The variants of a sample are neighbours.
                 is_first = first < 0 or sample != indices.samples[first]
                 if is_first:
                     first = -1
-                    content = fetcher.content(fetched)
+                    content = fetcher.content(one)
                 if preprocessing.augment is None:
                     if is_first:
                         preprocessing.decode_into(rows[row], content, variant)
@@ -287,9 +327,9 @@ class ImageDataset(Dataset[Batch]):
                     first = row
             except DataError as error:
                 if batch["mask"][row]:
-                    line = f"{self.index.uri(sample)} {error}"
-                    batch["bad"].append(BadSample(self.index.part, sample, line))
+                    bad.append(BadSample(self.index.part, sample, f"{self.index.uri(sample)} {error}"))
                 batch["mask"][row] = False
+        return bad
 
     def _fetched(self, indices: BatchIndices) -> Iterator[Fetched]:
         """The samples of a batch in order, while those of the following batches are being fetched."""
@@ -349,3 +389,10 @@ class ImageDataset(Dataset[Batch]):
                 self._ahead[indices.epoch, number] = _Ahead(fetcher.start(first), size, rest)
                 bytes_ahead += size
         return portion.future, portion.rest
+
+
+def _bounds(samples: npt.NDArray[np.int64], parts: int) -> list[int]:
+    """Bounds of about ``parts`` equal parts of a batch; neighbours of one sample stay together."""
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(samples)) + 1])
+    chosen = np.searchsorted(starts, np.linspace(0, len(samples), parts, endpoint=False))
+    return [*np.unique(starts[chosen[chosen < len(starts)]]).tolist(), len(samples)]

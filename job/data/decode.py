@@ -85,6 +85,7 @@ _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
 
 _one_large = threading.Lock()
 """Held while a large image is decoded: the memory of a process is that of one of them, however many threads it has."""
+_NOT_ALONE = contextlib.nullcontext()
 
 Image.preinit()
 # warnings.catch_warnings is not safe in threads. Odd metadata is no reason to warn, and sizes are checked here.
@@ -148,10 +149,12 @@ def _jpeg(content: bytes, at_least: int, max_image_pixels: int) -> Pixels | None
         _refuse_bomb(width, height, max_image_pixels)
         if colourspace not in ("YCbCr", "Gray", "RGB"):
             return None
-        scale = next((d for d in SCALES if at_least and min(height, width) >= d * at_least), 1)
-        smallest = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
+        scale = 1
+        if at_least and min(height, width) >= SCALES[-1] * at_least:
+            scale = next(scale for scale in SCALES if min(height, width) >= scale * at_least)
+        smallest = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
         with _alone(width // scale, height // scale):
-            pixels: Pixels = simplejpeg.decode_jpeg(content, "RGB", **smallest)
+            pixels: Pixels = simplejpeg.decode_jpeg(content, "RGB", False, False, *smallest)
     except ValueError:
         return None
     return _turned(pixels, jpeg_orientation(content))
@@ -226,7 +229,7 @@ def _heif_format() -> str:
 
 
 def _alone(width: int, height: int) -> contextlib.AbstractContextManager[object]:
-    return _one_large if is_large(width, height) else contextlib.nullcontext()
+    return _one_large if is_large(width, height) else _NOT_ALONE
 
 
 def _number(value: object) -> int:
