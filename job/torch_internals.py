@@ -46,3 +46,18 @@ def compile_seconds() -> float:
     from torch._dynamo.utils import calculate_time_spent
 
     return float(calculate_time_spent().get("total_wall_time", 0.0))
+
+
+def resize_bytes(image: Tensor, size: tuple[int, int], out: Tensor | None = None) -> Tensor:
+    """:func:`torch.nn.functional.interpolate`, bilinear and antialiased, which may write into memory that exists.
+
+    The public function allocates its result, which then is to be copied, and holds the GIL for twice as long.
+
+    Args:
+        image: uint8 [B, C, H, W].
+        size: height and width of the result.
+        out: uint8 [B, C, height, width], for the result.
+    """
+    untyped: Any = torch._C._nn
+    resized: Tensor = untyped._upsample_bilinear2d_aa(image, size, False, None, out=out)
+    return resized

@@ -23,7 +23,7 @@ from job.data.index.access import Access, is_local_uri, refusal
 from job.data.index.bounded import LARGEST_MEMBER
 from job.data.index.sources.base import LONGEST_KEY
 from job.data.index.sources.table import split_uri
-from job.data.loader import one_core_threads
+from job.data.workers import one_core_threads
 from job.errors import DataError, JobError, StorageOutage, first_line
 from job.predict.output import ImageModel, Row, json_line
 from job.process import logs

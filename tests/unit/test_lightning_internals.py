@@ -194,6 +194,15 @@ def test_gradients_that_are_not_finite_are_flagged(value: float, flagged: float)
     assert all(torch.equal(a, b) or value != value for a, b in zip(tensors, before, strict=True))
 
 
+def test_resizing_into_memory_that_exists() -> None:
+    image, out = torch.randint(256, (1, 3, 50, 70), dtype=torch.uint8), torch.zeros(2, 3, 20, 30, dtype=torch.uint8)
+    torch_internals.resize_bytes(image, (20, 30), out[1:])
+    expected = torch.nn.functional.interpolate(image, (20, 30), mode="bilinear", antialias=True)
+    assert torch.equal(out[1:], expected)
+    assert torch.equal(torch_internals.resize_bytes(image, (20, 30)), expected)
+    assert not out[0].any()
+
+
 def test_seconds_of_compiling() -> None:
     assert torch_internals.compile_seconds() >= 0
 
