@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import fork_server
 import numpy as np
+import numpy.typing as npt
+import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -135,6 +137,13 @@ def contents(fetcher: Fetcher, fetched: list[Fetched]) -> list[bytes | DataError
         except DataError as error:
             results.append(error)
     return results
+
+
+def cells_of(matrix: object) -> npt.NDArray[np.int64]:
+    """The cells of a confusion matrix that are not zero: rows of (true class, predicted class, count)."""
+    counts = np.asarray(matrix, np.int64)
+    places = np.argwhere(counts)
+    return np.column_stack([places, counts[tuple(places.T)]])
 
 
 def options(settings: dict[str, object], **changes: object) -> list[str]:
@@ -263,6 +272,11 @@ def run_well(
     result = run(*args, processes=processes, fresh=fresh, **variables)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+def own_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The log lines of this package: threads of libraries that earlier tests started may log at any time."""
+    return [record.getMessage() for record in caplog.records if record.name.split(".")[0] == "job"]
 
 
 def scalars(run_dir: str) -> dict[str, list[tuple[int, float]]]:

@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from job import storage
 from job.checkpoint import callback_settings
+from job.checkpoint.confusion import ConfusionMatrix
 from job.checkpoint.io import BackgroundCheckpointIO
 from job.checkpoint.manifest import FORMAT, kept_metrics
 from job.checkpoint.retention import compare_ranking, validation_identity
@@ -210,7 +211,8 @@ class Checkpointer(Checkpoint):
         checkpoint[STOPPED_KEY] = bool(trainer.should_stop)
         checkpoint[CALLBACKS_KEY] = callback_settings.settings_of_all(trainer.callbacks)  # type: ignore[attr-defined]
         if metrics:
-            checkpoint[CONFUSION_KEY] = pl_module.evaluation.confusion  # type: ignore[union-attr]
+            cells = pl_module.evaluation.confusion  # type: ignore[union-attr]
+            checkpoint[CONFUSION_KEY] = ConfusionMatrix(cells, len(image_data(trainer).classes))  # type: ignore[arg-type]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

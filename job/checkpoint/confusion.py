@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from job import storage
 from job.checkpoint.manifest import ConfusionFile
 from job.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from job.storage.json_files import read_limited
 
 SUFFIX = ".confusion.safetensors"
 TENSOR = "true_predicted_count"
@@ -26,26 +23,30 @@ DENSE_CLASSES = 100
 LISTED_CELLS = 10_000
 """Cells that are not zero, up to which a report lists them where there are more classes."""
 
+MOST_SAMPLES = 2**53
+"""Sum of all counts, up to which it is exact in JSON."""
+
 Cells = npt.NDArray[np.int64]
-"""Either int64 [N, 3], see :func:`cells`, or int64 [C, 2, 2], the matrix of each class."""
+"""Either the cells of one matrix that are not zero, int64 [N, 3]: rows of (true class, predicted class, count), sorted.
+Or the matrix of each class, int64 [C, 2, 2]."""
 
 
-def cells(matrix: Tensor) -> Cells:
-    """Cells of an int64 [C, C] matrix that are not zero: rows of (true class, predicted class, count), sorted.
+class ConfusionMatrix(NamedTuple):
+    """The confusion matrix of a validation, on its way to its file.
 
-    Matrices of each class, int64 [C, 2, 2], are returned as they are.
+    Attributes:
+        cells: that are not zero, or the matrix of each class.
+        classes: number of classes.
     """
-    if matrix.ndim == 3:
-        return np.ascontiguousarray(matrix.numpy(), np.int64)
-    places = matrix.nonzero()
-    counts = matrix[places[:, 0], places[:, 1]]
+
+    cells: Cells
+    classes: int
+
+
+def encode(cells: Cells) -> bytes:
+    """The file's content: one tensor in the safetensors format."""
     # safetensors writes memory as it lies.
-    return np.ascontiguousarray(np.column_stack([places.numpy(), counts.numpy()]), np.int64)
-
-
-def encode(matrix: Tensor) -> bytes:
-    """The file's content: one tensor of :func:`cells` in the safetensors format."""
-    return safetensors.numpy.save({PER_CLASS_TENSOR if matrix.ndim == 3 else TENSOR: cells(matrix)})
+    return safetensors.numpy.save({PER_CLASS_TENSOR if cells.ndim == 3 else TENSOR: np.ascontiguousarray(cells)})
 
 
 def describe(content: bytes, classes: int) -> ConfusionFile:
@@ -60,7 +61,7 @@ def read(uri: str, expected: ConfusionFile) -> Cells:
         CheckpointError: it is damaged.
         StorageError: it cannot be read.
     """
-    content = storage.read_bytes(uri)
+    content = read_limited(uri, expected.bytes)
     if describe(content, expected.classes) != expected:
         raise CheckpointError(f"the confusion matrix {uri} is damaged: its size or SHA-256 is not the manifest's.")
     try:
@@ -69,17 +70,22 @@ def read(uri: str, expected: ConfusionFile) -> Cells:
         raise CheckpointError(f"the confusion matrix {uri} is damaged: {error}") from error
     per_class = tensors.get(PER_CLASS_TENSOR)
     if per_class is not None:
-        if per_class.dtype != np.int64 or per_class.shape != (expected.classes, 2, 2) or per_class.min() < 0:
+        if per_class.dtype != np.int64 or per_class.shape != (expected.classes, 2, 2) or not _are_counts(per_class):
             raise CheckpointError(
                 f"the confusion matrix {uri} is damaged: it holds no int64 [{expected.classes}, 2, 2] of counts."
             )
         return per_class
-    cells_read = tensors.get(TENSOR)
-    if cells_read is None or cells_read.dtype != np.int64 or cells_read.ndim != 2 or cells_read.shape[1] != 3:
+    cells = tensors.get(TENSOR)
+    if cells is None or cells.dtype != np.int64 or cells.ndim != 2 or cells.shape[1] != 3:
         raise CheckpointError(f"the confusion matrix {uri} is damaged: it holds no int64 [N, 3] {TENSOR!r}.")
-    if cells_read.size and (cells_read.min() < 0 or cells_read[:, :2].max() >= expected.classes):
+    if cells.size and (cells.min() < 0 or cells[:, :2].max() >= expected.classes or not _are_counts(cells[:, 2])):
         raise CheckpointError(f"the confusion matrix {uri} is damaged: a class or a count is out of range.")
-    return cells_read
+    return cells
+
+
+def _are_counts(values: npt.NDArray[np.int64]) -> bool:
+    """Whether none is negative, and their sum is exact in JSON."""
+    return bool(values.min() >= 0 and values.sum(dtype=np.float64) <= MOST_SAMPLES)
 
 
 def as_json(nonzero: Cells, classes: int, uri: str | None = None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from job import checkpoint, storage
 from job.checkpoint import confusion
+from job.checkpoint.confusion import ConfusionMatrix
 from job.checkpoint.manifest import encode_manifest, manifest_of, manifest_uri
 from job.checkpoint.state import CONFUSION_KEY, MANIFEST_KEY, require_lightning_version
 from job.errors import CheckpointError, StorageError, StorageOutage, first_line
@@ -69,7 +70,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         """
         self.wait()
         # Every validation has a matrix of its own: no copy is needed.
-        matrix = checkpoint.pop(CONFUSION_KEY, None)
+        matrix: ConfusionMatrix | None = checkpoint.pop(CONFUSION_KEY, None)
         snapshot = self._snapshot(checkpoint)
         self._thread = threading.Thread(
             target=self._write, args=(snapshot, matrix, str(path)), name="checkpoint-upload", daemon=True
@@ -136,7 +137,7 @@ class BackgroundCheckpointIO(CheckpointIO):
             torch.cuda.synchronize()
         return copied
 
-    def _write(self, snapshot: dict[str, Any], matrix: Tensor | None, uri: str) -> None:
+    def _write(self, snapshot: dict[str, Any], matrix: ConfusionMatrix | None, uri: str) -> None:
         staged: Path | None = None
         try:
             staged = self._stage(snapshot, storage.basename(uri))
@@ -146,9 +147,9 @@ class BackgroundCheckpointIO(CheckpointIO):
             size = staged.stat().st_size
             uri = self._upload(staged, uri)
             described = None
-            if matrix is not None and matrix.numel():
-                content = confusion.encode(matrix)
-                described = confusion.describe(content, len(matrix))
+            if matrix is not None:
+                content = confusion.encode(matrix.cells)
+                described = confusion.describe(content, matrix.classes)
                 self._write_bytes(uri + confusion.SUFFIX, content, f"the metrics of {uri} wait")
             self._retry(self.before_commit, f"the checkpoint {uri} waits")
             file_facts = {"file": storage.basename(uri), "bytes": size, "sha256": sha256, "confusion": described}

@@ -32,7 +32,7 @@ TRAINING_WEIGHTS_KEY = "training_weights"
 HISTORY_KEY = "history"
 """Validations so far, as JSON: a list of :class:`~job.monitoring.history.ValidationRecord`."""
 CONFUSION_KEY = "confusion"
-"""The confusion matrix on its way to its own file; the state file does not hold it."""
+"""The :class:`~job.checkpoint.confusion.ConfusionMatrix` on its way to its own file, which the state does not hold."""
 
 _NO_FILE = {"file": "epoch=000-step=00000000.ckpt", "bytes": 0, "sha256": "0" * 64}
 

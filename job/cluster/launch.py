@@ -129,11 +129,17 @@ def launch(
                 return final
             log.info("the ranks of this node ended with code %d; it waits for the others", code)
     except SignalException as error:
-        return 0 if rounds.finished else SIGNAL_EXIT_BASE + int(error.sigval)
+        _ignore_signals()
+        return 0 if rounds.may_leave() else SIGNAL_EXIT_BASE + int(error.sigval)
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)  # torch's handlers would raise an exception outside of it
+        _ignore_signals()
+
+
+def _ignore_signals() -> None:
+    """From here on torch's handlers would raise an exception that nobody expects."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _run_round(

@@ -63,6 +63,8 @@ LEAVE_SECONDS = 10.0
 """How long node 0 still serves the store when all nodes may end."""
 MISTAKE_SECONDS = 45.0
 """As LEAVE_SECONDS, where the ranks of other nodes have yet to end, or to be killed after 30 s."""
+STOPPED_SECONDS = 8.0
+"""How long a node that is told to stop waits for the ranks of the others to finish, as its own have."""
 FINISH_POLL_SECONDS = 0.1
 _STOPPED = (EXIT_PREEMPTED, EXIT_INTERRUPTED, EXIT_HANGUP)
 _LOST_ERRORS = (OSError, RuntimeError)
@@ -95,7 +97,6 @@ class Rounds:
 
     Attributes:
         in_place: whether the ranks are started again.
-        finished: whether this node may end with exit code 0, whatever comes.
     """
 
     def __init__(self, node: Node, *, in_place: bool) -> None:
@@ -106,7 +107,7 @@ class Rounds:
         self._last = ""
         self._nodes: dict[str, str] = {}
         self._restarts = 0
-        self.finished = False
+        self._finishing: Round | None = None
 
     def gather(self, code: int = 0) -> Round | int:
         """Wait until all nodes of the job are there.
@@ -152,6 +153,26 @@ class Rounds:
             return code
         self._quietly(lambda: current.keys.compare_set("over", "", FAILED))
         return None if self.in_place else code
+
+    def may_leave(self) -> bool:
+        """Whether this node may end with exit code 0 at a signal: the ranks of all nodes have finished.
+
+        Where only its own have, and the others do not follow in ``STOPPED_SECONDS``, this node counts as replaced:
+        they wait for its successor.
+        """
+        if (current := self._finishing) is None:
+            return False
+        deadline = time.monotonic() + STOPPED_SECONDS
+        try:
+            while not self._over(current) and time.monotonic() < deadline:
+                time.sleep(FINISH_POLL_SECONDS)
+            over = self._request(lambda: current.keys.compare_set("over", "", REPLACED))
+        except _LOST_ERRORS:
+            return False
+        if over != FINISHED.encode():
+            return False
+        self._part(current)
+        return True
 
     def wait_for_end(self, current: Round, stop: threading.Event) -> str:
         """Wait until the ranks of another node have ended; called in a thread, while those of this node run.
@@ -281,29 +302,35 @@ class Rounds:
 
     def _finish(self, current: Round) -> int | None:
         """Wait until the ranks of all nodes have finished: a node that is replaced meanwhile needs the others."""
-        others = [f"ended/{rank}" for rank in range(1, self._node.nodes)]
+        self._finishing = current
         try:
             if self._node.node_rank > 0:
                 self._request(lambda: current.keys.set(f"ended/{self._node.node_rank}", "0"))
-                self.finished = True
-            elif self._request(lambda: current.keys.check(others)):
-                current.keys.compare_set("over", "", FINISHED)
-            while not (over := self._request(lambda: _text(current.keys, "over"))):
+            while not (over := self._over(current)):
                 time.sleep(FINISH_POLL_SECONDS)
-                if self._node.node_rank == 0 and current.keys.check(others):
-                    current.keys.compare_set("over", "", FINISHED)
             if over == FINISHED:
-                self.finished = True
-                if self._node.node_rank > 0:
-                    self._quietly(lambda: self._job(current).add("left", 1))
-                else:
-                    self._leave(self._job(current), LEAVE_SECONDS)
+                self._part(current)
                 return 0
         except _LOST_ERRORS:
             log.warning("node 0 was lost after the ranks of this node had finished")
-        self.finished = False
+        self._finishing = None
         # Not 0: Kubernetes would never start this node again, and the others would wait for it.
         return None if self.in_place else EXIT_RETRY
+
+    def _over(self, current: Round) -> str:
+        """How the round ended, empty: it goes on; node 0 notes that the ranks of all nodes have finished."""
+        if self._node.node_rank == 0:
+            others = [f"ended/{rank}" for rank in range(1, self._node.nodes)]
+            if self._request(lambda: current.keys.check(others)):
+                self._request(lambda: current.keys.compare_set("over", "", FINISHED))
+        return self._request(lambda: _text(current.keys, "over"))
+
+    def _part(self, current: Round) -> None:
+        """Let node 0 know that this node has read that all end; on node 0, wait for the others."""
+        if self._node.node_rank == 0:
+            self._leave(self._job(current), LEAVE_SECONDS)
+        else:
+            self._quietly(lambda: self._job(current).add("left", 1))
 
     def _leave(self, job: Store, seconds: float) -> None:
         """On node 0, serve the store until the other nodes have read that all end, or for so many seconds."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -86,18 +85,22 @@ class Evaluation:
 
     Attributes:
         metrics: values by name; undefined ones are omitted.
-        confusion: int64 [C, C], rows are true classes; of several labels one matrix per class, int64 [C, 2, 2].
+        confusion: cells of the confusion matrix that are not zero, int64 [N, 3]: rows of (true class, predicted class,
+            count), sorted; of several labels one matrix per class, int64 [C, 2, 2].
         calibration: confidence against accuracy; None without samples.
         scores: histograms of scores, those of all classes together above 50 classes; None without samples.
         worst: wrong predictions of the highest loss, the worst first; at most 64. Of several labels those that are
             wrong of the 64 samples with the highest loss.
         examples: predictions of at most 64 samples, in the order of sample ids. They are evenly spread over the data,
             and the same in each validation of the same samples.
+        errors: largest possible difference from the exact value, of the metrics that are computed from histograms of
+            the scores; empty where all metrics are exact.
     """
 
     metrics: dict[str, float]
-    confusion: Tensor
+    confusion: Counts
     calibration: Calibration | None = None
     scores: ScoreHistograms | None = None
     worst: tuple[SamplePrediction, ...] = ()
     examples: tuple[SamplePrediction, ...] = ()
+    errors: dict[str, float] = field(default_factory=dict)

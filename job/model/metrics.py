@@ -11,20 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from job.model.calibration import BinnedCalibration
-from job.model.evaluation import Evaluation, SamplePrediction
-from job.model.scores import make_scores
+from job.model.class_counts import counts_of_cells
+from job.model.evaluation import Counts, Evaluation, SamplePrediction
+from job.model.scores import BinnedScores, make_scores
 from job.model.selection import SampleSelection
 from job.model.spec import ClassifierSpec
 
 BATCHES_BEHIND = 2
 """Latest batches on an accelerator that are not fetched yet, so that the host does not wait for it."""
 
-NUMBERS_AT_ONCE = 1 << 16
+NUMBERS_AT_ONCE = 1 << 20
 BATCH_COST = 1 << 12
 """Batches are added together, when they have so many probabilities: each addition takes 0.5 ms and as long as
 :data:`BATCH_COST` further probabilities."""
+
+CELLS_AT_ONCE = 1 << 14
+"""Samples of which the confusion matrix is counted together, at least."""
 
 PER_CLASS_LIMIT = 50
 """Number of classes up to which the accuracy of each is logged, and its scores are counted; the confusion matrix
@@ -106,20 +111,26 @@ class TaskMetrics(ABC):
     def _predict(self, sample: Tensor, loss: Tensor, *details: Tensor) -> tuple[SamplePrediction, bool]:
         """The prediction of a selected sample, and whether it is wrong."""
 
-    def _evaluation(self, values: dict[str, float], confusion: Tensor) -> Evaluation:
+    @property
+    def _is_exact(self) -> bool:
+        """Whether metrics are computed from the scores themselves, and not from histograms."""
+        return not isinstance(self.scores, BinnedScores)
+
+    def _evaluation(self, values: dict[str, float], confusion: Counts, errors: dict[str, float]) -> Evaluation:
         """Add to a task's metrics what all tasks have."""
         calibration = self.calibration.calibration()
         if not calibration.counts.any():
             return Evaluation({}, confusion)
-        scores = self.scores.histograms()
+        has_few_classes = len(self.classes) <= PER_CLASS_LIMIT
         worst, examples = self.selection.compute(self._predict, synchronise=self._synchronise)
         return Evaluation(
             {"loss": self.loss.compute().item(), **values, "ece": calibration.error},
             confusion,
             calibration,
-            scores if len(self.classes) <= PER_CLASS_LIMIT else scores.pooled(),
+            self.scores.histograms() if has_few_classes else self.scores.pooled(),
             worst,
             examples,
+            {} if self._is_exact else errors,
         )
 
     def _process(self, remaining: int) -> None:
@@ -135,42 +146,65 @@ class TaskMetrics(ABC):
         self._add(*tensors)
 
 
-class ClassCounts(Metric):
+class ConfusionCounts(Metric):
     """The confusion matrix, and the samples whose class is among the five most probable.
 
-    Classes of equal probability are in the order of their numbers.
+    Of the matrix the cells that are not zero are kept: memory grows with their number, which is at most that of the
+    samples, and not with the square of the number of classes. Classes of equal probability are in the order of their
+    numbers.
     """
 
     full_state_update = False
-    confusion: Tensor
+    cells: list[Tensor]
     in_top: Tensor
 
     def __init__(self, num_classes: int, *, sync_on_compute: bool) -> None:
         super().__init__(sync_on_compute=sync_on_compute)
         self.num_classes = num_classes
-        self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("cells", [], dist_reduce_fx="cat")
         self.add_state("in_top", torch.tensor(0), dist_reduce_fx="sum")
+        self._unsorted = 0
 
     def update(self, probabilities: Tensor, labels: Tensor, predicted: Tensor) -> None:
         """Add samples: probabilities float [N, C], labels and predicted classes int64 [N]."""
-        self.confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+        if not self.cells:
+            self._unsorted = 0
+        self.cells.append(torch.stack([labels, predicted, torch.ones_like(labels)], dim=1))
+        self._unsorted += len(labels)
+        if self._unsorted > max(len(self.cells[0]), CELLS_AT_ONCE):
+            self.cells[:] = [_added(torch.cat(self.cells), self.num_classes)]
+            self._unsorted = 0
         if self.num_classes > 2 * TOP:
-            own = probabilities.gather(1, labels[:, None])
-            earlier = torch.arange(self.num_classes) < labels[:, None]
-            above = (probabilities > own) | (probabilities == own) & earlier
-            self.in_top += (above.sum(dim=1) < TOP).sum()
+            own, fifth = probabilities.gather(1, labels[:, None]), probabilities.topk(TOP).values[:, -1:]
+            self.in_top += (own > fifth).sum() + self._first_of_equal(probabilities, labels, (own == fifth)[:, 0])
+
+    def _first_of_equal(self, probabilities: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
+        """Number of ``candidates``, bool [N], that are in the top 5 if equal classes are in the order of numbers."""
+        probabilities, labels = probabilities[candidates], labels[candidates, None]
+        own = probabilities.gather(1, labels)
+        above = (probabilities > own) | (probabilities == own) & (torch.arange(self.num_classes) < labels)
+        return (above.sum(dim=1) < TOP).sum()
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Confusion matrix int64 [C, C], and number of samples in the top 5, of all ranks."""
+        """Cells of all ranks that are not zero, sorted, int64 [N, 3], and number of samples in the top 5."""
         # On XLA what was summed over ranks lies on the chips.
-        return self.confusion.cpu(), self.in_top.cpu()
+        cells = dim_zero_cat(self.cells).cpu().long() if len(self.cells) else torch.empty(0, dtype=torch.int64)
+        return _added(cells.reshape(-1, 3), self.num_classes), self.in_top.cpu()
+
+
+def _added(cells: Tensor, num_classes: int) -> Tensor:
+    """Rows of (true class, predicted class, count), int64 [N, 3], sorted, with the counts of equal ones added."""
+    places, rows = torch.unique(cells[:, 0] * num_classes + cells[:, 1], return_inverse=True)
+    counts = torch.zeros_like(places).index_add_(0, rows, cells[:, 2])
+    return torch.stack([places // num_classes, places % num_classes, counts], dim=1)
 
 
 class EvaluationMetrics(TaskMetrics):
     """Loss, accuracy, top-5 accuracy, macro F1, macro AUROC, ECE, accuracy per class and the confusion matrix.
 
-    Above 100 classes or 50,000 samples AUROC is computed from histograms; see :class:`~job.model.scores.BinnedScores`
-    for the error bound.
+    Up to 100 classes and 50,000 samples AUROC is exact; above, it is computed from histograms, and
+    :attr:`Evaluation.errors <job.model.evaluation.Evaluation>` has the error bound of
+    :class:`~job.model.scores.BinnedScores`.
 
     Args:
         classes: class names, in the order of labels.
@@ -179,7 +213,7 @@ class EvaluationMetrics(TaskMetrics):
     """
 
     def __init__(self, classes: Sequence[str], *, samples: int = 0, synchronise: bool = True) -> None:
-        self.counts = ClassCounts(len(classes), sync_on_compute=synchronise)
+        self.counts = ConfusionCounts(len(classes), sync_on_compute=synchronise)
         super().__init__(classes, [self.counts], samples=samples, synchronise=synchronise)
 
     @property
@@ -213,19 +247,26 @@ class EvaluationMetrics(TaskMetrics):
         over those that have positive and negative ones.
         """
         self._process(0)
-        confusion, in_top = self.counts.compute()
-        support, correct, total = confusion.sum(dim=1), confusion.diagonal(), int(confusion.sum())
+        cells, in_top = self.counts.compute()
+        confusion: Counts = cells.numpy()
+        correct, support, predicted = counts_of_cells(confusion, len(self.classes))
+        total = int(support.sum())
         values: dict[str, float] = {}
+        errors: dict[str, float] = {}
         if total:
             values["accuracy"] = int(correct.sum()) / total
             if len(self.classes) > 2 * TOP:
                 values["top5_accuracy"] = int(in_top) / total
             present = support > 0
-            values["f1"] = (2 * correct / (support + confusion.sum(dim=0)))[present].double().mean().item()
-            auroc = [value for ranking in self.scores.rankings() if not math.isnan(value := ranking.auroc())]
-            if auroc:
-                values["auroc"] = sum(auroc) / len(auroc)
+            values["f1"] = float((2 * correct[present] / (support + predicted)[present]).mean())
+            defined = [
+                (value, 0.0 if self._is_exact else ranking.auroc_error())
+                for ranking in self.scores.rankings()
+                if not math.isnan(value := ranking.auroc())
+            ]
+            if defined:
+                values["auroc"], errors["auroc"] = (sum(each) / len(defined) for each in zip(*defined, strict=True))
             if len(self.classes) <= PER_CLASS_LIMIT:
                 per_class = zip(self.classes, correct.tolist(), support.tolist(), strict=True)
                 values |= {f"accuracy_of/{name}": hits / count for name, hits, count in per_class if count}
-        return self._evaluation(values, confusion)
+        return self._evaluation(values, confusion, errors)

@@ -21,8 +21,8 @@ class MultilabelMetrics(TaskMetrics):
     F1 and counts are those at the thresholds, a probability per class from which the class is predicted. They are 0.5
     until :meth:`choose_thresholds`. Calibration is that of a decision on each class at a probability of 0.5.
 
-    Above 100 classes or 50,000 samples everything is computed from histograms; see
-    :class:`~job.model.scores.BinnedScores` for the error bound.
+    Up to 100 classes and 50,000 samples everything is exact; above, it is computed from histograms, and
+    :attr:`Evaluation.errors <job.model.evaluation.Evaluation>` has the error bound of mean average precision.
 
     Args:
         classes: class names, in the order of labels.
@@ -53,14 +53,18 @@ class MultilabelMetrics(TaskMetrics):
         [[true negatives, false positives], [false negatives, true positives]].
         """
         self._process(0)
-        confusion, precisions = np.zeros((len(self.classes), 2, 2), np.int64), np.zeros(len(self.classes))
+        count = len(self.classes)
+        confusion, precisions, bounds = np.zeros((count, 2, 2), np.int64), np.zeros(count), np.zeros(count)
         for number, ranking in enumerate(self.scores.rankings()):
             confusion[number] = ranking.confusion(self.thresholds[number])
             precisions[number] = ranking.average_precision()
+            bounds[number] = 0.0 if self._is_exact else ranking.average_precision_error()
+        present = ~np.isnan(precisions)
+        errors = {"mAP": float(bounds[present].mean())} if present.any() else {}
         values: dict[str, float] = {}
         if confusion.any():
             values |= self._metrics_of(confusion, precisions)
-        return self._evaluation(values, torch.from_numpy(confusion))
+        return self._evaluation(values, confusion, errors)
 
     def _metrics_of(self, confusion: npt.NDArray[np.int64], precisions: npt.NDArray[np.float64]) -> dict[str, float]:
         false_positives, false_negatives, positives = confusion[:, 0, 1], confusion[:, 1, 0], confusion[:, 1, 1]

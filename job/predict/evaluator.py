@@ -104,7 +104,7 @@ class Evaluator:
     def write(self, uri: str, evaluation: Evaluation) -> None:
         """Write the metrics, the confusion matrix and what a report shows of them."""
         classes = self.predictor.classes
-        cells = confusion.cells(evaluation.confusion)
+        cells = evaluation.confusion
         result = result_of(evaluation, 0, classes, self.index.uri, WORST_ERRORS)
         details = msgspec.to_builtins(result)
         del details["global_step"]

@@ -24,9 +24,10 @@ from job.serve.settings import Settings
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 2048
 SPARE_FILES = 256
 """File descriptors beside those of connections: libraries, weights, metrics."""
+BACKLOG = 2048
+"""Connections that wait, as uvicorn's default; the kernel may allow fewer."""
 SWITCH_SECONDS = 0.0005
 """Time after which a thread of Python hands over to another one, which is 5 ms by default: the model's thread would
 wait that long for the event loop after each of its operations."""
@@ -90,7 +91,7 @@ async def _serve(load: Callable[[], Predictor], settings: Settings, listener: so
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, but does not listen yet.
+    """A socket that listens: connections wait in its queue until the server accepts them.
 
     Raises:
         ConfigError: there is no such address, or its port is taken.
@@ -105,6 +106,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise ConfigError(

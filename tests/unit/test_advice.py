@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import cells_of
 
 from job.data.repeated_images import RepeatedImages
 from job.model.evaluation import CALIBRATION_BINS, Calibration, Evaluation
@@ -61,7 +61,7 @@ def evaluation(
     correct: float | None = None,
 ) -> Evaluation:
     """A validation with this confusion matrix, calibrated unless ``correct``, the share of right ones, is given."""
-    matrix = torch.tensor(confusion)
+    matrix = np.array(confusion)
     rng = np.random.default_rng(seed)
     values = np.broadcast_to(confidences, int(matrix.sum()))
     hits = rng.random(len(values)) < (values if correct is None else correct)
@@ -71,7 +71,7 @@ def evaluation(
         np.bincount(bins, values, minlength=CALIBRATION_BINS),
         np.bincount(bins, hits, minlength=CALIBRATION_BINS).astype(np.int64),
     )
-    return Evaluation({}, matrix, calibration)
+    return Evaluation({}, cells_of(matrix), calibration)
 
 
 HEALTHY = evaluation()
@@ -324,7 +324,7 @@ def test_a_healthy_run_gets_no_advice(
             np.bincount(bins, confidences, minlength=CALIBRATION_BINS),
             np.bincount(bins, right, minlength=CALIBRATION_BINS),
         )
-        found = Evaluation({}, torch.from_numpy(confusion), calibration)
+        found = Evaluation({}, cells_of(confusion), calibration)
         assert advise(history, found, [f"class {number}" for number in range(classes)], context) == []
 
 
@@ -353,5 +353,5 @@ def test_names_of_classes_cannot_act_as_lines_of_their_own() -> None:
 
 
 def test_advice_on_several_labels_counts_each_class() -> None:
-    several = Evaluation({}, torch.tensor([[[500, 20], [20, 460]], [[800, 0], [200, 0]]]))
+    several = Evaluation({}, np.array([[[500, 20], [20, 460]], [[800, 0], [200, 0]]]))
     assert kinds(records(FALLING), several, has_several_labels=True) == ["never_predicted"]

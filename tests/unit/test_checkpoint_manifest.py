@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import TINY, options, picture_files, run_here, write_files
+from support import TINY, cells_of, options, picture_files, run_here, write_files
 from test_checkpoint import save, state
 
 from job import checkpoint, storage
 from job.checkpoint import confusion
+from job.checkpoint.confusion import ConfusionMatrix
 from job.checkpoint.manifest import Manifest, decode_manifest, encode_manifest
 from job.checkpoint.retention import Retention
 from job.checkpoint.settings import CheckpointSettings
@@ -152,8 +154,7 @@ def test_metrics_that_are_not_finite_are_null_and_never_rank(run_dir: str) -> No
 
 
 def test_confusion_matrices_lie_beside_their_checkpoint(run_dir: str) -> None:
-    matrix = torch.zeros(1000, 1000, dtype=torch.int64)
-    matrix[3, 5], matrix[999, 0] = 7, 2
+    matrix = ConfusionMatrix(np.array([[3, 5, 7], [999, 0, 2]]), 1000)
     save(run_dir, {**state(10, 0.5), "confusion": matrix}, {**state(20, 0.6), "confusion": matrix})
     (first, second) = checkpoint.manifests(run_dir)
     assert checkpoint.confusion_cells(run_dir, first).tolist() == [[3, 5, 7], [999, 0, 2]]  # type: ignore[union-attr]
@@ -170,7 +171,7 @@ def test_confusion_matrices_lie_beside_their_checkpoint(run_dir: str) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_confusion_files_that_agree_with_their_manifest_may_hold_anything(data: st.DataObject) -> None:
-    intact = confusion.encode(torch.tensor([[4, 1], [0, 3]]))
+    intact = confusion.encode(cells_of([[4, 1], [0, 3]]))
     content = bytearray(intact)
     for position in data.draw(st.lists(st.integers(0, len(intact) - 1), max_size=8)):
         content[position] = data.draw(st.integers(0, 255))
@@ -185,9 +186,9 @@ def test_confusion_files_that_agree_with_their_manifest_may_hold_anything(data: 
 
 
 def test_few_classes_are_reported_whole_and_many_by_cell() -> None:
-    small = confusion.as_json(confusion.cells(torch.tensor([[4, 1], [0, 3]])), 2)
+    small = confusion.as_json(cells_of([[4, 1], [0, 3]]), 2)
     assert small["counts"] == [[4, 1], [0, 3]]
-    many = confusion.as_json(confusion.cells(torch.eye(5000, dtype=torch.int64)), 5000, "uri")
+    many = confusion.as_json(cells_of(np.eye(5000, dtype=np.int64)), 5000, "uri")
     assert many["true_predicted_count"][7] == [7, 7, 1]
     assert len(msgspec.json.encode(many)) < 200_000
 

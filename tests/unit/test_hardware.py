@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import own_messages
 
 from job.process.cpus import multiplies_bf16
 from job.train.precision import announce, automatic_precision
@@ -42,6 +43,6 @@ def test_the_hardware_in_use_is_logged(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.INFO):
         announce("cpu", "32-true", automatic=True)
         announce("cpu", "bf16-mixed", automatic=False)
-    first, second = caplog.messages
+    first, second = own_messages(caplog)
     assert f"1 process(es), {torch.get_num_threads()} CPU thread(s) each, precision 32-true (chosen" in first
     assert second.endswith("precision bf16-mixed")

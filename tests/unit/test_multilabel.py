@@ -386,7 +386,7 @@ def test_only_a_multilabel_network_has_thresholds() -> None:
 
 
 def test_a_damaged_confusion_file_is_refused(tmp_path: Path) -> None:
-    counts = torch.tensor([[[5, 1], [2, 3]], [[0, 0], [1, 10]]])
+    counts = np.array([[[5, 1], [2, 3]], [[0, 0], [1, 10]]])
     content = confusion.encode(counts)
     path = tmp_path / "counts"
     path.write_bytes(content)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
-from support import TINY, fit_here, options, picture_files, run_here, write_files
+from support import TINY, fit_here, options, own_messages, picture_files, run_here, write_files
 
 from job import cli
 from job.monitoring import progress as monitoring
@@ -242,7 +242,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     caplog.set_level(logging.INFO)
-    return lambda: [record.getMessage() for record in caplog.records]
+    return lambda: own_messages(caplog)
 
 
 def test_lines_of_a_task(clock: Callable[[float], None], lines: Callable[[], list[str]]) -> None:

@@ -22,7 +22,7 @@ import torch
 from cli.report_schema import SCHEMA, schema_text
 from pytorch_lightning.callbacks import Callback
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
-from support import TINY, Outcome, options, picture_files, run_here, scalars, write_files
+from support import TINY, Outcome, cells_of, options, own_messages, picture_files, run_here, scalars, write_files
 
 from job import storage
 from job.checkpoint import confusion
@@ -54,6 +54,7 @@ from job.monitoring.report.summary import print_summary
 from job.process.signals import STOP_SIGNALS
 
 MEGABYTE = 1_000_000
+NO_CELLS = np.zeros((0, 3), np.int64)
 
 
 def fit(folder: Path, colours: Path, *more: str, **changes: object) -> Outcome:
@@ -116,14 +117,14 @@ def test_figures_of_classes_and_curves_are_those_of_scikit_learn() -> None:
     matrix = np.zeros((5, 5), np.int64)
     np.add.at(matrix, (labels, guesses), 1)
 
-    listed = per_class(confusion.cells(torch.from_numpy(matrix)), classes)
+    listed = per_class(cells_of(matrix), classes)
     expected = precision_recall_fscore_support(labels, guesses, labels=range(5), zero_division=np.nan)
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         found = [getattr(each, name) for each in listed]
         assert [np.nan if value is None else value for value in found] == pytest.approx(list(values), nan_ok=True)
     assert [each.predicted for each in listed] == np.bincount(guesses, minlength=5).tolist()
 
-    top = most_confused(confusion.cells(torch.from_numpy(matrix)), classes)[0]
+    top = most_confused(cells_of(matrix), classes)[0]
     wrong = matrix - np.diag(matrix.diagonal())
     assert top.count == wrong.max()
     assert matrix[classes.index(top.label), classes.index(top.predicted)] == top.count
@@ -135,7 +136,7 @@ def test_figures_of_classes_and_curves_are_those_of_scikit_learn() -> None:
         for is_it in (True, False)
     ]
     evaluation = measured.Evaluation(
-        {}, torch.from_numpy(matrix), scores=measured.ScoreHistograms(*histograms, lowest=np.arange(bins) / bins)
+        {}, cells_of(matrix), scores=measured.ScoreHistograms(*histograms, lowest=np.arange(bins) / bins)
     )
     curves = result_of(evaluation, 1, classes, str, 0).curves
     assert [each.name for each in curves] == classes[:4]
@@ -156,18 +157,18 @@ def test_figures_of_several_labels_are_those_of_scikit_learn() -> None:
             for t, g in zip(truth.T, guesses.T, strict=True)
         ]
     )
-    listed = per_class(confusion.cells(torch.from_numpy(matrices)), ["a", "b", "c"])
+    listed = per_class(matrices, ["a", "b", "c"])
     for name, values in zip(
         ("precision", "recall", "f1", "support"), precision_recall_fscore_support(truth, guesses), strict=True
     ):
         assert [getattr(each, name) for each in listed] == pytest.approx(list(values))
-    assert most_confused(confusion.cells(torch.from_numpy(matrices)), ["a", "b", "c"]) == []
+    assert most_confused(matrices, ["a", "b", "c"]) == []
 
 
 def test_calibration_is_the_mean_of_each_bin() -> None:
     counts, correct = np.array([0, 4, 10]), np.array([0, 1, 9])
     calibration = measured.Calibration(counts, np.array([0.0, 2.0, 9.5]), correct)
-    found = result_of(measured.Evaluation({}, torch.zeros(2, 2), calibration), 7, ["a", "b"], str, 0).calibration
+    found = result_of(measured.Evaluation({}, NO_CELLS, calibration), 7, ["a", "b"], str, 0).calibration
     assert found is not None
     assert found.error == pytest.approx((1 + 0.5) / 14)
     assert [(each.count, each.confidence, each.accuracy) for each in found.bins] == [
@@ -434,7 +435,7 @@ def test_a_bucket_out_of_reach_delays_and_one_that_refuses_ends_updates(
     made._pending = 1
     made._write_when_due()
     assert not written
-    assert not caplog.records
+    assert not own_messages(caplog)
     monkeypatch.setattr(storage, "write_bytes", refuse(StorageError("retentionPolicyNotMet")))
     for number in (2, 3):
         made._pending = number
@@ -540,7 +541,7 @@ def test_a_thousand_validations_keep_a_few_results_and_no_matrix(
         config="",
         thumbnails=ValidationThumbnails(),
     )
-    earlier = result_of(measured.Evaluation({}, torch.zeros(1)), 7, ["a", "b"], str, 0)
+    earlier = result_of(measured.Evaluation({}, NO_CELLS), 7, ["a", "b"], str, 0)
     made._results = ValidationResults(ranking.ranking_mode, earlier)
     made._facts = SimpleNamespace(classes=("a", "b"))
     made._data = SimpleNamespace(parts={"val": SimpleNamespace(uri=str)})
@@ -548,7 +549,7 @@ def test_a_thousand_validations_keep_a_few_results_and_no_matrix(
     monkeypatch.setattr(made, "_state", lambda trainer, status: made._results.by_step())
     matrices = []
     for step in range(10, 1010):
-        module = SimpleNamespace(evaluation=measured.Evaluation({}, torch.zeros(2, 2, dtype=torch.int64)))
+        module = SimpleNamespace(evaluation=measured.Evaluation({}, NO_CELLS.copy()))
         matrices.append(weakref.ref(module.evaluation.confusion))
         accuracy = float("nan") if step == 50 else 0.9 if step in (300, 400) else 0.95 if step == 500 else 0.5
         trainer = SimpleNamespace(
@@ -651,7 +652,7 @@ def test_a_report_of_many_classes_and_epochs_is_bounded() -> None:
     cells = np.column_stack([cells, dice.integers(1, 50, len(cells))])
     history = [record(n, loss=1 / n, accuracy=0.123456789, f1=0.1, auroc=0.2, ece=0.3) for n in range(1, 10_001)]
     worst = tuple(measured.SamplePrediction(n, (n,), (n + 1,), 0.5, 3.0) for n in range(64))
-    evaluation = measured.Evaluation({}, torch.zeros(1), worst=worst)
+    evaluation = measured.Evaluation({}, NO_CELLS, worst=worst)
     times = "2026-01-01T00:00:00+00:00"
     report = content(
         classes=classes,

@@ -204,7 +204,41 @@ def test_a_node_that_is_lost_while_others_finish(threads: ThreadPoolExecutor) ->
     results = [wait.result(30) for wait in waits]
     cluster.rounds = [result for result in results if isinstance(result, Round)]
     assert cluster.end(0, 0, 0) == [0, 0, 0]
-    assert all(launcher.finished for launcher in cluster.launchers)
+    assert all(launcher.may_leave() for launcher in cluster.launchers)
+
+
+def test_a_finished_node_that_is_stopped_asks_the_others(
+    threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With exit code 0 it would never be started again, and they might need it."""
+    monkeypatch.setattr(module, "STOPPED_SECONDS", 3)
+    cluster = Cluster(threads, 2)
+    cluster.gather()
+    assert not any(launcher.may_leave() for launcher in cluster.launchers)
+    threads.submit(cluster.launchers[1].end, cluster.rounds[1], 0)
+    stopped = threads.submit(cluster.launchers[1].may_leave)
+    threading.Event().wait(0.5)
+    assert cluster.launchers[0].end(cluster.rounds[0], 0) == 0
+    assert stopped.result(30)
+
+    monkeypatch.setattr(module, "STOPPED_SECONDS", 0.5)
+    cluster = Cluster(threads, 2)
+    cluster.gather()
+    ends = [threads.submit(cluster.launchers[1].end, cluster.rounds[1], 0)]
+    threading.Event().wait(0.5)
+    assert not cluster.launchers[1].may_leave()
+    ends.append(threads.submit(cluster.launchers[0].end, cluster.rounds[0], 0))
+    assert [end.result(30) for end in ends] == [None, None]
+
+
+def test_node_0_that_is_stopped_while_others_finish(threads: ThreadPoolExecutor) -> None:
+    cluster = Cluster(threads, 2)
+    cluster.gather()
+    cluster.launchers[0]._finishing = cluster.rounds[0]  # a signal has interrupted its ``end``
+    stopped = threads.submit(cluster.launchers[0].may_leave)
+    threading.Event().wait(0.5)
+    assert cluster.launchers[1].end(cluster.rounds[1], 0) == 0
+    assert stopped.result(30)
 
 
 def test_ranks_that_fail_after_others_have_finished(threads: ThreadPoolExecutor) -> None:

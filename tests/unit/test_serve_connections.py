@@ -146,7 +146,8 @@ def test_a_client_that_sends_but_does_not_read() -> None:
 def test_odd_requests(server: Running, request_text: bytes, status: int) -> None:
     with connected(server) as client:
         client.sendall(request_text)
-        client.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the server may have answered and closed the connection already
+            client.shutdown(socket.SHUT_WR)
         answer = read_all(client)
     assert int(answer.split()[1]) == status, answer[:200]
     assert server.client.get("/v2/health/ready").status_code == 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+from support import own_messages
 
 from job.cluster import waiting
 from job.cluster.waiting import Wait, named, wait_for_address
@@ -24,7 +25,7 @@ def test_who_is_missing_is_said_every_minute(monkeypatch: pytest.MonkeyPatch, ca
     wait = Wait(None)
     while wait.seconds < 1:
         wait.report("node 1 of 2")
-    first, *later = [record.getMessage() for record in caplog.records]
+    first, *later = own_messages(caplog)
     assert first == "waiting for node 1 of 2"
     assert later == ["waiting for node 1 of 2, for 0 min"] * 3
 

@@ -109,7 +109,7 @@ def _write(target: Path, tables: Iterable[ListedRows], context: ListingContext) 
             writer.write_table(named)
             context.progress.advance(len(listed.rows))
             context.tick()
-            if context.time_limit.is_over():
+            if len(listed.rows) and context.time_limit.is_over():
                 break
     return unusual
 

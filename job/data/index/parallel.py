@@ -27,6 +27,8 @@ WALKS = 512
 """Archives that are listed at once where requests are awaited: each has one in flight."""
 MOST_WAITING = 1024
 """Archives whose members are held until those of the archives before them are there."""
+FEW_WALKS = 16
+"""The same for a listing with a time limit, so that some archives are complete when it has passed."""
 POLL_SECONDS = 0.05
 
 
@@ -82,6 +84,8 @@ class Tasks:
 def list_archives(tasks: Sequence[ArchiveTask], context: ListingContext) -> Iterator[list[pa.Table]]:
     """The members of archives, in order; several are listed at once, on all ranks.
 
+    After the time limit, archives that are not finished are empty, except for the first one, of which a part is listed.
+
     Args:
         tasks: the archives.
         context: settings of the listing.
@@ -110,7 +114,7 @@ def list_archives(tasks: Sequence[ArchiveTask], context: ListingContext) -> Iter
     running = _start(tasks, context, claims.claim, finish, ranks, lambda: len(done) < MOST_WAITING)
     try:
         for number in range(len(tasks)):
-            while number not in done:
+            while number not in done and not (number and context.time_limit.is_over()):
                 running.require_alive()
                 if shared is not None and helpers is not None:
                     if (content := shared.result(number)) is not None:
@@ -120,7 +124,7 @@ def list_archives(tasks: Sequence[ArchiveTask], context: ListingContext) -> Iter
                 with changed:
                     if number not in done:
                         changed.wait(POLL_SECONDS)
-            listed = done.pop(number)
+            listed = done.pop(number, Listed([], []))
             for each in listed.left_out:
                 context.left_out.add(each.kind, each.example, each.count)
             if listed.error is not None:
@@ -229,7 +233,7 @@ def _start(
 
         return _Running([pool.submit(work) for _ in range(min(THREADS, share))], pool)
 
-    walks = max(min(WALKS, share), 1)
+    walks = max(min(FEW_WALKS if context.time_limit.exists else WALKS, share), 1)
 
     async def walk() -> None:
         while (number := claim()) is not None:

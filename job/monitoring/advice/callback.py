@@ -78,7 +78,7 @@ class Advisor(Callback):
         return Context(
             class_counts=self._class_counts,
             train_images=min(len(data.parts["train"]), int(trainer.num_training_batches) * data.global_batch_size),
-            val_images=int((confusion[0] if confusion.ndim == 3 else confusion).sum()),
+            val_images=int((confusion[0] if confusion.ndim == 3 else confusion[:, 2]).sum()),
             has_several_labels=module.task.takes_several_labels,
             max_epochs=None if trainer.max_epochs == -1 else trainer.max_epochs,
             milestones=tuple(config.milestones),

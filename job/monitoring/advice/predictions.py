@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from job.model.class_counts import counts_of_cells
 from job.model.evaluation import Evaluation
 from job.monitoring.advice.context import Advice, Context
 from job.monitoring.advice.statistics import SIGMAS, bounds
-from job.monitoring.class_counts import counts_of_matrix
 from job.monitoring.history import ValidationRecord
 from job.process.terminal import escape
 
@@ -92,10 +92,10 @@ def never_predicted(
     """Classes with validation samples that the model predicts for no sample at all."""
     if len(history) < MATURE_VALIDATIONS:
         return None
-    missing = np.flatnonzero(_is_never_predicted(evaluation))
+    missing = np.flatnonzero(_is_never_predicted(evaluation, len(classes)))
     if not len(missing):
         return None
-    _, support, _ = counts_of_matrix(evaluation.confusion.numpy())
+    _, support, _ = counts_of_cells(evaluation.confusion, len(classes))
     named = ", ".join(
         f"{escape(classes[number])[:LONGEST_NAME]} ({support[number]:,})" for number in missing[:NAMED].tolist()
     )
@@ -118,11 +118,11 @@ def imbalance(
 ) -> Advice | None:
     """Classes that are rare in training are recognised far less often than others."""
     counts = np.asarray(context.class_counts, np.int64)
-    correct, support, _ = counts_of_matrix(evaluation.confusion.numpy())
+    correct, support, _ = counts_of_cells(evaluation.confusion, len(classes))
     if len(history) < MATURE_VALIDATIONS or context.is_balanced or len(counts) != len(support) or not len(counts):
         return None
     is_rare = counts * IMBALANCED <= counts.max()
-    rare, others = is_rare & ~_is_never_predicted(evaluation) & (support > 0), ~is_rare & (support > 0)
+    rare, others = is_rare & ~_is_never_predicted(evaluation, len(classes)) & (support > 0), ~is_rare & (support > 0)
     if not rare.any() or not others.any():
         return None
     recalls = [(int(correct[part].sum()), int(support[part].sum())) for part in (rare, others)]
@@ -140,9 +140,9 @@ def imbalance(
     )
 
 
-def _is_never_predicted(evaluation: Evaluation) -> npt.NDArray[np.bool_]:
+def _is_never_predicted(evaluation: Evaluation, classes: int) -> npt.NDArray[np.bool_]:
     """Classes that are never predicted, which one of half the mean recall would hardly be by chance; bool [C]."""
-    correct, support, predicted = counts_of_matrix(evaluation.confusion.numpy())
+    correct, support, predicted = counts_of_cells(evaluation.confusion, classes)
     recall = int(correct.sum()) / max(int(support.sum()), 1)
     by_chance = (1 - recall / 2) ** support.astype(np.float64)
     missing: npt.NDArray[np.bool_] = (predicted == 0) & (support > 0) & (by_chance * len(support) < CHANCE)

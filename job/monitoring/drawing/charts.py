@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from job.model.class_counts import counts_of_cells
 from job.model.evaluation import Calibration, Counts, Floats, ScoreHistograms
 from job.monitoring.drawing.canvas import (
     BLACK,
@@ -47,17 +48,24 @@ def confusion_matrix(cells: Counts, labels: Sequence[str]) -> Figure:
     Above :data:`MOST_CLASSES` classes those that are confused most often are shown.
 
     Args:
-        cells: int64 [C, C], rows are true classes.
+        cells: those that are not zero, int64 [N, 3]: rows of (true class, predicted class, count).
         labels: of the classes.
     """
-    shown, title = np.arange(len(cells)), f"Confusion matrix of {cells.sum():,} samples"
-    if len(cells) > MOST_CLASSES:
-        errors = cells.sum(0) + cells.sum(1) - 2 * cells.diagonal()
+    correct, support, predicted = counts_of_cells(cells, len(labels))
+    shown, title = np.arange(len(labels)), f"Confusion matrix of {support.sum():,} samples"
+    if len(labels) > MOST_CLASSES:
+        errors = predicted + support - 2 * correct
         shown = np.sort(np.argsort(-errors, kind="stable")[:MOST_CLASSES])
-        title = f"Confusion matrix: the {len(shown)} classes of {len(cells):,} that are confused most often"
-    shares = cells / np.maximum(cells.sum(1, keepdims=True), 1)
+        title = f"Confusion matrix: the {len(shown)} classes of {len(labels):,} that are confused most often"
+    places = np.full(len(labels), -1)
+    places[shown] = np.arange(len(shown))
+    rows, columns = places[cells[:, 0]], places[cells[:, 1]]
+    inside = (rows >= 0) & (columns >= 0)
+    counts = np.zeros((len(shown), len(shown)), np.int64)
+    counts[rows[inside], columns[inside]] = cells[inside, 2]
+    shares = counts / np.maximum(support[shown, None], 1)
     names = [labels[number] for number in shown.tolist()]
-    return _heat_map(title, "row: truth, column: prediction, colour: share of the row", cells, shares, shown, names)
+    return _heat_map(title, "row: truth, column: prediction, colour: share of the row", counts, shares, names)
 
 
 def decisions(cells: Counts, labels: Sequence[str]) -> Figure:
@@ -173,22 +181,22 @@ class _Plot:
         return MARGIN + point[0] * PLOT, self.bottom - point[1] * PLOT
 
 
-def _heat_map(title: str, note: str, cells: Counts, shares: Floats, shown: Counts, names: Sequence[str]) -> Figure:
-    side = 64 if len(shown) <= FEW_CLASSES else 36 if len(shown) <= WRITTEN_CLASSES else 15
-    size = 14 if len(shown) <= FEW_CLASSES else 11 if len(shown) <= WRITTEN_CLASSES else 10
+def _heat_map(title: str, note: str, counts: Counts, shares: Floats, names: Sequence[str]) -> Figure:
+    side = 64 if len(names) <= FEW_CLASSES else 36 if len(names) <= WRITTEN_CLASSES else 15
+    size = 14 if len(names) <= FEW_CLASSES else 11 if len(names) <= WRITTEN_CLASSES else 10
     label_width = min(int(max(text_width(name, size) for name in names)) + 6, LABEL_WIDTH)
     left, top = 10 + label_width, TITLE_HEIGHT + label_width
-    canvas = Canvas(max(left + side * len(shown) + 10, 460), top + side * len(shown) + 10)
+    canvas = Canvas(max(left + side * len(names) + 10, 460), top + side * len(names) + 10)
     canvas.text((10, 8), title, 14)
     canvas.text((10, 26), note, 11, colour=GREY)
     for place, name in enumerate(names):
         text, middle = cut_to_width(name, label_width - 4, size), side * place + side / 2
         canvas.text((left - 4, top + middle), text, size, "rm")
         canvas.vertical_text((left + middle, top - 4), text, size)
-    for row, true in enumerate(shown):
-        for column, predicted in enumerate(shown):
+    for row in range(len(names)):
+        for column in range(len(names)):
             box = (left + side * column, top + side * row, left + side * (column + 1), top + side * (row + 1))
-            _cell(canvas, box, int(cells[true, predicted]), float(shares[true, predicted]), row == column)
+            _cell(canvas, box, int(counts[row, column]), float(shares[row, column]), row == column)
     return canvas.chart(MOST_BYTES)
 
 

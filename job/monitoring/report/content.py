@@ -222,12 +222,15 @@ class EvaluationResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         calibration: confidence against accuracy; None where it was not measured.
         curves: of each class, for few classes.
         worst_errors: wrong predictions of the highest loss, the worst first.
+        metric_errors: largest possible difference from the exact value, by metric without ``val/``, of those that are
+            computed from histograms of the scores, above 100 classes or 50,000 images; the others are exact.
     """
 
     global_step: Count
     calibration: Calibration | None = None
     curves: Annotated[list[Curves], Meta(max_length=MOST_CURVES)] = []
     worst_errors: Annotated[list[WorstError], Meta(max_length=1000)] = []
+    metric_errors: Annotated[dict[Text, float], Meta(max_length=100)] = {}
 
 
 class PartSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from job.checkpoint.confusion import Cells
 from job.model import evaluation as measured
-from job.monitoring.class_counts import counts_of_cells
+from job.model.class_counts import counts_of_cells
 from job.monitoring.drawing.curves import curves_of_classes
 from job.monitoring.report.content import (
     MOST_CLASSES,
@@ -100,6 +100,7 @@ def result_of(
             )
             for each in evaluation.worst[:most]
         ],
+        metric_errors=dict(evaluation.errors),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -175,7 +175,7 @@ def _headlines(report: ReportContent) -> list[tuple[str, str, str]]:
                 (
                     LABELS.get(name, name.replace("_", " ")),
                     text.number(value),
-                    "ranks checkpoints" if name == ranking else "",
+                    ", ".join(_notes(report, name, is_ranking=name == ranking)),
                 )
             )
     tiles = tiles[:5]
@@ -186,6 +186,15 @@ def _headlines(report: ReportContent) -> list[tuple[str, str, str]]:
         wall = duration(report.seconds.get("wall", 0.0))
         tiles.append(("goodput", text.percent(report.seconds["goodput"]), f"of {wall}"))
     return tiles
+
+
+def _notes(report: ReportContent, metric: str, *, is_ranking: bool) -> Iterator[str]:
+    """Notes on a metric: its role, and how far it may be from the exact value."""
+    if is_ranking:
+        yield "ranks checkpoints"
+    error = report.evaluation.metric_errors.get(metric) if report.evaluation else None
+    if error is not None:
+        yield f"from histograms, exact to ±{error:.1g}"
 
 
 def _matrix(report: ReportContent) -> Markup:

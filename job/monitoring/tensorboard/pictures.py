@@ -159,7 +159,7 @@ class Pictures(Callback):
 
     def _draw_evaluation(self, evaluation: Evaluation, data: ImageDataModule, step: int) -> None:
         labels = class_labels(data.classes)
-        cells = evaluation.confusion.numpy()
+        cells = evaluation.confusion
         draw = charts.confusion_matrix if cells.ndim == 2 else charts.decisions
         self._add("val/confusion_matrix", draw(cells, labels), step)
         if evaluation.calibration is not None:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
-from torch import Tensor
 
 from job.data.datamodule import image_data
+from job.model.class_counts import counts_of_cells
+from job.model.evaluation import Counts
 from job.model.metrics import PER_CLASS_LIMIT
 from job.model.module import TransferLearningModel
-from job.monitoring.class_counts import counts_of_matrix
 from job.monitoring.drawing.class_labels import shortened
 from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 
@@ -41,14 +41,14 @@ class WorstClasses(Callback):
             self.logger.add_text(TAG, text, trainer.global_step - 1)
 
 
-def worst_classes(confusion: Tensor, classes: Sequence[str]) -> str:
+def worst_classes(confusion: Counts, classes: Sequence[str]) -> str:
     """A Markdown table of the classes with the lowest F1, of those that have samples.
 
     Args:
-        confusion: int64 [C, C], rows are true classes, or [C, 2, 2], as of :class:`~job.model.evaluation.Evaluation`.
+        confusion: int64 [N, 3], or [C, 2, 2], as of :class:`~job.model.evaluation.Evaluation`.
         classes: names.
     """
-    hits, samples, predicted = counts_of_matrix(confusion.numpy())
+    hits, samples, predicted = counts_of_cells(confusion, len(classes))
     f1 = 2 * hits / np.maximum(samples + predicted, 1)
     present = np.flatnonzero(samples)
     lowest = present[f1[present].argsort(kind="stable")[:LISTED]].tolist()

@@ -87,6 +87,11 @@ class TimeLimit:
     until: float = float("inf")
     passed: bool = False
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is one."""
+        return self.until < float("inf")
+
     def is_over(self) -> bool:
         """Whether the listing must end, which :attr:`passed` then says."""
         self.passed = self.passed or time.monotonic() > self.until

@@ -40,6 +40,8 @@ MOST_WAITING = 1 << 17
 LONGEST_CHAIN = 40
 """Links from one to the next, as Linux follows them."""
 CACHED_LABELS = 4096
+LEAST_LISTED = 64
+"""Members that are listed of an archive after the time limit, too."""
 ROWS_IN_MEMORY = 2048
 """Members that are held as Python objects per archive that is listed: hundreds are at once."""
 
@@ -93,6 +95,8 @@ class Tar(Archive):
                 if len(members) == ROWS_IN_MEMORY:
                     yield self.table(source, number, members)
                     members = []
+                elif len(members) >= LEAST_LISTED and context.time_limit.is_over():
+                    break
             if members:
                 yield self.table(source, number, members)
 

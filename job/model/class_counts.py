@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from job.checkpoint.confusion import Cells
 from job.model.evaluation import Counts
 
 
@@ -24,22 +23,15 @@ class ClassCounts(NamedTuple):
     predicted: Counts
 
 
-def counts_of_matrix(confusion: Counts) -> ClassCounts:
-    """The counts from a matrix, int64 [C, C] with rows of true classes, or one of each class, int64 [C, 2, 2]."""
-    if confusion.ndim == 3:
-        return ClassCounts(confusion[:, 1, 1], confusion[:, 1].sum(axis=1), confusion[:, :, 1].sum(axis=1))
-    return ClassCounts(confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0))
-
-
-def counts_of_cells(cells: Cells, classes: int) -> ClassCounts:
-    """The counts from :func:`job.checkpoint.confusion.cells`, as checkpoints hold them.
+def counts_of_cells(cells: Counts, classes: int) -> ClassCounts:
+    """The counts from the cells of a confusion matrix that are not zero.
 
     Args:
-        cells: rows of (true class, predicted class, count), or one matrix of each class, int64 [C, 2, 2].
+        cells: int64 [N, 3], rows of (true class, predicted class, count); or one matrix of each class, int64 [C, 2, 2].
         classes: number of classes.
     """
     if cells.ndim == 3:
-        return counts_of_matrix(cells)
+        return ClassCounts(cells[:, 1, 1], cells[:, 1].sum(axis=1), cells[:, :, 1].sum(axis=1))
     counts = ClassCounts(*(np.zeros(classes, np.int64) for _ in range(3)))
     np.add.at(counts.samples, cells[:, 0], cells[:, 2])
     np.add.at(counts.predicted, cells[:, 1], cells[:, 2])
