@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -13,7 +14,7 @@ from support import TINY, options, picture_files, run_here, write_files
 from test_checkpoint import save, state
 
 from job import checkpoint, storage
-from job.checkpoint import manifest_reader
+from job.checkpoint import io, manifest_reader
 from job.checkpoint.manifest import Manifest, encode_manifest, kept_metrics
 from job.checkpoint.retention import Retention
 from job.checkpoint.settings import CheckpointSettings
@@ -24,6 +25,11 @@ from job.model.scores import BINS, BinnedScores, bins_of
 
 MEBIBYTE = 1 << 20
 MANIFEST_BYTES = 2000
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> str:
+    return str(tmp_path / "run")
 
 
 def state_bytes(metrics: TaskMetrics) -> int:
@@ -229,3 +235,19 @@ def test_retention_removes_what_is_superseded_and_nothing_else(tmp_path: Path) -
     Retention(CheckpointSettings(keep_last=2, keep_best=1, keep_every_n_epochs=10), run_dir).remove_superseded()
     kept = [each.epoch for each in checkpoint.manifests(run_dir)]
     assert kept == [0, 10, 20, 30, 40, 48, 49]
+
+
+def test_class_names_are_copied_without_being_visited(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    visited: list[int] = []
+    walk = io.apply_to_collection
+
+    def counted(data: Any, *args: Any) -> Any:
+        visited.append(sum(isinstance(value, list) for value in data["classifier"].values()))
+        return walk(data, *args)
+
+    monkeypatch.setattr(io, "apply_to_collection", counted)
+    described = {"classes": [f"c{n}" for n in range(21_000)], "thresholds": [0.5] * 21_000, "mean": [np.float32(0.5)]}
+    save(run_dir, {**state(10), "classifier": described})
+    assert visited == [1]
+    (manifest,) = checkpoint.manifests(run_dir)
+    assert checkpoint.load(f"{run_dir}/checkpoints/{manifest.file}")["classifier"] == described
