@@ -22,7 +22,7 @@ from job import checkpoint, storage
 from job.checkpoint import confusion
 from job.checkpoint.confusion import ConfusionMatrix
 from job.checkpoint.manifest import encode_manifest, manifest_of, manifest_uri
-from job.checkpoint.state import CONFUSION_KEY, MANIFEST_KEY, require_lightning_version
+from job.checkpoint.state import CLASSIFIER_KEY, CONFUSION_KEY, MANIFEST_KEY, require_lightning_version
 from job.errors import CheckpointError, StorageError, StorageOutage, first_line
 from job.process import temporary
 
@@ -132,7 +132,13 @@ class BackgroundCheckpointIO(CheckpointIO):
             self._buffers.append(buffer)
             return buffer
 
-        copied: dict[str, Any] = apply_to_collection(checkpoint, (Tensor, np.generic, enum.Enum, Path), copy)
+        # apply_to_collection takes 1.7 µs for each class name.
+        described = checkpoint.get(CLASSIFIER_KEY, {})
+        plain = {name: list(value) for name, value in described.items() if _is_plain_list(value)}
+        shorter = {**checkpoint, CLASSIFIER_KEY: {**described, **dict.fromkeys(plain)}} if plain else checkpoint
+        copied: dict[str, Any] = apply_to_collection(shorter, (Tensor, np.generic, enum.Enum, Path), copy)
+        if plain:
+            copied[CLASSIFIER_KEY] |= plain
         if any(buffer.is_pinned() for buffer in self._buffers):
             torch.cuda.synchronize()
         return copied
@@ -220,6 +226,10 @@ class BackgroundCheckpointIO(CheckpointIO):
             temporary.remove(staged.parent)
             raise _not_loadable(snapshot, name, error) from error
         return staged
+
+
+def _is_plain_list(value: object) -> bool:
+    return isinstance(value, list) and set(map(type, value)) <= {str, int, float, bool}
 
 
 def _require_loadable(staged: Path, snapshot: dict[str, Any], uri: str) -> None:
