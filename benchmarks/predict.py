@@ -25,7 +25,7 @@ from rich.table import Table
 from job.cli import predict
 from job.cli.versions import library_versions
 from job.data.dataset import Preprocessing
-from job.data.loader import one_core_threads
+from job.data.workers import one_core_threads
 from job.model.classifier import Classifier, from_spec
 from job.predict import predictor as predictors
 from job.predict.precision import Precision

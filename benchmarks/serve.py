@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 import job
-from job.data.loader import one_core_threads
+from job.data.workers import one_core_threads
 from job.predict.predictor import Predictor
 from job.process.cpus import available_cpus
 from job.serve.images import prepare

@@ -1,8 +1,8 @@
 """Benchmark of fine-tuning: images per second, and time to an accuracy.
 
 Run it by ``make benchmark-train``. It compares the job with the script of PyTorch's tutorial, and with a bare training
-loop as the upper bound, on the same photographs, backbone, weights, batch size and epochs. timm's train.py and
-torchvision's references are not compared: they are scripts of their repositories, not parts of their packages.
+loop as the upper bound, on the same photographs, backbone, weights, batch size and epochs. Training scripts that are
+no parts of a package join from checkouts of their repositories: ``--timm``, ``--torchvision``, ``--lightning``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_contenders import BATCH, WORKERS
+from train_peers import PEERS, Task, results, revision
 
 from job.demo.weights import BACKBONE, efficientnet_lite0
 from job.model.backbone import build_backbone
@@ -34,6 +34,7 @@ ARCHIVE = Path(
     os.environ.get("JOB_TEST_CATS_AND_DOGS", HERE.parents[1] / "shared" / "data" / "cats_and_dogs_filtered.zip")
 )
 FROZEN_EPOCHS = 5
+FULL_EPOCHS = 2
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -58,18 +59,16 @@ def contender(name: str, **arguments: Any) -> dict[str, Any]:
 
 
 def job_fit(run_dir: Path, processes: int, *options: str) -> dict[str, Any]:
-    """Run ``job fit``; return speed and accuracy per epoch, with seconds since its start."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    fit = ["job", "fit", f"--run_dir={run_dir}", f"--data.num_workers={max(CORES // processes, 1)}", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(CORES // processes, 1))}
-    began = time.time()
+    """Run ``job launch fit``; return speed and accuracy per epoch, with seconds since its start."""
+    line = [sys.executable, "-m", "job", "launch", "fit", f"--run_dir={run_dir}", *options]
+    threads = str(max(CORES // processes, 1))
+    line.append(f"--data.num_workers={threads}")
+    variables = {"LAUNCH_PROCESSES": str(processes), "OMP_NUM_THREADS": threads}
     log = run_dir.with_suffix(".log")
-    with log.open("w") as file:
-        process = subprocess.Popen([*line, *fit], stdout=file, stderr=file, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)  # usage includes child processes
-    if status:
+    usage = contender("command", line=line, variables=variables, log=str(log))
+    if usage["status"]:
         sys.exit(log.read_text())
-    seconds = time.time() - began
+    began = usage["began"]
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
     tags = events.Tags()["scalars"]
@@ -79,26 +78,37 @@ def job_fit(run_dir: Path, processes: int, *options: str) -> dict[str, Any]:
         "accuracies": [(e.value, e.wall_time - began) for e in events.Scalars("val/accuracy")]
         if "val/accuracy" in tags
         else [],
-        "seconds": seconds,
         "features": report["seconds"]["features"],
-        "peak_mb": usage.ru_maxrss / 1000,
+        **usage,
     }
 
 
-def speed_table(folder: Path, data: Path, backbone: str) -> Table:
-    """Images per second with a frozen backbone, and with all layers training."""
+def speed_table(folder: Path, data: Path, backbone: str, checkouts: dict[str, Path]) -> Table:
+    """Images per second with a frozen backbone, and with all layers training; CPU seconds and memory of the latter."""
     weights = str(folder / f"{backbone}.pth")
     torch.manual_seed(0)
     torch.save(build_backbone(backbone).state_dict(), weights)
-    table = Table("", "frozen", "all layers", "peak MB", title=f"{backbone}, images/s", title_justify="left")
+    columns = ("", "frozen", "all layers", "CPU s", "peak MB")
+    table = Table(*columns, title=f"{backbone}, images/s; CPU of {FULL_EPOCHS} epochs", title_justify="left")
 
-    def row(name: str, frozen: float, full: float, peak: float | None = None) -> None:
-        table.add_row(name, f"{frozen:,.1f}", f"{full:,.1f}", f"{peak:,.0f}" if peak else "")
-        print(backbone, name, f"{frozen:.1f} {full:.1f}", file=sys.stderr, flush=True)
+    def row(name: str, frozen: float | None, full: float, usage: dict[str, Any]) -> None:
+        others = (usage.get(key) for key in ("cpu_seconds", "peak_mb"))
+        table.add_row(
+            name,
+            f"{frozen:,.1f}" if frozen else "",
+            f"{full:,.1f}",
+            *(f"{value:,.0f}" if value else "" for value in others),
+        )
+        print(backbone, name, frozen, f"{full:.1f}", usage.get("cpu_seconds"), file=sys.stderr, flush=True)
 
-    plain = {"root": str(data), "backbone": backbone, "weights": weights, "epochs": 1, "validate": False}
-    peer = [contender("tutorial", frozen=frozen, **plain) for frozen in (True, False)]
-    row("tutorial", peer[0]["epochs"][0]["speed"], peer[1]["epochs"][0]["speed"], peer[1]["peak_mb"])
+    plain = {"root": str(data), "backbone": backbone, "weights": weights}
+    frozen_peer = contender("tutorial", frozen=True, epochs=1, validate=False, **plain)["epochs"][-1]
+    peer = contender("tutorial", frozen=False, epochs=FULL_EPOCHS, validate=True, **plain)
+    row("tutorial", frozen_peer["speed"], peer["epochs"][-1]["speed"], peer)
+    scratch = folder / f"{backbone}-peers"
+    scratch.mkdir()
+    for name, result in results(checkouts, Task(data, backbone, Path(weights), FULL_EPOCHS, scratch)):
+        row(name, None, result["speed"], result)
     for name, best in (("bare loop", False), ("bare loop, channels last, fused", True)):
         loops = [
             contender(
@@ -112,35 +122,40 @@ def speed_table(folder: Path, data: Path, backbone: str) -> Table:
             )
             for frozen in (True, False)
         ]
-        row(name, loops[0]["speed"], loops[1]["speed"])
+        row(name, loops[0]["speed"], loops[1]["speed"], {})
     limit = loops[1]["speed"]
     common = [f"--data.root={data}", f"--model.backbone={backbone}", f"--model.weights={weights}"]
-    common += [f"--data.global_batch_size={BATCH}", "--trainer.limit_val_batches=0", "--trainer.accelerator=cpu"]
+    common += [f"--data.global_batch_size={BATCH}", "--trainer.accelerator=cpu"]
     common += [f"--data.cache_dir={folder}/cache-{backbone}"]
-    frozen = [f"--trainer.max_epochs={FROZEN_EPOCHS}", f"--model.milestones=[{FROZEN_EPOCHS}]"]
+    frozen = [
+        "--trainer.limit_val_batches=0",
+        f"--trainer.max_epochs={FROZEN_EPOCHS}",
+        f"--model.milestones=[{FROZEN_EPOCHS}]",
+    ]
     cached = job_fit(folder / f"{backbone}-cached", 1, *common, *frozen)
-    speeds, peaks = [], []
+    speeds = []
     for processes in (1, 2):
-        full = job_fit(
-            folder / f"{backbone}-{processes}", processes, *common, "--trainer.max_epochs=2", "--model.milestones=[]"
-        )
+        all_layers = (f"--trainer.max_epochs={FULL_EPOCHS}", "--model.milestones=[]")
+        full = job_fit(folder / f"{backbone}-{processes}", processes, *common, *all_layers)
         # In the first epoch the data pipeline is empty and allocators are cold.
         speeds.append(full["speeds"][-1])
-        peaks.append(full["peak_mb"])
-    row(f"job, 1 process of {CORES} threads", cached["speeds"][-1], speeds[0], peaks[0])
-    table.add_row("job, 2 processes", "", f"{speeds[1]:,.1f}", "")
+        name = f"job, {processes} process(es) of {CORES // processes} thread(s)"
+        row(name, None if speeds[1:] else cached["speeds"][-1], speeds[-1], full)
     table.caption = (
         f"computing features: {cached['features']:.0f} s. Frozen, cached features: "
-        f"{cached['speeds'][-1] / peer[0]['epochs'][0]['speed']:.0f} times the tutorial. "
+        f"{cached['speeds'][-1] / frozen_peer['speed']:.0f} times the tutorial. "
         f"All layers: {speeds[0] / limit:.2f} of the bare loop, "
-        f"{speeds[0] / peer[1]['epochs'][0]['speed']:.2f} times the tutorial; "
+        f"{speeds[0] / peer['epochs'][-1]['speed']:.2f} times the tutorial; "
         f"2 processes: {speeds[1] / speeds[0]:.2f} of 1."
     )
     return table
 
 
-def accuracy_table(folder: Path, data: Path) -> Table:
-    """Seconds to the tutorial's final accuracy, with a frozen backbone and ImageNet's weights."""
+def accuracy_table(folder: Path, data: Path, checkouts: dict[str, Path]) -> Table:
+    """Seconds to the tutorial's final accuracy, with a frozen backbone and ImageNet's weights.
+
+    Scripts that cannot freeze the backbone train all of it.
+    """
     weights = folder / "lite0.safetensors"
     weights.write_bytes(efficientnet_lite0())
     peer = contender(
@@ -152,6 +167,10 @@ def accuracy_table(folder: Path, data: Path) -> Table:
         frozen=True,
         validate=True,
     )["epochs"]
+    scratch = folder / "accuracy-peers"
+    scratch.mkdir()
+    name = BACKBONE.removeprefix("timm/")
+    peers = list(results(checkouts, Task(data, name, weights, FROZEN_EPOCHS, scratch)))
     half = "[0.5,0.5,0.5]"
     job_run = job_fit(
         folder / "accuracy",
@@ -165,6 +184,10 @@ def accuracy_table(folder: Path, data: Path) -> Table:
     reached = next((at for value, at in job_run["accuracies"] if value >= goal), None)
     table = Table("", "accuracy", "seconds", title=f"{BACKBONE}, frozen: time to an accuracy", title_justify="left")
     table.add_row(f"tutorial, {FROZEN_EPOCHS} epochs", f"{goal:.4f}", f"{peer[-1]['at']:.0f}")
+    for name, result in peers:
+        at = next((epoch["at"] for epoch in result["epochs"] if epoch["accuracy"] >= goal), None)
+        best = max(epoch["accuracy"] for epoch in result["epochs"])
+        table.add_row(f"{name}, all layers", f"{best:.4f}", f"{at:.0f}" if at else "not reached")
     table.add_row("job, at the same accuracy", f"{goal:.4f}", f"{reached:.0f}" if reached else "not reached")
     table.add_row(
         f"job, {4 * FROZEN_EPOCHS} epochs", f"{job_run['accuracies'][-1][0]:.4f}", f"{job_run['seconds']:.0f}"
@@ -179,18 +202,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbones", nargs="*", default=["resnet18", "resnet50"])
     parser.add_argument("--images", type=int, default=640, help="training images; half as many for validation")
+    for name, peer in PEERS.items():
+        parser.add_argument(f"--{name}", type=Path, help=f"checkout of the repository of {peer.name}")
     options = parser.parse_args()
+    checkouts = {name: path.resolve() for name in PEERS if (path := getattr(options, name)) is not None}
+    for name, path in checkouts.items():
+        if not (path / PEERS[name].script).is_file():
+            parser.error(f"--{name}: {path} has no {PEERS[name].script}.")
     if not ARCHIVE.exists():
         sys.exit(f"{ARCHIVE} does not exist: set JOB_TEST_CATS_AND_DOGS to the tutorial's archive.")
     packages = ("torch", "torchvision", "pytorch-lightning", "timm")
     console = Console(width=120)
     console.print(f"{CORES} cores;", ", ".join(f"{name} {version(name)}" for name in packages), f"; {WORKERS} workers")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    for name, path in checkouts.items():
+        console.print(f"{PEERS[name].name}: {revision(path)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         data = photographs(folder, options.images, options.images // 2)
         for backbone in options.backbones:
-            console.print(speed_table(folder, data, backbone))
-        console.print(accuracy_table(folder, data))
+            console.print(speed_table(folder, data, backbone, checkouts))
+        console.print(accuracy_table(folder, data, checkouts))
 
 
 if __name__ == "__main__":

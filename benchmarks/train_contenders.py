@@ -6,10 +6,14 @@ The last line of output is a JSON object.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import os
 import resource
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,7 +119,35 @@ def bare_loop(backbone: str, weights: str, frozen: bool, best: bool, threads: in
     return {"speed": BATCH * steps / (time.monotonic() - began)}
 
 
+def command(line: list[str], variables: dict[str, str], log: str) -> dict[str, Any]:
+    """Run a command; this process adopts, and waits for, the processes that it leaves behind.
+
+    Args:
+        line: its words.
+        variables: added to the environment.
+        log: file of its output.
+    """
+    adopt_orphans()
+    began, status = time.time(), 0
+    with Path(log).open("w") as file:
+        process = subprocess.Popen(line, stdout=file, stderr=file, env={**os.environ, **variables})
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                ended, code = os.wait()
+                if ended == process.pid:
+                    status, seconds = code, time.time() - began
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {"status": status, "began": began, "seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent has ended (prctl(2), PR_SET_CHILD_SUBREAPER)."""
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+
+
 if __name__ == "__main__":
-    result = {"tutorial": tutorial, "bare_loop": bare_loop}[sys.argv[1]](**json.loads(sys.argv[2]))
-    peaks = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(json.dumps({**result, "peak_mb": max(peaks) / 1000}))
+    result = {"tutorial": tutorial, "bare_loop": bare_loop, "command": command}[sys.argv[1]](**json.loads(sys.argv[2]))
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    spent = sum(usage.ru_utime + usage.ru_stime for usage in (own, children))
+    peak = max(own.ru_maxrss, children.ru_maxrss)
+    print(json.dumps({"cpu_seconds": spent, **result, "peak_mb": peak / 1000}))

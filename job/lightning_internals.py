@@ -103,6 +103,17 @@ def logs_are_due(trainer: pl.Trainer) -> bool:
     return trainer._logger_connector.should_update_logs
 
 
+def validation_follows(trainer: pl.Trainer) -> bool:
+    """Whether a validation follows the batch that trains now, by the number of batches, which all ranks know alike.
+
+    Lightning decides it after the batch (loops/training_epoch_loop.py, ``_should_check_val_fx``).
+    """
+    by_time: Any = trainer
+    if by_time._val_check_time_interval is not None:
+        return False
+    return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(None))  # type: ignore[arg-type]
+
+
 def log_last_steps(trainer: pl.Trainer) -> None:
     """Let Lightning also write the values of the last step of each epoch.
 

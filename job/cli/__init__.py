@@ -52,11 +52,15 @@ COMMANDS = {
     "tune": Command(
         "job.cli.tune", "Find an initial learning rate and the largest batch that fits.", on_ranks=True, has_check=True
     ),
+    "sweep": Command(
+        "job.cli.sweep", "Train many heads of a frozen backbone at once, and keep the best.", on_ranks=True
+    ),
     "validate": Command(
         "job.cli.evaluate", "Evaluate a checkpoint on the validation images.", on_ranks=True, has_check=True
     ),
     "test": Command("job.cli.evaluate", "Evaluate a checkpoint on the test images.", on_ranks=True, has_check=True),
     "predict": Command("job.cli.predict", "Classify images with a checkpoint.", has_check=True),
+    "embed": Command("job.cli.embed", "Compute a feature vector per image, and search for similar images."),
     "check": Command("job.cli.check", "Find out before a run what would stop it or slow it down.", on_ranks=True),
     "export": Command("job.cli.export", "Write a model for use without this package: ONNX, torch.export, weights."),
     "serve": Command("job.cli.serve", "Answer predictions over HTTP."),

@@ -14,6 +14,11 @@ TRAINING_ALIASES = {
     "patience": "early_stopping",
 }
 """Short names of common options of fit and check."""
+SWEEP_ALIASES = {
+    **{name: f"sweep.{name}" for name in ("lr", "weight_decay", "hidden", "label_smoothing", "class_weights")},
+    **{name: f"sweep.{name}" for name in ("dropout", "samples", "folds", "epochs", "batch_size")},
+}
+"""Short names of options of sweep."""
 DATA_ALIASES = {"batch_size": "data.global_batch_size"}
 """Short names of common options of tune, validate and test."""
 FIT_COMMANDS = frozenset(["fit", "check"])
@@ -71,6 +76,8 @@ def canonical_arguments(
 
 def aliases_of(command: str) -> dict[str, str]:
     """Short names of common options of a command that builds a Trainer."""
+    if command == "sweep":
+        return SWEEP_ALIASES
     return TRAINING_ALIASES if command in FIT_COMMANDS else DATA_ALIASES
 
 

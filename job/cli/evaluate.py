@@ -42,7 +42,7 @@ def test(args: list[str]) -> None:
 
 
 def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
-    with _with_saved_config(args) as configured:
+    with with_saved_config(args) as configured:
         cli = TrainingCLI(verb, configured)
     options = cli.config_init
     model = TransferLearningModel(tta=options["tta"], pretrained=False, **vars(cli.model_config))
@@ -64,15 +64,20 @@ def _evaluate(args: list[str], verb: Literal["validate", "test"]) -> None:
 
 def check(verb: str, args: list[str], *, writes: bool) -> None:
     """Check the options of ``python -m job validate ARGS``, or of ``test``, its checkpoint, and access to its data."""
-    with _with_saved_config(args) as configured:
+    with with_saved_config(args) as configured:
         cli = TrainingCLI(verb, configured)
     options = cli.config_init
     check_evaluation(cli.datamodule, options["ckpt"] or options["run_dir"], options["run_dir"], writes=writes)
 
 
 @contextlib.contextmanager
-def _with_saved_config(args: list[str]) -> Iterator[list[str]]:
-    """Prepend the configuration saved in run_dir to the arguments, unless the user names one."""
+def with_saved_config(args: list[str], *, weights: bool = False) -> Iterator[list[str]]:
+    """Prepend the configuration saved in run_dir to the arguments, unless the user names one.
+
+    Args:
+        args: arguments of a command.
+        weights: use the saved ``model.weights``, too.
+    """
     canonical = canonical_arguments(args, options=("run_dir", "config", "help-all"), positional=("run_dir",))
     run_dir = option_value(canonical, "run_dir") or os.environ.get(f"{ENV_PREFIX}_RUN_DIR")
     config, variable = option_value(canonical, "config"), os.environ.get(CONFIG_VARIABLE)
@@ -84,7 +89,7 @@ def _with_saved_config(args: list[str]) -> Iterator[list[str]]:
         log.info("%s is used, not the configuration saved in run_dir", source)
         yield args
         return
-    saved = None if run_dir is None else read_saved_config(run_dir)
+    saved = None if run_dir is None else read_saved_config(run_dir, weights=weights)
     if saved is None:
         yield args
         return

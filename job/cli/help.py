@@ -111,6 +111,34 @@ _EVALUATE = {
     ],
     "hardware": _HARDWARE,
 }
+_SWEEP = {
+    "run": [
+        *_RUN[:1],
+        Option("config", "FILE", "A YAML file. Default: RUN_DIR/config.yaml, if a fit has left one."),
+        _SEED,
+    ],
+    "data": [option for option in _DATA if option.name != "batch_size"],
+    "model": [
+        Option("model.backbone", "A,B,…", "One backbone or several: torchvision models, or timm models as timm/NAME."),
+        Option("model.weights", "W,X,…", "DEFAULT, none, or one URI per backbone.", "DEFAULT"),
+        Option("model.task", "NAME", "classification, or multilabel.", "classification"),
+    ],
+    "heads": [
+        Option("lr", "A,B,…", "Learning rates of AdamW; a range as 1e-4..1e-1 with --samples.", alias_of="sweep.lr"),
+        Option("weight_decay", "A,B,…", "Weight decays.", "0,0.01,0.1,1", alias_of="sweep.weight_decay"),
+        Option("hidden", "A,B,…", "Hidden layers: none, 256, 256x32, …", "none,64", alias_of="sweep.hidden"),
+        Option("label_smoothing", "A,B,…", "Label smoothing.", "0,0.1", alias_of="sweep.label_smoothing"),
+        Option("class_weights", "A,B", "none, balanced, or both.", "none", alias_of="sweep.class_weights"),
+        Option("dropout", "A,B,…", "Dropout before each linear layer.", "0", alias_of="sweep.dropout"),
+        Option("samples", "N", "Random combinations. 0: all combinations.", "0", alias_of="sweep.samples"),
+    ],
+    "comparison": [
+        Option("folds", "N", "Folds of the cross-validation.", "5", alias_of="sweep.folds"),
+        Option("epochs", "N", "Epochs per head. Default: about 300 steps.", alias_of="sweep.epochs"),
+        Option("batch_size", "N", "Images per step. Default: 32 to 1024.", alias_of="sweep.batch_size"),
+    ],
+    "hardware": _HARDWARE,
+}
 _CHECK = {
     **_FIT,
     "report": [
@@ -118,19 +146,21 @@ _CHECK = {
         Option("price_per_hour", "PRICE", "Price of all machines per hour, for an estimate of the whole run."),
     ],
 }
-COMMON = {"fit": _FIT, "check": _CHECK, "tune": _TUNE, "validate": _EVALUATE, "test": _EVALUATE}
+COMMON = {"fit": _FIT, "check": _CHECK, "tune": _TUNE, "validate": _EVALUATE, "test": _EVALUATE, "sweep": _SWEEP}
 """Common options by command and group."""
 SUMMARIES = {
     "fit": "Train a model, or continue its training, in RUN_DIR.",
     "check": "Find out what would stop a fit with these options, or slow it down; nothing is trained.",
     "tune": "Find an initial learning rate and the largest batch that fits; nothing that is trained is kept.",
     "validate": "Evaluate a checkpoint on the validation images.",
+    "sweep": "Train many heads of a frozen backbone at once, and keep the best by cross-validation.",
     "test": "Evaluate a checkpoint on the test images.",
 }
 EXAMPLES = {
     "fit": "python -m job fit gs://BUCKET/runs/1 --config head --data.root gs://BUCKET/data --model.backbone resnet18",
     "check": "python -m job check gs://BUCKET/runs/1 --config head --data.root gs://BUCKET/data --price_per_hour 2.5",
     "tune": "python -m job tune gs://BUCKET/runs/1 --data.root gs://BUCKET/images --model.backbone resnet18",
+    "sweep": "python -m job sweep gs://BUCKET/runs/1 --data.root gs://BUCKET/images --model.backbone resnet18,resnet50",
     "validate": "python -m job validate gs://BUCKET/runs/1 --tta hflip",
     "test": "python -m job test gs://BUCKET/runs/1 --data.test gs://BUCKET/test-images",
 }

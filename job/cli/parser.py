@@ -151,7 +151,7 @@ def call_with_options(
             list of all that remain.
     """
     parser = function_parser(command, function, positional)
-    function(**parser.parse_args(args).as_dict())
+    function(**parser.instantiate_classes(parser.parse_args(args)).as_dict())
 
 
 def function_parser(command: str, function: Callable[..., None], positional: Sequence[str] = ()) -> Parser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -105,7 +106,7 @@ def main(
     if checkpoint_uri is None:
         raise ConfigError("predict needs a checkpoint. Give --run_dir or --ckpt.")
     if from_stdin:
-        _check_stdin(input, output, columns)
+        check_stdin({"input": input, "output": output, "columns": columns})
     elif input is None:
         raise ConfigError("predict needs images. Give --input, or --from_stdin.")
     file_format = None if output is None else _file_format(output)
@@ -200,14 +201,17 @@ def main(
     BadSamples(limit, "--max_bad_samples").add(totals.unreadable, {INDEX_PART: totals.images})
 
 
-def _check_stdin(input: str | None, output: str | None, columns: str | None) -> None:
+def check_stdin(others: Mapping[str, str | int | None]) -> None:
     """Refuse what cannot be combined with ``--from_stdin``.
+
+    Args:
+        others: options that cannot, by name.
 
     Raises:
         ConfigError: there is such an option, there are several processes, or there is no standard input.
     """
-    for name, value in (("input", input), ("output", output), ("columns", columns)):
-        if value is not None:
+    for name, value in others.items():
+        if value:
             raise ConfigError(
                 f"--from_stdin reads URIs from standard input and writes to standard output. Leave --{name} out."
             )

@@ -1,4 +1,4 @@
-"""Options of the commands that build a Trainer: fit, check, tune, validate and test."""
+"""Options of the commands that build a Trainer: fit, check, tune, validate, test and sweep."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from job.model.config import ModelConfig
 from job.model.module import TransferLearningModel
 from job.monitoring.settings import MonitoringSettings
 from job.resilience.watchdog import WatchdogSettings
+from job.sweep.trials import SweepSettings
 from job.train.fit import FitSettings
 from job.train.loggers import require_installed
 from job.train.lr_finder import LRFinder
@@ -51,7 +52,7 @@ class TrainingParser(ParserMixin, LightningArgumentParser):
 
 
 class TrainingCLI(LightningCLI):
-    """Options of fit, check, tune, validate and test; see ``--help-all``.
+    """Options of fit, check, tune, validate, test and sweep; see ``--help-all``.
 
     Attributes:
         config_init: the options, with instances of the classes that they name.
@@ -144,6 +145,8 @@ class TrainingCLI(LightningCLI):
             parser.add_class_arguments(WatchdogSettings, "watchdog")
             parser.add_class_arguments(FeatureSettings, "features", sub_configs=True)
             parser.add_class_arguments(MonitoringSettings, "monitoring", sub_configs=True)
+        elif self.verb == "sweep":
+            parser.add_class_arguments(SweepSettings, "sweep", sub_configs=True)
         elif self.verb == "tune":
             parser.add_lightning_class_args(LRFinder, "lr_finder")
         else:

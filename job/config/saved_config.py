@@ -55,8 +55,12 @@ _OTHER_COMMANDS = frozenset(
 )
 
 
-def read_saved_config(run_dir: str) -> dict[str, Any] | None:
+def read_saved_config(run_dir: str, *, weights: bool = False) -> dict[str, Any] | None:
     """The plain values of ``run_dir/config.yaml`` that evaluation uses, or None if there is no such file.
+
+    Args:
+        run_dir: of the run.
+        weights: return ``model.weights``, too, which evaluation does not use.
 
     Raises:
         ConfigError: it is damaged, too large, of another version, or names a class that can run commands.
@@ -65,10 +69,10 @@ def read_saved_config(run_dir: str) -> dict[str, Any] | None:
     uri = storage.join(run_dir, FILE)
     if not storage.exists(uri):
         return None
-    return _plain_values(uri, read_mapping(uri))
+    return _plain_values(uri, read_mapping(uri), weights=weights)
 
 
-def _plain_values(uri: str, tree: dict[str, Any]) -> dict[str, Any]:
+def _plain_values(uri: str, tree: dict[str, Any], *, weights: bool) -> dict[str, Any]:
     """Select the values to use; log the skipped settings.
 
     Raises:
@@ -90,6 +94,8 @@ def _plain_values(uri: str, tree: dict[str, Any]) -> dict[str, Any]:
                 raise ConfigError(f"{uri} is damaged: {name} holds no options. {REPAIR_HINT}")
             types = _TRAINER if name == "trainer" else _types(_SECTIONS[name])
             values[name] = dict(_section(uri, name, section, types, skipped))
+            if name == "model" and weights and "weights" in section:
+                values[name] |= _saved_weights(uri, section["weights"], skipped)
         elif name not in _OTHER_COMMANDS:
             raise _unknown(uri, name)
     if skipped:
@@ -129,6 +135,16 @@ def _refused_sources(uri: str, value: str | list[str] | None) -> str | None:
         if reason := Access().problem_of_host(source, local=is_local_uri(uri), filesystem_of=uri):
             return f"{source} {reason}"
     return None
+
+
+def _saved_weights(uri: str, value: Any, skipped: list[str]) -> dict[str, str]:
+    """The option ``model.weights``, unless it is a URI that a saved configuration may not name."""
+    weights = str(_checked(uri, "model.weights", value, str))
+    refused = None if weights in ("DEFAULT", "none") else _refused_sources(uri, weights)
+    if refused:
+        skipped.append(f"model.weights ({refused})")
+        return {}
+    return {"weights": weights}
 
 
 def _values_to_mention(key: str, value: Any) -> list[str]:

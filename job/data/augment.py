@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import platform
 import random
 from collections.abc import Iterator
 from typing import Literal
@@ -15,6 +16,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
+from job.data.pixels import Pixels
+from job.torch_internals import resize_bytes
+
 ResizeMode = Literal["squash", "crop"]
 
 
@@ -22,6 +26,56 @@ CROP_FIRST_RATIO = 64
 """Ratio of the sides above which only the part of an image that ``crop`` keeps is resized."""
 LONG_SIDE = 65_535
 """Side, in pixels, above which an image is averaged before it is resized: the weights of a resize grow with it."""
+_RESIZES_BYTES = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in (
+    "aarch64",
+    "arm64",
+)
+"""Whether torchvision resizes uint8 as such on this CPU; on others it converts to float and back."""
+
+
+def resize_into(out: Tensor, pixels: Pixels, mode: ResizeMode, *, flip: bool = False) -> None:
+    """:func:`resize` into an image of a batch, with few calls that take the GIL.
+
+    torchvision's function makes nine calls that release the GIL and take it again, this one three. Between them the
+    thread may wait for all others.
+
+    Args:
+        out: uint8 [1, 3, image_size, image_size], channels last in memory.
+        pixels: uint8 [H, W, 3].
+        mode: as of :func:`resize`.
+        flip: flip horizontally after resizing.
+    """
+    height, width, _ = pixels.shape
+    image_size = out.shape[3]
+    if not _RESIZES_BYTES or _is_oblong(height, width, mode):
+        image = resize(torch.from_numpy(pixels).permute(2, 0, 1), image_size, mode)[None]
+    else:
+        # From a view of the shape [1, H, W, 3], torch knows that channels are last: it would copy the pixels otherwise.
+        image = torch.from_numpy(pixels.reshape(1, height, width, 3).transpose(0, 3, 1, 2))
+        size = _resized(height, width, image_size, mode)
+        if size != (height, width):
+            if size == (image_size, image_size) and not flip:
+                resize_bytes(image, size, out)
+                return
+            image = resize_bytes(image, size)
+        if size != (image_size, image_size):
+            top, left = (round((side - image_size) / 2) for side in size)  # as torchvision's center_crop
+            image = image[:, :, top : top + image_size, left : left + image_size]
+    out.copy_(image.flip(3) if flip else image)
+
+
+def _is_oblong(height: int, width: int, mode: ResizeMode) -> bool:
+    """Whether :func:`resize` takes a detour."""
+    shorter, longer = sorted((height, width))
+    return longer > (CROP_FIRST_RATIO * shorter if mode == "crop" else LONG_SIDE)
+
+
+def _resized(height: int, width: int, image_size: int, mode: ResizeMode) -> tuple[int, int]:
+    """Height and width after resizing, before the centre is cropped, as torchvision rounds them."""
+    if mode == "squash":
+        return image_size, image_size
+    longer = int(image_size * max(height, width) / min(height, width))
+    return (longer, image_size) if width <= height else (image_size, longer)
 
 
 def resize(image: Tensor, image_size: int, mode: ResizeMode) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
@@ -16,14 +17,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision.transforms import v2
 
-from job.data.augment import ResizeMode, own_generators, resize, seeded
+from job.data.augment import ResizeMode, own_generators, resize, resize_into, seeded
 from job.data.bad_samples import BadSample
 from job.data.cache import SampleCache
-from job.data.decode import decode
+from job.data.decode import decode, decode_pixels
 from job.data.fetch import Fetched, Fetcher
 from job.data.index.index import Index
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.data.sampler import BatchIndices, ResumableBatchSampler, sample_seed
+from job.data.workers import one_core_threads
 from job.errors import ConfigError, DataError, JobError, first_line
 
 SAMPLES_AHEAD = 512
@@ -31,6 +33,8 @@ BYTES_AHEAD = 64 << 20
 """Prefetch of a loader beyond the batch that it decodes: enough for 100 ms per request, and bounded."""
 BYTES_AT_ONCE = 256 << 20
 """A larger batch is fetched in portions of this size: one while the previous one is decoded."""
+CHUNKS_PER_THREAD = 4
+"""Parts of a batch that threads decode together, so that all end at about the same time."""
 ASSUMED_BYTES = 1 << 20
 """Size of a sample whose size is not in the index, until some have been read."""
 
@@ -90,6 +94,11 @@ class Preprocessing:
         return self.augment_views if self.augment is not None else 2 if self.flip else 1
 
     @property
+    def image_bytes(self) -> int:
+        """Bytes of an image in a batch."""
+        return 3 * self.image_size**2
+
+    @property
     def cache_key(self) -> str:
         """Text that is the same for the same pixels, in all releases: cached features are found by its hash."""
         names = ["image_size", "resize", "augment", "augment_views", "flip"]
@@ -123,6 +132,23 @@ class Preprocessing:
         except RuntimeError as error:  # raised by torch when it runs out of memory
             raise DataError(f"cannot be resized: {first_line(error)}") from error
 
+    def decode_into(self, out: Tensor, content: bytes, variant: int) -> None:
+        """:meth:`decoded` and :meth:`pixels` into an image of a batch; only without ``augment``.
+
+        Args:
+            out: uint8 [1, 3, image_size, image_size], channels last in memory.
+            content: the file.
+            variant: its number.
+
+        Raises:
+            DataError: the content is no readable image.
+        """
+        pixels = decode_pixels(content, self.image_size, self.max_image_pixels)
+        try:
+            resize_into(out, pixels, self.resize, flip=self.flip and variant > 0)
+        except RuntimeError as error:  # raised by torch when it runs out of memory
+            raise DataError(f"cannot be resized: {first_line(error)}") from error
+
     def pixels(self, image: Tensor, variant: int, seed: int) -> Tensor:
         """uint8 [3, image_size, image_size]: a variant of the image that :meth:`decoded` returned.
 
@@ -153,24 +179,28 @@ class Preprocessing:
         return out
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Ahead:
     """The first portion of a batch, which is fetched ahead.
 
     Attributes:
         future: its samples.
-        expected: bytes according to the index.
+        expected: bytes according to the index, and once they have been read, as they are.
         rest: the batch's other portions.
+        is_counted: bytes have been counted after reading.
     """
 
     future: Future[list[Fetched]]
     expected: int
     rest: list[npt.NDArray[np.int64]]
+    is_counted: bool = False
 
     def size(self) -> int:
         """Bytes in memory, now or soon."""
-        if self.future.done() and not self.future.cancelled() and self.future.exception() is None:
-            return sum(each.size for each in self.future.result())
+        if not self.is_counted and self.future.done():
+            if not self.future.cancelled() and self.future.exception() is None:
+                self.expected = sum(each.size for each in self.future.result())
+            self.is_counted = True
         return self.expected
 
 
@@ -209,13 +239,21 @@ class ImageDataset(Dataset[Batch]):
         self._fetcher: Fetcher | None = None
         self._mean_bytes = 0.0
         self._ahead: dict[tuple[int, int], _Ahead] = {}
+        self._threads: ThreadPoolExecutor | None = None
+        self._chunks = 1
 
     def __getstate__(self) -> dict[str, Any]:
         # Filesystems and threads belong to the process that made them.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_fetcher", "_ahead")}
+        own = ("_lock", "_fetcher", "_ahead", "_threads")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _fetcher=None, _ahead={})
+        self.__dict__.update(state, _lock=threading.Lock(), _fetcher=None, _ahead={}, _threads=None)
+
+    def use_threads(self, count: int) -> None:
+        """Decode the samples of each batch in several threads of this process; without ``augment`` only."""
+        self._threads = one_core_threads(count)
+        self._chunks = CHUNKS_PER_THREAD * count
 
     def __getitem__(self, indices: BatchIndices) -> Batch:
         size = self.preprocessing.image_size
@@ -245,20 +283,53 @@ class ImageDataset(Dataset[Batch]):
         return self.preprocessing.variant(self.seed, indices.epoch, int(indices.samples[row]), repeat)
 
     def _read_into(self, batch: Batch, indices: BatchIndices) -> None:
-        decoded, image = -1, torch.empty(0)
-        for row, (sample, fetched) in enumerate(zip(indices.samples.tolist(), self._fetched(indices), strict=True)):
+        fetched = self._fetched(indices)
+        if self._threads is None:
+            batch["bad"] += self._read_rows(batch, indices, 0, fetched)
+            return
+        parts: list[Future[list[BadSample]]] = []
+        try:
+            for first, last in itertools.pairwise(_bounds(indices.samples, self._chunks)):
+                samples = list(itertools.islice(fetched, last - first))
+                parts.append(self._threads.submit(self._read_rows, batch, indices, first, samples))
+        finally:
+            wait(parts)  # they write into the batch, also if another one fails
+        for part in parts:
+            batch["bad"] += part.result()
+
+    def _read_rows(
+        self, batch: Batch, indices: BatchIndices, start: int, fetched: Iterable[Fetched]
+    ) -> list[BadSample]:
+        """Decode into the rows from ``start`` on; return the unreadable samples."""
+        preprocessing, fetcher, bad = self.preprocessing, self._opened_fetcher(), []
+        rows = torch.split(batch["image"], 1)
+        first, image = -1, torch.empty(0)
+        for row, one in enumerate(fetched, start):
+            sample = int(indices.samples[row])
             try:
-                if sample != decoded:  # the variants of a sample are neighbours
-                    decoded, image = -1, self.preprocessing.decoded(self._opened_fetcher().content(fetched))
-                    decoded = sample
                 variant = self.variant(indices, row)
-                seed = sample_seed(self.seed, variant, sample)
-                batch["image"][row] = self.preprocessing.pixels(image, variant, seed)
+                # The variants of a sample are neighbours.
+                is_first = first < 0 or sample != indices.samples[first]
+                if is_first:
+                    first = -1
+                    content = fetcher.content(one)
+                if preprocessing.augment is None:
+                    if is_first:
+                        preprocessing.decode_into(rows[row], content, variant)
+                    else:
+                        flip = preprocessing.flip and (variant > 0) != (self.variant(indices, first) > 0)
+                        rows[row].copy_(rows[first].flip(3) if flip else rows[first])
+                else:
+                    if is_first:
+                        image = preprocessing.decoded(content)
+                    rows[row][0] = preprocessing.pixels(image, variant, sample_seed(self.seed, variant, sample))
+                if is_first:
+                    first = row
             except DataError as error:
                 if batch["mask"][row]:
-                    line = f"{self.index.uri(sample)} {error}"
-                    batch["bad"].append(BadSample(self.index.part, sample, line))
+                    bad.append(BadSample(self.index.part, sample, f"{self.index.uri(sample)} {error}"))
                 batch["mask"][row] = False
+        return bad
 
     def _fetched(self, indices: BatchIndices) -> Iterator[Fetched]:
         """The samples of a batch in order, while those of the following batches are being fetched."""
@@ -318,3 +389,10 @@ class ImageDataset(Dataset[Batch]):
                 self._ahead[indices.epoch, number] = _Ahead(fetcher.start(first), size, rest)
                 bytes_ahead += size
         return portion.future, portion.rest
+
+
+def _bounds(samples: npt.NDArray[np.int64], parts: int) -> list[int]:
+    """Bounds of about ``parts`` equal parts of a batch; neighbours of one sample stay together."""
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(samples)) + 1])
+    chosen = np.searchsorted(starts, np.linspace(0, len(samples), parts, endpoint=False))
+    return [*np.unique(starts[chosen[chosen < len(starts)]]).tolist(), len(samples)]

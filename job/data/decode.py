@@ -85,6 +85,7 @@ _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
 
 _one_large = threading.Lock()
 """Held while a large image is decoded: the memory of a process is that of one of them, however many threads it has."""
+_NOT_ALONE = contextlib.nullcontext()
 
 Image.preinit()
 # warnings.catch_warnings is not safe in threads. Odd metadata is no reason to warn, and sizes are checked here.
@@ -96,7 +97,12 @@ class ImageTooLarge(DataError):
 
 
 def decode(content: bytes, at_least: int = 0, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Tensor:
-    """An encoded image as uint8 [3, H, W], RGB, upright by its EXIF orientation.
+    """:func:`decode_pixels` as a tensor, uint8 [3, H, W]."""
+    return torch.from_numpy(decode_pixels(content, at_least, max_image_pixels)).permute(2, 0, 1)
+
+
+def decode_pixels(content: bytes, at_least: int = 0, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Pixels:
+    """An encoded image as uint8 [H, W, 3], RGB, upright by its EXIF orientation.
 
     Transparency is laid on white; see :func:`job.data.pixels.to_rgb` for more than 8 bits. Malformed metadata is
     ignored.
@@ -115,9 +121,7 @@ def decode(content: bytes, at_least: int = 0, max_image_pixels: int = MAX_IMAGE_
         raise DataError("is empty (0 bytes)")
     try:
         pixels = _jpeg(content, at_least, max_image_pixels) if content.startswith(b"\xff\xd8") else None
-        if pixels is None:
-            pixels = _by_pillow(content, at_least, max_image_pixels)
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return _by_pillow(content, at_least, max_image_pixels) if pixels is None else pixels
     except DataError:
         raise
     except Exception as error:  # a decoder may raise anything, and one image must not end the run
@@ -145,10 +149,12 @@ def _jpeg(content: bytes, at_least: int, max_image_pixels: int) -> Pixels | None
         _refuse_bomb(width, height, max_image_pixels)
         if colourspace not in ("YCbCr", "Gray", "RGB"):
             return None
-        scale = next((d for d in SCALES if at_least and min(height, width) >= d * at_least), 1)
-        smallest = {"min_height": -(-height // scale), "min_width": -(-width // scale)} if scale > 1 else {}
+        scale = 1
+        if at_least and min(height, width) >= SCALES[-1] * at_least:
+            scale = next(scale for scale in SCALES if min(height, width) >= scale * at_least)
+        smallest = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
         with _alone(width // scale, height // scale):
-            pixels: Pixels = simplejpeg.decode_jpeg(content, "RGB", **smallest)
+            pixels: Pixels = simplejpeg.decode_jpeg(content, "RGB", False, False, *smallest)
     except ValueError:
         return None
     return _turned(pixels, jpeg_orientation(content))
@@ -223,7 +229,7 @@ def _heif_format() -> str:
 
 
 def _alone(width: int, height: int) -> contextlib.AbstractContextManager[object]:
-    return _one_large if is_large(width, height) else contextlib.nullcontext()
+    return _one_large if is_large(width, height) else _NOT_ALONE
 
 
 def _number(value: object) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from job.data.index.bounded import LARGEST_MEMBER
 from job.data.index.index import Index, Sample
 from job.data.index.local_copy import materialise
 from job.data.index.sources import format_of
+from job.data.neighbours import Neighbours
 from job.errors import DataError, StorageError, StorageOutage
 from job.storage.checksums import TooLarge
 
@@ -91,6 +93,7 @@ class Fetcher:
         self.index = index
         self.cache = cache
         self.cache_dir = cache_dir
+        self._neighbours = Neighbours(index, cache)
         self._readers: dict[int, storage.Reader] = {}
         self._pool = ThreadPoolExecutor(BATCHES_AT_ONCE, thread_name_prefix="fetch")
         self._slots: asyncio.Semaphore | None = None
@@ -136,11 +139,57 @@ class Fetcher:
                 fetched[number] = Fetched(sample, cached)
             else:
                 far[number] = sample
-        for number, raw in (self._fetch_all(far) if far else {}).items():
-            sample = far[number]
-            raw = self._checked(sample, raw)
-            fetched[number] = Fetched(sample, raw, self._store(sample, raw))
+        if far:
+            fetched |= self._read_far(far)
         return [fetched[number] for number in samples]
+
+    def _read_far(self, far: dict[int, Sample]) -> dict[int, Fetched]:
+        """Samples of buckets that are not in the cache; the neighbours of those in archives are put into it."""
+        members = [number for number, sample in far.items() if sample.offset >= 0]
+        fetched: dict[int, Fetched] = {}
+        with self._neighbours.claimed(members if self.cache and self.cache.accepts else []) as claim:
+            own = {number: sample for number, sample in far.items() if number not in claim.elsewhere}
+            sources = {far[number].source for number in members}
+            others = sorted(claim.samples - far.keys())
+            neighbours = {
+                number: sample
+                for number, sample in zip(others, self.index.rows(others), strict=True)
+                if sample.source in sources and self._is_fetchable_neighbour(sample)
+            }
+            for number, raw in (self._fetch_all(own, neighbours) if own else {}).items():
+                if number in neighbours:
+                    self._keep_neighbour(neighbours[number], raw)
+                else:
+                    raw = self._checked(own[number], raw)
+                    fetched[number] = Fetched(own[number], raw, self._store(own[number], raw))
+        if claim.elsewhere:  # after the own ones, so that no two batches wait for one another
+            self._neighbours.wait(claim.elsewhere)
+            late = {}
+            for number in claim.elsewhere:
+                cached = self.cache.get(self._cache_key(far[number])) if self.cache else None
+                if cached is None:
+                    late[number] = far[number]
+                else:
+                    fetched[number] = Fetched(far[number], cached)
+            for number, raw in (self._fetch_all(late, {}) if late else {}).items():
+                raw = self._checked(late[number], raw)
+                fetched[number] = Fetched(late[number], raw, self._store(late[number], raw))
+        return fetched
+
+    def _is_fetchable_neighbour(self, sample: Sample) -> bool:
+        return (
+            0 <= sample.size <= LARGEST_MEMBER
+            and sample.offset >= 0
+            and self.cache is not None
+            and not self.cache.has(self._cache_key(sample))
+        )
+
+    def _keep_neighbour(self, sample: Sample, raw: bytes | DataError) -> None:
+        """Put a neighbour into the cache; a damaged one is an error when it is used."""
+        with contextlib.suppress(DataError):
+            if isinstance(raw, bytes) and self.cache is not None:
+                format_of(self.index.sources[sample.source]).unpack(raw, sample.version)
+                self.cache.put(self._cache_key(sample), raw)
 
     def _read_here(self, reader: storage.Reader, sample: Sample) -> bytes | DataError:
         try:
@@ -149,9 +198,10 @@ class Fetcher:
             return self._bad_sample(error, sample.source, sample.key, sample.offset)
         return self._checked(sample, raw)
 
-    def _fetch_all(self, places: dict[int, Sample]) -> dict[int, bytes | DataError]:
-        """The bytes of samples in buckets, by number."""
-        ranges = joined(places)
+    def _fetch_all(self, own: dict[int, Sample], neighbours: dict[int, Sample]) -> dict[int, bytes | DataError]:
+        """The bytes of samples in buckets, by number; of neighbours as far as they share a request with them."""
+        places = own | neighbours
+        ranges = [one for one in joined(places) if not own.keys().isdisjoint(one.samples)]
         responses: dict[Range, bytes | DataError] = {
             one: self._read_waiting(one) for one in ranges if not self._reader(one.source).is_async
         }
@@ -208,9 +258,7 @@ class Fetcher:
         deadline = time.monotonic() + ATTEMPT_SECONDS
         tasks = {asyncio.ensure_future(self._request(one))}
         patience = self._patience
-        failure: BaseException = StorageOutage(
-            f"cannot read {self._uri(one)}: no answer within {ATTEMPT_SECONDS:.0f} s"
-        )
+        failure: BaseException | None = None
         try:
             while tasks:
                 remaining = deadline - time.monotonic()
@@ -230,7 +278,7 @@ class Fetcher:
         finally:
             for task in tasks:
                 task.cancel()
-        raise failure
+        raise failure or StorageOutage(f"cannot read {self._uri(one)}: no answer within {ATTEMPT_SECONDS:.0f} s")
 
     async def _request(self, one: Range) -> bytes:
         self._requests += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import pickle
@@ -15,9 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from job.data.dataset import Batch, ImageDataset
+from job.data.workers import BATCHES_PER_PROCESS, divide, one_core_threads
 from job.features.store import FeatureStore
 
 BATCHES_PER_WORKER = 2
@@ -30,10 +32,11 @@ class BatchLoader(DataLoader[Batch]):
     Its state is the number of batches taken in this epoch, which is the same for every rank: a run
     resumes at the very next sample, at any world size and with any number of workers.
 
-    Workers are threads of this process: decoding and resizing release the GIL, so that batches need
-    not be handed from process to process (benchmarks/data.py: 1.3 times faster). A user's transform
-    draws from torch's global generator, which threads would share: then workers are processes,
-    from a fork server which has imported torch but has never opened a filesystem, since fsspec's
+    A few workers are threads of this process: decoding and resizing release the GIL, so that batches need
+    not be handed from process to process (benchmarks/data.py: 1.3 times faster). More would wait for the GIL: then
+    they are threads of several processes, which decode each batch together (see :mod:`job.data.workers`). A user's
+    transform draws from torch's global generator, which threads would share: then each worker is a process. Processes
+    come from a fork server which has imported torch but has never opened a filesystem, since fsspec's
     asynchronous ones hang when forked (https://github.com/fsspec/gcsfs/issues/379).
 
     Args:
@@ -52,8 +55,12 @@ class BatchLoader(DataLoader[Batch]):
         features: Callable[[], FeatureStore | None] = lambda: None,
     ) -> None:
         self.dataset: ImageDataset
-        processes = workers if dataset.preprocessing.augment is not None else 0
-        self.threads = workers - processes
+        processes, threads = divide(
+            workers,
+            dataset.sampler.share * dataset.preprocessing.image_bytes,
+            is_transformed=dataset.preprocessing.augment is not None,
+        )
+        self.threads = 0 if processes else threads
         self.features = features
         self._pool: ThreadPoolExecutor | None = None
         has_gpu = torch.cuda.is_available()
@@ -67,9 +74,9 @@ class BatchLoader(DataLoader[Batch]):
             batch_size=None,
             num_workers=processes,
             multiprocessing_context=context,
-            worker_init_fn=_die_with_rank,
+            worker_init_fn=functools.partial(_start_worker, threads),
             persistent_workers=processes > 0,
-            prefetch_factor=4 if processes else None,
+            prefetch_factor=(BATCHES_PER_PROCESS if threads > 1 else 4) if processes else None,
             pin_memory=has_gpu and not self.threads,
         )
         self._pin = has_gpu
@@ -139,25 +146,6 @@ class BatchLoader(DataLoader[Batch]):
         self._resume_at = state["batch"]
 
 
-def one_core_threads(count: int) -> ThreadPoolExecutor:
-    """Threads whose torch operations use one core each, as in torch's own loader processes.
-
-    torch keeps one setting per thread, and a global one for new threads: all of these are set before the global one is
-    restored.
-    """
-    default_threads = torch.get_num_threads()
-
-    def one_core() -> None:
-        torch.get_num_threads()  # lets torch initialise the thread, which would undo the next line later
-        torch.set_num_threads(1)
-
-    pool = ThreadPoolExecutor(count, thread_name_prefix="decode", initializer=one_core)
-    all_started = threading.Barrier(count)
-    list(pool.map(lambda _: all_started.wait(), range(count)))
-    torch.set_num_threads(default_threads)
-    return pool
-
-
 @contextlib.contextmanager
 def _without_main(dataset: ImageDataset) -> Iterator[None]:
     """Keep worker processes from importing the main script, which would run again if it has no ``__main__`` guard.
@@ -178,8 +166,16 @@ def _without_main(dataset: ImageDataset) -> Iterator[None]:
             main.__file__ = file
 
 
-def _die_with_rank(worker: int) -> None:
-    """End a worker when its rank is killed; torch watches only the fork server, which the workers keep alive."""
+def _start_worker(threads: int, worker: int) -> None:
+    """Start the threads of a worker process, and end it when its rank is killed.
+
+    torch watches only the fork server, which the workers keep alive.
+    """
+    if threads > 1:
+        info = get_worker_info()
+        assert info is not None
+        assert isinstance(info.dataset, ImageDataset)
+        info.dataset.use_threads(threads)
 
     def wait() -> None:
         rank = multiprocessing.parent_process()

@@ -48,7 +48,7 @@ class _Segment(NamedTuple):
 def jpeg_orientation(content: bytes) -> int:
     """The EXIF orientation of a JPEG, 1 to 8; 1 where there is none or it cannot be read."""
     from_xmp, header_end = 1, content.find(_SCAN_MARKER)
-    if all(content.find(sign, 0, header_end) < 0 for sign in (_EXIF, _XMP_TAG)):
+    if content.find(_EXIF, 0, header_end) < 0 and content.find(_XMP_TAG, 0, header_end) < 0:
         return 1
     for segment in _jpeg_segments(content):
         if segment.marker == _APP1:

@@ -84,6 +84,11 @@ class ResumableBatchSampler:
         self.epoch = 0
         self.start_batch = 0
 
+    @property
+    def share(self) -> int:
+        """Samples of a batch that are this rank's."""
+        return self.global_batch_size // self.world_size
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch to iterate next (Lightning calls this)."""
         self.epoch = epoch
@@ -106,8 +111,7 @@ class ResumableBatchSampler:
         """:meth:`batch` of several neighbouring batches, which takes hardly longer than for one."""
         numbers = np.arange(batches.start, batches.stop)[:, None]
         sizes = np.minimum(self.global_batch_size, self.size - numbers * self.global_batch_size)
-        share = self.global_batch_size // self.world_size
-        within = np.arange(self.rank * share, (self.rank + 1) * share)
+        within = np.arange(self.rank * self.share, (self.rank + 1) * self.share)
         samples, repeats = self._samples_at(numbers * self.global_batch_size + within % sizes, epoch)
         valid = within < sizes
         return [

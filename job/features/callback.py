@@ -6,13 +6,9 @@ The result is the same as without the cache, bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import os
-import shutil
 import time
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -27,7 +23,10 @@ from job.cluster import ranks
 from job.data.datamodule import image_data
 from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, Preempted, StorageError
-from job.features.store import FeatureStore, content_hash, weights_hash
+from job.features.compute import PartWork, compute_chunks
+from job.features.disk_space import make_room
+from job.features.key import content_hash, feature_key, weights_hash
+from job.features.store import FOLDER, FeatureStore
 from job.model.module import TransferLearningModel
 from job.process.progress import Progress
 from job.resilience.flags import AsyncFlags
@@ -37,7 +36,6 @@ from job.resilience.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-FOLDER = "features"
 WORTH_A_HINT = 3
 """Frozen epochs from which on the log says why nothing is cached."""
 
@@ -159,36 +157,22 @@ class FeatureCache(Callback):
     def _key(self, trainer: pl.Trainer, module: TransferLearningModel, part: str, weights: str) -> str:
         """Hash of everything that the features depend on."""
         data = image_data(trainer)
-        preprocessing = data.preprocessing(part)
-        values = (
+        return feature_key(
+            module.net,
             weights,
             ranks.from_rank_zero(lambda: content_hash(data.parts[part])),
-            module.net.spec()["mean"],
-            module.net.spec()["std"],
-            preprocessing.cache_key,
-            data.seed if preprocessing.augment is not None else None,
-            str(trainer.precision),
-            module.config.compile_backbone,
-            module.device.type,
-            str(module.net.memory_format),
-            torch.__version__,
+            data.preprocessing(part),
+            seed=data.seed,
+            precision=str(trainer.precision),
+            compiled=module.config.compile_backbone,
         )
-        return hashlib.sha256(repr(values).encode()).hexdigest()[:20]
 
     def _no_room(self, cache_dir: Path, folders: set[Path], needed: int) -> str:
         """Delete older features to make room; returns the reason if that is not enough, the same on all ranks."""
-        problem = set()
+        problem = None
         if ranks.local_rank() == 0:
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            allowed = self.max_bytes - needed
-            free = shutil.disk_usage(cache_dir).free + sum(map(_size, folders))
-            if allowed < 0:
-                problem = {f"they need {needed / 1e9:.3g} GB, --features.max_gb allows {self.max_bytes / 1e9:.3g}."}
-            elif free < needed * 1.05:
-                problem = {f"they need {needed / 1e9:.3g} GB, and {cache_dir} has {free / 1e9:.3g} GB left."}
-            else:
-                _remove_oldest(cache_dir / FOLDER, folders, allowed)
-        return " ".join(sorted(ranks.union(problem)))
+            problem = make_room(cache_dir, folders, needed, self.max_bytes, "--features.max_gb")
+        return " ".join(sorted(ranks.union({problem} if problem else set())))
 
     def _missing(self, stores: dict[str, FeatureStore]) -> dict[str, list[int]]:
         """Chunks to compute, by part; chunks only in the bucket or only on a disk are copied to the other."""
@@ -260,34 +244,23 @@ class FeatureCache(Callback):
         module: TransferLearningModel,
         stores: dict[str, FeatureStore],
         share: dict[str, list[int]],
-    ) -> Generator[None, None, None]:
-        """Compute and upload this rank's chunks, and yield after each batch; however it ends, uploads do, too."""
+    ) -> Generator[int, None, None]:
+        """Compute and upload this rank's chunks, and yield after each batch."""
         data = image_data(trainer)
         batch_size = data.global_batch_size // ranks.world_size()
-        with ThreadPoolExecutor(1, thread_name_prefix="features") as uploads:
-            pending: list[Future[None]] = []
-            for part, chunks in share.items():
-                store = stores[part]
-                loader = data.variant_loader(part, [store.samples(chunk) for chunk in chunks], batch_size)
-                sampler = cast("FeatureBatchSampler", loader.dataset.sampler)
-                iterator = iter(loader)
-                for chunk in chunks:
-                    features: list[Tensor] = []
-                    valid: list[Tensor] = []
-                    bad: dict[int, str] = {}
-                    for _ in range(sampler.batches_in(store.samples(chunk))):
-                        batch = data.on_before_batch_transfer(next(iterator), 0)
-                        rows = batch["global_size"]
-                        mask = batch["mask"][:rows]
-                        images = batch["image"].to(module.device, non_blocking=True)
-                        features.append(_features(trainer, module, images)[:rows].cpu())
-                        valid.append(mask)
-                        bad |= {sample: line for _, sample, line in batch["bad"]}
-                        yield
-                    store.save(chunk, torch.cat(features), torch.cat(valid), bad)
-                    pending.append(uploads.submit(store.publish, chunk, self.lease.require_held))
-            for upload in pending:
-                upload.result()
+        return compute_chunks(
+            (
+                PartWork(
+                    stores[part],
+                    chunks,
+                    data.variant_loader(part, [stores[part].samples(chunk) for chunk in chunks], batch_size),
+                )
+                for part, chunks in share.items()
+            ),
+            lambda images: _features(trainer, module, images.to(module.device, non_blocking=True)),
+            accept=lambda batch: data.on_before_batch_transfer(batch, 0),
+            before_write=self.lease.require_held,
+        )
 
 
 def _features(trainer: pl.Trainer, module: TransferLearningModel, images: Tensor) -> Tensor:
@@ -306,21 +279,3 @@ def _frozen_epochs(trainer: pl.Trainer, module: TransferLearningModel) -> int:
 
 def _validation_batches(trainer: pl.Trainer) -> float:
     return sum(trainer.num_val_batches) if isinstance(trainer.num_val_batches, list) else trainer.num_val_batches
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
-
-
-def _remove_oldest(root: Path, kept: set[Path], allowed: int) -> None:
-    """Remove folders in ``root``, the least recently used first, until the others hold ``allowed`` bytes."""
-    for folder in kept:
-        if folder.is_dir():
-            os.utime(folder)
-    others = sorted((f for f in root.glob("*") if f not in kept), key=lambda folder: folder.stat().st_mtime)
-    total = sum(_size(folder) for folder in others)
-    for folder in others:
-        if total <= allowed:
-            break
-        total -= _size(folder)
-        shutil.rmtree(folder, ignore_errors=True)

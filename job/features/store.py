@@ -23,7 +23,6 @@ from job import storage
 from job.data.bad_samples import BadSample
 from job.data.dataset import Batch, ImageDataset
 from job.data.index.file import hash_file
-from job.data.index.index import Index
 from job.data.sampler import BatchIndices
 from job.errors import DataError, StorageError
 from job.features.file import DTYPES, LONGEST_LINE, MANIFEST_BYTES, ChunkInfo, DamagedChunk, NewerFormat, read_tensors
@@ -31,6 +30,8 @@ from job.storage.local_cache import private_folder, report_disk_full
 
 log = logging.getLogger(__name__)
 
+FOLDER = "features"
+"""Folder of all features, in run_dir and in --data.cache_dir."""
 CHUNK_SAMPLES = 256
 """Samples that a killed process has to compute again, at most."""
 MOST_CHUNKS = 4096
@@ -43,12 +44,12 @@ class FeatureStore:
     Args:
         dataset: the samples, their variants and labels.
         folder: on this node; several processes share it.
-        uri: folder through which nodes and attempts share chunks.
+        uri: folder through which nodes and attempts share chunks; None: they are on this node's disk only.
         width: features per variant that the backbone computes; chunks of another width are computed again.
         dtype: type of a feature.
     """
 
-    def __init__(self, dataset: ImageDataset, folder: Path, uri: str, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, dataset: ImageDataset, folder: Path, uri: str | None, width: int, dtype: torch.dtype) -> None:
         self.dataset = dataset
         self.index = dataset.index
         assert dataset.preprocessing.variants is not None, "the number of variants is unlimited"
@@ -72,7 +73,7 @@ class FeatureStore:
 
     def published(self) -> set[int]:
         """Chunks in the bucket."""
-        if not storage.exists(self.uri):
+        if self.uri is None or not storage.exists(self.uri):
             return set()
         chunks = {self._manifest_name(chunk): chunk for chunk in range(len(self))}
         return {chunks[entry.key] for entry in storage.list_files(self.uri) if entry.key in chunks}
@@ -114,6 +115,8 @@ class FeatureStore:
             chunk: its number.
             before_write: called immediately before each write; raises if this job may not write there.
         """
+        if self.uri is None:
+            return
         storage.upload(self._path(chunk), storage.join(self.uri, self._name(chunk)), before_write)
         storage.upload(self._manifest_path(chunk), storage.join(self.uri, self._manifest_name(chunk)), before_write)
 
@@ -127,6 +130,7 @@ class FeatureStore:
         Raises:
             DataError: a newer release wrote it.
         """
+        assert self.uri is not None, "there is no bucket to fetch from"
         uri, manifest = (storage.join(self.uri, name) for name in (self._name(chunk), self._manifest_name(chunk)))
         try:
             info, text = self._read_manifest(chunk, manifest)
@@ -165,6 +169,21 @@ class FeatureStore:
             self._bad |= info.bad
         self._valid = torch.cat(valid)
         return [BadSample(self.index.part, sample, line) for sample, line in sorted(self._bad.items())]
+
+    def load(self, chunk: int) -> tuple[Tensor, Tensor]:
+        """A chunk on this node, mapped into memory: features, float [samples, variants, F], and which are valid, bool.
+
+        Raises:
+            DataError: it has changed since :meth:`on_disk`.
+        """
+        info, _ = self._read_manifest(chunk, str(self._manifest_path(chunk)))
+        tensors = read_tensors(self._path(chunk), info)
+        return tensors["features"], tensors["valid"]
+
+    @property
+    def valid(self) -> Tensor:
+        """Which variants could be computed, bool [samples, variants]; known after :meth:`open`."""
+        return self._valid
 
     def batch(self, indices: BatchIndices) -> Batch:
         """The batch that the dataset returns for ``indices``, with features in place of pixels."""
@@ -244,22 +263,3 @@ class FeatureStore:
         if any(sample not in samples for sample in info.bad):
             raise DamagedChunk("it names samples that it does not hold")
         return info, text
-
-
-def content_hash(index: Index) -> str:
-    """Hash of the places and versions of an index's samples."""
-    sources = [(source.uri, source.version) for source in index.sources]
-    return hashlib.sha256(repr((sources, index.info.sha256)).encode()).hexdigest()
-
-
-def weights_hash(backbone: torch.nn.Module) -> str:
-    """Hash of a backbone's weights and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in backbone.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_raw(tensor))
-    return digest.hexdigest()
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -42,6 +42,7 @@ class Classifier(nn.Module):
         features: width of the backbone's output. Default: measured by running the backbone.
         device_type: type of the device that computes, which the memory layout depends on.
         task: "multilabel" if an image may have several classes.
+        dropout: of the inputs of each of the head's linear layers, in training.
 
     Raises:
         ConfigError: the backbone does not take images of this size.
@@ -60,6 +61,7 @@ class Classifier(nn.Module):
         features: int | None = None,
         device_type: str = "cpu",
         task: TaskName = "classification",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.name = name
@@ -80,7 +82,7 @@ class Classifier(nn.Module):
         self.backbone = backbone.to(memory_format=self.memory_format)
         if features is None:
             features = feature_width(backbone, image_size)
-        self.head = build_head(features, hidden, logits=self.num_logits)
+        self.head = build_head(features, hidden, self.num_logits, dropout)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Set a child module; torch's conversion to SyncBatchNorm calls this, and its result is corrected."""
@@ -161,6 +163,7 @@ def build_classifier(
             std=std,
             device_type=device_type,
             task=config.task,
+            dropout=config.dropout,
         )
 
 

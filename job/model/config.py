@@ -29,6 +29,7 @@ class ModelConfig:
         weights: pretrained weights: DEFAULT (the library's own), none (random), the URI of a state dict or checkpoint
             (.pth, .safetensors, .ckpt), or another run's run_dir (its best checkpoint).
         hidden: widths of the head's hidden layers.
+        dropout: dropout of the inputs of each of the head's linear layers, from 0 to below 1.
         mean: per-channel mean of the pretraining images, in [0, 1]. Default: that of the pretrained weights.
         std: per-channel standard deviation of the pretraining images. Default: that of the pretrained weights.
         milestones: epochs at which the last layers, then all layers, are unfrozen.
@@ -65,6 +66,7 @@ class ModelConfig:
     backbone: str = "resnet50"
     weights: str = "DEFAULT"
     hidden: list[int] = field(default_factory=lambda: [256, 32])
+    dropout: float = field(default=0.0, metadata=FIXED)
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     milestones: list[int] = field(default_factory=lambda: [5, 10], metadata=FIXED)
@@ -95,6 +97,8 @@ class ModelConfig:
             raise ConfigError(f"--model.unfreeze_last must be above 0 and at most 1, not {self.unfreeze_last}.")
         if any(width < 1 for width in self.hidden):
             raise ConfigError(f"--model.hidden must be positive widths, not {self.hidden}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"--model.dropout must be at least 0 and below 1, not {self.dropout}.")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"--model.label_smoothing must be at least 0 and below 1, not {self.label_smoothing}.")
         if self.mixup < 0 or self.cutmix < 0:
@@ -119,7 +123,9 @@ class ModelConfig:
 
     def fixed_values(self) -> dict[str, Any]:
         """The :data:`FIXED` fields, by name."""
-        return {each.name: _as_list(getattr(self, each.name)) for each in fields(self) if "fixed" in each.metadata}
+        values = {each.name: _as_list(getattr(self, each.name)) for each in fields(self) if "fixed" in each.metadata}
+        # None is what a checkpoint has that lacks the field, as those of earlier versions do.
+        return {**values, "dropout": self.dropout or None}
 
 
 def _as_list(value: Any) -> Any:

@@ -11,19 +11,42 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 SMALL_STEP_FLOPS = 2.5e8
 """A head whose training step has fewer is small: 5 to 10 ms of one core."""
 
 
-def build_head(features: int, hidden: Sequence[int], logits: int) -> nn.Sequential:
-    """Linear layers ``features → hidden… → logits`` with ReLU between them."""
-    widths = [features, *hidden]
+class DropoutLinear(nn.Linear):
+    """A linear layer with dropout of its inputs; its state dict is that of ``nn.Linear``.
+
+    Args:
+        inputs: width of the input.
+        outputs: width of the output.
+        dropout: probability that an input is zeroed in training.
+    """
+
+    def __init__(self, inputs: int, outputs: int, dropout: float) -> None:
+        super().__init__(inputs, outputs)
+        self.dropout = dropout
+
+    def forward(self, values: Tensor) -> Tensor:
+        """float [B, inputs] to float [B, outputs]."""
+        return super().forward(F.dropout(values, self.dropout, self.training))
+
+
+def build_head(features: int, hidden: Sequence[int], logits: int, dropout: float = 0.0) -> nn.Sequential:
+    """Linear layers ``features → hidden… → logits`` with ReLU between them, and dropout before each.
+
+    Names of parameters do not depend on ``dropout``: for inference the head is built without it.
+    """
+    widths = [features, *hidden, logits]
     layers: list[nn.Module] = []
     for width, following in itertools.pairwise(widths):
-        layers += [nn.Linear(width, following), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], logits))
+        linear = DropoutLinear(width, following, dropout) if dropout else nn.Linear(width, following)
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 def is_small_head(head: nn.Module, batch_size: int) -> bool:

@@ -23,7 +23,7 @@ from job.model.spec import ClassifierSpec
 BATCHES_BEHIND = 2
 """Latest batches on an accelerator that are not fetched yet, so that the host does not wait for it."""
 
-NUMBERS_AT_ONCE = 1 << 18
+NUMBERS_AT_ONCE = 1 << 20
 BATCH_COST = 1 << 12
 """Batches are added together, when they have so many probabilities: each addition takes 0.5 ms and as long as
 :data:`BATCH_COST` further probabilities."""
@@ -175,10 +175,15 @@ class ConfusionCounts(Metric):
             self.cells[:] = [_added(torch.cat(self.cells), self.num_classes)]
             self._unsorted = 0
         if self.num_classes > 2 * TOP:
-            own = probabilities.gather(1, labels[:, None])
-            earlier = torch.arange(self.num_classes) < labels[:, None]
-            above = (probabilities > own) | (probabilities == own) & earlier
-            self.in_top += (above.sum(dim=1) < TOP).sum()
+            own, fifth = probabilities.gather(1, labels[:, None]), probabilities.topk(TOP).values[:, -1:]
+            self.in_top += (own > fifth).sum() + self._first_of_equal(probabilities, labels, (own == fifth)[:, 0])
+
+    def _first_of_equal(self, probabilities: Tensor, labels: Tensor, candidates: Tensor) -> Tensor:
+        """Number of ``candidates``, bool [N], that are in the top 5 if equal classes are in the order of numbers."""
+        probabilities, labels = probabilities[candidates], labels[candidates, None]
+        own = probabilities.gather(1, labels)
+        above = (probabilities > own) | (probabilities == own) & (torch.arange(self.num_classes) < labels)
+        return (above.sum(dim=1) < TOP).sum()
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Cells of all ranks that are not zero, sorted, int64 [N, 3], and number of samples in the top 5."""

@@ -29,7 +29,7 @@ from job.data.datamodule import ImageDataModule, image_data
 from job.data.dataset import Batch
 from job.data.sampler import sample_seed
 from job.errors import ConfigError, DivergedError
-from job.lightning_internals import logs_are_due
+from job.lightning_internals import logs_are_due, validation_follows
 from job.model.classifier import TTA, Classifier, build_classifier, mean_over_flips
 from job.model.compile import compile_module
 from job.model.config import ModelConfig
@@ -205,8 +205,8 @@ class TransferLearningModel(pl.LightningModule):
         self.training_metrics.add(losses, logits, batch)
         total = torch.where(batch["mask"], losses, 0.0).sum()
         mean: Tensor = total * (self.trainer.world_size / batch["global_size"])
-        # A step from cached features is hardly longer than Lightning's log, which synchronises ranks.
-        if "features" not in batch or self.trainer.is_last_batch or logs_are_due(self.trainer):
+        # Lightning reduces what is logged over ranks, behind a barrier, at which each host waits for its GPU.
+        if (logs_are_due(self.trainer) and completes_step(self.trainer, batch_idx)) or validation_follows(self.trainer):
             self.log("train/loss", mean, sync_dist=True, batch_size=batch["global_size"])
         accumulate = self.trainer.accumulate_grad_batches
         if accumulate == 1:

@@ -176,12 +176,13 @@ class BinnedScores(Metric):
 
     def update(self, probabilities: Tensor, labels: Tensor) -> None:
         """Add samples: probabilities float [N, C]; labels int64 [N], or multi-hot, uint8 [N, C]."""
-        bins = _bins(probabilities.float(), self.bins) + torch.arange(self.num_classes) * self.bins
-        own = bins[labels > 0] if labels.ndim == 2 else bins.gather(1, labels[:, None])
+        places = _bins(probabilities.float(), self.bins)
+        places += torch.arange(self.num_classes, dtype=torch.int32) * self.bins
+        own = places[labels > 0] if labels.ndim == 2 else places.gather(1, labels[:, None])
         # Class by class, whose histogram stays in the processor's cache.
-        for counts, places in ((self.every, bins.t().flatten()), (self.positives, own.flatten())):
+        for counts, indices in ((self.every, places.t().flatten()), (self.positives, own.flatten())):
             # bincount would allocate all of a histogram for each batch.
-            counts.view(-1).index_add_(0, places, torch.ones(1, dtype=counts.dtype).expand(len(places)))
+            counts.view(-1).index_add_(0, indices, torch.ones(1, dtype=counts.dtype).expand(len(indices)))
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Histograms of the positive and of all samples of all ranks, int32 [C, bins]."""
@@ -224,9 +225,9 @@ def bins_of(num_classes: int) -> int:
 
 
 def _bins(probabilities: Tensor, bins: int) -> Tensor:
-    """Bin of each probability, int64 of the same shape, from 0 to ``bins`` - 1; NaN counts as one half."""
+    """Bin of each probability, int32 of the same shape, from 0 to ``bins`` - 1; NaN counts as one half."""
     log_odds = torch.logit(probabilities, eps=1e-30)
-    return log_odds.mul_(bins / (2 * LOG_ODDS)).add_(bins / 2).nan_to_num_(bins / 2).clamp_(0, bins - 1).long()
+    return log_odds.mul_(bins / (2 * LOG_ODDS)).add_(bins / 2).nan_to_num_(bins / 2).clamp_(0, bins - 1).int()
 
 
 def _lowest(bins: int) -> Floats:

@@ -10,12 +10,14 @@ from heapq import nlargest
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
-from job.predict.predictor import Prediction, Predictor
+from job.data.dataset import Preprocessing
+from job.predict.predictor import Predictor
 
 FileFormat = Literal["jsonl", "parquet"]
 FORMATS: tuple[FileFormat, ...] = ("jsonl", "parquet")
@@ -40,23 +42,45 @@ SCHEMA = pa.schema(
 )
 
 
+class Result(Protocol):
+    """What is computed of an image: a prediction or an embedding."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The entries of a JSON line."""
+
+
+class ImageModel(Protocol):
+    """A network that computes a :class:`Result` per image."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Preprocessing of images."""
+
+    @property
+    def row_fields(self) -> dict[str, Any]:
+        """Entries that all rows with a result have."""
+
+    def predict_batch(self, images: Tensor) -> Sequence[Result]:
+        """The results of prepared images, uint8 [B, 3, S, S]."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One image: its prediction, or the reason why there is none.
 
     Attributes:
         uri: of the image.
-        prediction: None for an unreadable image.
+        prediction: or another result; None for an unreadable image.
         error: why it cannot be read.
         true_labels: its label in the data, or several; None: the data has none for it.
     """
 
     uri: str
-    prediction: Prediction | None = None
+    prediction: Result | None = None
     error: str | None = None
     true_labels: str | list[str] | None = None
 
-    def as_json(self, predictor: Predictor, top_k: int | None = None) -> dict[str, Any]:
+    def as_json(self, predictor: ImageModel, top_k: int | None = None) -> dict[str, Any]:
         """The entries of a JSON line.
 
         Args:
@@ -65,7 +89,7 @@ class Row:
         """
         entry: dict[str, Any] = {"uri": self.uri}
         if self.prediction is not None:
-            entry |= {**self.prediction.as_json(), "model": predictor.fingerprint, "calibrated": predictor.calibrated}
+            entry |= {**self.prediction.as_json(), **predictor.row_fields}
             if top_k is not None:
                 entry["probabilities"] = dict(nlargest(top_k, entry["probabilities"].items(), key=itemgetter(1)))
         if self.true_labels is not None:

@@ -14,6 +14,7 @@ from job import checkpoint, redact
 from job.checkpoint.state import CLASSIFIER_KEY
 from job.cluster import ranks
 from job.data.augment import ResizeMode, resize
+from job.data.dataset import Preprocessing
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.data.python_images import PythonImage, is_one_image, pixels_of, pixels_of_each
 from job.errors import ConfigError, DivergedError, JobError
@@ -105,6 +106,16 @@ class Predictor:
     def calibrated(self) -> bool:
         """Whether probabilities are calibrated: checkpoints hold no calibration."""
         return False
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Preprocessing of images."""
+        return Preprocessing(self.net.image_size, self.resize, max_image_pixels=self.max_image_pixels)
+
+    @property
+    def row_fields(self) -> dict[str, Any]:
+        """Entries that all rows of predictions have."""
+        return {"model": self.fingerprint, "calibrated": self.calibrated}
 
     def compile(self, batch_size: int) -> None:
         """Compile the network by ``torch.compile``, and predict a batch of black images.

@@ -50,15 +50,8 @@ def predict_index(predictor: Predictor, index: Index, samples: range, reading: R
     Raises:
         StorageError: the images cannot be read at present.
     """
-    preprocessing = Preprocessing(
-        predictor.net.image_size, predictor.resize, max_image_pixels=predictor.max_image_pixels
-    )
-    sampler = FeatureBatchSampler([samples], 1, reading.batch_size)
-    dataset = ImageDataset(index, sampler, preprocessing, cache_dir=reading.cache_dir)
     pending: tuple[Batch, Tensor] | None = None
-    for batch in BatchLoader(dataset, reading.num_workers):
-        if batch["error"] is not None:
-            raise batch["error"]
+    for batch in read_batches(predictor.preprocessing, index, samples, reading):
         computing = batch, predictor.probabilities(batch["image"])
         if pending is not None:  # while a GPU computes the next batch
             yield _rows(predictor, index, *pending)
@@ -67,11 +60,31 @@ def predict_index(predictor: Predictor, index: Index, samples: range, reading: R
         yield _rows(predictor, index, *pending)
 
 
+def read_batches(preprocessing: Preprocessing, index: Index, samples: range, reading: Reading) -> Iterator[Batch]:
+    """Read images of an index, in its order.
+
+    Args:
+        preprocessing: of the images.
+        index: the images.
+        samples: sample ids.
+        reading: how images are read.
+
+    Raises:
+        StorageError: the images cannot be read at present.
+    """
+    sampler = FeatureBatchSampler([samples], 1, reading.batch_size)
+    dataset = ImageDataset(index, sampler, preprocessing, cache_dir=reading.cache_dir)
+    for batch in BatchLoader(dataset, reading.num_workers):
+        if batch["error"] is not None:
+            raise batch["error"]
+        yield batch
+
+
 def _rows(predictor: Predictor, index: Index, batch: Batch, probabilities: Tensor) -> list[Row]:
     """The rows of a batch, without its padding."""
     bad = {each.sample: each.line for each in batch["bad"]}
     samples = batch["sample"].tolist()[: batch["global_size"]]
-    labels = _true_labels(index, batch)
+    labels = true_labels(index, batch)
     predictions = predictor.predictions(probabilities)
     return [
         Row(uri, None, bad[sample].removeprefix(f"{uri} "), label)
@@ -81,7 +94,7 @@ def _rows(predictor: Predictor, index: Index, batch: Batch, probabilities: Tenso
     ]
 
 
-def _true_labels(index: Index, batch: Batch) -> list[str | list[str] | None]:
+def true_labels(index: Index, batch: Batch) -> list[str | list[str] | None]:
     """The label of each image of a batch, or a list where the data has several per image; None without one."""
     names = index.classes
     if "labels" in batch:
@@ -133,13 +146,13 @@ def predict_to_folder(
                 for rows in predict_index(predictor, index, work.samples_of(part), reading):
                     file.add(rows)
                     yield rows
-            _commit(file.path, folder, work, part)
+            commit_part(file.path, folder, work, part)
             file.path.unlink()
     finally:
         temporary.remove(scratch)
 
 
-def _commit(path: Path, folder: str, work: Work, part: int) -> None:
+def commit_part(path: Path, folder: str, work: Work, part: int) -> None:
     """Upload a part; a bucket that lets nobody replace it has the same rows from another process."""
     try:
         storage.upload(path, storage.join(folder, work.name_of(part)))

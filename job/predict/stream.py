@@ -19,15 +19,13 @@ from torch import Tensor
 
 from job import redact, storage
 from job.data.bad_samples import BadSampleLimit
-from job.data.dataset import Preprocessing
 from job.data.index.access import Access, is_local_uri, refusal
 from job.data.index.bounded import LARGEST_MEMBER
 from job.data.index.sources.base import LONGEST_KEY
 from job.data.index.sources.table import split_uri
-from job.data.loader import one_core_threads
+from job.data.workers import one_core_threads
 from job.errors import DataError, JobError, StorageOutage, first_line
-from job.predict.output import Row, json_line
-from job.predict.predictor import Predictor
+from job.predict.output import ImageModel, Row, json_line
 from job.process import logs
 
 LEAST_THREADS = 16
@@ -63,15 +61,16 @@ def read_lines(stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def answer_lines(
-    predictor: Predictor,
+    predictor: ImageModel,
     stdin: IO[bytes],
     stdout: TextIO,
     access: Access,
     batch_size: int,
     num_workers: int,
     *,
-    top_k: int | None,
     limit: BadSampleLimit,
+    top_k: int | None = None,
+    results: str = "predictions",
 ) -> None:
     """Write a JSON line for each line that comes, until there are no more or nobody reads the output.
 
@@ -82,8 +81,9 @@ def answer_lines(
         access: see :func:`predict_lines`.
         batch_size: images of the largest batch.
         num_workers: threads that decode.
-        top_k: number of most probable classes whose probabilities are written; None: all.
         limit: of unreadable images.
+        top_k: number of most probable classes whose probabilities are written; None: all.
+        results: plural of what is computed, for the log.
 
     Raises:
         DataError: more images are unreadable; all lines are answered.
@@ -100,7 +100,7 @@ def answer_lines(
             os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # for what its buffer still holds
             logs.report(f"standard output was closed after {images:,} lines.", logging.WARNING)
             return
-    logs.report(f"{images - unreadable:,} predictions of {images:,} lines", logging.INFO)
+    logs.report(f"{images - unreadable:,} {results} of {images:,} lines", logging.INFO)
     if unreadable > (allowed := limit.allowed(images)):
         raise DataError(
             f"{unreadable:,} line(s) name no readable image, {allowed:,} allowed: see the rows with an error, or allow "
@@ -109,7 +109,7 @@ def answer_lines(
 
 
 def predict_lines(
-    predictor: Predictor, lines: Iterable[bytes], access: Access, batch_size: int, num_workers: int
+    predictor: ImageModel, lines: Iterable[bytes], access: Access, batch_size: int, num_workers: int
 ) -> Iterator[list[Row]]:
     """Classify the images that lines name, in their order.
 
@@ -173,7 +173,7 @@ def _batches(
             return
 
 
-def _predict(predictor: Predictor, images: list[_Image]) -> list[Row]:
+def _predict(predictor: ImageModel, images: list[_Image]) -> list[Row]:
     pixels = [image[1] for image in images if not isinstance(image, Row)]
     predictions = iter(predictor.predict_batch(torch.stack(pixels)) if pixels else [])
     return [image if isinstance(image, Row) else Row(image[0], next(predictions)) for image in images]
@@ -187,11 +187,9 @@ class _Images:
         access: what lines may name besides local files, object stores and public web servers.
     """
 
-    def __init__(self, predictor: Predictor, access: Access) -> None:
+    def __init__(self, predictor: ImageModel, access: Access) -> None:
         self.access = access
-        self.preprocessing = Preprocessing(
-            predictor.net.image_size, predictor.resize, max_image_pixels=predictor.max_image_pixels
-        )
+        self.preprocessing = predictor.preprocessing
         self._folder = str(Path.cwd())
         self._reader = functools.lru_cache(READERS)(self._open)
 

@@ -45,5 +45,5 @@ def _cells(row: Row) -> tuple[str, str, str]:
         return row.uri, "unreadable", "-"
     entry = row.prediction.as_json()
     names = entry["labels"] if "labels" in entry else [entry["label"]]
-    chances = ", ".join(f"{row.prediction.probabilities[name]:.4f}" for name in names)
+    chances = ", ".join(f"{entry['probabilities'][name]:.4f}" for name in names)
     return row.uri, ", ".join(names) or "-", chances or "-"

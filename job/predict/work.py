@@ -1,6 +1,6 @@
-"""A folder of predictions: its index, its parts, and which process computes which part.
+"""A folder of predictions or embeddings: its index, its parts, and which process computes which part.
 
-A part is the predictions of a fixed range of samples. Its name is its number, and its file is written whole or not at
+A part is the results of a fixed range of samples. Its name is its number, and its file is written whole or not at
 all: a part that exists is done, and to compute one twice replaces it by the same rows. So any number of processes may
 be killed and started again, also another number of them, without a row lost or doubled, and without a claim, a lock or
 a clock. Process r of W begins with the parts r, r + W, r + 2 W, …, and goes on with those that others have left. None
@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -32,7 +32,9 @@ from job.storage.json_files import read_limited
 
 log = logging.getLogger(__name__)
 
-FILE = "predictions.json"
+Kind = Literal["predictions", "embeddings"]
+"""Content of a folder; each kind has its own file."""
+FILES: dict[Kind, str] = {"predictions": "predictions.json", "embeddings": "embeddings.json"}
 INDEX_FOLDER = "index"
 FORMAT = 1
 
@@ -49,7 +51,7 @@ Count = Annotated[int, Meta(ge=0, lt=2**53)]
 
 
 class Work(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Content of ``predictions.json``: what the parts of the folder are computed from.
+    """Content of ``predictions.json`` or ``embeddings.json``: what the parts of the folder are computed from.
 
     Attributes:
         request: input, model and options; an attempt with others is refused.
@@ -99,37 +101,42 @@ def prepare(
     cache_dir: Path,
     *,
     adopted: Collection[str] = (),
+    kind: Kind = "predictions",
 ) -> tuple[Work, Path]:
     """The work in ``folder``, and its index on this node.
 
     Rank 0 lists the images where no earlier attempt has done so; the other ranks wait for it, but not forever.
 
     Args:
-        folder: of the predictions.
+        folder: of the results.
         request: input, model and options.
         list_images: writes the index of the input into a local folder.
         batch_size: images per batch.
         cache_dir: of the node.
         adopted: entries of the request that an earlier attempt, or rank 0, has decided.
+        kind: of the results.
 
     Raises:
-        ConfigError: the folder holds predictions of another input or model, or with other options.
-        DataError: ``predictions.json`` or the index is damaged.
+        ConfigError: the folder holds results of another kind, of another input or model, or with other options.
+        DataError: ``predictions.json``, ``embeddings.json`` or the index is damaged.
     """
-    work, rank = _read(folder), ranks.rank()
+    for other, file in FILES.items():
+        if other != kind and storage.exists(storage.join(folder, file)):
+            raise ConfigError(f"{folder} holds {other}. Choose another --output.")
+    work, rank = read(folder, kind), ranks.rank()
     started = reported = time.monotonic()
     while work is None:
         waited = time.monotonic() - started
         if rank == 0 or waited >= PATIENCE_SECONDS:
             if rank:
                 log.warning("rank %d lists the images, since rank 0 has not done so for %.0f s", rank, waited)
-            work = _list(folder, request, list_images, batch_size)
+            work = _list(folder, request, list_images, batch_size, kind)
             break
         if time.monotonic() - reported >= REPORT_SECONDS:
             reported = time.monotonic()
             log.warning("rank %d waits for rank 0, which lists the images", rank)
         time.sleep(POLL_SECONDS)
-        work = _read(folder)
+        work = read(folder, kind)
     if work.request != request:
         changed = [
             f"{name} was {work.request.get(name)}, is {request.get(name)}"
@@ -137,11 +144,13 @@ def prepare(
             if work.request.get(name) != request.get(name) and name not in adopted
         ]
         if changed:
-            raise ConfigError(f"{folder} holds other predictions: {'; '.join(changed)}. Choose another --output.")
+            raise ConfigError(f"{folder} holds other {kind}: {'; '.join(changed)}. Choose another --output.")
     return work, local_index(storage.join(folder, work.index), cache_dir)
 
 
-def _list(folder: str, request: dict[str, Any], list_images: Callable[[Path], None], batch_size: int) -> Work:
+def _list(
+    folder: str, request: dict[str, Any], list_images: Callable[[Path], None], batch_size: int, kind: Kind
+) -> Work:
     """List the images, unless another rank has done so in the meantime; returns what is in the folder then."""
     index = f"{INDEX_FOLDER}-{ranks.rank()}" if ranks.rank() else INDEX_FOLDER
     with tempfile.TemporaryDirectory(prefix="job-index-") as scratch:
@@ -150,8 +159,8 @@ def _list(folder: str, request: dict[str, Any], list_images: Callable[[Path], No
         publish_index(Path(scratch), storage.join(folder, index))
     samples = samples_per_part(part.rows, ranks.world_size(), batch_size)
     content = msgspec.json.format(msgspec.json.encode(Work(request, part.rows, samples, index)), indent=2)
-    conditional.write_if(storage.join(folder, FILE), content, None)
-    work = _read(folder)
+    conditional.write_if(storage.join(folder, FILES[kind]), content, None)
+    work = read(folder, kind)
     assert work is not None  # this rank's, or that of another one
     return work
 
@@ -187,9 +196,13 @@ def done(folder: str, work: Work) -> set[int]:
     return {names[entry.key] for entry in storage.list_files(folder) if entry.key in names}
 
 
-def _read(folder: str) -> Work | None:
-    """What an earlier attempt left; None where there is nothing."""
-    uri = storage.join(folder, FILE)
+def read(folder: str, kind: Kind = "predictions") -> Work | None:
+    """What an earlier attempt left; None where there is nothing.
+
+    Raises:
+        DataError: its file is damaged, or a newer version wrote it.
+    """
+    uri = storage.join(folder, FILES[kind])
     if not storage.exists(uri):
         return None
     try:

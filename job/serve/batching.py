@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from job.data.loader import one_core_threads
+from job.data.workers import one_core_threads
 from job.errors import DataError
 from job.predict.predictor import Prediction, Predictor
 from job.serve.errors import Overloaded, RequestError

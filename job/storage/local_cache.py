@@ -51,7 +51,7 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         OSError: the lock is a symbolic link or no regular file, or it cannot be opened.
     """
-    file = _open_regular(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT)
+    file = open_regular(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT)
     try:
         lock_exclusively(file)
         yield
@@ -81,7 +81,7 @@ def private_folder(folder: Path) -> Path:
 def read_small(path: Path) -> bytes | None:
     """The content of a regular file of at most 4 KiB; None where there is no such file."""
     try:
-        file = _open_regular(path, os.O_RDONLY)
+        file = open_regular(path, os.O_RDONLY)
     except OSError:
         return None
     try:
@@ -157,7 +157,12 @@ def _temporary_cache_dir() -> Path:
         return Path(tempfile.mkdtemp(prefix="job-cache-"))
 
 
-def _open_regular(path: Path, flags: int) -> int:
+def open_regular(path: Path, flags: int) -> int:
+    """Open a regular file, or create it with mode 0600; neither follows a link nor waits for a pipe.
+
+    Raises:
+        OSError: it is a symbolic link or no regular file, or it cannot be opened.
+    """
     file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)

@@ -35,6 +35,7 @@ from job.resilience.lease import Lease
 from job.resilience.lease_check import LeaseCheck
 from job.resilience.preemption import Preemption
 from job.resilience.watchdog import Watchdog
+from job.torch_internals import without_buffer_broadcasts
 from job.train.batch_size_finder import BatchSizeFinder
 from job.train.early_stopping import make_early_stopping
 from job.train.loggers import additional_loggers
@@ -218,9 +219,10 @@ def _processes(settings: dict[str, Any]) -> dict[str, Any]:
     if world_size % local_world_size:
         raise ConfigError(f"WORLD_SIZE={world_size} is not a multiple of LOCAL_WORLD_SIZE={local_world_size}.")
     strategy = settings.get("strategy") or "auto"
-    if strategy == "auto" and world_size > 1:
-        # Each parameter's gradient lies in the bucket that is sent: no copy there and back.
-        strategy = DDPStrategy(gradient_as_bucket_view=True)
+    if strategy in ("auto", "ddp") and world_size > 1:
+        # Each parameter's gradient lies in the bucket that is sent: no copy there and back. No step waits for a
+        # broadcast of running statistics: those of rank 0, which are saved, replace the others' before a validation.
+        strategy = DDPStrategy(gradient_as_bucket_view=True, **without_buffer_broadcasts())
     return {"devices": local_world_size, "num_nodes": world_size // local_world_size, "strategy": strategy}
 
 

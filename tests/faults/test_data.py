@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from aiohttp import web
@@ -20,7 +21,7 @@ from proxy import FaultyProxy
 from support import REPOSITORY, contents, index_of, picture_files, read, tar_of, zip_of
 
 from job import storage
-from job.data import fetch
+from job.data import fetch, neighbours
 from job.data.cache import SampleCache
 from job.data.dataset import ImageDataset, Preprocessing
 from job.data.fetch import Fetcher
@@ -266,3 +267,70 @@ def test_an_image_that_changes_under_the_run_is_one_bad_sample(proxy: FaultyProx
     assert "has changed since it was listed: 7 bytes" in str(results[3])
     storage.remove("gs://faults/changing/red/001.jpg")
     assert str(read(index, [3])[0]) == "does not exist"
+
+
+@pytest.mark.parametrize("kind", ["zip", "class-sorted tar"])
+def test_neighbours_in_an_archive_are_fetched_once(
+    kind: str,
+    stored: dict[str, str],
+    expected: Counter[bytes],
+    proxy: FaultyProxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A shuffled first epoch needs few requests, and none twice; the second none at all."""
+    if kind == "zip":
+        index = index_of(stored["zip"])
+    else:
+        storage.write_bytes("gs://faults/sorted.tar", tar_of(dict(sorted(FILES.items()))))
+        index = index_of("gs://faults/sorted.tar")
+    monkeypatch.setattr(neighbours, "NEIGHBOUR_BYTES", int(10 * index.info.mean_bytes))
+    monkeypatch.setattr(fetch, "GAP_BYTES", 2000)
+    monkeypatch.setattr(fetch, "HEDGE_SHARE", -1.0)  # a busy machine's second requests are not counted
+    cache = SampleCache(tmp_path / "cache", 10**9)
+    cache.recount()
+    before = len(proxy.requests)
+    assert an_epoch(index, workers=2, world_size=1, cache=cache) == expected
+    assert len(proxy.requests) - before <= len(FILES) / 10 + 1
+    before = len(proxy.requests)
+    assert an_epoch(index, workers=1, world_size=2, cache=cache) == expected
+    assert len(proxy.requests) == before
+
+
+def test_neighbours_are_left_alone_where_they_could_not_be_kept(
+    stored: dict[str, str], proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data that does not fit into the cache, or that other nodes read, too, is read by what is needed."""
+    index = index_of(stored["zip"])
+    monkeypatch.setattr(fetch, "GAP_BYTES", 2000)
+
+    def received(limit: int) -> int:
+        cache = SampleCache(tmp_path / f"cache-{limit}", limit)
+        cache.recount()
+        Fetcher(index, "", cache).start(np.array([0, 60, 119])).result()
+        return sum(cache.has(key) for key in [Fetcher(index, "")._cache_key(index[n]) for n in range(len(index))])
+
+    assert received(10**9) > 20
+    assert received(100_000) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert received(10**9 + 1) == 0
+
+
+def test_a_damaged_neighbour_is_not_kept(proxy: FaultyProxy, tmp_path: Path) -> None:
+    """It is an error when its own turn comes, and only then."""
+    files = picture_files(["blue", "red"], 10)
+    content = bytearray(zip_of(files))
+    content[content.index(files["blue/003.jpg"]) + 100] ^= 1
+    storage.write_bytes("gs://faults/damaged.zip", bytes(content))
+    index = index_of("gs://faults/damaged.zip")
+    cache = SampleCache(tmp_path / "cache", 10**9)
+    cache.recount()
+    fetcher = Fetcher(index, "", cache)
+    number = index.keys.index("blue/003.jpg")
+    others = [n for n in range(len(index)) if n != number]
+    assert contents(fetcher, fetcher.start(np.array([0])).result()) == [files[index.keys[0]]]
+    before = len(proxy.requests)
+    assert contents(fetcher, fetcher.start(np.array(others)).result()) == [files[index.keys[n]] for n in others]
+    assert len(proxy.requests) == before
+    (error,) = contents(fetcher, fetcher.start(np.array([number])).result())
+    assert isinstance(error, DataError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gzip
 import io
@@ -20,7 +21,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import COLOURS, TINY, environment, final_weights, options, picture, run, run_well, scalars
+from support import (
+    COLOURS,
+    TINY,
+    environment,
+    final_weights,
+    options,
+    picture,
+    picture_files,
+    run,
+    run_well,
+    scalars,
+    write_files,
+)
 
 import job
 from job import checkpoint, storage
@@ -264,3 +277,32 @@ def test_profile_breaks_down_a_step(gcs: str, gcs_colours: str) -> None:
         names_found = {event.get("name") for event in events}
         assert {"aten::conv2d", "aten::mkldnn_convolution"} & names_found
         assert any("allreduce" in str(name) or "all_reduce" in str(name) for name in names_found)
+
+
+@pytest.mark.parametrize("changes", [{"model.milestones": "[]"}, {"features.use": "always"}], ids=["all", "features"])
+def test_a_step_waits_for_no_other_rank_between_logs(changes: dict[str, object], tmp_path: Path) -> None:
+    """By torch's profiler: gradients are reduced, and flags beside the step; nothing else is fetched or exchanged."""
+    data = write_files(tmp_path / "data", picture_files(["blue", "red"], 48))
+    settings = options({**TINY, "model.milestones": "[1]", "data.global_batch_size": 4, **changes}, data__root=data)
+    run_dir, fewer = tmp_path / "run", ("--trainer.max_epochs=1", "--trainer.log_every_n_steps=99")
+    run_well("fit", *settings, f"--run_dir={run_dir}", "--profile", *fewer, processes=2)
+    for trace in (run_dir / "profile").iterdir():
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        steps = [event for event in events if str(event.get("name")).startswith("Optimizer.step#")]
+        updates = [
+            (event["ts"], event["ts"] + event["dur"]) for event in events if event.get("name") == "aten::_fused_adam_"
+        ]
+        assert len(steps) == 10
+        assert updates
+        count = collections.Counter(
+            event["name"]
+            for event in events
+            # On a CPU, the update itself reads the number of each parameter's steps.
+            if event.get("ph") == "X" and not any(begin <= event["ts"] <= end for begin, end in updates)
+        )
+        exchanged = {name: number for name, number in count.items() if name.startswith("c10d::")}
+        assert set(exchanged) == {"c10d::allreduce_"}
+        buckets = 1 if "features.use" in changes else 2
+        assert exchanged["c10d::allreduce_"] <= (buckets + 1) * len(steps)
+        # The guard reads two values on a CPU, whose values are there; on a GPU it reads those of earlier steps.
+        assert count["aten::_local_scalar_dense"] == 2 * len(steps)

@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import index_of, picture, write_files
 from torchvision.transforms import v2
 
-from job.data.augment import ResizeMode, resize
+from job.data.augment import ResizeMode, resize, resize_into
 from job.data.dataset import ImageDataset, Preprocessing
-from job.data.sampler import BatchIndices, ResumableBatchSampler
+from job.data.sampler import BatchIndices, FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, DataError
 
 
@@ -153,3 +155,49 @@ def test_a_limit_of_pixels_makes_a_bad_sample() -> None:
     for augment in (None, v2.Resize([16, 16])):
         with pytest.raises(DataError, match="40 x 32 pixels, more than max_image_pixels"):
             Preprocessing(16, augment=augment, max_image_pixels=1279).decoded(content)
+
+
+@pytest.mark.parametrize("mode", ["squash", "crop"])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(
+    "size", [(50, 80), (80, 50), (32, 32), (32, 64), (64, 31), (1, 1), (1, 9), (7, 1000), (70_000, 2)]
+)
+def test_resizing_into_a_batch_gives_the_same_bytes(size: tuple[int, int], flip: bool, mode: ResizeMode) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    batch = torch.zeros(3, 32, 32, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    resize_into(batch[1:2], pixels, mode, flip=flip)
+    resized = resize(torch.from_numpy(pixels).permute(2, 0, 1), 32, mode)
+    assert torch.equal(batch[1], resized.flip(2) if flip else resized)
+    assert not batch[0].any()
+    assert not batch[2].any()
+
+
+@pytest.mark.parametrize("mode", ["squash", "crop"])
+@pytest.mark.parametrize("augment", [None, v2.Resize([24, 24])], ids=["default", "given"])
+def test_a_batch_holds_what_each_file_gives_alone(
+    augment: v2.Transform | None, mode: ResizeMode, tmp_path: Path
+) -> None:
+    """Of each format, colour mode and orientation, in variants that follow each other."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 4), np.uint8)
+    image, exif = Image.fromarray(pixels, "RGBA"), Image.Exif()
+    exif[0x0112] = 6
+    options: dict[str, dict[str, Any]] = {"jpg": {"exif": exif, "quality": 90}, "webp": {"lossless": True}}
+    for extension in ("png", "jpg", "webp", "gif", "bmp", "tif", "avif"):
+        for number, colours in enumerate(("RGB", "L")):
+            (tmp_path / "a").mkdir(exist_ok=True)
+            path = tmp_path / "a" / f"{extension}{number}.{extension}"
+            image.convert(colours).save(path, **options.get(extension, {}))
+    index = index_of(tmp_path, layout="classes")
+    preprocessing = Preprocessing(24, mode, augment=augment, augment_views=2 if augment else None, flip=True)
+    sampler = FeatureBatchSampler([range(len(index))], 2, 5)
+    rows = 0
+    for number in range(len(sampler)):
+        batch = ImageDataset(index, sampler, preprocessing)[sampler.batch(0, number)]
+        assert batch["bad"] == []
+        for row, sample in enumerate(batch["sample"].tolist()):
+            variant = (5 * number + row) % 2
+            content = Path(index.uri(sample)).read_bytes()
+            alone = preprocessing.pixels(preprocessing.decoded(content), variant, 0)
+            assert not batch["mask"][row] or torch.equal(batch["image"][row], alone)
+            rows += int(batch["mask"][row])
+    assert rows == 28

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.profilers import SimpleProfiler
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from torch.nn.parallel import DistributedDataParallel
 
 from job import lightning_internals as internals
 from job import torch_internals
@@ -172,6 +174,17 @@ def test_a_second_connection_to_the_store(monkeypatch: pytest.MonkeyPatch) -> No
         dist.destroy_process_group()
 
 
+def test_ranks_broadcast_no_buffers_in_a_forward_pass() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            network = DistributedDataParallel(torch.nn.BatchNorm1d(2), **torch_internals.without_buffer_broadcasts())
+        assert not network.will_sync_module_buffers()
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize(("value", "flagged"), [(1.0, 0.0), (float("nan"), 1.0), (float("-inf"), 1.0), (3e38, 0.0)])
 def test_gradients_that_are_not_finite_are_flagged(value: float, flagged: float) -> None:
     tensors, flag = [torch.ones(3), torch.tensor([1.0, value])], torch.zeros(())
@@ -179,6 +192,15 @@ def test_gradients_that_are_not_finite_are_flagged(value: float, flagged: float)
     torch_internals.flag_not_finite(tensors, flag, torch.ones(()))
     assert flag.item() == flagged
     assert all(torch.equal(a, b) or value != value for a, b in zip(tensors, before, strict=True))
+
+
+def test_resizing_into_memory_that_exists() -> None:
+    image, out = torch.randint(256, (1, 3, 50, 70), dtype=torch.uint8), torch.zeros(2, 3, 20, 30, dtype=torch.uint8)
+    torch_internals.resize_bytes(image, (20, 30), out[1:])
+    expected = torch.nn.functional.interpolate(image, (20, 30), mode="bilinear", antialias=True)
+    assert torch.equal(out[1:], expected)
+    assert torch.equal(torch_internals.resize_bytes(image, (20, 30)), expected)
+    assert not out[0].any()
 
 
 def test_seconds_of_compiling() -> None:

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from support import REPOSITORY, index_of
+from support import REPOSITORY, index_of, picture, write_files
 from torchvision.transforms import v2
 
 from job.data.dataset import Batch, ImageDataset, Preprocessing
 from job.data.loader import BatchLoader
-from job.data.sampler import BatchIndices, ResumableBatchSampler
+from job.data.sampler import BatchIndices, FeatureBatchSampler, ResumableBatchSampler
+from job.data.workers import MOST_THREADS, divide
 
 
 def loader(
@@ -36,8 +39,10 @@ IN_PROCESSES = v2.Compose([v2.Resize([8, 8]), v2.RandomVerticalFlip()])
 """A transform of the user's own, for which workers are processes."""
 
 
-@pytest.mark.parametrize("augment", [None, IN_PROCESSES], ids=["threads", "processes"])
-@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("workers", "augment"),
+    [*((workers, augment) for workers in (0, 1, 4) for augment in (None, IN_PROCESSES)), (MOST_THREADS + 1, None)],
+)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 def test_stopped_at_any_batch_and_resumed_elsewhere_sees_the_rest(
     workers: int, world_size: int, augment: v2.Transform | None, colours: Path
@@ -64,8 +69,63 @@ def test_pixels_do_not_depend_on_workers(augment: v2.Transform | None, colours: 
         return [batch["image"] for batch in loader(colours, workers, augment=augment)]
 
     expected = pixels(0)
-    for workers in (1, 3):
+    for workers in (1, 3, MOST_THREADS + 1):
         assert all(torch.equal(*pair) for pair in zip(pixels(workers), expected, strict=True))
+
+
+def test_processes_of_several_threads_load_the_same_batches(tmp_path: Path) -> None:
+    """Variants that follow each other and unreadable samples included."""
+    files = {f"{c}/{n}.jpg": picture((9 * n, 9, 9), n) for c in "ab" for n in range(12)}
+    write_files(tmp_path, {**files, "a/1.jpg": b"no image", "b/0.jpg": b""})
+    index = index_of(tmp_path)
+
+    def batches(workers: int) -> tuple[BatchLoader, list[Batch]]:
+        sampler = FeatureBatchSampler([range(10), range(10, 24)], 2, 9)
+        loaded = BatchLoader(ImageDataset(index, sampler, Preprocessing(8, flip=True)), workers)
+        return loaded, list(loaded)
+
+    (_, expected), (several, together) = batches(0), batches(MOST_THREADS + 2)
+    assert (several.num_workers, several.threads) == (2, 0)
+    assert sum(len(batch["bad"]) for batch in expected) == 4
+    for one, other in zip(expected, together, strict=True):
+        assert one["bad"] == other["bad"]
+        for name in ("image", "mask", "sample", "label"):
+            assert torch.equal(one[name], other[name])  # type: ignore[literal-required]
+
+
+def test_an_unavailable_store_ends_a_batch_of_several_threads(colours: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "moved"
+    shutil.copytree(colours, folder)
+    threaded = loader(folder, MOST_THREADS + 1)
+    shutil.rmtree(folder)
+    folder.write_text("no folder")
+    batch = next(iter(threaded))
+    assert batch["error"] is not None or len(batch["bad"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("count", "free", "is_transformed", "expected"),
+    [
+        (0, 1 << 40, False, (0, 0)),
+        (4, 0, False, (0, 4)),
+        (5, 1 << 40, False, (2, 3)),
+        (16, 1 << 40, False, (4, 4)),
+        (16, 64 << 20, False, (0, 16)),  # Docker's default
+        (0, 0, True, (0, 0)),
+        (16, 0, True, (16, 1)),
+    ],
+)
+def test_workers_are_divided_among_processes(
+    count: int,
+    free: int,
+    is_transformed: bool,
+    expected: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    assert divide(count, 64 * 3 * 224**2, is_transformed=is_transformed) == expected
+    assert ("/dev/shm" in caplog.text) == (expected == (0, 16))
 
 
 def test_threads_use_one_core_each_and_leave_the_others_theirs(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:

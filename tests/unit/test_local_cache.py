@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import picture_files, read, tar_of, write_files
 
-from job.data.cache import ACCOUNTED_BYTES, SampleCache
+from job.data.cache import SampleCache
 from job.data.datamodule import ImageDataModule
 from job.storage import local_cache
 from job.storage.local_cache import cache_problem, locked, private_folder, usable_cache_dir
@@ -69,38 +69,28 @@ def test_private_folders(tmp_path: Path) -> None:
             private_folder(tmp_path / "new")
 
 
-@pytest.mark.parametrize(
-    "stored", [b"9" * 400, b"-5", b"nonsense", b"\xff\xfe", b"", b"1" * 10_000_000, b"1e9", b"12\n3"]
-)
-def test_a_nonsensical_total_is_counted_again(stored: bytes, tmp_path: Path) -> None:
-    cache = SampleCache(tmp_path / "samples", 3 * ACCOUNTED_BYTES)
-    cache.recount()
-    (tmp_path / "samples" / "total").write_bytes(stored)
-    for number in range(5):
-        cache.put(str(number), bytes(ACCOUNTED_BYTES))
-    kept = sum(path.stat().st_size for path in (tmp_path / "samples").glob("??/*"))
-    assert ACCOUNTED_BYTES < kept <= 3 * ACCOUNTED_BYTES
-    assert int((tmp_path / "samples" / "total").read_bytes()) == kept
-
-
-def test_a_total_that_is_a_link_is_replaced(tmp_path: Path) -> None:
+def test_a_table_that_is_a_link_is_replaced(tmp_path: Path) -> None:
     cache = SampleCache(tmp_path / "samples", 10**9)
     cache.recount()
-    (tmp_path / "precious").write_text("77")
-    (tmp_path / "samples" / "total").unlink()
-    (tmp_path / "samples" / "total").symlink_to(tmp_path / "precious")
-    cache.put("a", bytes(ACCOUNTED_BYTES))
-    assert (tmp_path / "precious").read_text() == "77"
-    assert not (tmp_path / "samples" / "total").is_symlink()
+    (tmp_path / "samples" / "table").rename(tmp_path / "precious")
+    before = (tmp_path / "precious").read_bytes()
+    (tmp_path / "samples" / "table").symlink_to(tmp_path / "precious")
+    cache.put("a", b"content")
+    cache.flush()
+    assert cache.get("a") == b"content"
+    assert (tmp_path / "precious").read_bytes() == before
+    assert not (tmp_path / "samples" / "table").is_symlink()
 
 
 def test_samples_are_private(tmp_path: Path) -> None:
     cache = SampleCache(tmp_path / "samples", 10**9)
     cache.recount()
-    cache.put("a", bytes(ACCOUNTED_BYTES))
+    cache.put("a", b"content")
+    cache.flush()
     assert mode(tmp_path / "samples") == 0o700
-    for path in (tmp_path / "samples").rglob("*"):
-        assert mode(path) == (0o700 if path.is_dir() else 0o600), path
+    assert len(list((tmp_path / "samples").iterdir())) == 3
+    for path in (tmp_path / "samples").iterdir():
+        assert mode(path) == 0o600, path
 
 
 def unusable(kind: str, tmp_path: Path) -> Path:

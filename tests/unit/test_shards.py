@@ -415,3 +415,89 @@ def test_the_listing_of_a_shard_counts_what_is_left_out(bucket: type[CountingFil
         "other images of WebDataset samples",
         "labels with no image of their name beside them",
     }
+
+
+def side_index(content: bytes) -> bytes:
+    """As NVIDIA DALI's wds2idx writes it."""
+    samples: dict[str, list[str]] = {}
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for item in archive:
+            stem, _, suffix = item.name.partition(".")
+            samples.setdefault(stem, []).append(f"{suffix} {item.offset_data} {item.size} {item.name}")
+    return "\n".join([f"v1.2 {len(samples)}", *map(" ".join, samples.values()), ""]).encode()
+
+
+def shard_of(*, labels: bool, size: int = 60_000) -> bytes:
+    files = {}
+    for n in range(100):
+        folder = "ab"[n // 50]
+        files |= {f"{folder}/{n:03}.cls": b"%d" % n} if labels else {}
+        files |= {f"{folder}/{n:03}.jpg": image(size)}
+    return tar_of(files)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_an_index_file_beside_a_shard_is_used(
+    labels: bool, bucket: type[CountingFileSystem], caplog: pytest.LogCaptureFixture
+) -> None:
+    content = shard_of(labels=labels)
+    bucket.objects["b/s.tar"] = content
+    expected = listed("counted://b/s.tar")
+    bucket.objects["b/s.idx"] = side_index(content)
+    bucket.reads.clear()
+    bucket.latency = 0.005
+    assert listed("counted://b/s.tar") == expected
+    assert not caplog.messages
+    assert len(bucket.reads) < (125 if labels else 25)  # one per label; some headers
+    assert bucket.most >= 10
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_index_files_of_several_shards(count: int, bucket: type[CountingFileSystem], tmp_path: Path) -> None:
+    """One of which has none."""
+    for n in range(3):
+        bucket.objects[f"b/s-{n}.tar"] = shard_of(labels=False)
+        if n < count:
+            bucket.objects[f"b/s-{n}.idx"] = side_index(bucket.objects[f"b/s-{n}.tar"])
+    info = build({"train": ["counted://b/s-{0..2}.tar"]}, tmp_path, str(tmp_path), "classes")
+    assert info.parts["train"].rows == 300
+    reads = Counter(path for path, _, _ in bucket.reads)
+    assert [reads[f"b/s-{n}.tar"] < 25 for n in range(3)] == [n < count for n in range(3)]
+
+
+def test_an_index_file_that_does_not_fit_its_shard_is_not_used(
+    bucket: type[CountingFileSystem], caplog: pytest.LogCaptureFixture
+) -> None:
+    content = shard_of(labels=True)
+    fitting = side_index(content)
+    lines = fitting.splitlines(keepends=True)
+    middle = lines[50].replace(b"a/049", b"a/999")
+    links = io.BytesIO()
+    with tarfile.open(fileobj=links, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("0.jpg"))
+        link = tarfile.TarInfo("1.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "0.jpg"
+        archive.addfile(link)
+        archive.addfile(tarfile.TarInfo("2.jpg"))
+    stale = {
+        "another shard": (content, side_index(shard_of(labels=True, size=61_000))),
+        "a longer shard": (shard_of(labels=True)[:-10240] + content, fitting),
+        "another name": (content, b"".join([*lines[:50], middle, *lines[51:]])),
+        "a missing sample": (content, b"".join([*lines[:50], *lines[51:]])),
+        "a missing end": (content, b"".join(lines[:-1])),
+        "a link": (links.getvalue(), b"v1.2 2\njpg 512 0 0.jpg\njpg 1536 0 2.jpg\n"),
+        "an old version": (content, fitting.replace(b"v1.2", b"v1.0")),
+        "no text": (content, b"\xff\x80" * 1000),
+        "no numbers": (content, b"v1.2 1\njpg x y 0.jpg\n"),
+        "nothing": (content, b""),
+        "negative sizes": (content, b"v1.2 1\njpg 512 -5 0.jpg\n"),
+        "a large offset": (content, b"v1.2 1\njpg 512 99999999999999999999 0.jpg\n"),
+    }
+    for reason, (shard, index) in stale.items():
+        bucket.objects.clear()
+        bucket.objects["b/s.tar"] = shard
+        expected = listed("counted://b/s.tar")
+        bucket.objects["b/s.idx"] = index
+        caplog.clear()
+        assert listed("counted://b/s.tar") == expected, reason
+        assert "counted://b/s.idx is not used" in caplog.text, reason

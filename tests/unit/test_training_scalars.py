@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import multiprocessing
 from pathlib import Path
@@ -51,6 +52,17 @@ def test_the_names_of_scalars_stay(task: str, tags: list[str], tmp_path: Path) -
     assert sorted(tag for tag in found if not tag.startswith(OWN_TESTS)) == sorted(tags)
     assert [step for step, _ in found["lr/head"]] == [step for step, _ in found["train/loss"]]
     assert next(step for step, _ in found["lr/backbone/last"]) == len(found["train/loss"]) // 3  # frozen until then
+
+
+def test_a_validation_within_an_epoch_has_the_loss_of_its_step_also_where_it_is_not_logged(tmp_path: Path) -> None:
+    """Callbacks may monitor it there."""
+    interval = {"trainer__val_check_interval": 2, "trainer__max_epochs": 1, "data__global_batch_size": 4}
+    every_step = scalars(str(fit_here(tmp_path / "all", **interval)))["train/loss"]
+    run_dir = fit_here(tmp_path / "few", **interval, trainer__log_every_n_steps=3)
+    logged = scalars(str(run_dir))["train/loss"]
+    assert logged == [every_step[step] for step in (2, 3)]
+    records = json.loads((run_dir / "report.json").read_text())["history"]
+    assert [record["metrics"]["train/loss"] for record in records] == [every_step[step][1] for step in (1, 3)]
 
 
 def test_training_accuracy_is_that_of_the_samples_and_the_last_step_is_logged(tmp_path: Path) -> None:

@@ -92,7 +92,11 @@ def list_archives(tasks: Sequence[ArchiveTask], context: ListingContext) -> Iter
     """
     helpers = context.helpers if len(tasks) > 1 else None
     columns, access = context.columns, context.access
-    job = msgspec.msgpack.encode(_Job(list(tasks), columns, access))
+    if _loop(tasks) is not None:  # the first archive stands for all
+        archive = format_of(tasks[0].source)
+        assert isinstance(archive, Archive)
+        context = replace(context, has_side_indexes=archive.has_side_index(tasks[0].source))
+    job = msgspec.msgpack.encode(_Job(list(tasks), columns, access, context.has_side_indexes))
     shared = helpers.begin(job, len(tasks)) if helpers else None
     claims: Tasks | SharedTasks = shared or Tasks(len(tasks))
     done: dict[int, Listed] = {}
@@ -133,6 +137,7 @@ class _Job(msgspec.Struct, frozen=True):
     tasks: list[ArchiveTask]
     columns: Columns
     access: Access
+    has_side_indexes: bool
 
 
 def help_to_list(job: bytes, shared: SharedTasks, cache_dir: str) -> None:
@@ -145,7 +150,15 @@ def help_to_list(job: bytes, shared: SharedTasks, cache_dir: str) -> None:
     """
     settings = msgspec.msgpack.decode(job, type=_Job)
     tasks = settings.tasks
-    context = ListingContext([], cache_dir, settings.access, labelled=True, columns=settings.columns, tick=shared.tick)
+    context = ListingContext(
+        [],
+        cache_dir,
+        settings.access,
+        labelled=True,
+        columns=settings.columns,
+        tick=shared.tick,
+        has_side_indexes=settings.has_side_indexes,
+    )
 
     def finish(number: int, listed: Listed) -> None:
         shared.finish(number, _to_bytes(listed))

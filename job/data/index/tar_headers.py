@@ -88,16 +88,8 @@ class TarHeaders:
         return plain
 
     async def require_end(self) -> None:
-        """Tell the end of a tar, which is zeros, from a damaged header, at which :meth:`next` ends without an error.
-
-        Raises:
-            tarfile.ReadError: it is damaged or cut short.
-        """
-        if (await self._ranges.read(self.end, RECORD)).strip(b"\0"):
-            raise tarfile.ReadError(f"bytes that are no header follow member data at byte {self.end:,}")
-        # POSIX ends a tar archive by zeros; tarfile takes a cut between two members for the end.
-        if (await self._ranges.read(max(self._ranges.size - BLOCK, 0), BLOCK)).strip(b"\0"):
-            raise tarfile.ReadError("it is cut short")
+        """See :func:`require_end`."""
+        await require_end(self._ranges, self.end)
 
     def _parse_plain(self, block: bytes, offset: int) -> Header | None:
         """A valid header of a file or folder; None: it may be another one, or none."""
@@ -214,6 +206,23 @@ class _View:
     def tell(self) -> int:
         """The position."""
         return self._place
+
+
+async def require_end(ranges: Ranges, end: int) -> None:
+    """Tell the end of a tar, which is zeros, from a damaged header, at which a walk ends without an error.
+
+    Args:
+        ranges: the file.
+        end: first byte after the last member.
+
+    Raises:
+        tarfile.ReadError: it is damaged or cut short.
+    """
+    if (await ranges.read(end, RECORD)).strip(b"\0"):
+        raise tarfile.ReadError(f"bytes that are no header follow member data at byte {end:,}")
+    # POSIX ends a tar archive by zeros; tarfile takes a cut between two members for the end.
+    if (await ranges.read(max(ranges.size - BLOCK, 0), BLOCK)).strip(b"\0"):
+        raise tarfile.ReadError("it is cut short")
 
 
 def has_checksum(block: bytes) -> bool:

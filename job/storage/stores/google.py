@@ -16,7 +16,7 @@ from fsspec.asyn import sync
 
 from job.storage.bucket_settings import BucketSettings
 from job.storage.checksums import Checksum, bounded_range, require_within
-from job.storage.fsspec_internals import cat_file, gcs_call, gcs_headers, gcs_location, record_gcs_headers
+from job.storage.fsspec_internals import cat_file, gcs_call, gcs_get, gcs_is_zonal, gcs_location
 from job.storage.stores.base import Store, Versioned
 
 CONNECTIONS = 256
@@ -49,25 +49,40 @@ class GoogleCloudStorage(Store):
     libraries = ("gcsfs", "google", "requests", "urllib3")
     mistakes = ("DefaultCredentialsError", "MalformedError", "MissingSchema", "InvalidSchema")
 
+    def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
+        super().__init__(fs)
+        self._is_zonal: dict[str, asyncio.Future[bool]] = {}
+
     def for_reading(self) -> Store:
-        """The same bucket with more connections, whose responses are checked."""
+        """The same bucket with more connections."""
         # A session that ends would close the connections of all others.
         fs = type(self.fs)(session_kwargs={"connector": _connector(self.fs.loop), "connector_owner": False})
-        record_gcs_headers(fs)
         return GoogleCloudStorage(fs)
 
     async def fetch(self, path: str, uri: str, size: int, largest: int | None) -> tuple[bytes, Checksum | None]:
         """The whole object, and the checksum in the header x-goog-hash."""
-        with gcs_headers() as headers:
-            try:
-                content = await cat_file(self.fs, path, **bounded_range(size, largest))
-            except Exception as error:
-                if getattr(error, "code", None) == _RANGE_NOT_SATISFIABLE:  # an empty object has no range
-                    return b"", None
-                raise
+        try:
+            headers, content = await self._get(path, **bounded_range(size, largest))
+        except Exception as error:
+            if getattr(error, "code", None) == _RANGE_NOT_SATISFIABLE:  # an empty object has no range
+                return b"", None
+            raise
         require_within(len(content), uri, largest)
-        # A zonal bucket answers over gRPC, which checks by itself; several responses are parts.
-        return content, _header_checksum(headers[0]) if len(headers) == 1 else None
+        return content, _header_checksum(headers)
+
+    async def fetch_range(self, path: str, start: int, length: int) -> bytes:
+        """``length`` bytes from ``start`` on."""
+        return (await self._get(path, start=start, end=start + length))[1]
+
+    async def _get(self, path: str, **limits: int) -> tuple[Mapping[str, str], bytes]:
+        """Headers, as far as there are any, and content of an object or a range of it."""
+        bucket = self.fs.split_path(path)[0]
+        if (is_zonal := self._is_zonal.get(bucket)) is None:
+            is_zonal = self._is_zonal[bucket] = asyncio.ensure_future(gcs_is_zonal(self.fs, bucket))
+        # Not to be cancelled with one of the requests that wait for it.
+        if is_zonal.result() if is_zonal.done() else await asyncio.shield(is_zonal):
+            return {}, await cat_file(self.fs, path, **limits)
+        return await gcs_get(self.fs, path, **limits)
 
     def read_versioned(self, path: str) -> Versioned | None:
         """Read an object and its generation; None if there is none."""

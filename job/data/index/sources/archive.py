@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import IO, ClassVar, NamedTuple
 
 import pyarrow as pa
@@ -70,6 +71,7 @@ class Archive(SourceFormat):
     def rows(self, source: Source, number: int, context: ListingContext) -> Iterator[pa.Table]:
         """The members of the archive."""
         if self.lists_async and not source.whole and (reader := storage.Reader(source.uri)).is_async:
+            context = replace(context, has_side_indexes=self.has_side_index(source))
             yield from self._rows_of_coroutine(reader.loop, self.tables_async(source, number, context, SEGMENTS))
             return
         with storage.open_for_reading(materialise(source, context.cache_dir)) as file:
@@ -99,6 +101,10 @@ class Archive(SourceFormat):
 
         while (table := sync(loop, following)) is not None:
             yield table
+
+    def has_side_index(self, source: Source) -> bool:
+        """Whether an index file that another tool wrote lies beside an archive."""
+        return False
 
     def table(self, source: Source, number: int, members: list[Member]) -> pa.Table:
         """Members of an archive as a table of :data:`~job.data.index.sources.base.LISTING`."""

@@ -116,6 +116,7 @@ class ListingContext:
         time_limit: ends the listing early.
         helpers: other ranks that list archives, too; None: there are none.
         tick: gives a sign of progress.
+        has_side_indexes: index files of another tool lie beside the archives.
     """
 
     sources: list[Source]
@@ -130,6 +131,7 @@ class ListingContext:
     time_limit: TimeLimit = field(default_factory=TimeLimit)
     helpers: Helpers | None = None
     tick: Callable[[], None] = lambda: None
+    has_side_indexes: bool = False
 
 
 class SourceFormat(ABC):

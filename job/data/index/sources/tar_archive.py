@@ -27,10 +27,11 @@ from job.data.index.ranges import (
 )
 from job.data.index.sources.archive import LINKS_OUTSIDE, Archive, Member, unreadable
 from job.data.index.sources.base import ListingContext, Source, is_image
+from job.data.index.sources.tar_side_index import IndexedHeaders, read_side_index, side_index_uri
 from job.data.index.sources.webdataset import Group, Labels, is_label, key_of, labelled, parse_label
 from job.data.index.tar_ahead import WalksAhead
 from job.data.index.tar_headers import Header, Kind, TarHeaders
-from job.errors import DataError, JobError
+from job.errors import DataError, JobError, StorageError
 
 LARGEST_LABEL = 1 << 20
 """Bytes of the largest .cls or .json file beside an image."""
@@ -63,6 +64,13 @@ class Tar(Archive):
         """See :func:`list_tar`."""
         return list_tar(uri, file, left_out)
 
+    def has_side_index(self, source: Source) -> bool:
+        """Whether an index file of NVIDIA DALI lies beside it."""
+        try:
+            return storage.exists(side_index_uri(source.uri))
+        except StorageError:  # buckets deny, rather than miss, what an account may not list
+            return False
+
     async def tables_async(
         self, source: Source, number: int, context: ListingContext, segments: int
     ) -> AsyncIterator[pa.Table]:
@@ -79,8 +87,9 @@ class Tar(Archive):
         size = int(details["size"])
         async with WalksAhead(fetch, size, segments) as walks:
             ranges = Ranges(walks.fetch if segments > 1 else fetch, size, LARGEST_GAP)
+            indexed = await read_side_index(source.uri, fetch, size) if context.has_side_indexes else None
             members: list[Member] = []
-            async for member in tar_members(source.uri, ranges, context.left_out):
+            async for member in tar_members(source.uri, ranges, context.left_out, indexed):
                 members.append(member)
                 if len(members) == ROWS_IN_MEMORY:
                     yield self.table(source, number, members)
@@ -105,7 +114,9 @@ def list_tar(uri: str, file: IO[bytes], left_out: LeftOut | None = None) -> Iter
         raise
 
 
-async def tar_members(uri: str, ranges: Ranges, left_out: LeftOut) -> AsyncIterator[Member]:
+async def tar_members(
+    uri: str, ranges: Ranges, left_out: LeftOut, indexed: IndexedHeaders | None = None
+) -> AsyncIterator[Member]:
     """The files of a tar archive, in their order; those behind links come when their targets are known.
 
     An image's label is taken from the .cls or .json file of the same name next to it, on either side. A link to a file
@@ -115,12 +126,13 @@ async def tar_members(uri: str, ranges: Ranges, left_out: LeftOut) -> AsyncItera
         uri: of the archive, for messages.
         ranges: its content.
         left_out: counts members that are no files.
+        indexed: the members as an index file names them; None: they are found by the headers.
 
     Raises:
         DataError: it is no tar archive, cut short or damaged, or it has sparse images or a label that is none.
     """
     try:
-        async for member in _Listing(uri, ranges, left_out).members():
+        async for member in _Listing(uri, indexed.ranges if indexed else ranges, left_out).members(indexed):
             yield member
     except JobError:
         raise
@@ -152,8 +164,8 @@ class _Listing:
         self._waiting_links = 0
         self._labels: dict[int, Labels | DataError] = {}
 
-    async def members(self) -> AsyncIterator[Member]:
-        group, headers = _TarGroup(), TarHeaders(self._ranges)
+    async def members(self, indexed: IndexedHeaders | None) -> AsyncIterator[Member]:
+        group, headers = _TarGroup(), indexed or TarHeaders(self._ranges)
         while (item := await headers.next()) is not None:
             name = printable(item.name)
             # Files that macOS puts between the others (._a.jpg) belong to no sample.

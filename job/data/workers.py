@@ -1,0 +1,86 @@
+"""Workers of a loader: threads of the training process, or processes of several threads each."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from job.cluster import ranks
+
+log = logging.getLogger(__name__)
+
+MOST_THREADS = 4
+"""Threads that share a GIL. Each holds it for a tenth of its time, and the training loop needs it, too."""
+SHARED_MEMORY = Path("/dev/shm")
+BATCHES_PER_PROCESS = 2
+"""Batches that a process of several threads loads ahead."""
+LOADERS = 2
+"""Loaders of a rank that hold batches at a time: training and validation."""
+
+
+class Workers(NamedTuple):
+    """Workers of one rank.
+
+    Attributes:
+        processes: worker processes; 0: the threads are those of the training process.
+        threads: per process; 0: batches are loaded in the consuming thread.
+    """
+
+    processes: int
+    threads: int
+
+
+def divide(count: int, batch_bytes: int, *, is_transformed: bool) -> Workers:
+    """Divide the workers of a rank among processes.
+
+    Up to :data:`MOST_THREADS` are threads of the training process, which need no shared memory. More are
+    divided among processes, unless shared memory has no room for their batches.
+
+    Args:
+        count: number of workers.
+        batch_bytes: bytes of the images of a batch.
+        is_transformed: a transform draws from the generators of its process: each worker is a process.
+    """
+    if is_transformed:
+        return Workers(count, 1 if count else 0)
+    if count <= MOST_THREADS:
+        return Workers(0, count)
+    processes = math.ceil(count / MOST_THREADS)
+    needed = ranks.local_world_size() * LOADERS * processes * (BATCHES_PER_PROCESS + 1) * batch_bytes
+    if SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
+        log.warning(
+            "%s has %.0f MB free, and loader processes need %.0f MB: images are decoded by threads of the training "
+            "process, which is slower. Mount a larger %s, or lower --data.num_workers.",
+            SHARED_MEMORY,
+            free / 1e6,
+            needed / 1e6,
+            SHARED_MEMORY,
+        )
+        return Workers(0, count)
+    return Workers(processes, math.ceil(count / processes))
+
+
+def one_core_threads(count: int) -> ThreadPoolExecutor:
+    """Threads whose torch operations use one core each, as in torch's own loader processes.
+
+    torch keeps one setting per thread, and a global one for new threads: all of these are set before the global one is
+    restored.
+    """
+    default_threads = torch.get_num_threads()
+
+    def one_core() -> None:
+        torch.get_num_threads()  # lets torch initialise the thread, which would undo the next line later
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(count, thread_name_prefix="decode", initializer=one_core)
+    all_started = threading.Barrier(count)
+    list(pool.map(lambda _: all_started.wait(), range(count)))
+    torch.set_num_threads(default_threads)
+    return pool

@@ -1,0 +1,1 @@
+"""Embeddings of images: the backbone's features in Parquet files, and the search for similar images among them."""
