@@ -23,9 +23,10 @@ import torch.distributed as dist
 from fsspec.asyn import AsyncFileSystem
 from support import index_of, picture_files, read, tar_of
 
+from job import storage
 from job.cluster import shared_work
 from job.cluster.shared_work import Helpers, SharedTasks, from_rank_zero
-from job.data.index import tar_ahead
+from job.data.index import parallel, tar_ahead
 from job.data.index.access import Access
 from job.data.index.build import build
 from job.data.index.index import Index
@@ -501,3 +502,32 @@ def test_an_index_file_that_does_not_fit_its_shard_is_not_used(
         caplog.clear()
         assert listed("counted://b/s.tar") == expected, reason
         assert "counted://b/s.idx is not used" in caplog.text, reason
+
+
+def test_shards_in_a_gcs_bucket(gcs: str, tmp_path: Path) -> None:
+    for n in range(12):
+        content = tar_of({f"{'ab'[i % 2]}/{n}.{i}.jpg": image(60_000 + i) for i in range(10)})
+        (tmp_path / f"s-{n:02}.tar").write_bytes(content)
+        storage.write_bytes(f"{gcs}/indexed/s-{n:02}.tar", content)
+    there, here = (index_of(f"{root}/s-{{00..11}}.tar", layout="classes") for root in (f"{gcs}/indexed", tmp_path))
+    assert there.fingerprint() == here.fingerprint()
+    assert [row[:4] for row in there.rows(range(120))] == [row[:4] for row in here.rows(range(120))]
+    assert read(there, [7, 119]) == [image(60_007), image(60_009)]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_archives_that_wait_for_the_one_before_them_are_few(
+    on_disk: bool, bucket: type[CountingFileSystem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "MOST_WAITING", 2)
+    monkeypatch.setattr(parallel, "WALKS", 4)
+    for n in range(40):
+        content = tar_of({f"{'ab'[n % 2]}/{n}.jpg": PICTURE} if n else {f"a/{i}.jpg": PICTURE for i in range(500)})
+        bucket.objects[f"b/s-{n:02}.tar"] = content
+        (tmp_path / f"s-{n:02}.tar").write_bytes(content)
+    root = tmp_path if on_disk else "counted://b"
+    assert len(index_of(f"{root}/s-{{00..39}}.tar", layout="classes")) == 539
+    bucket.objects["b/s-01.tar"] = b"no tar" * 100
+    (tmp_path / "s-01.tar").write_bytes(b"no tar" * 100)
+    with pytest.raises(DataError, match=r"s-01\.tar is not a readable archive"):
+        index_of(f"{root}/s-{{00..39}}.tar", layout="classes")

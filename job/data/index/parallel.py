@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ WALKS = 512
 """Archives that are listed at once where requests are awaited: each has one in flight."""
 FEW_WALKS = 16
 """The same for a listing with a time limit, so that some archives are complete when it has passed."""
+MOST_WAITING = 1024
+"""Archives whose members are held until those of the archives before them are there."""
 POLL_SECONDS = 0.05
 
 
@@ -108,7 +111,7 @@ def list_archives(tasks: Sequence[ArchiveTask], context: ListingContext) -> Iter
             changed.notify()
 
     ranks = helpers.count if helpers else 1
-    running = _start(tasks, context, claims.claim, finish, ranks)
+    running = _start(tasks, context, claims.claim, finish, ranks, lambda: len(done) < MOST_WAITING)
     try:
         for number in range(len(tasks)):
             while number not in done and not (number and context.time_limit.is_over()):
@@ -126,10 +129,11 @@ def list_archives(tasks: Sequence[ArchiveTask], context: ListingContext) -> Iter
                 context.left_out.add(each.kind, each.example, each.count)
             if listed.error is not None:
                 raise listed.error
-            context.progress.share_done = (number + 1) / len(tasks)
+            context.progress.share_done = (number + 1 + len(done)) / len(tasks)
             yield listed.tables
     finally:
         claims.cancel()
+        done.clear()
         running.stop()
 
 
@@ -205,8 +209,18 @@ def _start(
     claim: Callable[[], int | None],
     finish: Callable[[int, Listed], None],
     ranks: int,
+    may_begin: Callable[[], bool] = lambda: True,
 ) -> _Running:
-    """Begin to list archives until ``claim`` returns None."""
+    """Begin to list archives until ``claim`` returns None.
+
+    Args:
+        tasks: the archives.
+        context: settings of the listing.
+        claim: returns the number of a task that nobody else performs.
+        finish: gets the result of a task.
+        ranks: number of ranks that share the tasks.
+        may_begin: whether another task may be claimed now.
+    """
     share = -(-len(tasks) // ranks)
     if (loop := _loop(tasks)) is None:
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="list")
@@ -214,6 +228,8 @@ def _start(
         def work() -> None:
             while (number := claim()) is not None:
                 finish(number, _listed(tasks[number], context))
+                while not may_begin():
+                    time.sleep(POLL_SECONDS)
 
         return _Running([pool.submit(work) for _ in range(min(THREADS, share))], pool)
 
@@ -222,6 +238,8 @@ def _start(
     async def walk() -> None:
         while (number := claim()) is not None:
             finish(number, await _listed_async(tasks[number], context, SEGMENTS // walks))
+            while not may_begin():
+                await asyncio.sleep(POLL_SECONDS)
 
     async def all_walks() -> None:
         await asyncio.gather(*(walk() for _ in range(walks)))

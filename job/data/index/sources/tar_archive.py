@@ -84,7 +84,8 @@ class Tar(Archive):
             context.tick()
             return reader.fetch("", offset, size)
 
-        size = int(details["size"])
+        if not isinstance(size := details.get("size"), int):
+            raise StorageError(f"cannot list {source.uri}: its server does not tell how large it is.")
         async with WalksAhead(fetch, size, segments) as walks:
             ranges = Ranges(walks.fetch if segments > 1 else fetch, size, LARGEST_GAP)
             indexed = await read_side_index(source.uri, fetch, size) if context.has_side_indexes else None
