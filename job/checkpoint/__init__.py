@@ -20,6 +20,7 @@ from job.checkpoint.store import (
     scan,
     sha256,
     uncommitted,
+    usable,
     verify,
 )
 
@@ -43,5 +44,6 @@ __all__ = [
     "scan",
     "sha256",
     "uncommitted",
+    "usable",
     "verify",
 ]

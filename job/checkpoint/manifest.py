@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from job import storage
 from job.errors import CheckpointError, NewerFormatError
 from job.storage.format_version import MALFORMED, Unversioned, format_version
 
@@ -19,9 +18,10 @@ SUFFIX = ".ckpt"
 NAME_PATTERN = r"^epoch=[0-9]{3,9}-step=[0-9]{8,15}(-validated)?(-[0-9]{1,3})?\.ckpt\Z"
 MAX_BYTES = 32 << 20
 """Largest manifest that is read: those of format 1 held the confusion matrix."""
-PER_CLASS_METRICS = 50
-"""Classes up to which a manifest holds the accuracy of each class."""
-PER_CLASS_PREFIX = "val/accuracy_of/"
+PER_CLASS_BYTES = 600
+"""Length of the entries of single classes, such as ``val/accuracy_of/NAME``, up to which a manifest holds them."""
+ENTRY_BYTES = 32
+"""Length of such an entry without its name."""
 
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -104,19 +104,13 @@ def manifest_uri(checkpoint_uri: str) -> str:
     return checkpoint_uri + ".json"
 
 
-def read_manifest(uri: str) -> Manifest:
-    """The manifest at ``uri``.
+def decode_manifest(uri: str, content: bytes) -> Manifest:
+    """The manifest in ``content``, which was read from ``uri``.
 
     Raises:
         CheckpointError: it is damaged.
         NewerFormatError: a newer version of job wrote it.
-        StorageError: it cannot be read.
     """
-    return decode_manifest(uri, storage.read_bytes(uri))
-
-
-def decode_manifest(uri: str, content: bytes) -> Manifest:
-    """The manifest in ``content``; for errors see :func:`read_manifest`."""
     if len(content) > MAX_BYTES:
         raise CheckpointError(
             f"the checkpoint manifest {uri} is damaged: {len(content):,} bytes, at most {MAX_BYTES:,}."
@@ -161,9 +155,13 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def kept_metrics(metrics: dict[str, float], monitor: str) -> dict[str, float | None]:
-    """The metrics for a manifest: without those per class where there are many, None for NaN and infinity."""
-    per_class = [name for name in metrics if name.startswith(PER_CLASS_PREFIX)]
-    dropped = set(per_class) - {monitor} if len(per_class) > PER_CLASS_METRICS else set()
+    """The metrics for a manifest: without those of single classes where they are long, None for NaN and infinity.
+
+    Which are left out follows from the names alone, so that all manifests of a run hold the same metrics.
+    """
+    per_class = {name for name in metrics if name.count("/") > 1}
+    length = sum(len(msgspec.json.encode(name)) + ENTRY_BYTES for name in per_class)
+    dropped = per_class - {monitor} if length > PER_CLASS_BYTES else set()
     return {name: value if math.isfinite(value) else None for name, value in metrics.items() if name not in dropped}
 
 

@@ -123,7 +123,8 @@ def require_epochs_left(run_dir: str, resumed: Manifest, max_epochs: int | None)
 
 
 def _best(run_dir: str, configuration: str) -> ResumePoint:
-    manifests, steps_back = checkpoint.manifests(run_dir), checkpoint.scan(run_dir).steps_back
+    scanned = checkpoint.scan(run_dir)
+    manifests, steps_back = checkpoint.usable(scanned), scanned.steps_back
     if steps_back and steps_back[-1].configuration == configuration:
         newest = checkpoint.newest_verified(run_dir)
         if newest is not None:

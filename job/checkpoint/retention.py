@@ -46,8 +46,9 @@ class Retention:
     def superseded(self, committed: list[Manifest]) -> list[Manifest]:
         """Those of a run's checkpoints that are not kept."""
         settings = self.settings
-        kept = [*committed[-settings.keep_last :], *best_of_each_validation(committed, settings.keep_best)]
-        return self._not_kept_for_ever([manifest for manifest in committed if manifest not in kept])
+        best = best_of_each_validation(committed, settings.keep_best)
+        kept = {manifest.file for manifest in [*committed[-settings.keep_last :], *best]}
+        return self._not_kept_for_ever([manifest for manifest in committed if manifest.file not in kept])
 
     def _not_kept_for_ever(self, committed: list[Manifest]) -> list[Manifest]:
         every = self.settings.keep_every_n_epochs
@@ -58,8 +59,9 @@ class Retention:
         if time.monotonic() - self._refused_at < SECONDS_BETWEEN_REFUSED_REMOVALS:
             return
         try:
-            abandoned = self._not_kept_for_ever(checkpoint.scan(self.run_dir).abandoned)
-            for manifest in [*self.superseded(checkpoint.manifests(self.run_dir)), *abandoned]:
+            scanned = checkpoint.scan(self.run_dir)
+            abandoned = self._not_kept_for_ever(scanned.abandoned)
+            for manifest in [*self.superseded(checkpoint.usable(scanned)), *abandoned]:
                 self.before_write()
                 checkpoint.remove(storage.join(self.run_dir, checkpoint.FOLDER, manifest.file))
         except LeaseError:

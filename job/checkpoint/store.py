@@ -25,8 +25,8 @@ from job.checkpoint.manifest import (
     Manifest,
     decode_manifest,
     manifest_uri,
-    read_manifest,
 )
+from job.checkpoint.manifest_reader import read_all
 from job.checkpoint.ranking import order, ranked
 from job.errors import CheckpointError, NewerFormatError, StorageError, StorageOutage
 from job.storage.json_files import read_limited
@@ -42,11 +42,11 @@ __all__ = [
     "manifests",
     "newest_verified",
     "ranked",
-    "read_manifest",
     "remove",
     "resolve",
     "scan",
     "uncommitted",
+    "usable",
     "verify",
 ]
 
@@ -77,7 +77,7 @@ class Scan:
 
 
 def scan(run_dir: str) -> Scan:
-    """Read all manifests of a run.
+    """Read all manifests of a run, but for those that an earlier call has read.
 
     Raises:
         CheckpointError: the note of abandoned checkpoints is damaged, or of a newer format.
@@ -86,46 +86,43 @@ def scan(run_dir: str) -> Scan:
     entries = {entry.key: entry for entry in _top_level(folder)}
     result.steps_back = read_steps_back(folder, entries)
     abandoned = {name for step_back in result.steps_back for name in step_back.abandoned}
-    for key, entry in entries.items():
-        if not key.endswith(manifest_uri(SUFFIX)):
-            continue
-        uri = storage.join(folder, key)
-        try:
-            if entry.size > MAX_BYTES:
-                raise CheckpointError(f"the checkpoint manifest {uri} is damaged: {entry.size:,} bytes.")
-            manifest = read_manifest(uri)
-            if manifest_uri(manifest.file) != key:
-                raise CheckpointError(
-                    f"the checkpoint manifest {uri} is not used: it names the file {manifest.file!r}, not the one "
-                    "beside it. A copy of a checkpoint belongs outside this folder."
-                )
-            if manifest.file not in entries:
-                raise CheckpointError(f"the checkpoint manifest {uri} is not used: its file {manifest.file!r} is gone.")
-        except NewerFormatError as error:
-            result.newer.append(str(error))
-        except CheckpointError as error:
-            result.damaged.append(str(error))
-        except StorageError:
-            if storage.exists(uri):
-                raise
-            # Retention of a running job removed it after it was listed.
+    listed = [entry for entry in entries.values() if entry.key.endswith(manifest_uri(SUFFIX))]
+    for entry, outcome in zip(listed, read_all(folder, listed), strict=True):
+        if outcome is None:
+            continue  # retention of a running job removed it after it was listed
+        uri = storage.join(folder, entry.key)
+        if isinstance(outcome, NewerFormatError):
+            result.newer.append(str(outcome))
+        elif isinstance(outcome, CheckpointError):
+            result.damaged.append(str(outcome))
+        elif manifest_uri(outcome.file) != entry.key:
+            result.damaged.append(
+                f"the checkpoint manifest {uri} is not used: it names the file {outcome.file!r}, not the one beside "
+                "it. A copy of a checkpoint belongs outside this folder."
+            )
+        elif outcome.file not in entries:
+            result.damaged.append(f"the checkpoint manifest {uri} is not used: its file {outcome.file!r} is gone.")
         else:
-            (result.abandoned if manifest.file in abandoned else result.good).append(manifest)
+            (result.abandoned if outcome.file in abandoned else result.good).append(outcome)
     result.good.sort(key=order)
     return result
 
 
 def manifests(run_dir: str) -> list[Manifest]:
+    """Committed checkpoints of a run, oldest first; for damaged ones and errors see :func:`usable`."""
+    return usable(scan(run_dir))
+
+
+def usable(scanned: Scan) -> list[Manifest]:
     """Committed checkpoints of a run, oldest first; a damaged manifest is warned of and left out.
 
     Raises:
         NewerFormatError: a newer version of job wrote one of them.
     """
-    result = scan(run_dir)
-    _warn(result.damaged)
-    if result.newer:
-        raise NewerFormatError(result.newer[0])
-    return result.good
+    _warn(scanned.damaged)
+    if scanned.newer:
+        raise NewerFormatError(scanned.newer[0])
+    return scanned.good
 
 
 def uncommitted(run_dir: str) -> list[str]:
