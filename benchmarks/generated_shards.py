@@ -109,7 +109,7 @@ class Shard:
         head = _header(stem + b".cls", len(label)) + label.ljust(_BLOCK, b"\0") + _header(stem + b".jpg", size)
         if not whole:
             return head
-        return head + _with_comments(picture(number % PICTURES), size).ljust(_padded(size), b"\0")
+        return head + _with_comments(picture(number % PICTURES), stem, size).ljust(_padded(size), b"\0")
 
 
 @functools.lru_cache(2048)
@@ -278,10 +278,10 @@ def _template() -> bytes:
     return bytes(header)
 
 
-def _with_comments(jpeg: bytes, size: int) -> bytes:
-    """A JPEG made as long as ``size`` by comments after its first marker."""
+def _with_comments(jpeg: bytes, text: bytes, size: int) -> bytes:
+    """A JPEG made as long as ``size`` by comments after its first marker, which begin with ``text``."""
     missing = size - len(jpeg)
     segments = -(-missing // _LONGEST_COMMENT)
     lengths = [missing * (n + 1) // segments - missing * n // segments for n in range(segments)]
-    comments = (b"\xff\xfe" + (length - 2).to_bytes(2, "big") + bytes(length - 4) for length in lengths)
+    comments = (b"\xff\xfe" + (length - 2).to_bytes(2, "big") + text.ljust(length - 4, b"\0") for length in lengths)
     return b"".join((jpeg[:2], *comments, jpeg[2:]))

@@ -25,10 +25,10 @@ THREADS = 8
 """Archives that are listed at once where a thread waits for each."""
 WALKS = 512
 """Archives that are listed at once where requests are awaited: each has one in flight."""
-MOST_WAITING = 1024
-"""Archives whose members are held until those of the archives before them are there."""
 FEW_WALKS = 16
 """The same for a listing with a time limit, so that some archives are complete when it has passed."""
+MOST_WAITING = 1024
+"""Archives whose members are held until those of the archives before them are there."""
 POLL_SECONDS = 0.05
 
 
@@ -129,7 +129,7 @@ def list_archives(tasks: Sequence[ArchiveTask], context: ListingContext) -> Iter
                 context.left_out.add(each.kind, each.example, each.count)
             if listed.error is not None:
                 raise listed.error
-            context.progress.share_done = (number + 1) / len(tasks)
+            context.progress.share_done = (number + 1 + len(done)) / len(tasks)
             yield listed.tables
     finally:
         claims.cancel()
