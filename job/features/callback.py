@@ -157,14 +157,16 @@ class FeatureCache(Callback):
     def _key(self, trainer: pl.Trainer, module: TransferLearningModel, part: str, weights: str) -> str:
         """Hash of everything that the features depend on."""
         data = image_data(trainer)
-        return feature_key(
-            module.net,
-            weights,
-            ranks.from_rank_zero(lambda: content_hash(data.parts[part])),
-            data.preprocessing(part),
-            seed=data.seed,
-            precision=str(trainer.precision),
-            compiled=module.config.compile_backbone,
+        return ranks.from_rank_zero(
+            lambda: feature_key(
+                module.net,
+                weights,
+                content_hash(data.parts[part]),
+                data.preprocessing(part),
+                seed=data.seed,
+                precision=str(trainer.precision),
+                compiled=module.config.compile_backbone,
+            )
         )
 
     def _no_room(self, cache_dir: Path, folders: set[Path], needed: int) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from job.data.dataset import Preprocessing
 from job.data.index.index import Index
+from job.features.transform_hash import transform_hash
 from job.model.classifier import Classifier
 
 
@@ -34,7 +35,7 @@ def feature_key(
         compiled: the backbone is compiled by torch.compile.
     """
     spec = net.spec()
-    values = (
+    values: tuple[object, ...] = (
         weights,
         content,
         spec["mean"],
@@ -47,6 +48,8 @@ def feature_key(
         str(net.memory_format),
         torch.__version__,
     )
+    if preprocessing.augment is not None:  # features of other preprocessing keep the key of earlier releases
+        values += (transform_hash(preprocessing.augment),)
     return hashlib.sha256(repr(values).encode()).hexdigest()[:20]
 
 
