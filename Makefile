@@ -7,6 +7,7 @@
 # make benchmark-serve   throughput and latency of the server, and a restart under load
 # make benchmark-startup   CPU seconds that each command takes to start
 # make benchmark-monitoring   what monitoring adds to steps and validations, and the size of TensorBoard events
+# make benchmark-features   a sweep against heads trained one after another, and scikit-learn
 # make benchmark-scale   a fit at the size of ImageNet: time, memory, requests and bytes of each stage
 # make benchmark-gpu   whether everything works on a GPU, and how fast
 # make benchmark-recipes   the accuracy that each recipe in job/recipes reaches
@@ -20,7 +21,7 @@ VENV_TPU ?= .venv-tpu
 DATA ?=
 
 .PHONY: demo test test-all processes unit xla container golden lint docs docs-serve reference lock
-.PHONY: benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup benchmark-monitoring benchmark-scale benchmark-serve
+.PHONY: benchmark-checkpoint benchmark-data benchmark-features benchmark-gpu benchmark-monitoring benchmark-recipes benchmark-scale benchmark-serve benchmark-startup benchmark-train
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -57,7 +58,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-benchmark-checkpoint benchmark-data benchmark-train benchmark-recipes benchmark-gpu benchmark-startup benchmark-monitoring benchmark-scale benchmark-serve: benchmark-%: $(VENV)/installed
+benchmark-checkpoint benchmark-data benchmark-features benchmark-gpu benchmark-monitoring benchmark-recipes benchmark-scale benchmark-serve benchmark-startup benchmark-train: benchmark-%: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/$*.py
 
 # Material announces its end of life in 2027 at each build.

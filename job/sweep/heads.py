@@ -157,9 +157,9 @@ class HeadBatch:
             parameter.requires_grad_()
         self._moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in self._parameters()]
         column = (count, 1, 1)
-        self._lr = torch.tensor([head.lr for head in heads], device=device).view(column)
-        self._weight_decay = torch.tensor([head.weight_decay for head in heads], device=device).view(column)
-        self._smoothing = torch.tensor([head.label_smoothing for head in heads], device=device).view(1, count, 1)
+        self._lr = torch.tensor([float(head.lr) for head in heads], device=device).view(column)
+        self._weight_decay = torch.tensor([float(head.weight_decay) for head in heads], device=device).view(column)
+        self._smoothing = torch.tensor([float(head.label_smoothing) for head in heads], device=device).view(1, count, 1)
         self._balanced = torch.tensor([head.balanced for head in heads], device=device).view(1, count, 1)
         self._folds = torch.tensor([head.fold for head in heads], device=device)
         self._steps = 0

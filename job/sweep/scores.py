@@ -135,7 +135,7 @@ class Luck:
     Attributes:
         standard_error: of a trial's mean over the folds, from what neither trial nor fold explains.
         expected: by how much the best of so many trials exceeds their common mean, if all were equally good.
-        trials: number of trials in this estimate: the better half.
+        trials: number of trials that have not diverged.
         within: trials whose mean is not further than ``expected`` below the best, the best included.
     """
 
@@ -149,8 +149,8 @@ def luck_of(values: Matrix) -> Luck | None:
     """The luck in the best of several trials; None for fewer than two that have not diverged.
 
     Trials are scored on the same samples, so that a fold which is hard for all says nothing about a difference between
-    them: the noise is the interaction of trial and fold, as in a two-way analysis of variance. Worse trials vary more;
-    the better half stands for the best. Trials that resemble one another have less luck than this, which supposes them
+    them: the noise is the interaction of trial and fold, as in a two-way analysis of variance. Worse trials vary more:
+    the noise is that of the better half. Trials that resemble one another have less luck than this, which supposes them
     independent.
 
     Args:
@@ -162,10 +162,10 @@ def luck_of(values: Matrix) -> Luck | None:
     means = finite.mean(1)
     better = finite[np.argsort(-means, kind="stable")[: max(len(finite) // 2, 2)]]
     residual = better - better.mean(1, keepdims=True) - better.mean(0, keepdims=True) + better.mean()
-    count, folds = better.shape
-    error = math.sqrt(float((residual**2).sum()) / ((count - 1) * (folds - 1)) / folds)
-    expected = error * expected_maximum(count)
-    return Luck(error, expected, count, int((means >= means.max() - expected - 1e-12).sum()))
+    rows, folds = better.shape
+    error = math.sqrt(float((residual**2).sum()) / ((rows - 1) * (folds - 1)) / folds)
+    expected = error * expected_maximum(len(finite))
+    return Luck(error, expected, len(finite), int((means >= means.max() - expected - 1e-12).sum()))
 
 
 def expected_maximum(count: int) -> float:

@@ -1,0 +1,92 @@
+"""A sweep from images to a checkpoint that predict takes and a recipe that fit takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+from support import options, picture_files, run_here, write_files
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from job.sweep.result import SweepResult
+
+SETTINGS: dict[str, object] = {
+    "model.backbone": "timm/test_resnet",
+    "model.weights": "none",
+    "data.image_size": 32,
+    "data.num_workers": 1,
+    "trainer.accelerator": "cpu",
+    "trainer.precision": "32-true",
+    "lr": "0.003,0.03",
+    "weight_decay": "0",
+    "hidden": "none,8",
+    "label_smoothing": "0",
+    "folds": 3,
+    "epochs": 3,
+    "sweep.logged": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_files(tmp_path_factory.mktemp("images"), picture_files(["blue", "red"], 20))
+
+
+def test_sweep_predict_fit(images: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    result = run_here("sweep", *options(SETTINGS, data__root=images, run_dir=run_dir, dropout="0,0.1"))
+    assert result.returncode == 0, result.output
+    assert "best of 8 trials, 3-fold cross-validation" in result.output
+    folder = run_dir / "sweep"
+    saved = msgspec.json.decode((folder / "sweep.json").read_bytes(), type=SweepResult)
+    assert len(saved.trials) == 8
+    means = [trial.mean for trial in saved.trials if trial.mean is not None]
+    assert means == sorted(means, reverse=True)
+    assert saved.train_images == 32
+    assert saved.validation["accuracy"] is not None
+    assert sorted(path.name for path in (folder / "tensorboard").iterdir()) == ["001", "002"]
+    events = EventAccumulator(str(folder / "tensorboard" / "001"))
+    events.Reload()
+    assert events.Scalars("cv/accuracy")[0].value == pytest.approx(means[0])
+
+    validated = run_here("validate", folder)
+    assert validated.returncode == 0, validated.output
+    metrics = json.loads((folder / "validate.json").read_text())["metrics"]
+    assert metrics["val/accuracy"] == pytest.approx(saved.validation["accuracy"])
+    assert metrics["val/loss"] == pytest.approx(saved.validation["loss"], rel=1e-4)
+
+    predicted = run_here("predict", folder, images, f"--output={tmp_path / 'out.jsonl'}")
+    assert predicted.returncode == 0, predicted.output
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 40
+
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe["model"]["optimizer"]["init_args"]["lr"] == saved.trials[0].lr
+    fitted = run_here("fit", tmp_path / "fit", f"--config={folder / 'recipe.yaml'}", f"--init_from={folder}")
+    assert fitted.returncode == 0, fitted.output
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.lr=0.1", "--model.lr has no effect in a sweep. Use --sweep.lr"),
+        ("--trainer.max_epochs=3", "Use --sweep.epochs"),
+        ("--model.mixup=0.2", "--model.mixup has no effect in a sweep"),
+        ("--lr=0.1,x", "'x' is no number"),
+        ("--folds=17", "--sweep.folds=16"),
+        ("--data.sampling=balanced", "does not support --data.sampling=balanced"),
+    ],
+)
+def test_mistakes(images: Path, tmp_path: Path, option: str, message: str) -> None:
+    result = run_here("sweep", *options(SETTINGS, data__root=images, run_dir=tmp_path / "run"), option)
+    assert result.returncode == 2
+    assert message in result.output.replace("\n", " ")
+
+
+def test_one_class(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "images", picture_files(["blue"], 20))
+    result = run_here("sweep", *options(SETTINGS, data__root=root, run_dir=tmp_path / "run"))
+    assert result.returncode == 2
+    assert "class" in result.output
