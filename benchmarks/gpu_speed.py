@@ -61,12 +61,15 @@ class Row:
 
 
 def loader(machine: Machine) -> Iterator[Row]:
-    """Images per second of the loader with 1 to 16 workers; limit: as many processes that decode and resize."""
+    """Images per second of the loader with 1 to 16 workers; limits: as many decoding processes, as many times one."""
     counts = [count for count in WORKERS if count <= machine.cores][: 1 if machine.quick else None]
     folder = _class_folders(machine, 256 if machine.quick else 3000)
+    one_core = _contender("limit", folder, 1)[0]
     for count in counts:
         limit, job_speed = (_contender(name, folder, count) for name in ("limit", "job"))
-        yield Row(f"loader, {count} worker(s)", job_speed[-1], "images/s", limit[0], "decode processes")
+        name = f"loader, {count} worker(s)"
+        yield Row(name, job_speed[-1], "images/s", limit[0], "decode processes")
+        yield Row(name, job_speed[-1], "images/s", count * one_core, f"{count} x one decode process", 0.85)
 
 
 def features(machine: Machine) -> Iterator[Row]:

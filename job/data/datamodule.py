@@ -73,8 +73,8 @@ class ImageDataModule(pl.LightningDataModule):
             [3, image_size, image_size]. Default: ``resize``, then a random horizontal flip.
         augment_views: number of augmented variants per image, of which each epoch uses one, so that backbone
             features can be cached. Default: unlimited, a new variant in each epoch.
-        num_workers: decoding threads per rank, or processes if ``augment`` is given. Default: one per CPU
-            core, divided among the ranks of the node.
+        num_workers: decoding threads per rank, or processes if ``augment`` is given. More than four threads are
+            divided among processes. Default: one per CPU core, divided among the ranks of the node.
         cache_dir: local folder of the node's cache. Default: ~/.cache/job.
         cache_gb: size of the cache of samples from buckets, in 10^9 bytes; the least recently used are deleted
             first. 0 disables it.
