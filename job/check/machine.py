@@ -11,6 +11,7 @@ from job import storage
 from job.check.finding import Finding, fail, ok, warn
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule
+from job.data.workers import shared_bytes
 from job.features.callback import FeatureSettings
 from job.process.cpus import available_cpus
 from job.storage.local_cache import cache_problem
@@ -39,13 +40,18 @@ def shared_memory(data: ImageDataModule) -> Iterator[Finding]:
         return
     free, local = shutil.disk_usage(SHM).free, ranks.local_world_size()
     needed = NCCL_BYTES * local if local > 1 else 0
-    if data.augment is not None:  # the decoding workers are processes
-        workers = data.num_workers if data.num_workers is not None else max(available_cpus() // local, 1)
-        batch = max(data.global_batch_size // ranks.world_size(), 1) * 3 * data.image_size**2
+    workers = data.num_workers if data.num_workers is not None else max(available_cpus() // local, 1)
+    batch = max(data.global_batch_size // ranks.world_size(), 1) * 3 * data.image_size**2
+    if data.augment is not None:  # each decoding worker is a process
         needed += local * workers * PREFETCHED * batch
-    message = f"{SHM} has {gigabytes(free)} free, and about {gigabytes(needed)} are needed."
+        faster = needed
+    else:
+        faster = needed + shared_bytes(workers, batch)
+    message = f"{SHM} has {gigabytes(free)} free, and about {gigabytes(faster)} are needed."
     if free < needed:
         yield fail(SHARED_MEMORY, message, SHM_MEND)
+    elif free < faster:
+        yield warn(SHARED_MEMORY, f"{message} With less, images are decoded in one process, which is slower.", SHM_MEND)
     else:
         yield ok(SHARED_MEMORY, message)
 

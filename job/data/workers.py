@@ -52,8 +52,7 @@ def divide(count: int, batch_bytes: int, *, is_transformed: bool) -> Workers:
         return Workers(count, 1 if count else 0)
     if count <= MOST_THREADS:
         return Workers(0, count)
-    processes = math.ceil(count / MOST_THREADS)
-    needed = ranks.local_world_size() * LOADERS * processes * (BATCHES_PER_PROCESS + 1) * batch_bytes
+    processes, needed = math.ceil(count / MOST_THREADS), shared_bytes(count, batch_bytes)
     if SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
         log.warning(
             "%s has %.0f MB free, and loader processes need %.0f MB: images are decoded by threads of the training "
@@ -65,6 +64,17 @@ def divide(count: int, batch_bytes: int, *, is_transformed: bool) -> Workers:
         )
         return Workers(0, count)
     return Workers(processes, math.ceil(count / processes))
+
+
+def shared_bytes(count: int, batch_bytes: int) -> int:
+    """Bytes of shared memory that processes of threads need for the batches of all ranks of this node.
+
+    Args:
+        count: number of workers of a rank.
+        batch_bytes: bytes of the images of a batch.
+    """
+    processes = math.ceil(count / MOST_THREADS) if count > MOST_THREADS else 0
+    return ranks.local_world_size() * LOADERS * processes * (BATCHES_PER_PROCESS + 1) * batch_bytes
 
 
 def one_core_threads(count: int) -> ThreadPoolExecutor:

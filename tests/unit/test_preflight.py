@@ -491,7 +491,10 @@ def test_small_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage(monkeypatch, 64 << 20)
     (shm,) = machine.shared_memory(augmented)
     assert shm.status == "fail" and "/dev/shm has 67.1 MB free, and about 154 MB" in shm.message
-    assert statuses(list(machine.shared_memory(ImageDataModule(root="s3://bucket/data")))) == {"shared_memory": "ok"}
+    few = ImageDataModule(root="s3://bucket/data", num_workers=4)
+    assert statuses(list(machine.shared_memory(few))) == {"shared_memory": "ok"}
+    many = ImageDataModule(root="s3://bucket/data", num_workers=16, global_batch_size=64)
+    assert statuses(list(machine.shared_memory(many))) == {"shared_memory": "warn"}
     (cache,) = machine.cache_disk(augmented, FeatureSettings())
     assert cache.status == "warn" and "of 20 GB" in cache.message
     assert machine.temporary_disk(100 << 20).status == "fail"
