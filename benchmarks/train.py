@@ -202,8 +202,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbones", nargs="*", default=["resnet18", "resnet50"])
     parser.add_argument("--images", type=int, default=640, help="training images; half as many for validation")
-    for name, peer in PEERS.items():
-        parser.add_argument(f"--{name}", type=Path, help=f"checkout of the repository of {peer.name}")
+    for option in ("--timm", "--torchvision", "--lightning"):
+        peer = PEERS[option.removeprefix("--")]
+        parser.add_argument(option, type=Path, help=f"checkout of the repository of {peer.name}")
     options = parser.parse_args()
     checkouts = {name: path.resolve() for name in PEERS if (path := getattr(options, name)) is not None}
     for name, path in checkouts.items():

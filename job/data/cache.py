@@ -39,6 +39,7 @@ BLOCK_SAMPLES = 500
 """… or so many: writev(2) takes 1,024 buffers, two per sample …"""
 FLUSH_SECONDS = 0.5
 """… or after this time."""
+FLUSH_LIMIT_SECONDS = 10.0
 PENDING_BYTES = 64 << 20
 """Samples that wait for a slow disk, per process. More are not cached, so that no epoch is slower than the disk."""
 LARGEST_SEGMENT = 256 << 20
@@ -207,11 +208,11 @@ class SampleCache:
                 self._changed.notify_all()
 
     def flush(self) -> None:
-        """Wait until what was put is on disk, or given up."""
+        """Wait until what was put is on disk, or given up: at most ``FLUSH_LIMIT_SECONDS``."""
         with self._changed:
             self._flushing += 1
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._pending)
+            self._changed.wait_for(lambda: not self._pending, FLUSH_LIMIT_SECONDS)
             self._flushing -= 1
 
     def give_up(self, error: OSError) -> None:

@@ -175,6 +175,11 @@ class ImageDataModule(pl.LightningDataModule):
         self.open_index(local_index(uri, self.cache_dir))
         self._open_cache()
 
+    def teardown(self, stage: str | None = None) -> None:
+        """Finish writing the cache of samples."""
+        if self.cache is not None:
+            self.cache.flush()
+
     def open_index(self, folder: Path) -> None:
         """Take the parts from the index in a local folder."""
         info = load_index_info(folder)

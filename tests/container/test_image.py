@@ -74,7 +74,7 @@ def test_installed_versions_are_the_pinned_ones(podman: Podman, image: str) -> N
     assert installed.keys() >= {"torch", "torchvision", "pytorch-lightning", "gcsfs", "tensorboard", "dumb-init"}
     assert {n: v.partition("+")[0] for n, v in installed.items()} == {n: pinned.get(n) for n in installed}
     sizes = inside(podman, image, "du -sm /opt/venv /opt/app | sort -n").split()
-    assert int(sizes[0]) <= 8, "the layer of the code alone is small"
+    assert int(sizes[0]) <= 10, "the layer of the code alone is small"
 
 
 def test_the_image_is_below_3_gb_where_torch_comes_without_cuda(podman: Podman, image: str) -> None:
