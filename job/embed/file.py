@@ -181,7 +181,6 @@ class Embeddings:
             if columns.field("uri").type != pa.string():
                 raise ValueError("the column uri holds no text")
             self.width: int = vector.list_size
-            self.has_errors = "error" in columns.names
             self._columns = [name for name in ("uri", "vector", "label", "labels", "error") if name in columns.names]
             self.info = _info((columns.metadata or {}).get(METADATA_KEY))
 
