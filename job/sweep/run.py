@@ -20,9 +20,10 @@ from job.data.datamodule import ImageDataModule
 from job.errors import ConfigError, DataError, DivergedError
 from job.features.extract import ExtractionSettings
 from job.features.store import FOLDER as FEATURES_FOLDER
+from job.model.backbone import build_skeleton
 from job.model.classifier import Classifier, build_classifier
 from job.model.config import ModelConfig
-from job.model.loading import read_pretrained
+from job.model.loading import read_pretrained, weights_file
 from job.predict.precision import Precision
 from job.process.terminal import say
 from job.resilience.lease import Lease
@@ -126,6 +127,8 @@ class Sweep:
         data.trainer = self.trainer  # as Lightning does: the index is that of run_dir
         data.setup("fit")
         self._require_classes()
+        if len(self.backbones) > 1:
+            ranks.from_rank_zero(self._require_backbones)
         trials = settings.trials(len(self.backbones), self.config.seed)
         train = data.parts["train"]
         plan = plan_of(
@@ -154,6 +157,13 @@ class Sweep:
             )
         if data.parts["train"].has_several_labels and task == "classification":
             raise ConfigError("images have several labels, or none. Use --model.task=multilabel.")
+
+    def _require_backbones(self) -> None:
+        """Find a mistyped name among several, or weights that do not exist, before the first backbone computes."""
+        for config in self.backbones:
+            build_skeleton(config.backbone, self.data.image_size)
+            if config.weights not in ("DEFAULT", "none"):
+                storage.info(weights_file(config.weights))
 
     def _cross_validate(self, trials: list[Trial], plan: Plan) -> tuple[Scores, int]:
         """Scores of all trials, and number of repeated training images."""

@@ -126,6 +126,7 @@ def test_run_dir_of_a_fit(tmp_path: Path) -> None:
         ("--model.mixup=0.2", "--model.mixup has no effect in a sweep"),
         ("--lr=0.1,x", "'x' is no number"),
         ("--folds=17", "--sweep.folds=16"),
+        ("--data.num_workers=-1", "--data.num_workers must be at least 0"),
         ("--data.sampling=balanced", "does not support --data.sampling=balanced"),
     ],
 )
@@ -133,6 +134,23 @@ def test_mistakes(images: Path, tmp_path: Path, option: str, message: str) -> No
     result = run_here("sweep", *options(SETTINGS, data__root=images, run_dir=tmp_path / "run"), option)
     assert result.returncode == 2
     assert message in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("backbones", "weights", "message"),
+    [
+        ("timm/test_resnet,timm/test_resnets", "none", "unknown backbone 'timm/test_resnets'"),
+        ("timm/test_resnet,timm/test_vit", "none,nowhere.pth", "nowhere.pth"),
+    ],
+)
+def test_mistakes_in_the_second_backbone_come_first(
+    images: Path, tmp_path: Path, backbones: str, weights: str, message: str
+) -> None:
+    several = options(SETTINGS, data__root=images, run_dir=tmp_path / "run", model__backbone=backbones)
+    result = run_here("sweep", *several, f"--model.weights={weights}")
+    assert result.returncode == 2
+    assert message in result.output.replace("\n", " ")
+    assert "computing the backbone's features" not in result.output
 
 
 def test_one_class(tmp_path: Path) -> None:
