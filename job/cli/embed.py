@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from job import redact, storage
 from job.cli.parser import call_with_options
@@ -24,20 +25,13 @@ from job.data.pixels import MAX_IMAGE_PIXELS
 from job.errors import ConfigError
 from job.process import logs
 from job.process.cpus import available_cpus
-from job.storage.json_files import write_json
 from job.storage.local_cache import default_cache_dir, usable_cache_dir
-
-if TYPE_CHECKING:
-    from job.embed.embedder import Embedder
-    from job.embed.run import Totals
-    from job.predict.run import Reading
 
 log = logging.getLogger(__name__)
 
 POSITIONAL = ("run_dir", "input")
 PARQUET = ".parquet"
 OTHER_FORMATS = (".csv", ".json", ".jsonl", ".txt", ".tsv", ".npy", ".npz", ".gz", ".zip")
-SUMMARY_FILE = "summary.json"
 MOST_SHOWN = 5000
 """Images that the projector shows in a browser, at most."""
 
@@ -123,6 +117,8 @@ def main(
     for name, value in limits:
         if value is not None and value < 1:
             raise ConfigError(f"--{name} must be at least 1, not {value}.")
+    if num_workers is not None and num_workers < 0:
+        raise ConfigError(f"--num_workers must be at least 0, not {num_workers}.")
     limit = BadSampleLimit.parse(max_bad_samples, "--max_bad_samples")
     source = ckpt or run_dir
     _check_model(source, model, image_size, resize)
@@ -133,14 +129,32 @@ def main(
     access = from_options(allow, [] if input is None else [input], "--allow")
     table_columns = columns_from_option(columns, "--columns")
     # torch takes seconds to import: not for --help or a misspelt option.
-    from job.embed.run import Totals, embed_to_file, embed_to_folder
-    from job.embed.terminal import show
+    from job.embed.embedder import of_backbone, of_checkpoint
+    from job.embed.projector import write_projector
+    from job.embed.run import Totals, embed_to_file, embed_to_folder, write_summary
+    from job.embed.terminal import print_similar, show
+    from job.predict.precision import describe_device
     from job.predict.run import Reading
     from job.predict.stream import answer_lines
     from job.predict.work import prepare
 
     cache = usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser())
-    embedder = _embedder(source, model, image_size or 224, resize or "squash", precision, max_image_pixels)
+    if source is not None:
+        embedder = of_checkpoint(source, max_image_pixels, precision)
+    else:
+        assert model.backbone is not None, "checked above"
+        embedder = of_backbone(
+            model.backbone,
+            model.weights,
+            image_size=image_size or 224,
+            resize=resize or "squash",
+            mean=model.mean,
+            std=model.std,
+            max_image_pixels=max_image_pixels,
+            precision=precision,
+        )
+    why = " (chosen for this hardware; change it by --precision)" if precision == "auto" else ""
+    log.info("%s, precision %s%s", describe_device(embedder.device), embedder.precision, why)
     threads = max(available_cpus() // ranks.local_world_size(), 1) if num_workers is None else num_workers
     if from_stdin:
         # A reader of its own, which is never closed: a thread that waits for a line holds its lock.
@@ -192,50 +206,30 @@ def main(
             if ranks.rank():
                 return
             totals = Totals.of_folder(output, work, embedder.width)
-            _write_summary(output, embedder, totals, work.parts, vector_type)
+            write_summary(output, embedder, totals, work.parts, vector_type)
             if projector:
-                _write_projector(output, embedder, index, reading, projector)
+                count = write_projector(embedder, index, reading, output, projector)
+                logs.report(
+                    f"{count:,} images for TensorBoard's projector: tensorboard --logdir {output}", logging.INFO
+                )
         logs.report(
             f"{totals.images - len(totals.unreadable):,} vectors of {embedder.width:,} numbers in {output}",
             logging.INFO,
         )
     if query is not None:
-        _search(embedder, query, output, k)
+        print_similar(embedder, query, output, k)
     if input is not None:
         BadSamples(limit, "--max_bad_samples").add(totals.unreadable, {INDEX_PART: totals.images})
-
-
-def _embedder(
-    source: str | None,
-    model: BackboneOptions,
-    image_size: int,
-    resize: Literal["squash", "crop"],
-    precision: Literal["auto", "bf16", "fp32"],
-    max_image_pixels: int,
-) -> Embedder:
-    """The backbone of a checkpoint, or a pretrained one."""
-    from job.embed.embedder import Embedder
-    from job.predict.precision import automatic_precision, describe_device
-    from job.predict.predictor import load
-
-    if source is not None:
-        predictor = load(source)
-        net, resize = predictor.net, predictor.resize
-    else:
-        from job.features.network import bare_backbone
-
-        assert model.backbone is not None, "checked above"
-        net = bare_backbone(model.backbone, model.weights, image_size=image_size, mean=model.mean, std=model.std)
-    chosen = automatic_precision(net.mean.device) if precision == "auto" else precision
-    why = " (chosen for this hardware; change it by --precision)" if precision == "auto" else ""
-    log.info("%s, precision %s%s", describe_device(net.mean.device), chosen, why)
-    return Embedder(net, resize, max_image_pixels, chosen)
 
 
 def _check_model(source: str | None, model: BackboneOptions, image_size: int | None, resize: str | None) -> None:
     if source is None and model.backbone is None:
         raise ConfigError("embed needs a backbone. Give --run_dir or --ckpt, or --model.backbone.")
     if source is None:
+        if model.std is not None and not all(0 < value < math.inf for value in model.std):
+            raise ConfigError(f"--model.std must be numbers above 0, not {list(model.std)}.")
+        if model.mean is not None and not all(map(math.isfinite, model.mean)):
+            raise ConfigError(f"--model.mean must be finite numbers, not {list(model.mean)}.")
         return
     given: dict[str, object] = {"model.backbone": model.backbone, "image_size": image_size, "resize": resize}
     given |= {"model.mean": model.mean, "model.std": model.std}
@@ -259,35 +253,3 @@ def _check_output(input: str | None, output: str | None, query: str | None, proj
         raise ConfigError(f"--projector must be from 0 to {MOST_SHOWN:,}, not {projector}.")
     if projector and (suffix == PARQUET or input is None):
         raise ConfigError("--projector needs an --input, and a folder as --output.")
-
-
-def _write_summary(output: str, embedder: Embedder, totals: Totals, parts: int, vector_type: str) -> None:
-    write_json(
-        storage.join(output, SUMMARY_FILE),
-        {
-            "images": totals.images,
-            "unreadable": len(totals.unreadable),
-            "parts": parts,
-            "model": embedder.fingerprint,
-            "backbone": embedder.net.name,
-            "width": embedder.width,
-            "vector_type": vector_type,
-            "precision": embedder.precision,
-        },
-    )
-
-
-def _write_projector(output: str, embedder: Embedder, index: Index, reading: Reading, most: int) -> None:
-    from job.embed.projector import write_projector
-
-    count = write_projector(embedder, index, reading, output, most)
-    logs.report(f"{count:,} images for TensorBoard's projector: tensorboard --logdir {output}", logging.INFO)
-
-
-def _search(embedder: Embedder, query: str, output: str, k: int) -> None:
-    from job.embed.search import embedding_files, nearest, query_vector
-    from job.embed.terminal import print_neighbours
-
-    files = embedding_files(output, embedder)
-    (neighbours,) = nearest(query_vector(embedder, query)[None], files, k)
-    print_neighbours(redact.identity(query), neighbours)

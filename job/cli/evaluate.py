@@ -71,12 +71,12 @@ def check(verb: str, args: list[str], *, writes: bool) -> None:
 
 
 @contextlib.contextmanager
-def with_saved_config(args: list[str], *, weights: bool = False) -> Iterator[list[str]]:
+def with_saved_config(args: list[str], *, trains: bool = False) -> Iterator[list[str]]:
     """Prepend the configuration saved in run_dir to the arguments, unless the user names one.
 
     Args:
         args: arguments of a command.
-        weights: use the saved ``model.weights``, too.
+        trains: use the saved ``model.weights``, too, and log that ``data.augment`` is not used.
     """
     canonical = canonical_arguments(args, options=("run_dir", "config", "help-all"), positional=("run_dir",))
     run_dir = option_value(canonical, "run_dir") or os.environ.get(f"{ENV_PREFIX}_RUN_DIR")
@@ -89,7 +89,7 @@ def with_saved_config(args: list[str], *, weights: bool = False) -> Iterator[lis
         log.info("%s is used, not the configuration saved in run_dir", source)
         yield args
         return
-    saved = None if run_dir is None else read_saved_config(run_dir, weights=weights)
+    saved = None if run_dir is None else read_saved_config(run_dir, trains=trains)
     if saved is None:
         yield args
         return

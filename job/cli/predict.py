@@ -101,6 +101,8 @@ def main(
     for name, value in (("batch_size", batch_size), ("max_image_pixels", max_image_pixels), ("top_k", top_k)):
         if value is not None and value < 1:
             raise ConfigError(f"--{name} must be at least 1, not {value}.")
+    if num_workers is not None and num_workers < 0:
+        raise ConfigError(f"--num_workers must be at least 0, not {num_workers}.")
     limit = BadSampleLimit.parse(max_bad_samples, "--max_bad_samples")
     checkpoint_uri = ckpt or run_dir
     if checkpoint_uri is None:

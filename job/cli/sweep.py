@@ -40,7 +40,7 @@ KEPT_TRAINER_OPTIONS = ("accelerator", "precision")
 def sweep(args: list[str]) -> None:
     """Run ``python -m job sweep ARGS``."""
     _refuse_options_of_fit(args)
-    with with_saved_config(args, weights=True) as configured:
+    with with_saved_config(args, trains=True) as configured:
         cli = TrainingCLI("sweep", configured)
     options = cli.config_init
     with ranks.process_group(EVALUATION_TIMEOUT), translate_errors(cli.datamodule.global_batch_size):

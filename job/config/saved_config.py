@@ -55,12 +55,12 @@ _OTHER_COMMANDS = frozenset(
 )
 
 
-def read_saved_config(run_dir: str, *, weights: bool = False) -> dict[str, Any] | None:
+def read_saved_config(run_dir: str, *, trains: bool = False) -> dict[str, Any] | None:
     """The plain values of ``run_dir/config.yaml`` that evaluation uses, or None if there is no such file.
 
     Args:
         run_dir: of the run.
-        weights: return ``model.weights``, too, which evaluation does not use.
+        trains: return ``model.weights``, too, and log that ``data.augment`` is not used; evaluation needs neither.
 
     Raises:
         ConfigError: it is damaged, too large, of another version, or names a class that can run commands.
@@ -69,10 +69,10 @@ def read_saved_config(run_dir: str, *, weights: bool = False) -> dict[str, Any] 
     uri = storage.join(run_dir, FILE)
     if not storage.exists(uri):
         return None
-    return _plain_values(uri, read_mapping(uri), weights=weights)
+    return _plain_values(uri, read_mapping(uri), trains=trains)
 
 
-def _plain_values(uri: str, tree: dict[str, Any], *, weights: bool) -> dict[str, Any]:
+def _plain_values(uri: str, tree: dict[str, Any], *, trains: bool) -> dict[str, Any]:
     """Select the values to use; log the skipped settings.
 
     Raises:
@@ -94,7 +94,9 @@ def _plain_values(uri: str, tree: dict[str, Any], *, weights: bool) -> dict[str,
                 raise ConfigError(f"{uri} is damaged: {name} holds no options. {REPAIR_HINT}")
             types = _TRAINER if name == "trainer" else _types(_SECTIONS[name])
             values[name] = dict(_section(uri, name, section, types, skipped))
-            if name == "model" and weights and "weights" in section:
+            if name == "data" and trains and section.get("augment") is not None:
+                skipped[:] = [*(each for each in skipped if not each.startswith("data.augment (")), "data.augment"]
+            if name == "model" and trains and "weights" in section:
                 values[name] |= _saved_weights(uri, section["weights"], skipped)
         elif name not in _OTHER_COMMANDS:
             raise _unknown(uri, name)

@@ -129,6 +129,8 @@ class ImageDataModule(pl.LightningDataModule):
             raise ConfigError("--data.augment_views must be at least 1, and needs --data.augment.")
         if cache_gb < 0:
             raise ConfigError(f"--data.cache_gb must be at least 0 (0 disables the cache), not {cache_gb}.")
+        if num_workers is not None and num_workers < 0:
+            raise ConfigError(f"--data.num_workers must be at least 0, not {num_workers}.")
         uris_by_part = {"root": root} if root is not None else {"train": train, "val": val, "test": test}
         listed = {name: [uris] if isinstance(uris, str) else uris for name, uris in uris_by_part.items() if uris}
         if not {"root", "train"} & listed.keys():

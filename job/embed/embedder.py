@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,10 @@ from job.data.dataset import Preprocessing
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.errors import DivergedError
 from job.features.key import weights_hash
+from job.features.network import bare_backbone
 from job.model.classifier import Classifier
-from job.predict.precision import Precision
+from job.predict.precision import Precision, automatic_precision
+from job.predict.predictor import load
 
 Vectors = npt.NDArray[np.float32]
 
@@ -105,3 +107,29 @@ class Embedder:
             DivergedError: they are not finite.
         """
         return [Embedding(vector) for vector in self.vectors(self.features(images))]
+
+
+def of_checkpoint(uri: str, max_image_pixels: int, precision: Literal["auto"] | Precision) -> Embedder:
+    """The backbone of a checkpoint or of a run's best one, with the preprocessing that it was evaluated with."""
+    predictor = load(uri)
+    return Embedder(predictor.net, predictor.resize, max_image_pixels, _precision(predictor.net, precision))
+
+
+def of_backbone(
+    name: str,
+    weights: str,
+    *,
+    image_size: int,
+    resize: ResizeMode,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    max_image_pixels: int,
+    precision: Literal["auto"] | Precision,
+) -> Embedder:
+    """A pretrained backbone; see :func:`job.features.network.bare_backbone`."""
+    net = bare_backbone(name, weights, image_size=image_size, mean=mean, std=std)
+    return Embedder(net, resize, max_image_pixels, _precision(net, precision))
+
+
+def _precision(net: Classifier, chosen: Literal["auto"] | Precision) -> Precision:
+    return automatic_precision(net.mean.device) if chosen == "auto" else chosen

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -24,6 +24,8 @@ DTYPES: dict[str, tuple[pa.DataType, type[np.floating]]] = {
     "float32": (pa.float32(), np.float32),
     "float16": (pa.float16(), np.float16),
 }
+OPTIONAL_COLUMNS = {"label": pa.string(), "labels": pa.list_(pa.string()), "error": pa.string()}
+"""Columns that a file of another program may lack."""
 METADATA_KEY = b"job.embeddings"
 LARGEST_WIDTH = 1 << 20
 GROUP_BYTES = 16 << 20
@@ -178,11 +180,12 @@ class Embeddings:
                 raise ValueError("the column vector holds no vectors of one length")
             if vector.value_type not in (pa.float32(), pa.float16()):
                 raise ValueError(f"the column vector holds {vector.value_type}")
-            if columns.field("uri").type != pa.string():
-                raise ValueError("the column uri holds no text")
+            present = {name: kind for name, kind in OPTIONAL_COLUMNS.items() if name in columns.names}
+            for name, kind in {"uri": pa.string(), **present}.items():
+                if (actual := columns.field(name).type) != kind:
+                    raise ValueError(f"the column {name} holds {actual}, not {kind}")
             self.width: int = vector.list_size
-            self.has_errors = "error" in columns.names
-            self._columns = [name for name in ("uri", "vector", "label", "labels", "error") if name in columns.names]
+            self._columns = ["uri", "vector", *present]
             self.info = _info((columns.metadata or {}).get(METADATA_KEY))
 
     def blocks(self, columns: Sequence[str] | None = None) -> Iterator[Block]:
@@ -213,18 +216,14 @@ class Embeddings:
                 raise ValueError("a vector is not finite")
         none: list[None] = [None] * count
 
-        def values(name: str) -> list[str | list[str] | None]:
-            found: list[str | list[str] | None] = (
-                batch.column(name).to_pylist() if name in batch.schema.names else list(none)
-            )
-            return found
+        def values(name: str) -> list[Any]:
+            return batch.column(name).to_pylist() if name in batch.schema.names else list(none)
 
-        labels = [
-            one if one is not None else several for one, several in zip(values("label"), values("labels"), strict=True)
-        ]
-        uris = [str(uri) for uri in values("uri")]
-        errors = [None if error is None else str(error) for error in values("error")]
-        return Block(uris, vectors, valid, labels, errors)
+        uris, several = values("uri"), values("labels")
+        if None in uris or any(names is not None and None in names for names in several):
+            raise ValueError("a row lacks its URI or the name of a label")
+        labels = [names if one is None else one for one, names in zip(values("label"), several, strict=True)]
+        return Block(uris, vectors, valid, labels, values("error"))
 
 
 @contextlib.contextmanager

@@ -18,6 +18,9 @@ from job.errors import DataError
 from job.predict.run import Reading, commit_part, read_batches, true_labels
 from job.predict.work import Work, remaining
 from job.process import temporary
+from job.storage.json_files import write_json
+
+SUMMARY_FILE = "summary.json"
 
 
 def info_of(embedder: Embedder) -> FileInfo:
@@ -149,3 +152,20 @@ class Totals:
             for rows in embeddings.blocks(("uri", "error")):
                 totals.add(rows)
         return totals
+
+
+def write_summary(folder: str, embedder: Embedder, totals: Totals, parts: int, vector_type: VectorType) -> None:
+    """Write what the folder holds; its file says that all parts are there."""
+    write_json(
+        storage.join(folder, SUMMARY_FILE),
+        {
+            "images": totals.images,
+            "unreadable": len(totals.unreadable),
+            "parts": parts,
+            "model": embedder.fingerprint,
+            "backbone": embedder.net.name,
+            "width": embedder.width,
+            "vector_type": vector_type,
+            "precision": embedder.precision,
+        },
+    )

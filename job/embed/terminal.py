@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from job import redact
 from job.cluster import ranks
+from job.embed.embedder import Embedder
 from job.embed.file import Block
 from job.embed.run import Totals
-from job.embed.search import Neighbour
+from job.embed.search import Neighbour, embedding_files, nearest, query_vector
 from job.process.progress import Progress
 from job.process.terminal import print_table
 
@@ -25,6 +27,18 @@ def show(blocks: Iterator[Block], images: int) -> Totals:
             totals.add(rows)
             progress.update(min(totals.images, images))
     return totals
+
+
+def print_similar(embedder: Embedder, query: str, output: str, k: int) -> None:
+    """Search the files of ``output`` for the images that are similar to the one at ``query``, and print them.
+
+    Raises:
+        ConfigError: there are no embeddings of this backbone.
+        DataError: a file is damaged, or the query is no readable image.
+    """
+    files = embedding_files(output, embedder)
+    (neighbours,) = nearest(query_vector(embedder, query)[None], files, k)
+    print_neighbours(redact.identity(query), neighbours)
 
 
 def print_neighbours(query: str, neighbours: Sequence[Neighbour]) -> None:

@@ -6,6 +6,7 @@ numpy is known by their versions; code that a class or function calls elsewhere 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import pickle
@@ -63,6 +64,9 @@ def _described(value: object, seen: dict[int, object]) -> Iterator[str]:
             yield from _described(each, seen)
     elif isinstance(value, (types.FunctionType, types.MethodType)):
         yield from _function(value, seen)
+    elif isinstance(value, functools.partial):
+        yield "partial"
+        yield from _described((value.func, value.args, value.keywords), seen)
     else:
         yield from _object(value, seen)
 

@@ -140,7 +140,7 @@ class HeadBatch:
     Args:
         heads: their settings.
         initial: a head as a fit builds it, whose weights all start with.
-        dropout: of the inputs of each linear layer. Heads share the draws for the features.
+        dropout: of the inputs of each linear layer. Heads share the draws: none depends on its neighbours.
         plan: length and order of the training.
         device: that computes.
     """
@@ -235,7 +235,8 @@ class HeadBatch:
         values = values.transpose(0, 1)
         for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
             values = values.relu()
-            values = nn.functional.dropout(values, dropout) if dropout else values
+            if dropout:
+                values = values * nn.functional.dropout(torch.ones_like(values[0]), dropout)
             values = torch.baddbmm(bias[heads][:, None], values, weight[heads].transpose(1, 2))
         return values.transpose(0, 1)
 

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from job.model.spec import TaskName
-from job.sweep.trials import MOST_TRIALS, ClassWeights
+from job.sweep.trials import MOST_FOLDS, MOST_TRIALS, ClassWeights
 
 FILE = "sweep.json"
 FORMAT = 1
@@ -42,7 +42,7 @@ class TrialResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     label_smoothing: float
     class_weights: ClassWeights
     dropout: float
-    folds: Annotated[list[float | None], Meta(max_length=1000)]
+    folds: Annotated[list[float | None], Meta(max_length=MOST_FOLDS)]
     mean: float | None
     standard_error: float | None
     loss: float | None

@@ -20,9 +20,10 @@ from job.data.datamodule import ImageDataModule
 from job.errors import ConfigError, DataError, DivergedError
 from job.features.extract import ExtractionSettings
 from job.features.store import FOLDER as FEATURES_FOLDER
+from job.model.backbone import build_skeleton
 from job.model.classifier import Classifier, build_classifier
 from job.model.config import ModelConfig
-from job.model.loading import read_pretrained
+from job.model.loading import read_pretrained, weights_file
 from job.predict.precision import Precision
 from job.process.terminal import say
 from job.resilience.lease import Lease
@@ -126,6 +127,8 @@ class Sweep:
         data.trainer = self.trainer  # as Lightning does: the index is that of run_dir
         data.setup("fit")
         self._require_classes()
+        if len(self.backbones) > 1:
+            ranks.from_rank_zero(self._require_backbones)
         trials = settings.trials(len(self.backbones), self.config.seed)
         train = data.parts["train"]
         plan = plan_of(
@@ -139,8 +142,12 @@ class Sweep:
         lease = Lease(self.folder)
         with lease.released_at_end():
             ranks.from_rank_zero(lease.acquire)
-            scores, folds, repeated = self._cross_validate(trials, plan)
-            return ranks.from_rank_zero(lambda: self._finish(scores, plan, folds, repeated, lease))
+            scores, repeated = self._cross_validate(trials, plan)
+            best = scores.trials[scores.order[0]]
+            config = config_of(best, self.backbones[best.backbone])
+            net = self._network(config)
+            val = self._features(net, "val")  # by all ranks
+            return ranks.from_rank_zero(lambda: self._finish(scores, plan, repeated, net, config, val, lease))
 
     def _require_classes(self) -> None:
         data, task = self.data, self.config.task
@@ -151,8 +158,15 @@ class Sweep:
         if data.parts["train"].has_several_labels and task == "classification":
             raise ConfigError("images have several labels, or none. Use --model.task=multilabel.")
 
-    def _cross_validate(self, trials: list[Trial], plan: Plan) -> tuple[Scores, int, int]:
-        """Scores of all trials, number of folds, and number of repeated training images."""
+    def _require_backbones(self) -> None:
+        """Find a mistyped name among several, or weights that do not exist, before the first backbone computes."""
+        for config in self.backbones:
+            build_skeleton(config.backbone, self.data.image_size)
+            if config.weights not in ("DEFAULT", "none"):
+                storage.info(weights_file(config.weights))
+
+    def _cross_validate(self, trials: list[Trial], plan: Plan) -> tuple[Scores, int]:
+        """Scores of all trials, and number of repeated training images."""
         folds: npt.NDArray[np.int64] | None = None
         repeated = 0
         scored: list[tuple[int, int, FoldScore]] = []
@@ -162,7 +176,9 @@ class Sweep:
                 continue
             part = self._features(self._network(config), "train")
             if folds is None:
-                groups = copies(part.rows.plain, plan.seed)
+                valid = part.targets.valid.cpu().numpy()
+                # The features of unreadable images are equal, which are no copies.
+                groups = np.where(valid, copies(part.rows.plain, plan.seed), np.arange(len(valid)))
                 repeated = len(groups) - len(np.unique(groups))
                 folds = self._folds(groups)
                 log.info(
@@ -175,7 +191,7 @@ class Sweep:
                     f"; {repeated} images repeat another one, and are in its fold" if repeated else "",
                 )
             scored += cross_validate(own, part, folds, plan, self.settings.block_mb * 1e6, self.device)
-        return self._scores(trials, gathered(scored)), self.settings.folds, repeated
+        return self._scores(trials, gathered(scored)), repeated
 
     def _folds(self, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         index, count = self.data.parts["train"], self.settings.folds
@@ -214,17 +230,24 @@ class Sweep:
             raise DivergedError("no head has finite losses in all folds. Lower --sweep.lr.")
         return Scores(trials, values, losses, order, luck_of(values))
 
-    def _finish(self, scores: Scores, plan: Plan, folds: int, repeated: int, lease: Lease) -> SweepResult:
+    def _finish(
+        self,
+        scores: Scores,
+        plan: Plan,
+        repeated: int,
+        net: Classifier,
+        config: ModelConfig,
+        val: PartFeatures,
+        lease: Lease,
+    ) -> SweepResult:
         """Train and validate the best head, write everything and print it; on rank 0."""
         best = scores.trials[scores.order[0]]
-        config = config_of(best, self.backbones[best.backbone])
-        net = self._network(config)
-        train, val = self._features(net, "train"), self._features(net, "val")
-        train_winner(best, net, train, plan, self.device)
+        train_winner(best, net, self._features(net, "train"), plan, self.device)
         evaluation, metrics = validate_winner(net, config, self.data, val)
         steps = plan.epochs * math.ceil(len(self.data.parts["train"]) / plan.batch_size)
         winner = Winner(net, config, evaluation, metrics, plan, steps)
         trainer_precision = str(self.trainer.precision)
+        lease.require_held()
         storage.remove(storage.join(self.folder, FILE))
         file = write_checkpoint(winner, self.data, trainer_precision, self.folder, lease)
         recipe = write_recipe(best, config, plan, self.options, self.folder, lease)
@@ -236,7 +259,7 @@ class Sweep:
             luck=None if luck is None else LuckResult(luck.standard_error, luck.expected, luck.trials, luck.within),
             validation={name: _finite(value) for name, value in evaluation.metrics.items()},
             checkpoint=file,
-            folds=folds,
+            folds=self.settings.folds,
             epochs=plan.epochs,
             batch_size=plan.batch_size,
             train_images=len(self.data.parts["train"]),

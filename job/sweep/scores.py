@@ -15,8 +15,11 @@ from torch import Tensor
 
 from job.sweep.heads import HeadBatch, Rows, Targets
 
-SCORES_ELEMENTS = 1 << 25
-"""Scores of multi-label heads that are held at once."""
+SCORES_ELEMENTS = 1 << 23
+"""Scores of multi-label heads that are held at once: their order and their counts take 300 MB."""
+
+ROUNDING = 1e-12
+"""Scores whose difference is smaller are equal."""
 
 Matrix = npt.NDArray[np.float64]
 
@@ -162,10 +165,11 @@ def luck_of(values: Matrix) -> Luck | None:
     means = finite.mean(1)
     better = finite[np.argsort(-means, kind="stable")[: max(len(finite) // 2, 2)]]
     residual = better - better.mean(1, keepdims=True) - better.mean(0, keepdims=True) + better.mean()
+    residual[np.abs(residual) < ROUNDING] = 0.0
     rows, folds = better.shape
     error = math.sqrt(float((residual**2).sum()) / ((rows - 1) * (folds - 1)) / folds)
     expected = error * expected_maximum(len(finite))
-    return Luck(error, expected, len(finite), int((means >= means.max() - expected - 1e-12).sum()))
+    return Luck(error, expected, len(finite), int((means >= means.max() - expected - ROUNDING).sum()))
 
 
 def expected_maximum(count: int) -> float:

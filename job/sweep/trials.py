@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from job.errors import ConfigError
 
 MOST_TRIALS = 20_000
+MOST_FOLDS = 1000
 LARGEST_WIDTH = 65_536
 """Of a hidden layer, as in a checkpoint."""
 
@@ -95,8 +96,8 @@ class SweepSettings:
     logged: int = 50
 
     def __post_init__(self) -> None:
-        if self.folds < 2:
-            raise ConfigError(f"--sweep.folds must be at least 2, not {self.folds}.")
+        if not 2 <= self.folds <= MOST_FOLDS:
+            raise ConfigError(f"--sweep.folds must be at least 2 and at most {MOST_FOLDS:,}, not {self.folds}.")
         if not 0 <= self.samples <= MOST_TRIALS:
             raise ConfigError(f"--sweep.samples must be between 0 and {MOST_TRIALS:,}, not {self.samples}.")
         for name in ("epochs", "batch_size"):
@@ -120,10 +121,12 @@ class SweepSettings:
             ConfigError: a value is out of its range, or there are more than :data:`MOST_TRIALS`.
         """
         choices = self._choices()
-        if self.samples:
+        lists = [options for options in choices.values() if not isinstance(options, Range)]
+        is_grid, count = len(lists) == len(choices), backbones * math.prod(map(len, lists))
+        if self.samples and not (is_grid and count <= self.samples):
             generator = random.Random(seed)
             drawn: dict[Trial, None] = {}
-            for _ in range(100 * self.samples):  # few values have fewer combinations than draws
+            for _ in range(100 * self.samples):  # a narrow range has fewer numbers than draws
                 values = {name: _draw(options, generator) for name, options in choices.items()}
                 drawn[Trial(backbone=generator.randrange(backbones), **values)] = None
                 if len(drawn) == self.samples:
@@ -134,8 +137,6 @@ class SweepSettings:
                 f"--sweep.{name} is a range, which needs random draws: give --sweep.samples, for example 100, or list "
                 "values."
             )
-        lists = [options for options in choices.values() if not isinstance(options, Range)]
-        count = backbones * math.prod(map(len, lists))
         if count > MOST_TRIALS:
             raise ConfigError(
                 f"the grid has {count:,} combinations, at most {MOST_TRIALS:,} are allowed. List fewer values, or draw "

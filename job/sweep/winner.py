@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from job import checkpoint, storage
+from job.checkpoint.confusion import ConfusionMatrix
 from job.checkpoint.io import BackgroundCheckpointIO
 from job.checkpoint.manifest import FORMAT, kept_metrics
 from job.checkpoint.ranking import mode_of
@@ -144,7 +145,7 @@ def write_checkpoint(winner: Winner, data: ImageDataModule, precision: str, fold
             "metrics": kept_metrics(metrics, monitor),
             "validation": data.parts["val"].fingerprint(),
         },
-        CONFUSION_KEY: winner.evaluation.confusion,
+        CONFUSION_KEY: ConfusionMatrix(winner.evaluation.confusion, len(data.classes)),
     }
     name = f"epoch={winner.plan.epochs:03d}-step={winner.steps:08d}{checkpoint.SUFFIX}"
     earlier = {manifest.file: manifest.sha256 for manifest in checkpoint.manifests(folder)}

@@ -174,6 +174,9 @@ def test_vectors_of_lines(images: Path, embedder: Embedder, tmp_path: Path, monk
         ([*MODEL, "--output", "none", "--query", "x"], "holds no embeddings"),
         ([*MODEL, "--from_stdin", "--output", "y"], "Leave --output out"),
         ([*MODEL, "--input", "x", "--output", "y", "--k", "0"], "--k must be at least 1"),
+        ([*MODEL, "--input", "x", "--output", "y", "--num_workers", "-1"], "--num_workers must be at least 0"),
+        ([*MODEL, "--input", "x", "--output", "y", "--model.std", "[1,0,1]"], "--model.std must be numbers above 0"),
+        ([*MODEL, "--input", "x", "--output", "y", "--model.mean", "[.nan,0,1]"], "--model.mean must be finite"),
     ],
 )
 def test_options_that_cannot_work(
@@ -251,11 +254,16 @@ def png() -> bytes:
     return picture(COLOURS["red"], 0)
 
 
+VECTOR = pa.array([[1.0]], pa.list_(pa.float32(), 1))
 FILES: dict[str, pa.Table] = {
     "no vectors": pa.table({"uri": ["x"]}),
     "lists of any length": pa.table({"uri": ["x"], "vector": pa.array([[1.0]], pa.list_(pa.float32()))}),
     "whole numbers": pa.table({"uri": ["x"], "vector": pa.array([[1]], pa.list_(pa.int64(), 1))}),
     "no names": pa.table({"uri": [1], "vector": pa.array([[1.0]], pa.list_(pa.float32(), 1))}),
+    "labels that are numbers": pa.table({"uri": ["x"], "vector": VECTOR, "labels": [[5]]}),
+    "a label of bytes": pa.table({"uri": ["x"], "vector": VECTOR, "label": [b"x"]}),
+    "a label without a name": pa.table({"uri": ["x"], "vector": VECTOR, "labels": [["a", None]]}),
+    "an image without a name": pa.table({"uri": pa.array([None], pa.string()), "vector": VECTOR}),
     "metadata of another program": pa.table(
         {"uri": ["x"], "vector": pa.array([[1.0]], pa.list_(pa.float32(), 1))}
     ).replace_schema_metadata({"job.embeddings": '{"model": 3}'}),

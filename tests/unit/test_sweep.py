@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import yaml
-from support import options, picture_files, run_here, write_files
+from support import fit_here, options, picture_files, run_here, write_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from job.sweep.result import SweepResult
@@ -68,6 +68,56 @@ def test_sweep_predict_fit(images: Path, tmp_path: Path) -> None:
     assert fitted.returncode == 0, fitted.output
 
 
+def test_several_labels(tmp_path: Path) -> None:
+    pictures = write_files(tmp_path / "images", picture_files(["blue", "red"], 20))
+    tables = []
+    for part, numbers in (("train", range(12)), ("val", range(12, 20))):
+        rows = [
+            {"uri": str(pictures / name / f"{number:03d}.jpg"), "label": [name, *["even"] * (number % 2 == 0)]}
+            for number in numbers
+            for name in ("blue", "red")
+        ]
+        rows[0]["label"] = []
+        tables.append(tmp_path / f"{part}.jsonl")
+        tables[-1].write_text("\n".join(map(json.dumps, rows)))
+    data = {"data__train": tables[0], "data__val": tables[1], "model__task": "multilabel", "run_dir": tmp_path / "run"}
+    result = run_here("sweep", *options(SETTINGS, **data, class_weights="none,balanced"))
+    assert result.returncode == 0, result.output
+    folder = tmp_path / "run" / "sweep"
+    saved = msgspec.json.decode((folder / "sweep.json").read_bytes(), type=SweepResult)
+    assert (saved.metric, len(saved.trials)) == ("mAP", 8)
+    assert run_here("validate", folder).returncode == 0
+    metrics = json.loads((folder / "validate.json").read_text())["metrics"]
+    assert metrics["val/mAP"] == pytest.approx(saved.validation["mAP"])
+
+
+def test_several_backbones_and_an_unreadable_image(tmp_path: Path) -> None:
+    images = write_files(tmp_path / "images", picture_files(["blue", "red"], 20))
+    for name in ("blue", "red"):
+        (images / name / "003.jpg").write_bytes(b"no image")
+    several = options(
+        SETTINGS, data__root=images, run_dir=tmp_path / "run", model__backbone="timm/test_resnet,timm/test_efficientnet"
+    )
+    result = run_here("sweep", *several, "--data.max_bad_samples=2")
+    assert result.returncode == 0, result.output
+    saved = msgspec.json.decode((tmp_path / "run" / "sweep" / "sweep.json").read_bytes(), type=SweepResult)
+    assert {trial.backbone for trial in saved.trials} == {"timm/test_resnet", "timm/test_efficientnet"}
+    assert saved.repeated_images == 0
+
+
+def test_run_dir_of_a_fit(tmp_path: Path) -> None:
+    run_dir = fit_here(tmp_path)
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["data"]["augment"] = {"class_path": "torchvision.transforms.v2.RandomErasing"}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    result = run_here("sweep", run_dir, "--folds=2", "--epochs=2", "--lr=0.01", "--hidden=none")
+    assert result.returncode == 0, result.output
+    assert "data.augment" in result.output
+    recipe = yaml.safe_load((run_dir / "sweep" / "recipe.yaml").read_text())
+    assert recipe["model"]["backbone"] == "timm/test_resnet"
+    assert recipe["model"]["weights"] == "none"
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -76,6 +126,7 @@ def test_sweep_predict_fit(images: Path, tmp_path: Path) -> None:
         ("--model.mixup=0.2", "--model.mixup has no effect in a sweep"),
         ("--lr=0.1,x", "'x' is no number"),
         ("--folds=17", "--sweep.folds=16"),
+        ("--data.num_workers=-1", "--data.num_workers must be at least 0"),
         ("--data.sampling=balanced", "does not support --data.sampling=balanced"),
     ],
 )
@@ -83,6 +134,23 @@ def test_mistakes(images: Path, tmp_path: Path, option: str, message: str) -> No
     result = run_here("sweep", *options(SETTINGS, data__root=images, run_dir=tmp_path / "run"), option)
     assert result.returncode == 2
     assert message in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("backbones", "weights", "message"),
+    [
+        ("timm/test_resnet,timm/test_resnets", "none", "unknown backbone 'timm/test_resnets'"),
+        ("timm/test_resnet,timm/test_vit", "none,nowhere.pth", "nowhere.pth"),
+    ],
+)
+def test_mistakes_in_the_second_backbone_come_first(
+    images: Path, tmp_path: Path, backbones: str, weights: str, message: str
+) -> None:
+    several = options(SETTINGS, data__root=images, run_dir=tmp_path / "run", model__backbone=backbones)
+    result = run_here("sweep", *several, f"--model.weights={weights}")
+    assert result.returncode == 2
+    assert message in result.output.replace("\n", " ")
+    assert "computing the backbone's features" not in result.output
 
 
 def test_one_class(tmp_path: Path) -> None:

@@ -136,6 +136,18 @@ def test_training_is_deterministic_with_dropout() -> None:
     assert not torch.allclose(weights[0], weights[2])
 
 
+def test_dropout_does_not_depend_on_the_other_heads() -> None:
+    matrix, targets, folds = problem(5)
+    plan = Plan(epochs=2, batch_size=16, seed=3)
+    start = initial_head(WIDTH, [6, 4], targets.num_logits, seed=1)
+    heads = [Head(0.01, 0.1, fold=fold) for fold in range(3)]
+    together, alone = (HeadBatch(chosen, start, 0.3, plan, CPU) for chosen in (heads, heads[1:2]))
+    for batch in (together, alone):
+        batch.train(matrix, targets, torch.from_numpy(folds))
+    for several, one in zip(together.weights, alone.weights, strict=True):
+        torch.testing.assert_close(several[1], one[0], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("classes", "several_labels"), [(2, False), (5, False), (4, True)])
 def test_scores_are_those_of_the_metrics(classes: int, several_labels: bool) -> None:
     matrix, targets, folds = problem(classes, several_labels)

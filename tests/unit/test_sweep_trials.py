@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from job.errors import ConfigError
@@ -42,6 +44,7 @@ def test_random_draws_are_reproducible_and_in_range() -> None:
 def test_fewer_combinations_than_draws() -> None:
     settings = SweepSettings(lr="0.1,0.2", weight_decay="0", hidden="none", label_smoothing="0", samples=50)
     assert len(settings.trials(1, seed=0)) == 2
+    assert settings.trials(3, seed=0) == replace(settings, samples=0).trials(3, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,7 @@ def test_fewer_combinations_than_draws() -> None:
         ({"dropout": "1.5"}, "--sweep.dropout"),
         ({"class_weights": "balance"}, "'balance' is neither none nor balanced"),
         ({"folds": 1}, "--sweep.folds must be at least 2"),
+        ({"folds": 1001}, "--sweep.folds must be at least 2 and at most 1,000"),
         ({"epochs": 0}, "--sweep.epochs"),
         ({"batch_size": -3}, "--sweep.batch_size"),
         ({"lr": ",".join(f"{n + 1}e-4" for n in range(2000))}, "the grid has .* combinations"),

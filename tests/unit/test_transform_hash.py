@@ -43,10 +43,21 @@ def nested(amount: int) -> v2.Compose:
     return v2.Compose([v2.RandomHorizontalFlip(), Shift(amount)])
 
 
+def partial_of_lambda(amount: int) -> Callable[[Tensor], Tensor]:
+    return partial(lambda image, amount: image + amount, amount=amount)
+
+
 @pytest.mark.parametrize(
     ("make", "one", "other"),
-    [(Shift, 1, 2), (shifted, 1, 2), (with_table, 0.0, 1.0), (nested, 1, 2), (partial(partial, shifted), 1, 2)],
-    ids=["private attribute", "closure", "buffer", "nested", "partial"],
+    [
+        (Shift, 1, 2),
+        (shifted, 1, 2),
+        (with_table, 0.0, 1.0),
+        (nested, 1, 2),
+        (partial(partial, shifted), 1, 2),
+        (partial_of_lambda, 1, 2),
+    ],
+    ids=["private attribute", "closure", "buffer", "nested", "partial", "partial of a lambda"],
 )
 def test_a_hidden_parameter_changes_the_hash(make: Callable[[float], object], one: float, other: float) -> None:
     assert transform_hash(make(one)) == transform_hash(make(one))
