@@ -202,8 +202,13 @@ class SampleCache:
             if self._writer is None:
                 # Not a daemon: the interpreter waits for it, at most FLUSH_SECONDS and one block.
                 self._writer = threading.Thread(target=self._write_pending, name="write-cache")
-                with contextlib.suppress(RuntimeError):  # the interpreter is ending
+                try:
                     self._writer.start()
+                except RuntimeError:  # the interpreter is ending, or the container may have no more threads
+                    self._writer = None
+                    self._pending.clear()
+                    self._pending_bytes = 0
+                    self._changed.notify_all()
             elif self._is_block():
                 self._changed.notify_all()
 

@@ -349,3 +349,19 @@ def test_a_segment_that_is_no_file_is_a_cache_miss(kind: str, tmp_path: Path) ->
     store(other, a=b"content")
     assert opened(cache.folder, cache.limit).get("a") == b"content"
     assert (tmp_path / "elsewhere").read_bytes() == before
+
+
+def test_without_a_thread_to_write_nothing_is_cached_until_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    cache = opened(tmp_path, 10**9)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        cache.put("a", b"lost")
+        cache.flush()
+        assert cache.get("a") is None
+    store(cache, b=b"kept")
+    assert opened(tmp_path, 10**9).get("b") == b"kept"

@@ -31,6 +31,8 @@ HEADERS_CHECKED = 16
 """Headers of files other than labels that are compared."""
 REQUESTS = 16
 """Requests of one shard in flight."""
+MOST_HELD = 4 << 20
+"""Bytes of labels of one shard that are held; hundreds of shards are listed at once. Others are read again."""
 
 
 def side_index_uri(uri: str) -> str:
@@ -45,7 +47,7 @@ class IndexedHeaders:
 
     Attributes:
         entries: the members.
-        ranges: content of the shard; holds the labels.
+        ranges: content of the shard; holds labels.
     """
 
     entries: list[Header]
@@ -121,16 +123,18 @@ async def read_side_index(uri: str, fetch: Fetch, size: int) -> IndexedHeaders |
 
 
 async def _checked(entries: list[Header], fetch: Fetch, size: int) -> Ranges:
-    """The shard's content with all labels in memory, after the check of their headers and of some others."""
+    """The shard's content with its labels in memory, after the check of their headers and of some others."""
     if _end(entries[-1]) > size or size - _end(entries[-1]) > 2 * RECORD:
         raise ValueError("it is of a shard of another size")
     labels = [entry for entry in entries if is_label(entry.name) and entry.size <= LARGEST_GAP]
     others = [entry for entry in entries if not is_label(entry.name)]
     chosen = others[:: max(len(others) // HEADERS_CHECKED, 1)] + others[-1:]
     contents: dict[int, bytes] = {}
+    held = 0
     slots = asyncio.Semaphore(REQUESTS)
 
     async def check(entry: Header, content_bytes: int) -> None:
+        nonlocal held
         start, length = entry.offset - BLOCK, BLOCK + content_bytes
         async with slots:
             block = await fetch(start, length, length)
@@ -139,10 +143,19 @@ async def _checked(entries: list[Header], fetch: Fetch, size: int) -> Ranges:
         headers.end = start
         if await headers.next() != entry:
             raise ValueError(f"{entry.name} does not lie at byte {entry.offset:,}")
-        if content_bytes:
+        if content_bytes and held + content_bytes <= MOST_HELD:
+            held += content_bytes
             contents[entry.offset] = block[BLOCK:]
 
-    await asyncio.gather(*(check(entry, entry.size) for entry in labels), *(check(entry, 0) for entry in chosen))
+    checks = [
+        *(asyncio.ensure_future(check(entry, entry.size)) for entry in labels),
+        *(asyncio.ensure_future(check(entry, 0)) for entry in chosen),
+    ]
+    try:
+        await asyncio.gather(*checks)
+    finally:
+        for each in checks:  # after a failure gather lets the others go on
+            each.cancel()
 
     async def fetch_held(offset: int, size: int, least: int) -> bytes:
         content = contents.get(offset, b"")
