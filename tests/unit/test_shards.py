@@ -290,7 +290,7 @@ def index_on_rank(rank: int, port: int, folder: str, shards: int) -> None:
     """Index shards on this rank of two, and save what it has read."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    CountingFileSystem.latency = 0.01
+    CountingFileSystem.latency = 0.1  # longer than the other rank needs to see that there is work
 
     def make(helpers: Helpers | None) -> str:
         assert helpers is not None
