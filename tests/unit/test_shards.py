@@ -32,7 +32,7 @@ from job.data.index.build import build
 from job.data.index.index import Index
 from job.data.index.left_out import LeftOut
 from job.data.index.parallel import help_to_list
-from job.data.index.sources import ListingContext, Source, resolve
+from job.data.index.sources import ListingContext, Source, resolve, tar_side_index
 from job.data.index.sources.archive import Member
 from job.data.index.sources.tar_archive import Tar, list_tar
 from job.errors import ConfigError, DataError, JobError, RankLost, StorageError, StorageOutage
@@ -511,6 +511,32 @@ def test_an_index_file_that_does_not_fit_its_shard_is_not_used(
         caplog.clear()
         assert listed("counted://b/s.tar") == expected, reason
         assert "counted://b/s.idx is not used" in caplog.text, reason
+
+
+def test_the_check_of_an_index_file_ends_at_the_first_difference(bucket: type[CountingFileSystem]) -> None:
+    content = shard_of(labels=True)
+    bucket.objects["b/s.tar"] = content
+    listed("counted://b/s.tar")
+    by_headers = len(bucket.reads)
+    bucket.objects["b/s.idx"] = side_index(content).replace(b"a/000.cls", b"a/999.cls")
+    bucket.latency = 0.005
+    bucket.reads.clear()
+    listed("counted://b/s.tar")
+    assert len(bucket.reads) <= by_headers + 2 * tar_side_index.REQUESTS
+
+
+def test_labels_of_an_index_file_that_are_not_held_are_read_again(
+    bucket: type[CountingFileSystem], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = shard_of(labels=True)
+    bucket.objects["b/s.tar"] = content
+    expected = listed("counted://b/s.tar")
+    bucket.objects["b/s.idx"] = side_index(content)
+    monkeypatch.setattr(tar_side_index, "MOST_HELD", 50)
+    bucket.reads.clear()
+    assert listed("counted://b/s.tar") == expected
+    assert not caplog.messages
+    assert 150 < len(bucket.reads) < 200
 
 
 def test_shards_in_a_gcs_bucket(gcs: str, tmp_path: Path) -> None:
