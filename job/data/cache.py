@@ -269,6 +269,8 @@ class SampleCache:
                 self._write(block)
             except OSError as error:
                 self.give_up(error)
+            except Exception as error:  # a lack of memory, say, is no reason to hold what others put for ever
+                self.give_up(OSError(f"{type(error).__name__}: {error}"))
             with self._changed:
                 for digest in block:
                     self._pending_bytes -= len(self._pending.pop(digest, b""))

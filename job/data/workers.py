@@ -21,6 +21,7 @@ MOST_THREADS = 4
 SHARED_MEMORY = Path("/dev/shm")
 BATCHES_PER_PROCESS = 2
 """Batches that a process of several threads loads ahead."""
+START_SECONDS = 60.0
 LOADERS = 2
 """Loaders of a rank that hold batches at a time: training and validation."""
 
@@ -90,7 +91,7 @@ def one_core_threads(count: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
 
     pool = ThreadPoolExecutor(count, thread_name_prefix="decode", initializer=one_core)
-    all_started = threading.Barrier(count)
+    all_started = threading.Barrier(count, timeout=START_SECONDS)  # the system may refuse one of them
     list(pool.map(lambda _: all_started.wait(), range(count)))
     torch.set_num_threads(default_threads)
     return pool

@@ -351,6 +351,22 @@ def test_a_segment_that_is_no_file_is_a_cache_miss(kind: str, tmp_path: Path) ->
     assert (tmp_path / "elsewhere").read_bytes() == before
 
 
+def test_an_unexpected_error_of_the_writer_disables_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(cache: SampleCache, block: dict[bytes, bytes]) -> None:
+        raise MemoryError("no memory left")
+
+    monkeypatch.setattr(SampleCache, "_write", fail)
+    cache = opened(tmp_path, 10**9)
+    cache.put("a", b"content")
+    cache.flush()
+    cache.put("b", b"content")
+    assert cache.get("a") is cache.get("b") is None
+    (message,) = own_messages(caplog)
+    assert "cannot be written (MemoryError: no memory left)" in message
+
+
 def test_without_a_thread_to_write_nothing_is_cached_until_there_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
