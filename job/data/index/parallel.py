@@ -103,15 +103,18 @@ def list_archives(tasks: Sequence[ArchiveTask], context: ListingContext) -> Iter
     shared = helpers.begin(job, len(tasks)) if helpers else None
     claims: Tasks | SharedTasks = shared or Tasks(len(tasks))
     done: dict[int, Listed] = {}
-    changed = threading.Condition()
+    changed, ended = threading.Condition(), threading.Event()
 
     def finish(number: int, listed: Listed) -> None:
         with changed:
             done[number] = listed
             changed.notify()
 
+    def may_begin() -> bool:
+        return ended.is_set() or len(done) < MOST_WAITING
+
     ranks = helpers.count if helpers else 1
-    running = _start(tasks, context, claims.claim, finish, ranks, lambda: len(done) < MOST_WAITING)
+    running = _start(tasks, context, claims.claim, finish, ranks, may_begin)
     try:
         for number in range(len(tasks)):
             while number not in done and not (number and context.time_limit.is_over()):
@@ -133,7 +136,7 @@ def list_archives(tasks: Sequence[ArchiveTask], context: ListingContext) -> Iter
             yield listed.tables
     finally:
         claims.cancel()
-        done.clear()
+        ended.set()  # those that wait to begin another one find that there is none
         running.stop()
 
 
