@@ -98,6 +98,21 @@ class _Bucket(AsyncFileSystem):
         return f"http://{path}"
 
 
+def test_a_type_that_was_not_answered_is_asked_for_again() -> None:
+    class Failing(_Bucket):
+        async def _is_zonal_bucket(self, bucket: str) -> bool:
+            answer = await super()._is_zonal_bucket(bucket)
+            if len(self.calls) == 1:
+                raise OSError("connection lost")
+            return answer
+
+    fs = Failing(zonal=True)
+    store = GoogleCloudStorage(fs)
+    with pytest.raises(OSError, match="connection lost"):
+        sync(fs.loop, store.fetch, "b/1", "gs://b", 5, 100)
+    assert sync(fs.loop, store.fetch, "b/1", "gs://b", 5, 100) == (b"zonal", None)
+
+
 @pytest.mark.parametrize("zonal", [True, False])
 def test_zonal_buckets_are_read_over_grpc(zonal: bool) -> None:
     """The type of the bucket is asked for once, not once per object."""

@@ -77,7 +77,8 @@ class GoogleCloudStorage(Store):
     async def _get(self, path: str, **limits: int) -> tuple[Mapping[str, str], bytes]:
         """Headers, as far as there are any, and content of an object or a range of it."""
         bucket = self.fs.split_path(path)[0]
-        if (is_zonal := self._is_zonal.get(bucket)) is None:
+        is_zonal = self._is_zonal.get(bucket)
+        if is_zonal is None or (is_zonal.done() and is_zonal.exception() is not None):  # not for ever
             is_zonal = self._is_zonal[bucket] = asyncio.ensure_future(gcs_is_zonal(self.fs, bucket))
         # Not to be cancelled with one of the requests that wait for it.
         if is_zonal.result() if is_zonal.done() else await asyncio.shield(is_zonal):
