@@ -160,8 +160,7 @@ class Fetcher:
                 if number in neighbours:
                     self._keep_neighbour(neighbours[number], raw)
                 else:
-                    raw = self._checked(own[number], raw)
-                    fetched[number] = Fetched(own[number], raw, self._store(own[number], raw))
+                    fetched[number] = self._kept(own[number], raw)
         if claim.elsewhere:  # after the own ones, so that no two batches wait for one another
             self._neighbours.wait(claim.elsewhere)
             late = {}
@@ -172,9 +171,13 @@ class Fetcher:
                 else:
                     fetched[number] = Fetched(far[number], cached)
             for number, raw in (self._fetch_all(late, {}) if late else {}).items():
-                raw = self._checked(late[number], raw)
-                fetched[number] = Fetched(late[number], raw, self._store(late[number], raw))
+                fetched[number] = self._kept(late[number], raw)
         return fetched
+
+    def _kept(self, sample: Sample, raw: bytes | DataError) -> Fetched:
+        """A sample that was just read, which the cache keeps if it is intact."""
+        raw = self._checked(sample, raw)
+        return Fetched(sample, raw, self._store(sample, raw))
 
     def _is_fetchable_neighbour(self, sample: Sample) -> bool:
         return (

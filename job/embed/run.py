@@ -15,7 +15,7 @@ from job.data.index.index import Index
 from job.embed.embedder import Embedder
 from job.embed.file import Block, EmbeddingFile, Embeddings, FileInfo, VectorType
 from job.errors import DataError
-from job.predict.run import Reading, commit_part, read_batches, true_labels
+from job.predict.run import Reading, commit_part, computed, read_batches, true_labels
 from job.predict.work import Work, remaining
 from job.process import temporary
 from job.storage.json_files import write_json
@@ -44,14 +44,9 @@ def embed_index(embedder: Embedder, index: Index, samples: range, reading: Readi
         DivergedError: a vector is not finite.
         StorageError: the images cannot be read at present.
     """
-    pending: tuple[Batch, Tensor] | None = None
-    for batch in read_batches(embedder.preprocessing, index, samples, reading):
-        computing = batch, embedder.features(batch["image"])
-        if pending is not None:  # while a GPU computes the next batch
-            yield _rows(embedder, index, *pending)
-        pending = computing
-    if pending is not None:
-        yield _rows(embedder, index, *pending)
+    batches = read_batches(embedder.preprocessing, index, samples, reading)
+    for batch, features in computed(batches, embedder.features):
+        yield _rows(embedder, index, batch, features)
 
 
 def _rows(embedder: Embedder, index: Index, batch: Batch, features: Tensor) -> Block:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,14 +50,24 @@ def predict_index(predictor: Predictor, index: Index, samples: range, reading: R
     Raises:
         StorageError: the images cannot be read at present.
     """
+    batches = read_batches(predictor.preprocessing, index, samples, reading)
+    for batch, probabilities in computed(batches, predictor.probabilities):
+        yield _rows(predictor, index, batch, probabilities)
+
+
+def computed(batches: Iterable[Batch], network: Callable[[Tensor], Tensor]) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches with what the network makes of their images, each after the next one was begun.
+
+    So a GPU computes a batch while the caller writes the rows of the one before it.
+    """
     pending: tuple[Batch, Tensor] | None = None
-    for batch in read_batches(predictor.preprocessing, index, samples, reading):
-        computing = batch, predictor.probabilities(batch["image"])
-        if pending is not None:  # while a GPU computes the next batch
-            yield _rows(predictor, index, *pending)
-        pending = computing
+    for batch in batches:
+        begun = batch, network(batch["image"])
+        if pending is not None:
+            yield pending
+        pending = begun
     if pending is not None:
-        yield _rows(predictor, index, *pending)
+        yield pending
 
 
 def read_batches(preprocessing: Preprocessing, index: Index, samples: range, reading: Reading) -> Iterator[Batch]:
