@@ -185,7 +185,8 @@ def _translate_failures() -> Iterator[None]:
                         f"{mistake} ({last}). Start one process per GPU: torchrun --nproc-per-node, or "
                         "LAUNCH_PROCESSES."
                     ) from error
-        if not from_gloo:  # the cause may be in this process; gloo only reports other processes
+        # The cause may be in this process; gloo, and a store that is gone, only report other processes.
+        if not from_gloo and not isinstance(error, dist.DistNetworkError):
             log.error("a collective operation failed:", exc_info=error)
         raise RankLost(
             f"another rank ended or does not respond ({type(error).__name__}: {cause}). See the log of that rank."

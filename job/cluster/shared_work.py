@@ -22,6 +22,8 @@ QUIET_SECONDS = 1200.0
 TICK_SECONDS = 2.0
 """Least time between two signs of progress that a rank gives."""
 LONGEST_POLL = 0.2
+FAREWELL_SECONDS = 5.0
+"""How long rank 0, which serves the store, waits until the other ranks know of its failure."""
 LARGEST_VALUE = 4 << 20
 """Bytes of one value in the store: torch's refuses 8 MiB."""
 
@@ -168,6 +170,8 @@ def from_rank_zero(function: Callable[[Helpers | None], str], perform: Perform) 
         outcome = _Outcome(function(Helpers(store)))
     except (JobError, Stopped) as error:
         _put(store, "outcome", msgspec.msgpack.encode(_Outcome(failure=Failure.of(error))))
+        if isinstance(error, JobError):  # a signal that stops this process mostly stops all
+            _await_readers(store)
         raise
     _put(store, "outcome", msgspec.msgpack.encode(outcome))
     return outcome.result
@@ -184,9 +188,17 @@ def _help(store: Any, perform: Perform) -> str:
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_POLL)
     outcome = msgspec.msgpack.decode(content, type=_Outcome)
+    store.add("readers", 1)
     if outcome.failure is not None:
         raise outcome.failure.exception()
     return outcome.result
+
+
+def _await_readers(store: Any) -> None:
+    """Wait until all other ranks have read the outcome, or are busy: the store ends with this process."""
+    deadline = time.monotonic() + FAREWELL_SECONDS
+    while store.add("readers", 0) < ranks.world_size() - 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 class _Pulse:

@@ -7,6 +7,7 @@ samples; the same file lies on every node's disk, where it is mapped into memory
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from job.data.index.file import hash_file
 from job.data.sampler import BatchIndices
 from job.errors import DataError, StorageError
 from job.features.file import DTYPES, LONGEST_LINE, MANIFEST_BYTES, ChunkInfo, DamagedChunk, NewerFormat, read_tensors
-from job.storage.local_cache import private_folder, report_disk_full
+from job.storage.local_cache import locked, private_folder, report_disk_full
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class FeatureStore:
         return {chunk for chunk in range(len(self)) if self._is_intact(chunk)}
 
     def save(self, chunk: int, features: Tensor, valid: Tensor, bad: dict[int, str]) -> None:
-        """Write a chunk to this node's disk.
+        """Write a chunk to this node's disk, unless another process has done so by now.
 
         Args:
             chunk: its number.
@@ -212,11 +213,18 @@ class FeatureStore:
         with report_disk_full(self.folder, "keep the backbone's features"):
             private_folder(self.folder.parent)
             private_folder(self.folder)
-            # Without its manifest the chunk does not exist, however this process ends.
-            self._manifest_path(chunk).unlink(missing_ok=True)
-            for path, data in ((self._path(chunk), content), (self._manifest_path(chunk), manifest)):
-                storage.write_bytes(str(path), data)
-                path.chmod(0o600)
+            with self._locked():
+                if self._verify(chunk):
+                    return  # another process may be uploading it
+                # Without its manifest the chunk does not exist, however this process ends.
+                self._manifest_path(chunk).unlink(missing_ok=True)
+                for path, data in ((self._path(chunk), content), (self._manifest_path(chunk), manifest)):
+                    storage.write_bytes(str(path), data)
+                    path.chmod(0o600)
+
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        """Exclude other processes of this node, since a chunk is two files."""
+        return locked(self.folder / "chunks")
 
     def _name(self, chunk: int) -> str:
         return f"{self.index.part}-{chunk:06d}.safetensors"
@@ -231,11 +239,18 @@ class FeatureStore:
         return self.folder / self._manifest_name(chunk)
 
     def _is_intact(self, chunk: int) -> bool:
-        path, manifest = self._path(chunk), self._manifest_path(chunk)
-        if not manifest.exists():
+        if not self._manifest_path(chunk).exists():
             return False
         if chunk in self._intact:
             return True
+        with self._locked():
+            return self._verify(chunk)
+
+    def _verify(self, chunk: int) -> bool:
+        """Whether a chunk is on this node and intact; a damaged one is removed. Called within :meth:`_locked`."""
+        path, manifest = self._path(chunk), self._manifest_path(chunk)
+        if not manifest.exists():
+            return False
         try:
             info, _ = self._read_manifest(chunk, str(manifest))
             if path.stat().st_size != info.bytes or hash_file(path) != info.sha256:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +98,25 @@ def test_a_wrong_chunk_is_not_used(
     assert "is damaged and is computed or fetched again" in caplog.text
     assert store_of(tmp_path).published() == set()
     assert not list((tmp_path / "bucket").iterdir())
+
+
+def test_processes_may_compute_the_same_chunk_at_once(tmp_path: Path) -> None:
+    """Two ranks that find one chunk missing both compute it; what differs in the last bit must not be mixed."""
+    start = threading.Barrier(4)
+
+    def compute(number: int) -> None:
+        for attempt in range(10):
+            mine = store_of(tmp_path / str(attempt))
+            start.wait(timeout=60)
+            mine.save(0, torch.full((32 * 12,), float(number)), torch.ones(32, dtype=torch.bool), {})
+            mine.publish(0)
+            assert mine.on_disk() == {0}
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(compute, number) for number in range(4)]:
+            done.result()
+    for attempt in range(10):
+        assert store_of(tmp_path / str(attempt), node="b").fetch(0)
 
 
 def test_features_of_another_backbone_are_not_used(store: FeatureStore, tmp_path: Path) -> None:
