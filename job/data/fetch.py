@@ -146,9 +146,10 @@ class Fetcher:
     def _read_far(self, far: dict[int, Sample]) -> dict[int, Fetched]:
         """Samples of buckets that are not in the cache; the neighbours of those in archives are put into it."""
         members = [number for number, sample in far.items() if sample.offset >= 0]
-        fetched: dict[int, Fetched] = {}
         with self._neighbours.claimed(members if self.cache and self.cache.accepts else []) as claim:
-            own = {number: sample for number, sample in far.items() if number not in claim.elsewhere}
+            # A batch that has just fetched the same groups may have ended between the first look and the claim.
+            fetched = self._cached({number: far[number] for number in claim.samples & far.keys()})
+            own = {n: sample for n, sample in far.items() if n not in claim.elsewhere and n not in fetched}
             sources = {far[number].source for number in members}
             others = sorted(claim.samples - far.keys())
             neighbours = {
@@ -163,16 +164,18 @@ class Fetcher:
                     fetched[number] = self._kept(own[number], raw)
         if claim.elsewhere:  # after the own ones, so that no two batches wait for one another
             self._neighbours.wait(claim.elsewhere)
-            late = {}
-            for number in claim.elsewhere:
-                cached = self.cache.get(self._cache_key(far[number])) if self.cache else None
-                if cached is None:
-                    late[number] = far[number]
-                else:
-                    fetched[number] = Fetched(far[number], cached)
+            fetched |= self._cached({number: far[number] for number in claim.elsewhere})
+            late = {number: far[number] for number in claim.elsewhere if number not in fetched}
             for number, raw in (self._fetch_all(late, {}) if late else {}).items():
                 fetched[number] = self._kept(late[number], raw)
         return fetched
+
+    def _cached(self, samples: dict[int, Sample]) -> dict[int, Fetched]:
+        """Those of some samples that are in the cache."""
+        if self.cache is None:
+            return {}
+        contents = {number: self.cache.get(self._cache_key(sample)) for number, sample in samples.items()}
+        return {n: Fetched(samples[n], content) for n, content in contents.items() if content is not None}
 
     def _kept(self, sample: Sample, raw: bytes | DataError) -> Fetched:
         """A sample that was just read, which the cache keeps if it is intact."""
