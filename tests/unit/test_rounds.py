@@ -190,6 +190,22 @@ def test_a_users_mistake_ends_all(mistaken: int, threads: ThreadPoolExecutor, ca
     assert f"the ranks of node {mistaken} ended because of a mistake" in caplog.text
 
 
+def test_a_node_that_starts_again_does_not_leave_for_another_one(
+    threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEAVE_SECONDS", 30)
+    cluster = Cluster(threads, 3)
+    cluster.gather()
+    assert cluster.launchers[1].end(cluster.rounds[1], 2) == 2
+    cluster.launchers[1] = cluster.launcher(1)
+    assert cluster.begin(1).result(30) == 2
+    served = cluster.begin(0, 75)
+    with pytest.raises(TimeoutError):
+        served.result(0.5)  # node 2 has yet to read of the mistake
+    assert cluster.begin(2, 75).result(30) == 2
+    assert served.result(30) == 2
+
+
 def test_a_node_that_is_lost_while_others_finish(threads: ThreadPoolExecutor) -> None:
     """They stay until it has finished, too: its successor could do nothing alone."""
     cluster = Cluster(threads, 3)
