@@ -6,9 +6,10 @@ The result is the same as without the cache, bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -177,20 +178,32 @@ class FeatureCache(Callback):
         return " ".join(sorted(ranks.union({problem} if problem else set())))
 
     def _missing(self, stores: dict[str, FeatureStore]) -> dict[str, list[int]]:
-        """Chunks to compute, by part; chunks only in the bucket or only on a disk are copied to the other."""
+        """Chunks to compute, by part; chunks only in the bucket or only on a disk are copied to the other.
+
+        Raises:
+            Preempted: on all ranks, where one of them is to stop.
+        """
         missing = {}
         for part, store in stores.items():
             published = ranks.from_rank_zero(store.published)
             here = store.on_disk() if ranks.local_rank() == 0 else set()
-            for chunk in sorted(here - published):
+            for chunk in self._until_stopped(here - published):
                 store.publish(chunk, self.lease.require_held)
-            missing_here = sorted(published - here) if ranks.local_rank() == 0 else []
-            damaged = {chunk for chunk in missing_here if not store.fetch(chunk, self.lease.require_held)}
+            missing_here = published - here if ranks.local_rank() == 0 else set()
+            damaged = {
+                chunk for chunk in self._until_stopped(missing_here) if not store.fetch(chunk, self.lease.require_held)
+            }
+            if ranks.union({"stop"} if self.preemption.requested else set()):
+                raise _stopped()
             stored = published | {int(chunk) for chunk in ranks.union({str(chunk) for chunk in here})}
             damaged_anywhere = stored & {int(chunk) for chunk in ranks.union({str(chunk) for chunk in damaged})}
             if absent := sorted(set(range(len(store))) - stored | damaged_anywhere):
                 missing[part] = absent
         return missing
+
+    def _until_stopped(self, chunks: set[int]) -> Iterator[int]:
+        """Chunks in order, until this process is to stop."""
+        return itertools.takewhile(lambda _: not self.preemption.requested, sorted(chunks))
 
     def _compute(
         self,
@@ -231,10 +244,7 @@ class FeatureCache(Callback):
                 self.lease.raise_if_lost()
                 if any(flags.exchange([self.preemption.requested])):
                     flags.drain()
-                    raise Preempted(
-                        "stopped on request while the backbone's features were computed. The same command goes on "
-                        "from there."
-                    )
+                    raise _stopped()
                 progress.update(images * (number + 1) // rounds)
             next(work, None)  # the last chunk is saved when its last batch is over
             flags.drain()
@@ -269,6 +279,12 @@ def _features(trainer: pl.Trainer, module: TransferLearningModel, images: Tensor
     """Features as in a training step, at its precision: float [B, F]."""
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         return module.net.features(images)
+
+
+def _stopped() -> Preempted:
+    return Preempted(
+        "stopped on request while the backbone's features were computed. The same command goes on from there."
+    )
 
 
 def _frozen_epochs(trainer: pl.Trainer, module: TransferLearningModel) -> int:

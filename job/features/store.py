@@ -239,30 +239,37 @@ class FeatureStore:
         return self.folder / self._manifest_name(chunk)
 
     def _is_intact(self, chunk: int) -> bool:
-        """Whether a chunk is on this node and intact; a damaged one is removed."""
         if not self._manifest_path(chunk).exists():
             return False
-        if chunk in self._intact or self._problem(chunk) is None:
+        # Without the lock: the ranks of a node hash their chunks at the same time.
+        if chunk in self._intact or self._damage(chunk) is None:
             self._intact.add(chunk)
             return True
-        with self._locked():  # another process may have replaced it meanwhile
+        # Another process may have written it meanwhile, or removed the folder.
+        reported = report_disk_full(self.folder, "keep the backbone's features")
+        with reported, contextlib.suppress(FileNotFoundError), self._locked():
             return self._check_or_remove(chunk)
+        return False
 
     def _check_or_remove(self, chunk: int) -> bool:
-        """Like :meth:`_is_intact`, without what it remembers; called within :meth:`_locked`."""
+        """Whether a chunk is on this node and intact; a damaged one is removed. Called within :meth:`_locked`."""
         path, manifest = self._path(chunk), self._manifest_path(chunk)
         if not manifest.exists():
             return False
-        if (problem := self._problem(chunk)) is not None:
-            log.warning("%s is damaged and is computed or fetched again: %s", path, problem)
+        if (damage := self._damage(chunk)) is not None:
+            log.warning("%s is damaged and is computed or fetched again: %s", path, damage)
             manifest.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             return False
         self._intact.add(chunk)
         return True
 
-    def _problem(self, chunk: int) -> Exception | None:
-        """Why a chunk on this node cannot be used."""
+    def _damage(self, chunk: int) -> Exception | None:
+        """The reason why a chunk on this node cannot be used.
+
+        Raises:
+            NewerFormat: a newer release wrote it.
+        """
         path = self._path(chunk)
         try:
             info, _ = self._read_manifest(chunk, str(self._manifest_path(chunk)))
