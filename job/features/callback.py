@@ -90,7 +90,14 @@ class FeatureCache(Callback):
         began = time.monotonic()
         module = cast("TransferLearningModel", pl_module)
         frozen = _frozen_epochs(trainer, module)
-        if self.settings.use == "never" or frozen < 1:
+        if self.settings.use == "never":
+            return
+        if frozen < 1:
+            if module.config.lora_rank and trainer.is_global_zero:
+                log.info(
+                    "backbone features are not cached: the adapters (--model.lora_rank) change them in each step. With "
+                    "--model.milestones [N] the head trains alone for the first N epochs, from cached features."
+                )
             return
         stores = self._stores(trainer, module, frozen)
         if stores:

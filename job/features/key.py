@@ -11,6 +11,7 @@ from job.data.dataset import Preprocessing
 from job.data.index.index import Index
 from job.features.transform_hash import transform_hash
 from job.model.classifier import Classifier
+from job.model.lora import merged_state
 
 
 def feature_key(
@@ -62,7 +63,7 @@ def content_hash(index: Index) -> str:
 def weights_hash(backbone: torch.nn.Module) -> str:
     """Hash of a backbone's weights and their names."""
     digest = hashlib.sha256()
-    for name, tensor in backbone.state_dict().items():
+    for name, tensor in merged_state(backbone).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_raw(tensor))
     return digest.hexdigest()
