@@ -20,6 +20,7 @@ from torch import Tensor
 
 from job import storage
 from job.cluster import ranks
+from job.cluster.xla import SPMDStrategy
 from job.data.datamodule import image_data
 from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, Preempted, StorageError
@@ -96,8 +97,12 @@ class FeatureCache(Callback):
             if module.config.lora_rank and trainer.is_global_zero:
                 log.info(
                     "backbone features are not cached: the adapters (--model.lora_rank) change them in each step. With "
-                    "--model.milestones [N] the head trains alone for the first N epochs, from cached features."
+                    "--model.milestones [N,N] the head trains alone for the first N epochs, from cached features."
                 )
+            return
+        if isinstance(trainer.strategy, SPMDStrategy) and ranks.world_size() > 1:
+            # Hosts compute batches of XLA's whole mesh together, and would have different numbers of chunks.
+            log.info("backbone features are not cached: on XLA they are with one host only")
             return
         stores = self._stores(trainer, module, frozen)
         if stores:
@@ -173,6 +178,7 @@ class FeatureCache(Callback):
                 seed=data.seed,
                 precision=str(trainer.precision),
                 compiled=module.config.compile_backbone,
+                device=trainer.strategy.device_kind if isinstance(trainer.strategy, SPMDStrategy) else None,
             )
         )
 
@@ -266,7 +272,7 @@ class FeatureCache(Callback):
                 )
                 for part, chunks in share.items()
             ),
-            lambda images: _features(trainer, module, images.to(module.device, non_blocking=True)),
+            lambda images: _features_of_batch(trainer, module, images),
             accept=lambda batch: data.on_before_batch_transfer(batch, 0),
             before_write=self.lease.require_held,
         )
@@ -276,6 +282,13 @@ def _features(trainer: pl.Trainer, module: TransferLearningModel, images: Tensor
     """Features as in a training step, at its precision: float [B, F]."""
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         return module.net.features(images)
+
+
+def _features_of_batch(trainer: pl.Trainer, module: TransferLearningModel, images: Tensor) -> Tensor:
+    """Features of a batch in host memory."""
+    if isinstance(trainer.strategy, SPMDStrategy):
+        return trainer.strategy.forward_on_all_chips(lambda images: _features(trainer, module, images), images)
+    return _features(trainer, module, images.to(module.device, non_blocking=True))
 
 
 def _frozen_epochs(trainer: pl.Trainer, module: TransferLearningModel) -> int:

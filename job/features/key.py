@@ -23,6 +23,7 @@ def feature_key(
     seed: int,
     precision: str,
     compiled: bool = False,
+    device: str | None = None,
 ) -> str:
     """The name of a folder of features: 20 hexadecimal digits.
 
@@ -34,6 +35,7 @@ def feature_key(
         seed: of the augmentation.
         precision: Lightning's name of it.
         compiled: the backbone is compiled by torch.compile.
+        device: kind of the device that computes. Default: torch's type of it.
     """
     spec = net.spec()
     values: tuple[object, ...] = (
@@ -45,7 +47,7 @@ def feature_key(
         seed if preprocessing.augment is not None else None,
         precision,
         compiled,
-        net.mean.device.type,
+        device or net.mean.device.type,
         str(net.memory_format),
         torch.__version__,
     )

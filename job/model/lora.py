@@ -171,6 +171,19 @@ def save(checkpoint: dict[str, Any], alpha: float) -> None:
     checkpoint[LORA_KEY] = {name.removeprefix(PREFIX): value for name, value in parts.items()}
 
 
+def require_none(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to resume without adapters a run that has them.
+
+    Raises:
+        CheckpointError: it has them.
+    """
+    if LORA_KEY in checkpoint:
+        raise CheckpointError(
+            "the checkpoint is of a run that trains adapters. Use its --model.lora_rank, or another --run_dir; "
+            "--init_from starts that from its weights."
+        )
+
+
 def restore(checkpoint: dict[str, Any], expected: Mapping[str, Tensor]) -> None:
     """Undo :func:`save`: the checkpoint's ``state_dict`` is that of the network with adapters afterwards.
 

@@ -474,6 +474,8 @@ class TransferLearningModel(pl.LightningModule):
         require_same_network(checkpoint.get(CLASSIFIER_KEY), self._description(), optional)
         if lora.adapters(self.net.backbone):
             lora.restore(checkpoint, self.net.state_dict())
+        elif self.trainer.state.fn == "fit":
+            lora.require_none(checkpoint)
         require_state(
             net_state(checkpoint, "the checkpoint"),
             {name: tuple(value.shape) for name, value in self.net.state_dict().items()},

@@ -14,7 +14,6 @@ import torch
 import torchvision
 from support import TINY, Outcome, options, picture_files, run_here, scalars, write_files
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from job import checkpoint
 from job.checkpoint.state import LORA_KEY
@@ -27,6 +26,7 @@ from job.model.config import ModelConfig
 from job.model.ema import WeightAverage
 from job.model.freeze import Stage, apply_stage
 from job.model.optimizer import parameter_groups
+from job.model.spec import net_state
 from job.predict import load
 
 VIT = "timm/test_vit"
@@ -238,17 +238,18 @@ def fit(tmp_path: Path, name: str, **changes: object) -> Outcome:
     """Train timm's smallest ViT on pictures of two colours."""
     data = write_files(tmp_path / "data", picture_files(["blue", "red"], 10))
     fixed: dict[str, object] = {"data__image_size": 160, "data__cache_dir": tmp_path / "cache", "data__num_workers": 0}
-    fixed |= {"model__backbone": VIT, "model__lora_rank": 4, "model__milestones": "[1]", "model__seed": 3}
+    fixed |= {"model__backbone": VIT, "model__lora_rank": 4, "model__milestones": "[1,2]", "seed_everything": 3}
     return run_here("fit", *options(TINY, data__root=data, run_dir=tmp_path / name, **{**fixed, **changes}))
 
 
 def test_a_run_from_the_head_to_prediction(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """An epoch of the head, one with the adapters; resumed, evaluated, predicted, exported and fine-tuned."""
+    """An epoch of the head, two with adapters; resumed, evaluated, predicted, exported and fine-tuned."""
     changes = {"model__ema": 0.5, "model__lora_dropout": 0.2, "model__optimizer": "AdamW"}
     whole = fit(tmp_path, "whole", trainer__max_epochs=3, **changes)
     assert whole.returncode == 0, whole.output
     assert "LoRA: 12 weights of the backbone have adapters" in whole.output
-    assert {tag for tag in scalars(str(tmp_path / "whole")) if tag.startswith("lr/")} == {"lr/head", "lr/lora/last"}
+    rates = {tag for tag in scalars(str(tmp_path / "whole")) if tag.startswith("lr/")}
+    assert rates == {"lr/head", "lr/lora/last", "lr/lora/first"}
     for epochs in (1, 2, 3):
         part = fit(tmp_path, "parts", trainer__max_epochs=epochs, **changes)
         assert part.returncode == 0, part.output
@@ -271,18 +272,24 @@ def test_a_run_from_the_head_to_prediction(tmp_path: Path, caplog: pytest.LogCap
     assert "--model.lora_rank" in refused.output
     refused = fit(tmp_path, "parts", trainer__max_epochs=3, **{**changes, "model__lora_rank": 0})
     assert refused.returncode == 2
-    assert "model.lora_rank was 4, is None" in refused.output
+    assert "a run that trains adapters. Use its --model.lora_rank" in refused.output
+    refused = fit(tmp_path, "parts", trainer__max_epochs=3, **{**changes, "model__lora_alpha": 8})
+    assert "model.lora_alpha was 16.0, is 8.0" in refused.output
 
     run_dir = str(tmp_path / "whole")
     validated = run_here("validate", run_dir, "--data.cache_dir", str(tmp_path / "cache"))
     assert validated.returncode == 0, validated.output
-    report = json.loads((tmp_path / "whole/report.json").read_text())
     measured = json.loads((tmp_path / "whole/validate.json").read_text())["metrics"]
     best = checkpoint.load(checkpoint.resolve(run_dir))["manifest"]["metrics"]
     assert measured["val/loss"] == best["val/loss"]
-    assert report
-    predictor = load(run_dir)
-    assert not any(parametrize.is_parametrized(module) for module in predictor.network.modules())
+    predictor = load(f"{run_dir}/checkpoints/last")
+    assert not lora.adapters(predictor.net.backbone)
+    with_adapters = network(config())
+    lora.add_adapters(with_adapters.backbone, config())
+    lora.restore(one, with_adapters.state_dict())
+    with_adapters.load_state_dict(net_state(one, "the last one"))
+    second = logits(with_adapters).sigmoid()
+    assert torch.equal(predictor.probabilities(IMAGES), torch.cat([1 - second, second], dim=1))
 
     caplog.set_level(logging.INFO)
     again = fit(tmp_path, "again", init_from=run_dir, trainer__max_epochs=1, model__milestones="[]")
