@@ -56,7 +56,7 @@ class LowRankUpdate(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, float [outputs, inputs]."""
-        down = self.lora_A
+        down: Tensor = self.lora_A
         if self.training and self.dropout:
             down = down * F.dropout(torch.ones_like(down[:1]), self.dropout)
         # In mixed precision the sum has all bits, and layers round it as they round any weight.
