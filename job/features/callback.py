@@ -21,6 +21,7 @@ from torch import Tensor
 
 from job import storage
 from job.cluster import ranks
+from job.cluster.xla import SPMDStrategy
 from job.data.datamodule import image_data
 from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, Preempted, StorageError
@@ -91,7 +92,18 @@ class FeatureCache(Callback):
         began = time.monotonic()
         module = cast("TransferLearningModel", pl_module)
         frozen = _frozen_epochs(trainer, module)
-        if self.settings.use == "never" or frozen < 1:
+        if self.settings.use == "never":
+            return
+        if frozen < 1:
+            if module.config.lora_rank and trainer.is_global_zero:
+                log.info(
+                    "backbone features are not cached: the adapters (--model.lora_rank) change them in each step. With "
+                    "--model.milestones [N,N] the head trains alone for the first N epochs, from cached features."
+                )
+            return
+        if isinstance(trainer.strategy, SPMDStrategy) and ranks.world_size() > 1:
+            # Hosts compute batches of XLA's whole mesh together, and would have different numbers of chunks.
+            log.info("backbone features are not cached: on XLA they are with one host only")
             return
         stores = self._stores(trainer, module, frozen)
         if stores:
@@ -167,6 +179,7 @@ class FeatureCache(Callback):
                 seed=data.seed,
                 precision=str(trainer.precision),
                 compiled=module.config.compile_backbone,
+                device=trainer.strategy.device_kind if isinstance(trainer.strategy, SPMDStrategy) else None,
             )
         )
 
@@ -269,7 +282,7 @@ class FeatureCache(Callback):
                 )
                 for part, chunks in share.items()
             ),
-            lambda images: _features(trainer, module, images.to(module.device, non_blocking=True)),
+            lambda images: _features_of_batch(trainer, module, images),
             accept=lambda batch: data.on_before_batch_transfer(batch, 0),
             before_write=self.lease.require_held,
         )
@@ -285,6 +298,13 @@ def _stopped() -> Preempted:
     return Preempted(
         "stopped on request while the backbone's features were computed. The same command goes on from there."
     )
+
+
+def _features_of_batch(trainer: pl.Trainer, module: TransferLearningModel, images: Tensor) -> Tensor:
+    """Features of a batch in host memory."""
+    if isinstance(trainer.strategy, SPMDStrategy):
+        return trainer.strategy.forward_on_all_chips(lambda images: _features(trainer, module, images), images)
+    return _features(trainer, module, images.to(module.device, non_blocking=True))
 
 
 def _frozen_epochs(trainer: pl.Trainer, module: TransferLearningModel) -> int:

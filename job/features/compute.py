@@ -68,7 +68,7 @@ def compute_chunks(
                     batch = accept(next(iterator))
                     rows = batch["global_size"]
                     mask = batch["mask"][:rows]
-                    values = features(batch["image"])[:rows].cpu()
+                    values = features(batch["image"]).cpu()[:rows]  # XLA would compile each number of rows
                     _require_finite(values, batch, store)
                     computed.append(values)
                     valid.append(mask)
