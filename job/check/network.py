@@ -39,7 +39,7 @@ def weights(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -
     Raises:
         JobError: a subclass says what does not fit.
     """
-    skeleton = build_skeleton(config.backbone, data.image_size)  # an unknown name costs no download
+    skeleton = build_skeleton(config.backbone, data.image_size, config.pooling)  # an unknown name costs no download
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     described = f"{config.backbone}, {parameters / 1e6:.3g} M parameters, with"
     if _has_checkpoint(settings.run_dir):
@@ -48,7 +48,7 @@ def weights(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -
     values: str | PretrainedWeights
     if settings.init_from is not None:
         require_other_run(settings.init_from, settings.run_dir)
-        values = read_warm_start(initial_checkpoint(settings.init_from), config.backbone).backbone
+        values = read_warm_start(initial_checkpoint(settings.init_from), config.backbone, config.pooling).backbone
     else:
         values = read_pretrained(config.weights)
     build_classifier(config, values, classes=_CLASSES, image_size=data.image_size, device_type="cpu")

@@ -29,7 +29,7 @@ def check(
     Raises:
         JobError: a subclass says what is wrong.
     """
-    build_skeleton(config.backbone, data.image_size)
+    build_skeleton(config.backbone, data.image_size, config.pooling)
     require_data(data)
     if not checkpoint.scan(run_dir).good:  # the others are not read again
         require_weights(config.weights)
