@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import io
 import os
 import sys
@@ -220,25 +221,28 @@ def timm_size_options(short: str, image_size: int | None) -> dict[str, Any]:
         short: timm's name of the architecture.
         image_size: height and width of images; None: the architecture's own.
     """
+    return {"img_size": image_size} if image_size is not None and _needs_size(short, image_size) else {}
+
+
+@functools.cache
+def _needs_size(short: str, image_size: int) -> bool:
     import timm
 
     config = timm.get_pretrained_cfg(short)
-    if image_size is None or config is None or not config.fixed_input_size:
-        return {}
-    if tuple(config.input_size[1:]) == (image_size, image_size):
-        return {}
+    if config is None or not config.fixed_input_size or tuple(config.input_size[1:]) == (image_size, image_size):
+        return False
     with WithoutMemory():
         model: nn.Module = timm.create_model(short, num_classes=0).to("meta")
         with contextlib.suppress(ConfigError):
             feature_width(model, image_size)
-            return {}  # it takes images of any size as it is
+            return False  # it takes images of any size as it is
         try:
             timm.create_model(short, num_classes=0, img_size=image_size)
         except TypeError:
-            return {}  # it has no such argument
+            return False  # it has no such argument
         except (AssertionError, ValueError):
-            pass  # as will the builder
-    return {"img_size": image_size}
+            return True  # the builder names the problem
+    return True
 
 
 @contextlib.contextmanager

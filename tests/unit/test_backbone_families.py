@@ -13,7 +13,17 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from support import COLOURS, TINY, fit_here, options, own_messages, picture, run_here
+from support import (
+    COLOURS,
+    TINY,
+    fit_here,
+    options,
+    own_messages,
+    picture,
+    picture_files,
+    run_here,
+    write_files,
+)
 from tiny_backbones import FAMILIES, MEAN, STD, hub_folder, random_network
 from torch import Tensor, nn
 
@@ -332,3 +342,72 @@ def test_a_run_keeps_its_image_size_when_the_weights_are_gone(folder: Path, tmp_
     assert "image_size: 56" in (run_dir / "config.yaml").read_text()
     tested = run_here("validate", run_dir)
     assert tested.returncode == 0, tested.output
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "pooling"),
+    [
+        ("linear_probe", {"trainer.max_epochs": 4}, "auto"),
+        ("dinov2", {"trainer.max_epochs": 4, "data.image_size": 28, "model.backbone": "timm/tiny_dinov2"}, "cls+mean"),
+        ("probe_then_finetune", {"trainer.max_epochs": 7}, "auto"),
+    ],
+)
+def test_recipes(recipe: str, changes: dict[str, object], pooling: str, folder: Path, tmp_path: Path) -> None:
+    images = write_files(tmp_path / "images", picture_files(["blue", "red"], 10))
+    weights = folder / "model.safetensors"
+    settings: dict[str, object] = {
+        "config": recipe,
+        "model.backbone": "timm/tiny_dinov2",
+        "model.weights": weights,
+        "data.root": images,
+        "data.global_batch_size": 8,
+        "data.num_workers": 1,
+        "run_dir": tmp_path / "run",
+        "trainer.accelerator": "cpu",
+        **changes,
+    }
+    result = run_here("fit", *options(settings))
+    assert result.returncode == 0, result.output
+    saved = checkpoint.load(checkpoint.resolve(f"{tmp_path / 'run'}/checkpoints/last"))
+    assert saved[CLASSIFIER_KEY].get("pooling", "auto") == pooling
+    assert saved[CLASSIFIER_KEY]["hidden"] == []
+    assert saved[CLASSIFIER_KEY]["image_size"] == changes.get("data.image_size", 56)
+    pretrained = build_backbone("timm/tiny_dinov2", read_weights(str(weights)), 56).state_dict()["norm.weight"]
+    trained = not torch.equal(saved["state_dict"]["net.backbone.norm.weight"], pretrained)
+    assert trained == (recipe == "probe_then_finetune")
+    assert (tmp_path / "run" / "features").is_dir()
+
+
+def test_timm_loads_an_export_of_another_image_size(tmp_path: Path) -> None:
+    run_dir = fit_here(
+        tmp_path,
+        model__backbone="timm/tiny_dinov2",
+        model__hidden="[]",
+        data__image_size=28,
+        trainer__max_epochs=1,
+    )
+    result = run_here("export", run_dir, tmp_path / "out", "--format", "weights")
+    assert result.returncode == 0, result.output
+    network = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    predictor = load(str(run_dir), device="cpu")
+    content = picture(COLOURS["red"], 5, (28, 28), "PNG")
+    image = torch.as_tensor(predictor.preprocessing.decoded(content)).float()[None] / 255
+    with torch.no_grad():
+        probabilities = network((image - predictor.net.mean) / predictor.net.std).softmax(1)[0].tolist()
+    assert list(predictor.predict(content).probabilities.values()) == pytest.approx(probabilities, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.backbone": "timm/test_convnext2", "model.pooling": "cls"}, "It has: auto."),
+        ({"model.pooling": "max"}, "model.pooling"),
+        ({"data.image_size": "automatic"}, "image_size"),
+        ({"model.backbone": "timm/tiny_dinov", "data.image_size": "auto"}, "Did you mean timm/tiny_dinov"),
+    ],
+)
+def test_mistakes_end_in_a_message(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    result = run_here("fit", *options({**TINY, "data.root": tmp_path, "run_dir": tmp_path / "run", **changes}))
+    assert result.returncode == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
