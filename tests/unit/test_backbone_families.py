@@ -407,7 +407,8 @@ def test_timm_loads_an_export_of_another_image_size(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_end_in_a_message(changes: dict[str, object], message: str, tmp_path: Path) -> None:
-    result = run_here("fit", *options({**TINY, "data.root": tmp_path, "run_dir": tmp_path / "run", **changes}))
+    images = write_files(tmp_path / "images", picture_files(["blue", "red"], 5))
+    result = run_here("fit", *options({**TINY, "data.root": images, "run_dir": tmp_path / "run", **changes}))
     assert result.returncode == 2
     assert message in result.output
     assert "Traceback" not in result.output
