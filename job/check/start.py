@@ -30,7 +30,7 @@ def check(
     Raises:
         JobError: a subclass says what is wrong.
     """
-    skeleton = build_skeleton(config.backbone, data.image_size)
+    skeleton = build_skeleton(config.backbone, data.image_size, config.pooling)
     if config.lora_rank:
         adaptable_weights(skeleton, config)
     require_data(data)

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from job.errors import CheckpointError
 from job.export.formats import FormatName, InputKind
+from job.model.pooling import Pooling
 from job.model.spec import Channels, ClassName, TaskName
 from job.storage.format_version import MALFORMED
 
@@ -38,6 +39,7 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         checkpoint: file name of the checkpoint.
         checkpoint_sha256: its SHA-256, in hexadecimal.
         calibration: how probabilities were calibrated.
+        pooling: of a vision transformer's tokens; "auto" is the architecture's own.
     """
 
     backbone: Text
@@ -52,6 +54,7 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     checkpoint: Text
     checkpoint_sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     calibration: Literal["none"] = "none"
+    pooling: Pooling = "auto"
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

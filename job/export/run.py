@@ -198,6 +198,7 @@ def describe(predictor: Predictor, uri: str) -> ModelDescription:
     return ModelDescription(
         backbone=net.name,
         hidden=list(net.hidden),
+        pooling=net.pooling,
         task=net.task,
         classes=list(net.classes),
         thresholds=list(predictor.thresholds) if net.task == "multilabel" else [],

@@ -51,6 +51,8 @@ def feature_key(
         str(net.memory_format),
         torch.__version__,
     )
+    if net.pooling != "auto":
+        values += (net.pooling,)
     if preprocessing.augment is not None:  # features of other preprocessing keep the key of earlier releases
         values += (transform_hash(preprocessing.augment),)
     return hashlib.sha256(repr(values).encode()).hexdigest()[:20]

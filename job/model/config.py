@@ -12,6 +12,7 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from job import redact
 from job.errors import ConfigError
 from job.model.freeze import Stage
+from job.model.pooling import Pooling
 from job.model.scheduling import AutoSchedule
 from job.model.spec import TaskName
 
@@ -30,6 +31,8 @@ class ModelConfig:
         backbone: architecture: a name of torchvision.models (resnet50, vit_b_16, …), or timm/NAME.
         weights: pretrained weights: DEFAULT (the library's own), none (random), the URI of a state dict or checkpoint
             (.pth, .safetensors, .ckpt), or another run's run_dir (its best checkpoint).
+        pooling: how a vision transformer of timm makes one feature vector of an image's tokens: "cls" (class token),
+            "mean" (of the patch tokens), "cls+mean" (both, concatenated), or "auto" (the architecture's own).
         hidden: widths of the head's hidden layers.
         dropout: dropout of the inputs of each of the head's linear layers, from 0 to below 1.
         mean: per-channel mean of the pretraining images, in [0, 1]. Default: that of the pretrained weights.
@@ -72,6 +75,7 @@ class ModelConfig:
     task: TaskName = "classification"
     backbone: str = "resnet50"
     weights: str = "DEFAULT"
+    pooling: Pooling = "auto"
     hidden: list[int] = field(default_factory=lambda: [256, 32])
     dropout: float = field(default=0.0, metadata=FIXED)
     mean: tuple[float, float, float] | None = None

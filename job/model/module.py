@@ -149,7 +149,7 @@ class TransferLearningModel(pl.LightningModule):
             return build_classifier(
                 config, weights, classes=data.classes, image_size=data.image_size, device_type=device_type
             )
-        warm_start = read_warm_start(self.init_from, config.backbone)
+        warm_start = read_warm_start(self.init_from, config.backbone, config.pooling)
         self.initial_weights = warm_start.origin
         return build_from(
             warm_start,

@@ -161,7 +161,7 @@ class Sweep:
     def _require_backbones(self) -> None:
         """Find a mistyped name among several, or weights that do not exist, before the first backbone computes."""
         for config in self.backbones:
-            build_skeleton(config.backbone, self.data.image_size)
+            build_skeleton(config.backbone, self.data.image_size, config.pooling)
             if config.weights not in ("DEFAULT", "none"):
                 storage.info(weights_file(config.weights))
 
