@@ -17,12 +17,16 @@ from job.data.augment import ResizeMode, resize
 from job.data.dataset import Preprocessing
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.data.python_images import PythonImage, is_one_image, pixels_of, pixels_of_each
-from job.errors import ConfigError, DivergedError, JobError
+from job.errors import CheckpointError, ConfigError, DivergedError, JobError
+from job.model.calibrator import Calibrator, read_calibrator
 from job.model.classifier import TTA, Classifier, from_spec, mean_over_flips
 from job.model.compile import compile_module
 from job.model.spec import decode_spec, net_state
 from job.model.tasks import TASKS
 from job.predict.precision import Precision, automatic_precision
+
+Calibrated = Literal["auto", "true", "false"]
+"""Whether probabilities are calibrated; auto: where the checkpoint has a calibration."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,11 @@ class Predictor:
         max_image_pixels: height times width of the largest image to decode.
         fingerprint: the first 16 hexadecimal digits of the checkpoint's SHA-256.
         precision: "bf16" computes by autocast, "fp32" in float32.
+        calibrator: of the network's probabilities; None: they are not calibrated.
+
+    Attributes:
+        thresholds: probability of each class from which it is predicted, of several labels; of calibrated
+            probabilities where they are, with the same decisions.
     """
 
     def __init__(
@@ -82,14 +91,19 @@ class Predictor:
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         fingerprint: str = "",
         precision: Precision = "fp32",
+        calibrator: Calibrator | None = None,
     ) -> None:
         self.net = net.eval()
+        self.calibrator = calibrator
         self.tta = tta
         self.max_image_pixels = max_image_pixels
         self.fingerprint = fingerprint
         self.precision: Precision = precision
         self._compiled_batch_size = 0
-        self.thresholds = tuple(thresholds or [0.5] * len(net.classes))
+        thresholds = thresholds or [0.5] * len(net.classes)
+        if calibrator is not None and TASKS[net.task].takes_several_labels:
+            thresholds = calibrator.calibrated_thresholds(thresholds)
+        self.thresholds = tuple(thresholds)
         self.resize: ResizeMode = "crop" if resize == "crop" else "squash"
 
     @property
@@ -104,8 +118,8 @@ class Predictor:
 
     @property
     def calibrated(self) -> bool:
-        """Whether probabilities are calibrated: checkpoints hold no calibration."""
-        return False
+        """Whether probabilities are calibrated."""
+        return self.calibrator is not None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -200,6 +214,8 @@ class Predictor:
         # Images are prepared outside inference mode: torch.compile would compile anew for tensors that are made in it.
         with torch.inference_mode(), autocast:
             logits = mean_over_flips(self.net, images) if self.tta == "hflip" else self.net(images)
+            if self.calibrator is not None:
+                logits = self.calibrator.apply(logits)
             return TASKS[self.net.task].probabilities(logits)[:count]
 
     def predictions(self, probabilities: Tensor) -> list[Prediction]:
@@ -230,6 +246,7 @@ def load(
     tta: TTA = "none",
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     precision: Precision | Literal["auto"] = "fp32",
+    calibrated: Calibrated = "auto",
 ) -> Predictor:
     """Load a model for prediction.
 
@@ -240,9 +257,11 @@ def load(
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
         max_image_pixels: height times width of the largest image to decode; default: 178,956,970, as in Pillow.
         precision: "bf16" computes by autocast, "fp32" in float32, "auto" in bf16 where the device does so natively.
+        calibrated: "auto" calibrates probabilities where the checkpoint has a calibration, "true" requires one, and
+            "false" leaves them as the network computes them.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged.
+        CheckpointError: there is no such checkpoint, it is damaged, or it lacks the required calibration.
     """
     uri = checkpoint.resolve(redact.remember(uri))
     saved = checkpoint.load(uri)
@@ -254,4 +273,11 @@ def load(
     spec = decode_spec(saved[CLASSIFIER_KEY], uri)
     fingerprint = checkpoint.sha256(uri)[:16]
     chosen = automatic_precision(place) if precision == "auto" else precision
-    return Predictor(net.to(place), spec.resize, tta, spec.thresholds, max_image_pixels, fingerprint, chosen)
+    calibrator = None if calibrated == "false" else read_calibrator(saved, uri, len(spec.classes), spec.task)
+    if calibrated == "true" and calibrator is None:
+        raise CheckpointError(
+            f"{uri} has no calibration; the report of its run says why. Use --calibrated=auto, or another checkpoint."
+        )
+    return Predictor(
+        net.to(place), spec.resize, tta, spec.thresholds, max_image_pixels, fingerprint, chosen, calibrator
+    )
