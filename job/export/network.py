@@ -31,7 +31,7 @@ class ProbabilityNetwork(nn.Module):
         calibrator: of its probabilities; None: they are not calibrated.
     """
 
-    def __init__(self, net: Classifier, calibrator: Calibrator | None) -> None:
+    def __init__(self, net: Classifier, calibrator: Calibrator | None = None) -> None:
         super().__init__()
         self.scale: Tensor | None
         self.offset: Tensor | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, cast, overload
 
@@ -36,15 +36,18 @@ class Prediction:
     Attributes:
         label: name of the most probable class.
         probabilities: probability by class name, summing to 1.
+        rejected: whether the probability of ``label`` is below the threshold of rejection; None without one.
     """
 
     label: str
     probabilities: dict[str, float]
+    rejected: bool | None = field(default=None, kw_only=True)
 
     def as_json(self) -> dict[str, Any]:
         """The entries of a JSON line."""
         probability = self.probabilities[self.label]
-        return {"label": self.label, "probability": probability, "probabilities": self.probabilities}
+        entry = {"label": self.label, "probability": probability, "probabilities": self.probabilities}
+        return entry if self.rejected is None else {**entry, "rejected": self.rejected}
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Predictor:
         fingerprint: the first 16 hexadecimal digits of the checkpoint's SHA-256.
         precision: "bf16" computes by autocast, "fp32" in float32.
         calibrator: of the network's probabilities; None: they are not calibrated.
+        reject_below: probability of the most probable class below which a prediction is marked as rejected; None: none
+            is. For one label per image.
 
     Attributes:
         thresholds: probability of each class from which it is predicted, of several labels; of calibrated
@@ -92,9 +97,11 @@ class Predictor:
         fingerprint: str = "",
         precision: Precision = "fp32",
         calibrator: Calibrator | None = None,
+        reject_below: float | None = None,
     ) -> None:
         self.net = net.eval()
         self.calibrator = calibrator
+        self.reject_below = reject_below
         self.tta = tta
         self.max_image_pixels = max_image_pixels
         self.fingerprint = fingerprint
@@ -235,7 +242,8 @@ class Predictor:
     def _prediction(self, best: int, values: list[float]) -> Prediction:
         label, by_class = self.classes[best], dict(zip(self.classes, values, strict=True))
         if not TASKS[self.net.task].takes_several_labels:
-            return Prediction(label, by_class)
+            rejected = None if self.reject_below is None else values[best] < self.reject_below
+            return Prediction(label, by_class, rejected=rejected)
         chosen = zip(self.classes, values, self.thresholds, strict=True)
         return MultilabelPrediction(label, by_class, [name for name, value, least in chosen if value >= least])
 
@@ -247,6 +255,8 @@ def load(
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     precision: Precision | Literal["auto"] = "fp32",
     calibrated: Calibrated = "auto",
+    reject_below: float | None = None,
+    target_precision: float | None = None,
 ) -> Predictor:
     """Load a model for prediction.
 
@@ -259,8 +269,12 @@ def load(
         precision: "bf16" computes by autocast, "fp32" in float32, "auto" in bf16 where the device does so natively.
         calibrated: "auto" calibrates probabilities where the checkpoint has a calibration, "true" requires one, and
             "false" leaves them as the network computes them.
+        reject_below: probability below which predictions are marked as rejected.
+        target_precision: instead of it, share of the accepted predictions that were to be right in validation.
 
     Raises:
+        ConfigError: rejection was asked for by both, of several labels, or at a precision that validation did not
+            reach.
         CheckpointError: there is no such checkpoint, it is damaged, or it lacks the required calibration.
     """
     uri = checkpoint.resolve(redact.remember(uri))
@@ -278,6 +292,43 @@ def load(
         raise CheckpointError(
             f"{uri} has no calibration; the report of its run says why. Use --calibrated=auto, or another checkpoint."
         )
+    if target_precision is not None:
+        if reject_below is not None:
+            raise ConfigError("--reject_below and --target_precision are both given. Leave one of them out.")
+        reject_below = _threshold_for(target_precision, calibrator, uri)
+    if reject_below is not None and not 0 <= reject_below <= 1:
+        raise ConfigError(f"--reject_below must be from 0 to 1, not {reject_below}.")
+    if reject_below is not None and TASKS[spec.task].takes_several_labels:
+        raise ConfigError(
+            "rejection is for one label per image: of several labels each class has a threshold. Leave --reject_below "
+            "out."
+        )
     return Predictor(
-        net.to(place), spec.resize, tta, spec.thresholds, max_image_pixels, fingerprint, chosen, calibrator
+        net.to(place),
+        spec.resize,
+        tta,
+        spec.thresholds,
+        max_image_pixels,
+        fingerprint,
+        chosen,
+        calibrator,
+        reject_below,
     )
+
+
+def _threshold_for(precision: float, calibrator: Calibrator | None, uri: str) -> float:
+    """The threshold of rejection at which the accepted predictions of validation had this precision."""
+    if not 0 < precision <= 1:
+        raise ConfigError(f"--target_precision must be above 0 and at most 1, not {precision}.")
+    if calibrator is None or calibrator.risk_coverage is None:
+        raise ConfigError(
+            f"--target_precision needs the calibration of a network for one label per image, and {uri} is used without "
+            "one. Give a threshold by --reject_below."
+        )
+    point = calibrator.risk_coverage.at(precision)
+    if point is None:
+        raise ConfigError(
+            f"no threshold reached the precision {precision:g} on the validation images of {uri}. Choose a lower "
+            "--target_precision."
+        )
+    return point.threshold
