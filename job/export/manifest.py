@@ -38,7 +38,8 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         std: per channel.
         checkpoint: file name of the checkpoint.
         checkpoint_sha256: its SHA-256, in hexadecimal.
-        calibration: how probabilities were calibrated.
+        calibration: how probabilities are calibrated: by a temperature, by Platt scaling of each class, or not at all.
+            Thresholds are those of the calibrated probabilities.
         pooling: of a vision transformer's tokens; "auto" is the architecture's own.
     """
 
@@ -53,7 +54,7 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     std: Channels
     checkpoint: Text
     checkpoint_sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-    calibration: Literal["none"] = "none"
+    calibration: Literal["none", "temperature", "platt"] = "none"
     pooling: Pooling = "auto"
 
 

@@ -53,8 +53,9 @@ def write_weights(model: TrainedModel, folder: Path, pixels: Tensor) -> tuple[li
         names of the files, and a note for their user.
     """
     spec = model.description
-    head = two_logits(model.network.head) if len(spec.classes) == 2 and spec.task == "classification" else None
-    head = head or model.network.head
+    head = model.network.calibrated_head()
+    if len(spec.classes) == 2 and spec.task == "classification":
+        head = two_logits(head)
     whole = _with_linear_head(model, head)
     images = torch.from_numpy(model.input_of(pixels, "normalised"))
     if whole is not None and not _is_equal(whole, model, images):

@@ -14,6 +14,7 @@ from torch import Tensor
 from job import checkpoint, storage
 from job.checkpoint.state import CLASSIFIER_KEY
 from job.errors import CheckpointError, ConfigError, WeightsError
+from job.model.calibrator import read_calibrator
 from job.model.classifier import from_spec
 from job.model.config import ModelConfig
 from job.model.spec import ClassifierSpec, decode_spec, net_state
@@ -167,5 +168,6 @@ def restore_module(cls: type[Module], uri: str, device: torch.device, overrides:
     module.resize = spec.resize
     module.metrics = module.task.make_metrics(spec.classes)
     module.metrics.restore(spec)
+    module.metrics.calibrator = read_calibrator(saved, uri, len(spec.classes), spec.task)
     module.train(module.training)
     return module.to(device)

@@ -23,7 +23,7 @@ from job.checkpoint.initial import (
     require_same_start,
     saved_initial_weights,
 )
-from job.checkpoint.state import CLASSIFIER_KEY, PRECISION_KEY, SKIPPED_STEPS_KEY
+from job.checkpoint.state import CALIBRATOR_KEY, CLASSIFIER_KEY, PRECISION_KEY, SKIPPED_STEPS_KEY
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule, image_data
 from job.data.dataset import Batch
@@ -31,6 +31,7 @@ from job.data.sampler import sample_seed
 from job.errors import ConfigError, DivergedError
 from job.lightning_internals import logs_are_due, validation_follows
 from job.model import lora
+from job.model.calibrator import Calibrator, read_calibrator
 from job.model.classifier import TTA, Classifier, build_classifier, mean_over_flips
 from job.model.compile import compile_module
 from job.model.config import ModelConfig
@@ -105,6 +106,8 @@ class TransferLearningModel(pl.LightningModule):
         self.group_names: tuple[str, ...] = ()
         self.evaluation: Evaluation | None = None
         self.initial_weights: InitialWeights | None = None
+        self._calibrator: Calibrator | None = None
+        self._was_calibrated = False
         self._head_alone = False
         self._threads = torch.get_num_threads()
         self._compile_seconds = 0.0
@@ -329,6 +332,7 @@ class TransferLearningModel(pl.LightningModule):
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+        self._calibrator = None  # it is that of other weights from here on
         if self.guard is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.guard.before_forward(self.net)
         self._threads = torch.get_num_threads()
@@ -457,6 +461,8 @@ class TransferLearningModel(pl.LightningModule):
         if self.guard is not None:
             self.guard.before_save(self.trainer, checkpoint["state_dict"])
         checkpoint[CLASSIFIER_KEY] = self._description()
+        if self._calibrator is not None:
+            checkpoint[CALIBRATOR_KEY] = msgspec.to_builtins(self._calibrator)
         checkpoint[PRECISION_KEY] = str(self.trainer.precision)
         checkpoint[SKIPPED_STEPS_KEY] = self.skipped_steps
         if self.initial_weights is not None:
@@ -484,6 +490,8 @@ class TransferLearningModel(pl.LightningModule):
         checkpoint["state_dict"] = versioned(checkpoint["state_dict"], self)
         self.metrics.restore(decode_spec(checkpoint[CLASSIFIER_KEY], "the checkpoint"))
         if self.trainer.state.fn != "fit":
+            classes, task = len(self.net.classes), self.config.task
+            self.metrics.calibrator = read_calibrator(checkpoint, "the checkpoint", classes, task)
             return
         self.initial_weights = saved_initial_weights(checkpoint)
         if self.init_from is not None:
@@ -512,11 +520,19 @@ class TransferLearningModel(pl.LightningModule):
 
     def _log_metrics(self, part: str) -> None:
         self.data.share_bad_samples()
-        if part == "val" and self.trainer.state.fn == "fit":
+        fits = part == "val" and self.trainer.state.fn == "fit"
+        if fits:
+            self.metrics.calibrator = None
             self.metrics.choose_thresholds()
+            self.metrics.fit_calibrator()
         self.evaluation = self.metrics.compute()
         self.metrics.reset()
-        values = self.evaluation.metrics
+        values = dict(self.evaluation.metrics)
+        if fits and (fit := self.evaluation.calibrator_fit) is not None:
+            self._calibrator = fit.calibrator
+            self._was_calibrated |= fit.calibrator is not None
+            if self._was_calibrated and "ece" in values:
+                values.setdefault("ece_calibrated", values["ece"])  # Lightning would keep that of earlier weights
         loss = values.get("loss", 0.0)  # absent: no sample counted
         if not math.isfinite(loss):
             when = (
