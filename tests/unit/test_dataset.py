@@ -75,6 +75,17 @@ def test_a_repeated_image_is_not_changed_by_a_transform_in_place(colours: Path) 
     assert not torch.equal(images[0], images[2])
 
 
+def test_a_batch_that_another_thread_has_taken_is_not_fetched_again(colours: Path) -> None:
+    index = index_of(colours)
+    sampler = ResumableBatchSampler(len(index), 8, rank=0, world_size=1, seed=0, shuffle=True)
+    dataset = ImageDataset(index, sampler, Preprocessing(8))
+    dataset[sampler.batch(0, 1)]
+    dataset[sampler.batch(0, 0)]
+    assert sorted(number for _, number in dataset._ahead) == [2, 3, 4]
+    dataset[sampler.batch(0, 0)]
+    assert sorted(number for _, number in dataset._ahead) == [1, 2, 3, 4]
+
+
 def test_an_unreadable_sample_is_masked_and_reported(tmp_path: Path) -> None:
     files = {f"{c}/{n}.jpg": picture((9, 9, 9), n) for c in "ab" for n in range(2)}
     write_files(tmp_path, {**files, "a/1.jpg": b"no image"})
