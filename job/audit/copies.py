@@ -2,13 +2,15 @@
 
 Copies are found in two ways. Their grey copies of 16 x 16 pixels are equal up to brightness and contrast, in one of the
 eight orientations that rotations by 90 degrees and reflections make. Or their features are nearly equal and their grey
-copies similar, as after cropping or retouching.
+copies similar, as after cropping or retouching. Where all images resemble one another, as those of one device do,
+copies must be more similar than elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +25,19 @@ PIXELS = 0.985
 """Least correlation of the grey copies of near duplicates."""
 PIXELS_WITH_FEATURES = 0.7
 """The same, where the features are nearly equal, too."""
+SAMPLE = 512
+"""Images by which it is judged how similar images are that are no copies."""
+FEWEST = 40
+"""Images below which the limits above hold as they are."""
+USUAL = 95.0
+"""Percentile of the similarities of all pairs of the sample that counts as usual …"""
+CLOSER = 0.2
+"""… and share of the usual distance that copies keep to."""
 CHUNK = 4096
 """Pairs that are compared in all orientations together."""
 
 Grey = npt.NDArray[np.float32]
+Pixel = TypeVar("Pixel", np.uint8, np.int64)
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ def find_copies(
         pool: the images.
         records: of the same images, [N].
         candidates: bool [N]; False for images that are not compared: unreadable or blank ones.
-        similarity: least cosine of the features of near duplicates; 1: only pixels are compared.
+        similarity: least cosine of the centred features of near duplicates; 1: only pixels are compared.
         device: that computes.
         seed: of the search.
     """
@@ -81,13 +92,21 @@ def find_copies(
     # Of each content one image stands for all.
     single = chosen[roots == chosen]
     grey = records["grey"]
-    for pairs in similar_pairs(lambda rows: orientation_free(grey[rows]), single, PIXELS, device, seed=seed):
-        forest.join(*_verified(pairs, grey, PIXELS))
-    if similarity < 1:
-        for pairs in similar_pairs(lambda rows: unit(pool.rows(rows)), single, similarity, device, seed=seed):
-            first, second, cosines = pairs
-            keep = _verified((first, second, cosines), grey, PIXELS_WITH_FEATURES)
-            forest.join(*keep)
+    sample = single
+    if len(single) > SAMPLE:
+        sample = np.sort(np.random.default_rng(seed).choice(single, SAMPLE, replace=False))
+    least = stricter(PIXELS, torch.from_numpy(standardised(grey[sample])))
+    for pairs in similar_pairs(lambda rows: orientation_free(grey[rows]), single, least, device, seed=seed):
+        forest.join(*_verified(pairs, grey, least))
+    if similarity < 1 and len(single):
+        mean = _mean_of(pool, single)
+
+        def features(rows: Samples) -> Tensor:
+            return unit(pool.rows(rows) - mean)
+
+        least = stricter(similarity, features(sample))
+        for pairs in similar_pairs(features, single, least, device, seed=seed):
+            forest.join(*_verified(pairs, grey, PIXELS_WITH_FEATURES))
     return Copies(forest.roots(np.arange(len(pool))), forest.similarity, is_exact)
 
 
@@ -127,6 +146,28 @@ class Forest:
             np.minimum.at(self._parents, np.maximum(one, other), np.minimum(one, other))
 
 
+def stricter(threshold: float, vectors: Tensor) -> float:
+    """``threshold``, or a greater one where images are similar that are no copies.
+
+    Args:
+        threshold: least similarity of copies.
+        vectors: of some images, float32 [B, F], of length 1.
+    """
+    if len(vectors) < FEWEST:
+        return threshold
+    rows, columns = torch.triu_indices(len(vectors), len(vectors), 1)
+    usual = float(np.percentile((vectors @ vectors.T)[rows, columns].numpy(), USUAL))
+    return max(threshold, 1 - CLOSER * (1 - usual))
+
+
+def _mean_of(pool: ImagePool, samples: Samples) -> Tensor:
+    """Mean of the features of some samples, float32 [F]."""
+    total = torch.zeros(pool.width, dtype=torch.float64)
+    for start in range(0, len(samples), CHUNK):
+        total += pool.rows(samples[start : start + CHUNK]).sum(0, dtype=torch.float64)
+    return (total / len(samples)).float()
+
+
 def unit(values: Tensor) -> Tensor:
     """Rows of length 1; rows of zeros stay."""
     return torch.nn.functional.normalize(values.float(), dim=1)
@@ -154,8 +195,8 @@ def orientation_free(grey: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(result)
 
 
-def orientations(grey: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.uint8]]:
-    """Grey copies [B, GREY, GREY] in the eight orientations."""
+def orientations(grey: npt.NDArray[Pixel]) -> Iterator[npt.NDArray[Pixel]]:
+    """Grey copies [B, GREY, GREY], or numbers of their pixels, in the eight orientations."""
     for mirrored in (grey, grey[:, :, ::-1]):
         for quarter in range(4):
             yield np.rot90(mirrored, quarter, axes=(1, 2))
@@ -178,14 +219,8 @@ def _verified(pairs: Pairs, grey: npt.NDArray[np.uint8], threshold: float) -> Pa
 def _orbits() -> list[npt.NDArray[np.int64]]:
     """Places of a grey copy that the orientations exchange."""
     places = np.arange(GREY * GREY).reshape(1, GREY, GREY)
-    moved = np.stack([each.reshape(-1) for each in _all_orientations(places)], axis=1)
+    moved = np.stack([each.reshape(-1) for each in orientations(places)], axis=1)
     return [np.unique(row) for row in np.unique(np.sort(moved, axis=1), axis=0)]
-
-
-def _all_orientations(places: npt.NDArray[np.int64]) -> Iterable[npt.NDArray[np.int64]]:
-    for mirrored in (places, places[:, :, ::-1]):
-        for quarter in range(4):
-            yield np.rot90(mirrored, quarter, axes=(1, 2))
 
 
 _ORBITS = _orbits()

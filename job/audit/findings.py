@@ -117,8 +117,11 @@ class Suspects:
             self.found.append(Suspect("label_error", sample, score, suggested, detail=detail))
 
     def add_outliers(self, samples: Samples, similarity: npt.NDArray[np.float32]) -> None:
-        """Add images that resemble no others."""
+        """Add images that resemble no others; of a placeholder that has been said already."""
+        placeholders = {each.sample for each in self.found if each.kind == "placeholder"}
         for sample, value in zip(samples.tolist(), similarity.tolist(), strict=True):
+            if sample in placeholders:
+                continue
             score = float(np.clip(1 - value, 0, 1))
             self.found.append(Suspect("outlier", sample, score, detail=f"mean similarity {value:.3f}"))
 

@@ -15,7 +15,7 @@ FEWEST = 30
 """Images below which nothing is called an outlier."""
 MOST_REFERENCES = 20_000
 """Images that each is compared with, drawn at random of more."""
-DEVIATIONS = 6.0
+DEVIATIONS = 3.5
 """Robust standard deviations below the median from which on an image is an outlier."""
 TO_STANDARD_DEVIATION = 1.4826
 """Of a normal distribution, in median absolute deviations."""

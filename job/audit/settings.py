@@ -40,14 +40,14 @@ class AuditSettings:
         leave_out: kinds of findings that the manifest leaves out, separated by commas; all; or none. Default: all but
             outlier, tiny and odd_aspect. One image of each group of copies stays.
         folds: folds of the cross-validation that finds label errors. 0 leaves this check out.
-        similarity: least cosine of the features of near duplicates, from 0 to 1. 1 compares pixels only.
+        similarity: least cosine of the centred features of near duplicates, from 0 to 1. 1 compares pixels only.
         thumbnails: number of images in audit.html, over all kinds of findings.
     """
 
     write_manifest: str | None = None
     leave_out: list[str] | str = DEFAULT_LEFT_OUT
     folds: int = 5
-    similarity: float = 0.95
+    similarity: float = 0.85
     thumbnails: int = 240
 
     def __post_init__(self) -> None:

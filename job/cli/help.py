@@ -152,7 +152,7 @@ _AUDIT = {
     ],
     "checks": [
         Option("folds", "N", "Folds of the check of labels. 0: no such check.", "5", alias_of="audit.folds"),
-        Option("similarity", "COSINE", "Least cosine of near copies.", "0.95", alias_of="audit.similarity"),
+        Option("similarity", "COSINE", "Least cosine of near copies' features.", "0.85", alias_of="audit.similarity"),
     ],
     "output": [
         Option("write_manifest", "URI", "Table without the suspects, for fit.", alias_of="audit.write_manifest"),
