@@ -2,8 +2,8 @@
 
 Copies are found in two ways. Their grey copies of 16 x 16 pixels are equal up to brightness and contrast, in one of the
 eight orientations that rotations by 90 degrees and reflections make. Or their features are nearly equal and their grey
-copies similar, as after cropping or retouching. Where all images resemble one another, as those of one device do,
-copies must be more similar than elsewhere.
+copies similar, as after cropping or retouching. How equal depends on the data: where all images resemble one another,
+as those of one device do, copies must be more similar than elsewhere.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from job.audit.pixels import GREY, Records
 from job.audit.pool import ImagePool
 from job.audit.search import Pairs, Samples, similar_pairs
 
-PIXELS = 0.985
-"""Least correlation of the grey copies of near duplicates."""
+PIXELS = 0.97
+"""Least correlation of the grey copies of near duplicates, where there are too few images to judge by."""
+PIXELS_SHARE, FEATURES_SHARE = 0.08, 0.2
+"""Share of the usual distance of images, 1 minus their similarity, that copies keep to …"""
+USUAL = 95.0
+"""… which is that of the most similar 5 % of all pairs."""
 PIXELS_WITH_FEATURES = 0.7
 """The same, where the features are nearly equal, too."""
 SAMPLE = 512
 """Images by which it is judged how similar images are that are no copies."""
 FEWEST = 40
-"""Images below which the limits above hold as they are."""
-USUAL = 95.0
-"""Percentile of the similarities of all pairs of the sample that counts as usual …"""
-CLOSER = 0.2
-"""… and share of the usual distance that copies keep to."""
+"""Images below which nothing is judged by them."""
 CHUNK = 4096
 """Pairs that are compared in all orientations together."""
 
@@ -95,7 +95,8 @@ def find_copies(
     sample = single
     if len(single) > SAMPLE:
         sample = np.sort(np.random.default_rng(seed).choice(single, SAMPLE, replace=False))
-    least = stricter(PIXELS, torch.from_numpy(standardised(grey[sample])))
+    usual = usual_similarity(torch.from_numpy(standardised(grey[sample])))
+    least = PIXELS if usual is None else 1 - PIXELS_SHARE * (1 - max(usual, 0.0))
     for pairs in similar_pairs(lambda rows: orientation_free(grey[rows]), single, least, device, seed=seed):
         forest.join(*_verified(pairs, grey, least))
     if similarity < 1 and len(single):
@@ -104,7 +105,8 @@ def find_copies(
         def features(rows: Samples) -> Tensor:
             return unit(pool.rows(rows) - mean)
 
-        least = stricter(similarity, features(sample))
+        usual = usual_similarity(features(sample))
+        least = similarity if usual is None else max(similarity, 1 - FEATURES_SHARE * (1 - usual))
         for pairs in similar_pairs(features, single, least, device, seed=seed):
             forest.join(*_verified(pairs, grey, PIXELS_WITH_FEATURES))
     return Copies(forest.roots(np.arange(len(pool))), forest.similarity, is_exact)
@@ -146,18 +148,16 @@ class Forest:
             np.minimum.at(self._parents, np.maximum(one, other), np.minimum(one, other))
 
 
-def stricter(threshold: float, vectors: Tensor) -> float:
-    """``threshold``, or a greater one where images are similar that are no copies.
+def usual_similarity(vectors: Tensor) -> float | None:
+    """Similarity that most pairs of images do not reach; None for too few of them.
 
     Args:
-        threshold: least similarity of copies.
         vectors: of some images, float32 [B, F], of length 1.
     """
     if len(vectors) < FEWEST:
-        return threshold
+        return None
     rows, columns = torch.triu_indices(len(vectors), len(vectors), 1)
-    usual = float(np.percentile((vectors @ vectors.T)[rows, columns].numpy(), USUAL))
-    return max(threshold, 1 - CLOSER * (1 - usual))
+    return float(np.percentile((vectors @ vectors.T)[rows, columns].numpy(), USUAL))
 
 
 def _mean_of(pool: ImagePool, samples: Samples) -> Tensor:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from job.audit.copies import Copies
 from job.audit.image_faults import ImageFaults
-from job.audit.label_errors import LabelErrors, WrongClasses
+from job.audit.label_errors import LabelErrors
 from job.audit.pixels import Records
 from job.audit.pool import ROWS, ImagePool
 from job.audit.result import Finding
@@ -104,13 +104,13 @@ class Suspects:
             detail = f"probability {confidence:.3f}, margin {margin:.3f}"
             self.found.append(Suspect("label_error", sample, 1 - confidence, (suggested,), detail=detail))
 
-    def add_wrong_classes(self, wrong: WrongClasses) -> None:
-        """Add images of any number of labels."""
+    def add_wrong_classes(self, wrong: LabelErrors) -> None:
+        """Add images of any number of labels, each of which comes once per wrong class."""
         order = np.argsort(wrong.samples, kind="stable")
         samples, starts = np.unique(wrong.samples[order], return_index=True)
         for sample, rows in zip(samples.tolist(), np.split(order, starts[1:]), strict=False):
             given = np.flatnonzero(self.pool.multi_hot_of(np.array([sample]))[0]).tolist()
-            changed = wrong.classes[rows].tolist()
+            changed = wrong.suggested[rows].tolist()
             suggested = tuple(sorted(set(given) ^ set(changed)))
             score = 1 - float(wrong.self_confidence[rows].min())
             detail = f"{len(changed)} class(es) too many or missing"

@@ -1,10 +1,10 @@
 """Confident learning: images whose label out-of-fold probabilities contradict.
 
-An image counts for a class if its probability is at least the mean that images labelled with this class have. Images
-that count for another class than their label are suspected: the off-diagonal cells of the confident joint of Northcutt,
-Jiang and Chuang, "Confident Learning: Estimating Uncertainty in Dataset Labels", Journal of Artificial Intelligence
-Research 70 (2021), section 3. Results are those of cleanlab's ``find_label_issues`` with
-``filter_by="confident_learning"``.
+An image counts for a class if its probability is at least the mean that images labelled with this class have. How often
+images of each label count for each class, the confident joint, estimates the number of errors in each label; so many
+images are suspected, those that other classes exceed by the largest margins. See Northcutt, Jiang and Chuang,
+"Confident Learning: Estimating Uncertainty in Dataset Labels", Journal of Artificial Intelligence Research 70 (2021),
+section 3: this is its "prune by noise rate", the default of cleanlab's ``find_label_issues``, whose results it equals.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ TOLERANCE = 1e-6
 """Probabilities that differ by less are equal."""
 ABSENT = 2.0
 """Threshold of a class without images: no probability reaches it."""
+ELEMENTS = 1 << 24
+"""Probabilities that are held at once where images have several labels."""
 
 Samples = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.float64]
-Blocks = Callable[[], Iterable[tuple[Samples, Probabilities]]]
-"""Sample ids [B] and probabilities [B, C], block by block; called twice, so that all need not be in memory at once."""
+Predict = Callable[[Samples], Iterable[tuple[Samples, Probabilities]]]
+"""Sample ids [B] and probabilities [B, C] of some samples, block by block, in any order."""
 
 
 @dataclass(frozen=True)
 class LabelErrors:
-    """Images whose label is suspected, the most suspicious first.
+    """Images whose label is suspected, ordered by self-confidence, the lowest first.
 
     Attributes:
         samples: sample ids, int64 [E].
-        suggested: class number, int64 [E].
+        suggested: the most probable class, int64 [E].
         self_confidence: probability of the given label, float64 [E].
         normalized_margin: that probability minus the largest one of other classes, from -1 to 1, float64 [E].
     """
@@ -42,101 +44,161 @@ class LabelErrors:
     self_confidence: Probabilities
     normalized_margin: Probabilities
 
+    def __getitem__(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> LabelErrors:
+        """Some of them."""
+        return LabelErrors(
+            self.samples[rows], self.suggested[rows], self.self_confidence[rows], self.normalized_margin[rows]
+        )
 
-def find_label_errors(blocks: Blocks, labels: npt.NDArray[np.int64], num_classes: int) -> LabelErrors:
-    """Label errors of images with one label each, ordered by self-confidence.
+
+def find_label_errors(
+    predict: Predict, samples: Samples, labels: npt.NDArray[np.int64], num_classes: int
+) -> LabelErrors:
+    """Label errors of images with one label each.
+
+    Probabilities are computed block by block, several times. Memory holds those of one label.
 
     Args:
-        blocks: out-of-fold probabilities of the images to check.
+        predict: out-of-fold probabilities.
+        samples: sample ids to check, in increasing order.
         labels: class number of each sample id, int64 [N].
         num_classes: number of classes.
     """
-    totals, counts = np.zeros(num_classes), np.zeros(num_classes)
-    for samples, probabilities in blocks():
-        given = labels[samples]
-        totals += np.bincount(given, probabilities[np.arange(len(given)), given], minlength=num_classes)
-        counts += np.bincount(given, minlength=num_classes)
-    thresholds = _thresholds(totals, counts)
-    found: list[LabelErrors] = []
-    for samples, probabilities in blocks():
-        rows, given = np.arange(len(samples)), labels[samples]
+    if not len(samples):
+        return _joined([])
+    thresholds = _thresholds(predict, samples, labels, num_classes)
+    cells: dict[int, dict[int, int]] = {}
+    parts: list[LabelErrors] = []
+    for rows, probabilities in predict(samples):
+        given, places = labels[rows], np.arange(len(rows))
         reached = probabilities >= thresholds - TOLERANCE
         # Of several classes that an image counts for, the most probable one is meant.
-        suggested = np.where(reached.sum(1) > 1, probabilities.argmax(1), reached.argmax(1))
-        own = probabilities[rows, given]
+        guess = np.where(reached.sum(1) > 1, probabilities.argmax(1), reached.argmax(1))
+        counted = reached.any(1)
+        pairs, counts = np.unique(np.stack([given, guess])[:, counted], axis=1, return_counts=True)
+        for label, other, count in zip(*pairs.tolist(), counts.tolist(), strict=True):
+            row = cells.setdefault(label, {})
+            row[other] = row.get(other, 0) + count
+        own = probabilities[places, given]
         others = probabilities.copy()
-        others[rows, given] = -np.inf
+        others[places, given] = -np.inf
         margin = own - others.max(1)
-        errors = reached.any(1) & (suggested != given) & (margin < -TOLERANCE)
-        found.append(LabelErrors(samples[errors], suggested[errors], own[errors], margin[errors]))
-    return _ordered(found)
-
-
-@dataclass(frozen=True)
-class WrongClasses:
-    """Classes that images should have, or should not have, though the data says the opposite.
-
-    Attributes:
-        samples: sample ids, int64 [E].
-        classes: class numbers, int64 [E]: has the image this label, it is one too many; else it lacks it.
-        self_confidence: probability of what the data says about this class, float64 [E].
-    """
-
-    samples: Samples
-    classes: npt.NDArray[np.int64]
-    self_confidence: Probabilities
-
-    def without(self, classes: npt.NDArray[np.int64]) -> WrongClasses:
-        """Those of other classes."""
-        keep = ~np.isin(self.classes, classes)
-        return WrongClasses(self.samples[keep], self.classes[keep], self.self_confidence[keep])
+        wrong = margin < -TOLERANCE
+        parts.append(LabelErrors(rows[wrong], others.argmax(1)[wrong], own[wrong], margin[wrong]))
+    candidates = _joined(parts)
+    counts_of_label = np.bincount(labels[samples], minlength=num_classes)
+    suspected = np.zeros(len(labels), np.bool_)
+    for label in np.unique(labels[candidates.samples]).tolist():
+        errors = _errors_per_class(label, cells, int(counts_of_label[label]), num_classes)
+        others = np.flatnonzero(errors)
+        if len(others) and counts_of_label[label] > 1:
+            _suspect(predict, samples[labels[samples] == label], label, others, errors[others], suspected)
+    return candidates[suspected[candidates.samples]]
 
 
 def find_wrong_classes(
-    blocks: Blocks, targets: Callable[[Samples], npt.NDArray[np.uint8]], num_classes: int
-) -> WrongClasses:
+    predict: Predict,
+    samples: Samples,
+    targets: Callable[[Samples], npt.NDArray[np.uint8]],
+    classes: npt.NDArray[np.int64],
+) -> LabelErrors:
     """Label errors of images with any number of labels: each class is a problem of two classes of its own.
 
+    An image comes once for each class that it should have or should not have, though the data says the opposite;
+    ``suggested`` is the number of this class.
+
     Args:
-        blocks: out-of-fold probability of each class.
+        predict: out-of-fold probability of each class.
+        samples: sample ids to check, in increasing order.
         targets: multi-hot labels, uint8 [B, C], of some samples.
-        num_classes: number of classes.
+        classes: numbers of the classes to check.
     """
-    totals, counts = np.zeros((2, num_classes)), np.zeros((2, num_classes))
-    for samples, probabilities in blocks():
-        has = targets(samples) > 0
-        totals += np.stack([np.where(has, 0.0, 1 - probabilities).sum(0), np.where(has, probabilities, 0.0).sum(0)])
-        counts += np.stack([(~has).sum(0), has.sum(0)])
-    absent, present = _thresholds(totals, counts)
-    found: list[WrongClasses] = []
-    for samples, probabilities in blocks():
-        has = targets(samples) > 0
-        counts_as_present = probabilities >= present - TOLERANCE
-        counts_as_absent = 1 - probabilities >= absent - TOLERANCE
-        both = counts_as_present & counts_as_absent
-        is_present = np.where(both, probabilities > 0.5, counts_as_present)
-        own = np.where(has, probabilities, 1 - probabilities)
-        wrong = (counts_as_present | counts_as_absent) & (is_present != has) & (2 * own - 1 < -TOLERANCE)
-        rows, classes = np.nonzero(wrong)
-        found.append(WrongClasses(samples[rows], classes.astype(np.int64), own[rows, classes]))
-    empty = np.empty(0, np.int64)
-    return WrongClasses(
-        np.concatenate([empty, *(each.samples for each in found)]),
-        np.concatenate([empty, *(each.classes for each in found)]),
-        np.concatenate([np.empty(0), *(each.self_confidence for each in found)]),
-    )
+    found: list[LabelErrors] = []
+    step = max(ELEMENTS // max(len(samples), 1), 1)
+    for start in range(0, len(classes), step):
+        chosen = classes[start : start + step]
+        values = np.empty((len(samples), len(chosen)))
+        has = np.empty((len(samples), len(chosen)), np.int64)
+        for rows, probabilities in predict(samples):
+            places = np.searchsorted(samples, rows)
+            values[places] = probabilities[:, chosen]
+            has[places] = targets(rows)[:, chosen]
+        for column, number in enumerate(chosen.tolist()):
+            two = np.stack([1 - values[:, column], values[:, column]], axis=1)
+            errors = find_label_errors(
+                lambda rows, two=two: [(rows, two[rows])],  # type: ignore[misc]
+                np.arange(len(samples)),
+                has[:, column],
+                2,
+            )
+            errors = LabelErrors(
+                samples[errors.samples],
+                np.full(len(errors.samples), number),
+                errors.self_confidence,
+                errors.normalized_margin,
+            )
+            found.append(errors)
+    return _joined(found)
 
 
-def _thresholds(totals: Probabilities, counts: Probabilities) -> Probabilities:
+def _thresholds(
+    predict: Predict, samples: Samples, labels: npt.NDArray[np.int64], num_classes: int
+) -> npt.NDArray[np.float64]:
+    """Mean probability of each class over the images labelled with it, float64 [C]."""
+    totals, counts = np.zeros(num_classes), np.zeros(num_classes)
+    for rows, probabilities in predict(samples):
+        given = labels[rows]
+        totals += np.bincount(given, probabilities[np.arange(len(given)), given], minlength=num_classes)
+        counts += np.bincount(given, minlength=num_classes)
     means = np.maximum(totals / np.maximum(counts, 1), 2 * TOLERANCE)
-    thresholds: Probabilities = np.where(counts > 0, means, ABSENT)
+    thresholds: npt.NDArray[np.float64] = np.where(counts > 0, means, ABSENT)
     return thresholds
 
 
-def _ordered(found: list[LabelErrors]) -> LabelErrors:
-    samples = np.concatenate([np.empty(0, np.int64), *(each.samples for each in found)])
-    suggested = np.concatenate([np.empty(0, np.int64), *(each.suggested for each in found)])
-    confidence = np.concatenate([np.empty(0), *(each.self_confidence for each in found)])
-    margin = np.concatenate([np.empty(0), *(each.normalized_margin for each in found)])
-    order = np.lexsort((samples, confidence))
-    return LabelErrors(samples[order], suggested[order], confidence[order], margin[order])
+def _errors_per_class(
+    label: int, cells: dict[int, dict[int, int]], images: int, num_classes: int
+) -> npt.NDArray[np.int64]:
+    """Estimated number of images with a label that belong to each other class, int64 [C]."""
+    row = np.zeros(num_classes)
+    for other, count in cells.get(label, {}).items():
+        row[other] = count
+    row[label] = max(row[label], 1)
+    row = row / row.sum() * images
+    counts = row.round()
+    # Rounded so that the sum stays: the entries that rounding changed most are rounded the other way.
+    missing = int(images - counts.sum())
+    direction = 1 if missing > 0 else -1
+    for place in np.argsort(row - counts)[::-direction][: abs(missing)]:
+        counts[place] += direction
+    if counts[label] < 1:  # one image of the label stays
+        others = max(np.count_nonzero(counts) - 1, 1)
+        counts = np.maximum(counts - (1 - counts[label]) / others, 0).astype(np.int64)
+    counts[label] = 0
+    return counts.astype(np.int64)
+
+
+def _suspect(
+    predict: Predict,
+    samples: Samples,
+    label: int,
+    others: npt.NDArray[np.int64],
+    errors: npt.NDArray[np.int64],
+    suspected: npt.NDArray[np.bool_],
+) -> None:
+    """Mark those images of one label that other classes exceed by the largest margins, as many as errors per class."""
+    margins = np.empty((len(samples), len(others)), np.float32 if len(samples) * len(others) > ELEMENTS else np.float64)
+    for rows, probabilities in predict(samples):
+        margins[np.searchsorted(samples, rows)] = probabilities[:, others] - probabilities[:, [label]]
+    for column, count in enumerate(errors.tolist()):
+        suspected[samples[np.argsort(-margins[:, column])[:count]]] = True
+
+
+def _joined(parts: list[LabelErrors]) -> LabelErrors:
+    empty = np.empty(0, np.int64)
+    everything = LabelErrors(
+        np.concatenate([empty, *(each.samples for each in parts)]),
+        np.concatenate([empty, *(each.suggested for each in parts)]),
+        np.concatenate([np.empty(0), *(each.self_confidence for each in parts)]),
+        np.concatenate([np.empty(0), *(each.normalized_margin for each in parts)]),
+    )
+    return everything[np.lexsort((everything.samples, everything.self_confidence))]

@@ -147,13 +147,13 @@ class OutOfFold:
         if self._heads is None:
             raise DivergedError("no head for the check of labels has a finite loss: the features are too large.")
 
-    def blocks(self) -> Iterator[tuple[Samples, Probabilities]]:
-        """(sample ids [B], probabilities [B, C]) of all images to check, block by block."""
+    def predict(self, samples: Samples) -> Iterator[tuple[Samples, Probabilities]]:
+        """(sample ids [B], probabilities [B, C]) of some images to check, block by block."""
         assert self._heads is not None, "checked at the end of the training"
         for number, fold in enumerate(self.used.tolist()):
-            samples = self.checked.samples[self.folds[self.checked.samples] == fold]
+            own = samples[self.folds[samples] == fold]
             place = number * self._trials + self._trial
-            for logits, rows in self._heads.logits(self.pool, samples, slice(place, place + 1)):
+            for logits, rows in self._heads.logits(self.pool, own, slice(place, place + 1)):
                 values = logits[:, 0].double()
                 if self.targets.several_labels:
                     probabilities = values.sigmoid()

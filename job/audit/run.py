@@ -222,11 +222,14 @@ class Audit:
             return LabelCheck(0, {**checked.left_out, **({reason: count} if count else {})})
         predictions = OutOfFold(pool, checked, groups, self.settings.folds, self.data.seed, self.device)
         if pool.has_several_labels:
-            wrong = find_wrong_classes(predictions.blocks, pool.multi_hot_of, len(pool.classes))
-            suspects.add_wrong_classes(wrong.without(checked.rare))
+            classes = np.setdiff1d(np.arange(len(pool.classes)), checked.rare)
+            suspects.add_wrong_classes(
+                find_wrong_classes(predictions.predict, checked.samples, pool.multi_hot_of, classes)
+            )
             return LabelCheck(count, checked.left_out)
-        suspects.add_label_errors(find_label_errors(predictions.blocks, pool.labels, len(pool.classes)))
-        confusion = confusion_of(predictions.blocks(), pool.labels, len(pool.classes))
+        errors = find_label_errors(predictions.predict, checked.samples, pool.labels, len(pool.classes))
+        suspects.add_label_errors(errors)
+        confusion = confusion_of(predictions.predict(checked.samples), pool.labels, len(pool.classes))
         return LabelCheck(count, checked.left_out, confusion)
 
     def _reason_not_to_check(self, pool: ImagePool, checked: Checked) -> str:
