@@ -28,6 +28,7 @@ from job.audit.result import AuditResult, ClassSummary, ConfusedClasses, Manifes
 from job.audit.search import Samples
 from job.audit.settings import AuditSettings
 from job.audit.terminal import SHOWN, print_summary
+from job.audit.unlabelled import open_without_labels
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule
 from job.data.dataset import Preprocessing
@@ -50,8 +51,11 @@ log = logging.getLogger("job")
 FOLDER = "audit"
 """Folder of the results, below run_dir."""
 FINDINGS_FILE, SUMMARY_FILE, PAGE_FILE = "audit.jsonl", "audit.json", "audit.html"
+NO_LABELS = "there is none to check"
 ONE_CLASS = "all images have one class"
 NO_CHECK = "--audit.folds=0"
+NO_CLASSES = ("0", "1")
+"""Of a head that is not used."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,10 @@ class Audit:
         """
         data = self.data
         data.trainer = self.trainer  # as Lightning does: the index is that of run_dir
-        data.setup("fit")
+        if self.settings.labels == "none":
+            open_without_labels(data, self.run_dir)
+        else:
+            self._set_up()
         if (manifest := self.settings.write_manifest) is not None:
             require_nameable(manifest, list(data.parts.values()))
         lease = Lease(self.folder)
@@ -145,6 +152,12 @@ class Audit:
                 return None
             return self._finish(inspected, lease)
 
+    def _set_up(self) -> None:
+        try:
+            self.data.setup("fit")
+        except DataError as error:
+            raise DataError(f"{error} To audit images without their labels, add --audit.labels=none.") from error
+
     def _network(self) -> tuple[Classifier, Preprocessing]:
         """The network and the preprocessing of images, as evaluation has it."""
         if self.ckpt is not None:
@@ -153,7 +166,7 @@ class Audit:
         net = build_classifier(
             self.config,
             read_pretrained(self.config.weights),
-            classes=self.data.classes,
+            classes=NO_CLASSES if self.settings.labels == "none" else self.data.classes,
             image_size=self.data.image_size,
             device_type=self.device.type,
         )
@@ -235,6 +248,8 @@ class Audit:
     def _reason_not_to_check(self, pool: ImagePool, checked: Checked) -> str:
         if not self.settings.folds:
             return NO_CHECK
+        if not len(checked.samples):
+            return NO_LABELS
         if pool.has_several_labels:
             return "" if len(checked.rare) < len(pool.classes) else "every class has too few images"
         return "" if len(np.unique(pool.labels[checked.samples])) > 1 else ONE_CLASS

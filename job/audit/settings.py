@@ -39,6 +39,7 @@ class AuditSettings:
             --data.root of a fit.
         leave_out: kinds of findings that the manifest leaves out, separated by commas; all; or none. Default: all but
             outlier, tiny and odd_aspect. One image of each group of copies stays.
+        labels: auto takes the labels that the data has, as fit does; none audits images of any layout without labels.
         folds: folds of the cross-validation that finds label errors. 0 leaves this check out.
         similarity: least cosine of the centred features of near duplicates, from 0 to 1. 1 compares pixels only.
         thumbnails: number of images in audit.html, over all kinds of findings.
@@ -46,6 +47,7 @@ class AuditSettings:
 
     write_manifest: str | None = None
     leave_out: list[str] | str = DEFAULT_LEFT_OUT
+    labels: Literal["auto", "none"] = "auto"
     folds: int = 5
     similarity: float = 0.85
     thumbnails: int = 240
@@ -59,6 +61,8 @@ class AuditSettings:
             raise ConfigError(f"--audit.similarity must be above 0 and at most 1, not {self.similarity}.")
         if not 0 <= self.thumbnails <= MOST_THUMBNAILS:
             raise ConfigError(f"--audit.thumbnails must be between 0 and {MOST_THUMBNAILS:,}, not {self.thumbnails}.")
+        if self.write_manifest is not None and self.labels == "none":
+            raise ConfigError("--audit.write_manifest is a table for a fit, which needs labels. Leave out one of them.")
         if self.write_manifest is not None:
             suffix = PurePosixPath(self.write_manifest).suffix.lower()
             if suffix not in MANIFEST_SUFFIXES:

@@ -21,7 +21,8 @@ SWEEP_ALIASES = {
 """Short names of options of sweep."""
 AUDIT_ALIASES = {
     "batch_size": "data.global_batch_size",
-    **{name: f"audit.{name}" for name in ("write_manifest", "leave_out", "folds", "similarity", "thumbnails")},
+    **{name: f"audit.{name}" for name in ("write_manifest", "leave_out", "labels", "folds")},
+    **{name: f"audit.{name}" for name in ("similarity", "thumbnails")},
 }
 """Short names of options of audit."""
 DATA_ALIASES = {"batch_size": "data.global_batch_size"}

@@ -151,6 +151,7 @@ _AUDIT = {
         Option("ckpt", "URI", "A checkpoint or run_dir whose backbone computes the features, instead."),
     ],
     "checks": [
+        Option("labels", "auto|none", "none audits images without labels.", "auto", alias_of="audit.labels"),
         Option("folds", "N", "Folds of the check of labels. 0: no such check.", "5", alias_of="audit.folds"),
         Option("similarity", "COSINE", "Least cosine of near copies' features.", "0.85", alias_of="audit.similarity"),
     ],

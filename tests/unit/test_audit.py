@@ -72,7 +72,7 @@ def planted() -> dict[str, bytes]:
         files[name] = encoded(opened(picture((120, 120, 120), 9003)))
     files["train/red/blank.png"] = encoded(Image.new("RGB", (40, 32), (180, 20, 20)))
     files["train/red/tiny.png"] = picture(COLOURS["red"], 9004, (6, 7), "PNG")
-    files["train/blue/odd.png"] = picture(COLOURS["blue"], 9005, (160, 20), "PNG")
+    files["train/blue/odd.png"] = picture(COLOURS["blue"], 9005, (240, 40), "PNG")
     files["train/blue/broken.jpg"] = b"\xff\xd8\xff no image"
     return files
 
@@ -217,9 +217,16 @@ def test_several_labels(tmp_path: Path) -> None:
 def test_one_class_and_a_rare_class(tmp_path: Path) -> None:
     one = write_files(tmp_path / "one", pictures(["blue"], 10))
     result = run_here("audit", *options(SETTINGS, data__root=one, run_dir=tmp_path / "run"))
+    assert result.returncode == 2
+    assert "--audit.labels=none" in result.output
+    (one / "copy.jpg").write_bytes((one / "blue" / "003.jpg").read_bytes())
+    result = run_here("audit", *options(SETTINGS, data__root=one, run_dir=tmp_path / "run"), "--labels=none")
     assert result.returncode == 0, result.output
-    assert summary_of(tmp_path / "run").labels_not_checked == {"all images have one class": 10}
-    files = pictures(["blue", "red"], 10) | {"green/000.jpg": picture(COLOURS["green"], 1)}
+    assert summary_of(tmp_path / "run").labels_not_checked == {"without a label": 11}
+    assert set(findings_of(tmp_path / "run", one)["exact_duplicate"]) == {"copy.jpg", "blue/003.jpg"}
+    files = {f"train/{key}": content for key, content in pictures(["blue", "red"], 10).items()}
+    files |= {f"val/{key}": content for key, content in pictures(["blue", "red"], 3, seed=500).items()}
+    files["train/green/000.jpg"] = picture(COLOURS["green"], 1)
     rare = write_files(tmp_path / "rare", files)
     result = run_here("audit", *options(SETTINGS, data__root=rare, run_dir=tmp_path / "rare-run"))
     assert result.returncode == 0, result.output
@@ -261,7 +268,7 @@ def test_classes_that_features_cannot_tell_apart(tmp_path: Path) -> None:
         (["--leave_out=blurred"], "'blurred' is no kind of finding"),
         (["--write_manifest=clean.txt"], "must end with .csv, .jsonl, .parquet"),
         (["--write_manifest=memory://bucket/clean.csv"], "a table in a bucket cannot name local files"),
-        (["--trainer.precision=16-mixed"], "audit computes features at bf16-mixed or 32-true"),
+        (["--trainer.precision=64-true"], "audit computes features at bf16-mixed or 32-true"),
     ],
 )
 def test_mistakes(tmp_path: Path, arguments: list[str], message: str) -> None:
