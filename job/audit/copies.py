@@ -175,7 +175,7 @@ def unit(values: Tensor) -> Tensor:
 
 def standardised(grey: npt.NDArray[np.uint8]) -> Grey:
     """Grey copies without brightness and contrast, float32 [B, GREY * GREY], of mean 0 and length 1."""
-    values = grey.reshape(len(grey), -1).astype(np.float32)
+    values = grey.reshape(len(grey), GREY * GREY).astype(np.float32)
     values -= values.mean(1, keepdims=True)
     result: Grey = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-6)
     return result

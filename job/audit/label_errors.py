@@ -90,9 +90,9 @@ def find_label_errors(
     suspected = np.zeros(len(labels), np.bool_)
     for label in np.unique(labels[candidates.samples]).tolist():
         errors = _errors_per_class(label, cells, int(counts_of_label[label]), num_classes)
-        others = np.flatnonzero(errors)
-        if len(others) and counts_of_label[label] > 1:
-            _suspect(predict, samples[labels[samples] == label], label, others, errors[others], suspected)
+        classes = np.flatnonzero(errors)
+        if len(classes) and counts_of_label[label] > 1:
+            _suspect(predict, samples[labels[samples] == label], label, classes, errors[classes], suspected)
     return candidates[suspected[candidates.samples]]
 
 
@@ -174,7 +174,8 @@ def _errors_per_class(
         others = max(np.count_nonzero(counts) - 1, 1)
         counts = np.maximum(counts - (1 - counts[label]) / others, 0).astype(np.int64)
     counts[label] = 0
-    return counts.astype(np.int64)
+    errors: npt.NDArray[np.int64] = counts.astype(np.int64)
+    return errors
 
 
 def _suspect(

@@ -26,7 +26,7 @@ from job.audit.pixels import Records, inspect
 from job.audit.pool import ImagePool
 from job.audit.result import AuditResult, ClassSummary, ConfusedClasses, ManifestSummary
 from job.audit.search import Samples
-from job.audit.settings import AuditSettings
+from job.audit.settings import AuditSettings, Kind
 from job.audit.terminal import SHOWN, print_summary
 from job.audit.unlabelled import open_without_labels
 from job.cluster import ranks
@@ -218,7 +218,9 @@ class Audit:
         checked = images_to_check(pool, copies.group, readable, faults.blank)
         check = self._check_labels(suspects, checked, copies.group)
         suspects.finish()
-        manifest = self._write_manifest(suspects, lease)
+        left_out = suspects.left_out(self.settings.left_out_kinds())
+        leaves_nothing = self.settings.write_manifest is not None and len(left_out) == len(pool)
+        manifest = None if leaves_nothing else self._write_manifest(suspects, left_out, lease)
         result = self._result(suspects, check, manifest)
         self._write(result, suspects, lease)
         first = {each.kind: each for each in reversed(suspects.found)}
@@ -226,6 +228,11 @@ class Audit:
         ordered = [first[kind] for kind in result.findings]
         print_summary(result, list(suspects.findings(ordered)), list(suspects.findings(errors)))
         say(f"Pictures: {storage.join(self.folder, PAGE_FILE)}; all findings: {FINDINGS_FILE} beside it.")
+        if leaves_nothing:
+            raise DataError(
+                f"every image is suspect: --audit.write_manifest {self.settings.write_manifest} would be empty, and is "
+                "not written. Limit --audit.leave_out."
+            )
         return result
 
     def _check_labels(self, suspects: Suspects, checked: Checked, groups: Samples) -> LabelCheck:
@@ -254,15 +261,10 @@ class Audit:
             return "" if len(checked.rare) < len(pool.classes) else "every class has too few images"
         return "" if len(np.unique(pool.labels[checked.samples])) > 1 else ONE_CLASS
 
-    def _write_manifest(self, suspects: Suspects, lease: Lease) -> ManifestSummary | None:
+    def _write_manifest(self, suspects: Suspects, left_out: dict[int, Kind], lease: Lease) -> ManifestSummary | None:
         uri = self.settings.write_manifest
         if uri is None:
             return None
-        left_out = suspects.left_out(self.settings.left_out_kinds())
-        if len(left_out) == len(suspects.pool):
-            raise DataError(
-                f"every image is suspect, and --audit.write_manifest {uri} would be empty. Limit --audit.leave_out."
-            )
         count = write_manifest(uri, suspects.pool, left_out, lease.require_held)
         return ManifestSummary(uri=uri, images=count, left_out=dict(Counter(left_out.values()).most_common()))
 

@@ -289,6 +289,18 @@ def test_a_manifest_cannot_name_members_of_an_archive(tmp_path: Path) -> None:
     assert run_here("audit", *settings).returncode == 0
 
 
+def test_all_images_are_one_picture_or_blank(tmp_path: Path) -> None:
+    one, blank = picture(COLOURS["red"], 1), encoded(Image.new("RGB", (40, 40)))
+    for name, content, kind in (("one", one, "placeholder"), ("blank", blank, "blank")):
+        root = write_files(tmp_path / name, {f"{label}/{n}.png": content for label in ("a", "b") for n in range(12)})
+        run_dir, table = tmp_path / f"run-{name}", tmp_path / f"{name}.csv"
+        result = run_here("audit", *options(SETTINGS, data__root=root, run_dir=run_dir), f"--write_manifest={table}")
+        assert result.returncode == 2, result.output
+        assert "every image is suspect" in result.output
+        assert not table.exists()
+        assert len(findings_of(run_dir, root)[kind]) == 24
+
+
 def test_kinds_to_leave_out() -> None:
     assert AuditSettings(leave_out="all").left_out_kinds() == set(KINDS)
     assert AuditSettings(leave_out="none").left_out_kinds() == set()
