@@ -55,6 +55,9 @@ COMMANDS = {
     "sweep": Command(
         "job.cli.sweep", "Train many heads of a frozen backbone at once, and keep the best.", on_ranks=True
     ),
+    "audit": Command(
+        "job.cli.audit", "Find wrong labels, copies, outliers and broken images in a data set.", on_ranks=True
+    ),
     "validate": Command(
         "job.cli.evaluate", "Evaluate a checkpoint on the validation images.", on_ranks=True, has_check=True
     ),

@@ -19,6 +19,12 @@ SWEEP_ALIASES = {
     **{name: f"sweep.{name}" for name in ("dropout", "samples", "folds", "epochs", "batch_size")},
 }
 """Short names of options of sweep."""
+AUDIT_ALIASES = {
+    "batch_size": "data.global_batch_size",
+    **{name: f"audit.{name}" for name in ("write_manifest", "leave_out", "labels", "folds")},
+    **{name: f"audit.{name}" for name in ("similarity", "thumbnails")},
+}
+"""Short names of options of audit."""
 DATA_ALIASES = {"batch_size": "data.global_batch_size"}
 """Short names of common options of tune, validate and test."""
 FIT_COMMANDS = frozenset(["fit", "check"])
@@ -78,6 +84,8 @@ def aliases_of(command: str) -> dict[str, str]:
     """Short names of common options of a command that builds a Trainer."""
     if command == "sweep":
         return SWEEP_ALIASES
+    if command == "audit":
+        return AUDIT_ALIASES
     return TRAINING_ALIASES if command in FIT_COMMANDS else DATA_ALIASES
 
 

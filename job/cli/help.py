@@ -139,6 +139,29 @@ _SWEEP = {
     ],
     "hardware": _HARDWARE,
 }
+_AUDIT = {
+    "run": [
+        *_RUN[:1],
+        Option("config", "FILE", "A YAML file. Default: RUN_DIR/config.yaml, if a fit has left one."),
+        _SEED,
+    ],
+    "data": _DATA,
+    "features": [
+        *_FIT["model"][:2],
+        Option("ckpt", "URI", "A checkpoint or run_dir whose backbone computes the features, instead."),
+    ],
+    "checks": [
+        Option("labels", "auto|none", "none audits images without labels.", "auto", alias_of="audit.labels"),
+        Option("folds", "N", "Folds of the check of labels. 0: no such check.", "5", alias_of="audit.folds"),
+        Option("similarity", "COSINE", "Least cosine of near copies' features.", "0.85", alias_of="audit.similarity"),
+    ],
+    "output": [
+        Option("write_manifest", "URI", "Table without the suspects, for fit.", alias_of="audit.write_manifest"),
+        Option("leave_out", "A,B,…", "Kinds that it leaves out, all or none.", alias_of="audit.leave_out"),
+        Option("thumbnails", "N", "Images in audit.html.", "240", alias_of="audit.thumbnails"),
+    ],
+    "hardware": _HARDWARE,
+}
 _CHECK = {
     **_FIT,
     "report": [
@@ -146,7 +169,15 @@ _CHECK = {
         Option("price_per_hour", "PRICE", "Price of all machines per hour, for an estimate of the whole run."),
     ],
 }
-COMMON = {"fit": _FIT, "check": _CHECK, "tune": _TUNE, "validate": _EVALUATE, "test": _EVALUATE, "sweep": _SWEEP}
+COMMON = {
+    "fit": _FIT,
+    "check": _CHECK,
+    "tune": _TUNE,
+    "validate": _EVALUATE,
+    "test": _EVALUATE,
+    "sweep": _SWEEP,
+    "audit": _AUDIT,
+}
 """Common options by command and group."""
 SUMMARIES = {
     "fit": "Train a model, or continue its training, in RUN_DIR.",
@@ -154,6 +185,7 @@ SUMMARIES = {
     "tune": "Find an initial learning rate and the largest batch that fits; nothing that is trained is kept.",
     "validate": "Evaluate a checkpoint on the validation images.",
     "sweep": "Train many heads of a frozen backbone at once, and keep the best by cross-validation.",
+    "audit": "Find wrong labels, copies, leakage between parts, outliers and broken images in a data set.",
     "test": "Evaluate a checkpoint on the test images.",
 }
 EXAMPLES = {
@@ -161,6 +193,7 @@ EXAMPLES = {
     "check": "python -m job check gs://BUCKET/runs/1 --config head --data.root gs://BUCKET/data --price_per_hour 2.5",
     "tune": "python -m job tune gs://BUCKET/runs/1 --data.root gs://BUCKET/images --model.backbone resnet18",
     "sweep": "python -m job sweep gs://BUCKET/runs/1 --data.root gs://BUCKET/images --model.backbone resnet18,resnet50",
+    "audit": "python -m job audit gs://BUCKET/runs/1 --data.root gs://BUCKET/images --write_manifest clean.csv",
     "validate": "python -m job validate gs://BUCKET/runs/1 --tta hflip",
     "test": "python -m job test gs://BUCKET/runs/1 --data.test gs://BUCKET/test-images",
 }

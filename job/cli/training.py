@@ -1,4 +1,4 @@
-"""Options of the commands that build a Trainer: fit, check, tune, validate, test and sweep."""
+"""Options of the commands that build a Trainer: fit, check, tune, validate, test, sweep and audit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from job import checkpoint, storage
+from job.audit.settings import AuditSettings
 from job.checkpoint.resume import Resume
 from job.checkpoint.settings import CheckpointSettings
 from job.cli.arguments import FIT_COMMANDS, aliases_of
@@ -57,7 +58,7 @@ class TrainingParser(ParserMixin, LightningArgumentParser):
 
 
 class TrainingCLI(LightningCLI):
-    """Options of fit, check, tune, validate, test and sweep; see ``--help-all``.
+    """Options of fit, check, tune, validate, test, sweep and audit; see ``--help-all``.
 
     Attributes:
         config_init: the options, with instances of the classes that they name.
@@ -152,6 +153,15 @@ class TrainingCLI(LightningCLI):
             parser.add_class_arguments(MonitoringSettings, "monitoring", sub_configs=True)
         elif self.verb == "sweep":
             parser.add_class_arguments(SweepSettings, "sweep", sub_configs=True)
+        elif self.verb == "audit":
+            parser.add_class_arguments(AuditSettings, "audit", sub_configs=True)
+            parser.add_argument(
+                "--ckpt",
+                type=str | None,
+                default=None,
+                help="A checkpoint file, RUN_DIR/checkpoints/last, or a run_dir (its best checkpoint), whose backbone "
+                "computes the features. Default: --model.backbone with its pretrained weights.",
+            )
         elif self.verb == "tune":
             parser.add_lightning_class_args(LRFinder, "lr_finder")
         else:

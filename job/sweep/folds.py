@@ -72,22 +72,38 @@ def stratified_folds(
     Raises:
         DataError: a class has fewer groups than folds.
     """
-    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    group_labels, _ = _grouped(labels, groups)
+    for label in np.unique(group_labels):
+        count = int((group_labels == label).sum())
+        if count < folds and label >= 0:
+            name, images = escape(classes[label]), int((labels == label).sum())
+            different = "" if images == count else f", of which {count} differ"
+            fewer = f"use --sweep.folds={count}, " if count > 1 else ""
+            raise DataError(
+                f"the class {name} has {images} training image(s){different}, and {folds} folds need at least {folds}: "
+                f"{fewer}add images, or leave the class out."
+            )
+    return assign_folds(labels, groups, folds, seed)
+
+
+def assign_folds(
+    labels: npt.NDArray[np.int64], groups: npt.NDArray[np.int64], folds: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """As :func:`stratified_folds`, but a class may have fewer groups than there are folds, some of which lack it then.
+
+    Args:
+        labels: class numbers, int [N]; -1 for samples without a label, which are a class of their own.
+        groups: group of each sample.
+        folds: number of folds.
+        seed: of the order.
+    """
+    group_labels, inverse = _grouped(labels, groups)
     sizes = np.bincount(inverse)
-    group_labels = labels[first]
     generator = np.random.default_rng(seed)
-    fold_of_group = np.empty(len(first), np.int64)
+    fold_of_group = np.empty(len(group_labels), np.int64)
     total = np.zeros(folds, np.int64)
     for label in np.unique(group_labels):
         members = generator.permutation(np.flatnonzero(group_labels == label))
-        if len(members) < folds and label >= 0:
-            name, count = escape(classes[label]), int((labels == label).sum())
-            different = "" if count == len(members) else f", of which {len(members)} differ"
-            fewer = f"use --sweep.folds={len(members)}, " if len(members) > 1 else ""
-            raise DataError(
-                f"the class {name} has {count} training image(s){different}, and {folds} folds need at least {folds}: "
-                f"{fewer}add images, or leave the class out."
-            )
         members = members[np.argsort(-sizes[members], kind="stable")]
         counts = np.zeros(folds, np.int64)
         for group in members:
@@ -96,3 +112,11 @@ def stratified_folds(
             counts[fold] += sizes[group]
             total[fold] += sizes[group]
     return fold_of_group[inverse]
+
+
+def _grouped(
+    labels: npt.NDArray[np.int64], groups: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The label of each group's first sample, and the number of each sample's group."""
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    return labels[first], inverse
