@@ -21,8 +21,8 @@ FORMAT = 1
 LOWEST_SCALE, HIGHEST_SCALE = 0.05, 20.0
 """Bounds of a temperature, and of the factor of a class's logits."""
 MOST_OFFSET = 20.0
-LARGEST_LOGIT = 25 * math.log(2)
-"""Beyond it float32 rounds the sigmoid of a logit to 1."""
+LARGEST_LOGIT = 24 * math.log(2)
+"""Beyond it the sigmoid of a logit is 1 in float32, where 1 + exp(-logit) rounds to 1."""
 
 Scale = Annotated[float, Meta(ge=LOWEST_SCALE, le=HIGHEST_SCALE)]
 Offset = Annotated[float, Meta(ge=-MOST_OFFSET, le=MOST_OFFSET)]

@@ -43,9 +43,7 @@ def print_totals(totals: Totals, classes: Sequence[str]) -> None:
 def print_rejected(totals: Totals, reject_below: float) -> None:
     """Print how many predictions are rejected."""
     predictions = totals.images - len(totals.unreadable)
-    say(
-        f"{totals.rejected:,} of {predictions:,} predictions are rejected: their probability is below {reject_below:.4g}."
-    )
+    say(f"{totals.rejected:,} of {predictions:,} predictions are rejected: probability below {reject_below:.4g}.")
 
 
 def _cells(row: Row) -> tuple[str, str, str]:
