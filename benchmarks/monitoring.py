@@ -61,6 +61,7 @@ class BareMetrics:
     """Loss, accuracy and the confusion matrix: what checkpoints need, as :class:`~job.model.metrics.TaskMetrics`."""
 
     thresholds = None
+    calibrator = None
 
     def __init__(self, classes: int) -> None:
         self.loss = MeanMetric(nan_strategy="disable")
@@ -86,6 +87,9 @@ class BareMetrics:
 
     def choose_thresholds(self) -> None:
         """There are none."""
+
+    def fit_calibrator(self) -> None:
+        """There is none."""
 
     def description(self) -> dict[str, Any]:
         """Nothing."""

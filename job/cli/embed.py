@@ -44,12 +44,15 @@ class BackboneOptions:
         backbone: architecture: a name of torchvision.models, or timm/NAME.
         weights: pretrained weights: DEFAULT (the library's own), none (random), the URI of a state dict or checkpoint,
             or a run_dir.
+        pooling: how a vision transformer of timm makes one vector of an image's tokens: cls, mean, cls+mean, or auto
+            (the architecture's own).
         mean: per-channel mean of the pretraining images, in [0, 1]. Default: that of the pretrained weights.
         std: per-channel standard deviation of the pretraining images. Default: that of the pretrained weights.
     """
 
     backbone: str | None = None
     weights: str = "DEFAULT"
+    pooling: Literal["auto", "cls", "mean", "cls+mean"] = "auto"
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
 
@@ -64,7 +67,7 @@ def main(
     run_dir: str | None = None,
     ckpt: str | None = None,
     model: BackboneOptions = BackboneOptions(),
-    image_size: int | None = None,
+    image_size: int | Literal["auto"] | None = None,
     resize: Literal["squash", "crop"] | None = None,
     output: str | None = None,
     vector_type: Literal["float32", "float16"] = "float32",
@@ -89,7 +92,8 @@ def main(
         run_dir: folder of the run; its best checkpoint is used unless --ckpt names another one.
         ckpt: checkpoint file, RUN_DIR/checkpoints/last, or a run_dir, which means its best checkpoint.
         model: a pretrained backbone in place of a run.
-        image_size: height and width of images for --model.backbone, in pixels. Default: 224; a run has its own.
+        image_size: height and width of images for --model.backbone, in pixels; auto is that of the pretrained weights.
+            Default: 224; a run has its own.
         resize: how images are made square for --model.backbone. Default: squash; a run has its own.
         output: URI of a .parquet file, or of a folder. A folder is written in parts, by any number of processes; the
             same command continues what was interrupted.
@@ -115,7 +119,7 @@ def main(
     """
     limits = (("batch_size", batch_size), ("max_image_pixels", max_image_pixels), ("k", k), ("image_size", image_size))
     for name, value in limits:
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise ConfigError(f"--{name} must be at least 1, not {value}.")
     if num_workers is not None and num_workers < 0:
         raise ConfigError(f"--num_workers must be at least 0, not {num_workers}.")
@@ -133,6 +137,7 @@ def main(
     from job.embed.projector import write_projector
     from job.embed.run import Totals, embed_to_file, embed_to_folder, write_summary
     from job.embed.terminal import print_similar, show
+    from job.model.image_size import own_image_size
     from job.predict.precision import describe_device
     from job.predict.run import Reading
     from job.predict.stream import answer_lines
@@ -146,7 +151,8 @@ def main(
         embedder = of_backbone(
             model.backbone,
             model.weights,
-            image_size=image_size or 224,
+            pooling=model.pooling,
+            image_size=own_image_size(model.backbone, model.weights) if image_size == "auto" else image_size or 224,
             resize=resize or "squash",
             mean=model.mean,
             std=model.std,
@@ -222,7 +228,9 @@ def main(
         BadSamples(limit, "--max_bad_samples").add(totals.unreadable, {INDEX_PART: totals.images})
 
 
-def _check_model(source: str | None, model: BackboneOptions, image_size: int | None, resize: str | None) -> None:
+def _check_model(
+    source: str | None, model: BackboneOptions, image_size: int | Literal["auto"] | None, resize: str | None
+) -> None:
     if source is None and model.backbone is None:
         raise ConfigError("embed needs a backbone. Give --run_dir or --ckpt, or --model.backbone.")
     if source is None:
@@ -234,6 +242,7 @@ def _check_model(source: str | None, model: BackboneOptions, image_size: int | N
     given: dict[str, object] = {"model.backbone": model.backbone, "image_size": image_size, "resize": resize}
     given |= {"model.mean": model.mean, "model.std": model.std}
     given["model.weights"] = None if model.weights == "DEFAULT" else model.weights
+    given["model.pooling"] = None if model.pooling == "auto" else model.pooling
     for name, value in given.items():
         if value is not None:
             raise ConfigError(f"the checkpoint of {source} describes its backbone. Leave --{name} out, or the run.")

@@ -68,6 +68,9 @@ def main(
     from_stdin: bool = False,
     allow: str | list[str] | None = None,
     columns: str | None = None,
+    calibrated: Literal["auto", "true", "false"] = "auto",
+    reject_below: float | None = None,
+    target_precision: float | None = None,
 ) -> None:
     """Classify one image, a folder, an archive or everything under a bucket prefix.
 
@@ -97,6 +100,11 @@ def main(
         allow: hosts and URI prefixes that a table or a line may name although they are local or internal; a host or
             prefix, or a list of them.
         columns: names of the columns of a table, as uri=NAME,label=NAME. Default: the usual names.
+        calibrated: auto calibrates probabilities where the checkpoint has a calibration; true requires one; false
+            leaves them as the network computes them.
+        reject_below: mark predictions whose probability is lower as rejected (selective classification).
+        target_precision: the same with the threshold at which this share of the accepted validation predictions was
+            right, such as 0.95.
     """
     for name, value in (("batch_size", batch_size), ("max_image_pixels", max_image_pixels), ("top_k", top_k)):
         if value is not None and value < 1:
@@ -123,11 +131,19 @@ def main(
     from job.predict.run import Reading, predict_to_file, predict_to_folder
     from job.predict.stream import answer_lines
     from job.predict.summary import Totals
-    from job.predict.terminal import print_totals, show
+    from job.predict.terminal import print_rejected, print_totals, show
     from job.predict.work import prepare
 
     cache = usable_cache_dir(Path(cache_dir or default_cache_dir()).expanduser())
-    predictor = load(checkpoint_uri, tta=tta, max_image_pixels=max_image_pixels, precision=precision)
+    predictor = load(
+        checkpoint_uri,
+        tta=tta,
+        max_image_pixels=max_image_pixels,
+        precision=precision,
+        calibrated=calibrated,
+        reject_below=reject_below,
+        target_precision=target_precision,
+    )
     why = " (chosen for this hardware; change it by --precision)" if precision == "auto" else ""
     log.info("%s, precision %s%s", describe_device(predictor.device), predictor.precision, why)
     threads = max(available_cpus() // ranks.local_world_size(), 1) if num_workers is None else num_workers
@@ -154,7 +170,7 @@ def main(
         )
 
     if output is not None and file_format is None:
-        request = {
+        request: dict[str, str | int | float | None] = {
             "input": redact.identity(input),
             "model": predictor.fingerprint,
             "format": format,
@@ -165,6 +181,11 @@ def main(
             "max_image_pixels": max_image_pixels,
             "columns": columns,
         }
+        # Absent where they do nothing: folders of earlier versions lack them, and are continued.
+        if predictor.calibrated:
+            request["calibrated"] = True
+        if predictor.reject_below is not None:
+            request["reject_below"] = predictor.reject_below
         adopted = ("precision",) if precision == "auto" else ()
         work, folder = prepare(output, request, list_images, batch_size, cache, adopted=adopted)
         if work.precision != predictor.precision:
@@ -196,6 +217,8 @@ def main(
             if evaluator is not None and evaluation is not None and output is not None:
                 evaluator.write(f"{output.removesuffix(Path(output).suffix)}.{EVALUATION_FILE}", evaluation)
     print_totals(totals, predictor.classes)
+    if predictor.reject_below is not None:
+        print_rejected(totals, predictor.reject_below)
     if evaluator is not None and evaluation is not None:
         evaluator.print(evaluation)
     if output is not None:

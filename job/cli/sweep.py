@@ -31,7 +31,7 @@ INSTEAD = {
 }
 """Options of a fit, and those of a sweep that take their place."""
 NO_EFFECT = ("model.mixup", "model.cutmix", "model.ema", "model.milestones", "model.train_bn", "init_from")
-KEPT_MODEL_OPTIONS = ("task", "mean", "std", "decay_norm_and_bias")
+KEPT_MODEL_OPTIONS = ("task", "pooling", "mean", "std", "decay_norm_and_bias")
 """Options of the model that the recipe takes over, if they differ from their defaults."""
 LEFT_OUT_DATA_OPTIONS = frozenset(["seed", "cache_dir", "allow", "global_batch_size"])
 KEPT_TRAINER_OPTIONS = ("accelerator", "precision")

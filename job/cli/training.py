@@ -9,12 +9,15 @@ from typing import Any, Literal, NoReturn
 from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
+from job import checkpoint, storage
 from job.audit.settings import AuditSettings
 from job.checkpoint.resume import Resume
 from job.checkpoint.settings import CheckpointSettings
 from job.cli.arguments import FIT_COMMANDS, aliases_of
 from job.cli.parser import ENV_PREFIX, ParserMixin
 from job.config.reserved import RESERVED, reserved_error
+from job.config.run_config import FILE as CONFIG_FILE
+from job.config.run_config import read_mapping
 from job.config.trainer_options import (
     add_trainer_arguments,
     list_supported_classes,
@@ -22,8 +25,10 @@ from job.config.trainer_options import (
     require_supported,
 )
 from job.data.datamodule import ImageDataModule
+from job.errors import ConfigError
 from job.features.callback import FeatureSettings
 from job.model.config import ModelConfig
+from job.model.image_size import own_image_size
 from job.model.module import TransferLearningModel
 from job.monitoring.settings import MonitoringSettings
 from job.resilience.watchdog import WatchdogSettings
@@ -200,10 +205,27 @@ class TrainingCLI(LightningCLI):
         if self.verb not in FIT_COMMANDS:
             self.config["trainer"]["logger"] = None
         require_installed(self.config["trainer"]["logger"])
+        if self.config["data"]["image_size"] == "auto":
+            self.config["data"]["image_size"] = self._own_image_size()
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule: ImageDataModule = self.config_init["data"]
         self.model_config = ModelConfig(**dict(self.config_init["model"]))
         require_supported(self.config_init["trainer"])
+
+    def _own_image_size(self) -> int:
+        """The image size of the weights that the run starts with; of a run with checkpoints, the one that it has."""
+        model = self.config["model"]
+        backbones, weights = model["backbone"].split(","), model["weights"].split(",")
+        if len(backbones) == 1:
+            source = self.config["init_from"] or model["weights"]
+            return _saved_image_size(self.config["run_dir"], model["backbone"]) or own_image_size(backbones[0], source)
+        weights = weights if len(weights) == len(backbones) else weights[:1] * len(backbones)  # a sweep's
+        pairs = zip(backbones, weights, strict=True)
+        sizes = {name.strip(): own_image_size(name.strip(), uri.strip()) for name, uri in pairs}
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ConfigError(f"the image sizes of the backbones differ: {listed}. Give --data.image_size a number.")
+        return next(iter(sizes.values()))
 
     def fit_settings(self) -> FitSettings:
         """The settings of fit besides model and data."""
@@ -231,3 +253,16 @@ class TrainingCLI(LightningCLI):
             config.pop(name, None)
         text: str = self.parser.dump(config, skip_none=False, skip_validation=True)
         return text
+
+
+def _saved_image_size(run_dir: str, backbone: str) -> int | None:
+    """The image size of a run with this backbone that has checkpoints: its weights need not exist any more."""
+    uri = storage.join(run_dir, CONFIG_FILE)
+    if not storage.exists(uri) or not checkpoint.scan(run_dir).good:
+        return None
+    saved = read_mapping(uri)
+    model, data = saved.get("model"), saved.get("data")
+    if not isinstance(model, dict) or not isinstance(data, dict) or model.get("backbone") != backbone:
+        return None
+    size = data.get("image_size")
+    return size if isinstance(size, int) and not isinstance(size, bool) else None

@@ -66,7 +66,8 @@ class ImageDataModule(pl.LightningDataModule):
         sampling: "shuffle": each image once per epoch; "balanced": as many images per epoch, but each class equally
             often, so that images of rare classes come several times. An image with several labels counts as its rarest.
         global_batch_size: samples per training step, over all processes.
-        image_size: height and width of the model's input, in pixels.
+        image_size: height and width of the model's input, in pixels; "auto", on the command line, is that of the
+            pretrained weights.
         resize: "squash" to the square, or "crop" its centre, for evaluation and prediction (and
             training, unless ``augment`` is given).
         augment: torchvision.transforms.v2 transform of a uint8 [3, H, W] training image, ending at
@@ -99,7 +100,7 @@ class ImageDataModule(pl.LightningDataModule):
         val_fraction: float = 0.2,
         sampling: Literal["shuffle", "balanced"] = "shuffle",
         global_batch_size: int = 32,
-        image_size: int = 224,
+        image_size: int | Literal["auto"] = 224,
         resize: ResizeMode = "squash",
         augment: v2.Transform | None = None,
         augment_views: int | None = None,
@@ -117,6 +118,8 @@ class ImageDataModule(pl.LightningDataModule):
             raise ConfigError("give either --data.root or --data.train, and not both, to locate the images.")
         if root is not None and (val or test):
             raise ConfigError("--data.root already says where validation and test images are; give --data.train too.")
+        if image_size == "auto":
+            raise ConfigError("image_size=auto: give the number that job.model.image_size.own_image_size returns.")
         for name, value, low, high in (
             ("val_fraction", val_fraction, 0.0, 1.0),
             ("global_batch_size", global_batch_size, 0, None),

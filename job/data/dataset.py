@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ BYTES_AT_ONCE = 256 << 20
 """A larger batch is fetched in portions of this size: one while the previous one is decoded."""
 CHUNKS_PER_THREAD = 4
 """Parts of a batch that threads decode together, so that all end at about the same time."""
+TAKEN = 16
+"""Batches last taken, which threads may take in another order than the sampler's."""
 ASSUMED_BYTES = 1 << 20
 """Size of a sample whose size is not in the index, until some have been read."""
 
@@ -239,6 +242,7 @@ class ImageDataset(Dataset[Batch]):
         self._fetcher: Fetcher | None = None
         self._mean_bytes = 0.0
         self._ahead: dict[tuple[int, int], _Ahead] = {}
+        self._taken: deque[tuple[int, int]] = deque(maxlen=TAKEN)
         self._threads: ThreadPoolExecutor | None = None
         self._chunks = 1
 
@@ -374,13 +378,16 @@ class ImageDataset(Dataset[Batch]):
                 for ahead in self._ahead.values():
                     ahead.future.cancel()
                 self._ahead = {}
+            if (indices.epoch, indices.batch) in self._taken:  # the epoch is read again
+                self._taken.clear()
+            self._taken.append((indices.epoch, indices.batch))
             portion = self._ahead.pop((indices.epoch, indices.batch), None)
             if portion is None:
                 first, *rest = self._portions(indices.samples)
                 portion = _Ahead(fetcher.start(first), 0, rest)
             bytes_ahead = sum(ahead.size() for ahead in self._ahead.values())
             for number in following:
-                if (indices.epoch, number) in self._ahead:
+                if (indices.epoch, number) in self._ahead or (indices.epoch, number) in self._taken:
                     continue
                 first, *rest = self._portions(self.sampler.batch(indices.epoch, number).samples)
                 size = int(self._sizes(first).sum())

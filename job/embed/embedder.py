@@ -19,6 +19,7 @@ from job.errors import DivergedError
 from job.features.key import weights_hash
 from job.features.network import bare_backbone
 from job.model.classifier import Classifier
+from job.model.pooling import Pooling
 from job.predict.precision import Precision, automatic_precision
 from job.predict.predictor import load
 
@@ -65,7 +66,16 @@ class Embedder:
         self.precision: Precision = precision
         self.preprocessing = Preprocessing(net.image_size, resize, max_image_pixels=max_image_pixels)
         spec = net.spec()
-        parts = (net.name, weights_hash(net.backbone), spec["mean"], spec["std"], net.image_size, resize)
+        parts: tuple[object, ...] = (
+            net.name,
+            weights_hash(net.backbone),
+            spec["mean"],
+            spec["std"],
+            net.image_size,
+            resize,
+        )
+        if net.pooling != "auto":  # others keep the fingerprint of earlier releases
+            parts += (net.pooling,)
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         size = net.image_size
         self.width = int(self.features(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1])
@@ -119,6 +129,7 @@ def of_backbone(
     name: str,
     weights: str,
     *,
+    pooling: Pooling,
     image_size: int,
     resize: ResizeMode,
     mean: Sequence[float] | None,
@@ -127,7 +138,7 @@ def of_backbone(
     precision: Literal["auto"] | Precision,
 ) -> Embedder:
     """A pretrained backbone; see :func:`job.features.network.bare_backbone`."""
-    net = bare_backbone(name, weights, image_size=image_size, mean=mean, std=std)
+    net = bare_backbone(name, weights, pooling=pooling, image_size=image_size, mean=mean, std=std)
     return Embedder(net, resize, max_image_pixels, _precision(net, precision))
 
 

@@ -126,8 +126,15 @@ def _introduction(manifest: ExportManifest) -> str:
     return (
         f"An image classifier: an image has {kind} the {len(model.classes)} classes below. Architecture "
         f"{escaped(model.backbone)}; input {model.image_size} x {model.image_size} pixels. The output is the "
-        "probability of each class, which was not calibrated after training."
+        f"probability of each class, {_CALIBRATION[model.calibration]}."
     )
+
+
+_CALIBRATION = {
+    "none": "which was not calibrated after training",
+    "temperature": "calibrated by temperature scaling on the validation images",
+    "platt": "calibrated by Platt scaling of each class on the validation images",
+}
 
 
 def _use(manifest: ExportManifest) -> str:

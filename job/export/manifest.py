@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from job.errors import CheckpointError
 from job.export.formats import FormatName, InputKind
+from job.model.pooling import Pooling
 from job.model.spec import Channels, ClassName, TaskName
 from job.storage.format_version import MALFORMED
 
@@ -37,7 +38,9 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         std: per channel.
         checkpoint: file name of the checkpoint.
         checkpoint_sha256: its SHA-256, in hexadecimal.
-        calibration: how probabilities were calibrated.
+        calibration: how probabilities are calibrated: by a temperature, by Platt scaling of each class, or not at all.
+            Thresholds are those of the calibrated probabilities.
+        pooling: of a vision transformer's tokens; "auto" is the architecture's own.
     """
 
     backbone: Text
@@ -51,7 +54,8 @@ class ModelDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     std: Channels
     checkpoint: Text
     checkpoint_sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-    calibration: Literal["none"] = "none"
+    calibration: Literal["none", "temperature", "platt"] = "none"
+    pooling: Pooling = "auto"
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from job.export.formats import InputKind
 from job.export.manifest import ModelDescription
+from job.model.calibrator import Calibrator
 from job.model.classifier import Classifier
 from job.model.tasks import TASKS
 
@@ -27,10 +28,16 @@ class ProbabilityNetwork(nn.Module):
 
     Args:
         net: the network, which is copied.
+        calibrator: of its probabilities; None: they are not calibrated.
     """
 
-    def __init__(self, net: Classifier) -> None:
+    def __init__(self, net: Classifier, calibrator: Calibrator | None = None) -> None:
         super().__init__()
+        self.scale: Tensor | None
+        self.offset: Tensor | None
+        scale, offset = (None, None) if calibrator is None else calibrator.factors()
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
         self.backbone = copy.deepcopy(net.backbone).to(memory_format=torch.contiguous_format)
         self.head = copy.deepcopy(net.head)
         self.probabilities = TASKS[net.task].probabilities
@@ -39,7 +46,22 @@ class ProbabilityNetwork(nn.Module):
 
     def forward(self, normalised: Tensor) -> Tensor:
         """Float [B, 3, S, S] to probabilities, float [B, C]."""
-        return self.probabilities(self.head(self.backbone(normalised)))
+        logits = self.head(self.backbone(normalised))
+        if self.scale is not None and self.offset is not None:
+            logits = logits * self.scale + self.offset
+        return self.probabilities(logits)
+
+    def calibrated_head(self) -> nn.Sequential:
+        """The head with the calibration in its last layer, so that its outputs are calibrated logits."""
+        head = copy.deepcopy(self.head)
+        last = head[-1]
+        assert isinstance(last, nn.Linear)
+        if self.scale is not None and self.offset is not None:
+            scale = self.scale.expand_as(last.bias)
+            with torch.no_grad():
+                last.weight.mul_(scale[:, None])
+                last.bias.mul_(scale).add_(self.offset)
+        return head
 
 
 class TorchPreprocessing(nn.Module):
@@ -97,17 +119,22 @@ class TrainedModel:
     Attributes:
         net: the network as :mod:`job.predict` runs it.
         network: the same for other programs.
+        calibrator: of both; None: probabilities are not calibrated.
         description: labels, preprocessing and origin.
     """
 
     net: Classifier
     network: ProbabilityNetwork
     description: ModelDescription
+    calibrator: Calibrator | None = None
 
     @torch.inference_mode()
     def probabilities(self, pixels: Tensor) -> npt.NDArray[np.float32]:
         """What the checkpoint predicts: uint8 [B, 3, S, S] to float [B, C]."""
-        values: npt.NDArray[np.float32] = TASKS[self.net.task].probabilities(self.net(pixels)).numpy()
+        logits = self.net(pixels)
+        if self.calibrator is not None:
+            logits = self.calibrator.apply(logits)
+        values: npt.NDArray[np.float32] = TASKS[self.net.task].probabilities(logits).numpy()
         return values
 
     def input_of(self, pixels: Tensor, kind: InputKind) -> Array:

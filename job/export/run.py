@@ -67,7 +67,12 @@ class Export:
         self.run_dir = run_dir_of(uri)
         predictor = load(uri, device="cpu")
         description = describe(predictor, uri)
-        self.model = TrainedModel(predictor.net, ProbabilityNetwork(predictor.net), description)
+        self.model = TrainedModel(
+            predictor.net,
+            ProbabilityNetwork(predictor.net, predictor.calibrator),
+            description,
+            predictor.calibrator,
+        )
         self.versions = _versions()
         self.images = images.find_images(self.run_dir, request.data, description, request.most_images, request.cache)
         self.pixels = self.images.compared(description.image_size)
@@ -198,6 +203,7 @@ def describe(predictor: Predictor, uri: str) -> ModelDescription:
     return ModelDescription(
         backbone=net.name,
         hidden=list(net.hidden),
+        pooling=net.pooling,
         task=net.task,
         classes=list(net.classes),
         thresholds=list(predictor.thresholds) if net.task == "multilabel" else [],
@@ -207,6 +213,7 @@ def describe(predictor: Predictor, uri: str) -> ModelDescription:
         std=_channels(net.std),
         checkpoint=storage.basename(uri),
         checkpoint_sha256=checkpoint.sha256(uri),
+        calibration="none" if predictor.calibrator is None else predictor.calibrator.method,
     )
 
 

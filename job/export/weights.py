@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from job.export import equality
 from job.export.manifest import ModelDescription
 from job.export.network import Array, Run, TrainedModel
-from job.model.backbone import CONVERTS_IMAGES, TIMM, build_backbone
+from job.model.backbone import CONVERTS_IMAGES, TIMM, build_backbone, timm_size_options
 from job.model.head import build_head
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,13 @@ log = logging.getLogger(__name__)
 FILE = "model.safetensors"
 HEAD_FILE = "head.safetensors"
 CONFIG = "config.json"
+_POOLING_NOTES = {
+    "cls": "; the head takes the class token of the backbone's forward_features",
+    "mean": "; the head takes the mean of the patch tokens of the backbone's forward_features",
+    "cls+mean": "; the head takes the class token and the mean of the patch tokens of the backbone's forward_features, "
+    "concatenated",
+}
+"""How timm's network, which pools otherwise, is to be used; its fc_norm, if it has one, follows the pooling."""
 
 
 def write_weights(model: TrainedModel, folder: Path, pixels: Tensor) -> tuple[list[str], str]:
@@ -46,8 +53,9 @@ def write_weights(model: TrainedModel, folder: Path, pixels: Tensor) -> tuple[li
         names of the files, and a note for their user.
     """
     spec = model.description
-    head = two_logits(model.network.head) if len(spec.classes) == 2 and spec.task == "classification" else None
-    head = head or model.network.head
+    head = model.network.calibrated_head()
+    if len(spec.classes) == 2 and spec.task == "classification":
+        head = two_logits(head)
     whole = _with_linear_head(model, head)
     images = torch.from_numpy(model.input_of(pixels, "normalised"))
     if whole is not None and not _is_equal(whole, model, images):
@@ -68,6 +76,7 @@ def write_weights(model: TrainedModel, folder: Path, pixels: Tensor) -> tuple[li
     return files, (
         f"{FILE} has the backbone, without a classification layer; {HEAD_FILE} has the head, a Sequential of Linear "
         f"and ReLU with widths {widths}; {activation} of its output gives probabilities"
+        f"{_POOLING_NOTES.get(spec.pooling, '')}"
     )
 
 
@@ -78,7 +87,7 @@ def runner(folder: Path, spec: ModelDescription) -> Run:
     widths = config["head"]["widths"] if "head" in config else []
     network: nn.Module
     if widths:
-        backbone = build_backbone(spec.backbone, image_size=spec.image_size)
+        backbone = build_backbone(spec.backbone, image_size=spec.image_size, pooling=spec.pooling)
         backbone.load_state_dict(state)
         head = build_head(widths[0], widths[1:-1], widths[-1])
         head.load_state_dict(safetensors.torch.load_file(folder / HEAD_FILE))
@@ -108,7 +117,7 @@ def two_logits(head: nn.Sequential) -> nn.Sequential:
 
 def _with_linear_head(model: TrainedModel, head: nn.Sequential) -> nn.Module | None:
     """The library's network with these weights; None where its classification layers are not of the head's shape."""
-    if len(head) != 1:
+    if len(head) != 1 or model.description.pooling != "auto":
         return None
     linear = {"weight": head[0].weight, "bias": head[0].bias}
     whole = _library_model(model.description)
@@ -131,7 +140,9 @@ def _library_model(spec: ModelDescription) -> nn.Module:
     if spec.backbone.startswith(TIMM):
         import timm
 
-        network: nn.Module = timm.create_model(spec.backbone.removeprefix(TIMM), num_classes=classes)
+        short = spec.backbone.removeprefix(TIMM)
+        options = timm_size_options(short, spec.image_size)
+        network: nn.Module = timm.create_model(short, num_classes=classes, **options)
         return network
     model: nn.Module = torchvision.models.get_model(
         spec.backbone, weights=None, num_classes=classes, **_arguments(spec)
@@ -173,12 +184,16 @@ def _config(spec: ModelDescription, network: nn.Module, widths: list[int]) -> di
     own: dict[str, Any] = {"label_names": spec.classes, "task": spec.task, "thresholds": spec.thresholds}
     if widths:
         own["head"] = {"file": HEAD_FILE, "widths": widths}
+    if spec.pooling != "auto":
+        own["pooling"] = spec.pooling
     if not spec.backbone.startswith(TIMM):
         preprocessing = {"image_size": spec.image_size, "resize": spec.resize, "mean": spec.mean, "std": spec.std}
         named = {"library": "torchvision", "architecture": spec.backbone, "num_classes": classes}
         return {**named, "arguments": _arguments(spec), "preprocessing": preprocessing, **own}
     pretrained: dict[str, Any] = getattr(network, "pretrained_cfg", {})
     layers = {name: pretrained[name] for name in ("pool_size", "first_conv", "classifier") if pretrained.get(name)}
+    if arguments := timm_size_options(spec.backbone.removeprefix(TIMM), spec.image_size):
+        own["model_args"] = arguments
     return {
         "architecture": spec.backbone.removeprefix(TIMM).partition(".")[0],
         "num_classes": classes,

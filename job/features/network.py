@@ -12,6 +12,7 @@ from job.model.backbone import build_backbone
 from job.model.classifier import Classifier
 from job.model.loading import read_pretrained
 from job.model.normalisation import complete_normalisation
+from job.model.pooling import Pooling
 
 NO_CLASSES = ("none",)
 """Classes of a network whose head is not used."""
@@ -21,6 +22,7 @@ def bare_backbone(
     name: str,
     weights: str = "DEFAULT",
     *,
+    pooling: Pooling = "auto",
     image_size: int = 224,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -31,6 +33,7 @@ def bare_backbone(
     Args:
         name: architecture: a name of torchvision.models, or timm/NAME.
         weights: as ``--model.weights``: DEFAULT, none, the URI of a state dict or checkpoint, or a run_dir.
+        pooling: as ``--model.pooling``.
         image_size: height and width of images, in pixels.
         mean: per-channel mean of the pretraining images, in [0, 1]; None: that of the pretrained weights.
         std: per-channel standard deviation of the pretraining images; None: that of the pretrained weights.
@@ -44,7 +47,7 @@ def bare_backbone(
     pretrained = read_pretrained(redact.remember(weights))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        backbone = build_backbone(name, pretrained, image_size)
+        backbone = build_backbone(name, pretrained, image_size, pooling)
         channels = [None if values is None else (values[0], values[1], values[2]) for values in (mean, std)]
         chosen_mean, chosen_std = complete_normalisation(channels[0], channels[1], name, pretrained)
         net = Classifier(
@@ -56,6 +59,7 @@ def bare_backbone(
             mean=chosen_mean,
             std=chosen_std,
             device_type=place.type,
+            pooling=pooling,
         )
     return net.to(place).eval().requires_grad_(False)
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import io
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from job.errors import ConfigError, JobError, WeightsError
+from job.model.pooling import Pooling, set_pooling
 from job.model.skeleton import WithoutMemory
 from job.model.weights import PretrainedWeights, load_weights
 from job.process.log_format import can_redraw
@@ -22,7 +26,12 @@ CONVERTS_IMAGES = ("googlenet", "inception_v3")
 """Architectures of torchvision that, with pretrained weights, convert ImageNet's normalisation to the weights' own."""
 
 
-def build_backbone(name: str, weights: str | PretrainedWeights = "none", image_size: int | None = None) -> nn.Module:
+def build_backbone(
+    name: str,
+    weights: str | PretrainedWeights = "none",
+    image_size: int | None = None,
+    pooling: Pooling = "auto",
+) -> nn.Module:
     """Build the architecture ``name`` with its classification layer replaced by identity.
 
     All values of ``weights`` build the same network, so that a checkpoint fits it.
@@ -31,30 +40,41 @@ def build_backbone(name: str, weights: str | PretrainedWeights = "none", image_s
         name: one of ``torchvision.models.list_models()``, or ``timm/NAME``.
         weights: ``DEFAULT`` (the library's own pretrained weights, downloaded), ``none`` (random), or tensors that
             :func:`~job.model.loading.read_weights` has read.
-        image_size: height and width of images, for torchvision's vision transformers, whose weights depend on it.
+        image_size: height and width of images, for vision transformers, whose weights depend on it.
+        pooling: of a vision transformer's tokens.
 
     Returns:
         A module from [B, 3, S, S] images to features.
 
     Raises:
-        ConfigError: no such architecture, or timm is not installed.
+        ConfigError: no such architecture, it does not have this pooling, or timm is not installed.
         WeightsError: the weights cannot be downloaded, or belong to another architecture.
     """
     pretrained = weights == "DEFAULT"
     backbone, head_prefixes = _build(name, pretrained, image_size)
+    set_pooling(backbone, pooling, name)
     if isinstance(weights, PretrainedWeights):
-        load_weights(backbone, weights.state, weights.uri, name, head_prefixes, lambda: _whole_state(name, image_size))
+        load_weights(
+            backbone,
+            weights.state,
+            weights.uri,
+            name,
+            head_prefixes,
+            lambda: _whole_state(name, image_size),
+            (lambda state: _converted(state, backbone, name)) if name.startswith(TIMM) else None,
+        )
     return backbone
 
 
-def build_skeleton(name: str, image_size: int) -> nn.Module:
+def build_skeleton(name: str, image_size: int, pooling: Pooling = "auto") -> nn.Module:
     """Build the architecture on the meta device, to compare the names and shapes of its tensors.
 
     Raises:
-        ConfigError: no such architecture, or timm is not installed.
+        ConfigError: no such architecture, it does not have this pooling, or timm is not installed.
     """
     with WithoutMemory():
         backbone, _ = _build(name, pretrained=False, image_size=image_size)
+        set_pooling(backbone, pooling, name)
     return backbone.to("meta")
 
 
@@ -89,8 +109,7 @@ def _unsuitable_size(image_size: int | None, error: Exception) -> ConfigError:
 def _build(name: str, pretrained: bool, image_size: int | None) -> tuple[nn.Module, tuple[str, ...]]:
     """Return the backbone, and the paths of its removed heads."""
     if name.startswith(TIMM):
-        model, heads = _timm(name, pretrained, num_classes=0)
-        return model, heads
+        return _timm(name, pretrained, image_size, num_classes=0)
     model = _torchvision(name, pretrained, image_size)
     # Auxiliary heads are for training from scratch only, and make forward return a tuple.
     for auxiliary in ("AuxLogits", "aux1", "aux2"):
@@ -109,16 +128,59 @@ def _build(name: str, pretrained: bool, image_size: int | None) -> tuple[nn.Modu
 def _whole_state(name: str, image_size: int | None) -> set[str]:
     """Names in the state dict of the architecture, heads included."""
     with WithoutMemory():
-        model = _timm(name, pretrained=False)[0] if name.startswith(TIMM) else _torchvision(name, False, image_size)
+        timm_name = name.startswith(TIMM)
+        model = _timm(name, False, image_size)[0] if timm_name else _torchvision(name, False, image_size)
     return set(model.state_dict())
 
 
-def _torchvision(name: str, pretrained: bool, image_size: int | None) -> nn.Module:
+def _converted(state: dict[str, Tensor], backbone: nn.Module, name: str) -> dict[str, Tensor]:
+    """Convert the weights of an original repository, or of another image size, to a network of timm, as timm does."""
+    import timm
+
+    short = name.removeprefix(TIMM)
+    modules = (timm.model_entrypoint(short).__module__, type(backbone).__module__)
+    functions = (getattr(sys.modules.get(module), "checkpoint_filter_fn", None) for module in modules)
+    convert = next((function for function in functions if function is not None), None)
+    if convert is None:
+        return state
+    with contextlib.redirect_stdout(io.StringIO()):  # timm prints the names of biases that a network lacks
+        result: dict[str, Tensor] = convert(dict(state), backbone)
+    return result
+
+
+def require_torchvision_name(name: str) -> None:
+    """Check that torchvision has an architecture.
+
+    Raises:
+        ConfigError: it has none of this name.
+    """
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         close = difflib.get_close_matches(name.lower(), names, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else " Examples: resnet50, efficientnet_b0, vit_b_16."
         raise ConfigError(f"unknown backbone {name!r}.{hint} timm's are named timm/NAME.")
+
+
+def timm_name(name: str) -> str:
+    """timm's own name of the architecture timm/NAME.
+
+    Raises:
+        ConfigError: timm has none of this name, or is not installed.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError(f"backbone {name!r} needs timm: pip install timm.") from error
+    short = name.removeprefix(TIMM)
+    if not timm.is_model(short):
+        close = difflib.get_close_matches(short, timm.list_models(), n=3)
+        hint = f" Did you mean {' or '.join(TIMM + c for c in close)}?" if close else ""
+        raise ConfigError(f"unknown backbone {name!r}.{hint}")
+    return short
+
+
+def _torchvision(name: str, pretrained: bool, image_size: int | None) -> nn.Module:
+    require_torchvision_name(name)
     options: dict[str, Any] = {}
     if name in CONVERTS_IMAGES:
         options["transform_input"] = False
@@ -136,20 +198,51 @@ def _torchvision(name: str, pretrained: bool, image_size: int | None) -> nn.Modu
     return model
 
 
-def _timm(name: str, pretrained: bool, **options: Any) -> tuple[nn.Module, tuple[str, ...]]:
+def _timm(name: str, pretrained: bool, image_size: int | None, **options: Any) -> tuple[nn.Module, tuple[str, ...]]:
+    short = timm_name(name)
+    import timm
+
+    options |= timm_size_options(short, image_size)
     try:
-        import timm
-    except ImportError as error:
-        raise ConfigError(f"backbone {name!r} needs timm: pip install timm.") from error
-    short = name.removeprefix(TIMM)
-    if not timm.is_model(short):
-        close = difflib.get_close_matches(short, timm.list_models(), n=3)
-        hint = f" Did you mean {' or '.join(TIMM + c for c in close)}?" if close else ""
-        raise ConfigError(f"unknown backbone {name!r}.{hint}")
-    with _download(name, pretrained):
-        model: nn.Module = timm.create_model(short, pretrained=pretrained, **options)
+        with _download(name, pretrained):
+            model: nn.Module = timm.create_model(short, pretrained=pretrained, **options)
+    except (AssertionError, ValueError) as error:
+        if "img_size" not in options:
+            raise
+        raise _unsuitable_size(image_size, error) from error
     head = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     return model, (head,) if isinstance(head, str) else tuple(head)
+
+
+def timm_size_options(short: str, image_size: int | None) -> dict[str, Any]:
+    """The argument of ``timm.create_model`` for images of another size than the architecture's own, if it needs one.
+
+    Args:
+        short: timm's name of the architecture.
+        image_size: height and width of images; None: the architecture's own.
+    """
+    return {"img_size": image_size} if image_size is not None and _needs_size(short, image_size) else {}
+
+
+@functools.cache
+def _needs_size(short: str, image_size: int) -> bool:
+    import timm
+
+    config = timm.get_pretrained_cfg(short)
+    if config is None or not config.fixed_input_size or tuple(config.input_size[1:]) == (image_size, image_size):
+        return False
+    with WithoutMemory():
+        model: nn.Module = timm.create_model(short, num_classes=0).to("meta")
+        with contextlib.suppress(ConfigError):
+            feature_width(model, image_size)
+            return False  # it takes images of any size as it is
+        try:
+            timm.create_model(short, num_classes=0, img_size=image_size)
+        except TypeError:
+            return False  # it has no such argument
+        except (AssertionError, ValueError):
+            return True  # the builder names the problem
+    return True
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from job.model.backbone import build_backbone, build_skeleton, feature_width
 from job.model.head import build_head
 from job.model.memory_format import memory_format
 from job.model.normalisation import complete_normalisation
+from job.model.pooling import Pooling
 from job.model.spec import FORMAT, ClassifierSpec, TaskName, decode_spec, require_state
 from job.model.sync_batchnorm import restore_norms, special_norms
 from job.model.weights import PretrainedWeights, versioned
@@ -42,6 +43,7 @@ class Classifier(nn.Module):
         features: width of the backbone's output. Default: measured by running the backbone.
         device_type: type of the device that computes, which the memory layout depends on.
         task: "multilabel" if an image may have several classes.
+        pooling: that of the backbone.
         dropout: of the inputs of each of the head's linear layers, in training.
 
     Raises:
@@ -62,10 +64,12 @@ class Classifier(nn.Module):
         device_type: str = "cpu",
         task: TaskName = "classification",
         dropout: float = 0.0,
+        pooling: Pooling = "auto",
     ) -> None:
         super().__init__()
         self.name = name
         self.task = task
+        self.pooling = pooling
         self.classes = tuple(classes)
         self.hidden = tuple(hidden)
         self.image_size = image_size
@@ -115,8 +119,9 @@ class Classifier(nn.Module):
     def spec(self) -> dict[str, Any]:
         """Describe this network by plain values, from which :func:`from_spec` builds it again."""
         task: dict[str, Any] = {"task": self.task} if self.task != "classification" else {}
+        pooling = {"pooling": self.pooling} if self.pooling != "auto" else {}
         return {
-            "format": FORMAT if task else 1,  # so that earlier versions read what they know
+            "format": FORMAT if pooling else 2 if task else 1,  # so that earlier versions read what they know
             "backbone": self.name,
             "classes": list(self.classes),
             "hidden": list(self.hidden),
@@ -124,6 +129,7 @@ class Classifier(nn.Module):
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
             **task,
+            **pooling,
         }
 
 
@@ -151,7 +157,7 @@ def build_classifier(
     # In host memory, by the host's generator: initial weights do not depend on the accelerator.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = build_backbone(config.backbone, weights, image_size)
+        backbone = build_backbone(config.backbone, weights, image_size, config.pooling)
         mean, std = complete_normalisation(config.mean, config.std, config.backbone, weights)
         return Classifier(
             backbone,
@@ -164,6 +170,7 @@ def build_classifier(
             device_type=device_type,
             task=config.task,
             dropout=config.dropout,
+            pooling=config.pooling,
         )
 
 
@@ -187,13 +194,13 @@ def from_spec(
     """
     spec = decode_spec(saved, source)
     try:
-        skeleton = build_skeleton(spec.backbone, spec.image_size)
+        skeleton = build_skeleton(spec.backbone, spec.image_size, spec.pooling)
         features = None
         if state is not None:
             features = _width_without_memory(skeleton, spec.image_size)
             require_state(state, _shapes(skeleton, spec, features or _head_input(state)), source)
         net = Classifier(
-            build_backbone(spec.backbone, image_size=spec.image_size),
+            build_backbone(spec.backbone, image_size=spec.image_size, pooling=spec.pooling),
             name=spec.backbone,
             classes=spec.classes,
             hidden=spec.hidden,
@@ -203,6 +210,7 @@ def from_spec(
             features=features,
             device_type=device_type,
             task=spec.task,
+            pooling=spec.pooling,
         )
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from error

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from job.model.calibrator import Calibrator
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -39,6 +43,33 @@ class Calibration:
         """Expected calibration error (ECE), from 0 to 1; NaN without predictions."""
         total = self.counts.sum()
         return float(np.abs(self.confidence - self.correct).sum() / total) if total else float("nan")
+
+
+@dataclass(frozen=True)
+class CalibratorFit:
+    """The calibrator of a network, or why it has none.
+
+    Attributes:
+        calibrator: fitted to all of the samples; None where it would not help.
+        reason: why there is none; empty, or the end of a sentence.
+        samples: validation samples that were used.
+        before: confidence against accuracy of these samples; None where it was not measured.
+        after: the same with calibrated confidences, each by a calibrator that was fitted to the other samples.
+    """
+
+    calibrator: Calibrator | None
+    reason: str
+    samples: int
+    before: Calibration | None = None
+    after: Calibration | None = None
+
+    def without(self, reason: str) -> CalibratorFit:
+        """The same, with a reason why there is no calibrator."""
+        return replace(self, reason=reason)
+
+    def with_calibrator(self, calibrator: Calibrator, after: Calibration) -> CalibratorFit:
+        """The same, with a calibrator and its effect."""
+        return replace(self, calibrator=calibrator, after=after)
 
 
 @dataclass(frozen=True)
@@ -95,6 +126,7 @@ class Evaluation:
             and the same in each validation of the same samples.
         errors: largest possible difference from the exact value, of the metrics that are computed from histograms of
             the scores; empty where all metrics are exact.
+        calibrator_fit: the calibration that follows from this validation; None where none was asked for.
     """
 
     metrics: dict[str, float]
@@ -104,3 +136,4 @@ class Evaluation:
     worst: tuple[SamplePrediction, ...] = ()
     examples: tuple[SamplePrediction, ...] = ()
     errors: dict[str, float] = field(default_factory=dict)
+    calibrator_fit: CalibratorFit | None = None

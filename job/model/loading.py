@@ -14,10 +14,12 @@ from torch import Tensor
 from job import checkpoint, storage
 from job.checkpoint.state import CLASSIFIER_KEY
 from job.errors import CheckpointError, ConfigError, WeightsError
+from job.model.calibrator import read_calibrator
 from job.model.classifier import from_spec
 from job.model.config import ModelConfig
-from job.model.spec import decode_spec, net_state
+from job.model.spec import ClassifierSpec, decode_spec, net_state
 from job.model.weights import PretrainedWeights
+from job.model.weights_config import read_weights_config
 from job.storage.tensor_file import load_tensors, printable
 
 if TYPE_CHECKING:
@@ -50,12 +52,29 @@ def read_weights(uri: str) -> PretrainedWeights:
         StorageError: it cannot be read.
     """
     file = weights_file(uri)
-    if file.endswith(checkpoint.SUFFIX) and storage.exists(checkpoint.manifest_uri(file)):
+    if _is_checkpoint(file):
         loaded: Any = checkpoint.load(file)
         classifier = decode_spec(loaded[CLASSIFIER_KEY], uri)
     else:
-        loaded, classifier = load_tensors(storage.read_bytes(file), file), None
+        config = read_weights_config(file)  # first, since it is small
+        return PretrainedWeights(uri, _state_dict(load_tensors(storage.read_bytes(file), file), file), None, config)
     return PretrainedWeights(uri, _state_dict(loaded, file), classifier)
+
+
+def saved_spec(file: str) -> ClassifierSpec | None:
+    """Description of the network in a file of weights, if it is a checkpoint of this job.
+
+    Raises:
+        CheckpointError: it is damaged.
+        StorageError: it cannot be read.
+    """
+    if not _is_checkpoint(file):
+        return None
+    return decode_spec(checkpoint.load(file)[CLASSIFIER_KEY], file)
+
+
+def _is_checkpoint(file: str) -> bool:
+    return file.endswith(checkpoint.SUFFIX) and storage.exists(checkpoint.manifest_uri(file))
 
 
 def weights_file(uri: str) -> str:
@@ -137,6 +156,7 @@ def restore_module(cls: type[Module], uri: str, device: torch.device, overrides:
         "task": spec.task,
         "backbone": spec.backbone,
         "hidden": spec.hidden,
+        "pooling": spec.pooling,
         "mean": spec.mean,
         "std": spec.std,
     }
@@ -148,5 +168,6 @@ def restore_module(cls: type[Module], uri: str, device: torch.device, overrides:
     module.resize = spec.resize
     module.metrics = module.task.make_metrics(spec.classes)
     module.metrics.restore(spec)
+    module.metrics.calibrator = read_calibrator(saved, uri, len(spec.classes), spec.task)
     module.train(module.training)
     return module.to(device)

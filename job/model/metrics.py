@@ -13,12 +13,17 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from job.cluster import ranks
 from job.model.calibration import BinnedCalibration
+from job.model.calibrator import Calibrator
+from job.model.calibrator_fit import fit_temperature
 from job.model.class_counts import counts_of_cells
-from job.model.evaluation import Counts, Evaluation, SamplePrediction
+from job.model.evaluation import CalibratorFit, Counts, Evaluation, SamplePrediction
+from job.model.logit_sample import LogitSample
 from job.model.scores import BinnedScores, make_scores
 from job.model.selection import SampleSelection
 from job.model.spec import ClassifierSpec
+from job.model.task import ClassificationTask
 
 BATCHES_BEHIND = 2
 """Latest batches on an accelerator that are not fetched yet, so that the host does not wait for it."""
@@ -52,6 +57,7 @@ class TaskMetrics(ABC):
 
     Attributes:
         thresholds: probability of each class from which it is predicted; None for a task that predicts one class.
+        calibrator: of the network, whose effect is measured; None: it has none, or :meth:`fit_calibrator` fits it.
     """
 
     def __init__(self, classes: Sequence[str], metrics: Sequence[Metric], *, samples: int, synchronise: bool) -> None:
@@ -62,7 +68,11 @@ class TaskMetrics(ABC):
         self.scores = make_scores(len(classes), samples, sync_on_compute=synchronise)
         self.calibration = BinnedCalibration(sync_on_compute=synchronise)
         self.selection = SampleSelection()
-        self._metrics = (self.loss, self.scores, self.calibration, *metrics)
+        self.calibrator: Calibrator | None = None
+        self._calibrated = BinnedCalibration(sync_on_compute=synchronise)
+        self._logits = LogitSample(sync_on_compute=synchronise)
+        self._fit: CalibratorFit | None = None
+        self._metrics = (self.loss, self.scores, self.calibration, self._calibrated, self._logits, *metrics)
         self._synchronise = synchronise
         self._pending: deque[tuple[Tensor, ...]] = deque()
         self._numbers = 0
@@ -72,9 +82,26 @@ class TaskMetrics(ABC):
     def names(self) -> list[str]:
         """Names that :meth:`compute` may return."""
 
-    def update(self, losses: Tensor, probabilities: Tensor, labels: Tensor, mask: Tensor, samples: Tensor) -> None:
-        """Add a batch: losses [B], probabilities [B, C], labels, sample ids; samples outside ``mask`` are ignored."""
-        self._pending.append((losses, probabilities, labels, samples, mask))
+    def update(
+        self,
+        losses: Tensor,
+        probabilities: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        samples: Tensor,
+        logits: Tensor | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            losses: [B].
+            probabilities: [B, C], not calibrated.
+            labels: [B], or multi-hot, [B, C].
+            mask: samples that count, [B].
+            samples: their ids, [B].
+            logits: [B, num_logits]; what calibration is measured on, which does without them otherwise.
+        """
+        self._pending.append((losses, probabilities, labels, samples, *([] if logits is None else [logits]), mask))
         self._numbers += probabilities.numel() + BATCH_COST
         if self._numbers >= NUMBERS_AT_ONCE:
             self._process(0 if losses.is_cpu else BATCHES_BEHIND)
@@ -83,8 +110,19 @@ class TaskMetrics(ABC):
     def compute(self) -> Evaluation:
         """Compute everything on all ranks together, the same result on each; undefined metrics are omitted."""
 
+    def fit_calibrator(self) -> None:
+        """Fit a calibrator to the logits collected, the same on all ranks; :meth:`compute` returns it."""
+        self._process(0)
+        if not self.calibration.calibration().counts.any():
+            self._fit = CalibratorFit(None, "no validation image with a label could be read", 0)
+            return
+        logits, labels = self._logits.sorted()
+        fit = self._fitted
+        self._fit = ranks.from_rank_zero(lambda: fit(logits, labels)) if self._synchronise else fit(logits, labels)
+
     def reset(self) -> None:
         """Clear all metrics."""
+        self._fit = None
         self._pending.clear()
         self._numbers = 0
         self.selection.clear()
@@ -102,6 +140,15 @@ class TaskMetrics(ABC):
     def restore(self, spec: ClassifierSpec) -> None:
         """Load what :meth:`description` saved."""
         self.thresholds = spec.thresholds or self.thresholds
+
+    @staticmethod
+    @abstractmethod
+    def _fitted(logits: Tensor, labels: Tensor) -> CalibratorFit:
+        """The calibrator of logits [N, num_logits] and labels."""
+
+    @abstractmethod
+    def _count_calibrated(self, logits: Tensor, labels: Tensor) -> None:
+        """Add calibrated logits, [N, num_logits], of samples in host memory."""
 
     @abstractmethod
     def _add(self, losses: Tensor, probabilities: Tensor, labels: Tensor, samples: Tensor) -> None:
@@ -123,14 +170,19 @@ class TaskMetrics(ABC):
             return Evaluation({}, confusion)
         has_few_classes = len(self.classes) <= PER_CLASS_LIMIT
         worst, examples = self.selection.compute(self._predict, synchronise=self._synchronise)
+        calibrated = self._fit.after if self._fit is not None else None
+        if self.calibrator is not None:
+            calibrated = self._calibrated.calibration()
+        after = {} if calibrated is None else {"ece_calibrated": calibrated.error}
         return Evaluation(
-            {"loss": self.loss.compute().item(), **values, "ece": calibration.error},
+            {"loss": self.loss.compute().item(), **values, "ece": calibration.error, **after},
             confusion,
             calibration,
             self.scores.histograms() if has_few_classes else self.scores.pooled(),
             worst,
             examples,
             {} if self._is_exact else errors,
+            self._fit,
         )
 
     def _process(self, remaining: int) -> None:
@@ -142,8 +194,13 @@ class TaskMetrics(ABC):
         *tensors, mask = (torch.cat([part.cpu() for part in parts]) for parts in zip(*batches, strict=True))
         if not mask.all():
             tensors = [tensor[mask] for tensor in tensors]
-        self.loss.update(tensors[0])
-        self._add(*tensors)
+        losses, probabilities, labels, samples, *logits = tensors
+        self.loss.update(losses)
+        self._add(losses, probabilities, labels, samples)
+        for values in logits:
+            self._logits.update(values, labels, samples)
+            if self.calibrator is not None:
+                self._count_calibrated(self.calibrator.apply(values), labels)
 
 
 class ConfusionCounts(Metric):
@@ -221,10 +278,18 @@ class EvaluationMetrics(TaskMetrics):
         """Names that :meth:`compute` may return."""
         top = ["top5_accuracy"] if len(self.classes) > 2 * TOP else []
         per_class = [f"accuracy_of/{name}" for name in self.classes] if len(self.classes) <= PER_CLASS_LIMIT else []
-        return ["loss", "accuracy", *top, "f1", "auroc", "ece", *per_class]
+        return ["loss", "accuracy", *top, "f1", "auroc", "ece", "ece_calibrated", *per_class]
 
     def choose_thresholds(self) -> None:
         """There are none: the most probable class is predicted."""
+
+    @staticmethod
+    def _fitted(logits: Tensor, labels: Tensor) -> CalibratorFit:
+        return fit_temperature(logits.numpy(), labels.numpy())
+
+    def _count_calibrated(self, logits: Tensor, labels: Tensor) -> None:
+        confidences, predicted = ClassificationTask.probabilities(logits).max(dim=1)
+        self._calibrated.update(confidences, predicted == labels)
 
     def _add(self, losses: Tensor, probabilities: Tensor, labels: Tensor, samples: Tensor) -> None:
         confidences, predicted = probabilities.max(dim=1)

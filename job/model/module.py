@@ -23,13 +23,15 @@ from job.checkpoint.initial import (
     require_same_start,
     saved_initial_weights,
 )
-from job.checkpoint.state import CLASSIFIER_KEY, PRECISION_KEY, SKIPPED_STEPS_KEY
+from job.checkpoint.state import CALIBRATOR_KEY, CLASSIFIER_KEY, PRECISION_KEY, SKIPPED_STEPS_KEY
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule, image_data
 from job.data.dataset import Batch
 from job.data.sampler import sample_seed
 from job.errors import ConfigError, DivergedError
 from job.lightning_internals import logs_are_due, validation_follows
+from job.model import lora
+from job.model.calibrator import Calibrator, read_calibrator
 from job.model.classifier import TTA, Classifier, build_classifier, mean_over_flips
 from job.model.compile import compile_module
 from job.model.config import ModelConfig
@@ -104,6 +106,8 @@ class TransferLearningModel(pl.LightningModule):
         self.group_names: tuple[str, ...] = ()
         self.evaluation: Evaluation | None = None
         self.initial_weights: InitialWeights | None = None
+        self._calibrator: Calibrator | None = None
+        self._was_calibrated = False
         self._head_alone = False
         self._threads = torch.get_num_threads()
         self._compile_seconds = 0.0
@@ -123,6 +127,7 @@ class TransferLearningModel(pl.LightningModule):
     def configure_model(self) -> None:
         """Build the network, whose classes the data module knows by now (a Lightning hook)."""
         if hasattr(self, "net"):
+            self._add_adapters()
             return
         device = self.trainer.strategy.root_device
         if device.type == "xla" and self.trainer.state.fn == "fit":
@@ -132,6 +137,7 @@ class TransferLearningModel(pl.LightningModule):
         self.net = self._build_net(device.type)
         if self.trainer.state.fn == "fit":
             log_layout(self.net.name, self.net.memory_format, device.type)
+        self._add_adapters()
         if self.config.compile_backbone:
             compile_module(self.net.backbone, device)
         self.resize = data.resize
@@ -146,7 +152,7 @@ class TransferLearningModel(pl.LightningModule):
             return build_classifier(
                 config, weights, classes=data.classes, image_size=data.image_size, device_type=device_type
             )
-        warm_start = read_warm_start(self.init_from, config.backbone)
+        warm_start = read_warm_start(self.init_from, config.backbone, config.pooling)
         self.initial_weights = warm_start.origin
         return build_from(
             warm_start,
@@ -156,6 +162,22 @@ class TransferLearningModel(pl.LightningModule):
             resize=data.resize,
             device_type=device_type,
         )
+
+    def _add_adapters(self) -> None:
+        """Let a fit with --model.lora_rank train adapters; a checkpoint's network contains their updates already."""
+        config, backbone = self.config, self.net.backbone
+        if not config.lora_rank or self.trainer.state.fn != "fit" or lora.adapters(backbone):
+            return
+        parameters = sum(parameter.numel() for parameter in backbone.parameters())
+        count = lora.add_adapters(backbone, config)
+        trained = sum(parameter.numel() for update in lora.adapters(backbone) for parameter in update.parameters())
+        log.info(
+            "LoRA: %d weights of the backbone have adapters, with %.3g M parameters beside its %.3g M",
+            count,
+            trained / 1e6,
+            parameters / 1e6,
+        )
+        self.enter_stage(self.stage)
 
     def _require_task_for(self, data: ImageDataModule) -> None:
         if data.parts["train"].has_several_labels and not TASKS[self.config.task].takes_several_labels:
@@ -310,6 +332,7 @@ class TransferLearningModel(pl.LightningModule):
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+        self._calibrator = None  # it is that of other weights from here on
         if self.guard is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.guard.before_forward(self.net)
         self._threads = torch.get_num_threads()
@@ -438,12 +461,16 @@ class TransferLearningModel(pl.LightningModule):
         if self.guard is not None:
             self.guard.before_save(self.trainer, checkpoint["state_dict"])
         checkpoint[CLASSIFIER_KEY] = self._description()
+        if self._calibrator is not None:
+            checkpoint[CALIBRATOR_KEY] = msgspec.to_builtins(self._calibrator)
         checkpoint[PRECISION_KEY] = str(self.trainer.precision)
         checkpoint[SKIPPED_STEPS_KEY] = self.skipped_steps
         if self.initial_weights is not None:
             checkpoint[INITIAL_WEIGHTS_KEY] = msgspec.to_builtins(self.initial_weights)
         if self._average is not None:
             self._average.save(checkpoint)
+        if lora.adapters(self.net.backbone):
+            lora.save(checkpoint, self.config.lora_alpha)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network, naming the difference."""
@@ -451,6 +478,10 @@ class TransferLearningModel(pl.LightningModule):
         optional = {name for name in ("mean", "std") if getattr(self.config, name) is None}
         optional |= {"thresholds", "format"}
         require_same_network(checkpoint.get(CLASSIFIER_KEY), self._description(), optional)
+        if lora.adapters(self.net.backbone):
+            lora.restore(checkpoint, self.net.state_dict())
+        elif self.trainer.state.fn == "fit":
+            lora.require_none(checkpoint)
         require_state(
             net_state(checkpoint, "the checkpoint"),
             {name: tuple(value.shape) for name, value in self.net.state_dict().items()},
@@ -459,6 +490,8 @@ class TransferLearningModel(pl.LightningModule):
         checkpoint["state_dict"] = versioned(checkpoint["state_dict"], self)
         self.metrics.restore(decode_spec(checkpoint[CLASSIFIER_KEY], "the checkpoint"))
         if self.trainer.state.fn != "fit":
+            classes, task = len(self.net.classes), self.config.task
+            self.metrics.calibrator = read_calibrator(checkpoint, "the checkpoint", classes, task)
             return
         self.initial_weights = saved_initial_weights(checkpoint)
         if self.init_from is not None:
@@ -487,11 +520,19 @@ class TransferLearningModel(pl.LightningModule):
 
     def _log_metrics(self, part: str) -> None:
         self.data.share_bad_samples()
-        if part == "val" and self.trainer.state.fn == "fit":
+        fits = part == "val" and self.trainer.state.fn == "fit"
+        if fits:
+            self.metrics.calibrator = None
             self.metrics.choose_thresholds()
+            self.metrics.fit_calibrator()
         self.evaluation = self.metrics.compute()
         self.metrics.reset()
-        values = self.evaluation.metrics
+        values = dict(self.evaluation.metrics)
+        if fits and (fit := self.evaluation.calibrator_fit) is not None:
+            self._calibrator = fit.calibrator
+            self._was_calibrated |= fit.calibrator is not None
+            if self._was_calibrated and "ece" in values:
+                values.setdefault("ece_calibrated", values["ece"])  # Lightning would keep that of earlier weights
         loss = values.get("loss", 0.0)  # absent: no sample counted
         if not math.isfinite(loss):
             when = (

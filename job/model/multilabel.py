@@ -54,6 +54,7 @@ class MultilabelTask(Task):
             "labels": targets.to(torch.uint8),
             "mask": batch["mask"],
             "samples": batch["sample"],
+            "logits": logits,
         }
 
     @staticmethod

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from job.model.evaluation import Evaluation, SamplePrediction
+from job.model.calibrator_fit import fit_platt
+from job.model.evaluation import CalibratorFit, Evaluation, SamplePrediction
 from job.model.metrics import PER_CLASS_LIMIT, TaskMetrics
 from job.model.scores import DEFAULT_THRESHOLD
 from job.model.selection import MOST_LABELS
@@ -38,7 +39,7 @@ class MultilabelMetrics(TaskMetrics):
     def names(self) -> list[str]:
         """Names that :meth:`compute` may return."""
         per_class = [_precision_of(name) for name in self.classes] if len(self.classes) <= PER_CLASS_LIMIT else []
-        return ["loss", "mAP", "micro_f1", "macro_f1", "ece", *per_class]
+        return ["loss", "mAP", "micro_f1", "macro_f1", "ece", "ece_calibrated", *per_class]
 
     def choose_thresholds(self) -> None:
         """Choose for each class the threshold of the highest F1 on the samples collected."""
@@ -82,12 +83,16 @@ class MultilabelMetrics(TaskMetrics):
             values |= {_precision_of(name): value for name, value, defined in named if defined}
         return values
 
+    @staticmethod
+    def _fitted(logits: Tensor, labels: Tensor) -> CalibratorFit:
+        return fit_platt(logits.numpy(), labels.numpy())
+
+    def _count_calibrated(self, logits: Tensor, labels: Tensor) -> None:
+        self._calibrated.update(*_decisions(logits.sigmoid(), labels))
+
     def _add(self, losses: Tensor, probabilities: Tensor, labels: Tensor, samples: Tensor) -> None:
         self.scores.update(probabilities, labels)
-        decided = probabilities >= DEFAULT_THRESHOLD
-        self.calibration.update(
-            torch.maximum(probabilities, 1 - probabilities).flatten(), (decided == (labels > 0)).flatten()
-        )
+        self.calibration.update(*_decisions(probabilities, labels))
         # Which predictions are wrong is only known with the thresholds that are chosen at the end.
         self.selection.add(None, samples, losses, labels, probabilities)
 
@@ -99,6 +104,12 @@ class MultilabelMetrics(TaskMetrics):
         true, chosen = (tuple(order[each[order]][:MOST_LABELS].tolist()) for each in (labels > 0, predicted))
         prediction = SamplePrediction(int(sample), true, chosen, float(certainty.min()), float(loss))
         return prediction, not torch.equal(predicted, labels > 0)
+
+
+def _decisions(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence of each decision at 0.5, and whether it is right; both [N * C]."""
+    correct = (probabilities >= DEFAULT_THRESHOLD) == (labels > 0)
+    return torch.maximum(probabilities, 1 - probabilities).flatten(), correct.flatten()
 
 
 def _precision_of(name: str) -> str:

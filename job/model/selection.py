@@ -90,7 +90,7 @@ class SampleSelection:
         """
         # A loss that is NaN counts as the highest.
         self._worst.offer(-losses.double().nan_to_num(nan=torch.inf).numpy(), wrong, samples, losses, *details)
-        self._examples.offer(_spread(samples), None, samples, losses, *details)
+        self._examples.offer(spread_keys(samples), None, samples, losses, *details)
 
     def compute(self, predict: Predict, *, synchronise: bool) -> tuple[Predictions, Predictions]:
         """The worst errors, the worst first, and the examples, in the order of sample ids.
@@ -106,11 +106,11 @@ class SampleSelection:
             both = ranks.union({(True, each) for each in worst} | {(False, each) for each in examples})
             worst, examples = ({each for kind, each in both if kind is wanted} for wanted in (True, False))
         by_loss = sorted(worst, key=lambda each: (not math.isnan(each.loss), -each.loss, each.sample))
-        by_key = sorted(examples, key=lambda each: float(_spread(torch.tensor([each.sample]))[0]))
+        by_key = sorted(examples, key=lambda each: float(spread_keys(torch.tensor([each.sample]))[0]))
         selected = sorted(by_key[:MOST_IMAGES], key=lambda each: each.sample)
         return tuple(by_loss[:MOST_IMAGES]), tuple(selected)
 
 
-def _spread(samples: Tensor) -> npt.NDArray[np.float64]:
+def spread_keys(samples: Tensor) -> npt.NDArray[np.float64]:
     """Keys whose smallest belong to evenly spread sample ids: fractional parts of multiples of the golden ratio."""
     return ((samples.numpy().astype(np.uint64) * _GOLDEN_RATIO) >> np.uint64(11)).astype(np.float64)

@@ -11,10 +11,12 @@ from msgspec import Meta
 from torch import Tensor
 
 from job.errors import CheckpointError
+from job.model.pooling import Pooling
 from job.storage.tensor_file import printable
 
-FORMAT = 2
-"""Version of the description; 2 added ``task`` and ``thresholds``. Networks of classification are written as 1."""
+FORMAT = 3
+"""Version of the description; 2 added ``task`` and ``thresholds``, 3 ``pooling``. Networks without these are written as
+the first version that has what they need, which earlier versions of this program read."""
 PREFIX = "net."
 """Prefix of the classifier's tensors in a checkpoint's state dict."""
 MAX_IMAGE_SIZE = 4096
@@ -35,6 +37,7 @@ class ClassifierSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         backbone: architecture: a name of torchvision.models, or timm/NAME.
         classes: class names, in the order of labels.
         hidden: widths of the head's hidden layers.
+        pooling: of a vision transformer's tokens; "auto" is the architecture's own.
         image_size: height and width of images, in pixels.
         mean: per-channel mean for images in [0, 1].
         std: per-channel standard deviation.
@@ -53,6 +56,7 @@ class ClassifierSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     resize: Literal["squash", "crop"] = "squash"
     task: TaskName = "classification"
     thresholds: Annotated[list[Threshold], Meta(max_length=MAX_CLASSES)] = []
+    pooling: Pooling = "auto"
     format: Annotated[int, Meta(ge=1)] = 1
 
     def __post_init__(self) -> None:

@@ -113,6 +113,7 @@ class ClassificationTask(Task):
             "labels": batch["label"],
             "mask": batch["mask"],
             "samples": batch["sample"],
+            "logits": logits,
         }
 
     @staticmethod

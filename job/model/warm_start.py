@@ -17,6 +17,7 @@ from job.model.classifier import Classifier, build_classifier, num_logits
 from job.model.config import ModelConfig
 from job.model.head import build_head
 from job.model.loading import plain_tensors
+from job.model.pooling import Pooling
 from job.model.spec import ClassifierSpec, decode_spec, net_state, require_state
 from job.model.weights import PretrainedWeights
 from job.storage.tensor_file import printable
@@ -44,15 +45,16 @@ class WarmStart(NamedTuple):
     head: dict[str, Tensor]
 
 
-def read_warm_start(uri: str, backbone: str) -> WarmStart:
+def read_warm_start(uri: str, backbone: str, pooling: Pooling) -> WarmStart:
     """Read the checkpoint of another run; no code in it is run.
 
     Args:
         uri: its file.
         backbone: architecture of the new run.
+        pooling: of the new run's backbone.
 
     Raises:
-        ConfigError: it has another backbone.
+        ConfigError: it has another backbone, or another pooling.
         CheckpointError: it is damaged, or no checkpoint of this package.
         StorageError: it cannot be read.
     """
@@ -62,6 +64,11 @@ def read_warm_start(uri: str, backbone: str) -> WarmStart:
         raise ConfigError(
             f"--init_from {uri} has the backbone {printable(spec.backbone)}, and this run has {backbone}. Use "
             f"--model.backbone={printable(spec.backbone)}."
+        )
+    if spec.pooling != pooling:
+        raise ConfigError(
+            f"--init_from {uri} has the pooling {spec.pooling}, and this run has {pooling}. Use "
+            f"--model.pooling={spec.pooling}."
         )
     state = plain_tensors(net_state(saved, uri), uri)
     return WarmStart(

@@ -61,6 +61,7 @@ class Evaluator:
         self.images = 0
         self.unlabelled = 0
         self.unknown: Counter[str] = Counter()
+        self._accepted = self._accepted_correct = 0
         self._next_sample = 0
         self._numbers = {name: number for number, name in enumerate(predictor.classes)}
         # By class number of the index, the last for -1, no label.
@@ -81,6 +82,10 @@ class Evaluator:
         mask = torch.from_numpy(readable & counts)
         self.images += int(mask.sum())
         probabilities = self._probabilities(entries)
+        if self.predictor.reject_below is not None:
+            accepted = torch.tensor([entry.get("rejected") is False for entry in entries]) & mask
+            self._accepted += int(accepted.sum())
+            self._accepted_correct += int((probabilities.argmax(dim=1) == labels)[accepted].sum())
         losses = self._losses(probabilities, labels)
         self._metrics.update(losses, probabilities, labels, mask, torch.from_numpy(samples))
 
@@ -93,6 +98,10 @@ class Evaluator:
     def compute(self) -> Evaluation:
         """The evaluation, without what does not follow from the probabilities of ``top_k`` classes."""
         evaluation = self._metrics.compute()
+        if self.predictor.reject_below is not None and self.images:
+            evaluation.metrics["coverage"] = self._accepted / self.images
+            if self._accepted:
+                evaluation.metrics["selective_accuracy"] = self._accepted_correct / self._accepted
         if self.top_k is None:
             return evaluation
         dropped = OF_ALL_PROBABILITIES + (("ece",) if self._takes_several else ())

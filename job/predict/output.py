@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("probabilities", pa.list_(pa.float32())),
         ("model", pa.string()),
         ("calibrated", pa.bool_()),
+        ("rejected", pa.bool_()),
         ("true_label", pa.string()),
         ("true_labels", pa.list_(pa.string())),
         ("error", pa.string()),

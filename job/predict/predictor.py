@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, cast, overload
 
@@ -17,12 +17,16 @@ from job.data.augment import ResizeMode, resize
 from job.data.dataset import Preprocessing
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.data.python_images import PythonImage, is_one_image, pixels_of, pixels_of_each
-from job.errors import ConfigError, DivergedError, JobError
+from job.errors import CheckpointError, ConfigError, DivergedError, JobError
+from job.model.calibrator import Calibrator, read_calibrator
 from job.model.classifier import TTA, Classifier, from_spec, mean_over_flips
 from job.model.compile import compile_module
 from job.model.spec import decode_spec, net_state
 from job.model.tasks import TASKS
 from job.predict.precision import Precision, automatic_precision
+
+Calibrated = Literal["auto", "true", "false"]
+"""Whether probabilities are calibrated; auto: where the checkpoint has a calibration."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +36,18 @@ class Prediction:
     Attributes:
         label: name of the most probable class.
         probabilities: probability by class name, summing to 1.
+        rejected: whether the probability of ``label`` is below the threshold of rejection; None without one.
     """
 
     label: str
     probabilities: dict[str, float]
+    rejected: bool | None = field(default=None, kw_only=True)
 
     def as_json(self) -> dict[str, Any]:
         """The entries of a JSON line."""
         probability = self.probabilities[self.label]
-        return {"label": self.label, "probability": probability, "probabilities": self.probabilities}
+        entry = {"label": self.label, "probability": probability, "probabilities": self.probabilities}
+        return entry if self.rejected is None else {**entry, "rejected": self.rejected}
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,13 @@ class Predictor:
         max_image_pixels: height times width of the largest image to decode.
         fingerprint: the first 16 hexadecimal digits of the checkpoint's SHA-256.
         precision: "bf16" computes by autocast, "fp32" in float32.
+        calibrator: of the network's probabilities; None: they are not calibrated.
+        reject_below: probability of the most probable class below which a prediction is marked as rejected; None: none
+            is. For one label per image.
+
+    Attributes:
+        thresholds: probability of each class from which it is predicted, of several labels; of calibrated
+            probabilities where they are, with the same decisions.
     """
 
     def __init__(
@@ -82,14 +96,21 @@ class Predictor:
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         fingerprint: str = "",
         precision: Precision = "fp32",
+        calibrator: Calibrator | None = None,
+        reject_below: float | None = None,
     ) -> None:
         self.net = net.eval()
+        self.calibrator = calibrator
+        self.reject_below = reject_below
         self.tta = tta
         self.max_image_pixels = max_image_pixels
         self.fingerprint = fingerprint
         self.precision: Precision = precision
         self._compiled_batch_size = 0
-        self.thresholds = tuple(thresholds or [0.5] * len(net.classes))
+        thresholds = thresholds or [0.5] * len(net.classes)
+        if calibrator is not None and TASKS[net.task].takes_several_labels:
+            thresholds = calibrator.calibrated_thresholds(thresholds)
+        self.thresholds = tuple(thresholds)
         self.resize: ResizeMode = "crop" if resize == "crop" else "squash"
 
     @property
@@ -104,8 +125,8 @@ class Predictor:
 
     @property
     def calibrated(self) -> bool:
-        """Whether probabilities are calibrated: checkpoints hold no calibration."""
-        return False
+        """Whether probabilities are calibrated."""
+        return self.calibrator is not None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -200,6 +221,8 @@ class Predictor:
         # Images are prepared outside inference mode: torch.compile would compile anew for tensors that are made in it.
         with torch.inference_mode(), autocast:
             logits = mean_over_flips(self.net, images) if self.tta == "hflip" else self.net(images)
+            if self.calibrator is not None:
+                logits = self.calibrator.apply(logits)
             return TASKS[self.net.task].probabilities(logits)[:count]
 
     def predictions(self, probabilities: Tensor) -> list[Prediction]:
@@ -219,7 +242,8 @@ class Predictor:
     def _prediction(self, best: int, values: list[float]) -> Prediction:
         label, by_class = self.classes[best], dict(zip(self.classes, values, strict=True))
         if not TASKS[self.net.task].takes_several_labels:
-            return Prediction(label, by_class)
+            rejected = None if self.reject_below is None else values[best] < self.reject_below
+            return Prediction(label, by_class, rejected=rejected)
         chosen = zip(self.classes, values, self.thresholds, strict=True)
         return MultilabelPrediction(label, by_class, [name for name, value, least in chosen if value >= least])
 
@@ -230,6 +254,9 @@ def load(
     tta: TTA = "none",
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     precision: Precision | Literal["auto"] = "fp32",
+    calibrated: Calibrated = "auto",
+    reject_below: float | None = None,
+    target_precision: float | None = None,
 ) -> Predictor:
     """Load a model for prediction.
 
@@ -240,9 +267,15 @@ def load(
         tta: test-time augmentation: "hflip" averages predictions over horizontal flips.
         max_image_pixels: height times width of the largest image to decode; default: 178,956,970, as in Pillow.
         precision: "bf16" computes by autocast, "fp32" in float32, "auto" in bf16 where the device does so natively.
+        calibrated: "auto" calibrates probabilities where the checkpoint has a calibration, "true" requires one, and
+            "false" leaves them as the network computes them.
+        reject_below: probability below which predictions are marked as rejected.
+        target_precision: instead of it, share of the accepted predictions that were to be right in validation.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged.
+        ConfigError: rejection was asked for by both, of several labels, or at a precision that validation did not
+            reach.
+        CheckpointError: there is no such checkpoint, it is damaged, or it lacks the required calibration.
     """
     uri = checkpoint.resolve(redact.remember(uri))
     saved = checkpoint.load(uri)
@@ -254,4 +287,48 @@ def load(
     spec = decode_spec(saved[CLASSIFIER_KEY], uri)
     fingerprint = checkpoint.sha256(uri)[:16]
     chosen = automatic_precision(place) if precision == "auto" else precision
-    return Predictor(net.to(place), spec.resize, tta, spec.thresholds, max_image_pixels, fingerprint, chosen)
+    calibrator = None if calibrated == "false" else read_calibrator(saved, uri, len(spec.classes), spec.task)
+    if calibrated == "true" and calibrator is None:
+        raise CheckpointError(
+            f"{uri} has no calibration; the report of its run says why. Use --calibrated=auto, or another checkpoint."
+        )
+    if target_precision is not None:
+        if reject_below is not None:
+            raise ConfigError("--reject_below and --target_precision are both given. Leave one of them out.")
+        reject_below = _threshold_for(target_precision, calibrator, uri)
+    if reject_below is not None and not 0 <= reject_below <= 1:
+        raise ConfigError(f"--reject_below must be from 0 to 1, not {reject_below}.")
+    if reject_below is not None and TASKS[spec.task].takes_several_labels:
+        raise ConfigError(
+            "rejection is for one label per image: of several labels each class has a threshold. Leave --reject_below "
+            "out."
+        )
+    return Predictor(
+        net.to(place),
+        spec.resize,
+        tta,
+        spec.thresholds,
+        max_image_pixels,
+        fingerprint,
+        chosen,
+        calibrator,
+        reject_below,
+    )
+
+
+def _threshold_for(precision: float, calibrator: Calibrator | None, uri: str) -> float:
+    """The threshold of rejection at which the accepted predictions of validation had this precision."""
+    if not 0 < precision <= 1:
+        raise ConfigError(f"--target_precision must be above 0 and at most 1, not {precision}.")
+    if calibrator is None or calibrator.risk_coverage is None:
+        raise ConfigError(
+            f"--target_precision needs the calibration of a network for one label per image, and {uri} is used without "
+            "one. Give a threshold by --reject_below."
+        )
+    point = calibrator.risk_coverage.at(precision)
+    if point is None:
+        raise ConfigError(
+            f"no threshold reached the precision {precision:g} on the validation images of {uri}. Choose a lower "
+            "--target_precision."
+        )
+    return point.threshold

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FILE = "summary.json"
 ROWS_AT_ONCE = 1024
-COLUMNS = ["uri", "label", "labels", "error"]
+COLUMNS = ["uri", "label", "labels", "rejected", "error"]
 PROBABILITIES = ["classes", "probabilities"]
 """Columns that only a comparison with true labels needs."""
 
@@ -39,11 +39,13 @@ class Totals:
         images: images, unreadable ones included.
         labels: images by predicted class.
         unreadable: the images that cannot be read.
+        rejected: predictions that are marked as rejected.
     """
 
     images: int = 0
     labels: Counter[str] = field(default_factory=Counter)
     unreadable: list[BadSample] = field(default_factory=list)
+    rejected: int = 0
 
     def add(self, rows: Iterable[Row]) -> None:
         """Count rows."""
@@ -58,6 +60,7 @@ class Totals:
             self.labels.update(entry["labels"])
         else:
             self.labels[entry["label"]] += 1
+        self.rejected += entry.get("rejected") is True
         self.images += 1
 
     def write(self, folder: str, work: Work, predictor: Predictor, metrics: dict[str, float] | None) -> None:
@@ -70,8 +73,14 @@ class Totals:
             metrics: comparison with true labels; None without these.
         """
         summary = {"images": self.images, "unreadable": len(self.unreadable), "labels": dict(self.labels)}
-        model = {"model": predictor.fingerprint, "calibrated": predictor.calibrated, "precision": predictor.precision}
-        measured = {} if metrics is None else {"metrics": metrics}
+        model: dict[str, Any] = {
+            "model": predictor.fingerprint,
+            "calibrated": predictor.calibrated,
+            "precision": predictor.precision,
+        }
+        measured: dict[str, Any] = {} if metrics is None else {"metrics": metrics}
+        if predictor.reject_below is not None:
+            model |= {"reject_below": predictor.reject_below, "rejected": self.rejected}
         write_json(storage.join(folder, FILE), {**summary, "parts": work.parts, **model, **measured})
 
     @classmethod

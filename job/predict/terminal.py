@@ -40,6 +40,12 @@ def print_totals(totals: Totals, classes: Sequence[str]) -> None:
         say(f"… and {totals.images - ROWS_SHOWN} more. In all: {counts}")
 
 
+def print_rejected(totals: Totals, reject_below: float) -> None:
+    """Print how many predictions are rejected."""
+    predictions = totals.images - len(totals.unreadable)
+    say(f"{totals.rejected:,} of {predictions:,} predictions are rejected: probability below {reject_below:.4g}.")
+
+
 def _cells(row: Row) -> tuple[str, str, str]:
     if row.prediction is None:
         return row.uri, "unreadable", "-"

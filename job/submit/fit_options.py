@@ -137,7 +137,7 @@ def check_arguments(args: Sequence[str], files: Mapping[str, str], termination: 
         with contextlib.suppress(ImportError):
             if backbone.startswith(TIMM):
                 import timm  # noqa: F401  # the image may have it where this machine has not
-            build_skeleton(backbone, cli.datamodule.image_size)
+            build_skeleton(backbone, cli.datamodule.image_size, cli.model_config.pooling)
     except ConfigError as error:
         raise ConfigError(f"fit refuses its options: {str(error).replace(f'{folder}/', '')}") from error
     finally:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 import yaml
@@ -17,6 +18,7 @@ from job.checkpoint.io import BackgroundCheckpointIO
 from job.checkpoint.manifest import FORMAT, kept_metrics
 from job.checkpoint.ranking import mode_of
 from job.checkpoint.state import (
+    CALIBRATOR_KEY,
     CLASSIFIER_KEY,
     COMPATIBILITY_KEY,
     CONFUSION_KEY,
@@ -93,6 +95,7 @@ def validate_winner(
         logits = net.head(rows.rows(samples, None).to(device))
         metrics.update(**task.evaluate(batch, logits))
     metrics.choose_thresholds()
+    metrics.fit_calibrator()
     return metrics.compute(), metrics
 
 
@@ -147,6 +150,9 @@ def write_checkpoint(winner: Winner, data: ImageDataModule, precision: str, fold
         },
         CONFUSION_KEY: ConfusionMatrix(winner.evaluation.confusion, len(data.classes)),
     }
+    fit = winner.evaluation.calibrator_fit
+    if fit is not None and fit.calibrator is not None:
+        saved[CALIBRATOR_KEY] = msgspec.to_builtins(fit.calibrator)
     name = f"epoch={winner.plan.epochs:03d}-step={winner.steps:08d}{checkpoint.SUFFIX}"
     earlier = {manifest.file: manifest.sha256 for manifest in checkpoint.manifests(folder)}
     io = BackgroundCheckpointIO(before_write=lease.require_held)

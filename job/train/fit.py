@@ -143,7 +143,26 @@ def fit(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -> Re
             model = TransferLearningModel(pretrained=resumed is None, init_from=init_from, **vars(config))
             with preemption.deferred():
                 trainer.fit(model, datamodule=data, ckpt_path=uri)
-            return report_of(trainer)
+            report = report_of(trainer)
+            _log_calibration(report)
+            return report
+
+
+def _log_calibration(report: Report) -> None:
+    """Log how the best checkpoint's probabilities are calibrated, or why they are not."""
+    evaluation = report.typed_content.evaluation
+    fit = evaluation.calibrator if evaluation is not None else None
+    if fit is None:
+        return
+    if fit.after is None:
+        log.info("the best checkpoint's probabilities are not calibrated: %s", fit.reason)
+        return
+    log.info(
+        "the best checkpoint's probabilities are calibrated by %s: ECE %.4f before, %.4f after (cross-fitted)",
+        f"the temperature {fit.temperature:.3f}" if fit.temperature else f"Platt scaling of {fit.classes} classes",
+        fit.error_before or 0.0,
+        fit.after.error or 0.0,
+    )
 
 
 def _init_from(settings: FitSettings, resumed: checkpoint.Manifest | None) -> str | None:

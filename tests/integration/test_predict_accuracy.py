@@ -44,7 +44,8 @@ def validated(run_dir: Path) -> dict[str, Any]:
 def test_the_metrics_are_those_of_validate(output: str, run_dir: Path, val: Path, tmp_path: Path) -> None:
     target = tmp_path / output
     form = ["--format", output] if "." not in output else []
-    result = run_here("predict", run_dir, val, "--output", target, "--precision", "fp32", *form)
+    plain = ("--precision", "fp32", "--calibrated", "false")
+    result = run_here("predict", run_dir, val, "--output", target, *plain, *form)
     assert result.returncode == 0, result.output
     file = target / "evaluation.json" if "." not in output else tmp_path / "p.evaluation.json"
     evaluation, expected = json.loads(file.read_text()), validated(run_dir)
@@ -59,7 +60,8 @@ def test_the_metrics_are_those_of_validate(output: str, run_dir: Path, val: Path
 
 
 def test_rows_hold_the_true_label_and_scikit_learn_agrees(run_dir: Path, val: Path, tmp_path: Path) -> None:
-    result = run_here("predict", run_dir, val, "--output", tmp_path / "p.parquet", "--precision", "fp32")
+    plain = ("--precision", "fp32", "--calibrated", "false")
+    result = run_here("predict", run_dir, val, "--output", tmp_path / "p.parquet", *plain)
     assert result.returncode == 0, result.output
     rows = pq.read_table(tmp_path / "p.parquet").to_pylist()
     assert all(row["true_label"] == Path(row["uri"]).parent.name for row in rows)
@@ -70,12 +72,41 @@ def test_rows_hold_the_true_label_and_scikit_learn_agrees(run_dir: Path, val: Pa
     assert evaluation["metrics"]["accuracy"] == pytest.approx(accuracy_score(true, predicted))
 
 
+def test_calibrated_probabilities_are_those_that_validate_measures_and_few_of_them_are_rejected(
+    run_dir: Path, val: Path, tmp_path: Path
+) -> None:
+    plain, calibrated = tmp_path / "plain.jsonl", tmp_path / "calibrated.jsonl"
+    whole = ("predict", run_dir, val, "--precision", "fp32", "--output")
+    for options_ in ((plain, "--calibrated=false"), (calibrated, "--reject_below=0.9")):
+        result = run_here(*whole, *options_)
+        assert result.returncode == 0, result.output
+    before, after = ([json.loads(line) for line in each.read_text().splitlines()] for each in (plain, calibrated))
+    assert [row["label"] for row in before] == [row["label"] for row in after]
+    assert [row["probability"] for row in before] != [row["probability"] for row in after]
+    assert {(row["calibrated"], "rejected" in row) for row in before} == {(False, False)}
+    assert {row["calibrated"] for row in after} == {True}
+    assert all(row["rejected"] == (row["probability"] < 0.9) for row in after)
+    measured = json.loads((tmp_path / "calibrated.evaluation.json").read_text())["metrics"]
+    expected = validated(run_dir)["metrics"]
+    assert measured["ece"] == pytest.approx(expected["val/ece_calibrated"], abs=1e-6)
+    accepted = [row for row in after if not row["rejected"]]
+    assert measured["coverage"] == pytest.approx(len(accepted) / 50)
+    assert f"{50 - len(accepted)} of 50 predictions are rejected" in result.output
+    fit = json.loads((run_dir / "report.json").read_text())["evaluation"]["calibrator"]
+    assert (fit["method"], fit["reason"], fit["samples"]) == ("temperature", "", 50)
+    assert fit["after"]["error"] < fit["error_before"]
+    refused = run_here(*whole, tmp_path / "no.jsonl", "--target_precision=1")
+    assert refused.returncode == 2, refused.output
+    assert "--target_precision" in refused.output
+
+
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 def test_parts_with_few_probabilities_give_what_follows_from_them(
     form: str, run_dir: Path, val: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "parts"
-    command = ("predict", run_dir, val, "--output", target, "--precision", "fp32", "--top_k", 1, "--format", form)
+    plain = ("--precision", "fp32", "--calibrated", "false")
+    command = ("predict", run_dir, val, "--output", target, *plain, "--top_k", 1, "--format", form)
     result = run_here(*command)
     assert result.returncode == 0, result.output
     evaluation, expected = json.loads((target / "evaluation.json").read_text()), validated(run_dir)

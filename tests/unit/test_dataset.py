@@ -75,6 +75,17 @@ def test_a_repeated_image_is_not_changed_by_a_transform_in_place(colours: Path) 
     assert not torch.equal(images[0], images[2])
 
 
+def test_a_batch_that_another_thread_has_taken_is_not_fetched_again(colours: Path) -> None:
+    index = index_of(colours)
+    sampler = ResumableBatchSampler(len(index), 8, rank=0, world_size=1, seed=0, shuffle=True)
+    dataset = ImageDataset(index, sampler, Preprocessing(8))
+    dataset[sampler.batch(0, 1)]
+    dataset[sampler.batch(0, 0)]
+    assert sorted(number for _, number in dataset._ahead) == [2, 3, 4]
+    dataset[sampler.batch(0, 0)]
+    assert sorted(number for _, number in dataset._ahead) == [1, 2, 3, 4]
+
+
 def test_an_unreadable_sample_is_masked_and_reported(tmp_path: Path) -> None:
     files = {f"{c}/{n}.jpg": picture((9, 9, 9), n) for c in "ab" for n in range(2)}
     write_files(tmp_path, {**files, "a/1.jpg": b"no image"})
@@ -128,9 +139,9 @@ def test_a_narrow_image_is_cropped_before_it_is_resized(shape: tuple[int, int], 
 @pytest.mark.parametrize("shape", [(3, 1, 5000), (3, 5000, 1), (3, 1, 20_000_000)])
 def test_the_narrowest_images_cost_no_more_than_their_output(mode: ResizeMode, shape: tuple[int, ...]) -> None:
     image = torch.full((shape[1], shape[2], 3), 7, dtype=torch.uint8).permute(2, 0, 1)
-    began = time.monotonic()
+    began = time.process_time()
     resized = resize(image, 224, mode)
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
     assert resized.shape == (3, 224, 224)
     assert resized.unique().tolist() == [7]
 

@@ -41,7 +41,7 @@ def saved(net: Classifier, path: Path, **changes: Any) -> str:
 def started(uri: str, classes: list[str], task: TaskName = "classification", size: int = 32, **settings: Any) -> Any:
     config = ModelConfig(backbone=NAME, seed=7, task=task, **{"hidden": [8], **settings})
     return build_from(
-        read_warm_start(uri, config.backbone),
+        read_warm_start(uri, config.backbone, config.pooling),
         config,
         classes=classes,
         image_size=size,
@@ -156,7 +156,7 @@ def test_checkpoints_that_cannot_be_used_are_explained(changes: dict[str, Any], 
 def test_the_image_size_that_position_embeddings_need_is_named(tmp_path: Path) -> None:
     config = ModelConfig(backbone="vit_b_32", weights="none", hidden=[])
     old = build_classifier(config, "none", classes=["a", "b"], image_size=64, device_type="cpu")
-    warm_start = read_warm_start(saved(old, tmp_path / "old.ckpt"), "vit_b_32")
+    warm_start = read_warm_start(saved(old, tmp_path / "old.ckpt"), "vit_b_32", "auto")
     with pytest.raises(JobError, match=r"pos_embedding .*use --data\.image_size=64"):
         build_from(warm_start, config, classes=["a", "b"], image_size=96, resize="squash", device_type="cpu")
 
@@ -190,7 +190,7 @@ def test_a_run_resumes_where_its_source_has_credentials() -> None:
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save(network(["a", "b"]).state_dict(), tmp_path / "plain.ckpt")
     with pytest.raises(CheckpointError, match="not a checkpoint of job"):
-        read_warm_start(initial_checkpoint(str(tmp_path / "plain.ckpt")), NAME)
+        read_warm_start(initial_checkpoint(str(tmp_path / "plain.ckpt")), NAME, "auto")
     for uri in (tmp_path / "plain.pth", tmp_path):
         with pytest.raises(CheckpointError, match=r"--init_from: no checkpoint in .* are given by --model.weights"):
             initial_checkpoint(str(uri))

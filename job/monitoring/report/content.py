@@ -174,6 +174,44 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bins: Annotated[list[CalibrationBin], Meta(max_length=1000)]
 
 
+class OperatingPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Selective classification at one threshold of confidence, on the validation samples.
+
+    Attributes:
+        target_precision: share of the accepted predictions that is to be right.
+        threshold: confidence from which predictions are accepted; None where no threshold reaches the precision.
+        coverage: share of the predictions that are accepted; None where no threshold reaches the precision.
+    """
+
+    target_precision: Share
+    threshold: Share | None
+    coverage: Share | None
+
+
+class CalibratorSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The calibration of a checkpoint's probabilities, or why it has none.
+
+    Attributes:
+        method: "temperature", or "platt" for several labels; None where there is none.
+        reason: why there is none; empty where there is one.
+        samples: validation samples that it was fitted to.
+        temperature: by which logits are divided; None for several labels.
+        classes: classes whose logits change, for several labels.
+        error_before: expected calibration error (ECE) of these samples.
+        after: confidence against accuracy with calibration, by five-fold cross-fitting.
+        selective: coverage at some precisions, for one label per image.
+    """
+
+    method: Literal["temperature", "platt"] | None
+    reason: Text = ""
+    samples: Count = 0
+    temperature: float | None = None
+    classes: Count = 0
+    error_before: float | None = None
+    after: Calibration | None = None
+    selective: Annotated[list[OperatingPoint], Meta(max_length=100)] = []
+
+
 class Curves(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """PR and ROC curves of a class against the rest, thinned.
 
@@ -224,6 +262,7 @@ class EvaluationResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         worst_errors: wrong predictions of the highest loss, the worst first.
         metric_errors: largest possible difference from the exact value, by metric without ``val/``, of those that are
             computed from histograms of the scores, above 100 classes or 50,000 images; the others are exact.
+        calibrator: calibration of the checkpoint's probabilities; None where none was fitted.
     """
 
     global_step: Count
@@ -231,6 +270,7 @@ class EvaluationResult(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     curves: Annotated[list[Curves], Meta(max_length=MOST_CURVES)] = []
     worst_errors: Annotated[list[WorstError], Meta(max_length=1000)] = []
     metric_errors: Annotated[dict[Text, float], Meta(max_length=100)] = {}
+    calibrator: CalibratorSummary | None = None
 
 
 class PartSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from job.checkpoint.confusion import Cells
 from job.model import evaluation as measured
 from job.model.class_counts import counts_of_cells
+from job.model.selective import REPORTED_PRECISIONS
 from job.monitoring.drawing.curves import curves_of_classes
 from job.monitoring.report.content import (
     MOST_CLASSES,
@@ -18,10 +19,12 @@ from job.monitoring.report.content import (
     MOST_PAIRS,
     Calibration,
     CalibrationBin,
+    CalibratorSummary,
     ClassMetrics,
     ConfusedPair,
     Curves,
     EvaluationResult,
+    OperatingPoint,
     WorstError,
 )
 
@@ -101,6 +104,7 @@ def result_of(
             for each in evaluation.worst[:most]
         ],
         metric_errors=dict(evaluation.errors),
+        calibrator=None if evaluation.calibrator_fit is None else _calibrator(evaluation.calibrator_fit),
     )
 
 
@@ -110,6 +114,27 @@ def _ratio(part: int, whole: int) -> float | None:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _calibrator(fit: measured.CalibratorFit) -> CalibratorSummary:
+    calibrator = fit.calibrator
+    curve = None if calibrator is None else calibrator.risk_coverage
+    points = [] if curve is None else [(precision, curve.at(precision)) for precision in REPORTED_PRECISIONS]
+    return CalibratorSummary(
+        method=None if calibrator is None else calibrator.method,
+        reason=fit.reason,
+        samples=fit.samples,
+        temperature=None if calibrator is None or calibrator.method != "temperature" else calibrator.temperature,
+        classes=0 if calibrator is None else calibrator.calibrated_classes,
+        error_before=None if fit.before is None else _finite(fit.before.error),
+        after=None if fit.after is None else _calibration(fit.after),
+        selective=[
+            OperatingPoint(precision, None, None)
+            if point is None
+            else OperatingPoint(precision, point.threshold, point.coverage)
+            for precision, point in points
+        ],
+    )
 
 
 def _calibration(calibration: measured.Calibration) -> Calibration:

@@ -46,7 +46,7 @@ CHARTS = (
     ("Loss", ("train/loss", "val/loss")),
     ("Accuracy", ("train/accuracy", "val/accuracy", "val/top5_accuracy")),
     ("F1, AUROC and mAP", ("val/f1", "val/auroc", "val/mAP", "val/micro_f1", "val/macro_f1")),
-    ("Calibration error (ECE)", ("val/ece",)),
+    ("Calibration error (ECE)", ("val/ece", "val/ece_calibrated")),
 )
 """Titles of charts and the metrics in them."""
 STATUS = {
@@ -76,6 +76,7 @@ def render(report: ReportContent, thumbnails: Mapping[int, bytes | None]) -> str
             matrix=_matrix(report),
             classes=_class_rows(report.per_class),
             reliability=_reliability(report),
+            calibrated=_calibrated(report),
             class_curves=_class_curves(report),
             errors=_errors(report, thumbnails),
             part_rows=_part_rows(report),
@@ -220,6 +221,11 @@ def _class_rows(classes: Sequence[ClassMetrics]) -> Sequence[ClassMetrics]:
 def _reliability(report: ReportContent) -> Markup:
     calibration = report.evaluation.calibration if report.evaluation else None
     return svg.reliability_diagram(calibration.bins) if calibration else Markup("")
+
+
+def _calibrated(report: ReportContent) -> Markup:
+    calibrator = report.evaluation.calibrator if report.evaluation else None
+    return svg.reliability_diagram(calibrator.after.bins) if calibrator and calibrator.after else Markup("")
 
 
 def _class_curves(report: ReportContent) -> list[Markup]:

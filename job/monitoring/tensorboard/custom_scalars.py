@@ -12,7 +12,7 @@ def layout() -> dict[str, dict[str, list[Any]]]:
             "loss": _lines("(train|val)/loss(_epoch)?$"),
             "accuracy": _lines("(train|val)/(accuracy|top5_accuracy|mAP)$"),
             "F1 and AUROC": _lines("(train|val)/(f1|macro_f1|micro_f1|auroc)$"),
-            "calibration error": _lines("val/ece$"),
+            "calibration error": _lines("val/ece(_calibrated)?$"),
             "accuracy per class": _lines("val/(accuracy|average_precision)_of/"),
         },
         "Training": {

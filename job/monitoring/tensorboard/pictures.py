@@ -164,6 +164,9 @@ class Pictures(Callback):
         self._add("val/confusion_matrix", draw(cells, labels), step)
         if evaluation.calibration is not None:
             self._add("val/reliability_diagram", charts.reliability_diagram(evaluation.calibration), step)
+        fit = evaluation.calibrator_fit
+        if fit is not None and fit.after is not None:
+            self._add("val/reliability_diagram_calibrated", charts.reliability_diagram(fit.after), step)
         self._add_curves(evaluation, labels, step)
         count = self.settings.images
         for tag, title, predictions in (
