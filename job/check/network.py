@@ -13,6 +13,7 @@ from job.model.backbone import build_skeleton
 from job.model.classifier import build_classifier
 from job.model.config import ModelConfig
 from job.model.loading import read_pretrained, weights_file
+from job.model.lora import adaptable_weights
 from job.model.warm_start import read_warm_start
 from job.model.weights import PretrainedWeights
 from job.train.fit import FitSettings
@@ -40,6 +41,8 @@ def weights(config: ModelConfig, data: ImageDataModule, settings: FitSettings) -
         JobError: a subclass says what does not fit.
     """
     skeleton = build_skeleton(config.backbone, data.image_size, config.pooling)  # an unknown name costs no download
+    if config.lora_rank:
+        adaptable_weights(skeleton, config)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     described = f"{config.backbone}, {parameters / 1e6:.3g} M parameters, with"
     if _has_checkpoint(settings.run_dir):

@@ -12,6 +12,7 @@ from job.checkpoint.initial import initial_checkpoint
 from job.data.datamodule import ImageDataModule
 from job.model.backbone import build_skeleton
 from job.model.config import ModelConfig
+from job.model.lora import adaptable_weights
 
 
 def check(
@@ -29,7 +30,9 @@ def check(
     Raises:
         JobError: a subclass says what is wrong.
     """
-    build_skeleton(config.backbone, data.image_size, config.pooling)
+    skeleton = build_skeleton(config.backbone, data.image_size, config.pooling)
+    if config.lora_rank:
+        adaptable_weights(skeleton, config)
     require_data(data)
     if not checkpoint.scan(run_dir).good:  # the others are not read again
         require_weights(config.weights)

@@ -20,6 +20,7 @@ from job.cluster import ranks, xla
 from job.data.datamodule import ImageDataModule, image_data
 from job.model.config import ModelConfig
 from job.model.freeze import Stage, stage_at
+from job.model.lora import merge
 from job.model.module import TransferLearningModel
 from job.model.steps import batches_per_epoch, optimizer_steps
 from job.train.batch_size_finder import NOTICEABLE
@@ -237,7 +238,8 @@ def _gradient_bytes(module: TransferLearningModel) -> int:
 
 def _checkpoint_bytes(trainer: pl.Trainer, module: TransferLearningModel) -> int:
     """Weights, their averages and the optimizer's state, all of which a checkpoint holds."""
-    weights: int = sum(value.nbytes for value in module.net.state_dict().values())
+    state, parts = merge(module.net.state_dict(), module.config.lora_alpha)
+    weights: int = sum(value.nbytes for value in (*state.values(), *parts.values()))
     states = (value for state in trainer.optimizers[0].state.values() for value in state.values())
     optimizer: int = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     return (2 * weights if module.config.ema else weights) + optimizer

@@ -16,6 +16,7 @@ from job.checkpoint.manifest import Manifest
 from job.checkpoint.state import (
     CALLBACKS_KEY,
     COMPATIBILITY_KEY,
+    LORA_KEY,
     MANIFEST_KEY,
     PRECISION_KEY,
     SKIPPED_STEPS_KEY,
@@ -106,7 +107,7 @@ def _problem(checkpoint: dict[str, Any], expected_loops: dict[str, Any]) -> str 
     for key, kind in kinds.items():
         if not isinstance(checkpoint.get(key), kind):
             return f"its entry {key!r} is missing or no {kind.__name__}"
-    optional: dict[str, type] = {STOPPED_KEY: bool, CALLBACKS_KEY: dict, TRAINING_WEIGHTS_KEY: dict}
+    optional: dict[str, type] = {STOPPED_KEY: bool, CALLBACKS_KEY: dict, TRAINING_WEIGHTS_KEY: dict, LORA_KEY: dict}
     for key, kind in optional.items():
         if key in checkpoint and not isinstance(checkpoint[key], kind):
             return f"its entry {key!r} is no {kind.__name__}"
@@ -115,8 +116,11 @@ def _problem(checkpoint: dict[str, Any], expected_loops: dict[str, Any]) -> str 
         return f"its entry {SKIPPED_STEPS_KEY!r} is no count"
     if not is_plain(checkpoint[COMPATIBILITY_KEY]) or not is_plain(checkpoint.get(CALLBACKS_KEY, {})):
         return f"{COMPATIBILITY_KEY!r} or {CALLBACKS_KEY!r} holds more than numbers and text"
+    adapters = checkpoint.get(LORA_KEY, {})
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in adapters.items()):
+        return f"its entry {LORA_KEY!r} is not tensors by name"
     for name, tensor in checkpoint.get(TRAINING_WEIGHTS_KEY, {}).items():
-        averaged = checkpoint["state_dict"].get(f"net.{name}")
+        averaged = adapters.get(name, checkpoint["state_dict"].get(f"net.{name}"))
         if not isinstance(tensor, Tensor) or averaged is None or tensor.shape != averaged.shape:
             return f"the training weights of {name!r:.100} do not fit their average"
     try:

@@ -31,15 +31,15 @@ def main(run_dirs: list[str], port: int | None = None, host: str = "localhost") 
         port: port to listen on; 0 takes any free one. Default: 6006, or the next that is free.
         host: address to listen on. 0.0.0.0 or :: lets other machines connect: TensorBoard has no passwords.
     """
-    address, runs = serve(run_dirs, host=host, port=port)
-    if runs:
-        names = ", ".join(runs[:RUNS_SHOWN]) + (f" and {len(runs) - RUNS_SHOWN} more" if len(runs) > RUNS_SHOWN else "")
-        say(f"{len(runs)} run(s): {names}")
-    else:
-        say(f"No TensorBoard events yet in {', '.join(run_dirs)}; they appear once training has begun.")
-    say(f"TensorBoard: {address} (Ctrl-C ends it)")
-    try:
-        wait_for_signal()
-    except Stopped as stopped:
-        if stopped.exit_code != EXIT_INTERRUPTED:
-            raise
+    with serve(run_dirs, host=host, port=port) as (address, runs):
+        if runs:
+            more = f" and {len(runs) - RUNS_SHOWN} more" if len(runs) > RUNS_SHOWN else ""
+            say(f"{len(runs)} run(s): {', '.join(runs[:RUNS_SHOWN])}{more}")
+        else:
+            say(f"No TensorBoard events yet in {', '.join(run_dirs)}; they appear once training has begun.")
+        say(f"TensorBoard: {address} (Ctrl-C ends it)")
+        try:
+            wait_for_signal()
+        except Stopped as stopped:
+            if stopped.exit_code != EXIT_INTERRUPTED:
+                raise

@@ -10,7 +10,7 @@ by its name, with a store of its own. In the store, below ``job.nodes/<LAUNCH_ID
 
 - ``round``: id of the newest round.
 - ``mistake``: node whose ranks ended because of a user's mistake; all nodes end.
-- ``left``: number of nodes that have read that all end.
+- ``left/<node>``: this node has read that all end.
 
 and below the id of a round:
 
@@ -258,7 +258,7 @@ class Rounds:
     def _announce(self, job: Store, counter: str, code: int) -> Round | int | str:
         """Show node 0 that this node is there; returns the missing nodes in words until all are."""
         if (mistake := self._mistake(job)) is not None:
-            job.add("left", 1)
+            self._note_leaving(job)
             return mistake
         others = named([], self._node.nodes)
         round_id = _text(job, "round")
@@ -273,7 +273,7 @@ class Rounds:
             keys.set(f"here/{self._node.node_rank}", counter)
             return named(_missing(_text(keys, "missing"), self._node), self._node.nodes)
         if (nodes := _tokens(start)) is None:
-            job.add("left", 1)
+            self._note_leaving(job)
             return code or EXIT_RETRY
         if nodes.get(str(self._node.node_rank)) == self._token:
             return Round(round_id, self._node.host, self._node.port, keys)
@@ -283,7 +283,7 @@ class Rounds:
 
     def _finished(self, job: Store) -> int:
         log.info("the other nodes have finished")
-        job.add("left", 1)
+        self._note_leaving(job)
         return 0
 
     def _report_mistake(self, current: Round) -> None:
@@ -292,7 +292,7 @@ class Rounds:
         # Else ranks that hang, rather than fail, would never end.
         current.keys.compare_set("over", "", FAILED)
         if self._node.node_rank > 0:
-            job.add("left", 1)
+            self._note_leaving(job)
 
     def _mistake(self, job: Store) -> int | None:
         if not (rank := _text(job, "mistake")):
@@ -330,13 +330,18 @@ class Rounds:
         if self._node.node_rank == 0:
             self._leave(self._job(current), LEAVE_SECONDS)
         else:
-            self._quietly(lambda: self._job(current).add("left", 1))
+            self._quietly(lambda: self._note_leaving(self._job(current)))
 
     def _leave(self, job: Store, seconds: float) -> None:
         """On node 0, serve the store until the other nodes have read that all end, or for so many seconds."""
         deadline = time.monotonic() + seconds
-        while job.add("left", 0) < self._node.nodes - 1 and time.monotonic() < deadline:
+        others = [f"left/{rank}" for rank in range(1, self._node.nodes)]
+        while not job.check(others) and time.monotonic() < deadline:
             time.sleep(FINISH_POLL_SECONDS)
+
+    def _note_leaving(self, job: Store) -> None:
+        """Let node 0 know that this node has read that all end."""
+        job.set(f"left/{self._node.node_rank}", "1")
 
     def _serve(self) -> TCPStore:
         try:

@@ -6,6 +6,7 @@ takes long.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ TICK_SECONDS = 2.0
 """Least time between two signs of progress that a rank gives."""
 LONGEST_POLL = 0.2
 FAREWELL_SECONDS = 5.0
-"""How long rank 0, which serves the store, waits until the other ranks know of its failure."""
+"""How long rank 0, which serves the store and may end, waits until the other ranks have read the outcome."""
 LARGEST_VALUE = 4 << 20
 """Bytes of one value in the store: torch's refuses 8 MiB."""
 
@@ -174,6 +175,7 @@ def from_rank_zero(function: Callable[[Helpers | None], str], perform: Perform) 
             _await_readers(store)
         raise
     _put(store, "outcome", msgspec.msgpack.encode(outcome))
+    _await_readers(store)
     return outcome.result
 
 
@@ -188,7 +190,8 @@ def _help(store: Any, perform: Perform) -> str:
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_POLL)
     outcome = msgspec.msgpack.decode(content, type=_Outcome)
-    store.add("readers", 1)
+    with contextlib.suppress(RuntimeError):  # torch's DistNetworkError: rank 0 has not waited so long
+        store.add("readers", 1)
     if outcome.failure is not None:
         raise outcome.failure.exception()
     return outcome.result

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -164,6 +165,23 @@ class SPMDStrategy(SingleDeviceStrategy):
             spec = ShardingSpec(self._mesh, ("chip", *[None] * (value.dim() - 1)), minibatch=ranks.world_size() > 1)
             moved[name] = xm.send_cpu_data_to_device([value.contiguous()], self.root_device, spec)[0]
         return moved
+
+    @property
+    def device_kind(self) -> str:
+        """What XLA computes on, as its results may differ: "xla CPU" or "xla TPU"."""
+        from torch_xla import runtime
+
+        return f"xla {runtime.device_type()}"
+
+    def forward_on_all_chips(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """Compute a batch without gradients, a share of it on each chip, and wait for the result, in host memory.
+
+        Args:
+            forward: from ``inputs`` on the device to a value per row.
+            inputs: [B, ...] in host memory; equal B in all calls, or each is compiled.
+        """
+        batch = self.batch_to_device({"inputs": inputs})
+        return self._run_whole({"values": forward(batch["inputs"])})["values"].cpu()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the step with the device's generator seeded from torch's, which ``torch.manual_seed`` does not reach."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import struct
 import tempfile
@@ -24,6 +25,8 @@ _HEADER_BYTES = 64
 _SLOT = struct.Struct("<QLLQ")
 _SLOTS = np.dtype([("fingerprint", "<u8"), ("segment", "<u4"), ("size", "<u4"), ("offset", "<u8")])
 _FEWEST_BITS, _MOST_BITS = 14, 32
+_NO_TABLE = (errno.ENOENT, errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EISDIR)
+"""Nothing lies at the path, or no regular file."""
 _WINDOW = 64
 """Slots from its first possible one on in which an entry may lie; half-full tables fill such a window once in 10^5."""
 
@@ -56,6 +59,20 @@ class _Header(NamedTuple):
     total: int
 
 
+class _Opened(NamedTuple):
+    """A table that was opened.
+
+    Attributes:
+        file: closed when the last thread that reads it is done.
+        bits: the table has ``2**bits`` first slots.
+        status: tells whether :attr:`Table.path` is still this file.
+    """
+
+    file: FileIO
+    bits: int
+    status: os.stat_result
+
+
 class Table:
     """A hash table with linear probing, from fingerprints of 64 bits to places of records.
 
@@ -69,18 +86,25 @@ class Table:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._opened: tuple[FileIO, int] | None = None
-        self._identity: os.stat_result | None = None
+        self._opened: _Opened | None = None
+        self._locked: _Opened | None = None  # of the writer: a thread that reads may open an earlier table meanwhile
 
     def find(self, fingerprint: int) -> Place | None:
         """The place stored under a fingerprint, or None; reads without a lock."""
         opened = self._opened
-        if opened is not None and (place := _find(*opened, fingerprint)) is not None:
+        if opened is not None and (place := _find(opened, fingerprint)) is not None:
             return place
-        # A table that has grown is another file. This is one system call per miss.
-        if self._is_at_path() or (current := self._current()) is None:
+        try:
+            # A table that has grown is another file. This is one system call per miss.
+            if opened is not None and os.path.samestat(self.path.lstat(), opened.status):
+                return None
+            opened = self._open()
+        except OSError:
             return None
-        return _find(*current, fingerprint)
+        if opened is None:
+            return None
+        self._opened = opened
+        return _find(opened, fingerprint)
 
     def open(self) -> bool:
         """Open the table to change it; a damaged or missing one is replaced by an empty one. Called under the lock.
@@ -89,9 +113,19 @@ class Table:
             whether it was replaced, so that no record is in it any more.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be read or written.
         """
-        if self._current() is not None:
+        if self._locked is not None and _is_at(self.path, self._locked.status):
+            opened = self._locked if _read_header(self._locked.file) is not None else None
+        else:
+            try:
+                opened = self._open()
+            except OSError as error:
+                if error.errno not in _NO_TABLE:  # a lack of descriptors, say, is no reason to lose what is cached
+                    raise
+                opened = None
+        if opened is not None:
+            self._locked = self._opened = opened
             return False
         self._replace(np.empty(0, _SLOTS), 0)
         return True
@@ -133,8 +167,8 @@ class Table:
         return os.fstat(self._file().fileno()).st_size
 
     def _file(self) -> FileIO:
-        assert self._opened is not None, "open() comes first"
-        return self._opened[0]
+        assert self._locked is not None, "open() comes first"
+        return self._locked.file
 
     def _header(self) -> _Header:
         header = _read_header(self._file())
@@ -145,27 +179,15 @@ class Table:
     def _store_header(self, header: _Header) -> None:
         os.pwrite(self._file().fileno(), _packed_header(header), 0)
 
-    def _current(self) -> tuple[FileIO, int] | None:
-        """The table that now lies at :attr:`path`, opened, with its bits; None if there is none, or a damaged one."""
-        try:
-            if self._opened is not None and os.path.samestat(self.path.lstat(), os.fstat(self._opened[0].fileno())):
-                return self._opened if _read_header(self._opened[0]) is not None else None
-            # Closed when the last thread that reads it is done.
-            file = FileIO(open_regular(self.path, os.O_RDWR), "r+")
-            header = _read_header(file)
-        except OSError:
-            return None
-        if header is None:
-            return None
-        self._opened, self._identity = (file, header.bits), os.fstat(file.fileno())
-        return self._opened
+    def _open(self) -> _Opened | None:
+        """Open the table that now lies at :attr:`path`; None: it is damaged.
 
-    def _is_at_path(self) -> bool:
-        """Whether the opened file is still the one at :attr:`path`."""
-        try:
-            return self._identity is not None and os.path.samestat(self.path.lstat(), self._identity)
-        except OSError:
-            return False
+        Raises:
+            OSError: there is none, or it cannot be read.
+        """
+        file = FileIO(open_regular(self.path, os.O_RDWR), "r+")
+        header = _read_header(file)
+        return None if header is None else _Opened(file, header.bits, os.fstat(file.fileno()))
 
     def _replace(self, slots: npt.NDArray[np.void], total: int, more: int = 0) -> None:
         """Write a new table with these entries and room for others, and rename it to :attr:`path`."""
@@ -189,17 +211,26 @@ class Table:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink()
             raise
-        if self._current() is None:
+        opened = self._open()
+        if opened is None:
             raise OSError(f"{self.path} cannot be read back")
+        self._locked = self._opened = opened
+
+
+def _is_at(path: Path, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), status)
+    except OSError:
+        return False
 
 
 def _position(number: int) -> int:
     return _HEADER_BYTES + number * _SLOT.size
 
 
-def _find(file: FileIO, bits: int, fingerprint: int) -> Place | None:
+def _find(opened: _Opened, fingerprint: int) -> Place | None:
     try:
-        window = os.pread(file.fileno(), _WINDOW * _SLOT.size, _position(fingerprint >> (64 - bits)))
+        window = os.pread(opened.file.fileno(), _WINDOW * _SLOT.size, _position(fingerprint >> (64 - opened.bits)))
     except OSError:
         return None
     for start in range(0, len(window) - _SLOT.size + 1, _SLOT.size):

@@ -135,7 +135,7 @@ class Fetcher:
                 fetched[number] = Fetched(sample, _too_large(sample.size))
             elif reader.is_local:
                 fetched[number] = Fetched(sample, self._read_here(reader, sample))
-            elif (cached := self.cache.get(self._cache_key(sample)) if self.cache else None) is not None:
+            elif (cached := self._cached(sample)) is not None:
                 fetched[number] = Fetched(sample, cached)
             else:
                 far[number] = sample
@@ -146,9 +146,10 @@ class Fetcher:
     def _read_far(self, far: dict[int, Sample]) -> dict[int, Fetched]:
         """Samples of buckets that are not in the cache; the neighbours of those in archives are put into it."""
         members = [number for number, sample in far.items() if sample.offset >= 0]
-        fetched: dict[int, Fetched] = {}
         with self._neighbours.claimed(members if self.cache and self.cache.accepts else []) as claim:
-            own = {number: sample for number, sample in far.items() if number not in claim.elsewhere}
+            # A batch that has just fetched the same groups may have ended between the first look and the claim.
+            fetched = self._all_cached({number: far[number] for number in claim.samples & far.keys()})
+            own = {n: sample for n, sample in far.items() if n not in claim.elsewhere and n not in fetched}
             sources = {far[number].source for number in members}
             others = sorted(claim.samples - far.keys())
             neighbours = {
@@ -163,16 +164,21 @@ class Fetcher:
                     fetched[number] = self._kept(own[number], raw)
         if claim.elsewhere:  # after the own ones, so that no two batches wait for one another
             self._neighbours.wait(claim.elsewhere)
-            late = {}
-            for number in claim.elsewhere:
-                cached = self.cache.get(self._cache_key(far[number])) if self.cache else None
-                if cached is None:
-                    late[number] = far[number]
-                else:
-                    fetched[number] = Fetched(far[number], cached)
+            fetched |= self._all_cached({number: far[number] for number in claim.elsewhere})
+            late = {number: far[number] for number in claim.elsewhere if number not in fetched}
             for number, raw in (self._fetch_all(late, {}) if late else {}).items():
                 fetched[number] = self._kept(late[number], raw)
         return fetched
+
+    def _cached(self, sample: Sample) -> bytes | None:
+        """The bytes of a sample that is in the cache, else None."""
+        raw = self.cache.get(self._cache_key(sample)) if self.cache else None
+        return raw if raw is not None and sample.size in (-1, len(raw)) else None
+
+    def _all_cached(self, samples: dict[int, Sample]) -> dict[int, Fetched]:
+        """Those of some samples that are in the cache."""
+        contents = {number: self._cached(sample) for number, sample in samples.items()}
+        return {n: Fetched(samples[n], content) for n, content in contents.items() if content is not None}
 
     def _kept(self, sample: Sample, raw: bytes | DataError) -> Fetched:
         """A sample that was just read, which the cache keeps if it is intact."""
@@ -190,7 +196,7 @@ class Fetcher:
     def _keep_neighbour(self, sample: Sample, raw: bytes | DataError) -> None:
         """Put a neighbour into the cache; a damaged one is an error when it is used."""
         with contextlib.suppress(DataError):
-            if isinstance(raw, bytes) and self.cache is not None:
+            if isinstance(raw, bytes) and len(raw) == sample.size and self.cache is not None:
                 format_of(self.index.sources[sample.source]).unpack(raw, sample.version)
                 self.cache.put(self._cache_key(sample), raw)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from job.cluster import ranks
+from job.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,9 @@ def one_core_threads(count: int) -> ThreadPoolExecutor:
 
     torch keeps one setting per thread, and a global one for new threads: all of these are set before the global one is
     restored.
+
+    Raises:
+        ConfigError: the system does not allow so many.
     """
     default_threads = torch.get_num_threads()
 
@@ -91,7 +95,16 @@ def one_core_threads(count: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
 
     pool = ThreadPoolExecutor(count, thread_name_prefix="decode", initializer=one_core)
-    all_started = threading.Barrier(count, timeout=START_SECONDS)  # the system may refuse one of them
-    list(pool.map(lambda _: all_started.wait(), range(count)))
-    torch.set_num_threads(default_threads)
+    all_started = threading.Barrier(count, timeout=START_SECONDS)
+    try:
+        list(pool.map(lambda _: all_started.wait(), range(count)))
+    except RuntimeError as error:  # the system refuses one of them
+        all_started.abort()  # or the others would wait for it
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise ConfigError(
+            f"cannot start {count} threads to decode images ({error or type(error).__name__}): lower "
+            "--data.num_workers, or allow this user or container more processes (ulimit -u, pids limit)."
+        ) from error
+    finally:
+        torch.set_num_threads(default_threads)
     return pool

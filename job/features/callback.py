@@ -6,9 +6,10 @@ The result is the same as without the cache, bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from job import storage
 from job.cluster import ranks
+from job.cluster.xla import SPMDStrategy
 from job.data.datamodule import image_data
 from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
 from job.errors import ConfigError, Preempted, StorageError
@@ -90,7 +92,18 @@ class FeatureCache(Callback):
         began = time.monotonic()
         module = cast("TransferLearningModel", pl_module)
         frozen = _frozen_epochs(trainer, module)
-        if self.settings.use == "never" or frozen < 1:
+        if self.settings.use == "never":
+            return
+        if frozen < 1:
+            if module.config.lora_rank and trainer.is_global_zero:
+                log.info(
+                    "backbone features are not cached: the adapters (--model.lora_rank) change them in each step. With "
+                    "--model.milestones [N,N] the head trains alone for the first N epochs, from cached features."
+                )
+            return
+        if isinstance(trainer.strategy, SPMDStrategy) and ranks.world_size() > 1:
+            # Hosts compute batches of XLA's whole mesh together, and would have different numbers of chunks.
+            log.info("backbone features are not cached: on XLA they are with one host only")
             return
         stores = self._stores(trainer, module, frozen)
         if stores:
@@ -166,6 +179,7 @@ class FeatureCache(Callback):
                 seed=data.seed,
                 precision=str(trainer.precision),
                 compiled=module.config.compile_backbone,
+                device=trainer.strategy.device_kind if isinstance(trainer.strategy, SPMDStrategy) else None,
             )
         )
 
@@ -177,20 +191,32 @@ class FeatureCache(Callback):
         return " ".join(sorted(ranks.union({problem} if problem else set())))
 
     def _missing(self, stores: dict[str, FeatureStore]) -> dict[str, list[int]]:
-        """Chunks to compute, by part; chunks only in the bucket or only on a disk are copied to the other."""
+        """Chunks to compute, by part; chunks only in the bucket or only on a disk are copied to the other.
+
+        Raises:
+            Preempted: on all ranks, where one of them is to stop.
+        """
         missing = {}
         for part, store in stores.items():
             published = ranks.from_rank_zero(store.published)
             here = store.on_disk() if ranks.local_rank() == 0 else set()
-            for chunk in sorted(here - published):
+            for chunk in self._until_stopped(here - published):
                 store.publish(chunk, self.lease.require_held)
-            missing_here = sorted(published - here) if ranks.local_rank() == 0 else []
-            damaged = {chunk for chunk in missing_here if not store.fetch(chunk, self.lease.require_held)}
+            missing_here = published - here if ranks.local_rank() == 0 else set()
+            damaged = {
+                chunk for chunk in self._until_stopped(missing_here) if not store.fetch(chunk, self.lease.require_held)
+            }
+            if ranks.union({"stop"} if self.preemption.requested else set()):
+                raise _stopped()
             stored = published | {int(chunk) for chunk in ranks.union({str(chunk) for chunk in here})}
             damaged_anywhere = stored & {int(chunk) for chunk in ranks.union({str(chunk) for chunk in damaged})}
             if absent := sorted(set(range(len(store))) - stored | damaged_anywhere):
                 missing[part] = absent
         return missing
+
+    def _until_stopped(self, chunks: set[int]) -> Iterator[int]:
+        """Chunks in order, until this process is to stop."""
+        return itertools.takewhile(lambda _: not self.preemption.requested, sorted(chunks))
 
     def _compute(
         self,
@@ -231,10 +257,7 @@ class FeatureCache(Callback):
                 self.lease.raise_if_lost()
                 if any(flags.exchange([self.preemption.requested])):
                     flags.drain()
-                    raise Preempted(
-                        "stopped on request while the backbone's features were computed. The same command goes on "
-                        "from there."
-                    )
+                    raise _stopped()
                 progress.update(images * (number + 1) // rounds)
             next(work, None)  # the last chunk is saved when its last batch is over
             flags.drain()
@@ -259,7 +282,7 @@ class FeatureCache(Callback):
                 )
                 for part, chunks in share.items()
             ),
-            lambda images: _features(trainer, module, images.to(module.device, non_blocking=True)),
+            lambda images: _features_of_batch(trainer, module, images),
             accept=lambda batch: data.on_before_batch_transfer(batch, 0),
             before_write=self.lease.require_held,
         )
@@ -269,6 +292,19 @@ def _features(trainer: pl.Trainer, module: TransferLearningModel, images: Tensor
     """Features as in a training step, at its precision: float [B, F]."""
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         return module.net.features(images)
+
+
+def _stopped() -> Preempted:
+    return Preempted(
+        "stopped on request while the backbone's features were computed. The same command goes on from there."
+    )
+
+
+def _features_of_batch(trainer: pl.Trainer, module: TransferLearningModel, images: Tensor) -> Tensor:
+    """Features of a batch in host memory."""
+    if isinstance(trainer.strategy, SPMDStrategy):
+        return trainer.strategy.forward_on_all_chips(lambda images: _features(trainer, module, images), images)
+    return _features(trainer, module, images.to(module.device, non_blocking=True))
 
 
 def _frozen_epochs(trainer: pl.Trainer, module: TransferLearningModel) -> int:

@@ -40,6 +40,8 @@ def compute_chunks(
 ) -> Generator[int, None, None]:
     """Compute chunks, save them on this node, and upload them; however it ends, uploads do, too.
 
+    An upload that fails ends the computation at the next chunk.
+
     Args:
         parts: the chunks; each part's loader is made when its turn comes.
         features: from images, uint8 [B, 3, S, S], to features, float [B, F].
@@ -51,6 +53,7 @@ def compute_chunks(
 
     Raises:
         DivergedError: features are not finite.
+        StorageError: a chunk cannot be written.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="features") as uploads:
         pending: list[Future[None]] = []
@@ -65,12 +68,14 @@ def compute_chunks(
                     batch = accept(next(iterator))
                     rows = batch["global_size"]
                     mask = batch["mask"][:rows]
-                    values = features(batch["image"])[:rows].cpu()
+                    values = features(batch["image"]).cpu()[:rows]  # XLA would compile each number of rows
                     _require_finite(values, batch, store)
                     computed.append(values)
                     valid.append(mask)
                     bad |= {sample: line for _, sample, line in batch["bad"]}
                     yield rows
+                while pending and pending[0].done():
+                    pending.pop(0).result()
                 store.save(chunk, torch.cat(computed), torch.cat(valid), bad)
                 pending.append(uploads.submit(store.publish, chunk, before_write))
         for upload in pending:

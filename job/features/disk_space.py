@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -31,18 +32,28 @@ def make_room(cache_dir: Path, folders: set[Path], needed: int, max_bytes: int, 
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*")) if folder.is_dir() else 0
+    """Bytes of the files in a folder, which other processes write and remove meanwhile."""
+    size = 0
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for file in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                size += file.stat().st_size
+    return size
 
 
 def _remove_oldest(root: Path, kept: set[Path], allowed: int) -> None:
     """Remove folders in ``root``, the least recently used first, until the others hold ``allowed`` bytes."""
-    for folder in kept:
-        if folder.is_dir():
-            os.utime(folder)
-    others = sorted((f for f in root.glob("*") if f not in kept), key=lambda folder: folder.stat().st_mtime)
-    total = sum(_size(folder) for folder in others)
-    for folder in others:
+    others: list[tuple[float, int, Path]] = []
+    with contextlib.suppress(FileNotFoundError):
+        for folder in root.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another process removes it
+                if folder in kept:
+                    os.utime(folder)
+                else:
+                    others.append((folder.stat().st_mtime, _size(folder), folder))
+    total = sum(size for _, size, _ in others)
+    for _, size, folder in sorted(others):
         if total <= allowed:
             break
-        total -= _size(folder)
+        total -= size
         shutil.rmtree(folder, ignore_errors=True)

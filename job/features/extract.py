@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from job.data.dataset import Batch, ImageDataset, Preprocessing
 from job.data.index.index import Index
 from job.data.loader import BatchLoader
 from job.data.sampler import FeatureBatchSampler, ResumableBatchSampler
-from job.errors import ConfigError, DataError
+from job.errors import ConfigError, DataError, first_line
 from job.features.compute import PartWork, compute_chunks
 from job.features.disk_space import make_room
 from job.features.key import content_hash, feature_key, weights_hash
@@ -186,13 +187,10 @@ class _Extraction:
         while True:
             self._compute_missing(store)
             with self._alone_on_node(store):
-                if self._fetch_missing(store) and (path.exists() or _assemble(store, path)):
+                if self._fetch_missing(store):
+                    values = _assembled(store, path)
                     bad = store.open()
                     break
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-        if values.shape != (store.variants, len(self.index), store.width) or values.dtype != np.float32:
-            path.unlink()
-            raise DataError(f"{path} was damaged, and is removed. Run the same command again.")
         valid = store.valid.all(dim=1).numpy()
         if not valid.any():
             raise DataError(f"none of {len(valid):,} images of {self.index.root} can be read: {bad[0].line}")
@@ -333,19 +331,44 @@ def _evaluating(net: Classifier) -> Iterator[None]:
         net.backbone.train(training)
 
 
-def _assemble(store: FeatureStore, path: Path) -> bool:
-    """Write the chunks on this node as one array, float32 [V, N, F], which appears whole or not at all."""
+def _assembled(store: FeatureStore, path: Path) -> npt.NDArray[np.float32]:
+    """All chunks on this node as one array, float32 [V, N, F], mapped from a file that one process per node writes."""
     shape = (store.variants, len(store.index), store.width)
+    values: npt.NDArray[np.float32]
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
+            if values.shape == shape and values.dtype == np.float32:
+                return values
+            reason = f"it holds {values.dtype} {values.shape}"
+        except (ValueError, EOFError) as error:
+            reason = first_line(error)
+        log.warning("%s is damaged and is written again: %s", path, reason)
+    _assemble(store, path, shape)
+    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    return values
+
+
+def _assemble(store: FeatureStore, path: Path, shape: tuple[int, int, int]) -> None:
+    """Write the chunks on this node into one file, which appears whole or not at all."""
     unfinished = path.with_name(f".{path.name}")
-    with report_disk_full(path.parent, "keep the backbone's features"):
-        values = np.lib.format.open_memmap(unfinished, "w+", np.dtype("float32"), shape)
-        for chunk in range(len(store)):
-            features, valid = store.load(chunk)
-            samples = store.samples(chunk)
-            rows = torch.where(valid[..., None], features.float(), 0.0)
-            values[:, samples.start : samples.stop] = rows.permute(1, 0, 2).numpy()
-        values.flush()
-        del values
-        unfinished.chmod(0o600)
-        unfinished.replace(path)
-    return True
+    try:
+        with report_disk_full(path.parent, "keep the backbone's features"):
+            # Not mapped into memory: a page that finds no room on the disk would kill the process.
+            with unfinished.open("wb") as file:
+                header = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                begin, (_, samples, width) = file.tell(), shape
+                for chunk in range(len(store)):
+                    features, valid = store.load(chunk)
+                    rows = torch.where(valid[..., None], features.float(), 0.0).permute(1, 0, 2).contiguous()
+                    for variant, values in enumerate(rows.numpy()):
+                        row = variant * samples + store.samples(chunk).start
+                        file.seek(begin + row * width * FLOAT32_BYTES)
+                        file.write(values)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.chmod(0o600)
+            unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

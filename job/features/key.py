@@ -11,6 +11,7 @@ from job.data.dataset import Preprocessing
 from job.data.index.index import Index
 from job.features.transform_hash import transform_hash
 from job.model.classifier import Classifier
+from job.model.lora import merged_state
 
 
 def feature_key(
@@ -22,6 +23,7 @@ def feature_key(
     seed: int,
     precision: str,
     compiled: bool = False,
+    device: str | None = None,
 ) -> str:
     """The name of a folder of features: 20 hexadecimal digits.
 
@@ -33,6 +35,7 @@ def feature_key(
         seed: of the augmentation.
         precision: Lightning's name of it.
         compiled: the backbone is compiled by torch.compile.
+        device: kind of the device that computes. Default: torch's type of it.
     """
     spec = net.spec()
     values: tuple[object, ...] = (
@@ -44,7 +47,7 @@ def feature_key(
         seed if preprocessing.augment is not None else None,
         precision,
         compiled,
-        net.mean.device.type,
+        device or net.mean.device.type,
         str(net.memory_format),
         torch.__version__,
     )
@@ -64,7 +67,7 @@ def content_hash(index: Index) -> str:
 def weights_hash(backbone: torch.nn.Module) -> str:
     """Hash of a backbone's weights and their names."""
     digest = hashlib.sha256()
-    for name, tensor in backbone.state_dict().items():
+    for name, tensor in merged_state(backbone).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_raw(tensor))
     return digest.hexdigest()

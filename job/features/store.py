@@ -214,7 +214,7 @@ class FeatureStore:
             private_folder(self.folder.parent)
             private_folder(self.folder)
             with self._locked():
-                if self._verify(chunk):
+                if self._check_or_remove(chunk):
                     return  # another process may be uploading it
                 # Without its manifest the chunk does not exist, however this process ends.
                 self._manifest_path(chunk).unlink(missing_ok=True)
@@ -241,30 +241,46 @@ class FeatureStore:
     def _is_intact(self, chunk: int) -> bool:
         if not self._manifest_path(chunk).exists():
             return False
-        if chunk in self._intact:
+        # Without the lock: the ranks of a node hash their chunks at the same time.
+        if chunk in self._intact or self._damage(chunk) is None:
+            self._intact.add(chunk)
             return True
-        with self._locked():
-            return self._verify(chunk)
+        # Another process may have written it meanwhile, or removed the folder.
+        reported = report_disk_full(self.folder, "keep the backbone's features")
+        with reported, contextlib.suppress(FileNotFoundError), self._locked():
+            return self._check_or_remove(chunk)
+        return False
 
-    def _verify(self, chunk: int) -> bool:
+    def _check_or_remove(self, chunk: int) -> bool:
         """Whether a chunk is on this node and intact; a damaged one is removed. Called within :meth:`_locked`."""
         path, manifest = self._path(chunk), self._manifest_path(chunk)
         if not manifest.exists():
             return False
+        if (damage := self._damage(chunk)) is not None:
+            log.warning("%s is damaged and is computed or fetched again: %s", path, damage)
+            manifest.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            return False
+        self._intact.add(chunk)
+        return True
+
+    def _damage(self, chunk: int) -> Exception | None:
+        """The reason why a chunk on this node cannot be used.
+
+        Raises:
+            NewerFormat: a newer release wrote it.
+        """
+        path = self._path(chunk)
         try:
-            info, _ = self._read_manifest(chunk, str(manifest))
+            info, _ = self._read_manifest(chunk, str(self._manifest_path(chunk)))
             if path.stat().st_size != info.bytes or hash_file(path) != info.sha256:
                 raise DamagedChunk("its SHA-256 differs from the one beside it")
             read_tensors(path, info)
         except NewerFormat:
             raise
         except (DataError, StorageError, OSError) as error:
-            log.warning("%s is damaged and is computed or fetched again: %s", path, error)
-            manifest.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            return False
-        self._intact.add(chunk)
-        return True
+            return error
+        return None
 
     def _read_manifest(self, chunk: int, uri: str) -> tuple[ChunkInfo, bytes]:
         """The manifest of a chunk, which must have the samples and the width that this store expects."""

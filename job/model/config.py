@@ -18,6 +18,8 @@ from job.model.spec import TaskName
 
 FIXED = {"fixed": True}
 """Metadata of a field that a run which resumes may not change; the checkpoint and the optimizer fix others."""
+LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
+"""Fields that have no effect if ``lora_rank`` is 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,11 @@ class ModelConfig:
         backbone_lr_factor: learning rate of the backbone's last layers, relative to the head's.
         first_lr_factor: learning rate of the backbone's first layers, relative to its last layers'. In between it falls
             geometrically, in 8 steps.
+        lora_rank: rank of LoRA adapters in the backbone, a vision transformer, which train in place of its weights; 0
+            disables LoRA. Milestones then unfreeze adapters.
+        lora_alpha: factor of the adapters, times their rank.
+        lora_dropout: dropout of the adapters' inputs, from 0 to below 1; for all samples of a batch alike.
+        lora_targets: adapt the linear layers of "attention", or "all" linear layers of the backbone.
         decay_norm_and_bias: apply weight decay to biases and normalisation layers, too.
         label_smoothing: label smoothing, from 0 to below 1.
         class_weights: "balanced" weights each class's training loss inversely to its frequency; with task=multilabel,
@@ -78,6 +85,10 @@ class ModelConfig:
     train_bn: bool = field(default=False, metadata=FIXED)
     backbone_lr_factor: float = field(default=0.1, metadata=FIXED)
     first_lr_factor: float = field(default=1.0, metadata=FIXED)
+    lora_rank: int = field(default=0, metadata=FIXED)
+    lora_alpha: float = field(default=16.0, metadata=FIXED)
+    lora_dropout: float = field(default=0.0, metadata=FIXED)
+    lora_targets: Literal["attention", "all"] = field(default="attention", metadata=FIXED)
     decay_norm_and_bias: bool = field(default=True, metadata=FIXED)
     label_smoothing: float = field(default=0.0, metadata=FIXED)
     class_weights: Literal["none", "balanced"] = field(default="none", metadata=FIXED)
@@ -103,6 +114,14 @@ class ModelConfig:
             raise ConfigError(f"--model.hidden must be positive widths, not {self.hidden}.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"--model.dropout must be at least 0 and below 1, not {self.dropout}.")
+        if self.lora_rank < 0:
+            raise ConfigError(f"--model.lora_rank must be at least 0, not {self.lora_rank}.")
+        if not 0 < self.lora_alpha < math.inf:
+            raise ConfigError(f"--model.lora_alpha must be a positive number, not {self.lora_alpha}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"--model.lora_dropout must be at least 0 and below 1, not {self.lora_dropout}.")
+        if self.lora_rank and self.train_bn:
+            raise ConfigError("--model.lora_rank keeps the backbone's own layers frozen. Use --model.train_bn=false.")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"--model.label_smoothing must be at least 0 and below 1, not {self.label_smoothing}.")
         if self.mixup < 0 or self.cutmix < 0:
@@ -129,6 +148,7 @@ class ModelConfig:
         """The :data:`FIXED` fields, by name."""
         values = {each.name: _as_list(getattr(self, each.name)) for each in fields(self) if "fixed" in each.metadata}
         # None is what a checkpoint has that lacks the field, as those of earlier versions do.
+        values |= {name: value if self.lora_rank else None for name, value in values.items() if name in LORA}
         return {**values, "dropout": self.dropout or None}
 
 

@@ -13,6 +13,8 @@ from enum import IntEnum
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from job.model.lora import adapters
+
 
 class Stage(IntEnum):
     """How much of the backbone trains."""
@@ -33,9 +35,11 @@ def split_layers(backbone: nn.Module, last_share: float) -> tuple[list[nn.Module
     """(first, last) layers of the backbone.
 
     A layer is a module that owns parameters or buffers, in the order of registration, which is that of
-    the forward pass in torchvision and timm. ``last`` is the share ``last_share`` of them, rounded up.
+    the forward pass in torchvision and timm; with LoRA the adapters count alone. ``last`` is the share ``last_share``
+    of them, rounded up.
     """
-    layers = [m for m in backbone.modules() if [*m.parameters(recurse=False), *m.buffers(recurse=False)]]
+    layers: list[nn.Module] = [*adapters(backbone)]
+    layers = layers or [m for m in backbone.modules() if [*m.parameters(recurse=False), *m.buffers(recurse=False)]]
     count = min(-int(-len(layers) * last_share // 1), len(layers))
     return layers[: len(layers) - count], layers[len(layers) - count :]
 
@@ -46,10 +50,13 @@ def apply_stage(backbone: nn.Module, stage: Stage, *, last_share: float, train_b
     A frozen layer is in eval mode and keeps its running statistics: batch normalisation neither uses nor updates those
     of the batch. (Lightning sets ``track_running_stats=False``, with which it uses them;
     https://github.com/Lightning-AI/pytorch-lightning/pull/15063). With ``train_bn`` batch normalisation layers also
-    train in the frozen part.
+    train in the frozen part. With LoRA the stage is that of the adapters, and all other layers stay frozen.
     """
+    has_adapters = bool(adapters(backbone))
     first, last = split_layers(backbone, last_share)
-    backbone.train(stage == Stage.ALL)
+    backbone.train(stage == Stage.ALL and not has_adapters)
+    if has_adapters:
+        backbone.requires_grad_(False)
     for layers, trains in ((first, stage >= Stage.ALL), (last, stage >= Stage.LAST_LAYERS)):
         for layer in layers:
             active = trains or (train_bn and isinstance(layer, _BatchNorm))

@@ -30,6 +30,7 @@ from job.data.dataset import Batch
 from job.data.sampler import sample_seed
 from job.errors import ConfigError, DivergedError
 from job.lightning_internals import logs_are_due, validation_follows
+from job.model import lora
 from job.model.classifier import TTA, Classifier, build_classifier, mean_over_flips
 from job.model.compile import compile_module
 from job.model.config import ModelConfig
@@ -123,6 +124,7 @@ class TransferLearningModel(pl.LightningModule):
     def configure_model(self) -> None:
         """Build the network, whose classes the data module knows by now (a Lightning hook)."""
         if hasattr(self, "net"):
+            self._add_adapters()
             return
         device = self.trainer.strategy.root_device
         if device.type == "xla" and self.trainer.state.fn == "fit":
@@ -132,6 +134,7 @@ class TransferLearningModel(pl.LightningModule):
         self.net = self._build_net(device.type)
         if self.trainer.state.fn == "fit":
             log_layout(self.net.name, self.net.memory_format, device.type)
+        self._add_adapters()
         if self.config.compile_backbone:
             compile_module(self.net.backbone, device)
         self.resize = data.resize
@@ -156,6 +159,22 @@ class TransferLearningModel(pl.LightningModule):
             resize=data.resize,
             device_type=device_type,
         )
+
+    def _add_adapters(self) -> None:
+        """Let a fit with --model.lora_rank train adapters; a checkpoint's network contains their updates already."""
+        config, backbone = self.config, self.net.backbone
+        if not config.lora_rank or self.trainer.state.fn != "fit" or lora.adapters(backbone):
+            return
+        parameters = sum(parameter.numel() for parameter in backbone.parameters())
+        count = lora.add_adapters(backbone, config)
+        trained = sum(parameter.numel() for update in lora.adapters(backbone) for parameter in update.parameters())
+        log.info(
+            "LoRA: %d weights of the backbone have adapters, with %.3g M parameters beside its %.3g M",
+            count,
+            trained / 1e6,
+            parameters / 1e6,
+        )
+        self.enter_stage(self.stage)
 
     def _require_task_for(self, data: ImageDataModule) -> None:
         if data.parts["train"].has_several_labels and not TASKS[self.config.task].takes_several_labels:
@@ -444,6 +463,8 @@ class TransferLearningModel(pl.LightningModule):
             checkpoint[INITIAL_WEIGHTS_KEY] = msgspec.to_builtins(self.initial_weights)
         if self._average is not None:
             self._average.save(checkpoint)
+        if lora.adapters(self.net.backbone):
+            lora.save(checkpoint, self.config.lora_alpha)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another network, naming the difference."""
@@ -451,6 +472,10 @@ class TransferLearningModel(pl.LightningModule):
         optional = {name for name in ("mean", "std") if getattr(self.config, name) is None}
         optional |= {"thresholds", "format"}
         require_same_network(checkpoint.get(CLASSIFIER_KEY), self._description(), optional)
+        if lora.adapters(self.net.backbone):
+            lora.restore(checkpoint, self.net.state_dict())
+        elif self.trainer.state.fn == "fit":
+            lora.require_none(checkpoint)
         require_state(
             net_state(checkpoint, "the checkpoint"),
             {name: tuple(value.shape) for name, value in self.net.state_dict().items()},

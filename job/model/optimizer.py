@@ -17,6 +17,7 @@ from job.errors import ConfigError, JobError
 from job.model.classifier import Classifier
 from job.model.config import ModelConfig
 from job.model.freeze import split_layers
+from job.model.lora import adapters
 from job.model.scheduling import build_scheduler, require_length
 
 BANDS = 8
@@ -27,7 +28,7 @@ class ParameterGroup(NamedTuple):
     """Parameters, their learning rate relative to the head's, and whether weight decay applies to them.
 
     Groups that only differ in weight decay have one name: "head", "backbone/last", "backbone/first" or, of
-    :data:`BANDS` bands, "backbone/2" to "backbone/7" between these.
+    :data:`BANDS` bands, "backbone/2" to "backbone/7" between these. Those of adapters (LoRA) are named "lora/last" etc.
     """
 
     parameters: list[nn.Parameter]
@@ -38,6 +39,8 @@ class ParameterGroup(NamedTuple):
 
 def parameter_groups(net: Classifier, config: ModelConfig) -> list[ParameterGroup]:
     """Put each parameter into one group, the head's first, then the backbone's last layers; no group is empty.
+
+    With LoRA the adapters are in groups, in place of the backbone's own parameters.
 
     With ``first_lr_factor`` the learning rate falls geometrically from the backbone's last layers to its first
     (discriminative fine-tuning, arXiv:1801.06146). Without ``decay_norm_and_bias`` vectors are in groups of their own,
@@ -55,11 +58,12 @@ def parameter_groups(net: Classifier, config: ModelConfig) -> list[ParameterGrou
             (lr_factor * first_lr_factor ** (1 - band / max(count - 1, 1)), layers[bounds[band] : bounds[band + 1]])
             for band in range(count)
         ]
+    part = "lora" if adapters(net.backbone) else "backbone"
     groups = [ParameterGroup(list(net.head.parameters()), 1.0, True, "head")]
     for number, (factor, members) in reversed(list(enumerate(bands, start=1))):
         name = "last" if number == len(bands) else "first" if number == 1 else str(number)
         parameters = [p for layer in members for p in layer.parameters(recurse=False)]
-        groups.append(ParameterGroup(parameters, factor, True, f"backbone/{name}"))
+        groups.append(ParameterGroup(parameters, factor, True, f"{part}/{name}"))
     if not config.decay_norm_and_bias:
         groups = [
             group._replace(parameters=[p for p in group.parameters if (p.ndim > 1) == decays], decays=decays)

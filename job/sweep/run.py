@@ -176,27 +176,28 @@ class Sweep:
                 continue
             part = self._features(self._network(config), "train")
             if folds is None:
-                valid = part.targets.valid.cpu().numpy()
-                # The features of unreadable images are equal, which are no copies.
-                groups = np.where(valid, copies(part.rows.plain, plan.seed), np.arange(len(valid)))
-                repeated = len(groups) - len(np.unique(groups))
-                folds = self._folds(groups)
+                # By one rank: another node's processor may round features to other neighbours.
+                folds, repeated = ranks.from_rank_zero(lambda part=part: self._folds(part, plan))  # type: ignore[misc]
                 log.info(
                     "sweep: %d trials x %d folds, %d epochs of %d images in batches of %d%s",
                     len(trials),
                     self.settings.folds,
                     plan.epochs,
-                    len(groups),
+                    len(folds),
                     plan.batch_size,
                     f"; {repeated} images repeat another one, and are in its fold" if repeated else "",
                 )
             scored += cross_validate(own, part, folds, plan, self.settings.block_mb * 1e6, self.device)
         return self._scores(trials, gathered(scored)), repeated
 
-    def _folds(self, groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        index, count = self.data.parts["train"], self.settings.folds
-        labels = index.rarest_labels().astype(np.int64)
-        return stratified_folds(labels, groups, count, self.data.classes, self.config.seed)
+    def _folds(self, part: PartFeatures, plan: Plan) -> tuple[npt.NDArray[np.int64], int]:
+        """The fold of each training image, and the number of images that repeat another one."""
+        valid = part.targets.valid.cpu().numpy()
+        # The features of unreadable images are equal, which are no copies.
+        groups = np.where(valid, copies(part.rows.plain, plan.seed), np.arange(len(valid)))
+        labels = self.data.parts["train"].rarest_labels().astype(np.int64)
+        folds = stratified_folds(labels, groups, self.settings.folds, self.data.classes, self.config.seed)
+        return folds, len(groups) - len(np.unique(groups))
 
     def _network(self, config: ModelConfig) -> Classifier:
         net = build_classifier(

@@ -58,7 +58,8 @@ class BatchSizeFinder(Callback):
         while (more := peak_bytes(trainer, module, size) - small) < NOTICEABLE and size < LAST_SIZE:
             size *= 2
         self.bytes_each = max(more, 1.0) / (size - FIRST_SIZE)
-        optimizer = sum(2 * parameter.nbytes for parameter in module.net.parameters())  # of Adam; none has more
+        trained = [parameter for parameter in module.net.parameters() if parameter.requires_grad]
+        optimizer = sum(2 * parameter.nbytes for parameter in trained)  # of Adam; none has more
         allowed = (1 - MARGIN) * (small + free_bytes(module.device)) - optimizer
         fits = int(FIRST_SIZE + (allowed - small) / self.bytes_each)
         fits = min(int(size) for size in ranks.union({str(fits)}))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import tempfile
 from collections.abc import Iterator
 
 from yaml.representer import RepresenterError
 
 from job.cluster import ranks
-from job.errors import ConfigError, DeviceError, JobError
+from job.errors import ConfigError, DeviceError, JobError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +19,7 @@ log = logging.getLogger(__name__)
 _OUT_OF_MEMORY = "torch.OutOfMemoryError"
 _ACCELERATOR_ERROR = "torch.AcceleratorError"
 _MISCONFIGURATION = "lightning_fabric.utilities.exceptions.MisconfigurationException"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _OPTION_CHECKS = ("pytorch_lightning", "lightning_fabric", "lightning_utilities", "torch.optim", "jsonargparse")
 """Packages that raise an error of their own when an option's value does not suit them."""
 _REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, AssertionError)
@@ -53,6 +56,11 @@ def translated(error: Exception, global_batch_size: int | None = None) -> Except
             "--data.global_batch_size (with --trainer.accumulate_grad_batches for the same step) or "
             "--trainer.precision=bf16-mixed; python -m job tune measures how many fit. "
             f"The cause: {first_line}"
+        )
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return StorageError(
+            f"a disk of this machine is full ({first_line}). Make room there; or, if it is that of temporary files, "
+            f"{tempfile.gettempdir()}, set TMPDIR to a folder on a larger disk."
         )
     if isinstance(error, ValueError) and "Expected more than 1 value per channel" in message:  # batch_norm
         return ConfigError(

@@ -102,8 +102,7 @@ def training_trainer(
     ]
     if early_stopping:
         callbacks.append(make_early_stopping(early_stopping, checkpoint))
-    if not xla.is_wanted(str(settings.get("accelerator"))):  # its batches lie in shares on the chips
-        callbacks.append(cache)
+    callbacks.append(cache)
     step_hooks: list[StepHook] = [measured.between_steps, lambda _: lease.raise_if_lost(), checkpointer.between_steps]
     if profile:
         profiler = Profile(checkpointer, lease.require_held)

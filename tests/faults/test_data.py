@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +296,28 @@ def test_neighbours_in_an_archive_are_fetched_once(
     before = len(proxy.requests)
     assert an_epoch(index, workers=1, world_size=2, cache=cache) == expected
     assert len(proxy.requests) == before
+
+
+def test_a_batch_that_ends_between_a_lookup_and_the_claim_is_noticed(
+    stored: dict[str, str], proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second batch misses the cache, then the first one fills it, then the second one claims the group."""
+    index = index_of(stored["zip"])
+    monkeypatch.setattr(fetch, "HEDGE_SHARE", -1.0)
+    cache = SampleCache(tmp_path / "cache", 10**9)
+    cache.recount()
+    fetcher = Fetcher(index, "", cache)
+    claimed = fetcher._neighbours.claimed
+
+    def claimed_late(samples: list[int]) -> AbstractContextManager[neighbours.Claim]:
+        monkeypatch.setattr(fetcher._neighbours, "claimed", claimed)
+        fetcher.start(np.array([0])).result()
+        return claimed(samples)
+
+    monkeypatch.setattr(fetcher._neighbours, "claimed", claimed_late)
+    before = len(proxy.requests)
+    assert contents(fetcher, fetcher.start(np.array([1])).result()) == [FILES[index.keys[1]]]
+    assert len(proxy.requests) - before == 1
 
 
 def test_neighbours_are_left_alone_where_they_could_not_be_kept(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -145,6 +146,9 @@ def test_the_wait_for_a_successor_ends(settings: dict[str, str], code: int, tmp_
 
 def rank_of(job: Job) -> int:
     """The process of the only rank of a launcher."""
-    names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in descendants(job.process.pid)}
+    names: dict[int, str] = {}
+    for pid in descendants(job.process.pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            names[pid] = Path(f"/proc/{pid}/comm").read_text()
     (rank,) = (pid for pid, name in names.items() if name.startswith("job rank "))
     return rank

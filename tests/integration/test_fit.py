@@ -80,7 +80,7 @@ def test_tensorboard_reads_the_bucket(fitted: str) -> None:
     try:
         query = urllib.parse.urlencode({"run": ".", "tag": "train/loss"})
         points: list[list[float]] = []
-        for _ in range(60):
+        for _ in range(180):
             time.sleep(1)
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
                 url = f"http://127.0.0.1:{port}/data/plugin/scalars/scalars?{query}"

@@ -42,6 +42,27 @@ def test_one_two_and_four_processes_give_the_same_losses(colours: Path, tmp_path
             assert values == pytest.approx([value for _, value in points], rel=1e-3)
 
 
+def test_adapters_do_not_depend_on_the_number_of_processes(colours: Path, tmp_path: Path) -> None:
+    """At each stage, from one that trains none; DDP would fail at a parameter without a gradient."""
+    settings = {
+        **TINY,
+        "model.backbone": "timm/test_vit",
+        "model.lora_rank": 4,
+        "model.optimizer": "{class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}",
+        "data.image_size": 160,
+        "data.global_batch_size": 12,
+    }
+    losses = {}
+    for processes in (1, 2):
+        run_dir = str(tmp_path / str(processes))
+        started = run_well("fit", *options(settings, data__root=colours, run_dir=run_dir), processes=processes)
+        assert started.stderr.count("LoRA: 12 weights of the backbone have adapters") == 1
+        curves = scalars(run_dir)
+        losses[processes] = [value for tag in ("train/loss", "val/loss") for _, value in curves[tag]]
+    assert len(losses[1]) == 3 * 3 + 3
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_resume_at_an_epochs_end_is_bit_equal(epochs: int, colours: Path, tmp_path: Path) -> None:
     """At each milestone: the unfreezing stage, the optimizer and the order are restored."""

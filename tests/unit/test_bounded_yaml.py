@@ -79,10 +79,10 @@ PIECES += [
     ],
 )
 def test_refused(text: str, message: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(yaml.YAMLError, match=message):
         bounded_yaml.load(text)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_ordinary_documents() -> None:

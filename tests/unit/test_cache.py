@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import os
 import random
 import signal
@@ -15,7 +16,9 @@ import pytest
 from support import REPOSITORY, own_messages
 
 from job.data import cache as cache_module
+from job.data import cache_table
 from job.data.cache import BLOCK_BYTES, IDLE_SECONDS, PENDING_BYTES, SampleCache
+from job.data.cache_table import Place, Table
 
 
 def content(number: int) -> bytes:
@@ -138,6 +141,52 @@ def test_a_damaged_table_is_replaced(damage: bytes | str, tmp_path: Path) -> Non
     store(cache, b=b"content")
     assert [process.get("b") for process in (cache, opened(tmp_path, 10**9))] == [b"content"] * 2
     assert stored_bytes(tmp_path) < len(whole) + 1000
+
+
+def test_a_process_without_file_descriptors_does_not_empty_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store(opened(tmp_path, 10**9), a=b"content")
+    other = SampleCache(tmp_path, 10**9)
+    open_regular, refused = cache_table.open_regular, []
+
+    def refuse_once(path: Path, flags: int) -> int:
+        if not refused:
+            refused.append(path)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return open_regular(path, flags)
+
+    monkeypatch.setattr(cache_table, "open_regular", refuse_once)
+    store(other, b=b"content")
+    assert refused == [tmp_path / "table"]
+    assert "Too many open files" in caplog.text
+    assert opened(tmp_path, 10**9).get("a") == b"content"
+
+
+def test_a_reader_that_opens_an_earlier_table_does_not_divert_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, table = Table(tmp_path / "table"), Table(tmp_path / "table")
+    assert other.open()
+    open_regular, is_open, go_on = cache_table.open_regular, threading.Event(), threading.Event()
+
+    def open_slowly(path: Path, flags: int) -> int:
+        file = open_regular(path, flags)
+        if threading.current_thread() is reader:
+            is_open.set()
+            assert go_on.wait(60)
+        return file
+
+    monkeypatch.setattr(cache_table, "open_regular", open_slowly)
+    reader = threading.Thread(target=table.find, args=(1,))
+    reader.start()
+    assert is_open.wait(60)
+    other.add(((number << 48, Place(0, 0, 1)) for number in range(1, 10_000)), lambda: [0])  # grows: another file
+    assert not table.open()
+    go_on.set()
+    reader.join()
+    table.add([(1, Place(0, 2, 3))], lambda: [0])
+    assert Table(tmp_path / "table").find(1) == table.find(1) == Place(0, 2, 3)
 
 
 def test_damaged_slots_are_cache_misses(tmp_path: Path) -> None:

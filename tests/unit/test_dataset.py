@@ -128,9 +128,9 @@ def test_a_narrow_image_is_cropped_before_it_is_resized(shape: tuple[int, int], 
 @pytest.mark.parametrize("shape", [(3, 1, 5000), (3, 5000, 1), (3, 1, 20_000_000)])
 def test_the_narrowest_images_cost_no_more_than_their_output(mode: ResizeMode, shape: tuple[int, ...]) -> None:
     image = torch.full((shape[1], shape[2], 3), 7, dtype=torch.uint8).permute(2, 0, 1)
-    began = time.monotonic()
+    began = time.process_time()
     resized = resize(image, 224, mode)
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
     assert resized.shape == (3, 224, 224)
     assert resized.unique().tolist() == [7]
 

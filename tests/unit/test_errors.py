@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ from pytorch_lightning.callbacks import EarlyStopping
 from torch import nn
 
 from job.cluster.ranks import _translate_failures
-from job.errors import ConfigError, DeviceError, RankLost
+from job.errors import ConfigError, DeviceError, RankLost, StorageError
 from job.train.errors import translate_errors
 
 
@@ -22,6 +24,13 @@ def test_out_of_memory_is_translated() -> None:
 def test_batch_norm_of_one_value() -> None:
     with pytest.raises(ConfigError, match="1 image"), translate_errors(1):
         nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
+
+
+def test_a_full_disk_of_temporary_files() -> None:
+    """Predictions, embeddings and lists of images are written there first."""
+    full = pytest.raises(StorageError, match=r"disk of this machine is full .*No space left.* set TMPDIR")
+    with full, translate_errors(1), Path("/dev/full").open("wb") as file:
+        file.write(b"x")
 
 
 def test_programming_errors_are_not_translated() -> None:

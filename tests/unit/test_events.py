@@ -232,7 +232,7 @@ def test_a_bucket_that_hangs_does_not_block_the_end(bucket: str, monkeypatch: py
     began = time.monotonic()
     with pytest.raises(StorageOutage, match=r"are kept in .*job-tensorboard"):
         logger.finalize("success")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     temporary.remove_all()
     assert logger._files is not None
     assert logger._files.complete()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,9 @@ from torchvision.transforms import v2
 
 from job.data.datamodule import ImageDataModule
 from job.data.dataset import Preprocessing
-from job.errors import DataError, DivergedError
+from job.errors import DataError, DivergedError, StorageError
 from job.features import extract
+from job.features.disk_space import make_room
 from job.features.extract import ExtractionSettings, Features, chunks_to_compute, features_of
 from job.features.network import bare_backbone
 from job.features.store import FeatureStore
@@ -149,7 +153,7 @@ def test_values_that_are_not_finite_are_refused(data: ImageDataModule, tmp_path:
         extracted(net, data, tmp_path / "a", None)
 
 
-def test_a_damaged_chunk_is_computed_again_and_a_damaged_array_named(
+def test_a_damaged_chunk_is_computed_again(
     net: Classifier, data: ImageDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = np.array(extracted(net, data, tmp_path / "a", tmp_path / "bucket").values)
@@ -174,3 +178,72 @@ def test_data_without_a_readable_image(net: Classifier, tmp_path: Path) -> None:
     index = index_parts(root)["train"]
     with pytest.raises(DataError, match="none of 2 images"):
         features_of(net, index, Preprocessing(SIZE), ExtractionSettings(tmp_path / "cache", num_workers=0))
+
+
+@pytest.mark.parametrize("damage", ["shape", "cut", "header", "empty"])
+def test_a_damaged_array_is_written_again(
+    damage: str, net: Classifier, data: ImageDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = np.array(extracted(net, data, tmp_path / "node", None).values)
+    (path,) = (tmp_path / "node").glob("features/*/*.npy")
+    content = path.read_bytes()
+    if damage == "shape":
+        np.save(path, expected)
+    else:
+        path.write_bytes({"cut": content[:-1], "header": b"x" * len(content), "empty": b""}[damage])
+    chunks = computed_chunks(monkeypatch)
+    assert np.array_equal(extracted(net, data, tmp_path / "node", None).values, expected)
+    assert chunks == []
+    assert path.read_bytes() == content
+
+
+def test_a_disk_that_fills_up_is_an_error_that_leaves_no_file(
+    net: Classifier, data: ImageDataModule, tmp_path: Path
+) -> None:
+    """A write to a file that is mapped into memory would kill the process (SIGBUS)."""
+    extracted(net, data, tmp_path / "node", None)
+    (path,) = (tmp_path / "node").glob("features/*/*.npy")
+    path.unlink()
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, hard))
+    try:
+        with pytest.raises(StorageError, match=r"cannot keep the backbone's features .*--data\.cache_dir"):
+            extracted(net, data, tmp_path / "node", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(path.parent.glob("*.npy"))
+    assert not list(path.parent.glob(".*"))
+
+
+def test_room_is_made_while_other_processes_write_and_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of the node begin to write chunks while one counts; another run makes room, too."""
+    mine, other, gone = (write_files(tmp_path / "features" / name, {"a": b"x" * 9, "b": b"x"}) for name in "mog")
+    stat = Path.stat
+
+    def vanishing(path: Path, **settings: bool) -> os.stat_result:
+        if path in (mine / "a", gone):
+            raise FileNotFoundError(path)
+        return stat(path, **settings)
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    assert make_room(tmp_path, {mine}, 10, 20, "the limit") is None
+    assert other.exists()
+    assert make_room(tmp_path, {mine}, 10, 12, "the limit") is None
+    assert mine.exists()
+    assert not other.exists()
+
+
+def test_an_upload_that_fails_ends_the_computation(
+    net: Classifier, data: ImageDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(store: FeatureStore, chunk: int, before_write: object) -> None:
+        raise StorageError("no permission")
+
+    monkeypatch.setattr("job.features.store.CHUNK_SAMPLES", 4)
+    monkeypatch.setattr(FeatureStore, "publish", refused)
+    chunks = computed_chunks(monkeypatch)
+    with pytest.raises(StorageError, match="no permission"):
+        extracted(net, data, tmp_path / "node", tmp_path / "bucket")
+    assert 1 <= len(chunks) < -(-len(data.parts["train"]) // 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
 import threading
 from collections.abc import Callable
@@ -18,8 +19,11 @@ import torch
 from support import index_of, picture_files, write_files
 
 from job.data.bad_samples import BadSample
+from job.errors import Preempted
+from job.features.callback import FeatureCache, FeatureSettings
 from job.features.file import NewerFormat
 from job.features.store import FeatureStore
+from job.storage.local_cache import locked
 
 Change = Callable[[bytes, dict[str, Any]], bytes]
 
@@ -148,3 +152,42 @@ def test_a_chunk_larger_than_its_manifest_says_is_not_read(store: FeatureStore, 
     with (tmp_path / "bucket" / "train-000000.safetensors").open("r+b") as file:
         file.truncate(1 << 40)
     assert not store_of(tmp_path, node="b").fetch(0)
+
+
+def test_chunks_are_verified_by_several_processes_at_once(store: FeatureStore, tmp_path: Path) -> None:
+    with locked(store.folder / "chunks"):  # another process writes a chunk
+        assert store_of(tmp_path).on_disk() == {0}
+
+
+def test_chunks_that_another_run_removes_are_missing(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exists = Path.exists
+
+    def removed(path: Path) -> bool:
+        was_there = exists(path)
+        shutil.rmtree(store.folder, ignore_errors=True)
+        return was_there
+
+    monkeypatch.setattr(Path, "exists", removed)
+    assert store_of(tmp_path).on_disk() == set()
+
+
+@pytest.mark.parametrize("published", [{0, 1, 2}, set()])
+def test_a_signal_stops_the_copies_between_chunks(published: set[int]) -> None:
+    """Gigabytes of features would outlast the time that a preempted process has."""
+    copied: list[int] = []
+    preemption = SimpleNamespace(requested=False)
+
+    def copy(chunk: int, before_write: object) -> bool:
+        copied.append(chunk)
+        preemption.requested = len(copied) == 2
+        return True
+
+    store = SimpleNamespace(
+        published=lambda: published, on_disk=lambda: {0, 1, 2} - published, fetch=copy, publish=copy
+    )
+    cache = FeatureCache(FeatureSettings(), preemption, SimpleNamespace(), SimpleNamespace(require_held=None))  # type: ignore[arg-type]
+    with pytest.raises(Preempted):
+        cache._missing({"train": store})  # type: ignore[dict-item]
+    assert copied == [0, 1]

@@ -69,7 +69,11 @@ def test_runs_compare_and_a_resumed_one_is_one_row(tmp_path: Path) -> None:
     fit_here(one, trainer__max_epochs=1, model__lr=0.01, model__optimizer="AdamW")
     fit_here(one, trainer__max_epochs=2, model__lr=0.01, model__optimizer="AdamW")
     fit_here(two, trainer__max_epochs=1, seed_everything=3)
-    address, names = serve([str(one / "run"), str(two / "run")], host="localhost", port=0)
+    with serve([str(one / "run"), str(two / "run")], host="localhost", port=0) as (address, names):
+        assert_rows_of_both(address, names, tmp_path)
+
+
+def assert_rows_of_both(address: str, names: list[str], folder: Path) -> None:
     assert names == ["1", "2"]
     eventually(address, "scalars/tags", lambda tags: len(tags) == 2)
     found = rows(address)
@@ -84,7 +88,7 @@ def test_runs_compare_and_a_resumed_one_is_one_row(tmp_path: Path) -> None:
     assert second["hparams"]["seed"] == 3
     assert {first["status"], second["status"]} == {"STATUS_SUCCESS"}
     for run, row in (("1", first), ("2", second)):
-        report = json.loads((tmp_path / run / "run" / "report.json").read_text())
+        report = json.loads((folder / run / "run" / "report.json").read_text())
         best = {f"best/{name.removeprefix('val/')}": value for name, value in report["metrics"].items()}
         shown = {name: value for name, value in metrics(row).items() if name.startswith("best/")}
         assert shown == pytest.approx({name: value for name, value in best.items() if name.count("/") == 1})
@@ -98,9 +102,9 @@ def test_runs_compare_and_a_resumed_one_is_one_row(tmp_path: Path) -> None:
     assert "max_epochs: 2" in text_of(address, "1", "run/configuration")
     assert "<code>blue</code>" in text_of(address, "1", "run/data")
     assert "best checkpoint" in text_of(address, "1", "run/report")
-    tags = sorted({name.partition("/")[0] for name in scalars(str(one / "run"))})
+    tags = sorted({name.partition("/")[0] for name in scalars(str(folder / "1" / "run"))})
     assert tags[-3:] == ["train", "val", "wall_time"]
-    assert {"wall_time/goodput", "wall_time/step", "wall_time/recomputed"} <= scalars(str(one / "run")).keys()
+    assert {"wall_time/goodput", "wall_time/step", "wall_time/recomputed"} <= scalars(str(folder / "1" / "run")).keys()
 
 
 def test_a_run_that_was_killed_has_its_row(tmp_path: Path) -> None:
@@ -108,9 +112,9 @@ def test_a_run_that_was_killed_has_its_row(tmp_path: Path) -> None:
     logger.log_hyperparams({"lr": 0.1})
     logger.log_metrics({"best/accuracy": 0.5}, 1)
     logger.publish()
-    address, _ = serve([str(tmp_path)], host="localhost", port=0)
-    eventually(address, "scalars/tags", bool)
-    (row,) = rows(address).values()
+    with serve([str(tmp_path)], host="localhost", port=0) as (address, _):
+        eventually(address, "scalars/tags", bool)
+        (row,) = rows(address).values()
     assert (row["status"], row["hparams"], metrics(row)) == ("STATUS_UNKNOWN", {"lr": 0.1}, {"best/accuracy": 0.5})
 
 

@@ -324,7 +324,7 @@ def test_a_hanging_request_blocks_neither_writes_nor_shutdown(run_dir: str, monk
     with pytest.raises(JobError, match=r"not been answered|cannot be renewed"):
         lease.require_held()
     lease.release()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 15
     answered.set()
 
 

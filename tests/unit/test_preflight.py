@@ -631,15 +631,15 @@ def test_a_check_that_hangs_or_fails_does_not_stop_the_others() -> None:
         raise ZeroDivisionError("a bug")
 
     checks = [
-        Check("hangs", lambda: [ok("hangs", str(done.wait(10)))], 0.2, "wait"),
-        Check("silent", lambda: [ok("silent", str(done.wait(10)))], 0.2, "wait", "fail"),
+        Check("hangs", lambda: [ok("hangs", str(done.wait(60)))], 0.2, "wait"),
+        Check("silent", lambda: [ok("silent", str(done.wait(60)))], 0.2, "wait", "fail"),
         Check("crashes", crash, 1, "report it"),
         Check("works", lambda: [ok("works", "yes")], 1, ""),
     ]
     began = time.monotonic()
     findings = run_checks(checks)
     done.set()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 30
     assert statuses(findings) == {"hangs": "warn", "silent": "fail", "crashes": "fail", "works": "ok"}
     assert findings[0].message.startswith("not finished after")
 

@@ -90,19 +90,19 @@ def test_job_tensorboard_serves_it_from_any_storage(tmp_path: Path, scheme: str)
     }
     for name, content in files.items():
         storage.write_bytes(f"{run_dir}/tensorboard/{name}", content)
-    address, (run,) = serve([run_dir], host="127.0.0.1", port=0)
+    with serve([run_dir], host="127.0.0.1", port=0) as (address, (run,)):
 
-    def get(route: str) -> bytes:
-        query = urllib.parse.urlencode({"run": run, "name": "backbone features"})
-        return urllib.request.urlopen(f"{address.rstrip('/')}/data/plugin/projector/{route}?{query}").read()
+        def get(route: str) -> bytes:
+            query = urllib.parse.urlencode({"run": run, "name": "backbone features"})
+            return urllib.request.urlopen(f"{address.rstrip('/')}/data/plugin/projector/{route}?{query}").read()
 
-    deadline = time.monotonic() + 30
-    while not json.loads(get("runs")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert json.loads(get("info"))["embeddings"][0]["tensorShape"] == [3, 3]
-    assert len(get("tensor")) == 3 * 3 * 4
-    assert get("metadata") == files["l.tsv"]
-    assert get("sprite_image") == files["s.jpg"]
+        deadline = time.monotonic() + 30
+        while not json.loads(get("runs")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert json.loads(get("info"))["embeddings"][0]["tensorShape"] == [3, 3]
+        assert len(get("tensor")) == 3 * 3 * 4
+        assert get("metadata") == files["l.tsv"]
+        assert get("sprite_image") == files["s.jpg"]
 
 
 @pytest.mark.parametrize("file", ["../x", "/etc/passwd", "", "..", "a/b"])

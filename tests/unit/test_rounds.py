@@ -7,6 +7,7 @@ import logging
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -77,6 +78,11 @@ class Cluster:
     def watch(self, rank: int) -> Future[str]:
         """How the others end the round, as this node sees it."""
         return self.threads.submit(self.launchers[rank].wait_for_end, self.rounds[rank], self.stop)
+
+
+def wait_until_finishing(launcher: Rounds) -> None:
+    while launcher._finishing is None:
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
@@ -190,6 +196,22 @@ def test_a_users_mistake_ends_all(mistaken: int, threads: ThreadPoolExecutor, ca
     assert f"the ranks of node {mistaken} ended because of a mistake" in caplog.text
 
 
+def test_a_node_that_starts_again_does_not_leave_for_another_one(
+    threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEAVE_SECONDS", 30)
+    cluster = Cluster(threads, 3)
+    cluster.gather()
+    assert cluster.launchers[1].end(cluster.rounds[1], 2) == 2
+    cluster.launchers[1] = cluster.launcher(1)
+    assert cluster.begin(1).result(30) == 2
+    served = cluster.begin(0, 75)
+    with pytest.raises(TimeoutError):
+        served.result(0.5)  # node 2 has yet to read of the mistake
+    assert cluster.begin(2, 75).result(30) == 2
+    assert served.result(30) == 2
+
+
 def test_a_node_that_is_lost_while_others_finish(threads: ThreadPoolExecutor) -> None:
     """They stay until it has finished, too: its successor could do nothing alone."""
     cluster = Cluster(threads, 3)
@@ -211,11 +233,12 @@ def test_a_finished_node_that_is_stopped_asks_the_others(
     threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With exit code 0 it would never be started again, and they might need it."""
-    monkeypatch.setattr(module, "STOPPED_SECONDS", 3)
+    monkeypatch.setattr(module, "STOPPED_SECONDS", 20)
     cluster = Cluster(threads, 2)
     cluster.gather()
     assert not any(launcher.may_leave() for launcher in cluster.launchers)
     threads.submit(cluster.launchers[1].end, cluster.rounds[1], 0)
+    wait_until_finishing(cluster.launchers[1])
     stopped = threads.submit(cluster.launchers[1].may_leave)
     threading.Event().wait(0.5)
     assert cluster.launchers[0].end(cluster.rounds[0], 0) == 0
@@ -225,7 +248,7 @@ def test_a_finished_node_that_is_stopped_asks_the_others(
     cluster = Cluster(threads, 2)
     cluster.gather()
     ends = [threads.submit(cluster.launchers[1].end, cluster.rounds[1], 0)]
-    threading.Event().wait(0.5)
+    wait_until_finishing(cluster.launchers[1])
     assert not cluster.launchers[1].may_leave()
     ends.append(threads.submit(cluster.launchers[0].end, cluster.rounds[0], 0))
     assert [end.result(30) for end in ends] == [None, None]

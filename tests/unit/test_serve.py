@@ -403,8 +403,9 @@ def test_a_full_queue_answers_429_and_forgets_clients_that_left() -> None:
         with ThreadPoolExecutor(4) as pool:
             first = pool.submit(run.client.post, "/predict", files={"image": PICTURES[0]})
             wait_for(lambda: slow.batches)
+            hasty = httpx.Timeout(60, read=0.5)
             with pytest.raises(httpx.ReadTimeout):  # a client that leaves
-                httpx.post(f"http://127.0.0.1:{run.port}/predict", content=PICTURES[0], timeout=0.5, trust_env=False)
+                httpx.post(f"http://127.0.0.1:{run.port}/predict", content=PICTURES[0], timeout=hasty, trust_env=False)
             others = [pool.submit(run.client.post, "/predict", files={"image": PICTURES[1]}) for _ in range(2)]
             wait_for(lambda: run.server.lifecycle.batcher.admitted == 4)
             refused = run.client.post("/predict", files={"image": PICTURES[0]})

@@ -12,7 +12,7 @@ import socket
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -308,17 +308,22 @@ def index_on_rank(rank: int, port: int, folder: str, shards: int) -> None:
     dist.destroy_process_group()
 
 
-def on_two_ranks(folder: Path, shards: int) -> list[tuple[str, set[str]]]:
-    """What each rank returned, and the shards that it has read."""
+def run_on_two_ranks(function: Callable[..., None], *args: Any) -> None:
+    """Call ``function(rank, port, *args)`` in two processes, which must end well."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=index_on_rank, args=(n, port, str(folder), shards)) for n in range(2)]
+    processes = [context.Process(target=function, args=(rank, port, *args)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(100)
         assert process.exitcode == 0
+
+
+def on_two_ranks(folder: Path, shards: int) -> list[tuple[str, set[str]]]:
+    """What each rank returned, and the shards that it has read."""
+    run_on_two_ranks(index_on_rank, str(folder), shards)
     results = [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
     return [(result, set(reads)) for result, reads in results]
 
@@ -353,6 +358,25 @@ def test_a_shard_that_another_rank_cannot_read_ends_all_ranks_with_its_error(
     (first, _), (second, _) = on_two_ranks(tmp_path, 10)
     assert first == second
     assert first.startswith("DataError: counted://b/s-08.tar is not a readable archive")
+
+
+def return_on_rank(rank: int, port: int, folder: str) -> None:
+    """Take the result of rank 0 on this rank of two; rank 0 ends at once, and the store with it."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    shared_work.LONGEST_POLL = 1.0
+
+    def slow(helpers: Helpers | None) -> str:
+        time.sleep(0.5)
+        return "done"
+
+    Path(folder, str(rank)).write_text(from_rank_zero(slow, lambda job, tasks: None))
+    os._exit(0)
+
+
+def test_all_ranks_have_the_result_before_rank_zero_may_end(tmp_path: Path) -> None:
+    run_on_two_ranks(return_on_rank, str(tmp_path))
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["done", "done"]
 
 
 class MemoryStore:

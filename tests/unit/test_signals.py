@@ -47,12 +47,14 @@ def test_the_first_signal_raises(name: str, code: int) -> None:
 
 def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not() -> None:
     process = start(WAITS.format(grace=30, then="time.sleep(60)"))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        process.send_signal(number)
-        time.sleep(0.3)
+    assert process.stdout is not None
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "stopped by SIGINT. 130\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=5)
+    _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
     assert errors == "job: stopped at once by a second SIGINT: what was not saved is lost.\n"
 

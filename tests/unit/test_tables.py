@@ -327,14 +327,14 @@ def test_class_names_that_do_not_match_the_labels(features: Any, labels: list[in
 )
 def test_malformed_tables_are_refused_within_bounds(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    began = time.monotonic()
+    began = time.process_time()
     tracemalloc.start()
     with pytest.raises(DataError, match=message):
         index_of(tmp_path / name)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100 << 20
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_images_of_json_lines_may_be_objects(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from job import storage
 from job.errors import ConfigError, StorageOutage
 from job.monitoring.tensorboard import command, event_folders
 from job.monitoring.tensorboard.command import arguments, serve, uris_by_name
-from job.monitoring.tensorboard.event_folders import find_event_files, short_names, tensorboard_argument
+from job.monitoring.tensorboard.event_folders import EventFile, find_event_files, short_names, tensorboard_argument
 from job.monitoring.tensorboard.files import ROOT, RunFiles
 from job.monitoring.tensorboard.logger import BucketTensorBoardLogger
 from job.process.signals import Stopped
@@ -140,29 +142,73 @@ def test_a_bucket_that_does_not_answer_takes_no_run_away(
         files.read(f"{ROOT}x/{name}", True)
 
 
+def test_a_listing_that_fails_unexpectedly_does_not_end_the_reloads(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = f"memory://{uuid.uuid4().hex}/1"
+    write_run(uri)
+    files = RunFiles({"x": uri})
+
+    def fails(uri: str) -> dict[str, EventFile]:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("job.monitoring.tensorboard.files.find_event_files", fails)
+        assert files.exists(ROOT)
+    assert "can't start new thread" in caplog.text
+    assert files.exists(ROOT)
+    assert files.runs == ["x"]
+
+
+def test_threads_of_tensorboard_end_silently_with_it(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are daemon threads: while the interpreter ends, a listing fails as here."""
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest has one of its own
+    before = set(threading.enumerate())
+    is_listing, is_closed = threading.Event(), threading.Event()
+    uri = f"memory://{uuid.uuid4().hex}/1"
+    write_run(uri)
+    with serve([uri], host="localhost", port=0):
+
+        def fails(uri: str) -> dict[str, EventFile]:
+            is_listing.set()
+            assert is_closed.wait(60)
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+        monkeypatch.setattr("job.monitoring.tensorboard.files.find_event_files", fails)
+        assert is_listing.wait(60)
+        (reloader,) = [each for each in threading.enumerate() if each not in before and each.name == "Reloader"]
+    is_closed.set()
+    reloader.join(60)
+    assert not reloader.is_alive()
+    assert capsys.readouterr().err == ""
+
+
 def test_a_running_tensorboard_shows_new_points_and_new_runs(quick: None) -> None:
     root = f"memory://{uuid.uuid4().hex}/runs"
     write_run(f"{root}/1")
-    address, runs = serve([root], host="localhost", port=0)
-    assert runs == ["1"]
-    tags = eventually(address, "scalars/tags", bool)
-    assert {run: list(names) for run, names in tags.items()} == {"1": ["val/accuracy"]}
-    logger = BucketTensorBoardLogger(f"{root}/1/tensorboard", purge_step=3)
-    logger.log_metrics({"val/accuracy": 2.0}, 3)
-    logger.publish()
-    write_run(f"{root}/b/2", 0.5)
-    query = "scalars/scalars?" + urllib.parse.urlencode({"run": "1", "tag": "val/accuracy"})
-    points = eventually(address, query, lambda found: len(found) == 4)
-    assert [(step, value) for _, step, value in points] == [(0, 1), (1, 1), (2, 1), (3, 2)]
-    assert set(eventually(address, "scalars/tags", lambda found: len(found) == 2)) == {"1", "b/2"}
-    logger.finalize("success")
+    with serve([root], host="localhost", port=0) as (address, runs):
+        assert runs == ["1"]
+        tags = eventually(address, "scalars/tags", bool)
+        assert {run: list(names) for run, names in tags.items()} == {"1": ["val/accuracy"]}
+        logger = BucketTensorBoardLogger(f"{root}/1/tensorboard", purge_step=3)
+        logger.log_metrics({"val/accuracy": 2.0}, 3)
+        logger.publish()
+        write_run(f"{root}/b/2", 0.5)
+        query = "scalars/scalars?" + urllib.parse.urlencode({"run": "1", "tag": "val/accuracy"})
+        points = eventually(address, query, lambda found: len(found) == 4)
+        assert [(step, value) for _, step, value in points] == [(0, 1), (1, 1), (2, 1), (3, 2)]
+        assert set(eventually(address, "scalars/tags", lambda found: len(found) == 2)) == {"1", "b/2"}
+        logger.finalize("success")
 
 
 def test_a_port_that_is_taken_is_one_message(tmp_path: Path) -> None:
-    address, _ = serve([str(tmp_path)], host="localhost", port=0)
-    port = urllib.parse.urlparse(address).port
-    with pytest.raises(ConfigError, match=rf"cannot listen on localhost, port {port}"):
-        serve([str(tmp_path)], host="localhost", port=port)
+    with serve([str(tmp_path)], host="localhost", port=0) as (address, _):
+        port = urllib.parse.urlparse(address).port
+        again = serve([str(tmp_path)], host="localhost", port=port)
+        with pytest.raises(ConfigError, match=rf"cannot listen on localhost, port {port}"), again:
+            pass
 
 
 def test_without_tensorboard_the_message_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,9 +228,11 @@ def test_the_command_says_what_it_shows(tmp_path: Path, monkeypatch: pytest.Monk
         raise Stopped("stopped by SIGINT.", 130)
 
     monkeypatch.setattr("job.cli.tensorboard.wait_for_signal", interrupted)
-    monkeypatch.setattr("job.cli.tensorboard.serve", lambda *_, **__: ("http://localhost:6006/", ["a", "b"]))
+    monkeypatch.setattr(
+        "job.cli.tensorboard.serve", lambda *_, **__: nullcontext(("http://localhost:6006/", ["a", "b"]))
+    )
     outcome = run_here("tensorboard", str(tmp_path / "a"), tmp_path / "b")
     assert outcome.returncode == 0
     assert "2 run(s): a, b" in outcome.output
-    monkeypatch.setattr("job.cli.tensorboard.serve", lambda *_, **__: ("http://localhost:6006/", []))
+    monkeypatch.setattr("job.cli.tensorboard.serve", lambda *_, **__: nullcontext(("http://localhost:6006/", [])))
     assert f"No TensorBoard events yet in {tmp_path}" in run_here("tensorboard", tmp_path).output

@@ -125,14 +125,14 @@ SOUND = framed(example(image=b"x" * 100, label=1))
     ids=range(15),
 )
 def test_malformed_records_are_refused_within_bounds(content: bytes, text: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     tracemalloc.start()
     with pytest.raises(DataError, match=text):
         list(list_tfrecord("a.tfrecord", io.BytesIO(content)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_damaged_examples_end_in_a_message() -> None:

@@ -91,13 +91,13 @@ def test_keeps_the_last_ones_and_no_more(data: ImageDataModule, monkeypatch: pyt
 
 
 def test_an_outage_costs_one_wait_and_no_error(data: ImageDataModule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thumbnails, "FETCH_SECONDS", 0.2)
+    monkeypatch.setattr(thumbnails, "FETCH_SECONDS", 1.0)
     made = Thumbnails(data, "val")
     never: Future[Any] = Future()
     monkeypatch.setattr(made._fetcher, "start", lambda samples: never)
     began = time.monotonic()
     assert [made.jpeg(0), made.jpeg(1), made.jpeg(2)] == [None] * 3
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 2
     monkeypatch.undo()
     made._paused_until = 0.0
     assert made.jpeg(0) is not None

@@ -77,7 +77,7 @@ def test_a_hanging_store_does_not_block_the_watchdog(
     began = time.monotonic()
     with pytest.raises(Ended):
         dog._watch()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 15
     assert "rank 0: has published no state" in capsys.readouterr().err
     answered.set()
 

@@ -77,14 +77,15 @@ def test_other_numbers_of_chips(chips: int, gcs: str, images: str, on_cpu: str) 
         assert [v for _, v in xla[tag]] == pytest.approx([v for _, v in cpu[tag]], rel=1e-3), tag
 
 
-def test_compilations_and_host_waits_do_not_grow_with_steps(gcs: str, images: str) -> None:
+@pytest.mark.parametrize("features", ["never", "always"])
+def test_compilations_and_host_waits_do_not_grow_with_steps(features: str, gcs: str, images: str) -> None:
     """Epochs of 3 and of 16 steps without logging have equally many compilations and host waits."""
     waits_per_epoch = []
     for size in (12, 2):
-        run_dir = f"{gcs}/xla/steps-{size}"
+        run_dir = f"{gcs}/xla/steps-{size}-{features}"
         changes = {"data.global_batch_size": size, "trainer.log_every_n_steps": 1000, "trainer.max_epochs": 6}
         # The progress line looks at the metrics every few seconds: how often depends on the machine's speed.
-        changes |= {"trainer.enable_progress_bar": False, "model.milestones": "[9]"}
+        changes |= {"trainer.enable_progress_bar": False, "model.milestones": "[9]", "features.use": features}
         fit(run_dir, images, **changes)
         logged = scalars(run_dir)
         compiled = [value for _, value in logged["xla/compilations"]]
@@ -94,6 +95,23 @@ def test_compilations_and_host_waits_do_not_grow_with_steps(gcs: str, images: st
         waits_per_epoch.append(waits[5] - waits[4])
     # In validation each batch's results are fetched, five values, here of one batch and of four.
     assert waits_per_epoch[1] - waits_per_epoch[0] == 5 * 3
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_head_trains_from_cached_features(precision: str, gcs: str, images: str) -> None:
+    """With the losses of the run without them; another run finds them, whatever its number of chips."""
+    changes: dict[str, object] = {"model.milestones": "[9]", "trainer.max_epochs": 3, "trainer.precision": precision}
+    uri, computed = f"{gcs}/xla/features-{precision}", "computing the features of the frozen backbone once"
+    fit(f"{gcs}/xla/images-{precision}", images, **changes, **{"features.use": "never"})
+    assert f"{computed}: train 1 of 1 chunks, val 1 of 1 chunks" in fit(
+        f"{gcs}/xla/cached-{precision}", images, **changes, **{"features.uri": uri}
+    )
+    assert computed not in fit(f"{gcs}/xla/found-{precision}", images, chips=4, **changes, **{"features.uri": uri})
+    expected = scalars(f"{gcs}/xla/images-{precision}")
+    for name in ("cached", "found"):
+        found = scalars(f"{gcs}/xla/{name}-{precision}")
+        for tag in ("train/loss", "val/loss"):
+            assert [v for _, v in found[tag]] == pytest.approx([v for _, v in expected[tag]], rel=1e-5), (name, tag)
 
 
 def test_a_second_start_finds_every_graph_compiled(gcs: str, images: str, on_xla: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from job.errors import ConfigError
@@ -17,16 +18,17 @@ BUCKET_RELOAD_SECONDS = 10
 """Seconds between two reloads of runs in a bucket, which has new events every 10 s at most."""
 
 
-def serve(run_dirs: Sequence[str], *, host: str, port: int | None) -> tuple[str, list[str]]:
-    """Start TensorBoard in threads of this process.
+@contextlib.contextmanager
+def serve(run_dirs: Sequence[str], *, host: str, port: int | None) -> Iterator[tuple[str, list[str]]]:
+    """Run TensorBoard in threads of this process while the context lasts.
 
     Args:
         run_dirs: run_dirs, folders of run_dirs, or folders of event files.
         host: address to listen on.
         port: port to listen on; 0: any free one; None: 6006, or the next that is free.
 
-    Returns:
-        Its address, and the names of the runs that have events now.
+    Yields:
+        its address, and the names of the runs that have events now.
 
     Raises:
         ConfigError: TensorBoard is not installed, or cannot listen there.
@@ -49,12 +51,15 @@ def serve(run_dirs: Sequence[str], *, host: str, port: int | None) -> tuple[str,
     server = program.TensorBoard(plugins=default.get_plugins())
     server.configure(argv=("tensorboard", *arguments(run_dirs, host=host, port=port)))
     try:
-        address: str = server.launch()
-    except (program.TensorBoardServerException, OSError) as error:
-        raise ConfigError(
-            f"TensorBoard cannot listen on {host}, port {port}: {getattr(error, 'msg', error)}"
-        ) from error
-    return address, files.runs
+        try:
+            address: str = server.launch()
+        except (program.TensorBoardServerException, OSError) as error:
+            raise ConfigError(
+                f"TensorBoard cannot listen on {host}, port {port}: {getattr(error, 'msg', error)}"
+            ) from error
+        yield address, files.runs
+    finally:
+        files.close()
 
 
 def arguments(run_dirs: Sequence[str], *, host: str, port: int | None) -> list[str]:

@@ -45,20 +45,30 @@ class RunFiles:
         self._children: dict[str, set[str]] = {"": set()}
         self._failing: set[str] = set()
         self._found: dict[str, dict[str, EventFile]] = {label: {} for label in folders}
+        self._is_closed = False
 
     @property
     def runs(self) -> list[str]:
         """Names of the runs, sorted."""
         return sorted({posixpath.dirname(path) for path in self._files if EVENT_FILE in posixpath.basename(path)})
 
+    def close(self) -> None:
+        """End each thread of TensorBoard that uses the files from here on, since TensorBoard itself ends none.
+
+        While the interpreter ends, they would fail: no pool takes tasks any more.
+        """
+        self._is_closed = True
+
     def refresh(self) -> None:
         """Search all runs again; those that cannot be listed stay as they were."""
         for label, uri in self.folders.items():
             try:
                 self._found[label] = find_event_files(uri)
-            except JobError as error:
+            except Exception as error:  # none may end TensorBoard's only thread that reads
+                self._require_open()
                 if label not in self._failing:
-                    log.warning("the events of %s cannot be listed; what is known of them stays: %s", uri, error)
+                    reason = error if isinstance(error, JobError) else repr(error)
+                    log.warning("the events of %s cannot be listed; what is known of them stays: %s", uri, reason)
                 self._failing.add(label)
             else:
                 self._failing.discard(label)
@@ -78,6 +88,7 @@ class RunFiles:
 
     def exists(self, filename: Any) -> bool:
         """Whether there is a file or folder; of the log directory, at the beginning of a reload."""
+        self._require_open()
         path = _path(filename)
         if not path:
             self.refresh()
@@ -119,14 +130,21 @@ class RunFiles:
         Raises:
             OSError: the file cannot be read now; TensorBoard tries again at the next reload.
         """
+        self._require_open()
         file, offset = self._file(filename), (continue_from or {}).get("offset", 0)
         length = max(file.size - offset, 0) if size is None else min(max(file.size - offset, 0), size)
         try:
             data = storage.Reader(file.folder).read(file.key, offset, length) if length else b""
-        except JobError as error:
+        except Exception as error:
+            self._require_open()
             raise OSError(str(error)) from error
         position = {"offset": offset + len(data)}
         return (data if binary_mode else data.decode(errors="replace")), position
+
+    def _require_open(self) -> None:
+        """Raise SystemExit, which ends a thread without a message, after :meth:`close`."""
+        if self._is_closed:
+            raise SystemExit
 
     def _file(self, filename: Any) -> EventFile:
         try:
