@@ -57,6 +57,12 @@ def read_weights(uri: str) -> PretrainedWeights:
         classifier = decode_spec(loaded[CLASSIFIER_KEY], uri)
     else:
         config = read_weights_config(file)  # first, since it is small
+        if config is not None and config.interpolation not in (None, "bilinear"):
+            log.info(
+                "%s: the weights were trained with %s interpolation; images are resized by bilinear interpolation",
+                printable(config.uri),
+                printable(config.interpolation),
+            )
         return PretrainedWeights(uri, _state_dict(load_tensors(storage.read_bytes(file), file), file), None, config)
     return PretrainedWeights(uri, _state_dict(loaded, file), classifier)
 

@@ -37,6 +37,7 @@ class WeightsConfig(NamedTuple):
         mean: per channel, of images in [0, 1].
         std: per channel.
         image_size: height and width, in pixels.
+        interpolation: of resizing, for example "bicubic".
     """
 
     uri: str
@@ -44,6 +45,7 @@ class WeightsConfig(NamedTuple):
     mean: Channels | None
     std: Channels | None
     image_size: int | None
+    interpolation: str | None
 
     def belongs_to(self, backbone: str) -> bool:
         """Whether it describes weights of this architecture (a name of torchvision.models, or timm/NAME)."""
@@ -111,10 +113,4 @@ def _decode(uri: str, content: bytes) -> WeightsConfig | None:
     size = images.image_size
     if images.input_size is not None and images.input_size[1] == images.input_size[2]:
         size = images.input_size[1]
-    if images.interpolation not in (None, "bilinear"):
-        log.info(
-            "%s: the weights were trained with %s interpolation; images are resized by bilinear interpolation",
-            uri,
-            printable(images.interpolation),
-        )
-    return WeightsConfig(uri, nested.architecture, images.mean, images.std, size)
+    return WeightsConfig(uri, nested.architecture, images.mean, images.std, size, images.interpolation)

@@ -174,7 +174,7 @@ def test_aliases_reach_the_configuration() -> None:
         ("--trainer.max_epoch 1", "Did you mean --trainer.max_epochs?"),
         ("--trainer.max_epochs many", "--trainer.max_epochs many: expected a whole number or null."),
         ("--trainer.limit_val_batches x", "--trainer.limit_val_batches x: expected a number or null."),
-        ("--data.image_size large", "--data.image_size large: expected a whole number."),
+        ("--data.image_size large", "--data.image_size large: expected a whole number or auto."),
         ("--lr x", "--model.lr x: expected a number or null."),
         ("--model.optimizer.weight_decay x", "weight_decay x: expected a number."),
         ("--resume yes", "--resume yes: expected one of auto, never, must, best."),
