@@ -183,7 +183,7 @@ def main(
         }
         # Absent where they do nothing: folders of earlier versions lack them, and are continued.
         if predictor.calibrated:
-            request["calibrated"] = True
+            request["calibrated"] = "true"
         if predictor.reject_below is not None:
             request["reject_below"] = predictor.reject_below
         adopted = ("precision",) if precision == "auto" else ()

@@ -95,7 +95,15 @@ def test_calibrated_probabilities_are_those_that_validate_measures_and_few_of_th
     fit = json.loads((run_dir / "report.json").read_text())["evaluation"]["calibrator"]
     assert (fit["method"], fit["reason"], fit["samples"]) == ("temperature", "", 50)
     assert fit["after"]["error"] < fit["error_before"]
-    refused = run_here(*whole, tmp_path / "no.jsonl", "--target_precision=1")
+    result = run_here(*whole, tmp_path / "parts", "--target_precision=1")
+    assert result.returncode == 0, result.output
+    summary = json.loads((tmp_path / "parts" / "summary.json").read_text())
+    assert summary["metrics"]["selective_accuracy"] == 1
+    assert 0 < summary["metrics"]["coverage"] == 1 - summary["rejected"] / 50 < 1
+    changed = run_here(*whole, tmp_path / "parts", "--calibrated=false")
+    assert changed.returncode == 2, changed.output
+    assert "calibrated was true, is None" in changed.output
+    refused = run_here(*whole, tmp_path / "no.jsonl", "--target_precision=1.5")
     assert refused.returncode == 2, refused.output
     assert "--target_precision" in refused.output
 
