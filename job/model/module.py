@@ -369,7 +369,9 @@ class TransferLearningModel(pl.LightningModule):
         stage = stage_at(self.current_epoch, self.config.milestones)
         if stage == self.stage:
             return
-        log.info("epoch %d: training %s", self.current_epoch + 1, stage.name.lower().replace("_", " "))
+        layers = stage.name.lower().replace("_", " ")
+        what = f"adapters of {layers}" if self.config.lora_rank and stage != Stage.HEAD else layers
+        log.info("epoch %d: training %s", self.current_epoch + 1, what)
         self.enter_stage(stage)
         if self._average is not None:
             self._average.set_trained(self.net)

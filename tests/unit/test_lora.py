@@ -248,6 +248,7 @@ def test_a_run_from_the_head_to_prediction(tmp_path: Path, caplog: pytest.LogCap
     whole = fit(tmp_path, "whole", trainer__max_epochs=3, **changes)
     assert whole.returncode == 0, whole.output
     assert "LoRA: 12 weights of the backbone have adapters" in whole.output
+    assert "epoch 2: training adapters of last layers" in whole.output
     rates = {tag for tag in scalars(str(tmp_path / "whole")) if tag.startswith("lr/")}
     assert rates == {"lr/head", "lr/lora/last", "lr/lora/first"}
     for epochs in (1, 2, 3):

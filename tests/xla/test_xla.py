@@ -98,15 +98,19 @@ def test_compilations_and_host_waits_do_not_grow_with_steps(features: str, gcs: 
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_the_head_trains_from_cached_features(precision: str, gcs: str, images: str) -> None:
+def test_the_head_trains_from_cached_features(precision: str, gcs: str, images: str, tmp_path: Path) -> None:
     """With the losses of the run without them; another run finds them, whatever its number of chips."""
     changes: dict[str, object] = {"model.milestones": "[9]", "trainer.max_epochs": 3, "trainer.precision": precision}
     uri, computed = f"{gcs}/xla/features-{precision}", "computing the features of the frozen backbone once"
     fit(f"{gcs}/xla/images-{precision}", images, **changes, **{"features.use": "never"})
     assert f"{computed}: train 1 of 1 chunks, val 1 of 1 chunks" in fit(
-        f"{gcs}/xla/cached-{precision}", images, **changes, **{"features.uri": uri}
+        f"{gcs}/xla/cached-{precision}",
+        images,
+        **changes,
+        **{"features.uri": uri, "data.cache_dir": tmp_path / "one"},
     )
-    assert computed not in fit(f"{gcs}/xla/found-{precision}", images, chips=4, **changes, **{"features.uri": uri})
+    changes |= {"features.uri": uri, "data.cache_dir": tmp_path / "another"}
+    assert computed not in fit(f"{gcs}/xla/found-{precision}", images, chips=4, **changes)
     expected = scalars(f"{gcs}/xla/images-{precision}")
     for name in ("cached", "found"):
         found = scalars(f"{gcs}/xla/{name}-{precision}")
