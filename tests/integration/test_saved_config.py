@@ -147,7 +147,7 @@ def test_no_class_named_in_a_saved_configuration_is_run(
         (b"seed_everything: 0\nseed_everything: 1\n", "occurs twice"),
         (b"model: {hidden: many}\n", "model.hidden: Expected `array`, got `str`"),
         (b"model: {head: 3}\n", "has the key 'model.head', which this version of job does not know"),
-        (b"data: {image_size: 1.5}\n", "data.image_size: Expected `int`"),
+        (b"data: {image_size: 1.5}\n", "data.image_size: Expected `int | str`, got `float`"),
         (b"[" * 100_000, "levels deep"),
         (b"a: " + b"9" * 100_000, "a number of 100,000 characters"),
         (b"a: " + b"x" * (1 << 20), "a configuration has at most 1,048,576"),
