@@ -47,6 +47,18 @@ TINY: dict[str, object] = {
     "trainer.precision": "32-true",
 }
 """A run of seconds: a network of 0.4 M parameters that goes through all stages of unfreezing."""
+FROZEN: dict[str, object] = {
+    name: TINY[name]
+    for name in (
+        "model.backbone",
+        "model.weights",
+        "data.image_size",
+        "data.num_workers",
+        "trainer.accelerator",
+        "trainer.precision",
+    )
+}
+"""Of the same network, for commands that compute features and train no backbone."""
 INDEXES = Path(os.environ.get("TEST_INDEXES") or f"{tempfile.gettempdir()}/job-tests-{os.getpid()}")
 """Folder for indexes, and for what they are built from."""
 COLOURS = {"blue": (30, 60, 200), "green": (20, 160, 60), "red": (200, 40, 30)}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from job.audit.label_errors import Probabilities, Samples
+from job.audit.label_errors import Probabilities
+from job.audit.search import Samples
 
 LEAST_ERROR = 0.2
 """Error between two classes from which on they count as confused; 0.5 is chance."""

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Environment
 
 from job.audit.findings import Suspect, Suspects
 from job.audit.result import AuditResult, Finding
@@ -17,8 +16,8 @@ from job.audit.settings import KINDS, Kind
 from job.audit.terminal import NAMES
 from job.data.datamodule import ImageDataModule
 from job.monitoring.drawing.class_labels import shortened
+from job.monitoring.drawing.html import html_environment
 from job.monitoring.drawing.thumbnails import Thumbnails
-from job.process.terminal import clean_lines
 
 SIZE = 128
 """Height and width of a thumbnail, in pixels."""
@@ -139,18 +138,4 @@ def _joined(names: Sequence[str]) -> str:
 
 @functools.cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("job.audit"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["short"] = shortened
-    return environment
-
-
-def _visible(value: Any) -> Any:
-    """Text without control characters and credentials; it is escaped as HTML afterwards."""
-    return clean_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return html_environment("job.audit")

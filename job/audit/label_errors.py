@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from job.audit.search import Samples
+
 TOLERANCE = 1e-6
 """Probabilities that differ by less are equal."""
 ABSENT = 2.0
@@ -22,7 +24,6 @@ ABSENT = 2.0
 ELEMENTS = 1 << 24
 """Probabilities that are held at once where images have several labels."""
 
-Samples = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.float64]
 Predict = Callable[[Samples], Iterable[tuple[Samples, Probabilities]]]
 """Sample ids [B] and probabilities [B, C] of some samples, block by block, in any order."""

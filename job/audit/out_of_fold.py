@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from job.audit.label_errors import Probabilities, Samples
+from job.audit.label_errors import Probabilities
 from job.audit.pool import ImagePool
+from job.audit.search import Samples
 from job.errors import DivergedError
 from job.model.head import cpu_threads
 from job.process.progress import Progress

@@ -32,19 +32,16 @@ from job.audit.unlabelled import open_without_labels
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule
 from job.data.dataset import Preprocessing
-from job.errors import ConfigError, DataError
-from job.features.extract import ExtractionSettings, features_of
-from job.features.store import FOLDER as FEATURES_FOLDER
-from job.model.classifier import Classifier, build_classifier
+from job.errors import DataError
+from job.features.extract import features_of
+from job.features.training_options import extraction_settings, feature_precision, frozen_network
+from job.model.classifier import Classifier
 from job.model.config import ModelConfig
-from job.model.loading import read_pretrained
-from job.predict.precision import Precision
 from job.predict.predictor import load
 from job.process import temporary
 from job.process.terminal import say
 from job.resilience.lease import Lease
 from job.storage.json_files import write_json
-from job.sweep.run import LIGHTNING_PRECISIONS
 
 log = logging.getLogger("job")
 
@@ -120,15 +117,7 @@ class Audit:
         self.folder = storage.join(run_dir, FOLDER)
         self.ckpt = ckpt
         self.device = trainer.strategy.root_device
-        if self.device.type == "xla":
-            raise ConfigError("audit does not work on XLA. Use a CPU or a GPU: --trainer.accelerator=cpu.")
-        precision = LIGHTNING_PRECISIONS.get(str(trainer.precision))
-        if precision is None:
-            raise ConfigError(
-                f"audit computes features at bf16-mixed or 32-true, not {trainer.precision}. Change "
-                "--trainer.precision."
-            )
-        self.precision: Precision = precision
+        self.precision = feature_precision(trainer, "audit")
         self._began = time.monotonic()
 
     def run(self) -> AuditResult | None:
@@ -163,24 +152,13 @@ class Audit:
         if self.ckpt is not None:
             predictor = load(self.ckpt)
             return predictor.net.to(self.device).eval(), predictor.preprocessing
-        net = build_classifier(
-            self.config,
-            read_pretrained(self.config.weights),
-            classes=NO_CLASSES if self.settings.labels == "none" else self.data.classes,
-            image_size=self.data.image_size,
-            device_type=self.device.type,
-        )
-        return net.to(self.device).eval(), self.data.preprocessing("val")
+        classes = NO_CLASSES if self.settings.labels == "none" else self.data.classes
+        net = frozen_network(self.config, classes, self.data.image_size, self.device)
+        return net, self.data.preprocessing("val")
 
     def _inspect(self, net: Classifier, preprocessing: Preprocessing) -> Inspected:
         data = self.data
-        settings = ExtractionSettings(
-            cache_dir=data.cache_dir,
-            uri=storage.join(self.run_dir, FEATURES_FOLDER),
-            batch_size=max(data.global_batch_size // ranks.world_size(), 1),
-            num_workers=data.num_workers,
-            precision=self.precision,
-        )
+        settings = extraction_settings(data, self.run_dir, self.precision)
         pool = ImagePool(
             {
                 part: features_of(net, index, preprocessing, settings, seed=data.seed, cache=data.cache)

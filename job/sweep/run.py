@@ -18,13 +18,11 @@ from job import storage
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule
 from job.errors import ConfigError, DataError, DivergedError
-from job.features.extract import ExtractionSettings
-from job.features.store import FOLDER as FEATURES_FOLDER
+from job.features.training_options import extraction_settings, feature_precision, frozen_network
 from job.model.backbone import build_skeleton
-from job.model.classifier import Classifier, build_classifier
+from job.model.classifier import Classifier
 from job.model.config import ModelConfig
-from job.model.loading import read_pretrained, weights_file
-from job.predict.precision import Precision
+from job.model.loading import weights_file
 from job.process.terminal import say
 from job.resilience.lease import Lease
 from job.storage.json_files import write_json
@@ -50,7 +48,6 @@ log = logging.getLogger("job")
 FOLDER = "sweep"
 """Folder of the results, below run_dir; a run_dir itself for predict, validate and export."""
 MOST_BACKBONES = 100
-LIGHTNING_PRECISIONS: dict[str, Precision] = {"bf16-mixed": "bf16", "32-true": "fp32", "32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -105,20 +102,12 @@ class Sweep:
         self.folder = storage.join(run_dir, FOLDER)
         self.options = options
         self.device = trainer.strategy.root_device
-        if self.device.type == "xla":
-            raise ConfigError("sweep does not work on XLA. Use a CPU or a GPU: --trainer.accelerator=cpu.")
-        precision = LIGHTNING_PRECISIONS.get(str(trainer.precision))
-        if precision is None:
-            raise ConfigError(
-                f"sweep computes features at bf16-mixed or 32-true, not {trainer.precision}. Change "
-                "--trainer.precision."
-            )
+        self.precision = feature_precision(trainer, "sweep")
         if data.sampling != "shuffle":
             raise ConfigError(
                 "sweep does not support --data.sampling=balanced. Use --sweep.class_weights=balanced, which weights "
                 "rare classes."
             )
-        self.precision: Precision = precision
         self._began = time.monotonic()
 
     def run(self) -> SweepResult:
@@ -200,24 +189,11 @@ class Sweep:
         return folds, len(groups) - len(np.unique(groups))
 
     def _network(self, config: ModelConfig) -> Classifier:
-        net = build_classifier(
-            config,
-            read_pretrained(config.weights),
-            classes=self.data.classes,
-            image_size=self.data.image_size,
-            device_type=self.device.type,
-        )
-        return net.to(self.device).eval()
+        return frozen_network(config, self.data.classes, self.data.image_size, self.device)
 
     def _features(self, net: Classifier, part: str) -> PartFeatures:
         data = self.data
-        settings = ExtractionSettings(
-            cache_dir=data.cache_dir,
-            uri=storage.join(self.run_dir, FEATURES_FOLDER),
-            batch_size=max(data.global_batch_size // ranks.world_size(), 1),
-            num_workers=data.num_workers,
-            precision=self.precision,
-        )
+        settings = extraction_settings(data, self.run_dir, self.precision)
         return part_features(net, data, part, settings, self.device)
 
     def _scores(self, trials: list[Trial], scored: dict[tuple[int, int], FoldScore]) -> Scores:

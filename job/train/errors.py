@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from yaml.representer import RepresenterError
 
 from job.cluster import ranks
 from job.errors import ConfigError, DeviceError, JobError, StorageError
+from job.storage.local_cache import DISK_FULL
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 _OUT_OF_MEMORY = "torch.OutOfMemoryError"
 _ACCELERATOR_ERROR = "torch.AcceleratorError"
 _MISCONFIGURATION = "lightning_fabric.utilities.exceptions.MisconfigurationException"
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _OPTION_CHECKS = ("pytorch_lightning", "lightning_fabric", "lightning_utilities", "torch.optim", "jsonargparse")
 """Packages that raise an error of their own when an option's value does not suit them."""
 _REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, AssertionError)
@@ -57,7 +56,7 @@ def translated(error: Exception, global_batch_size: int | None = None) -> Except
             "--trainer.precision=bf16-mixed; python -m job tune measures how many fit. "
             f"The cause: {first_line}"
         )
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return StorageError(
             f"a disk of this machine is full ({first_line}). Make room there; or, if it is that of temporary files, "
             f"{tempfile.gettempdir()}, set TMPDIR to a folder on a larger disk."

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support import TINY, options, picture_files, run_here, run_well, write_files
+from support import FROZEN, options, picture_files, run_here, run_well, write_files
 
-SETTINGS: dict[str, object] = {
-    **{name: value for name, value in TINY.items() if name.startswith(("data.", "trainer.acc"))},
-    "model.backbone": "timm/test_resnet",
-    "model.weights": "none",
-    "trainer.precision": "32-true",
-}
+SETTINGS = {**FROZEN, "data.global_batch_size": 8}
 
 
 def test_two_ranks_find_what_one_process_finds(tmp_path: Path) -> None:

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import io
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import chromium, needs_chromium
 from PIL import Image
 from support import fit_here
 
 pytestmark = pytest.mark.integration
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-OFFLINE = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
 
-
-def chromium(folder: Path, page: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    fixed = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={folder}/profile"]
-    line = [str(CHROMIUM), *fixed, *OFFLINE, "--enable-logging=stderr", "--v=0", *options, page.as_uri()]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_chromium
 def test_the_page_is_drawn_in_light_and_dark_and_within_its_policy(tmp_path: Path) -> None:
     page = fit_here(tmp_path, trainer__max_epochs=2) / "report.html"
     brightness = []
@@ -32,7 +22,7 @@ def test_the_page_is_drawn_in_light_and_dark_and_within_its_policy(tmp_path: Pat
         shot = tmp_path / f"{name}.png"
         done = chromium(
             tmp_path,
-            page,
+            page.as_uri(),
             f"--screenshot={shot}",
             "--window-size=1200,2400",
             f"--blink-settings=preferredColorScheme={scheme}",
@@ -42,6 +32,6 @@ def test_the_page_is_drawn_in_light_and_dark_and_within_its_policy(tmp_path: Pat
         brightness.append(float(np.median(pixels)))
         assert pixels.std() > 5  # not empty
     assert brightness[0] > 200 > 100 > brightness[1]
-    drawn = chromium(tmp_path, page, "--dump-dom").stdout
+    drawn = chromium(tmp_path, page.as_uri(), "--dump-dom").stdout
     assert drawn.count("<polyline") >= 2
     assert "Confusion matrix" in drawn

@@ -6,9 +6,7 @@ import base64
 import contextlib
 import io
 import json
-import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +20,7 @@ import fork_server
 import httpx
 import numpy as np
 import pytest
+from browser import chromium, needs_chromium
 from PIL import Image
 from serving import wait_for
 from support import COLOURS, environment, fit_here, picture, start
@@ -30,8 +29,6 @@ import job
 
 pytestmark = pytest.mark.integration
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-OFFLINE = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
 PICTURES = [picture(colour, seed) for seed, colour in enumerate(COLOURS.values())]
 
 
@@ -166,22 +163,16 @@ def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
         assert str(tmp_path / "nothing") in server.log.read_text()
 
 
-def chromium(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    fixed = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={folder}/profile"]
-    line = [str(CHROMIUM), *fixed, *OFFLINE, "--enable-logging=stderr", "--v=0", *options]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=True, env={**os.environ})
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_chromium
 def test_the_page_in_a_browser(run_dir: Path, tmp_path: Path) -> None:
     """The form, and the answer to it, saved as a page; both are drawn within their policy."""
     with served(tmp_path, run_dir) as server:
         shot = tmp_path / "form.png"
-        done = chromium(tmp_path, f"--screenshot={shot}", "--window-size=800,900", f"{server.url}/")
+        done = chromium(tmp_path, f"{server.url}/", f"--screenshot={shot}", "--window-size=800,900")
         assert "Content Security Policy" not in done.stderr, done.stderr
         pixels = np.asarray(Image.open(io.BytesIO(shot.read_bytes())).convert("L"), np.float64)
         assert pixels.std() > 5  # not empty
-        drawn = chromium(tmp_path, "--dump-dom", f"{server.url}/").stdout
+        drawn = chromium(tmp_path, f"{server.url}/", "--dump-dom").stdout
         assert '<input type="file"' in drawn
         assert "/v2/models/model/infer" in drawn
         files = [("image", ("a photograph.jpg", PICTURES[0])), ("image", ("broken.jpg", b"broken"))]
@@ -189,9 +180,9 @@ def test_the_page_in_a_browser(run_dir: Path, tmp_path: Path) -> None:
         policy = f'<meta http-equiv="content-security-policy" content="{_policy(server)}">'
         page = tmp_path / "answer.html"
         page.write_text(answer.replace("<head>", f"<head>{policy}"))
-        done = chromium(tmp_path, f"--screenshot={tmp_path}/answer.png", "--window-size=800,1100", page.as_uri())
+        done = chromium(tmp_path, page.as_uri(), f"--screenshot={tmp_path}/answer.png", "--window-size=800,1100")
         assert "Content Security Policy" not in done.stderr.replace("'frame-ancestors'", ""), done.stderr
-        assert chromium(tmp_path, "--dump-dom", page.as_uri()).stdout.count("<meter") == 2
+        assert chromium(tmp_path, page.as_uri(), "--dump-dom").stdout.count("<meter") == 2
 
 
 def _policy(server: Served) -> str:

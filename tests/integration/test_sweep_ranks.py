@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TINY, environment, options, picture_files, run_here, run_well, start, write_files
+from support import FROZEN, environment, options, picture_files, run_here, run_well, start, write_files
 
 from job.errors import EXIT_PREEMPTED
 
 SETTINGS: dict[str, object] = {
-    **{name: value for name, value in TINY.items() if name.startswith(("data.", "trainer.acc"))},
-    "model.backbone": "timm/test_resnet",
-    "model.weights": "none",
-    "trainer.precision": "32-true",
+    **FROZEN,
+    "data.global_batch_size": 8,
     "lr": "0.003,0.03",
     "weight_decay": "0",
     "hidden": "none,8",

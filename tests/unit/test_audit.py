@@ -11,20 +11,12 @@ import msgspec
 import numpy as np
 import pytest
 from PIL import Image
-from support import COLOURS, fit_here, options, run_here, write_files, zip_of
+from support import COLOURS, FROZEN, fit_here, options, run_here, write_files, zip_of
 
 from job.audit.result import AuditResult, Finding
 from job.audit.settings import KINDS, AuditSettings
 from job.errors import ConfigError
 
-SETTINGS: dict[str, object] = {
-    "model.backbone": "timm/test_resnet",
-    "model.weights": "none",
-    "data.image_size": 32,
-    "data.num_workers": 1,
-    "trainer.accelerator": "cpu",
-    "trainer.precision": "32-true",
-}
 PER_CLASS = 24
 
 
@@ -113,7 +105,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     folder = tmp_path_factory.mktemp("audit")
     root, run_dir = write_files(folder / "images", planted()), folder / "run"
     result = run_here(
-        "audit", *options(SETTINGS, data__root=root, run_dir=run_dir), f"--write_manifest={folder / 'clean.csv'}"
+        "audit", *options(FROZEN, data__root=root, run_dir=run_dir), f"--write_manifest={folder / 'clean.csv'}"
     )
     assert result.returncode == 0, result.output
     return root, run_dir, result.output
@@ -168,7 +160,7 @@ def test_fit_of_the_manifest(audited: tuple[Path, Path, str], tmp_path: Path) ->
     assert summary.manifest.images == len(rows)
     assert sum(summary.manifest.left_out.values()) + len(rows) == sum(summary.images.values())
     assert f"{len(rows)} images in {table}" in output
-    fitted = run_here("fit", tmp_path / "fit", f"--data.root={table}", *options(SETTINGS, trainer__max_epochs=1))
+    fitted = run_here("fit", tmp_path / "fit", f"--data.root={table}", *options(FROZEN, trainer__max_epochs=1))
     assert fitted.returncode == 0, fitted.output
     assert f"train {sum(row['split'] == 'train' for row in rows)}" in fitted.output
 
@@ -179,7 +171,7 @@ def test_page_is_escaped_and_bounded(tmp_path: Path) -> None:
     files = {key.replace("blue", name): content for key, content in files.items()}
     files |= {f"red/copy{number}.jpg": files["red/000.jpg"] for number in range(12)}
     root = write_files(tmp_path / "images", files)
-    result = run_here("audit", *options(SETTINGS, data__root=root, run_dir=tmp_path / "run"), "--thumbnails=5")
+    result = run_here("audit", *options(FROZEN, data__root=root, run_dir=tmp_path / "run"), "--thumbnails=5")
     assert result.returncode == 0, result.output
     page = (tmp_path / "run" / "audit" / "audit.html").read_text()
     assert "<img src=x" not in page
@@ -201,7 +193,7 @@ def test_several_labels(tmp_path: Path) -> None:
     table.write_text("\n".join(map(json.dumps, rows)))
     settings = {"data__root": table, "model__task": "multilabel", "run_dir": tmp_path / "run"}
     clean = tmp_path / "clean.parquet"
-    result = run_here("audit", *options(SETTINGS, **settings), f"--write_manifest={clean}")
+    result = run_here("audit", *options(FROZEN, **settings), f"--write_manifest={clean}")
     assert result.returncode == 0, result.output
     found = findings_of(tmp_path / "run", images)["label_error"]
     assert found["blue/003.jpg"].suggested == ["blue"]
@@ -209,18 +201,18 @@ def test_several_labels(tmp_path: Path) -> None:
     assert len(found) <= 4
     fitted = run_here(
         "fit",
-        *options(SETTINGS, data__root=clean, model__task="multilabel", run_dir=tmp_path / "fit", trainer__max_epochs=1),
+        *options(FROZEN, data__root=clean, model__task="multilabel", run_dir=tmp_path / "fit", trainer__max_epochs=1),
     )
     assert fitted.returncode == 0, fitted.output
 
 
 def test_one_class_and_a_rare_class(tmp_path: Path) -> None:
     one = write_files(tmp_path / "one", pictures(["blue"], 10))
-    result = run_here("audit", *options(SETTINGS, data__root=one, run_dir=tmp_path / "run"))
+    result = run_here("audit", *options(FROZEN, data__root=one, run_dir=tmp_path / "run"))
     assert result.returncode == 2
     assert "--audit.labels=none" in result.output
     (one / "copy.jpg").write_bytes((one / "blue" / "003.jpg").read_bytes())
-    result = run_here("audit", *options(SETTINGS, data__root=one, run_dir=tmp_path / "run"), "--labels=none")
+    result = run_here("audit", *options(FROZEN, data__root=one, run_dir=tmp_path / "run"), "--labels=none")
     assert result.returncode == 0, result.output
     assert summary_of(tmp_path / "run").labels_not_checked == {"without a label": 11}
     assert set(findings_of(tmp_path / "run", one)["exact_duplicate"]) == {"copy.jpg", "blue/003.jpg"}
@@ -228,7 +220,7 @@ def test_one_class_and_a_rare_class(tmp_path: Path) -> None:
     files |= {f"val/{key}": content for key, content in pictures(["blue", "red"], 3, seed=500).items()}
     files["train/green/000.jpg"] = picture(COLOURS["green"], 1)
     rare = write_files(tmp_path / "rare", files)
-    result = run_here("audit", *options(SETTINGS, data__root=rare, run_dir=tmp_path / "rare-run"))
+    result = run_here("audit", *options(FROZEN, data__root=rare, run_dir=tmp_path / "rare-run"))
     assert result.returncode == 0, result.output
     reason = "of a class with fewer than two different images"
     assert summary_of(tmp_path / "rare-run").labels_not_checked == {reason: 1}
@@ -254,7 +246,7 @@ def test_classes_that_features_cannot_tell_apart(tmp_path: Path) -> None:
         name = "red" if generator.random() < 0.5 else "crimson"
         files[f"{name}/more{number}.jpg"] = picture(COLOURS["red"], 7000 + number)
     root = write_files(tmp_path / "images", files)
-    result = run_here("audit", *options(SETTINGS, data__root=root, run_dir=tmp_path / "run"))
+    result = run_here("audit", *options(FROZEN, data__root=root, run_dir=tmp_path / "run"))
     assert result.returncode == 0, result.output
     assert [set(each.classes) for each in summary_of(tmp_path / "run").confused] == [{"crimson", "red"}]
     assert "hardly tell apart" in result.output
@@ -273,7 +265,7 @@ def test_classes_that_features_cannot_tell_apart(tmp_path: Path) -> None:
 )
 def test_mistakes(tmp_path: Path, arguments: list[str], message: str) -> None:
     root = write_files(tmp_path / "images", pictures(["blue", "red"], 3))
-    result = run_here("audit", *options(SETTINGS, data__root=root, run_dir=tmp_path / "run"), *arguments)
+    result = run_here("audit", *options(FROZEN, data__root=root, run_dir=tmp_path / "run"), *arguments)
     assert result.returncode == 2
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "run" / "features").exists()
@@ -282,7 +274,7 @@ def test_mistakes(tmp_path: Path, arguments: list[str], message: str) -> None:
 def test_a_manifest_cannot_name_members_of_an_archive(tmp_path: Path) -> None:
     archive = tmp_path / "images.zip"
     archive.write_bytes(zip_of(pictures(["blue", "red"], 10)))
-    settings = options(SETTINGS, data__root=archive, run_dir=tmp_path / "run")
+    settings = options(FROZEN, data__root=archive, run_dir=tmp_path / "run")
     refused = run_here("audit", *settings, f"--write_manifest={tmp_path / 'clean.csv'}")
     assert refused.returncode == 2
     assert "Unpack it into a folder" in refused.output
@@ -294,7 +286,7 @@ def test_all_images_are_one_picture_or_blank(tmp_path: Path) -> None:
     for name, content, kind in (("one", one, "placeholder"), ("blank", blank, "blank")):
         root = write_files(tmp_path / name, {f"{label}/{n}.png": content for label in ("a", "b") for n in range(12)})
         run_dir, table = tmp_path / f"run-{name}", tmp_path / f"{name}.csv"
-        result = run_here("audit", *options(SETTINGS, data__root=root, run_dir=run_dir), f"--write_manifest={table}")
+        result = run_here("audit", *options(FROZEN, data__root=root, run_dir=run_dir), f"--write_manifest={table}")
         assert result.returncode == 2, result.output
         assert "every image is suspect" in result.output
         assert not table.exists()

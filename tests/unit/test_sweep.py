@@ -8,18 +8,13 @@ from pathlib import Path
 import msgspec
 import pytest
 import yaml
-from support import fit_here, options, picture_files, run_here, write_files
+from support import FROZEN, fit_here, options, picture_files, run_here, write_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from job.sweep.result import SweepResult
 
 SETTINGS: dict[str, object] = {
-    "model.backbone": "timm/test_resnet",
-    "model.weights": "none",
-    "data.image_size": 32,
-    "data.num_workers": 1,
-    "trainer.accelerator": "cpu",
-    "trainer.precision": "32-true",
+    **FROZEN,
     "lr": "0.003,0.03",
     "weight_decay": "0",
     "hidden": "none,8",

@@ -10,16 +10,16 @@ from datetime import datetime
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from job.monitoring.drawing.class_labels import shortened
+from job.monitoring.drawing.html import html_environment
 from job.monitoring.history import ValidationRecord
 from job.monitoring.report import svg, text
 from job.monitoring.report.content import ClassMetrics, PartSummary, ReportContent
 from job.monitoring.report.svg import Series
 from job.process.progress import duration
-from job.process.terminal import clean_lines
 from job.storage.uris import basename
 
 MOST_MATRIX_CLASSES = 50
@@ -132,28 +132,14 @@ def history_charts(history: Sequence[ValidationRecord]) -> list[Markup]:
 
 @functools.cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("job.monitoring.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return html_environment(
+        "job.monitoring.report",
+        number=text.number,
+        percent=text.percent,
+        size=text.size,
+        moment=_moment,
+        bar=svg.inline_bar,
     )
-    environment.filters |= {
-        "short": shortened,
-        "number": text.number,
-        "percent": text.percent,
-        "size": text.size,
-        "moment": _moment,
-        "bar": svg.inline_bar,
-    }
-    return environment
-
-
-def _visible(value: Any) -> Any:
-    """Text without control characters and credentials; it is escaped as HTML afterwards."""
-    return clean_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _moment(iso: str) -> str:
