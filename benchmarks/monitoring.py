@@ -36,6 +36,7 @@ from job.data.datamodule import ImageDataModule
 from job.features.callback import FeatureSettings
 from job.model.config import ModelConfig
 from job.model.evaluation import Evaluation
+from job.model.task import ClassificationTask
 from job.train.fit import FitSettings, fit
 
 METRICS = "metrics"
@@ -67,10 +68,10 @@ class BareMetrics:
         self.loss = MeanMetric(nan_strategy="disable")
         self.confusion = MulticlassConfusionMatrix(classes)
 
-    def update(self, losses: Tensor, probabilities: Tensor, labels: Tensor, mask: Tensor, **other: Any) -> None:
+    def update_logits(self, losses: Tensor, logits: Tensor, labels: Tensor, mask: Tensor, **other: Any) -> None:
         """Add a batch."""
         self.loss.update(losses[mask].cpu())
-        self.confusion.update(probabilities[mask].cpu(), labels[mask].cpu())
+        self.confusion.update(ClassificationTask.probabilities(logits[mask].cpu()), labels[mask].cpu())
 
     def compute(self) -> Evaluation:
         """Compute both."""

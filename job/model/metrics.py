@@ -75,6 +75,7 @@ class TaskMetrics(ABC):
         self._metrics = (self.loss, self.scores, self.calibration, self._calibrated, self._logits, *metrics)
         self._synchronise = synchronise
         self._pending: deque[tuple[Tensor, ...]] = deque()
+        self._has_logits = False
         self._numbers = 0
 
     @property
@@ -82,29 +83,29 @@ class TaskMetrics(ABC):
     def names(self) -> list[str]:
         """Names that :meth:`compute` may return."""
 
-    def update(
-        self,
-        losses: Tensor,
-        probabilities: Tensor,
-        labels: Tensor,
-        mask: Tensor,
-        samples: Tensor,
-        logits: Tensor | None = None,
-    ) -> None:
-        """Add a batch.
+    def update(self, losses: Tensor, probabilities: Tensor, labels: Tensor, mask: Tensor, samples: Tensor) -> None:
+        """Add a batch whose logits are not known: no calibration can be fitted or measured.
 
         Args:
             losses: [B].
-            probabilities: [B, C], not calibrated.
+            probabilities: [B, C].
             labels: [B], or multi-hot, [B, C].
             mask: samples that count, [B].
             samples: their ids, [B].
-            logits: [B, num_logits]; what calibration is measured on, which does without them otherwise.
         """
-        self._pending.append((losses, probabilities, labels, samples, *([] if logits is None else [logits]), mask))
-        self._numbers += probabilities.numel() + BATCH_COST
+        self._append(losses, probabilities, labels, samples, mask, are_logits=False)
+
+    def update_logits(self, losses: Tensor, logits: Tensor, labels: Tensor, mask: Tensor, samples: Tensor) -> None:
+        """Add a batch by its logits, [B, num_logits], as the network has them; all else as for :meth:`update`."""
+        self._append(losses, logits, labels, samples, mask, are_logits=True)
+
+    def _append(self, *batch: Tensor, are_logits: bool) -> None:
+        assert not self._pending or self._has_logits == are_logits, "batches with logits and without are not mixed"
+        self._has_logits = are_logits
+        self._pending.append(batch)
+        self._numbers += batch[1].numel() + BATCH_COST
         if self._numbers >= NUMBERS_AT_ONCE:
-            self._process(0 if losses.is_cpu else BATCHES_BEHIND)
+            self._process(0 if batch[0].is_cpu else BATCHES_BEHIND)
 
     @abstractmethod
     def compute(self) -> Evaluation:
@@ -145,6 +146,11 @@ class TaskMetrics(ABC):
     @abstractmethod
     def _fitted(logits: Tensor, labels: Tensor) -> CalibratorFit:
         """The calibrator of logits [N, num_logits] and labels."""
+
+    @staticmethod
+    @abstractmethod
+    def _probabilities(logits: Tensor) -> Tensor:
+        """Probability of each class, [N, C], from logits [N, num_logits]."""
 
     @abstractmethod
     def _count_calibrated(self, logits: Tensor, labels: Tensor) -> None:
@@ -194,13 +200,13 @@ class TaskMetrics(ABC):
         *tensors, mask = (torch.cat([part.cpu() for part in parts]) for parts in zip(*batches, strict=True))
         if not mask.all():
             tensors = [tensor[mask] for tensor in tensors]
-        losses, probabilities, labels, samples, *logits = tensors
+        losses, scores, labels, samples = tensors
         self.loss.update(losses)
-        self._add(losses, probabilities, labels, samples)
-        for values in logits:
-            self._logits.update(values, labels, samples)
+        self._add(losses, self._probabilities(scores) if self._has_logits else scores, labels, samples)
+        if self._has_logits:
+            self._logits.update(scores, labels, samples)
             if self.calibrator is not None:
-                self._count_calibrated(self.calibrator.apply(values), labels)
+                self._count_calibrated(self.calibrator.apply(scores), labels)
 
 
 class ConfusionCounts(Metric):
@@ -287,8 +293,12 @@ class EvaluationMetrics(TaskMetrics):
     def _fitted(logits: Tensor, labels: Tensor) -> CalibratorFit:
         return fit_temperature(logits.numpy(), labels.numpy())
 
+    @staticmethod
+    def _probabilities(logits: Tensor) -> Tensor:
+        return ClassificationTask.probabilities(logits)
+
     def _count_calibrated(self, logits: Tensor, labels: Tensor) -> None:
-        confidences, predicted = ClassificationTask.probabilities(logits).max(dim=1)
+        confidences, predicted = self._probabilities(logits).max(dim=1)
         self._calibrated.update(confidences, predicted == labels)
 
     def _add(self, losses: Tensor, probabilities: Tensor, labels: Tensor, samples: Tensor) -> None:

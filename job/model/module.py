@@ -279,11 +279,11 @@ class TransferLearningModel(pl.LightningModule):
 
     def on_validation_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the metrics."""
-        self.metrics.update(**outputs)
+        self.metrics.update_logits(**outputs)
 
     def on_test_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the metrics."""
-        self.metrics.update(**outputs)
+        self.metrics.update_logits(**outputs)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/…``."""

@@ -46,15 +46,14 @@ class MultilabelTask(Task):
         return per_sample_loss(forward(batch), targets, self._class_weights)
 
     def evaluate(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-        """The arguments of :meth:`~job.model.multilabel_metrics.MultilabelMetrics.update`."""
+        """The arguments of :meth:`~job.model.multilabel_metrics.MultilabelMetrics.update_logits`."""
         targets = multi_hot(batch, self.num_classes)
         return {
             "losses": per_sample_loss(logits, targets),
-            "probabilities": self.probabilities(logits),
+            "logits": logits,
             "labels": targets.to(torch.uint8),
             "mask": batch["mask"],
             "samples": batch["sample"],
-            "logits": logits,
         }
 
     @staticmethod

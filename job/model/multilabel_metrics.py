@@ -12,6 +12,7 @@ from torch import Tensor
 from job.model.calibrator_fit import fit_platt
 from job.model.evaluation import CalibratorFit, Evaluation, SamplePrediction
 from job.model.metrics import PER_CLASS_LIMIT, TaskMetrics
+from job.model.multilabel import MultilabelTask
 from job.model.scores import DEFAULT_THRESHOLD
 from job.model.selection import MOST_LABELS
 
@@ -87,8 +88,12 @@ class MultilabelMetrics(TaskMetrics):
     def _fitted(logits: Tensor, labels: Tensor) -> CalibratorFit:
         return fit_platt(logits.numpy(), labels.numpy())
 
+    @staticmethod
+    def _probabilities(logits: Tensor) -> Tensor:
+        return MultilabelTask.probabilities(logits)
+
     def _count_calibrated(self, logits: Tensor, labels: Tensor) -> None:
-        self._calibrated.update(*_decisions(logits.sigmoid(), labels))
+        self._calibrated.update(*_decisions(self._probabilities(logits), labels))
 
     def _add(self, losses: Tensor, probabilities: Tensor, labels: Tensor, samples: Tensor) -> None:
         self.scores.update(probabilities, labels)

@@ -60,7 +60,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-        """The arguments of :meth:`~job.model.metrics.TaskMetrics.update`."""
+        """The arguments of :meth:`~job.model.metrics.TaskMetrics.update_logits`."""
 
     @staticmethod
     @abstractmethod
@@ -106,14 +106,13 @@ class ClassificationTask(Task):
         return losses
 
     def evaluate(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-        """The arguments of :meth:`~job.model.metrics.EvaluationMetrics.update`."""
+        """The arguments of :meth:`~job.model.metrics.EvaluationMetrics.update_logits`."""
         return {
             "losses": per_sample_loss(logits, batch["label"]),
-            "probabilities": self.probabilities(logits),
+            "logits": logits,
             "labels": batch["label"],
             "mask": batch["mask"],
             "samples": batch["sample"],
-            "logits": logits,
         }
 
     @staticmethod

@@ -93,7 +93,7 @@ def validate_winner(
         if index.has_several_labels:
             batch["labels"] = torch.from_numpy(index.multi_hot_of(samples)).to(device)
         logits = net.head(rows.rows(samples, None).to(device))
-        metrics.update(**task.evaluate(batch, logits))
+        metrics.update_logits(**task.evaluate(batch, logits))
     metrics.choose_thresholds()
     metrics.fit_calibrator()
     return metrics.compute(), metrics

@@ -166,7 +166,7 @@ def test_scores_are_those_of_the_metrics(classes: int, several_labels: bool) -> 
         labels = {"labels" if several_labels else "label": targets.values[rows]}
         with torch.no_grad():
             logits = network(matrix.values[rows])
-        metrics.update(**task.evaluate({**labels, "mask": targets.valid[rows], "sample": rows}, logits))
+        metrics.update_logits(**task.evaluate({**labels, "mask": targets.valid[rows], "sample": rows}, logits))
         values = metrics.compute().metrics
         assert scores[number].value == pytest.approx(values["mAP" if several_labels else "accuracy"], abs=1e-6)
         assert scores[number].loss == pytest.approx(values["loss"], rel=1e-5)
