@@ -78,7 +78,9 @@ def test_other_numbers_of_chips(chips: int, gcs: str, images: str, on_cpu: str) 
 
 
 @pytest.mark.parametrize("features", ["never", "always"])
-def test_compilations_and_host_waits_do_not_grow_with_steps(features: str, gcs: str, images: str) -> None:
+def test_compilations_and_host_waits_do_not_grow_with_steps(
+    features: str, gcs: str, images: str, tmp_path: Path
+) -> None:
     """Epochs of 3 and of 16 steps without logging have equally many compilations and host waits."""
     waits_per_epoch = []
     for size in (12, 2):
@@ -86,6 +88,7 @@ def test_compilations_and_host_waits_do_not_grow_with_steps(features: str, gcs: 
         changes = {"data.global_batch_size": size, "trainer.log_every_n_steps": 1000, "trainer.max_epochs": 6}
         # The progress line looks at the metrics every few seconds: how often depends on the machine's speed.
         changes |= {"trainer.enable_progress_bar": False, "model.milestones": "[9]", "features.use": features}
+        changes["data.cache_dir"] = tmp_path / "cache"  # else a run of another test would find the features
         fit(run_dir, images, **changes)
         logged = scalars(run_dir)
         compiled = [value for _, value in logged["xla/compilations"]]
