@@ -173,6 +173,10 @@ class SPMDStrategy(SingleDeviceStrategy):
 
         return f"xla {runtime.device_type()}"
 
+    def run_pending(self) -> None:
+        """Run what has only been traced: else it becomes part of the next graph, whichever that is."""
+        _run()
+
     def forward_on_all_chips(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         """Compute a batch without gradients, a share of it on each chip, and wait for the result, in host memory.
 

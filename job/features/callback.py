@@ -106,6 +106,9 @@ class FeatureCache(Callback):
             log.info("backbone features are not cached: on XLA they are with one host only")
             return
         stores = self._stores(trainer, module, frozen)
+        if isinstance(trainer.strategy, SPMDStrategy):
+            # So that the graphs that follow are the same whether features are computed or found.
+            trainer.strategy.run_pending()
         if stores:
             missing = self._missing(stores)
             while missing:
