@@ -37,13 +37,13 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests" / "faults"))
 from proxy import FaultyProxy  # noqa: E402
 
-PEERS = ("webdataset==1.0.2", "litdata==0.2.76", "mosaicml-streaming==0.13.0")
+PEERS = ("webdataset==1.0.2", "litdata==0.2.76", "mosaicml-streaming==0.13.0", "torchcodec==0.17.0")
 COPIES = 4
 SHARD_IMAGES = 1000
 LARGE = (1600, 1066)
 LATENCIES = (0.0, 0.02, 0.1)
 WORKERS = (0, 1, 2, 4)
-CONTENDER_SECONDS = 120
+CONTENDER_SECONDS = 240
 ARCHIVE = Path(
     os.environ.get("JOB_TEST_CATS_AND_DOGS", HERE.parents[1] / "shared" / "data" / "cats_and_dogs_filtered.zip")
 )
@@ -242,6 +242,21 @@ def contests(data: Path, source: str, peers: Path, server: str) -> list[Contest]
     ]
 
 
+def decoder_table(data: Path, peers: Path) -> Table:
+    """Microseconds of CPU time per JPEG at its full size, by decoder."""
+    table = Table(title="JPEG to RGB pixels, µs of CPU time per photograph", title_justify="left")
+    table.add_column("decoder")
+    speeds: dict[str, list[str]] = {}
+    for folder in ("folder", "large"):
+        table.add_column(folder, justify="right")
+        for decoder in ("simplejpeg", "torchvision", "torchcodec", "pillow"):
+            result = run(peers, f"decoder-{decoder}", data / folder, 1)
+            speeds.setdefault(decoder, []).append("failed" if result is None else f"{1e6 / result.first:,.0f}")
+    for decoder, cells in speeds.items():
+        table.add_row(decoder, *cells)
+    return table
+
+
 def latency_table(shards: str, workers: int) -> Table:
     """Speed of the job with a proxy that delays each request."""
     table = Table(title="bucket with delayed requests, images/s in epoch 1", title_justify="left")
@@ -283,6 +298,7 @@ def main() -> None:
         upload(data)
         for contest in contests(data, source, peers, server):
             console.print(contest.table(options.workers, options.only))
+        console.print(decoder_table(data, peers))
         table = Table(title="job from disk by number of workers, images/s in epoch 2", title_justify="left")
         speeds = []
         for workers in WORKERS:

@@ -5,6 +5,7 @@ Called as ``python data_contenders.py NAME URI WORKERS``; peers run in their own
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -20,6 +21,8 @@ from torchvision.transforms import v2
 IMAGE_SIZE = 224
 BATCH_SIZE = 64
 EPOCHS = 2
+DECODED = 500
+"""Photographs in the comparison of decoders."""
 
 
 def measured(epochs: Iterable[Callable[[], Iterator[int]]], began: float) -> list[float]:
@@ -124,6 +127,34 @@ def tutorial(uri: str, workers: int) -> list[float]:
     return measured([lambda: batch_sizes(loader)] * EPOCHS, began)
 
 
+def decoder(name: str, uri: str) -> list[float]:
+    """Photographs per second of CPU time that one thread decodes from memory, at their full size."""
+    import io
+
+    import simplejpeg
+    from PIL import Image
+
+    def torchcodec(content: bytes) -> torch.Tensor:
+        from torchcodec.decoders import decode_jpeg
+
+        return decode_jpeg(content, mode="RGB")
+
+    decode: dict[str, Callable[[bytes], Any]] = {
+        "simplejpeg": lambda content: simplejpeg.decode_jpeg(content, "RGB", False, False),
+        "torchvision": _decoded,
+        "torchcodec": torchcodec,
+        "pillow": lambda content: Image.open(io.BytesIO(content)).convert("RGB").load(),
+    }
+    paths = itertools.islice(Path(uri).glob("*/0-*.jpg"), DECODED)
+    contents = [path.read_bytes() for path in paths]
+    for content in contents[:20]:
+        decode[name](content)
+    began = time.process_time()
+    for content in contents:
+        decode[name](content)
+    return [len(contents) / (time.process_time() - began)] * EPOCHS
+
+
 def _peers_transform() -> v2.Transform:
     """torchvision's fastest transforms, from uint8 to uint8, without normalisation, as in the job."""
     return v2.Compose([v2.Resize([IMAGE_SIZE, IMAGE_SIZE], antialias=True), v2.RandomHorizontalFlip()])
@@ -224,6 +255,10 @@ CONTENDERS: dict[str, Callable[[str, int], list[float]]] = {
     "webdataset": webdataset,
     "litdata": litdata,
     "mosaicml": mosaicml,
+    "decoder-simplejpeg": lambda uri, _: decoder("simplejpeg", uri),
+    "decoder-torchvision": lambda uri, _: decoder("torchvision", uri),
+    "decoder-torchcodec": lambda uri, _: decoder("torchcodec", uri),
+    "decoder-pillow": lambda uri, _: decoder("pillow", uri),
 }
 WRITERS = {"write-litdata": write_litdata, "write-mosaicml": write_mosaicml}
 
