@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from peers_env import peers_python
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -47,20 +48,6 @@ CONTENDER_SECONDS = 240
 ARCHIVE = Path(
     os.environ.get("JOB_TEST_CATS_AND_DOGS", HERE.parents[1] / "shared" / "data" / "cats_and_dogs_filtered.zip")
 )
-
-
-def peers_python(folder: Path) -> Path:
-    """Create the peers' environment; return its interpreter."""
-    python = folder / "bin" / "python"
-    if not (folder / "installed").exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        site = next((folder / "lib").glob("python*/site-packages"))
-        packages = next(path for path in sys.path if path.endswith("site-packages"))
-        (site / "job.pth").write_text(packages + "\n")
-        quiet = ["--quiet", "--disable-pip-version-check"]
-        subprocess.run([python, "-m", "pip", "install", *quiet, *PEERS], check=True)
-        (folder / "installed").touch()
-    return python
 
 
 def photographs(folder: Path) -> str:
@@ -284,7 +271,7 @@ def main() -> None:
         "--only", default="", help="run only contenders and places whose name contains this, and the upper bound"
     )
     options = parser.parse_args()
-    peers = peers_python(options.peers_env)
+    peers = peers_python(options.peers_env, PEERS)
     console = Console(width=110)
     with tempfile.TemporaryDirectory() as scratch, gcs_server(Path(scratch) / "buckets") as server:
         data = Path(scratch) / "data"

@@ -2,7 +2,9 @@
 
 Run it by ``make benchmark-train``. It compares the job with the script of PyTorch's tutorial, and with a bare training
 loop as the upper bound, on the same photographs, backbone, weights, batch size and epochs. Training scripts that are
-no parts of a package join from checkouts of their repositories: ``--timm``, ``--torchvision``, ``--lightning``.
+no parts of a package join from checkouts of their repositories: ``--timm``, ``--torchvision``, ``--lightning``,
+``--huggingface``. Those of Lightning and Hugging Face run in an environment of their own, which also contains the
+packages of this one.
 """
 
 from __future__ import annotations
@@ -14,16 +16,18 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers_env import peers_python
 from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_contenders import BATCH, WORKERS
-from train_peers import PEERS, Task, results, revision
+from train_peers import METRIC, PACKAGES, PEERS, Scripts, Task, revision
 
 from job.demo.weights import BACKBONE, efficientnet_lite0
 from job.model.backbone import build_backbone
@@ -83,7 +87,7 @@ def job_fit(run_dir: Path, processes: int, *options: str) -> dict[str, Any]:
     }
 
 
-def speed_table(folder: Path, data: Path, backbone: str, checkouts: dict[str, Path]) -> Table:
+def speed_table(folder: Path, data: Path, backbone: str, scripts: Scripts) -> Table:
     """Images per second with a frozen backbone, and with all layers training; CPU seconds and memory of the latter."""
     weights = str(folder / f"{backbone}.pth")
     torch.manual_seed(0)
@@ -107,7 +111,7 @@ def speed_table(folder: Path, data: Path, backbone: str, checkouts: dict[str, Pa
     row("tutorial", frozen_peer["speed"], peer["epochs"][-1]["speed"], peer)
     scratch = folder / f"{backbone}-peers"
     scratch.mkdir()
-    for name, result in results(checkouts, Task(data, backbone, Path(weights), FULL_EPOCHS, scratch)):
+    for name, result in scripts.results(Task(data, backbone, Path(weights), FULL_EPOCHS, scratch)):
         row(name, None, result["speed"], result)
     for name, best in (("bare loop", False), ("bare loop, channels last, fused", True)):
         loops = [
@@ -151,7 +155,7 @@ def speed_table(folder: Path, data: Path, backbone: str, checkouts: dict[str, Pa
     return table
 
 
-def accuracy_table(folder: Path, data: Path, checkouts: dict[str, Path]) -> Table:
+def accuracy_table(folder: Path, data: Path, scripts: Scripts) -> Table:
     """Seconds to the tutorial's final accuracy, with a frozen backbone and ImageNet's weights.
 
     Scripts that cannot freeze the backbone train all of it.
@@ -170,7 +174,7 @@ def accuracy_table(folder: Path, data: Path, checkouts: dict[str, Path]) -> Tabl
     scratch = folder / "accuracy-peers"
     scratch.mkdir()
     name = BACKBONE.removeprefix("timm/")
-    peers = list(results(checkouts, Task(data, name, weights, FROZEN_EPOCHS, scratch)))
+    peers = list(scripts.results(Task(data, name, weights, FROZEN_EPOCHS, scratch)))
     half = "[0.5,0.5,0.5]"
     job_run = job_fit(
         folder / "accuracy",
@@ -202,14 +206,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbones", nargs="*", default=["resnet18", "resnet50"])
     parser.add_argument("--images", type=int, default=640, help="training images; half as many for validation")
-    for option in ("--timm", "--torchvision", "--lightning"):
+    for option in ("--timm", "--torchvision", "--lightning", "--huggingface"):
         peer = PEERS[option.removeprefix("--")]
         parser.add_argument(option, type=Path, help=f"checkout of the repository of {peer.name}")
+    parser.add_argument(
+        "--evaluate", type=Path, help="checkout of huggingface/evaluate, whose accuracy metric --huggingface loads"
+    )
+    parser.add_argument(
+        "--peers_env",
+        type=Path,
+        default=HERE.parent / ".bench" / "train-peers",
+        help="folder of the environment for --lightning and --huggingface; created if absent",
+    )
     options = parser.parse_args()
     checkouts = {name: path.resolve() for name in PEERS if (path := getattr(options, name)) is not None}
     for name, path in checkouts.items():
         if not (path / PEERS[name].script).is_file():
             parser.error(f"--{name}: {path} has no {PEERS[name].script}.")
+    if "huggingface" in checkouts and not (options.evaluate and (options.evaluate / METRIC).is_dir()):
+        parser.error(f"--huggingface needs --evaluate, a checkout that contains {METRIC}.")
     if not ARCHIVE.exists():
         sys.exit(f"{ARCHIVE} does not exist: set JOB_TEST_CATS_AND_DOGS to the tutorial's archive.")
     packages = ("torch", "torchvision", "pytorch-lightning", "timm")
@@ -217,12 +232,16 @@ def main() -> None:
     console.print(f"{CORES} cores;", ", ".join(f"{name} {version(name)}" for name in packages), f"; {WORKERS} workers")
     for name, path in checkouts.items():
         console.print(f"{PEERS[name].name}: {revision(path)}")
+    scripts = Scripts(checkouts, evaluate=options.evaluate and options.evaluate.resolve())
+    if any(PEERS[name].packages for name in checkouts):
+        scripts = replace(scripts, python=peers_python(options.peers_env, PACKAGES))
+        console.print("in an environment of their own:", ", ".join(PACKAGES), highlight=False)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         data = photographs(folder, options.images, options.images // 2)
         for backbone in options.backbones:
-            console.print(speed_table(folder, data, backbone, checkouts))
-        console.print(accuracy_table(folder, data, checkouts))
+            console.print(speed_table(folder, data, backbone, scripts))
+        console.print(accuracy_table(folder, data, scripts))
 
 
 if __name__ == "__main__":
