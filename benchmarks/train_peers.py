@@ -76,7 +76,7 @@ class Peer:
         script: its path in a checkout of its repository.
         prepare: returns its command, working directory and environment, having written what they need.
         trained: pattern of the line at the end of an epoch's training.
-        validated: pattern of the line at the end of a validation; its group is the accuracy.
+        validated: pattern of the line at the end of a validation; its group ``accuracy`` is the accuracy.
         percent: the accuracy is given in percent.
         backbones: those that it can train; None: all.
         packages: it needs PACKAGES.
@@ -114,7 +114,7 @@ class Peer:
                 trained = time.monotonic() - before
             if match := re.search(self.validated, line):
                 before = time.monotonic()
-                accuracy = float(match[1]) / (100 if self.percent else 1)
+                accuracy = float(match["accuracy"]) / (100 if self.percent else 1)
                 epochs.append({"accuracy": accuracy, "at": before - began, "trained": trained})
                 if self.validates_again and len(epochs) == task.epochs:
                     os.kill(process.pid, signal.SIGTERM)  # Popen.terminate would reap it if it has just ended.
@@ -289,7 +289,7 @@ PEERS = {
         "train.py",
         _timm,
         r"Train: \d+ \[ *(\d+)/(?!\1\b)\d+ .*100%\)",
-        r"Test: \[ *(?:\d+)/\d+\].*Acc@1: .*\( *([\d.]+)\)  Acc@5",
+        r"Test: \[ *(?P<last>\d+)/(?P=last)\].*Acc@1: .*\( *(?P<accuracy>[\d.]+)\)  Acc@5",
         percent=True,
     ),
     "torchvision": Peer(
@@ -297,7 +297,7 @@ PEERS = {
         "references/classification/train.py",
         _torchvision,
         r"^Epoch: \[\d+\] Total time",
-        r"^Test: +Acc@1 ([\d.]+) ",
+        r"^Test: +Acc@1 (?P<accuracy>[\d.]+) ",
         percent=True,
         backbones=("resnet18", "resnet50"),
     ),
@@ -306,7 +306,7 @@ PEERS = {
         "examples/pytorch/domain_templates/computer_vision_fine_tuning.py",
         _lightning,
         r"epoch trained",
-        r"epoch validated: ([\d.]+)",
+        r"epoch validated: (?P<accuracy>[\d.]+)",
         percent=False,
         backbones=("resnet50",),  # its head takes 2048 features
         packages=True,
@@ -316,7 +316,7 @@ PEERS = {
         "examples/pytorch/image-classification/run_image_classification.py",
         _huggingface,
         r"\{'loss': ",
-        r"'eval_accuracy': '?([\d.]+)",
+        r"'eval_accuracy': '?(?P<accuracy>[\d.]+)",
         percent=False,
         packages=True,
         validates_again=True,

@@ -27,6 +27,8 @@ from job.model.multilabel import LARGEST_WEIGHT
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Of AdamW, as torch has them by default."""
+GROUP_BYTES = 12 << 20
+"""Weights of the heads of which a CPU takes one step after the other: they and their gradients stay in its cache."""
 UPDATE_ELEMENTS = 1 << 17
 """Parameters that are updated at once: they and their moments stay in a core's cache."""
 EVALUATION_ROWS = 4096
@@ -153,19 +155,20 @@ class HeadBatch:
         linear = [layer for layer in initial if isinstance(layer, nn.Linear)]
         self.weights = [layer.weight.detach().float().to(device).repeat(count, 1, 1) for layer in linear]
         self.biases = [layer.bias.detach().float().to(device).repeat(count, 1) for layer in linear]
-        for parameter in self._parameters():
-            parameter.requires_grad_()
         self._moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in self._parameters()]
-        column = (count, 1, 1)
-        self._lr = torch.tensor([float(head.lr) for head in heads], device=device).view(column)
-        self._weight_decay = torch.tensor([float(head.weight_decay) for head in heads], device=device).view(column)
+        self._lr = torch.tensor([float(head.lr) for head in heads], device=device)
+        self._weight_decay = torch.tensor([float(head.weight_decay) for head in heads], device=device)
         self._smoothing = torch.tensor([float(head.label_smoothing) for head in heads], device=device).view(1, count, 1)
         self._balanced = torch.tensor([head.balanced for head in heads], device=device).view(1, count, 1)
         self._folds = torch.tensor([head.fold for head in heads], device=device)
+        bytes_each = 4 * sum(value[0].numel() for value in self._parameters())
+        group = max(GROUP_BYTES // bytes_each, 1) if device.type == "cpu" else count
+        self._groups = [slice(first, min(first + group, count)) for first in range(0, count, group)]
         self._steps = 0
 
-    def _parameters(self) -> list[Tensor]:
-        return [*self.weights, *self.biases]
+    def _parameters(self, heads: slice = slice(None)) -> list[Tensor]:
+        """Weights, then biases, of some heads; they share the memory of all."""
+        return [value[heads] for value in (*self.weights, *self.biases)]
 
     def train(
         self,
@@ -217,35 +220,33 @@ class HeadBatch:
             torch.cuda.manual_seed(seed)
 
     def _step(self, inputs: Tensor, targets: Targets, rows: Tensor, share: Tensor, lr_factor: float) -> None:
-        logits = self._forward(inputs, training=True)
-        with torch.no_grad():
-            gradient = self._loss_gradient(logits, targets, rows) * share
-        self._update(torch.autograd.grad(logits, self._parameters(), gradient), lr_factor)
+        self._steps += 1
+        kept = self._dropout_factors(inputs)
+        if kept:
+            inputs = inputs * kept[0]
+        for heads in self._groups:
+            parameters = [value.detach().requires_grad_() for value in self._parameters(heads)]
+            logits = _logits(parameters, inputs, kept[1:])
+            with torch.no_grad():
+                gradient = self._loss_gradient(logits, targets, rows, heads) * share[:, heads]
+            self._update(heads, torch.autograd.grad(logits, parameters, gradient), lr_factor)
 
-    def _forward(self, inputs: Tensor, *, training: bool = False, heads: slice = slice(None)) -> Tensor:
-        """Logits [B, K, num_logits] of features [B, F]."""
-        dropout = self.dropout if training else 0.0
-        weight, bias = self.weights[0][heads], self.biases[0][heads]
-        count, width = bias.shape
-        inputs = nn.functional.dropout(inputs, dropout) if dropout else inputs
-        first = torch.addmm(bias.reshape(-1), inputs, weight.reshape(count * width, -1).T)
-        values = first.view(len(inputs), count, width)
-        if len(self.weights) == 1:
-            return values
-        values = values.transpose(0, 1)
-        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
-            values = values.relu()
-            if dropout:
-                values = values * nn.functional.dropout(torch.ones_like(values[0]), dropout)
-            values = torch.baddbmm(bias[heads][:, None], values, weight[heads].transpose(1, 2))
-        return values.transpose(0, 1)
+    def _dropout_factors(self, inputs: Tensor) -> list[Tensor]:
+        """Factors of the inputs of each linear layer, float [B, width]; empty without dropout."""
+        if not self.dropout:
+            return []
+        return [
+            nn.functional.dropout(inputs.new_ones(len(inputs), weight.shape[2]), self.dropout)
+            for weight in self.weights
+        ]
 
-    def _loss_gradient(self, logits: Tensor, targets: Targets, rows: Tensor) -> Tensor:
-        """Gradient of each sample's loss by the logits, [B, K, num_logits]."""
-        smoothing, labels, weights = self._smoothing, targets.values[rows], targets.class_weights
+    def _loss_gradient(self, logits: Tensor, targets: Targets, rows: Tensor, heads: slice) -> Tensor:
+        """Gradient of each sample's loss by the logits of some heads, [B, K, num_logits]."""
+        smoothing, balanced = self._smoothing[:, heads], self._balanced[:, heads]
+        labels, weights = targets.values[rows], targets.class_weights
         if targets.several_labels:
             smoothed = labels[:, None] * (1 - smoothing) + smoothing / 2
-            positive = torch.where(self._balanced, weights, 1.0)
+            positive = torch.where(balanced, weights, 1.0)
             return (logits.sigmoid() * (1 + (positive - 1) * smoothed) - positive * smoothed) / targets.num_classes
         labels = labels.clamp(min=0)
         if targets.num_logits == 1:
@@ -257,19 +258,19 @@ class HeadBatch:
             rest = (smoothing - 1).expand(len(rows), -1, 1)
             gradient.scatter_add_(2, labels[:, None, None].expand(-1, logits.shape[1], 1), rest)
             weight = weights[labels][:, None, None] * (1 - smoothing) + smoothing * weights.mean()
-        return gradient * torch.where(self._balanced, weight, 1.0)
+        return gradient * torch.where(balanced, weight, 1.0)
 
     @torch.no_grad()
-    def _update(self, gradients: Sequence[Tensor], lr_factor: float) -> None:
-        """One step of AdamW, each head with its own learning rate and weight decay."""
-        self._steps += 1
-        (beta1, beta2), lr = BETAS, self._lr * lr_factor
+    def _update(self, heads: slice, gradients: Sequence[Tensor], lr_factor: float) -> None:
+        """One step of AdamW of some heads, each with its own learning rate and weight decay."""
+        (beta1, beta2), lr = BETAS, self._lr[heads] * lr_factor
         step_size = lr / (1 - beta1**self._steps)
         root = math.sqrt(1 - beta2**self._steps)
-        for parameter, gradient, (mean, square) in zip(self._parameters(), gradients, self._moments, strict=True):
+        for parameter, gradient, moments in zip(self._parameters(heads), gradients, self._moments, strict=True):
+            mean, square = (moment[heads] for moment in moments)
             decays = parameter.ndim == 3 or self.plan.decay_biases
-            keep = 1 - lr * self._weight_decay if decays else torch.ones_like(lr)
-            shape = (len(self.heads), *(1,) * (parameter.ndim - 1))
+            keep = 1 - lr * self._weight_decay[heads] if decays else torch.ones_like(lr)
+            shape = (len(lr), *(1,) * (parameter.ndim - 1))
             rows = max(UPDATE_ELEMENTS // parameter[0].numel(), 1)
             parts = zip(
                 *(
@@ -281,8 +282,9 @@ class HeadBatch:
             for values, slope, first, second, size, kept in parts:
                 first.lerp_(slope, 1 - beta1)
                 second.mul_(beta2).addcmul_(slope, slope, value=1 - beta2)
-                scaled = second.sqrt().div_(root).add_(EPSILON)
-                values.mul_(kept).sub_(torch.div(first, scaled, out=scaled).mul_(size))
+                # mean / (sqrt(square) / root + epsilon), in fewer passes over memory
+                scaled = second.sqrt().add_(EPSILON * root)
+                values.mul_(kept).addcmul_(torch.div(first, scaled, out=scaled), size, value=-root)
 
     @torch.no_grad()
     def logits(self, features: Rows, samples: npt.NDArray[np.int64], heads: slice) -> Iterator[tuple[Tensor, Tensor]]:
@@ -290,7 +292,7 @@ class HeadBatch:
         for start in range(0, len(samples), EVALUATION_ROWS):
             block = samples[start : start + EVALUATION_ROWS]
             rows = torch.from_numpy(block).to(self.device)
-            yield self._forward(features.rows(block, None).to(self.device), heads=heads), rows
+            yield _logits(self._parameters(heads), features.rows(block, None).to(self.device)), rows
 
     def copy_to(self, head: nn.Sequential, number: int) -> None:
         """Set the weights of ``head`` to those of the head ``number``."""
@@ -299,6 +301,29 @@ class HeadBatch:
             for layer, weight, bias in zip(linear, self.weights, self.biases, strict=True):
                 layer.weight.copy_(weight[number])
                 layer.bias.copy_(bias[number])
+
+
+def _logits(parameters: Sequence[Tensor], inputs: Tensor, factors: Sequence[Tensor] = ()) -> Tensor:
+    """Logits [B, K, num_logits] of features [B, F].
+
+    Args:
+        parameters: weights [K, width, inputs] of each linear layer, then biases [K, width].
+        inputs: features, float [B, F].
+        factors: of the inputs of each layer behind the first one, float [B, width]; empty: none.
+    """
+    weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+    count, width = biases[0].shape
+    first = torch.addmm(biases[0].reshape(-1), inputs, weights[0].reshape(count * width, -1).T)
+    values = first.view(len(inputs), count, width)
+    if len(weights) == 1:
+        return values
+    values = values.transpose(0, 1)
+    for number, (weight, bias) in enumerate(zip(weights[1:], biases[1:], strict=True)):
+        values = values.relu()
+        if factors:
+            values = values * factors[number]
+        values = torch.baddbmm(bias[:, None], values, weight.transpose(1, 2))
+    return values.transpose(0, 1)
 
 
 def initial_head(features: int, hidden: Sequence[int], num_logits: int, seed: int) -> nn.Sequential:

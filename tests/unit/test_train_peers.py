@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -63,6 +64,18 @@ def test_a_script_that_validates_again_is_stopped_before(tmp_path: Path, task: T
     result = printing(tmp_path, *lines, end=end, validates_again=True).run(tmp_path, task)
     assert [epoch["accuracy"] for epoch in result["epochs"]] == [0.5, 1.0]
     assert not (task.folder / "ended").exists()
+
+
+@pytest.mark.parametrize("batches", [1, 2, 11])
+def test_the_last_batch_alone_ends_a_validation_of_timm(batches: int) -> None:
+    last = batches - 1
+    lines = [
+        f"Test: [{number:>4d}/{last}]  Time: 1.236 (1.236)  Loss:   0.010 ( 0.010)  Acc@1: 100.000 ({accuracy:>7.3f})"
+        "  Acc@5: 100.000 (100.000)"
+        for number, accuracy in ((0, 62.5), (last, 50.0))
+    ]
+    matches = [re.search(PEERS["timm"].validated, line) for line in lines]
+    assert [match["accuracy"] for match in matches if match] == (["62.500", "50.000"] if batches == 1 else ["50.000"])
 
 
 @pytest.mark.parametrize("end", ["sys.exit('no such option')", "sys.exit()"])
