@@ -532,7 +532,7 @@ class TransferLearningModel(pl.LightningModule):
         values = dict(self.evaluation.metrics)
         if fits and (fit := self.evaluation.calibrator_fit) is not None:
             self._calibrator = fit.calibrator
-            self._was_calibrated |= fit.calibrator is not None
+            self._was_calibrated |= fit.after is not None
             if self._was_calibrated and "ece" in values:
                 values.setdefault("ece_calibrated", values["ece"])  # Lightning would keep that of earlier weights
         loss = values.get("loss", 0.0)  # absent: no sample counted
