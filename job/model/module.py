@@ -266,6 +266,7 @@ class TransferLearningModel(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """Use the EMA weights in a fit with --model.ema, and the same running statistics on all ranks."""
+        self.metrics.fits_calibrator = self.trainer.state.fn == "fit"
         if self.guard is not None and self.trainer.state.fn == "fit":
             self.guard.before_validation()
         if self._average is not None:
@@ -274,6 +275,7 @@ class TransferLearningModel(pl.LightningModule):
 
     def on_validation_end(self) -> None:
         """Return to the weights in training."""
+        self.metrics.fits_calibrator = False
         if self._average is not None:
             self._average.swap(averaged=False)
 

@@ -78,6 +78,7 @@ def validate_winner(
     task = TASKS[config.task](config, len(data.classes), lambda: data.parts["train"])
     index, rows, device = data.parts["val"], part.rows, net.mean.device
     metrics = task.make_metrics(data.classes, samples=len(index), synchronise=False)
+    metrics.fits_calibrator = True
     net.eval()
     for start in range(0, len(index), EVALUATION_ROWS):
         samples = np.arange(start, min(start + EVALUATION_ROWS, len(index)))

@@ -351,3 +351,14 @@ def test_few_validation_images_give_no_threshold(tmp_path: Path) -> None:
     refused = run_here("predict", few, tmp_path / "val", "--output", tmp_path / "no.jsonl", "--target_precision=0.95")
     assert refused.returncode == 2, refused.output
     assert "its validation images were too few" in refused.output
+
+
+def test_only_a_fit_keeps_logits(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def update(*args: object) -> None:
+        raise AssertionError("logits were kept")
+
+    monkeypatch.setattr(LogitSample, "update", update)
+    result = run_here("validate", run_dir)
+    assert result.returncode == 0, result.output
+    metrics = json.loads((run_dir / "validate.json").read_text())["metrics"]
+    assert metrics["val/ece_calibrated"] < metrics["val/ece"]
