@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file
 from support import COLOURS, TINY, options, picture, picture_files, run_here, write_files
 from test_export import model_of, require_all_formats_equal
 
@@ -362,3 +363,41 @@ def test_only_a_fit_keeps_logits(run_dir: Path, monkeypatch: pytest.MonkeyPatch)
     assert result.returncode == 0, result.output
     metrics = json.loads((run_dir / "validate.json").read_text())["metrics"]
     assert metrics["val/ece_calibrated"] < metrics["val/ece"]
+
+
+def head_of(folder: Path) -> tuple[str, Array]:
+    """The kind of calibration of an export of plain weights, and the weights of the head's last layer."""
+    model = json.loads((folder / "export.json").read_text())["model"]
+    tensors = load_file(folder / "head.safetensors")
+    return model["calibration"], tensors[sorted(name for name in tensors if name.endswith("weight"))[-1]]
+
+
+def test_export_and_serve_without_the_calibration(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in ("auto", "false"):
+        arguments = (run_dir, tmp_path / value, "--format=weights", f"--calibrated={value}")
+        result = run_here("export", *arguments)
+        assert result.returncode == 0, result.output
+    (kind, calibrated), (none, plain) = head_of(tmp_path / "auto"), head_of(tmp_path / "false")
+    calibrator = load(str(run_dir)).calibrator
+    assert calibrator is not None
+    assert (kind, none) == ("temperature", "none")
+    np.testing.assert_allclose(calibrated * calibrator.temperature, plain, rtol=1e-5)
+
+    models = []
+    monkeypatch.setattr("job.serve.server.serve", lambda load_model, settings: models.append(load_model()))
+    for value in ("auto", "false"):
+        result = run_here("serve", run_dir, "--device=cpu", f"--calibrated={value}")
+        assert result.returncode == 0, result.output
+    assert [model.calibrated for model in models] == [True, False]
+    image = picture(COLOURS["red"], 5)
+    assert models[1].predict(image) == load(str(run_dir), "cpu", precision="auto", calibrated="false").predict(image)
+
+
+def test_export_and_serve_require_a_calibration(right_run_dir: Path, tmp_path: Path) -> None:
+    for verb, *arguments in (("export", tmp_path / "export", "--format=weights"), ("serve", "--port=0")):
+        result = run_here(verb, right_run_dir, *arguments, "--calibrated=true")
+        assert result.returncode == 2, result.output
+        assert "has no calibration; the report of its run says why" in result.output
+    assert not (tmp_path / "export").exists()
