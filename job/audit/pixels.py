@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,7 @@ from PIL import Image
 
 from job import storage
 from job.cluster import ranks
+from job.cluster.shared_work import ProgressBarrier
 from job.data.cache import SampleCache
 from job.data.decode import decode_pixels
 from job.data.fetch import Fetched, Fetcher
@@ -28,6 +30,8 @@ DECODED = 128
 PORTION = 64
 """Images that are fetched together."""
 PORTIONS_AHEAD = 4
+PORTIONS_PER_GATHER = 1024
+"""Portions of each rank whose records rank 0 gets at once, 20 MB."""
 
 RECORD = np.dtype(
     [
@@ -47,14 +51,20 @@ Records = npt.NDArray[np.void]
 
 
 def inspect(
-    index: Index, cache_dir: str, cache: SampleCache | None, workers: int | None, max_image_pixels: int
-) -> tuple[Records, dict[int, str]]:
-    """Records of all images of a part, and why some cannot be read, by sample id; called on all ranks.
+    index: Index,
+    records: Records,
+    cache_dir: str,
+    cache: SampleCache | None,
+    workers: int | None,
+    max_image_pixels: int,
+) -> dict[int, str]:
+    """Make the records of all images of a part; returns why some cannot be read, by sample id; called on all ranks.
 
-    Each rank reads its share, and gets everything.
+    Each rank reads its share, and rank 0 gets everything.
 
     Args:
         index: of the part.
+        records: of its images, [N], all zero; those of other ranks stay so, except on rank 0.
         cache_dir: local folder of copies of archives that cannot be read in parts.
         cache: of samples from buckets.
         workers: number of decoding threads; None: one per CPU core, divided among the ranks of the node.
@@ -65,24 +75,27 @@ def inspect(
     """
     portions = [np.arange(start, min(start + PORTION, len(index))) for start in range(0, len(index), PORTION)]
     own = portions[ranks.rank() :: ranks.world_size()]
-    records = np.zeros(len(index), RECORD)
-    errors: set[tuple[int, str]] = set()
+    errors: dict[int, str] = {}
+    barrier = ProgressBarrier()
     total = sum(map(len, own))
     with Progress("inspection", "images", total, is_shown=ranks.rank() == 0) as progress:
         reader = _Reader(index, cache_dir, cache, max_image_pixels)
         for samples, found in reader.read(own, _threads(index, workers)):
             for sample, one in zip(samples.tolist(), found, strict=True):
                 if isinstance(one, DataError):
-                    errors.add((sample, str(one)))
+                    errors[sample] = str(one)
                 else:
                     records[sample] = one
             progress.advance(len(samples))
-    errors = ranks.union(errors)
-    if ranks.world_size() > 1:
-        chosen = np.concatenate([np.empty(0, np.int64), *own])
-        for places, content in ranks.union({(chosen.tobytes(), records[chosen].tobytes())}):
-            records[np.frombuffer(places, np.int64)] = np.frombuffer(content, RECORD)
-    return records, dict(errors)
+            barrier.tick()
+    barrier.wait()
+    if ranks.world_size() == 1:
+        return errors
+    for start in range(0, math.ceil(len(portions) / ranks.world_size()), PORTIONS_PER_GATHER):
+        chosen = np.concatenate([np.empty(0, np.int64), *own[start : start + PORTIONS_PER_GATHER]])
+        for places, values in ranks.gather((chosen, records[chosen])):
+            records[places] = values
+    return {sample: reason for each in ranks.gather(errors) for sample, reason in each.items()}
 
 
 def record_of(content: bytes, max_image_pixels: int) -> Records:

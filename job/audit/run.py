@@ -22,7 +22,7 @@ from job.audit.label_errors import find_label_errors, find_wrong_classes
 from job.audit.manifest import require_nameable, write_manifest
 from job.audit.out_of_fold import Checked, OutOfFold, images_to_check
 from job.audit.outliers import find_outliers
-from job.audit.pixels import Records, inspect
+from job.audit.pixels import RECORD, Records, inspect
 from job.audit.pool import ImagePool
 from job.audit.result import AuditResult, ClassSummary, ConfusedClasses, ManifestSummary
 from job.audit.search import Samples
@@ -166,19 +166,23 @@ class Audit:
                 if len(index)
             }
         )
-        records: list[Records] = []
+        records = np.zeros(len(pool), RECORD)
         errors: dict[int, str] = {}
         for part, features in pool.features.items():
-            found, unreadable = inspect(
-                features.index, str(data.cache_dir), data.cache, data.num_workers, data.max_image_pixels
+            start, stop = pool.samples_of(part).start, pool.samples_of(part).stop
+            unreadable = inspect(
+                features.index,
+                records[start:stop],
+                str(data.cache_dir),
+                data.cache,
+                data.num_workers,
+                data.max_image_pixels,
             )
-            start = pool.samples_of(part).start
             errors |= {start + sample: reason for sample, reason in unreadable.items()}
             for bad in features.bad:
                 reason = bad.line.removeprefix(f"{features.index.uri(bad.sample)} ")
                 errors.setdefault(start + bad.sample, reason)
-            records.append(found)
-        return Inspected(pool, np.concatenate(records), errors)
+        return Inspected(pool, records, errors)
 
     def _finish(self, inspected: Inspected, lease: Lease) -> AuditResult:
         """Run the checks, and write and print their results."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from typing import Literal
 
 from job import redact
 from job.cli.parser import call_with_options
@@ -31,6 +32,7 @@ def main(
     overwrite: bool = False,
     push: str | None = None,
     cache_dir: str | None = None,
+    calibrated: Literal["auto", "true", "false"] = "auto",
 ) -> None:
     """Write a model for use without this package: ONNX, torch.export, weights, int8, Triton.
 
@@ -51,6 +53,8 @@ def main(
         push: also upload to this Hugging Face repository, OWNER/NAME; a new one is private. Needs hf auth login, or
             HF_TOKEN.
         cache_dir: local folder for copies of archives that cannot be read in parts. Default: ~/.cache/job.
+        calibrated: auto calibrates probabilities where the checkpoint has a calibration; true requires one; false
+            leaves them as the network computes them.
     """
     formats = parse_formats(format)
     if max_images < 1:
@@ -76,7 +80,8 @@ def main(
     try:
         files = folder / "files"
         files.mkdir()
-        content = Export(Request(source, formats, input, data, max_images, max_int8_loss, cache), files).write()
+        request = Request(source, formats, input, data, max_images, max_int8_loss, cache, calibrated)
+        content = Export(request, files).write()
         publish(files, content, output)
         print_export(content)
         logs.report(f"export in {output}", logging.INFO)

@@ -42,6 +42,7 @@ def main(
     num_workers: int | None = None,
     grace: float = 25.0,
     drain_delay: float = 5.0,
+    calibrated: Literal["auto", "true", "false"] = "auto",
 ) -> None:
     """Answer predictions over HTTP, by the protocols of Vertex AI and KServe, and for files as they are.
 
@@ -71,6 +72,8 @@ def main(
         num_workers: number of decoding threads. Default: one per CPU core, at most 8.
         grace: seconds from a signal to the end of the process, in which accepted requests are finished.
         drain_delay: seconds of them in which new requests are still accepted, while readiness is false.
+        calibrated: auto calibrates probabilities where the checkpoint has a calibration; true requires one; false
+            leaves them as the network computes them.
     """
     vertex = VertexEnvironment.of(os.environ)
     checkpoint_uri = ckpt or run_dir or vertex.storage_uri
@@ -110,7 +113,7 @@ def main(
         require_device(device)
 
     def load_model() -> Predictor:
-        predictor = load(checkpoint_uri, device, tta, max_image_pixels, precision)
+        predictor = load(checkpoint_uri, device, tta, max_image_pixels, precision, calibrated)
         if compile:
             predictor.compile(max_batch_size)
         return predictor

@@ -147,6 +147,17 @@ def union(values: set[T]) -> set[T]:
     return set().union(*gathered)
 
 
+def gather(value: T) -> list[T]:
+    """The values of all ranks in their order, on rank 0; none on the others. A collective operation."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * world_size() if rank() == 0 else []
+    dist.gather_object(value, gathered if rank() == 0 else None, dst=0)
+    return gathered
+
+
 def broadcast(tensors: list[Tensor]) -> None:
     """Overwrite ``tensors``, of one type and device, with those of rank 0; a collective operation."""
     import torch

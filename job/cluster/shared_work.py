@@ -1,4 +1,4 @@
-"""Work of rank 0 that the other ranks share: they take tasks from it while they wait for its result.
+"""Work of rank 0 that the other ranks share: they take tasks from it while they wait for its result. And a barrier.
 
 It goes through the store of the process group, so that no collective operation waits, and ends the job, while one rank
 takes long.
@@ -108,6 +108,38 @@ class Helpers:
         self._pulse.require("no other rank")
 
 
+class ProgressBarrier:
+    """A barrier at the end of work that takes ranks differently long; it waits as long as one of them makes progress.
+
+    It is created on all ranks when the work begins, and used once. A collective operation must follow it: rank 0 serves
+    the store.
+    """
+
+    def __init__(self) -> None:
+        store = _store_of_this_call() if _has_other_ranks() else None
+        self._store, self._pulse = store, None if store is None else _Pulse(store)
+
+    def tick(self) -> None:
+        """Give a sign of progress."""
+        if self._pulse is not None:
+            self._pulse.tick()
+
+    def wait(self) -> None:
+        """Wait until all ranks are here.
+
+        Raises:
+            RankLost: no rank has made progress for :data:`QUIET_SECONDS`.
+        """
+        if self._store is None or self._pulse is None:
+            return
+        self._store.add("arrived", 1)
+        pause = 0.01
+        while self._store.add("arrived", 0) < ranks.world_size():
+            self._pulse.require("no other rank")
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_POLL)
+
+
 Perform = Callable[[bytes, SharedTasks], None]
 """Performs tasks on a rank other than 0 until none is left: (description of the job, the tasks)."""
 
@@ -155,16 +187,9 @@ def from_rank_zero(function: Callable[[Helpers | None], str], perform: Perform) 
     Raises:
         JobError: the exception of ``function``, on every rank.
     """
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or ranks.world_size() == 1:
+    if not _has_other_ranks():
         return function(None)
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-
-    from job.torch_internals import connect_default_store
-
-    # The group's own is busy while a collective operation, of the watchdog's say, waits for a key.
-    store = PrefixStore(f"job.shared_work/{next(_calls)}", connect_default_store())
+    store = _store_of_this_call()
     if ranks.rank() > 0:
         return _help(store, perform)
     try:
@@ -177,6 +202,22 @@ def from_rank_zero(function: Callable[[Helpers | None], str], perform: Perform) 
     _put(store, "outcome", msgspec.msgpack.encode(outcome))
     _await_readers(store)
     return outcome.result
+
+
+def _has_other_ranks() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_initialized() and ranks.world_size() > 1
+
+
+def _store_of_this_call() -> Any:
+    """A connection to the store, with keys that no other call has; called on all ranks in the same order."""
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    from job.torch_internals import connect_default_store
+
+    # The group's own is busy while a collective operation, of the watchdog's say, waits for a key.
+    return PrefixStore(f"job.shared_work/{next(_calls)}", connect_default_store())
 
 
 def _help(store: Any, perform: Perform) -> str:
@@ -224,10 +265,7 @@ class _Pulse:
         if value != self._seen:
             self._seen, self._seen_at = value, now
         elif now - self._seen_at > QUIET_SECONDS:
-            raise RankLost(
-                f"{who} has made progress for {QUIET_SECONDS:.0f} s while the data was listed. See the logs of the "
-                "other ranks."
-            )
+            raise RankLost(f"{who} has made progress for {QUIET_SECONDS:.0f} s. See the logs of the other ranks.")
 
 
 def _subclasses(kind: type[JobError]) -> set[type[JobError]]:

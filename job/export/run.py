@@ -22,7 +22,7 @@ from job.export.network import ProbabilityNetwork, Run, TrainedModel
 from job.monitoring.report.content import ReportContent
 from job.monitoring.report.files import read_report
 from job.monitoring.report.machine import hardware, versions
-from job.predict.predictor import Predictor, load
+from job.predict.predictor import Calibrated, Predictor, load
 from job.process import temporary
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class Request:
         most_images: images to read of each part.
         most_loss: accuracy that int8 may lose.
         cache: local folder for copies of archives.
+        calibrated: whether probabilities are calibrated, as :func:`job.predict.predictor.load` takes it.
     """
 
     checkpoint: str
@@ -51,6 +52,7 @@ class Request:
     most_images: int
     most_loss: float
     cache: Path
+    calibrated: Calibrated = "auto"
 
 
 class Export:
@@ -65,7 +67,7 @@ class Export:
         self.request, self.folder = request, folder
         uri = checkpoint.resolve(redact.remember(request.checkpoint))
         self.run_dir = run_dir_of(uri)
-        predictor = load(uri, device="cpu")
+        predictor = load(uri, device="cpu", calibrated=request.calibrated)
         description = describe(predictor, uri)
         self.model = TrainedModel(
             predictor.net,

@@ -33,7 +33,8 @@ class Calibrator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A monotonic transform of a network's logits, after which probabilities are frequencies.
 
     One label per image: all logits are divided by a temperature (Guo et al., arXiv:1706.04599), which changes no
-    prediction. Several labels: each class's logit becomes ``scale * logit + offset`` (Platt, 1999).
+    prediction. It is 1 where no temperature helps, so that ``risk_coverage`` alone counts. Several labels: each class's
+    logit becomes ``scale * logit + offset`` (Platt, 1999).
 
     Attributes:
         method: which of the two.
@@ -82,13 +83,27 @@ class Calibrator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return converted
 
     @property
+    def is_identity(self) -> bool:
+        """Whether it leaves all logits as they are."""
+        return self.method == "temperature" and self.temperature == 1
+
+    @property
     def calibrated_classes(self) -> int:
         """Number of classes whose logits change, of several labels."""
         return sum(pair != (1.0, 0.0) for pair in zip(self.scale, self.offset, strict=True))
 
 
 def read_calibrator(saved: Mapping[str, Any], source: str, classes: int, task: TaskName) -> Calibrator | None:
-    """The calibrator of the checkpoint ``source``; None where it has none.
+    """The calibrator by which the checkpoint ``source`` changes probabilities; None where it has none.
+
+    Arguments and errors are those of :func:`read_fitted`.
+    """
+    fitted = read_fitted(saved, source, classes, task)
+    return None if fitted is None or fitted.is_identity else fitted
+
+
+def read_fitted(saved: Mapping[str, Any], source: str, classes: int, task: TaskName) -> Calibrator | None:
+    """The calibrator that validation fitted, which may leave probabilities as they are; None where it fitted none.
 
     Args:
         saved: the checkpoint, untrusted.

@@ -35,6 +35,8 @@ Bools = npt.NDArray[np.bool_]
 def fit_temperature(logits: Logits, labels: Labels) -> CalibratorFit:
     """Fit a temperature by the cross-entropy of the labels.
 
+    Where no temperature helps, it is 1, and the reason says why.
+
     Args:
         logits: [N, num_logits]; one logit is that of the second of two classes.
         labels: class numbers, [N].
@@ -45,7 +47,8 @@ def fit_temperature(logits: Logits, labels: Labels) -> CalibratorFit:
         logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
     whole = _Cross(logits, labels.astype(np.int64))
     before = whole.evaluated(np.ones(len(labels)))
-    fit = CalibratorFit(None, "", len(labels), before.diagram())
+    unchanged = Calibrator("temperature", len(labels), risk_coverage=risk_coverage(before.confidences, before.correct))
+    fit = CalibratorFit(unchanged, "", len(labels), before.diagram())
     if before.correct.all():
         return fit.without("all validation predictions are right, so that their confidence is not too high")
     if not before.correct.any():

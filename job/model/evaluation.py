@@ -47,11 +47,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class CalibratorFit:
-    """The calibrator of a network, or why it has none.
+    """The calibrator of a network, or why its probabilities stay as they are.
 
     Attributes:
-        calibrator: fitted to all of the samples; None where it would not help.
-        reason: why there is none; empty, or the end of a sentence.
+        calibrator: fitted to all of the samples. Where none helps, one of temperature 1, or None for several labels;
+            None, too, where none could be fitted.
+        reason: why probabilities stay as they are; empty where they change, else the end of a sentence.
         samples: validation samples that were used.
         before: confidence against accuracy of these samples; None where it was not measured.
         after: the same with calibrated confidences, each by a calibrator that was fitted to the other samples.
@@ -64,7 +65,7 @@ class CalibratorFit:
     after: Calibration | None = None
 
     def without(self, reason: str) -> CalibratorFit:
-        """The same, with a reason why there is no calibrator."""
+        """The same, with a reason why probabilities stay as they are."""
         return replace(self, reason=reason)
 
     def with_calibrator(self, calibrator: Calibrator, after: Calibration) -> CalibratorFit:

@@ -58,6 +58,7 @@ class TaskMetrics(ABC):
     Attributes:
         thresholds: probability of each class from which it is predicted; None for a task that predicts one class.
         calibrator: of the network, whose effect is measured; None: it has none, or :meth:`fit_calibrator` fits it.
+        fits_calibrator: whether logits are kept for :meth:`fit_calibrator`; set before the first batch.
     """
 
     def __init__(self, classes: Sequence[str], metrics: Sequence[Metric], *, samples: int, synchronise: bool) -> None:
@@ -69,6 +70,7 @@ class TaskMetrics(ABC):
         self.calibration = BinnedCalibration(sync_on_compute=synchronise)
         self.selection = SampleSelection()
         self.calibrator: Calibrator | None = None
+        self.fits_calibrator = False
         self._calibrated = BinnedCalibration(sync_on_compute=synchronise)
         self._logits = LogitSample(sync_on_compute=synchronise)
         self._fit: CalibratorFit | None = None
@@ -113,6 +115,7 @@ class TaskMetrics(ABC):
 
     def fit_calibrator(self) -> None:
         """Fit a calibrator to the logits collected, the same on all ranks; :meth:`compute` returns it."""
+        assert self.fits_calibrator, "logits are not collected"
         self._process(0)
         if not self.calibration.calibration().counts.any():
             self._fit = CalibratorFit(None, "no validation image with a label could be read", 0)
@@ -204,7 +207,8 @@ class TaskMetrics(ABC):
         self.loss.update(losses)
         self._add(losses, self._probabilities(scores) if self._has_logits else scores, labels, samples)
         if self._has_logits:
-            self._logits.update(scores, labels, samples)
+            if self.fits_calibrator:
+                self._logits.update(scores, labels, samples)
             if self.calibrator is not None:
                 self._count_calibrated(self.calibrator.apply(scores), labels)
 

@@ -266,6 +266,7 @@ class TransferLearningModel(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """Use the EMA weights in a fit with --model.ema, and the same running statistics on all ranks."""
+        self.metrics.fits_calibrator = self.trainer.state.fn == "fit"
         if self.guard is not None and self.trainer.state.fn == "fit":
             self.guard.before_validation()
         if self._average is not None:
@@ -274,6 +275,7 @@ class TransferLearningModel(pl.LightningModule):
 
     def on_validation_end(self) -> None:
         """Return to the weights in training."""
+        self.metrics.fits_calibrator = False
         if self._average is not None:
             self._average.swap(averaged=False)
 
@@ -532,7 +534,7 @@ class TransferLearningModel(pl.LightningModule):
         values = dict(self.evaluation.metrics)
         if fits and (fit := self.evaluation.calibrator_fit) is not None:
             self._calibrator = fit.calibrator
-            self._was_calibrated |= fit.calibrator is not None
+            self._was_calibrated |= fit.after is not None
             if self._was_calibrated and "ece" in values:
                 values.setdefault("ece_calibrated", values["ece"])  # Lightning would keep that of earlier weights
         loss = values.get("loss", 0.0)  # absent: no sample counted

@@ -18,7 +18,7 @@ from job.data.dataset import Preprocessing
 from job.data.pixels import MAX_IMAGE_PIXELS
 from job.data.python_images import PythonImage, is_one_image, pixels_of, pixels_of_each
 from job.errors import CheckpointError, ConfigError, DivergedError, JobError
-from job.model.calibrator import Calibrator, read_calibrator
+from job.model.calibrator import Calibrator, read_fitted
 from job.model.classifier import TTA, Classifier, from_spec, mean_over_flips
 from job.model.compile import compile_module
 from job.model.spec import decode_spec, net_state
@@ -274,7 +274,7 @@ def load(
 
     Raises:
         ConfigError: rejection was asked for by both, of several labels, or at a precision that validation did not
-            reach.
+            reach or measure.
         CheckpointError: there is no such checkpoint, it is damaged, or it lacks the required calibration.
     """
     uri = checkpoint.resolve(redact.remember(uri))
@@ -287,7 +287,16 @@ def load(
     spec = decode_spec(saved[CLASSIFIER_KEY], uri)
     fingerprint = checkpoint.sha256(uri)[:16]
     chosen = automatic_precision(place) if precision == "auto" else precision
-    calibrator = None if calibrated == "false" else read_calibrator(saved, uri, len(spec.classes), spec.task)
+    takes_several_labels = TASKS[spec.task].takes_several_labels
+    if takes_several_labels and (reject_below is not None or target_precision is not None):
+        raise ConfigError(
+            "rejection is for one label per image: of several labels each class has a threshold. Leave --reject_below "
+            "and --target_precision out."
+        )
+    # Not read where nothing needs it: --calibrated=false is for checkpoints whose calibration is damaged, too.
+    is_needed = calibrated != "false" or target_precision is not None
+    fitted = read_fitted(saved, uri, len(spec.classes), spec.task) if is_needed else None
+    calibrator = None if calibrated == "false" or fitted is None or fitted.is_identity else fitted
     if calibrated == "true" and calibrator is None:
         raise CheckpointError(
             f"{uri} has no calibration; the report of its run says why. Use --calibrated=auto, or another checkpoint."
@@ -295,14 +304,9 @@ def load(
     if target_precision is not None:
         if reject_below is not None:
             raise ConfigError("--reject_below and --target_precision are both given. Leave one of them out.")
-        reject_below = _threshold_for(target_precision, calibrator, uri)
+        reject_below = _threshold_for(target_precision, fitted, calibrator, uri)
     if reject_below is not None and not 0 <= reject_below <= 1:
         raise ConfigError(f"--reject_below must be from 0 to 1, not {reject_below}.")
-    if reject_below is not None and TASKS[spec.task].takes_several_labels:
-        raise ConfigError(
-            "rejection is for one label per image: of several labels each class has a threshold. Leave --reject_below "
-            "out."
-        )
     return Predictor(
         net.to(place),
         spec.resize,
@@ -316,16 +320,29 @@ def load(
     )
 
 
-def _threshold_for(precision: float, calibrator: Calibrator | None, uri: str) -> float:
-    """The threshold of rejection at which the accepted predictions of validation had this precision."""
+def _threshold_for(precision: float, fitted: Calibrator | None, applied: Calibrator | None, uri: str) -> float:
+    """The threshold of rejection at which the accepted predictions of validation had this precision.
+
+    Args:
+        precision: the least.
+        fitted: what the checkpoint holds.
+        applied: by which probabilities are changed; None: they stay as they are.
+        uri: of the checkpoint, for messages.
+    """
     if not 0 < precision <= 1:
         raise ConfigError(f"--target_precision must be above 0 and at most 1, not {precision}.")
-    if calibrator is None or calibrator.risk_coverage is None:
+    if fitted is None or fitted.risk_coverage is None:
         raise ConfigError(
-            f"--target_precision needs the calibration of a network for one label per image, and {uri} is used without "
-            "one. Give a threshold by --reject_below."
+            f"--target_precision takes a threshold from validation, and {uri} has none: its validation images were too "
+            "few, as the report of its run then says, or it was written within an epoch or by an earlier version. Give "
+            "a threshold by --reject_below."
         )
-    point = calibrator.risk_coverage.at(precision)
+    if applied is None and not fitted.is_identity:
+        raise ConfigError(
+            "--target_precision chooses a threshold of calibrated probabilities. Leave --calibrated=false out, or give "
+            "a threshold by --reject_below."
+        )
+    point = fitted.risk_coverage.at(precision)
     if point is None:
         raise ConfigError(
             f"no threshold reached the precision {precision:g} on the validation images of {uri}. Choose a lower "

@@ -98,6 +98,7 @@ def cross_validate(
     plan: Plan,
     block_bytes: float,
     device: torch.device,
+    tick: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, int, FoldScore]]:
     """Train the trials of one backbone without each fold, and yield (trial, fold, score) of this rank's share.
 
@@ -108,6 +109,7 @@ def cross_validate(
         plan: length and order of the training.
         block_bytes: memory of a block of heads.
         device: that computes.
+        tick: called after each step.
     """
     rows, targets = part.rows, part.targets
     count, width = int(folds.max()) + 1, rows.plain.shape[1]
@@ -123,7 +125,7 @@ def cross_validate(
             start = initial_head(width, block.hidden, targets.num_logits, plan.seed)
             batch = HeadBatch(heads, start, block.dropout, plan, device)
             with cpu_threads(threads_for(batch)):
-                batch.train(rows, targets, fold_of, after_step=_counter(progress, len(heads)))
+                batch.train(rows, targets, fold_of, after_step=_counter(progress, len(heads), tick))
             scores = score_heads(batch, rows, targets, folds)
             for (number, fold), score in zip(block.members, scores, strict=True):
                 yield number, fold, score
@@ -145,5 +147,9 @@ def gathered(scores: Iterable[tuple[int, int, FoldScore]]) -> dict[tuple[int, in
     return {(trial, fold): score for trial, fold, score in ranks.union(set(scores))}
 
 
-def _counter(progress: Progress, heads: int) -> Callable[[], None]:
-    return lambda: progress.advance(heads)
+def _counter(progress: Progress, heads: int, tick: Callable[[], None]) -> Callable[[], None]:
+    def count() -> None:
+        progress.advance(heads)
+        tick()
+
+    return count

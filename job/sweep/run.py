@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 
 from job import storage
 from job.cluster import ranks
+from job.cluster.shared_work import Helpers, ProgressBarrier, from_rank_zero
 from job.data.datamodule import ImageDataModule
 from job.errors import ConfigError, DataError, DivergedError
 from job.features.training_options import extraction_settings, feature_precision, frozen_network
@@ -110,7 +111,7 @@ class Sweep:
             )
         self._began = time.monotonic()
 
-    def run(self) -> SweepResult:
+    def run(self) -> None:
         """Train and compare all heads, and write the results; called on all ranks."""
         data, settings = self.data, self.settings
         data.trainer = self.trainer  # as Lightning does: the index is that of run_dir
@@ -136,7 +137,14 @@ class Sweep:
             config = config_of(best, self.backbones[best.backbone])
             net = self._network(config)
             val = self._features(net, "val")  # by all ranks
-            return ranks.from_rank_zero(lambda: self._finish(scores, plan, repeated, net, config, val, lease))
+
+            def finish(helpers: Helpers | None) -> str:
+                tick = helpers.tick if helpers is not None else lambda: None
+                self._finish(scores, plan, repeated, net, config, val, lease, tick)
+                return ""
+
+            # No collective operation, which would end the job if this took longer than the group's timeout.
+            from_rank_zero(finish, lambda job, tasks: None)
 
     def _require_classes(self) -> None:
         data, task = self.data, self.config.task
@@ -158,6 +166,7 @@ class Sweep:
         """Scores of all trials, and number of repeated training images."""
         folds: npt.NDArray[np.int64] | None = None
         repeated = 0
+        barrier = ProgressBarrier()
         scored: list[tuple[int, int, FoldScore]] = []
         for number, config in enumerate(self.backbones):
             own = [(place, trial) for place, trial in enumerate(trials) if trial.backbone == number]
@@ -176,7 +185,9 @@ class Sweep:
                     plan.batch_size,
                     f"; {repeated} images repeat another one, and are in its fold" if repeated else "",
                 )
-            scored += cross_validate(own, part, folds, plan, self.settings.block_mb * 1e6, self.device)
+            block_bytes = self.settings.block_mb * 1e6
+            scored += cross_validate(own, part, folds, plan, block_bytes, self.device, barrier.tick)
+        barrier.wait()  # ranks have blocks of different sizes
         return self._scores(trials, gathered(scored)), repeated
 
     def _folds(self, part: PartFeatures, plan: Plan) -> tuple[npt.NDArray[np.int64], int]:
@@ -216,10 +227,11 @@ class Sweep:
         config: ModelConfig,
         val: PartFeatures,
         lease: Lease,
-    ) -> SweepResult:
+        tick: Callable[[], None],
+    ) -> None:
         """Train and validate the best head, write everything and print it; on rank 0."""
         best = scores.trials[scores.order[0]]
-        train_winner(best, net, self._features(net, "train"), plan, self.device)
+        train_winner(best, net, self._features(net, "train"), plan, self.device, tick)
         evaluation, metrics = validate_winner(net, config, self.data, val)
         steps = plan.epochs * math.ceil(len(self.data.parts["train"]) / plan.batch_size)
         winner = Winner(net, config, evaluation, metrics, plan, steps)
@@ -248,7 +260,6 @@ class Sweep:
         write_events(result.trials[: self.settings.logged], result.metric, self.folder, lease.require_held)
         write_json(storage.join(self.folder, FILE), msgspec.to_builtins(result), lease.require_held)
         self._report(result, recipe)
-        return result
 
     def _trial_result(self, scores: Scores, number: int) -> TrialResult:
         trial, values = scores.trials[number], scores.values[number]

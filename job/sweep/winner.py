@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -61,12 +61,19 @@ def config_of(trial: Trial, base: ModelConfig) -> ModelConfig:
     )
 
 
-def train_winner(trial: Trial, net: Classifier, part: PartFeatures, plan: Plan, device: torch.device) -> None:
-    """Train the head of ``net`` on all training images."""
+def train_winner(
+    trial: Trial,
+    net: Classifier,
+    part: PartFeatures,
+    plan: Plan,
+    device: torch.device,
+    tick: Callable[[], None] = lambda: None,
+) -> None:
+    """Train the head of ``net`` on all training images; ``tick`` is called after each step."""
     start = initial_head(part.rows.plain.shape[1], trial.hidden, net.num_logits, plan.seed)
     batch = HeadBatch([head_of(trial, ALL_SAMPLES)], start, trial.dropout, plan, device)
     with cpu_threads(threads_for(batch)):
-        batch.train(part.rows, part.targets, None)
+        batch.train(part.rows, part.targets, None, after_step=tick)
     batch.copy_to(net.head, 0)
 
 
@@ -78,6 +85,7 @@ def validate_winner(
     task = TASKS[config.task](config, len(data.classes), lambda: data.parts["train"])
     index, rows, device = data.parts["val"], part.rows, net.mean.device
     metrics = task.make_metrics(data.classes, samples=len(index), synchronise=False)
+    metrics.fits_calibrator = True
     net.eval()
     for start in range(0, len(index), EVALUATION_ROWS):
         samples = np.arange(start, min(start + EVALUATION_ROWS, len(index)))

@@ -84,6 +84,10 @@ def test_several_labels_are_learned_and_predicted(run_dir: Path, table: Path) ->
     expected = {json.loads(line)["uri"]: json.loads(line)["label"] for line in table.read_text().splitlines()}
     right = sum(line["labels"] == expected[Path(line["uri"]).name] for line in lines)
     assert right > 80
+    for option in ("--target_precision=0.9", "--reject_below=0.9"):
+        refused = run_here("predict", run_dir, table.parent, "--output", output, option)
+        assert refused.returncode == 2, refused.output
+        assert "rejection is for one label per image" in refused.output
 
 
 def test_validate_reproduces_the_metrics(run_dir: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,7 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import torch.distributed as dist
+from support import index_of, picture_files, write_files
+from test_shards import run_on_two_ranks
 
+from job.audit import pixels
 from job.audit.confusion import confused_pairs, confusion_of
 from job.audit.copies import Forest, find_copies, orientation_free, orientations, standardised
 from job.audit.image_faults import find_faults
@@ -120,6 +126,35 @@ def records_of(grey: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
         records["content"][number] = records["pixels"][number] = content[0]
         records["deviation"][number] = each.std()
     return records
+
+
+def inspect_on_rank(rank: int, port: int, root: str) -> None:
+    """Inspect images on this rank of two, and save its records and errors."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    pixels.PORTION, pixels.PORTIONS_PER_GATHER = 3, 2
+    index = index_of(root)
+    records = np.zeros(len(index), RECORD)
+    errors = pixels.inspect(index, records, root, None, 1, 1 << 20)
+    np.savez(f"{root}-{rank}.npz", records=records, samples=np.array(sorted(errors)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_records_of_all_ranks_come_to_rank_zero_alone(tmp_path: Path) -> None:
+    files = picture_files(["blue", "red"], 10) | {"red/broken.jpg": b"\xff\xd8\xff no image"}
+    root = write_files(tmp_path / "images", files)
+    run_on_two_ranks(inspect_on_rank, str(root))
+    index = index_of(root)
+    expected = np.zeros(len(index), RECORD)
+    (broken,) = pixels.inspect(index, expected, str(root), None, 1, 1 << 20)
+    first, second = (np.load(f"{root}-{rank}.npz") for rank in range(2))
+    assert first["records"].tobytes() == expected.tobytes()
+    assert first["samples"].tolist() == [broken]
+    is_own = np.arange(len(index)) // 3 % 2 == 1  # portions of three images in turn
+    assert second["records"][is_own].tobytes() == expected[is_own].tobytes()
+    assert not second["records"]["readable"][~is_own].any()
+    assert len(second["samples"]) == 0
 
 
 def test_copies_of_pixels_features_and_content() -> None:

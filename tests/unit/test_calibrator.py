@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file
 from support import COLOURS, TINY, options, picture, picture_files, run_here, write_files
 from test_export import model_of, require_all_formats_equal
 
@@ -76,11 +77,11 @@ def test_planted_scales_and_offsets_are_recovered_and_rare_classes_stay() -> Non
         ("wrong", "are wrong"),
         ("nan", "not finite"),
         ("random", "does not"),
-        ("calibrated", "does not lower|^$"),
+        ("calibrated", "does not lower"),
     ],
 )
-def test_without_use_there_is_no_calibrator_but_a_reason(change: str, reason: str) -> None:
-    logits, labels = planted(200, 5, 1.0 if change == "calibrated" else 3.0)
+def test_without_use_probabilities_stay_as_they_are_for_a_reason(change: str, reason: str) -> None:
+    logits, labels = planted(200, 5, 1.0 if change == "calibrated" else 3.0, seed=1)
     if change == "few":
         logits, labels = logits[: LEAST_SAMPLES - 1], labels[: LEAST_SAMPLES - 1]
     elif change == "right":
@@ -92,8 +93,19 @@ def test_without_use_there_is_no_calibrator_but_a_reason(change: str, reason: st
     elif change == "random":
         labels = np.random.default_rng(3).permutation(labels)
     fit = fit_temperature(logits, labels)
-    assert (fit.calibrator is None) == bool(fit.reason)
     assert re.search(reason, fit.reason)
+    assert fit.after is None
+    if change in ("few", "nan"):
+        assert fit.calibrator is None
+        return
+    assert fit.calibrator is not None
+    assert fit.calibrator.is_identity
+    assert torch.equal(fit.calibrator.apply(torch.from_numpy(logits)), torch.from_numpy(logits))
+    confidences = torch.from_numpy(logits).double().softmax(dim=1).amax(dim=1).numpy()
+    curve, expected = fit.calibrator.risk_coverage, risk_coverage(confidences, logits.argmax(axis=1) == labels)
+    assert curve is not None
+    assert (curve.accepted, curve.correct) == (expected.accepted, expected.correct)
+    assert curve.thresholds == pytest.approx(expected.thresholds)
 
 
 def test_several_labels_without_use() -> None:
@@ -224,17 +236,28 @@ def test_exports_have_the_calibrated_probabilities(
     require_all_formats_equal(model, tmp_path)
 
 
+def fit_on(folder: Path, val: dict[str, bytes]) -> Path:
+    """The run_dir of a fit that tells blue from red, with these validation images."""
+    train = write_files(folder / "train", picture_files(["blue", "red"], 40))
+    changes: dict[str, Any] = {"data__train": train, "data__val": write_files(folder / "val", val)}
+    changes |= {"model__lr": 0.005, "model__milestones": "[0,0]", "checkpoint__every_n_steps": 1}
+    result = run_here("fit", *options(TINY, run_dir=folder / "run", **changes))
+    assert result.returncode == 0, result.output
+    return folder / "run"
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose validation images have some wrong labels, so that its confidence is too high."""
-    folder = tmp_path_factory.mktemp("calibrated")
-    train = write_files(folder / "train", picture_files(["blue", "red"], 40))
     wrong = {f"red/9{n}.jpg": picture(COLOURS["blue"], 9000 + n) for n in range(8)}
-    val = write_files(folder / "val", {**picture_files(["blue", "red"], 30, seed=900), **wrong})
-    changes: dict[str, Any] = {"model__lr": 0.005, "model__milestones": "[0,0]", "data__train": train, "data__val": val}
-    result = run_here("fit", *options(TINY, run_dir=folder / "run", checkpoint__every_n_steps=1, **changes))
-    assert result.returncode == 0, result.output
-    return folder / "run"
+    val = {**picture_files(["blue", "red"], 30, seed=900), **wrong}
+    return fit_on(tmp_path_factory.mktemp("calibrated"), val)
+
+
+@pytest.fixture(scope="module")
+def right_run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose validation predictions are all right, so that no temperature helps."""
+    return fit_on(tmp_path_factory.mktemp("right"), picture_files(["blue", "red"], 30, seed=900))
 
 
 def saved_by(run_dir: Path, which: str) -> dict[str, Any]:
@@ -290,3 +313,91 @@ def test_a_checkpoint_without_a_calibration_predicts_as_it_did(run_dir: Path, tm
         load(str(old), calibrated="true")
     with pytest.raises(ConfigError, match="--reject_below"):
         load(str(old), target_precision=0.9)
+    with pytest.raises(ConfigError, match="Leave --calibrated=false out"):
+        load(uri, calibrated="false", target_precision=0.9)
+
+
+def test_thresholds_for_a_precision_where_no_temperature_helps(right_run_dir: Path, tmp_path: Path) -> None:
+    report = json.loads((right_run_dir / "report.json").read_text())
+    fit = report["evaluation"]["calibrator"]
+    assert (fit["method"], fit["temperature"]) == (None, None)
+    assert "are right" in fit["reason"]
+    assert [point["coverage"] for point in fit["selective"]] == [1.0] * 3
+    page = (right_run_dir / "report.html").read_text()
+    assert "Predictions are not calibrated: all validation predictions are right" in page
+    assert page.count("of the predictions are accepted at a precision of") == 3
+    uri = checkpoint.resolve(f"{right_run_dir}/checkpoints/best")
+    predictor = load(uri, target_precision=0.95)
+    assert not predictor.calibrated
+    assert predictor.reject_below == pytest.approx(fit["selective"][1]["threshold"])
+    assert load(uri, calibrated="false", target_precision=0.95).reject_below == predictor.reject_below
+    output = tmp_path / "predictions.jsonl"
+    result = run_here(
+        "predict", right_run_dir, right_run_dir.parent / "val", "--output", output, "--target_precision=0.95"
+    )
+    assert result.returncode == 0, result.output
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    # A batch of other size may be rounded otherwise, which concerns the image of the threshold itself.
+    assert sum(row["rejected"] for row in rows) <= 1
+    assert {row["calibrated"] for row in rows} == {False}
+    with pytest.raises(CheckpointError, match="has no calibration"):
+        load(uri, calibrated="true")
+    validated = run_here("validate", right_run_dir)
+    assert validated.returncode == 0, validated.output
+    assert "ece_calibrated" not in validated.output
+
+
+def test_few_validation_images_give_no_threshold(tmp_path: Path) -> None:
+    few = fit_on(tmp_path, picture_files(["blue", "red"], 10, seed=900))
+    refused = run_here("predict", few, tmp_path / "val", "--output", tmp_path / "no.jsonl", "--target_precision=0.95")
+    assert refused.returncode == 2, refused.output
+    assert "its validation images were too few" in refused.output
+
+
+def test_only_a_fit_keeps_logits(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def update(*args: object) -> None:
+        raise AssertionError("logits were kept")
+
+    monkeypatch.setattr(LogitSample, "update", update)
+    result = run_here("validate", run_dir)
+    assert result.returncode == 0, result.output
+    metrics = json.loads((run_dir / "validate.json").read_text())["metrics"]
+    assert metrics["val/ece_calibrated"] < metrics["val/ece"]
+
+
+def head_of(folder: Path) -> tuple[str, Array]:
+    """The kind of calibration of an export of plain weights, and the weights of the head's last layer."""
+    model = json.loads((folder / "export.json").read_text())["model"]
+    tensors = load_file(folder / "head.safetensors")
+    return model["calibration"], tensors[sorted(name for name in tensors if name.endswith("weight"))[-1]]
+
+
+def test_export_and_serve_without_the_calibration(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in ("auto", "false"):
+        arguments = (run_dir, tmp_path / value, "--format=weights", f"--calibrated={value}")
+        result = run_here("export", *arguments)
+        assert result.returncode == 0, result.output
+    (kind, calibrated), (none, plain) = head_of(tmp_path / "auto"), head_of(tmp_path / "false")
+    calibrator = load(str(run_dir)).calibrator
+    assert calibrator is not None
+    assert (kind, none) == ("temperature", "none")
+    np.testing.assert_allclose(calibrated * calibrator.temperature, plain, rtol=1e-5)
+
+    models = []
+    monkeypatch.setattr("job.serve.server.serve", lambda load_model, settings: models.append(load_model()))
+    for value in ("auto", "false"):
+        result = run_here("serve", run_dir, "--device=cpu", f"--calibrated={value}")
+        assert result.returncode == 0, result.output
+    assert [model.calibrated for model in models] == [True, False]
+    image = picture(COLOURS["red"], 5)
+    assert models[1].predict(image) == load(str(run_dir), "cpu", precision="auto", calibrated="false").predict(image)
+
+
+def test_export_and_serve_require_a_calibration(right_run_dir: Path, tmp_path: Path) -> None:
+    for verb, *arguments in (("export", tmp_path / "export", "--format=weights"), ("serve", "--port=0")):
+        result = run_here(verb, right_run_dir, *arguments, "--calibrated=true")
+        assert result.returncode == 2, result.output
+        assert "has no calibration; the report of its run says why" in result.output
+    assert not (tmp_path / "export").exists()

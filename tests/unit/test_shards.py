@@ -25,7 +25,7 @@ from support import index_of, picture_files, read, tar_of
 
 from job import storage
 from job.cluster import shared_work
-from job.cluster.shared_work import Helpers, SharedTasks, from_rank_zero
+from job.cluster.shared_work import Helpers, ProgressBarrier, SharedTasks, from_rank_zero
 from job.data.index import parallel, tar_ahead
 from job.data.index.access import Access
 from job.data.index.build import build
@@ -429,6 +429,35 @@ def test_a_rank_waits_as_long_as_some_rank_makes_progress(monkeypatch: pytest.Mo
     now += 300
     with pytest.raises(RankLost, match="has made progress for 1200 s"):
         waiting.require_progress()
+
+
+def test_a_barrier_waits_as_long_as_some_rank_makes_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, store = 0.0, MemoryStore()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(shared_work, "_has_other_ranks", lambda: True)
+    monkeypatch.setattr(shared_work, "_store_of_this_call", lambda: store)
+    monkeypatch.setattr(shared_work.time, "monotonic", lambda: now)
+    early, late = ProgressBarrier(), ProgressBarrier()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += 1000
+        late.tick()
+        if now == 10_000:
+            store.add("arrived", 1)
+
+    monkeypatch.setattr(shared_work.time, "sleep", sleep)
+    early.wait()
+    assert now == 10_000
+
+    def hang(seconds: float) -> None:
+        nonlocal now
+        now += 1000
+
+    monkeypatch.setattr(shared_work.time, "sleep", hang)
+    store.values.clear()
+    with pytest.raises(RankLost, match="has made progress for 1200 s"):
+        ProgressBarrier().wait()
 
 
 @pytest.mark.parametrize("error", [DataError("a"), ConfigError("b"), StorageOutage("c"), ValueError("d")])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -11,6 +15,7 @@ import yaml
 from support import FROZEN, fit_here, options, picture_files, run_here, write_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from job.sweep.crossvalidation import gathered
 from job.sweep.result import SweepResult
 
 SETTINGS: dict[str, object] = {
@@ -61,6 +66,35 @@ def test_sweep_predict_fit(images: Path, tmp_path: Path) -> None:
     assert recipe["model"]["optimizer"]["init_args"]["lr"] == saved.trials[0].lr
     fitted = run_here("fit", tmp_path / "fit", f"--config={folder / 'recipe.yaml'}", f"--init_from={folder}")
     assert fitted.returncode == 0, fitted.output
+
+
+def test_ranks_wait_for_one_another_while_heads_are_trained(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by a collective operation, which ends the job after 20 minutes."""
+    events: list[str] = []
+
+    class Barrier:
+        def tick(self) -> None:
+            events.append("heads")
+
+        def wait(self) -> None:
+            events.append("wait")
+
+    def gathered_(scores: Any) -> Any:
+        events.append("gather")
+        return gathered(scores)
+
+    def from_rank_zero(function: Callable[[Any], str], perform: object) -> str:
+        return function(SimpleNamespace(tick=lambda: events.append("best head")))
+
+    monkeypatch.setattr("job.sweep.run.ProgressBarrier", Barrier)
+    monkeypatch.setattr("job.sweep.run.gathered", gathered_)
+    monkeypatch.setattr("job.sweep.run.from_rank_zero", from_rank_zero)
+    result = run_here("sweep", *options(SETTINGS, data__root=images, run_dir=tmp_path / "run"))
+    assert result.returncode == 0, result.output
+    assert [kind for kind, _ in itertools.groupby(events)] == ["heads", "wait", "gather", "best head"]
+    assert events.count("heads") == 2 * events.count("best head")  # a block per shape, of all trials and folds
 
 
 def test_several_labels(tmp_path: Path) -> None:

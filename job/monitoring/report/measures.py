@@ -117,8 +117,8 @@ def _finite(value: float) -> float | None:
 
 
 def _calibrator(fit: measured.CalibratorFit) -> CalibratorSummary:
-    calibrator = fit.calibrator
-    curve = None if calibrator is None else calibrator.risk_coverage
+    curve = None if fit.calibrator is None else fit.calibrator.risk_coverage
+    calibrator = None if fit.reason else fit.calibrator
     points = [] if curve is None else [(precision, curve.at(precision)) for precision in REPORTED_PRECISIONS]
     return CalibratorSummary(
         method=None if calibrator is None else calibrator.method,
