@@ -39,7 +39,7 @@ from job.model.tasks import TASKS
 from job.resilience.lease import Lease
 from job.sweep.crossvalidation import head_of, threads_for
 from job.sweep.features import PartFeatures
-from job.sweep.heads import ALL_SAMPLES, EVALUATION_ROWS, HeadBatch, Plan, initial_head
+from job.sweep.heads import ALL_SAMPLES, EVALUATION_ROWS, HeadBatch, Plan
 from job.sweep.trials import Trial
 
 RECIPE_FILE = "recipe.yaml"
@@ -62,9 +62,8 @@ def config_of(trial: Trial, base: ModelConfig) -> ModelConfig:
 
 
 def train_winner(trial: Trial, net: Classifier, part: PartFeatures, plan: Plan, device: torch.device) -> None:
-    """Train the head of ``net`` on all training images."""
-    start = initial_head(part.rows.plain.shape[1], trial.hidden, net.num_logits, plan.seed)
-    batch = HeadBatch([head_of(trial, ALL_SAMPLES)], start, trial.dropout, plan, device)
+    """Train the head of ``net`` on all training images, from the initial weights that a fit of the recipe has."""
+    batch = HeadBatch([head_of(trial, ALL_SAMPLES)], net.head, trial.dropout, plan, device)
     with cpu_threads(threads_for(batch)):
         batch.train(part.rows, part.targets, None)
     batch.copy_to(net.head, 0)

@@ -62,6 +62,12 @@ def test_sweep_predict_fit(images: Path, tmp_path: Path) -> None:
     fitted = run_here("fit", tmp_path / "fit", f"--config={folder / 'recipe.yaml'}", f"--init_from={folder}")
     assert fitted.returncode == 0, fitted.output
 
+    anew = run_here("fit", tmp_path / "anew", f"--config={folder / 'recipe.yaml'}")
+    assert anew.returncode == 0, anew.output
+    last = json.loads((tmp_path / "anew" / "report.json").read_text())["history"][-1]["metrics"]
+    assert last["val/loss"] == pytest.approx(saved.validation["loss"], rel=1e-4)
+    assert last["val/accuracy"] == pytest.approx(saved.validation["accuracy"])
+
 
 def test_several_labels(tmp_path: Path) -> None:
     pictures = write_files(tmp_path / "images", picture_files(["blue", "red"], 20))
