@@ -69,6 +69,15 @@ def test_sweep_predict_fit(images: Path, tmp_path: Path) -> None:
     assert last["val/accuracy"] == pytest.approx(saved.validation["accuracy"])
 
 
+def test_a_second_sweep_replaces_the_first(images: Path, tmp_path: Path) -> None:
+    for learning_rates, trials in (("0.003,0.03", 2), ("0.01", 1)):
+        arguments = options({**SETTINGS, "lr": learning_rates, "hidden": "none"}, data__root=images)
+        result = run_here("sweep", *arguments, "--run_dir", tmp_path)
+        assert result.returncode == 0, result.output
+        assert len(list((tmp_path / "sweep" / "tensorboard").rglob("events.*"))) == trials
+        assert len(list((tmp_path / "sweep" / "checkpoints").glob("*.ckpt"))) == 1
+
+
 def test_several_labels(tmp_path: Path) -> None:
     pictures = write_files(tmp_path / "images", picture_files(["blue", "red"], 20))
     tables = []
