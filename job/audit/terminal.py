@@ -71,7 +71,7 @@ def print_summary(result: AuditResult, examples: Sequence[Finding], label_errors
     for reason, count in result.labels_not_checked.items():
         say(f"Labels of {count:,} image(s) were not checked: {reason}.")
     if result.manifest is not None:
-        left_out = ", ".join(f"{count:,} {NAMES[kind]}" for kind, count in result.manifest.left_out.items())
+        left_out = ", ".join(f"{count:,} {kind}" for kind, count in result.manifest.left_out.items())
         say(
             f"{result.manifest.images:,} images in {result.manifest.uri}, for --data.root"
             + (f"; left out: {left_out}." if left_out else ".")

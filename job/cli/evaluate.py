@@ -18,7 +18,9 @@ from job.cli.arguments import canonical_arguments, option_value
 from job.cli.parser import CONFIG_VARIABLE, ENV_PREFIX
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
+from job.config.run_config import FILE as CONFIG_FILE
 from job.config.saved_config import read_saved_config
+from job.errors import StorageError
 from job.model.module import TransferLearningModel
 from job.process.terminal import print_table
 from job.storage.json_files import write_json
@@ -85,8 +87,9 @@ def with_saved_config(args: list[str], *, trains: bool = False) -> Iterator[list
         yield args
         return
     if config is not None or variable is not None:
-        source = f"--config {config}" if config is not None else f"{CONFIG_VARIABLE}={variable}"
-        log.info("%s is used, not the configuration saved in run_dir", source)
+        if run_dir is not None and _may_have_saved_config(run_dir):
+            source = f"--config {config}" if config is not None else f"{CONFIG_VARIABLE}={variable}"
+            log.info("%s is used, not the configuration saved in run_dir", source)
         yield args
         return
     saved = None if run_dir is None else read_saved_config(run_dir, trains=trains)
@@ -97,3 +100,11 @@ def with_saved_config(args: list[str], *, trains: bool = False) -> Iterator[list
         yaml.safe_dump(saved, file)
         file.flush()
         yield ["--config", file.name, *args]
+
+
+def _may_have_saved_config(run_dir: str) -> bool:
+    """Whether there is a configuration in ``run_dir``, or this cannot be found out."""
+    try:
+        return storage.exists(storage.join(run_dir, CONFIG_FILE))
+    except StorageError:
+        return True

@@ -61,8 +61,9 @@ def write_events(trials: Sequence[TrialResult], metric: str, folder: str, before
     events = storage.join(folder, FOLDER)
     if storage.exists(events):
         for entry in storage.list_files(events):
-            before_write()
-            storage.remove(storage.join(events, entry.key))
+            if not entry.is_dir:
+                before_write()
+                storage.remove(storage.join(events, entry.key))
     for number, trial in enumerate(trials, start=1):
         uri = storage.join(events, f"{number:03d}")
         logger = BucketTensorBoardLogger(uri, before_write=before_write)

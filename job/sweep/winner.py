@@ -39,7 +39,7 @@ from job.model.tasks import TASKS
 from job.resilience.lease import Lease
 from job.sweep.crossvalidation import head_of, threads_for
 from job.sweep.features import PartFeatures
-from job.sweep.heads import ALL_SAMPLES, EVALUATION_ROWS, HeadBatch, Plan, initial_head
+from job.sweep.heads import ALL_SAMPLES, EVALUATION_ROWS, HeadBatch, Plan
 from job.sweep.trials import Trial
 
 RECIPE_FILE = "recipe.yaml"
@@ -69,9 +69,17 @@ def train_winner(
     device: torch.device,
     tick: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train the head of ``net`` on all training images; ``tick`` is called after each step."""
-    start = initial_head(part.rows.plain.shape[1], trial.hidden, net.num_logits, plan.seed)
-    batch = HeadBatch([head_of(trial, ALL_SAMPLES)], start, trial.dropout, plan, device)
+    """Train the head of ``net`` on all training images, from the initial weights that a fit of the recipe has.
+
+    Args:
+        trial: its settings.
+        net: the network.
+        part: the training part.
+        plan: length and order of the training.
+        device: that computes.
+        tick: called after each step.
+    """
+    batch = HeadBatch([head_of(trial, ALL_SAMPLES)], net.head, trial.dropout, plan, device)
     with cpu_threads(threads_for(batch)):
         batch.train(part.rows, part.targets, None, after_step=tick)
     batch.copy_to(net.head, 0)

@@ -11,6 +11,7 @@ import yaml
 from support import TINY, Outcome, fit_here, options, picture_files, run, run_here, write_files
 
 from job import storage
+from job.cli.evaluate import with_saved_config
 from job.errors import StorageError
 
 pytestmark = pytest.mark.integration
@@ -190,6 +191,17 @@ def test_config_replaces_the_saved_configuration(
     result = validated(None, b"\xff", *(["--config", user_config] if source == "--config " else []))
     assert result.returncode == 0, result.output
     assert f"{source}{user_config} is used, not the configuration saved in run_dir" in result.output
+
+
+def test_config_replaces_nothing_in_a_new_run_dir(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "job")
+    arguments = ["--run_dir", str(tmp_path), "--config", "own.yaml"]
+    for is_saved in (False, True):
+        if is_saved:
+            (tmp_path / "config.yaml").touch()
+        with with_saved_config(arguments) as configured:
+            assert configured == arguments
+        assert ("not the configuration saved in run_dir" in caplog.text) == is_saved
 
 
 DENIED = ("subprocess.Popen", "os.system", "builtins.exec", "functools.partial", "pickle.loads", "torch.hub.load")

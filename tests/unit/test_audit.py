@@ -160,6 +160,8 @@ def test_fit_of_the_manifest(audited: tuple[Path, Path, str], tmp_path: Path) ->
     assert summary.manifest.images == len(rows)
     assert sum(summary.manifest.left_out.values()) + len(rows) == sum(summary.images.values())
     assert f"{len(rows)} images in {table}" in output
+    left_out = ", ".join(f"{count} {kind}" for kind, count in summary.manifest.left_out.items())
+    assert f"left out: {left_out}." in " ".join(output.split())
     fitted = run_here("fit", tmp_path / "fit", f"--data.root={table}", *options(FROZEN, trainer__max_epochs=1))
     assert fitted.returncode == 0, fitted.output
     assert f"train {sum(row['split'] == 'train' for row in rows)}" in fitted.output

@@ -67,6 +67,21 @@ def test_sweep_predict_fit(images: Path, tmp_path: Path) -> None:
     fitted = run_here("fit", tmp_path / "fit", f"--config={folder / 'recipe.yaml'}", f"--init_from={folder}")
     assert fitted.returncode == 0, fitted.output
 
+    anew = run_here("fit", tmp_path / "anew", f"--config={folder / 'recipe.yaml'}")
+    assert anew.returncode == 0, anew.output
+    last = json.loads((tmp_path / "anew" / "report.json").read_text())["history"][-1]["metrics"]
+    assert last["val/loss"] == pytest.approx(saved.validation["loss"], rel=1e-4)
+    assert last["val/accuracy"] == pytest.approx(saved.validation["accuracy"])
+
+
+def test_a_second_sweep_replaces_the_first(images: Path, tmp_path: Path) -> None:
+    for learning_rates, trials in (("0.003,0.03", 2), ("0.01", 1)):
+        arguments = options({**SETTINGS, "lr": learning_rates, "hidden": "none"}, data__root=images)
+        result = run_here("sweep", *arguments, "--run_dir", tmp_path)
+        assert result.returncode == 0, result.output
+        assert len(list((tmp_path / "sweep" / "tensorboard").rglob("events.*"))) == trials
+        assert len(list((tmp_path / "sweep" / "checkpoints").glob("*.ckpt"))) == 1
+
 
 def test_ranks_wait_for_one_another_while_heads_are_trained(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
