@@ -117,9 +117,9 @@ class Results:
         return table
 
 
-def run_checks(machine: Machine, results: Results) -> None:
-    """Run all checks, also after a failed one."""
-    for check in CHECKS:
+def run_checks(machine: Machine, results: Results, only: list[str]) -> None:
+    """Run all checks, or those named in ``only``, also after a failed one."""
+    for check in (check for check in CHECKS if not only or check.__name__ in only):
         name, began = check.__name__, time.monotonic()
         if results.time_is_up:
             results.check(name, "skipped", "the time limit was exceeded", 0.0)
@@ -134,9 +134,9 @@ def run_checks(machine: Machine, results: Results) -> None:
         results.check(name, state, detail, time.monotonic() - began)
 
 
-def run_measurements(machine: Machine, results: Results) -> None:
-    """Run all measurements within the time limit."""
-    for measure in MEASUREMENTS:
+def run_measurements(machine: Machine, results: Results, only: list[str]) -> None:
+    """Run all measurements, or those named in ``only``, within the time limit."""
+    for measure in (measure for measure in MEASUREMENTS if not only or measure.__name__ in only):
         name = measure.__name__
         if results.time_is_up:
             results.missing(name, "the time limit was exceeded")
@@ -161,6 +161,8 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=7.0, help="time limit, after which no check or measurement starts"
     )
+    names = [one.__name__ for one in (*CHECKS, *MEASUREMENTS)]
+    parser.add_argument("--only", nargs="+", default=[], choices=names, metavar="NAME", help=", ".join(names))
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("there is no CUDA device; --device cpu --quick tests the script itself")
@@ -169,8 +171,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         photos = options.photos.resolve() if options.photos else None
         machine = Machine(options.device, options.quick, photos, Path(scratch))
-        run_checks(machine, results)
-        run_measurements(machine, results)
+        run_checks(machine, results, options.only)
+        run_measurements(machine, results, options.only)
     Console(width=160).print(results.table())
     if results.failed:
         sys.exit(f"failed: {', '.join(results.failed)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,22 @@ import job
 BOUNDS = {"32-true": 1e-3, "bf16-mixed": 5e-2}
 """Largest difference of a validation loss between cached and recomputed features on CUDA, by precision. Kernels, and
 their rounding, depend on the batch; on a CPU there is no difference."""
+OPTIONS: tuple[dict[str, object], ...] = (
+    {"model.task": "multilabel", "model.class_weights": "balanced", "monitoring.projector": 20},
+    {"model.mixup": 0.2, "model.cutmix": 0.5, "model.label_smoothing": 0.1, "model.dropout": 0.2},
+    {"trainer.accumulate_grad_batches": 2, "trainer.gradient_clip_val": 1.0, "model.class_weights": "balanced"},
+    {"trainer.precision": "16-mixed", "monitoring.gradient_norm": "per_group"},
+    {"model.nonfinite": "skip", "model.train_bn": "true", "data.sampling": "balanced"},
+    {"model.ema": 0.9, "checkpoint.every_n_steps": 3, "trainer.val_check_interval": 2, "model.backbone_lr_factor": 0.1},
+    {"model.backbone": "timm/test_vit", "data.image_size": 160, "model.lora_rank": 4, "model.lora_dropout": 0.1},
+)
+"""Sets of options, each of which is trained once."""
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """Makes cuBLAS deterministic (https://docs.nvidia.com/cuda/cublas, results reproducibility)."""
-FAULTS = str(Path(__file__).parents[1] / "tests" / "faults")
-"""Folder of the callback that sends a signal at a step."""
+FAULTS = os.pathsep.join(
+    filter(None, [str(Path(__file__).parents[1] / "tests" / "faults"), os.environ.get("PYTHONPATH")])
+)
+"""Import path with the folder of the callback that sends a signal at a step."""
 
 
 def stages(machine: Machine) -> str:
@@ -128,6 +141,64 @@ def out_of_memory(machine: Machine) -> str:
     return outcome.output.strip().splitlines()[-1][:200]
 
 
+def options(machine: Machine) -> str:
+    """Train, validate, predict and embed with options that compute something of their own on the device."""
+    failures = {}
+    for number, changes in enumerate(OPTIONS):
+        run_dir = machine.scratch / f"options-{number}"
+        if machine.device == "cpu" and changes.get("trainer.precision") == "16-mixed":
+            continue
+        outcome = machine.run_here("fit", *machine.settings(run_dir, **changes))
+        if outcome.returncode:
+            failures[str(changes)] = f"exit code {outcome.returncode}: {outcome.output[-800:]}"
+    run_dir = machine.scratch / "options-0"
+    images = f"--input={machine.colours}"
+    for command in (
+        ["validate", run_dir, "--tta=hflip"],
+        ["predict", run_dir, images, f"--output={machine.scratch}/options.jsonl", "--tta=hflip"],
+        ["embed", run_dir, images, f"--output={machine.scratch}/embedded"],
+    ):
+        outcome = machine.run_here(*command)
+        if outcome.returncode:
+            failures[str(command[0])] = f"exit code {outcome.returncode}: {outcome.output[-800:]}"
+    assert not failures, failures
+    return f"{len(OPTIONS)} sets of options, validate, predict and embed"
+
+
+def lora(machine: Machine) -> str:
+    """Train LoRA adapters of a vision transformer."""
+    changes = {"model.backbone": "timm/test_vit", "data.image_size": 160, "model.lora_rank": 4}
+    run_dir = machine.scratch / "lora"
+    machine.run_successfully("fit", *machine.settings(run_dir, **changes))
+    losses = [value for _, value in scalars(str(run_dir))["train/loss"]]
+    assert sum(losses[-4:]) < sum(losses[:4]), losses
+    return f"loss {losses[0]:.3f} to {losses[-1]:.3f}"
+
+
+def sweep(machine: Machine) -> str:
+    """Compare four heads, whose winner is a model that predicts."""
+    run_dir = machine.scratch / "sweep"
+    settings = machine.frozen_settings(run_dir)
+    machine.run_successfully("sweep", *settings, "--lr=1e-2,1e-3", "--hidden=none,8", "--epochs=20")
+    saved = job.load(str(run_dir / "sweep"), machine.device).predict([str(next(machine.colours.glob("*/*.jpg")))])
+    return f"the winner predicts {saved[0].label}"
+
+
+def audit(machine: Machine) -> str:
+    """Audit the images."""
+    run_dir = machine.scratch / "audit"
+    machine.run_successfully("audit", *machine.frozen_settings(run_dir))
+    return f"report of {(run_dir / 'audit' / 'audit.html').stat().st_size:,} bytes"
+
+
+def export(machine: Machine) -> str:
+    """Export a model that was trained on this device; the command compares its outputs with the job's."""
+    run_dir, folder = machine.scratch / "exported", machine.scratch / "export"
+    machine.run_successfully("fit", *machine.settings(run_dir))
+    machine.run_successfully("export", run_dir, folder, "--format=onnx,pt2,weights")
+    return ", ".join(sorted(path.name for path in folder.iterdir()))
+
+
 def profile(machine: Machine) -> str:
     """Write a trace with the GPU's kernels by ``--profile``."""
     run_dir = machine.scratch / "profile"
@@ -199,6 +270,11 @@ CHECKS: tuple[Callable[[Machine], str], ...] = (
     stop_and_resume,
     ema,
     predict,
+    options,
+    lora,
+    sweep,
+    audit,
+    export,
     profile,
     no_visible_device,
     two_processes_on_one_gpu,

@@ -105,6 +105,22 @@ class Machine:
             small["trainer.precision"] = "32-true"  # most CPUs emulate bf16, eight times as slow
         return options(small, **changes)
 
+    def frozen_settings(self, run_dir: Path) -> list[str]:
+        """Options of ``sweep`` and ``audit`` on :attr:`colours`."""
+        settings: dict[str, object] = {
+            "run_dir": run_dir,
+            "data.root": self.colours,
+            "data.cache_dir": self.scratch / "cache",
+            "data.image_size": 32,
+            "data.num_workers": 2,
+            "model.backbone": "timm/test_resnet",
+            "model.weights": "none",
+            "trainer.accelerator": self.accelerator,
+        }
+        if self.quick:
+            settings["trainer.precision"] = "32-true"
+        return options(settings)
+
     def speed_settings(self, run_dir: Path, backbone: str, **changes: object) -> list[str]:
         """Options of a fit on :attr:`photographs`, without validation."""
         settings: dict[str, object] = {

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_machine import Machine, NotMeasured, needs_cuda, read_json
+from gpu_machine import PHOTOGRAPHS, Machine, NotMeasured, needs_cuda, read_json
 from support import options, scalars
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ from job.model.head import build_head
 HERE = Path(__file__).parent
 FEATURES_OF = ("resnet50", "efficientnet_b0", "vit_b_16")
 WORKERS = (1, 2, 4, 8, 16)
+IMAGES_PER_WORKER = 1500
+"""Images of an epoch of the loader, per worker: more than two seconds of work."""
 STEPS, WARM_UP = 30, 5
 """Timed steps of a bare loop, and warm-up steps before them."""
 
@@ -63,9 +66,9 @@ class Row:
 def loader(machine: Machine) -> Iterator[Row]:
     """Images per second of the loader with 1 to 16 workers; limits: as many decoding processes, as many times one."""
     counts = [count for count in WORKERS if count <= machine.cores][: 1 if machine.quick else None]
-    folder = _class_folders(machine, 256 if machine.quick else 3000)
-    one_core = _contender("limit", folder, 1)[0]
+    one_core = _contender("limit", _class_folders(machine, 256 if machine.quick else IMAGES_PER_WORKER), 1)[0]
     for count in counts:
+        folder = _class_folders(machine, 256 if machine.quick else min(count * IMAGES_PER_WORKER, PHOTOGRAPHS))
         limit, job_speed = (_contender(name, folder, count) for name in ("limit", "job"))
         name = f"loader, {count} worker(s)"
         yield Row(name, job_speed[-1], "images/s", limit[0], "decode processes")
@@ -104,20 +107,30 @@ def full_step(machine: Machine) -> Iterator[Row]:
 
 
 def host_waits(machine: Machine) -> Iterator[Row]:
-    """Synchronising calls per step, as reported by torch."""
+    """Synchronising calls per step and per epoch, as reported by torch; their places go to stderr."""
     needs_cuda(machine, "a CPU has nothing to wait for")
-    counts = {}
-    for epochs in (1, 3):
-        settings = machine.settings(
-            machine.scratch / f"waits-{epochs}", trainer__max_epochs=epochs, trainer__log_every_n_steps=50
-        )
-        torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as recorded:
-            warnings.simplefilter("always")
-            machine.run_successfully("fit", *settings, "--model.milestones=[]", "--trainer.limit_val_batches=0")
-        torch.cuda.set_sync_debug_mode("default")
-        counts[epochs] = sum("synchronizing" in str(one.message) for one in recorded)
-    yield Row("host waits, an epoch of 4 steps", (counts[3] - counts[1]) / 8, "per step")
+    per_epoch = {}
+    for batch in (16, 2):
+        one, three = (_synchronising_calls(machine, batch, epochs) for epochs in (1, 3))
+        per_epoch[batch] = {place: (three[place] - one[place]) / 2 for place in three}
+        print(f"calls per epoch, batches of {batch}: {per_epoch[batch]}", file=sys.stderr)
+    few, many = (sum(per_epoch[batch].values()) for batch in (16, 2))
+    per_step = (many - few) / (32 - 4)  # 64 training images
+    yield Row("host waits per step", per_step, "calls")
+    yield Row("host waits per epoch besides", few - 4 * per_step, "calls")
+
+
+def _synchronising_calls(machine: Machine, batch: int, epochs: int) -> Counter[str]:
+    """Number of synchronising calls of a fit, by file and line."""
+    changes: dict[str, object] = {"trainer.max_epochs": epochs, "trainer.log_every_n_steps": 1000}
+    changes |= {"data.global_batch_size": batch, "model.milestones": "[]", "trainer.limit_val_batches": 0}
+    settings = machine.settings(machine.scratch / f"waits-{batch}-{epochs}", **changes)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        machine.run_successfully("fit", *settings)
+    torch.cuda.set_sync_debug_mode("default")
+    return Counter(f"{one.filename}:{one.lineno}" for one in recorded if "synchronizing" in str(one.message))
 
 
 def time_to_accuracy(machine: Machine) -> Iterator[Row]:

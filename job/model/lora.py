@@ -50,9 +50,10 @@ class LowRankUpdate(nn.Module):
         outputs, inputs = weight.shape
         self.alpha = alpha
         self.dropout = dropout
-        self.lora_A = nn.Parameter(torch.empty(rank, inputs, dtype=weight.dtype))
-        self.lora_B = nn.Parameter(torch.zeros(outputs, rank, dtype=weight.dtype))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
+        initial = torch.empty(rank, inputs, dtype=weight.dtype, device=generator.device)
+        nn.init.kaiming_uniform_(initial, a=math.sqrt(5), generator=generator)
+        self.lora_A = nn.Parameter(initial.to(weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(outputs, rank, dtype=weight.dtype, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The adapted weight, float [outputs, inputs]."""

@@ -126,9 +126,14 @@ class TransferLearningModel(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Build the network, whose classes the data module knows by now (a Lightning hook)."""
-        if hasattr(self, "net"):
-            self._add_adapters()
-            return
+        with torch.device("cpu"):  # Lightning calls this hook with the accelerator as the default device
+            if hasattr(self, "net"):
+                self._add_adapters()
+            else:
+                self._build()
+
+    def _build(self) -> None:
+        """Build network and metrics in host memory; Lightning moves the network to the accelerator."""
         device = self.trainer.strategy.root_device
         if device.type == "xla" and self.trainer.state.fn == "fit":
             self._require_possible_on_xla()

@@ -29,7 +29,7 @@ def copies(features: Tensor, seed: int = 0) -> npt.NDArray[np.int64]:
         seed: of the projection.
     """
     generator = torch.Generator().manual_seed(seed)
-    direction = torch.randn(features.shape[1], generator=generator)
+    direction = torch.randn(features.shape[1], generator=generator).to(features.device)
     projected = torch.cat([block.float() @ direction for block in torch.split(features, 4096)])
     order = projected.argsort()
     groups = np.arange(len(features))

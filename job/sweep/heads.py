@@ -30,7 +30,7 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 GROUP_BYTES = 12 << 20
 """Weights of the heads of which a CPU takes one step after the other: they and their gradients stay in its cache."""
 UPDATE_ELEMENTS = 1 << 17
-"""Parameters that are updated at once: they and their moments stay in a core's cache."""
+"""Parameters that a CPU updates at once: they and their moments stay in a core's cache."""
 EVALUATION_ROWS = 4096
 """Samples of one matrix product of an evaluation."""
 ALL_SAMPLES = -1
@@ -271,7 +271,7 @@ class HeadBatch:
             decays = parameter.ndim == 3 or self.plan.decay_biases
             keep = 1 - lr * self._weight_decay[heads] if decays else torch.ones_like(lr)
             shape = (len(lr), *(1,) * (parameter.ndim - 1))
-            rows = max(UPDATE_ELEMENTS // parameter[0].numel(), 1)
+            rows = max(UPDATE_ELEMENTS // parameter[0].numel(), 1) if parameter.is_cpu else len(parameter)
             parts = zip(
                 *(
                     torch.split(value, rows)
