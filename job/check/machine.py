@@ -11,15 +11,13 @@ from job import storage
 from job.check.finding import Finding, fail, ok, warn
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule
-from job.data.workers import shared_bytes
+from job.data.workers import divide
 from job.features.callback import FeatureSettings
 from job.process.cpus import available_cpus
 from job.storage.local_cache import cache_problem
 
 SHARED_MEMORY, CACHE_DISK, TEMPORARY_DISK, OPEN_FILES = "shared_memory", "cache_disk", "temporary_disk", "open_files"
 SHM = Path("/dev/shm")
-PREFETCHED = 4
-"""Batches that each loader process holds in shared memory."""
 NCCL_BYTES = 64 << 20
 """Shared memory of a rank that exchanges with others of its node."""
 LEAST_FILES, ENOUGH_FILES = 1024, 4096
@@ -42,11 +40,10 @@ def shared_memory(data: ImageDataModule) -> Iterator[Finding]:
     needed = NCCL_BYTES * local if local > 1 else 0
     workers = data.num_workers if data.num_workers is not None else max(available_cpus() // local, 1)
     batch = max(data.global_batch_size // ranks.world_size(), 1) * 3 * data.image_size**2
-    if data.augment is not None:  # each decoding worker is a process
-        needed += local * workers * PREFETCHED * batch
-        faster = needed
-    else:
-        faster = needed + shared_bytes(workers, batch)
+    shared = divide(workers, is_transformed=data.augment is not None).shared_bytes(batch)
+    faster = needed + shared
+    if data.augment is not None:
+        needed = faster
     message = f"{SHM} has {gigabytes(free)} free, and about {gigabytes(faster)} are needed."
     if free < needed:
         yield fail(SHARED_MEMORY, message, SHM_MEND)

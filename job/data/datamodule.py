@@ -390,7 +390,13 @@ class ImageDataModule(pl.LightningDataModule):
         if self.trainer is not None:
             # Lightning names the epoch only after loader processes have begun to fetch.
             sampler.set_epoch(epochs_processed(self.trainer))
-        return BatchLoader(self.dataset(part, sampler), self._workers(index), lambda: self.features.get(part))
+        follows = self._trains_in if part == "train" else lambda epoch: False
+        return BatchLoader(self.dataset(part, sampler), self._workers(index), lambda: self.features.get(part), follows)
+
+    def _trains_in(self, epoch: int) -> bool:
+        """Whether the Trainer has an epoch of this number."""
+        most = None if self.trainer is None else self.trainer.max_epochs
+        return most is not None and (most < 0 or epoch < most)
 
     def _workers(self, index: Index) -> int:
         if any(map(storage.is_process_local, index.stores)):

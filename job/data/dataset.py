@@ -261,8 +261,13 @@ class ImageDataset(Dataset[Batch]):
 
     def __getitem__(self, indices: BatchIndices) -> Batch:
         size = self.preprocessing.image_size
+        image = torch.empty(len(indices.samples), size, size, 3, dtype=torch.uint8)
+        return self.load(indices, image.permute(0, 3, 1, 2))
+
+    def load(self, indices: BatchIndices, image: Tensor) -> Batch:
+        """A batch whose images are written into ``image``, uint8 [B, 3, S, S], channels last in memory."""
         batch = Batch(
-            image=torch.zeros(len(indices.samples), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
+            image=image,
             label=torch.from_numpy(self.index.labels_of(indices.samples)),
             mask=torch.from_numpy(indices.valid.copy()),
             sample=torch.from_numpy(indices.samples),
@@ -277,6 +282,7 @@ class ImageDataset(Dataset[Batch]):
                 self._read_into(batch, indices)
         except JobError as error:
             batch["error"] = error
+            image.zero_()
         return batch
 
     def variant(self, indices: BatchIndices, row: int) -> int:
@@ -333,6 +339,7 @@ class ImageDataset(Dataset[Batch]):
                 if batch["mask"][row]:
                     bad.append(BadSample(self.index.part, sample, f"{self.index.uri(sample)} {error}"))
                 batch["mask"][row] = False
+                rows[row].zero_()
         return bad
 
     def _fetched(self, indices: BatchIndices) -> Iterator[Fetched]:
@@ -362,6 +369,10 @@ class ImageDataset(Dataset[Batch]):
                 self._fetcher = Fetcher(self.index, self.cache_dir, self.cache)
             return self._fetcher
 
+    def _position(self, epoch: int, batch: int) -> int:
+        """Number of a batch through all epochs."""
+        return epoch * len(self.sampler) + batch
+
     def _start(self, indices: BatchIndices) -> tuple[Future[list[Fetched]], list[npt.NDArray[np.int64]]]:
         """Start to fetch the first portion of a batch, unless that has started, and those of the following batches.
 
@@ -374,10 +385,11 @@ class ImageDataset(Dataset[Batch]):
         depth = SAMPLES_AHEAD // max(len(indices.samples), 1) + 1
         following = range(indices.batch + stride, min(indices.batch + stride * depth + 1, len(self.sampler)), stride)
         with self._lock:
-            if any(epoch != indices.epoch for epoch, _ in self._ahead):  # prefetched for an epoch that was abandoned
-                for ahead in self._ahead.values():
-                    ahead.future.cancel()
-                self._ahead = {}
+            # Threads take batches in another order, also where an epoch follows another; those of an iteration that
+            # was abandoned lie farther away.
+            here, most = self._position(indices.epoch, indices.batch), stride * (depth + TAKEN)
+            for key in [key for key in self._ahead if abs(self._position(*key) - here) > most]:
+                self._ahead.pop(key).future.cancel()
             if (indices.epoch, indices.batch) in self._taken:  # the epoch is read again
                 self._taken.clear()
             self._taken.append((indices.epoch, indices.batch))

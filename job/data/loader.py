@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import pickle
@@ -11,22 +10,27 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from job.data.dataset import Batch, ImageDataset
-from job.data.workers import BATCHES_PER_PROCESS, divide, one_core_threads
+from job.data.sampler import SuccessiveEpochs
+from job.data.shared_batches import SharedBatch, SharedDataset, SharedImages
+from job.data.workers import BATCHES_PER_PROCESS, divide, fitting, one_core_threads
 from job.features.store import FeatureStore
 
 BATCHES_PER_WORKER = 2
 """Batches that are decoded ahead, per thread."""
+RECEIVED = 2
+"""Batches of loader processes that are copied ahead."""
 
 
-class BatchLoader(DataLoader[Batch]):
+class BatchLoader(DataLoader[Any]):
     """DataLoader of one rank's batches, in the order of a :class:`~job.data.sampler.ResumableBatchSampler`.
 
     Its state is the number of batches taken in this epoch, which is the same for every rank: a run
@@ -43,8 +47,11 @@ class BatchLoader(DataLoader[Batch]):
         dataset: of whole batches.
         workers: number of workers; 0: batches are loaded in the consuming thread.
         features: returns the cached features that replace images, or None; called once per epoch, at its first batch.
+        follows: whether an epoch of this number follows the one before it: then its first batches are read while the
+            one before ends. Default: none does.
 
     Attributes:
+        images: the dataset; :attr:`dataset` is what processes load from.
         wait_seconds: how long the training process has waited for batches so far.
     """
 
@@ -53,61 +60,79 @@ class BatchLoader(DataLoader[Batch]):
         dataset: ImageDataset,
         workers: int,
         features: Callable[[], FeatureStore | None] = lambda: None,
+        follows: Callable[[int], bool] = lambda epoch: False,
     ) -> None:
-        self.dataset: ImageDataset
-        processes, threads = divide(
-            workers,
-            dataset.sampler.share * dataset.preprocessing.image_bytes,
-            is_transformed=dataset.preprocessing.augment is not None,
-        )
-        self.threads = 0 if processes else threads
+        self.images = dataset
+        count, image_size = dataset.sampler.share, dataset.preprocessing.image_size
+        divided = divide(workers, is_transformed=dataset.preprocessing.augment is not None)
+        divided = fitting(divided, workers, count * dataset.preprocessing.image_bytes)
+        processes = divided.processes
+        self.threads = 0 if processes else divided.threads
         self.features = features
+        self.follows = follows
         self._pool: ThreadPoolExecutor | None = None
-        has_gpu = torch.cuda.is_available()
         context = None
         if processes:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["job.data.fork_server"])
+        self._shared = SharedImages(divided, count, image_size) if processes else None
         super().__init__(
-            dataset,
-            sampler=dataset.sampler,  # yields the batch indices by which ImageDataset is indexed
+            dataset if self._shared is None else SharedDataset(dataset, self._shared),
+            sampler=SuccessiveEpochs(dataset.sampler, follows),
             batch_size=None,
             num_workers=processes,
             multiprocessing_context=context,
-            worker_init_fn=functools.partial(_start_worker, threads),
+            worker_init_fn=_start_worker,
             persistent_workers=processes > 0,
-            prefetch_factor=(BATCHES_PER_PROCESS if threads > 1 else 4) if processes else None,
-            pin_memory=has_gpu and not self.threads,
+            prefetch_factor=BATCHES_PER_PROCESS if processes else None,
         )
-        self._pin = has_gpu
+        self._pin = torch.cuda.is_available()
         self.batches_taken = 0
         self._resume_at = 0
+        self._open: Generator[Batch] | None = None
+        self._position = (0, 0)
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # torch iterates over the sampler twice, so that the sampler itself cannot reset its start.
-        self.batches_taken = self.dataset.sampler.start_batch = self._resume_at
+        self.batches_taken = self.images.sampler.start_batch = self._resume_at
         self._resume_at = 0
         return self._counted()
 
     def _batches(self) -> Iterator[Batch]:
+        sampler = self.images.sampler
         # Decided at the first batch: Lightning makes iterators long before.
         features = self.features()
         if features is not None:
-            return (self._pinned(features.batch(indices)) for indices in self.dataset.sampler)
-        if self.threads:
-            return self._by_threads()
-        with _without_main(self.dataset):
-            return super().__iter__()
+            return (self._pinned(features.batch(indices)) for indices in sampler)
+        if not self.threads and self._shared is None:
+            return (self._pinned(self.images[indices]) for indices in sampler)
+        return self._of_epoch(sampler.epoch, sampler.start_batch)
 
-    def _by_threads(self) -> Iterator[Batch]:
+    def _of_epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+        """Batches of one epoch; those of the epochs that follow it are read by the same iterator, ahead of time."""
+        batches = self._open
+        if batches is None or self._position != (epoch, start):
+            if batches is not None:
+                batches.close()  # its epoch was abandoned
+            batches = self._by_threads() if self._shared is None else self._by_processes(self._shared)
+            self._open = batches
+        for number in range(start, len(self.images.sampler)):
+            batch = next(batches)
+            self._position = (epoch, number + 1)
+            yield batch
+        self._position = (epoch + 1, 0)
+        if not self.follows(epoch + 1):
+            self._open = None
+
+    def _by_threads(self) -> Generator[Batch]:
         """Batches in order, with enough ahead to keep all threads busy while one is trained on."""
         if self._pool is None:
             self._pool = one_core_threads(self.threads)
         pending: deque[Future[Batch]] = deque()
         try:
-            for indices in self.dataset.sampler:
-                pending.append(self._pool.submit(lambda indices: self._pinned(self.dataset[indices]), indices))
+            for indices in self.sampler:
+                pending.append(self._pool.submit(lambda indices: self._pinned(self.images[indices]), indices))
                 if len(pending) > BATCHES_PER_WORKER * self.threads:
                     yield pending.popleft().result()
             while pending:
@@ -115,6 +140,28 @@ class BatchLoader(DataLoader[Batch]):
         finally:
             for future in pending:  # abandoned in the middle; another iteration may have begun
                 future.cancel()
+
+    def _by_processes(self, shared: SharedImages) -> Generator[Batch]:
+        """Batches of the processes in order, copied from shared memory by another thread."""
+        with _without_main(self.images):
+            received: Iterator[SharedBatch] = super().__iter__()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="receive")
+        pool = self._pool
+
+        def receive() -> Batch | None:
+            batch = next(received, None)
+            return None if batch is None else shared.received(batch, pin=self._pin)
+
+        pending = deque(pool.submit(receive) for _ in range(RECEIVED))
+        try:
+            while (batch := pending.popleft().result()) is not None:
+                pending.append(pool.submit(receive))
+                yield batch
+        finally:
+            for future in pending:
+                future.cancel()
+            wait(pending)  # before another iteration
 
     def _counted(self) -> Iterator[Batch]:
         iterator: Iterator[Batch] | None = None
@@ -166,21 +213,20 @@ def _without_main(dataset: ImageDataset) -> Iterator[None]:
             main.__file__ = file
 
 
-def _start_worker(threads: int, worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Start the threads of a worker process, and end it when its rank is killed.
 
     torch watches only the fork server, which the workers keep alive.
     """
-    if threads > 1:
-        info = get_worker_info()
-        assert info is not None
-        assert isinstance(info.dataset, ImageDataset)
-        info.dataset.use_threads(threads)
+    info = get_worker_info()
+    assert info is not None
+    assert isinstance(info.dataset, SharedDataset)
+    info.dataset.start_threads()
 
-    def wait() -> None:
+    def watch() -> None:
         rank = multiprocessing.parent_process()
         assert rank is not None
         rank.join()
         os._exit(1)
 
-    threading.Thread(target=wait, name="die-with-rank", daemon=True).start()
+    threading.Thread(target=watch, name="die-with-rank", daemon=True).start()

@@ -97,10 +97,14 @@ class ResumableBatchSampler:
         return -(-self.size // self.global_batch_size)
 
     def __iter__(self) -> Iterator[BatchIndices]:
+        return self.from_batch(self.epoch, self.start_batch)
+
+    def from_batch(self, epoch: int, start: int) -> Iterator[BatchIndices]:
+        """The batches of ``epoch`` from number ``start`` on."""
         return (
             indices
-            for first in range(self.start_batch, len(self), SHUFFLED_TOGETHER)
-            for indices in self.batches(self.epoch, range(first, min(first + SHUFFLED_TOGETHER, len(self))))
+            for first in range(start, len(self), SHUFFLED_TOGETHER)
+            for indices in self.batches(epoch, range(first, min(first + SHUFFLED_TOGETHER, len(self))))
         )
 
     def batch(self, epoch: int, number: int) -> BatchIndices:
@@ -133,6 +137,32 @@ class ResumableBatchSampler:
         if self.shuffle:
             positions = shuffled(positions, self.size, self.run_length, self.seed, epoch)
         return positions, None
+
+
+class SuccessiveEpochs:
+    """The batches of the epoch that ``sampler`` would iterate next, and of those that follow it.
+
+    Args:
+        sampler: of one epoch; :meth:`set_epoch` sets its.
+        follows: whether there is an epoch of this number.
+    """
+
+    def __init__(self, sampler: ResumableBatchSampler, follows: Callable[[int], bool]) -> None:
+        self.sampler = sampler
+        self.follows = follows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch to iterate next (Lightning calls this)."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[BatchIndices]:
+        epoch, start = self.sampler.epoch, self.sampler.start_batch
+        yield from self.sampler.from_batch(epoch, start)
+        while self.follows(epoch := epoch + 1):
+            yield from self.sampler.from_batch(epoch, 0)
 
 
 class BalancedBatchSampler(ResumableBatchSampler):

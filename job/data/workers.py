@@ -21,7 +21,7 @@ MOST_THREADS = 4
 """Threads that share a GIL. Each holds it for a tenth of its time, and the training loop needs it, too."""
 SHARED_MEMORY = Path("/dev/shm")
 BATCHES_PER_PROCESS = 2
-"""Batches that a process of several threads loads ahead."""
+"""Batches that the consumer has asked a process for."""
 START_SECONDS = 60.0
 LOADERS = 2
 """Loaders of a rank that hold batches at a time: training and validation."""
@@ -38,24 +38,47 @@ class Workers(NamedTuple):
     processes: int
     threads: int
 
+    @property
+    def places(self) -> int:
+        """Batches of a process in shared memory: those asked for, the one being copied, and one that threads begin."""
+        return BATCHES_PER_PROCESS + (2 if self.threads > 1 else 1)
 
-def divide(count: int, batch_bytes: int, *, is_transformed: bool) -> Workers:
-    """Divide the workers of a rank among processes.
+    def shared_bytes(self, batch_bytes: int) -> int:
+        """Bytes of shared memory that the batches of all ranks of this node take.
 
-    Up to :data:`MOST_THREADS` are threads of the training process, which need no shared memory. More are
-    divided among processes, unless shared memory has no room for their batches.
+        Args:
+            batch_bytes: bytes of the images of a batch.
+        """
+        return ranks.local_world_size() * LOADERS * self.processes * self.places * batch_bytes
+
+
+def divide(count: int, *, is_transformed: bool) -> Workers:
+    """Divide the workers of a rank among processes, if shared memory has room for their batches.
+
+    Up to :data:`MOST_THREADS` are threads of the training process, which need no shared memory.
 
     Args:
         count: number of workers.
-        batch_bytes: bytes of the images of a batch.
         is_transformed: a transform draws from the generators of its process: each worker is a process.
     """
     if is_transformed:
         return Workers(count, 1 if count else 0)
     if count <= MOST_THREADS:
         return Workers(0, count)
-    processes, needed = math.ceil(count / MOST_THREADS), shared_bytes(count, batch_bytes)
-    if SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
+    processes = math.ceil(count / MOST_THREADS)
+    return Workers(processes, math.ceil(count / processes))
+
+
+def fitting(workers: Workers, count: int, batch_bytes: int) -> Workers:
+    """``workers``, or ``count`` threads of the training process where shared memory has no room for their batches.
+
+    Args:
+        workers: as :func:`divide` returned it.
+        count: number of workers.
+        batch_bytes: bytes of the images of a batch.
+    """
+    needed = workers.shared_bytes(batch_bytes)
+    if workers.threads > 1 and SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
         log.warning(
             "%s has %.0f MB free, and loader processes need %.0f MB: images are decoded by threads of the training "
             "process, which is slower. Mount a larger %s, or lower --data.num_workers.",
@@ -65,18 +88,7 @@ def divide(count: int, batch_bytes: int, *, is_transformed: bool) -> Workers:
             SHARED_MEMORY,
         )
         return Workers(0, count)
-    return Workers(processes, math.ceil(count / processes))
-
-
-def shared_bytes(count: int, batch_bytes: int) -> int:
-    """Bytes of shared memory that processes of threads need for the batches of all ranks of this node.
-
-    Args:
-        count: number of workers of a rank.
-        batch_bytes: bytes of the images of a batch.
-    """
-    processes = math.ceil(count / MOST_THREADS) if count > MOST_THREADS else 0
-    return ranks.local_world_size() * LOADERS * processes * (BATCHES_PER_PROCESS + 1) * batch_bytes
+    return workers
 
 
 def one_core_threads(count: int) -> ThreadPoolExecutor:

@@ -58,7 +58,7 @@ def compute_chunks(
     with ThreadPoolExecutor(1, thread_name_prefix="features") as uploads:
         pending: list[Future[None]] = []
         for store, chunks, loader in parts:
-            sampler = cast("FeatureBatchSampler", loader.dataset.sampler)
+            sampler = cast("FeatureBatchSampler", loader.images.sampler)
             iterator = iter(loader)
             for chunk in chunks:
                 computed: list[Tensor] = []

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torchvision.transforms import v2
 from job.data.dataset import Batch, ImageDataset, Preprocessing
 from job.data.loader import BatchLoader
 from job.data.sampler import BatchIndices, FeatureBatchSampler, ResumableBatchSampler
-from job.data.workers import MOST_THREADS, START_SECONDS, divide, one_core_threads
+from job.data.workers import MOST_THREADS, START_SECONDS, divide, fitting, one_core_threads
 from job.errors import ConfigError
 
 
@@ -27,10 +28,12 @@ def loader(
     world_size: int = 1,
     augment: v2.Transform | None = None,
     batch_size: int = 6,
+    epochs: int = 1,
 ) -> BatchLoader:
     index = index_of(folder)
     sampler = ResumableBatchSampler(len(index), batch_size, rank=rank, world_size=world_size, seed=1, shuffle=True)
-    return BatchLoader(ImageDataset(index, sampler, Preprocessing(8, augment=augment, flip=True)), workers)
+    dataset = ImageDataset(index, sampler, Preprocessing(8, augment=augment, flip=True))
+    return BatchLoader(dataset, workers, follows=lambda epoch: epoch < epochs)
 
 
 def samples_of(batches: list, loader: BatchLoader) -> list[int]:
@@ -95,6 +98,78 @@ def test_processes_of_several_threads_load_the_same_batches(tmp_path: Path) -> N
             assert torch.equal(one[name], other[name])  # type: ignore[literal-required]
 
 
+def test_places_in_shared_memory_are_used_again_after_a_slow_consumer_has_their_images(colours: Path) -> None:
+    """20 batches of each process go through its few places."""
+    expected = list(loader(colours, 0, batch_size=1))
+    threaded, received = loader(colours, MOST_THREADS + 1, batch_size=1), []
+    for batch in threaded:
+        time.sleep(0.02)
+        received.append(batch)
+    assert len(received) == 40
+    for one, other in zip(expected, received, strict=True):
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["sample"], other["sample"])
+
+
+def test_too_little_shared_memory_is_one_message(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    with pytest.raises(ConfigError, match=r"unable to allocate.*/dev/shm.*--data.num_workers"):
+        next(iter(loader(colours, 1, augment=IN_PROCESSES)))
+
+
+@pytest.mark.parametrize(
+    ("workers", "augment"),
+    [(0, None), (2, None), (MOST_THREADS + 1, None), (2, IN_PROCESSES)],
+    ids=["none", "threads", "processes of threads", "processes"],
+)
+def test_epochs_that_follow_each_other_have_the_same_batches(
+    workers: int, augment: v2.Transform | None, colours: Path
+) -> None:
+    """Also after an epoch that was abandoned, one that is read again, and one that another place is chosen in."""
+    several = loader(colours, workers, augment=augment, epochs=4)
+
+    def samples(epoch: int, batches: int | None = None, start: int = 0) -> list[list[int]]:
+        several.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        several.load_state_dict({"batch": start})
+        return [batch["sample"].tolist() for batch in itertools.islice(several, batches)]
+
+    def expected(epoch: int) -> list[list[int]]:
+        return [indices.samples.tolist() for indices in several.images.sampler.from_batch(epoch, 0)]
+
+    assert samples(0) == expected(0)
+    assert samples(1) == expected(1)
+    assert samples(2, batches=3) == expected(2)[:3]
+    assert samples(2, start=3) == expected(2)[3:]
+    assert samples(3, batches=2) == expected(3)[:2]
+    assert samples(3) == expected(3)
+    assert samples(3) == expected(3)
+    assert samples(0, start=5) == expected(0)[5:]
+    assert samples(1) == expected(1)
+
+
+def test_the_next_epoch_is_read_while_its_predecessor_ends(colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[tuple[int, int]] = []
+    load = ImageDataset.load
+
+    def recorded(dataset: ImageDataset, indices: BatchIndices, image: torch.Tensor) -> Batch:
+        loaded.append((indices.epoch, indices.batch))
+        return load(dataset, indices, image)
+
+    monkeypatch.setattr(ImageDataset, "load", recorded)
+    several = loader(colours, 2, epochs=2)
+    assert len(list(several)) == 7
+    deadline = time.monotonic() + 20
+    while (1, 0) not in loaded:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    several.sampler.set_epoch(1)  # type: ignore[attr-defined]
+    assert len(list(several)) == 7
+    assert sorted(loaded) == [(epoch, batch) for epoch in range(2) for batch in range(7)]  # each once, and no third
+
+
 def test_an_unavailable_store_ends_a_batch_of_several_threads(colours: Path, tmp_path: Path) -> None:
     folder = tmp_path / "moved"
     shutil.copytree(colours, folder)
@@ -126,7 +201,8 @@ def test_workers_are_divided_among_processes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    assert divide(count, 64 * 3 * 224**2, is_transformed=is_transformed) == expected
+    workers = divide(count, is_transformed=is_transformed)
+    assert fitting(workers, count, 64 * 3 * 224**2) == expected
     assert ("/dev/shm" in caplog.text) == (expected == (0, 16))
 
 

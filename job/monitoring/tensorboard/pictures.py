@@ -237,7 +237,7 @@ def first_images(data: ImageDataModule, batch: Batch, count: int) -> Callable[[]
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         copies = {name: tensor[:count].to("cpu", copy=True) for name, tensor in tensors.items()}
         return lambda: cast("Batch", copies)
-    first = data.train_dataloader().dataset.sampler.batch(0, 0)
+    first = data.train_dataloader().images.sampler.batch(0, 0)
     repeats = None if first.repeats is None else first.repeats[:count]
     indices = BatchIndices(0, 0, first.samples[:count], first.valid[:count], count, repeats=repeats)
     dataset = data.dataset("train", ResumableBatchSampler(1, 1, rank=0, world_size=1, seed=0, shuffle=False))
