@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from data_contenders import divisions
 from peers_env import peers_python
 from PIL import Image
 from rich.console import Console
@@ -244,6 +245,20 @@ def decoder_table(data: Path, peers: Path) -> Table:
     return table
 
 
+def division_table(folder: Path, workers: int) -> Table:
+    """Speed of the job by how its workers are divided into processes and threads, beside the upper bound."""
+    table = Table(title=f"job from disk, {workers} workers, images/s in epoch 2", title_justify="left")
+    speeds = []
+    for processes, threads in divisions(workers):
+        table.add_column(f"{processes} processes of {threads}" if processes else "threads", justify="right")
+        result = run(sys.executable, f"divided-{processes}x{threads}", folder, workers)
+        speeds.append("failed" if result is None else f"{result.second:,.0f}")
+    limit = run(sys.executable, "limit", folder, workers)
+    table.add_column("limit", justify="right")
+    table.add_row(*speeds, "failed" if limit is None else f"{limit.second:,.0f}")
+    return table
+
+
 def latency_table(shards: str, workers: int) -> Table:
     """Speed of the job with a proxy that delays each request."""
     table = Table(title="bucket with delayed requests, images/s in epoch 1", title_justify="left")
@@ -294,6 +309,7 @@ def main() -> None:
             speeds.append("failed" if result is None else f"{result.second:,.0f}")
         table.add_row(*speeds)
         console.print(table)
+        console.print(division_table(data / "folder", options.workers))
         last = len(list(data.glob("photos-*.tar"))) - 1
         console.print(latency_table(f"gs://photos/photos-{{000000..{last:06d}}}.tar", options.workers))
     names = ("torch", "torchvision", "simplejpeg", "pillow", "gcsfs")

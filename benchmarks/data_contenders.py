@@ -77,6 +77,25 @@ def job_loader(uri: str, workers: int, cache_gb: float = 10) -> list[float]:
         return measured(epochs(), began)
 
 
+def divisions(workers: int) -> list[tuple[int, int]]:
+    """Ways to divide workers into (processes, threads of each); 0 processes: threads of the training process."""
+    return [(0, workers), *((workers // threads, threads) for threads in (4, 2, 1) if workers % threads == 0)]
+
+
+def divided(name: str) -> Callable[[str, int], list[float]]:
+    """The job's training loader by a number of processes of so many threads each; 0: by threads of this process.
+
+    Args:
+        name: for example divided-4x2: 4 processes of 2 threads.
+    """
+    from job.data import loader
+    from job.data.workers import Workers
+
+    processes, threads = map(int, name.removeprefix("divided-").split("x"))
+    loader.divide = lambda *_, **__: Workers(processes, threads)
+    return lambda uri, _: job_loader(uri, max(processes, 1) * threads)
+
+
 def limit(uri: str, workers: int) -> list[float]:
     """Decoding and resizing from memory: the upper bound of a loader with as many processes."""
     import multiprocessing
@@ -265,6 +284,7 @@ WRITERS = {"write-litdata": write_litdata, "write-mosaicml": write_mosaicml}
 if __name__ == "__main__":
     torch.set_num_threads(1)
     name, uri, argument = sys.argv[1:]
-    result = WRITERS[name](uri, argument) if name in WRITERS else CONTENDERS[name](uri, int(argument))
+    contender = divided(name) if name.startswith("divided-") else CONTENDERS.get(name)
+    result = WRITERS[name](uri, argument) if contender is None else contender(uri, int(argument))
     print("RESULT " + json.dumps(result), flush=True)
     os._exit(0)  # some loaders leave threads that never end

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from data_contenders import divisions
 from gpu_machine import PHOTOGRAPHS, Machine, NotMeasured, needs_cuda, read_json
 from support import options, scalars
 from torch import Tensor, nn
@@ -64,15 +65,21 @@ class Row:
 
 
 def loader(machine: Machine) -> Iterator[Row]:
-    """Images per second of the loader with 1 to 16 workers; limits: as many decoding processes, as many times one."""
+    """Images per second of the loader with 1 to 16 workers; limits: as many decoding processes, as many times one.
+
+    The largest number of workers is divided into processes and threads in other ways, too.
+    """
     counts = [count for count in WORKERS if count <= machine.cores][: 1 if machine.quick else None]
     one_core = _contender("limit", _class_folders(machine, 256 if machine.quick else IMAGES_PER_WORKER), 1)[0]
-    for count in counts:
+    for count in reversed(counts):
         folder = _class_folders(machine, 256 if machine.quick else min(count * IMAGES_PER_WORKER, PHOTOGRAPHS))
         limit, job_speed = (_contender(name, folder, count) for name in ("limit", "job"))
         name = f"loader, {count} worker(s)"
         yield Row(name, job_speed[-1], "images/s", limit[0], "decode processes")
         yield Row(name, job_speed[-1], "images/s", count * one_core, f"{count} x one decode process", 0.85)
+        for processes, threads in divisions(count) if count == counts[-1] else ():
+            speed = _contender(f"divided-{processes}x{threads}", folder, count)[-1]
+            yield Row(f"loader, {processes} processes of {threads}", speed, "images/s", limit[0], "decode processes")
 
 
 def features(machine: Machine) -> Iterator[Row]:
@@ -187,11 +194,11 @@ def compiled(machine: Machine) -> Iterator[Row]:
 
 MEASUREMENTS: tuple[Callable[[Machine], Iterator[Row]], ...] = (
     full_step,
-    features,
-    time_to_accuracy,
-    checkpoint_stall,
-    host_waits,
     loader,
+    host_waits,
+    features,
+    checkpoint_stall,
+    time_to_accuracy,
     compiled,
 )
 
