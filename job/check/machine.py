@@ -40,10 +40,13 @@ def shared_memory(data: ImageDataModule) -> Iterator[Finding]:
     needed = NCCL_BYTES * local if local > 1 else 0
     workers = data.num_workers if data.num_workers is not None else max(available_cpus() // local, 1)
     batch = max(data.global_batch_size // ranks.world_size(), 1) * 3 * data.image_size**2
-    shared = divide(workers, is_transformed=data.augment is not None).shared_bytes(batch)
-    faster = needed + shared
-    if data.augment is not None:
-        needed = faster
+    train, val = (
+        divide(workers, is_transformed=is_transformed).shared_bytes(batch)
+        for is_transformed in (data.augment is not None, False)
+    )
+    faster = needed + train + val
+    if data.augment is not None:  # without shared memory there is no other way
+        needed += train
     message = f"{SHM} has {gigabytes(free)} free, and about {gigabytes(faster)} are needed."
     if free < needed:
         yield fail(SHARED_MEMORY, message, SHM_MEND)

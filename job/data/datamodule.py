@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -162,6 +163,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.is_cache_usable = True
         self.cache: SampleCache | None = None
         self.features: dict[str, FeatureStore] = {}
+        self._loaders: WeakSet[BatchLoader] = WeakSet()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -181,7 +183,9 @@ class ImageDataModule(pl.LightningDataModule):
         self._open_cache()
 
     def teardown(self, stage: str | None = None) -> None:
-        """Finish writing the cache of samples."""
+        """Read nothing ahead any more, and finish writing the cache of samples."""
+        for loader in self._loaders:
+            loader.close()
         if self.cache is not None:
             self.cache.flush()
 
@@ -391,7 +395,10 @@ class ImageDataModule(pl.LightningDataModule):
             # Lightning names the epoch only after loader processes have begun to fetch.
             sampler.set_epoch(epochs_processed(self.trainer))
         follows = self._trains_in if part == "train" else lambda epoch: False
-        return BatchLoader(self.dataset(part, sampler), self._workers(index), lambda: self.features.get(part), follows)
+        dataset = self.dataset(part, sampler)
+        loader = BatchLoader(dataset, self._workers(index), lambda: self.features.get(part), follows)
+        self._loaders.add(loader)
+        return loader
 
     def _trains_in(self, epoch: int) -> bool:
         """Whether the Trainer has an epoch of this number."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -26,8 +26,6 @@ from job.features.store import FeatureStore
 
 BATCHES_PER_WORKER = 2
 """Batches that are decoded ahead, per thread."""
-RECEIVED = 2
-"""Batches of loader processes that are copied ahead."""
 
 
 class BatchLoader(DataLoader[Any]):
@@ -71,7 +69,7 @@ class BatchLoader(DataLoader[Any]):
         self.features = features
         self.follows = follows
         self._pool: ThreadPoolExecutor | None = None
-        context = None
+        has_gpu, context = torch.cuda.is_available(), None
         if processes:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["job.data.fork_server"])
@@ -85,12 +83,12 @@ class BatchLoader(DataLoader[Any]):
             worker_init_fn=_start_worker,
             persistent_workers=processes > 0,
             prefetch_factor=BATCHES_PER_PROCESS if processes else None,
+            pin_memory=has_gpu and processes > 0,
         )
-        self._pin = torch.cuda.is_available()
+        self._pin = has_gpu
         self.batches_taken = 0
         self._resume_at = 0
-        self._open: Generator[Batch] | None = None
-        self._position = (0, 0)
+        self._ahead: tuple[int, Generator[Batch]] | None = None
         self.wait_seconds = 0.0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -110,20 +108,35 @@ class BatchLoader(DataLoader[Any]):
         return self._of_epoch(sampler.epoch, sampler.start_batch)
 
     def _of_epoch(self, epoch: int, start: int) -> Iterator[Batch]:
-        """Batches of one epoch; those of the epochs that follow it are read by the same iterator, ahead of time."""
-        batches = self._open
-        if batches is None or self._position != (epoch, start):
+        """Batches of one epoch; the first ones of an epoch that follows it are read while it ends."""
+        (ahead, batches), self._ahead = self._ahead or (-1, None), None
+        if batches is not None and (ahead, 0) != (epoch, start):
+            batches.close()
+            batches = None
+        try:
+            for number in range(start, len(self.images.sampler)):
+                batch = next(batches, None) if batches is not None else None
+                if batch is None:  # nothing is open, or it did not know of this epoch
+                    self.images.sampler.start_batch = number
+                    batches = self._opened()
+                    batch = next(batches)
+                if number + 1 == len(self.images.sampler) and self.follows(epoch + 1):
+                    # Before the batch is handed over: nobody asks for one behind the last.
+                    self._ahead, batches = (epoch + 1, batches), None  # type: ignore[assignment]
+                yield batch
+        finally:
             if batches is not None:
-                batches.close()  # its epoch was abandoned
-            batches = self._by_threads() if self._shared is None else self._by_processes(self._shared)
-            self._open = batches
-        for number in range(start, len(self.images.sampler)):
-            batch = next(batches)
-            self._position = (epoch, number + 1)
-            yield batch
-        self._position = (epoch + 1, 0)
-        if not self.follows(epoch + 1):
-            self._open = None
+                batches.close()
+
+    def close(self) -> None:
+        """End what is read ahead."""
+        if self._ahead is not None:
+            self._ahead[1].close()
+            self._ahead = None
+
+    def _opened(self) -> Generator[Batch]:
+        """Batches from the sampler's epoch and start on, through all epochs that follow each other."""
+        return self._by_threads() if self._shared is None else self._by_processes()
 
     def _by_threads(self) -> Generator[Batch]:
         """Batches in order, with enough ahead to keep all threads busy while one is trained on."""
@@ -141,27 +154,12 @@ class BatchLoader(DataLoader[Any]):
             for future in pending:  # abandoned in the middle; another iteration may have begun
                 future.cancel()
 
-    def _by_processes(self, shared: SharedImages) -> Generator[Batch]:
-        """Batches of the processes in order, copied from shared memory by another thread."""
+    def _by_processes(self) -> Generator[Batch]:
+        """Batches of the processes in order, copied from shared memory."""
         with _without_main(self.images):
-            received: Iterator[SharedBatch] = super().__iter__()
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="receive")
-        pool = self._pool
-
-        def receive() -> Batch | None:
-            batch = next(received, None)
-            return None if batch is None else shared.received(batch, pin=self._pin)
-
-        pending = deque(pool.submit(receive) for _ in range(RECEIVED))
-        try:
-            while (batch := pending.popleft().result()) is not None:
-                pending.append(pool.submit(receive))
-                yield batch
-        finally:
-            for future in pending:
-                future.cancel()
-            wait(pending)  # before another iteration
+            batches = super().__iter__()
+        for batch in batches:
+            yield batch.copied() if isinstance(batch, SharedBatch) else batch  # page-locked already
 
     def _counted(self) -> Iterator[Batch]:
         iterator: Iterator[Batch] | None = None

@@ -7,9 +7,12 @@ for the images of a batch, which it fills in turn, and small tensors are sent as
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -21,19 +24,40 @@ from job.data.sampler import BatchIndices
 from job.data.workers import Workers
 from job.errors import ConfigError
 
+_NUMBERS = itertools.count()
 
-class SharedBatch(NamedTuple):
+
+@dataclass(frozen=True)
+class SharedBatch:
     """A batch whose images lie in shared memory.
 
     Attributes:
+        memory: number of the :class:`SharedImages`.
         worker: number of the process.
         place: number of its place.
         values: the other entries of the :class:`~job.data.dataset.Batch`, with arrays in place of tensors.
     """
 
+    memory: int
     worker: int
     place: int
     values: dict[str, Any]
+
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory; torch's loader calls this in a thread of its own."""
+        return self.copied(pin=True)
+
+    def copied(self, *, pin: bool = False) -> Batch:
+        """A copy in memory of this process, page-locked if ``pin``."""
+        shared = _MEMORIES[self.memory].place(self.worker, self.place)
+        image = torch.empty(shared.shape, dtype=torch.uint8, pin_memory=pin, memory_format=torch.channels_last)
+        values: dict[str, Any] = {"image": image.copy_(shared)}
+        for name, value in self.values.items():
+            is_tensor = isinstance(value, np.ndarray)
+            values[name] = torch.from_numpy(value) if is_tensor else value
+            if pin and is_tensor:
+                values[name] = values[name].pin_memory()
+        return cast("Batch", values)
 
 
 class SharedImages:
@@ -48,6 +72,8 @@ class SharedImages:
     def __init__(self, workers: Workers, count: int, image_size: int) -> None:
         self.workers = workers
         self.shape = (workers.processes, workers.places, count, image_size, image_size, 3)
+        self.number = next(_NUMBERS)
+        _MEMORIES[self.number] = self
 
     @cached_property
     def _memory(self) -> Tensor:
@@ -69,16 +95,9 @@ class SharedImages:
         """Images of a batch, uint8 [B, 3, S, S], channels last in memory."""
         return self._memory[worker, place].permute(0, 3, 1, 2)
 
-    def received(self, batch: SharedBatch, *, pin: bool) -> Batch:
-        """A copy of a batch in memory of this process, page-locked if ``pin``."""
-        shared = self._memory[batch.worker, batch.place]
-        image = torch.empty(shared.shape, dtype=torch.uint8, pin_memory=pin).copy_(shared).permute(0, 3, 1, 2)
-        values: dict[str, Any] = {"image": image}
-        for name, value in batch.values.items():
-            values[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-            if pin and isinstance(value, np.ndarray):
-                values[name] = values[name].pin_memory()
-        return cast("Batch", values)
+
+_MEMORIES: WeakValueDictionary[int, SharedImages] = WeakValueDictionary()
+"""Those of this process, by number: what comes out of a queue finds its memory here."""
 
 
 class SharedDataset(Dataset[SharedBatch]):
@@ -88,8 +107,8 @@ class SharedDataset(Dataset[SharedBatch]):
     thread waits for them.
 
     Batch n + :attr:`~job.data.workers.Workers.places` of a process lies where batch n did. The consumer has copied
-    batch n by then: it asks for batch n + 1 only afterwards, and torch sends a process the number of another batch only
-    when the consumer asks.
+    batch n by then, in torch's thread for page-locked memory or before it asks for the next one: torch sends a process
+    the number of another batch only when the consumer takes one.
 
     Args:
         images: the dataset.
@@ -145,4 +164,4 @@ class SharedDataset(Dataset[SharedBatch]):
             for name, value in batch.items()
             if name != "image"
         }
-        return SharedBatch(worker, place, values)
+        return SharedBatch(self.shared.number, worker, place, values)

@@ -44,16 +44,16 @@ class Workers(NamedTuple):
         return BATCHES_PER_PROCESS + (2 if self.threads > 1 else 1)
 
     def shared_bytes(self, batch_bytes: int) -> int:
-        """Bytes of shared memory that the batches of all ranks of this node take.
+        """Bytes of shared memory that the batches of a loader take, of all ranks of this node.
 
         Args:
             batch_bytes: bytes of the images of a batch.
         """
-        return ranks.local_world_size() * LOADERS * self.processes * self.places * batch_bytes
+        return ranks.local_world_size() * self.processes * self.places * batch_bytes
 
 
 def divide(count: int, *, is_transformed: bool) -> Workers:
-    """Divide the workers of a rank among processes, if shared memory has room for their batches.
+    """Divide the workers of a rank among processes.
 
     Up to :data:`MOST_THREADS` are threads of the training process, which need no shared memory.
 
@@ -77,7 +77,7 @@ def fitting(workers: Workers, count: int, batch_bytes: int) -> Workers:
         count: number of workers.
         batch_bytes: bytes of the images of a batch.
     """
-    needed = workers.shared_bytes(batch_bytes)
+    needed = LOADERS * workers.shared_bytes(batch_bytes)
     if workers.threads > 1 and SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
         log.warning(
             "%s has %.0f MB free, and loader processes need %.0f MB: images are decoded by threads of the training "

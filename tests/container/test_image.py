@@ -21,7 +21,7 @@ LIMITS = [
 
 def inside(podman: Podman, image: str, script: str) -> str:
     """Return the output of a shell script in the image."""
-    return podman("run", *LIMITS, "--entrypoint", '["sh", "-c"]', image, script).stdout
+    return podman("run", *LIMITS, "--entrypoint", '["sh", "-c"]', image, script, timeout=600).stdout
 
 
 def test_hadolint_reports_nothing() -> None:
