@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 
 def connect_default_store() -> Any:
@@ -26,6 +27,14 @@ def without_buffer_broadcasts() -> dict[str, Any]:
     """
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}
+
+
+def has_processes(loader: DataLoader[Any]) -> bool:
+    """Whether processes of a loader with ``persistent_workers`` run: Lightning ends them with the run of a Trainer.
+
+    Nothing public says so.
+    """
+    return loader._iterator is not None
 
 
 def flag_not_finite(tensors: list[Tensor], flag: Tensor, scale: Tensor) -> None:

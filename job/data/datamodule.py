@@ -183,11 +183,16 @@ class ImageDataModule(pl.LightningDataModule):
         self._open_cache()
 
     def teardown(self, stage: str | None = None) -> None:
-        """Read nothing ahead any more, and finish writing the cache of samples."""
+        """Close the loaders, and finish writing the cache of samples."""
         for loader in self._loaders:
             loader.close()
         if self.cache is not None:
             self.cache.flush()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End what is read ahead: after an error or a signal Lightning does not call :meth:`teardown`."""
+        for loader in self._loaders:
+            loader.end_reading_ahead()
 
     def open_index(self, folder: Path) -> None:
         """Take the parts from the index in a local folder."""

@@ -23,6 +23,7 @@ from job.data.sampler import SuccessiveEpochs
 from job.data.shared_batches import SharedBatch, SharedDataset, SharedImages
 from job.data.workers import BATCHES_PER_PROCESS, divide, fitting, one_core_threads
 from job.features.store import FeatureStore
+from job.torch_internals import has_processes
 
 BATCHES_PER_WORKER = 2
 """Batches that are decoded ahead, per thread."""
@@ -102,6 +103,7 @@ class BatchLoader(DataLoader[Any]):
         # Decided at the first batch: Lightning makes iterators long before.
         features = self.features()
         if features is not None:
+            self.end_reading_ahead()
             return (self._pinned(features.batch(indices)) for indices in sampler)
         if not self.threads and self._shared is None:
             return (self._pinned(self.images[indices]) for indices in sampler)
@@ -109,10 +111,9 @@ class BatchLoader(DataLoader[Any]):
 
     def _of_epoch(self, epoch: int, start: int) -> Iterator[Batch]:
         """Batches of one epoch; the first ones of an epoch that follows it are read while it ends."""
-        (ahead, batches), self._ahead = self._ahead or (-1, None), None
-        if batches is not None and (ahead, 0) != (epoch, start):
-            batches.close()
-            batches = None
+        if self._ahead is not None and not (self._ahead[0] == epoch and start == 0 and self._is_running()):
+            self.end_reading_ahead()
+        (_, batches), self._ahead = self._ahead or (epoch, None), None
         try:
             for number in range(start, len(self.images.sampler)):
                 batch = next(batches, None) if batches is not None else None
@@ -128,11 +129,20 @@ class BatchLoader(DataLoader[Any]):
             if batches is not None:
                 batches.close()
 
-    def close(self) -> None:
-        """End what is read ahead."""
+    def end_reading_ahead(self) -> None:
+        """Read no more of an epoch that was to follow."""
         if self._ahead is not None:
             self._ahead[1].close()
             self._ahead = None
+
+    def close(self) -> None:
+        """End what is read ahead, and free the shared memory of processes that have ended."""
+        self.end_reading_ahead()
+        if self._shared is not None and not self._is_running():
+            self._shared.free()
+
+    def _is_running(self) -> bool:
+        return self._shared is None or has_processes(self)
 
     def _opened(self) -> Generator[Batch]:
         """Batches from the sampler's epoch and start on, through all epochs that follow each other."""

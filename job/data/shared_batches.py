@@ -91,6 +91,10 @@ class SharedImages:
         self._memory  # noqa: B018  # before the first process has a copy
         return self.__dict__
 
+    def free(self) -> None:
+        """Free the memory of this process; it is allocated again when it is needed."""
+        self.__dict__.pop("_memory", None)
+
     def place(self, worker: int, place: int) -> Tensor:
         """Images of a batch, uint8 [B, 3, S, S], channels last in memory."""
         return self._memory[worker, place].permute(0, 3, 1, 2)

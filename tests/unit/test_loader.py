@@ -192,12 +192,19 @@ def test_a_fit_reads_through_all_epochs(
     assert sorted(opened) == ["train", "val", "val", "val"]
 
 
-def test_what_is_read_ahead_ends_with_the_loader(colours: Path) -> None:
-    several = loader(colours, 2, epochs=2)
+@pytest.mark.parametrize("workers", [2, MOST_THREADS + 1])
+def test_a_closed_loader_reads_and_holds_nothing_and_can_be_used_again(workers: int, colours: Path) -> None:
+    # Imported here: processes that import this module for its transform would take seconds longer.
+    from pytorch_lightning.utilities.combined_loader import _shutdown_workers_and_reset_iterator
+
+    several = loader(colours, workers, epochs=2)
     assert len(list(itertools.islice(several, 7))) == 7
     assert several._ahead is not None
+    if several._shared is not None:
+        _shutdown_workers_and_reset_iterator(several)  # as Lightning does at the end of a run
     several.close()
     assert several._ahead is None
+    assert several._shared is None or "_memory" not in vars(several._shared)
     several.sampler.set_epoch(1)  # type: ignore[attr-defined]
     assert len(list(several)) == 7
 
