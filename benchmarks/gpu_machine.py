@@ -86,40 +86,33 @@ class Machine:
 
     def settings(self, run_dir: Path, **changes: object) -> list[str]:
         """Options of a short fit on :attr:`colours`."""
+        fit: dict[str, object] = {
+            "data.global_batch_size": 16,
+            "model.hidden": "[8]",
+            "model.milestones": "[1,2]",
+            "trainer.max_epochs": 3,
+            "trainer.log_every_n_steps": 1,
+        }
+        return options({**self._small(run_dir), **fit}, **changes)
+
+    def frozen_settings(self, run_dir: Path) -> list[str]:
+        """Options of ``sweep`` and ``audit`` on :attr:`colours`."""
+        return options(self._small(run_dir))
+
+    def _small(self, run_dir: Path) -> dict[str, object]:
         small: dict[str, object] = {
             "run_dir": run_dir,
             "data.root": self.colours,
             "data.cache_dir": self.scratch / "cache",
             "data.image_size": 32,
-            "data.global_batch_size": 16,
             "data.num_workers": 2,
             "model.backbone": "timm/test_resnet",
             "model.weights": "none",
-            "model.hidden": "[8]",
-            "model.milestones": "[1,2]",
-            "trainer.max_epochs": 3,
-            "trainer.log_every_n_steps": 1,
             "trainer.accelerator": self.accelerator,
         }
         if self.quick:
             small["trainer.precision"] = "32-true"  # most CPUs emulate bf16, eight times as slow
-        return options(small, **changes)
-
-    def frozen_settings(self, run_dir: Path) -> list[str]:
-        """Options of ``sweep`` and ``audit`` on :attr:`colours`."""
-        settings: dict[str, object] = {
-            "run_dir": run_dir,
-            "data.root": self.colours,
-            "data.cache_dir": self.scratch / "cache",
-            "data.image_size": 32,
-            "data.num_workers": 2,
-            "model.backbone": "timm/test_resnet",
-            "model.weights": "none",
-            "trainer.accelerator": self.accelerator,
-        }
-        if self.quick:
-            settings["trainer.precision"] = "32-true"
-        return options(settings)
+        return small
 
     def speed_settings(self, run_dir: Path, backbone: str, **changes: object) -> list[str]:
         """Options of a fit on :attr:`photographs`, without validation."""
