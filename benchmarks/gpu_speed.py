@@ -77,7 +77,7 @@ def loader(machine: Machine) -> Iterator[Row]:
         name = f"loader, {count} worker(s)"
         yield Row(name, job_speed[-1], "images/s", limit[0], "decode processes")
         yield Row(name, job_speed[-1], "images/s", count * one_core, f"{count} x one decode process", 0.85)
-        for processes, threads in divisions(count) if count == counts[-1] else ():
+        for processes, threads in divisions(count)[: 1 if machine.quick else None] if count == counts[-1] else ():
             speed = _contender(f"divided-{processes}x{threads}", folder, count)[-1]
             yield Row(f"loader, {processes} processes of {threads}", speed, "images/s", limit[0], "decode processes")
 
