@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -118,9 +119,9 @@ class Results:
         return table
 
 
-def run_checks(machine: Machine, results: Results, only: list[str]) -> None:
-    """Run all checks, or those named in ``only``, also after a failed one."""
-    for check in (check for check in CHECKS if not only or check.__name__ in only):
+def run_checks(machine: Machine, results: Results, checks: Sequence[Callable[[Machine], str]]) -> None:
+    """Run all of ``checks``, also after a failed one."""
+    for check in checks:
         name, began = check.__name__, time.monotonic()
         if results.time_is_up:
             results.check(name, "skipped", "the time limit was exceeded", 0.0)
@@ -135,9 +136,11 @@ def run_checks(machine: Machine, results: Results, only: list[str]) -> None:
         results.check(name, state, detail, time.monotonic() - began)
 
 
-def run_measurements(machine: Machine, results: Results, only: list[str]) -> None:
-    """Run all measurements, or those named in ``only``, within the time limit."""
-    for measure in (measure for measure in MEASUREMENTS if not only or measure.__name__ in only):
+def run_measurements(
+    machine: Machine, results: Results, measurements: Sequence[Callable[[Machine], Iterator[Row]]]
+) -> None:
+    """Run ``measurements`` within the time limit."""
+    for measure in measurements:
         name = measure.__name__
         if results.time_is_up:
             results.missing(name, "the time limit was exceeded")
@@ -163,7 +166,7 @@ def main() -> None:
         "--minutes", type=float, default=7.0, help="time limit, after which no check or measurement starts"
     )
     names = [one.__name__ for one in (*CHECKS, *MEASUREMENTS)]
-    parser.add_argument("--only", nargs="+", default=[], choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("there is no CUDA device; --device cpu --quick tests the script itself")
@@ -172,8 +175,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         photos = options.photos.resolve() if options.photos else None
         machine = Machine(options.device, options.quick, photos, Path(scratch))
-        run_checks(machine, results, options.only)
-        run_measurements(machine, results, options.only)
+        run_checks(machine, results, [check for check in CHECKS if check.__name__ in options.only])
+        run_measurements(machine, results, [one for one in MEASUREMENTS if one.__name__ in options.only])
     Console(width=160).print(results.table())
     if results.failed:
         sys.exit(f"failed: {', '.join(results.failed)}")

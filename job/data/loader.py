@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from job.data.dataset import Batch, ImageDataset
 from job.data.sampler import SuccessiveEpochs
 from job.data.shared_batches import SharedBatch, SharedDataset, SharedImages
-from job.data.workers import BATCHES_PER_PROCESS, divide, fitting, one_core_threads
+from job.data.workers import BATCHES_PER_PROCESS, divide, one_core_threads, within_shared_memory
 from job.features.store import FeatureStore
 from job.torch_internals import has_processes
 
@@ -64,7 +64,7 @@ class BatchLoader(DataLoader[Any]):
         self.images = dataset
         count, image_size = dataset.sampler.share, dataset.preprocessing.image_size
         divided = divide(workers, is_transformed=dataset.preprocessing.augment is not None)
-        divided = fitting(divided, workers, count * dataset.preprocessing.image_bytes)
+        divided = within_shared_memory(divided, workers, count * dataset.preprocessing.image_bytes)
         processes = divided.processes
         self.threads = 0 if processes else divided.threads
         self.features = features

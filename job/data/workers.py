@@ -69,7 +69,7 @@ def divide(count: int, *, is_transformed: bool) -> Workers:
     return Workers(processes, math.ceil(count / processes))
 
 
-def fitting(workers: Workers, count: int, batch_bytes: int) -> Workers:
+def within_shared_memory(workers: Workers, count: int, batch_bytes: int) -> Workers:
     """``workers``, or ``count`` threads of the training process where shared memory has no room for their batches.
 
     Args:

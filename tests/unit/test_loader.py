@@ -20,7 +20,7 @@ from job.data.dataset import Batch, ImageDataset, Preprocessing
 from job.data.loader import BatchLoader
 from job.data.sampler import BatchIndices, FeatureBatchSampler, ResumableBatchSampler
 from job.data.shared_batches import SharedBatch
-from job.data.workers import MOST_THREADS, START_SECONDS, divide, fitting, one_core_threads
+from job.data.workers import MOST_THREADS, START_SECONDS, divide, one_core_threads, within_shared_memory
 from job.errors import ConfigError
 
 
@@ -256,7 +256,7 @@ def test_workers_are_divided_among_processes(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     workers = divide(count, is_transformed=is_transformed)
-    assert fitting(workers, count, 64 * 3 * 224**2) == expected
+    assert within_shared_memory(workers, count, 64 * 3 * 224**2) == expected
     assert ("/dev/shm" in caplog.text) == (expected == (0, 16))
 
 
