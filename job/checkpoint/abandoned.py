@@ -15,7 +15,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from job import storage
+from job import storage, typed
 from job.checkpoint.manifest import MAX_BYTES, Name, Sha256
 from job.errors import CheckpointError, NewerFormatError
 from job.storage.format_version import MALFORMED, Unversioned, format_version
@@ -80,7 +80,7 @@ def _read(uri: str) -> StepBack:
                 f"{uri} was written by a newer version of job: it has format {version}, this version reads formats up "
                 f"to {FORMAT}. Upgrade job."
             )
-        return msgspec.json.decode(content, type=StepBack)
+        return typed.from_json(content, StepBack)
     except MALFORMED as error:
         raise CheckpointError(
             f"{uri} is damaged: {error}. It names checkpoints that this run has abandoned. Restore it, or delete it; "

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from job import checkpoint, redact
+from job import checkpoint, redact, typed
 from job.checkpoint.manifest import Sha256
 from job.errors import CheckpointError, ConfigError
 
@@ -67,7 +67,7 @@ def saved_initial_weights(saved: dict[str, Any]) -> InitialWeights | None:
     if entry is None:
         return None
     try:
-        return msgspec.convert(entry, InitialWeights)
+        return typed.from_builtins(entry, InitialWeights)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"the checkpoint's entry {INITIAL_WEIGHTS_KEY!r} is damaged: {error}") from error
 

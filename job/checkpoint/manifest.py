@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from job import typed
 from job.errors import CheckpointError, NewerFormatError
 from job.storage.format_version import MALFORMED, Unversioned, format_version
 
@@ -123,10 +124,10 @@ def decode_manifest(uri: str, content: bytes) -> Manifest:
                 f"version reads formats up to {FORMAT}. Upgrade job, or use another --run_dir."
             )
         if version == 1:
-            old = msgspec.json.decode(content, type=_Format1)
+            old = typed.from_json(content, _Format1)
             fields = {name: getattr(old, name) for name in old.__struct_fields__ if name != "confusion_matrix"}
             return Manifest(**fields)
-        return msgspec.json.decode(content, type=Manifest)
+        return typed.from_json(content, Manifest)
     except msgspec.ValidationError as error:
         if unknown := _unknown_fields(content):
             raise NewerFormatError(
@@ -141,7 +142,7 @@ def decode_manifest(uri: str, content: bytes) -> Manifest:
 def _unknown_fields(content: bytes) -> list[str]:
     """Unknown fields of a manifest that has all required ones; none for other manifests, which are damaged."""
     try:
-        fields = msgspec.json.decode(content, type=dict)
+        fields = typed.from_json(content, dict)
     except MALFORMED:
         return []
     schema = Manifest if "format" in fields else _Format1
@@ -176,6 +177,6 @@ def manifest_of(facts: dict[str, Any], **file: Any) -> Manifest:
         CheckpointError: a field is missing, unknown or out of its range.
     """
     try:
-        return msgspec.convert({**facts, **file}, type=Manifest)
+        return typed.from_builtins({**facts, **file}, Manifest)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"the manifest of {file.get('file')} would be invalid: {error}") from error

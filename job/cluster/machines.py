@@ -9,6 +9,8 @@ from typing import Annotated
 
 import msgspec
 
+from job import typed
+
 TABLE = Path(__file__).with_name("machines.toml")
 GIB = 2**30
 LOCAL_SSD_GIB = 375
@@ -104,7 +106,7 @@ def allocatable_local_ssd(gib: int) -> float:
 
 def machines() -> dict[str, Machine]:
     """The table, by the machines' names."""
-    table = msgspec.convert(tomllib.loads(TABLE.read_text()), dict[str, list[Machine]])
+    table = typed.from_builtins(tomllib.loads(TABLE.read_text()), dict[str, list[Machine]])
     return {machine.name: machine for machine in table["machines"]}
 
 

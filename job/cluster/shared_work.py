@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from job import typed
 from job.cluster import ranks
 from job.errors import JobError, RankLost
 from job.process.signals import Stopped
@@ -224,13 +225,13 @@ def _help(store: Any, perform: Perform) -> str:
     pulse, pause, batch = _Pulse(store), 0.01, 0
     while (content := _peek(store, "outcome")) is None:
         if (job := _peek(store, f"batch/{batch}")) is not None:
-            description, count = msgspec.msgpack.decode(job, type=tuple[bytes, int])
+            description, count = typed.from_msgpack(job, tuple[bytes, int])
             perform(description, SharedTasks(store, f"tasks/{batch}", count, pulse.tick))
             batch, pause = batch + 1, 0.01
         pulse.require("rank 0")
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_POLL)
-    outcome = msgspec.msgpack.decode(content, type=_Outcome)
+    outcome = typed.from_msgpack(content, _Outcome)
     with contextlib.suppress(RuntimeError):  # torch's DistNetworkError: rank 0 has not waited so long
         store.add("readers", 1)
     if outcome.failure is not None:

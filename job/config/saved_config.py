@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from job import redact, storage
+from job import redact, storage, typed
 from job.checkpoint.settings import CheckpointSettings
 from job.config.import_policy import class_paths, denying_entry, dotted_strings, is_allowed
 from job.config.run_config import FILE, REPAIR_HINT, read_mapping
@@ -180,7 +180,7 @@ def _checked(uri: str, key: str, value: Any, kind: Any) -> Any:
         ConfigError: it is of another type.
     """
     try:
-        msgspec.convert(value, kind)
+        typed.from_builtins(value, kind)
     except (msgspec.ValidationError, TypeError) as error:
         raise ConfigError(f"{uri} is damaged: {key}: {_one_line(error)}. {REPAIR_HINT}") from error
     return value

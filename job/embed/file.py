@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from job import storage
+from job import storage, typed
 from job.errors import DataError, first_line
 from job.storage.format_version import MALFORMED
 
@@ -248,6 +248,6 @@ def _info(content: bytes | None) -> FileInfo | None:
     if len(content) > LONGEST_METADATA:
         raise ValueError("its metadata is too long")
     try:
-        return msgspec.json.decode(content, type=FileInfo)
+        return typed.from_json(content, FileInfo)
     except MALFORMED as error:
         raise ValueError(f"its metadata is damaged: {error}") from error

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from job import typed
 from job.errors import CheckpointError
 from job.export.formats import FormatName, InputKind
 from job.model.pooling import Pooling
@@ -184,6 +185,6 @@ def listed_files(uri: str, content: bytes) -> list[str]:
         CheckpointError: it is damaged.
     """
     try:
-        return [entry.path for entry in msgspec.json.decode(content, type=_Listed).files]
+        return [entry.path for entry in typed.from_json(content, _Listed).files]
     except MALFORMED as error:
         raise CheckpointError(f"{uri} is damaged: {error}. Choose another --output.") from error

@@ -17,6 +17,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from job import typed
 from job.export import equality
 from job.export.manifest import ModelDescription
 from job.export.network import Array, Run, TrainedModel
@@ -82,7 +83,7 @@ def write_weights(model: TrainedModel, folder: Path, pixels: Tensor) -> tuple[li
 
 def runner(folder: Path, spec: ModelDescription) -> Run:
     """Load the files as their user would: with timm or torchvision, and torch alone."""
-    config = msgspec.json.decode((folder / CONFIG).read_bytes())
+    config = typed.from_json((folder / CONFIG).read_bytes())
     state = safetensors.torch.load_file(folder / FILE)
     widths = config["head"]["widths"] if "head" in config else []
     network: nn.Module

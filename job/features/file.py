@@ -11,6 +11,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from job import typed
 from job.data.index.file import Sha256
 from job.errors import DataError
 from job.storage.format_version import MALFORMED, format_version
@@ -73,7 +74,7 @@ class ChunkInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     f"{uri} has format {version}: a newer release of this package wrote it, this one reads format "
                     f"{FORMAT}. Choose another folder by --features.uri, or --features.use=never."
                 )
-            return msgspec.json.decode(text, type=cls)
+            return typed.from_json(text, cls)
         except MALFORMED as error:
             raise DamagedChunk(f"{uri} describes no features: {error}") from error
 

@@ -11,6 +11,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from job import typed
 from job.checkpoint.state import CALIBRATOR_KEY
 from job.errors import CheckpointError
 from job.model.selective import RiskCoverage
@@ -124,7 +125,7 @@ def read_fitted(saved: Mapping[str, Any], source: str, classes: int, task: TaskN
             "Install the version that wrote it, or predict with --calibrated=false."
         )
     try:
-        calibrator = msgspec.convert(entry, Calibrator)
+        calibrator = typed.from_builtins(entry, Calibrator)
         if (calibrator.method == "platt") != (task == "multilabel"):
             raise ValueError(f"its method {calibrator.method} is not that of a {task} network")
         if calibrator.scale and len(calibrator.scale) != classes:

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 from torch import Tensor
 
+from job import typed
 from job.errors import CheckpointError
 from job.model.pooling import Pooling
 from job.storage.tensor_file import printable
@@ -81,7 +82,7 @@ def decode_spec(saved: Any, source: str) -> ClassifierSpec:
             f"{FORMAT}. Install the version that wrote it, or a newer one."
         )
     try:
-        return msgspec.convert(saved, ClassifierSpec)
+        return typed.from_builtins(saved, ClassifierSpec)
     except (msgspec.ValidationError, RecursionError) as error:
         raise CheckpointError(
             f"{source} has an invalid description of its network: {printable(str(error))}. Use another checkpoint."

@@ -8,7 +8,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from job import storage
+from job import storage, typed
 from job.errors import DataError, StorageError, StorageOutage, WeightsError
 from job.model.spec import MAX_IMAGE_SIZE, Channels
 from job.storage.format_version import MALFORMED
@@ -104,12 +104,12 @@ def read_weights_config(weights: str) -> WeightsConfig | None:
 
 
 def _decode(uri: str, content: bytes) -> WeightsConfig | None:
-    nested = msgspec.json.decode(content, type=_Nested)
+    nested = typed.from_json(content, _Nested)
     images = nested.pretrained_cfg or nested.preprocessing
     if images is None:
         if nested.architecture is None:  # of another library: a field with one of these names may mean something else
             return None
-        images = msgspec.json.decode(content, type=_Images)  # the format of early versions of timm
+        images = typed.from_json(content, _Images)  # the format of early versions of timm
     size = images.image_size
     if images.input_size is not None and images.input_size[1] == images.input_size[2]:
         size = images.input_size[1]

@@ -19,7 +19,7 @@ import pytorch_lightning as pl
 from msgspec import Meta
 from pytorch_lightning.callbacks import Callback
 
-from job import storage
+from job import storage, typed
 from job.checkpoint.callback import Checkpointer
 from job.errors import CheckpointError, LeaseError, NewerFormatError, StorageError, StorageOutage
 from job.features.callback import FeatureCache
@@ -107,13 +107,13 @@ def _read(run_dir: str) -> list[Attempt]:
         return []
     try:
         content = read_limited(uri)
-        newest = max((record.format for record in msgspec.json.decode(content, type=list[Unversioned])), default=1)
+        newest = max((record.format for record in typed.from_json(content, list[Unversioned])), default=1)
         if newest > FORMAT:
             raise NewerFormatError(
                 f"{uri} was written by a newer version of job: it has format {newest}, this version reads formats up "
                 f"to {FORMAT}."
             )
-        return msgspec.json.decode(content, type=list[Attempt])
+        return typed.from_json(content, list[Attempt])
     except MALFORMED as error:
         raise CheckpointError(f"{uri} is damaged: {error}") from error
 

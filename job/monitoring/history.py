@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from job import typed
 from job.errors import CheckpointError
 from job.storage.format_version import MALFORMED
 
@@ -74,7 +75,7 @@ def decode(text: object) -> list[ValidationRecord]:
     if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
         raise CheckpointError(f"the checkpoint's history is no text of at most {MOST_CHARACTERS:,} characters")
     try:
-        records: list[ValidationRecord] = msgspec.json.decode(text, type=Records)
+        records: list[ValidationRecord] = typed.from_json(text, Records)
     except MALFORMED as error:
         raise CheckpointError(f"the checkpoint's history is damaged: {error}") from error
     return records

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from job import storage
+from job import storage, typed
 from job.cluster import ranks
 from job.data.index.file import load_index_info
 from job.data.index.store import local_index, publish_index
@@ -206,7 +206,7 @@ def read(folder: str, kind: Kind = "predictions") -> Work | None:
     if not storage.exists(uri):
         return None
     try:
-        work = msgspec.json.decode(read_limited(uri), type=Work)
+        work = typed.from_json(read_limited(uri), Work)
     except MALFORMED as error:
         raise DataError(f"{uri} is damaged: {error}. Choose another --output.") from error
     if work.format > FORMAT:

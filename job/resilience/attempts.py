@@ -14,7 +14,7 @@ from typing import Annotated
 
 import msgspec
 
-from job import storage
+from job import storage, typed
 from job.errors import EXIT_USER_ERROR, ConfigError, DataError, JobError, LeaseError, Preempted, RankLost, StorageError
 from job.process.periodic import call_within
 from job.process.signals import Stopped
@@ -75,7 +75,7 @@ def read(run_dir: str) -> Attempts | None:
                 f"{uri} is of format {version}, and this version of job reads formats up to {FORMAT}. Use the "
                 "version that wrote it, or a newer one."
             )
-        return msgspec.json.decode(content, type=Attempts)
+        return typed.from_json(content, Attempts)
     except MALFORMED as error:
         log.warning("%s is damaged (%s): the count of attempts without a new checkpoint is reset", uri, error)
         return None

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import msgspec
 
+from job import typed
 from job.errors import LeaseError
 from job.process.identity import ProcessId
 from job.storage.format_version import MALFORMED, format_version
@@ -50,5 +51,5 @@ def parse(uri: str, content: bytes) -> Holder | None:
                 f"{uri} has format {version}, and this version of the program reads formats up to {FORMAT}. Use the "
                 "version that wrote it, or choose another --run_dir."
             )
-        return msgspec.json.decode(content, type=Holder)
+        return typed.from_json(content, Holder)
     return None

@@ -19,6 +19,7 @@ import pytorch_lightning as pl
 import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback
 
+from job import typed
 from job.cluster import ranks
 from job.errors import EXIT_RETRY, ConfigError
 from job.process import logs, temporary
@@ -257,7 +258,7 @@ class Watchdog(Callback):
             key = f"pulse/{rank}"
             with contextlib.suppress(RuntimeError, OSError, ValueError):
                 if self._store is not None and self._store.check([key]):
-                    pulses[rank] = msgspec.json.decode(self._store.get(key), type=Pulse)
+                    pulses[rank] = typed.from_json(self._store.get(key), Pulse)
 
 
 def _stacks() -> str:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import msgspec
 
+from job import typed
+
 MALFORMED = (ValueError, RecursionError)
 """Exceptions of msgspec for content that is not JSON, nests too deep or does not have the expected type."""
 
@@ -32,4 +34,4 @@ def format_version(content: bytes, kind: type[Versioned] = Versioned) -> int:
     Raises:
         ValueError, RecursionError: it has none, or is no JSON object (:data:`MALFORMED`).
     """
-    return msgspec.json.decode(content, type=kind).format
+    return typed.from_json(content, kind).format

@@ -12,6 +12,7 @@ from types import TracebackType
 
 import msgspec
 
+from job import typed
 from job.errors import EXIT_PREEMPTED
 from job.process import logs
 from job.process.terminal import clean_lines, say
@@ -254,7 +255,7 @@ def _readable(line: str) -> str:
     """A line of a pod's log: of one that is JSON, time and message; unless this process logs JSON, too."""
     if line.startswith("{") and not logs.is_json():
         with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
-            record = msgspec.json.decode(line, type=_Record)
+            record = typed.from_json(line, _Record)
             warning = "" if record.severity in ("INFO", "DEBUG") else f"{record.severity}: "
             trace = f"\n{record.stack_trace}" if record.stack_trace else ""
             return f"{record.time[11:19]} {warning}{record.message}{trace}"

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from job import typed
 from job.errors import EXIT_PREEMPTED, EXIT_RETRY, EXIT_USER_ERROR, ConfigError
 from job.process.terminal import escape
 from job.submit.kubectl import Kubectl, NoSuchKind
@@ -354,6 +355,6 @@ def _workload(kubectl: Kubectl, run: str, kind: str, each: _Object) -> Workload:
 
 def _convert(content: Any, kind: type[_Type]) -> _Type:
     try:
-        return msgspec.convert(content, kind)
+        return typed.from_builtins(content, kind)
     except msgspec.ValidationError as error:
         raise ConfigError(f"kubectl printed something else than Kubernetes documents: {error}.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -12,6 +13,8 @@ from support import options, picture_files, run_well, write_files
 
 from job import storage
 from job.demo.gcs_server import create_bucket, free_port, gcs_server
+
+_FOLDERS = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -48,5 +51,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def run_dir(request: pytest.FixtureRequest) -> str:
-    """An empty folder of the bucket."""
-    return "gs://faults/" + re.sub(r"\W+", "-", request.node.name)
+    """An empty folder of the bucket, also where a test is run once more after a failure."""
+    name = re.sub(r"\W+", "-", request.node.name)
+    return f"gs://faults/{name}-{next(_FOLDERS)}"

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-from job import storage
+from job import storage, typed
 from job.data.index.access import OBJECT_STORES, leaves_folder, split_scheme
 from job.data.index.arrow_file import require_uncompressed
 from job.data.index.folder_state import FolderState
@@ -140,7 +140,7 @@ class IndexInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     f"{uri} has format {version}, written by an older release, this one reads format {FORMAT}. Make "
                     "it again by python -m job index."
                 )
-            return msgspec.json.decode(text, type=cls)
+            return typed.from_json(text, cls)
         except MALFORMED as error:
             raise DamagedIndex(f"{uri} is no index: {error}. Make it again by python -m job index.") from error
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 import pyarrow as pa
 
-from job import storage
+from job import storage, typed
 from job.cluster.shared_work import Failure, SharedTasks
 from job.data.index.access import Access
 from job.data.index.left_out import LeftOut, LeftOutKind
@@ -155,7 +155,7 @@ def help_to_list(job: bytes, shared: SharedTasks, cache_dir: str) -> None:
         shared: numbers of the tasks.
         cache_dir: see :class:`~job.data.index.sources.base.ListingContext`.
     """
-    settings = msgspec.msgpack.decode(job, type=_Job)
+    settings = typed.from_msgpack(job, _Job)
     tasks = settings.tasks
     context = ListingContext(
         [],
@@ -303,7 +303,7 @@ def _to_bytes(listed: Listed) -> bytes:
 
 
 def _from_bytes(content: bytes) -> Listed:
-    message = msgspec.msgpack.decode(content, type=_Message)
+    message = typed.from_msgpack(content, _Message)
     tables = []
     if message.rows:
         with pa.ipc.open_stream(message.rows) as reader:

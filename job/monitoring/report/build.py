@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from job import checkpoint, storage
+from job import checkpoint, storage, typed
 from job.checkpoint import confusion
 from job.checkpoint.confusion import Cells
 from job.checkpoint.initial import InitialWeights
@@ -183,7 +183,7 @@ def message_of(error: BaseException) -> str:
 def parse_configuration(text: str) -> dict[str, Any]:
     """The configuration as plain JSON values."""
     tree = yaml.safe_load(text)
-    plain = msgspec.json.decode(msgspec.json.encode(tree, enc_hook=str))
+    plain = typed.from_json(msgspec.json.encode(tree, enc_hook=str))
     return plain if isinstance(plain, dict) else {}
 
 
@@ -225,4 +225,4 @@ def _confusion_matrix(run_dir: str, manifest: Manifest | None, cells: Cells | No
     if manifest is None or cells is None or manifest.confusion is None:
         return None
     entry = confusion.as_json(cells, manifest.confusion.classes, checkpoint.confusion_uri(run_dir, manifest))
-    return msgspec.convert(entry, ConfusionMatrix)
+    return typed.from_builtins(entry, ConfusionMatrix)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from job import typed
 from job.checkpoint.initial import InitialWeights
 from job.errors import CheckpointError, NewerFormatError
 from job.monitoring.history import Records
@@ -513,13 +514,9 @@ class Report:
             bad_samples=tuple(content.bad_samples),
             images_per_second=content.train_images_per_second,
             seconds=content.seconds,
-            content=msgspec.json.decode(msgspec.json.encode(content)),
+            content=typed.from_json(msgspec.json.encode(content)),
             typed_content=content,
         )
-
-
-_DECODER = msgspec.json.Decoder(ReportContent)
-"""Not made in the threads that read several reports: msgspec 0.22 is not thread-safe at a type's first use."""
 
 
 def decode_report(uri: str, content: bytes) -> ReportContent:
@@ -538,7 +535,7 @@ def decode_report(uri: str, content: bytes) -> ReportContent:
             )
         if version == 1:
             return _from_format_1(content)
-        return _DECODER.decode(content)
+        return typed.from_json(content, ReportContent)
     except MALFORMED as error:
         raise CheckpointError(f"{uri} is damaged: {error}") from error
 
@@ -549,7 +546,7 @@ def _from_format_1(content: bytes) -> ReportContent:
     Its checkpoints had the ranking metric under its own name; ``updated``, ``attempt_count`` and ``seconds.recomputed``
     were ``finished``, ``starts`` and ``seconds.lost``.
     """
-    fields = msgspec.json.decode(content, type=dict[str, Any])
+    fields = typed.from_json(content, dict[str, Any])
     fields["updated"] = fields.pop("finished", "")
     if "starts" in fields:
         fields["attempt_count"] = fields.pop("starts")
@@ -565,7 +562,7 @@ def _from_format_1(content: bytes) -> ReportContent:
             if isinstance(entry, dict)
         }
     fields["checkpoints"] = checkpoints
-    return msgspec.convert(fields, ReportContent)
+    return typed.from_builtins(fields, ReportContent)
 
 
 def json_schema() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import msgspec
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from job import storage
+from job import storage, typed
 from job.checkpoint.settings import CheckpointSettings
 from job.cluster import ranks
 from job.data.datamodule import ImageDataModule, image_data
@@ -62,7 +62,7 @@ def report_of(trainer: pl.Trainer) -> Report:
     """The report of a fit that has ended, on every rank; called by all ranks together."""
     (writer,) = (c for c in trainer.callbacks if isinstance(c, ReportWriter))  # type: ignore[attr-defined]
     encoded = ranks.from_rank_zero(lambda: msgspec.json.encode(writer.content))
-    return Report.of(msgspec.json.decode(encoded, type=ReportContent))
+    return Report.of(typed.from_json(encoded, ReportContent))
 
 
 class ReportWriter(Callback):

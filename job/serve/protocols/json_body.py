@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import msgspec
 
+from job import typed
 from job.serve.errors import RequestError
 from job.storage.format_version import MALFORMED
 
@@ -28,7 +29,7 @@ def decode_json(body: bytes, kind: type[T], *, most_values: int) -> T:
     if body.count(b"{") + body.count(b"[") + body.count(b'"') // 2 > most_values:
         raise RequestError(413, f"the JSON holds more than {most_values} objects, arrays and strings.")
     try:
-        return msgspec.json.decode(body, type=kind)
+        return typed.from_json(body, kind)
     except msgspec.ValidationError as error:
         raise RequestError(400, f"the request is not valid: {str(error)[:500]}.") from None
     except MALFORMED as error:

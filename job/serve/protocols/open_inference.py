@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from job import typed
 from job.errors import DataError
 from job.predict.predictor import MultilabelPrediction, Prediction
 from job.serve.batching import Result
@@ -235,7 +236,7 @@ def _pixels(tensor: InferInput) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 def _data(tensor: InferInput, kind: Any) -> Any:
     try:
-        return msgspec.json.decode(tensor.data, type=kind)
+        return typed.from_json(tensor.data, kind)
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"data of {tensor.datatype} is not valid: {str(error)[:200]}.") from None
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
+from job import typed
 from job.data.index.embedded_images import open_parquet
 from job.data.index.sources.base import LONGEST_KEY
 from job.data.index.sources.columns import Columns
@@ -192,7 +193,7 @@ def _class_names(schema: pa.Schema, label: str) -> list[str]:
     if not content or len(content) > LARGEST_METADATA:
         return []
     try:
-        feature: Any = msgspec.json.decode(content)["info"]["features"][label]
+        feature: Any = typed.from_json(content)["info"]["features"][label]
         while "names" not in feature and "feature" in feature:  # a list of labels
             feature = feature["feature"]
         names = feature["names"]

@@ -13,6 +13,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.csv
 
+from job import typed
 from job.data.index.sources.base import is_image
 from job.data.index.sources.columns import NAMES, Columns, MissingColumn
 from job.data.index.sources.table_rows import ROWS, is_part, text_table
@@ -240,7 +241,7 @@ class _LineReader:
     """
 
     def __init__(self, line: type[msgspec.Struct], fields: dict[str, list[str]]) -> None:
-        self._decoder = msgspec.json.Decoder(line)
+        self._decoder = typed.decoder(line)
         self._fields = fields
 
     def read(self, content: bytes, row: int) -> tuple[pa.Table, int]:
@@ -297,7 +298,7 @@ def _line_reader(uri: str, content: bytes, columns: Columns, *, labelled: bool) 
 
 def _field_names(content: bytes) -> list[str]:
     """Names of the fields of some lines."""
-    decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+    decoder = typed.decoder(dict[str, msgspec.Raw])
     names: dict[str, None] = {}
     for number, line in enumerate(each for each in content.split(b"\n") if each.strip()):
         try:

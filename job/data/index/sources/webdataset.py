@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from job import typed
 from job.data.index.left_out import LeftOut
 from job.data.index.sources.archive import Member
 from job.data.index.sources.base import LONGEST_CLASS, MOST_LABELS, is_image
@@ -98,7 +99,7 @@ def parse_label(content: bytes, *, is_json: bool) -> Labels:
     try:
         if not is_json:
             return _checked(content.decode().strip())
-        value = msgspec.json.decode(content)
+        value = typed.from_json(content)
         if isinstance(value, dict):
             value = next((value[key] for key in LABEL_KEYS if key in value), None)
         if isinstance(value, list):
