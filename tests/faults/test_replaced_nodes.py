@@ -17,7 +17,7 @@ from job.monitoring import accounting
 
 pytestmark = pytest.mark.integration
 
-EPOCHS = 14
+EPOCHS = 10
 PACE = "[{class_path: saboteur.Pace, init_args: {seconds: 0.08}}]"
 
 
@@ -94,7 +94,7 @@ def test_nodes_that_are_replaced(tmp_path: Path) -> None:
     settings = {"trainer__max_epochs": EPOCHS, "trainer__callbacks": PACE, "checkpoint__every_n_steps": 2}
     with Nodes(tmp_path, *fit_options(run_dir, **settings)) as nodes:
         seconds = []
-        for replaced, times in ((1, 10), (0, 2)):
+        for replaced, times in ((1, 6), (0, 2)):
             survivor = nodes.jobs[1 - replaced].process.pid
             for count in range(times):
                 nodes.wait_for_epoch()

@@ -35,17 +35,23 @@ def test_the_demo_learns_by_transfer(demo: Path) -> None:
     assert report["metrics"]["val/accuracy"] >= 0.95
 
 
-@pytest.mark.long
 @pytest.mark.xdist_group("demo")
 def test_the_demo_without_pretrained_weights_is_far_less_accurate(demo: Path, tmp_path: Path) -> None:
-    """Trained for the same number of epochs."""
+    """After the first epoch, in which the backbone is frozen."""
     report = json.loads((demo / "runs" / "digits" / "report.json").read_text())
-    transfer = report["metrics"]["val/accuracy"]
-    settings = {"data.root": demo / "digits", "run_dir": tmp_path / "scratch", "model.weights": "none"}
+    first = report["history"][0]
+    assert first["epoch"] == 1
+    transfer = first["metrics"]["val/accuracy"]
+    settings = {
+        "data.root": demo / "digits",
+        "run_dir": tmp_path / "scratch",
+        "model.weights": "none",
+        "trainer.max_epochs": 1,
+    }
     run_well("fit", "--config", REPOSITORY / "job/recipes/demo.yaml", *options(settings), processes=2)
     scratch = json.loads((tmp_path / "scratch" / "report.json").read_text())["metrics"]["val/accuracy"]
     print(f"validation accuracy: transfer {transfer:.4f}, from scratch {scratch:.4f}")
-    assert scratch < transfer - 0.05
+    assert scratch < transfer - 0.3
 
 
 def archive() -> Path | None:
