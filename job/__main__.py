@@ -7,6 +7,7 @@ import traceback
 
 from job.errors import EXIT_INTERNAL_ERROR
 from job.process import log_format, signals
+from job.process.ending import end_process
 
 
 def main() -> None:
@@ -29,6 +30,8 @@ def main() -> None:
         cli.main()
     except SystemExit as ended:
         code = ended.code
+        if isinstance(code, int) and code:
+            end_process(code)
         raise
     finally:
         signals.end_at_once(code if isinstance(code, int) else int(code is not None))

@@ -56,9 +56,14 @@ def shared_memory(data: ImageDataModule) -> Iterator[Finding]:
         yield ok(SHARED_MEMORY, message)
 
 
-def cache_disk(data: ImageDataModule, features: FeatureSettings) -> Iterator[Finding]:
-    """Whether the node's cache can be used, and its disk holds what the options allow it."""
-    folder = data.cache_dir
+def cache_disk(data: ImageDataModule, folder: Path, features: FeatureSettings) -> Iterator[Finding]:
+    """Whether the node's cache can be used, and its disk holds what the options allow it.
+
+    Args:
+        data: the images.
+        folder: the cache that the options name; another check may replace that of ``data`` at the same time.
+        features: what of it they may take.
+    """
     if problem := cache_problem(folder):
         yield warn(
             CACHE_DISK,

@@ -92,6 +92,7 @@ def preflight(
 def _first_checks(config: ModelConfig, images: ImageDataModule, settings: FitSettings, folder: Path) -> list[Check]:
     """The checks that need no other one: of the run by rank 0, of the node by one rank, of the process by all."""
     run_dir, mend = settings.run_dir, access.RUN_DIR_MEND
+    cache = images.cache_dir
     uris = [uri for part in images.uris.values() for uri in part]
     checks = [Check(access.DATA, lambda: access.data_access(images), ACCESS_SECONDS, access.DATA_MEND, "fail")]
     if ranks.rank() == 0:
@@ -117,7 +118,7 @@ def _first_checks(config: ModelConfig, images: ImageDataModule, settings: FitSet
             Check(machine.SHARED_MEMORY, lambda: machine.shared_memory(images), 5.0, machine.SHM_MEND),
             Check(
                 machine.CACHE_DISK,
-                lambda: machine.cache_disk(images, settings.features),
+                lambda: machine.cache_disk(images, cache, settings.features),
                 5.0,
                 "Choose another folder by --data.cache_dir.",
             ),

@@ -125,6 +125,8 @@ class BackgroundCheckpointIO(CheckpointIO):
                 return value.value
             if isinstance(value, Path):
                 return str(value)
+            if isinstance(value, set):
+                return set(value)
             buffer = next(earlier, None)
             if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
                 buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
@@ -136,7 +138,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         described = checkpoint.get(CLASSIFIER_KEY, {})
         plain = {name: list(value) for name, value in described.items() if _is_plain_list(value)}
         shorter = {**checkpoint, CLASSIFIER_KEY: {**described, **dict.fromkeys(plain)}} if plain else checkpoint
-        copied: dict[str, Any] = apply_to_collection(shorter, (Tensor, np.generic, enum.Enum, Path), copy)
+        copied: dict[str, Any] = apply_to_collection(shorter, (Tensor, np.generic, enum.Enum, Path, set), copy)
         if plain:
             copied[CLASSIFIER_KEY] |= plain
         if any(buffer.is_pinned() for buffer in self._buffers):

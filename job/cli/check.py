@@ -12,8 +12,6 @@ from job.check.runner import are_unfinished
 from job.check.table import print_report
 from job.cli.training import TrainingCLI
 from job.cluster import ranks
-from job.errors import EXIT_USER_ERROR
-from job.process import logs
 from job.process.ending import end_process
 
 
@@ -32,13 +30,10 @@ def check(args: list[str]) -> None:
             print(dumps(loads(msgspec.json.encode(report)), indent=2))
         else:
             print_report(report)
-    message = _failures(report)
-    if are_unfinished():
-        if message:
-            logs.report(f"job: error: {message}")
-        end_process(EXIT_USER_ERROR if message else 0)
-    if message:
+    if message := _failures(report):
         raise ChecksFailed(message)
+    if are_unfinished():
+        end_process(0)
 
 
 def _failures(report: CheckReport) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from job.data.index.local_copy import materialise
 from job.data.index.sources import format_of
 from job.data.neighbours import Neighbours
 from job.errors import DataError, StorageError, StorageOutage
+from job.process.jitter import jittered
 from job.storage.checksums import TooLarge
 
 REQUESTS = storage.CONNECTIONS
@@ -259,7 +259,7 @@ class Fetcher:
                         raise
                 except StorageError as error:
                     return self._bad_sample(error, one.source, one.key, one.offset)
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                await asyncio.sleep(jittered(pause))
                 pause = min(pause * 2, 16.0)
 
     async def _hedged_request(self, one: Range) -> bytes:

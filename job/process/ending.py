@@ -11,7 +11,11 @@ from job.process import temporary
 
 
 def end_process(code: int) -> NoReturn:
-    """End the process now: threads and process groups of a failed run may wait forever."""
+    """End the process now, without Python's finalization, which would wait for threads or end some of them by an abort.
+
+    Threads and process groups of a failed run may wait forever. A daemon thread that comes back from a torch operation
+    while Python finalizes aborts the process: CPython 3.11 ends the thread within a C++ destructor.
+    """
     flush_output()
     temporary.remove_all()
     os._exit(code)

@@ -148,19 +148,25 @@ class StopSignals:
         if not self.active:
             return
         signal.set_wakeup_fd(self._wakeup_before)
+        outer = {getattr(handler, "__self__", None) for handler in self._before.values()}
+        for each in outer:
+            if isinstance(each, StopSignals) and self.first is not None:
+                each._continue(self, self.first)
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-            outer = getattr(handler, "__self__", None)
-            if isinstance(outer, StopSignals) and self.first is not None:
-                outer._continue(self)
-        self._received.clear()
         self._deadline = None
+        self._received = []
         os.close(self._writer)
 
-    def _continue(self, inner: StopSignals) -> None:
-        """Take over from an ``inner`` context: the first signal has been handled, and its deadline holds."""
-        self.first, self._received = inner.first, list(inner._received)
+    def _continue(self, inner: StopSignals, first: signal.Signals) -> None:
+        """Take over from an ``inner`` context: its ``first`` signal has been handled, and its deadline holds.
+
+        The inner context's thread may not have read the signal yet.
+        """
+        self.first, self._received = first, list(inner._received) or [first]
         self.grace, self._deadline = inner.grace, inner._deadline
+        if self._deadline is None and self.grace is not None:
+            self._deadline = time.monotonic() + self.grace
         os.write(self._writer, b"\0")  # wakes the thread, which then reads the deadline
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -187,7 +193,7 @@ class StopSignals:
             if not poll.poll(None if remaining is None else 1000 * remaining) and self._deadline is not None:
                 self._end(
                     f"could not stop cleanly within {self.grace or 0:.0f} s of the signal: {self.consequence}",
-                    self._received[0],
+                    next(iter(self._received), self.first or signal.SIGTERM),
                 )
             numbers = os.read(self._reader, 64)
             if not numbers:

@@ -7,11 +7,12 @@ or signatures changes; the tests of conditional writes and of verified reads not
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Mapping
 from typing import Any
 
 from fsspec.asyn import AsyncFileSystem, sync
+
+from job.process.jitter import jittered
 
 
 def gcs_call(fs: AsyncFileSystem, method: str, url: str, *args: Any, **options: Any) -> Any:
@@ -49,7 +50,7 @@ async def gcs_get(fs: AsyncFileSystem, path: str, **limits: int) -> tuple[Mappin
 
         if not is_retriable(error):
             raise
-        await asyncio.sleep(1 + random.random())  # as gcsfs does before its second attempt
+        await asyncio.sleep(jittered(2))  # between 1 and 2 s, as gcsfs before its second attempt
         received, content = await fs._call("GET", url, headers=headers)
     return received, content
 

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import logging
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from job.errors import DataError, JobError, StorageOutage
+from job.process.jitter import jittered
 from job.storage.bucket_settings import BucketSettings
 from job.storage.checksums import checksum_of
 from job.storage.errors import translate_errors
@@ -246,7 +246,7 @@ def retry(action: Callable[[], None], seconds: float, waiting: str) -> None:
             if pause == 0.5:
                 log.warning("%s: %s", waiting, error)
             pause = min(pause * 2, 16.0)
-            wait = pause * random.uniform(0.5, 1.0)
+            wait = jittered(pause)
             if time.monotonic() + wait > deadline:
                 raise
             time.sleep(wait)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import re
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from job.process.terminal import escape
 
 DATA_CLASSES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
 """Classes of records that training scripts save with the weights; unpickling them calls no code."""
+
+_LOADING = threading.Lock()
+"""Of the process: the classes that torch accepts and Python's filters of warnings are global."""
 
 
 def load_tensors(content: bytes, uri: str, *, error_type: type[JobError] = WeightsError) -> Any:
@@ -35,7 +39,11 @@ def load_tensors(content: bytes, uri: str, *, error_type: type[JobError] = Weigh
         if uri.endswith(".safetensors"):
             return safetensors.torch.load(content)
         _require_bounded(content)
-        with torch.serialization.safe_globals(DATA_CLASSES), warnings.catch_warnings(action="ignore"):
+        with (
+            _LOADING,
+            torch.serialization.safe_globals(DATA_CLASSES),
+            warnings.catch_warnings(action="ignore"),
+        ):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise errors of any class
         raise error_type(f"{uri} cannot be loaded safely: {_reason(error)}") from error

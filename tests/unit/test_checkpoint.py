@@ -194,3 +194,13 @@ def test_a_checkpoint_that_lightning_would_migrate_is_refused(version: str | Non
     require_lightning_version("a.ckpt", {"pytorch-lightning_version": "2.0.0"})
     with pytest.raises(CheckpointError, match="pytorch-lightning_version"):
         require_lightning_version("a.ckpt", {"pytorch-lightning_version": version})
+
+
+def test_a_set_that_training_changes_is_saved_as_it_was(tmp_path: Path) -> None:
+    io = BackgroundCheckpointIO(upload_seconds=5)
+    seen = set(range(300_000))
+    uri = str(tmp_path / "checkpoints" / "epoch=000-step=00000001.ckpt")
+    io.save_checkpoint({**state(1), "callbacks": {"Seen": {"seen": seen}}}, uri)
+    seen.clear()
+    io.wait()
+    assert checkpoint.load(uri)["callbacks"]["Seen"]["seen"] == set(range(300_000))

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from cli.options import GOLDEN, command_line, option_names, type_name
-from support import REPOSITORY, run_well
+from support import REPOSITORY, environment, run_well
 
 from job.cli.known_options import FILE, require_known_options
 from job.errors import ConfigError
@@ -45,3 +48,26 @@ def test_a_misspelt_option_is_refused_before_anything_is_imported(args: list[str
 
 def test_types_are_written_alike_whatever_typing_has_cached() -> None:
     assert type_name(int | float | None) == type_name(float | int | None) == "float | int | null"
+
+
+THREAD_IN_TORCH = """
+import sys, threading, torch
+torch.set_num_threads(1)
+image = torch.zeros(1, 3, 600, 600, dtype=torch.uint8)
+def resize():
+    while True:
+        torch.nn.functional.interpolate(image, size=(160, 160), mode="bilinear", antialias=True)
+threading.Thread(target=resize, daemon=True).start()
+sys.argv = ["job", "fitt"]
+from job.__main__ import main
+main()
+"""
+
+
+def test_a_thread_that_still_computes_does_not_change_the_exit_code() -> None:
+    """Where Python finalizes while a thread is within torch, the process aborts with 134."""
+    command = [sys.executable, "-c", THREAD_IN_TORCH]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2, ended.stderr
+    assert "unknown command 'fitt'" in ended.stderr
+    assert "terminate called" not in ended.stderr

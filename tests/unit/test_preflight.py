@@ -495,7 +495,7 @@ def test_small_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert statuses(list(machine.shared_memory(few))) == {"shared_memory": "ok"}
     many = ImageDataModule(root="s3://bucket/data", num_workers=16, global_batch_size=64)
     assert statuses(list(machine.shared_memory(many))) == {"shared_memory": "warn"}
-    (cache,) = machine.cache_disk(augmented, FeatureSettings())
+    (cache,) = machine.cache_disk(augmented, augmented.cache_dir, FeatureSettings())
     assert cache.status == "warn" and "of 20 GB" in cache.message
     assert machine.temporary_disk(100 << 20).status == "fail"
     assert machine.temporary_disk(1 << 20).status == "warn"
@@ -503,9 +503,13 @@ def test_small_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.temporary_disk(1 << 20).status == "ok"
 
 
-def test_a_cache_that_cannot_be_used(colours: Path) -> None:
-    (finding,) = machine.cache_disk(ImageDataModule(root=str(colours), cache_dir="/proc/cache"), FeatureSettings())
+def test_a_cache_that_cannot_be_used(colours: Path, tmp_path: Path) -> None:
+    """Also where the listing, at the same time, has chosen another one."""
+    outcome, report = checked(data__root=colours, run_dir=tmp_path / "run", data__cache_dir="/proc/cache")
+    assert outcome.returncode == 0, outcome.output
+    (finding,) = (each for each in report.findings if each.check == "cache_disk")
     assert finding.status == "warn"
+    assert "/proc/cache cannot be the cache" in finding.message
 
 
 @pytest.mark.parametrize(("limit", "status"), [(256, "fail"), (1000, "warn"), (2048, "ok"), (1 << 20, "ok")])

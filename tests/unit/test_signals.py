@@ -93,6 +93,25 @@ with StopSignals(20):
     assert start(code).wait(10) == 130
 
 
+def test_the_deadline_of_an_inner_context_holds_in_the_outer_one() -> None:
+    """Also where the inner one ends before its thread has seen the signal."""
+    code = """
+import os, signal, time
+from job.process.signals import Stopped, StopSignals
+print("ready", flush=True)
+with StopSignals(None):
+    try:
+        with StopSignals(0.5):
+            os.kill(os.getpid(), signal.SIGTERM)
+    except Stopped:
+        time.sleep(60)
+"""
+    for process in [start(code) for _ in range(5)]:
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == 143
+        assert errors.startswith("job: could not stop cleanly within 0 s of the signal")
+
+
 @pytest.mark.parametrize("seconds", [0.4, 1.5])
 def test_a_ctrl_c_during_the_imports(seconds: float) -> None:
     process = subprocess.Popen(
