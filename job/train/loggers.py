@@ -86,8 +86,13 @@ class TolerantLogger(Logger):
         self._try(self.inner.after_save_checkpoint, checkpoint_callback)
 
     def finalize(self, status: str) -> None:
-        """Close the logger."""
+        """Close the logger.
+
+        W&B ends its run by :mod:`atexit`, without which a process that has failed or was stopped ends.
+        """
         self._try(self.inner.finalize, status)
+        if isinstance(self.inner, WandbLogger) and status != "success":
+            self._try(lambda: self.inner.experiment.finish(exit_code=1))  # type: ignore[attr-defined]
 
     def _try(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._failed:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from support import TINY, fit_here, options, picture_files, run_here, scalars, write_files
 
 from job.errors import ConfigError
@@ -129,3 +129,29 @@ def test_of_a_run_in_a_bucket_they_lie_in_a_local_folder_that_is_named(
     monkeypatch.setattr(loggers, "FOLDER", "file")
     with pytest.raises(ConfigError, match="cannot be created"):
         additional_loggers("csv", "memory://bucket/run7")
+
+
+class Wandb(WandbLogger):
+    """The logger of W&B with a run that is a stand-in: its package is not installed."""
+
+    def __init__(self) -> None:
+        self.codes: list[int] = []
+
+    @property
+    def experiment(self) -> Any:
+        return self
+
+    def finish(self, exit_code: int) -> None:
+        self.codes.append(exit_code)
+
+    def finalize(self, status: str) -> None:
+        pass
+
+
+def test_a_run_of_wandb_is_ended_where_the_process_ends_without_atexit() -> None:
+    inner = Wandb()
+    logger = TolerantLogger(inner)
+    logger.finalize("success")
+    assert inner.codes == []
+    logger.finalize("failed")
+    assert inner.codes == [1]
