@@ -148,10 +148,10 @@ class StopSignals:
         if not self.active:
             return
         signal.set_wakeup_fd(self._wakeup_before)
-        outer = {getattr(handler, "__self__", None) for handler in self._before.values()}
-        for each in outer:
-            if isinstance(each, StopSignals) and self.first is not None:
-                each._continue(self, self.first)
+        owners = (getattr(handler, "__self__", None) for handler in self._before.values())
+        outer = next((owner for owner in owners if isinstance(owner, StopSignals)), None)
+        if outer is not None and self.first is not None:
+            outer._continue(self, self.first)
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._deadline = None

@@ -21,7 +21,7 @@ DATA_CLASSES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argpa
 """Classes of records that training scripts save with the weights; unpickling them calls no code."""
 
 _LOADING = threading.Lock()
-"""Of the process: the classes that torch accepts and Python's filters of warnings are global."""
+"""Held while a file is loaded: the classes that torch accepts and Python's filters of warnings are global."""
 
 
 def load_tensors(content: bytes, uri: str, *, error_type: type[JobError] = WeightsError) -> Any:
