@@ -7,7 +7,6 @@ import traceback
 
 from job.errors import EXIT_INTERNAL_ERROR
 from job.process import log_format, signals
-from job.process.ending import end_process
 
 
 def main() -> None:
@@ -15,6 +14,7 @@ def main() -> None:
     signals.end_at_once()
     try:
         from job import cli
+        from job.process.ending import end_process
     except Exception as error:
         message = (
             f"job: cannot start: {type(error).__name__}: {error}. Is the package installed completely? pip install ."
@@ -30,11 +30,11 @@ def main() -> None:
         cli.main()
     except SystemExit as ended:
         code = ended.code
-        if isinstance(code, int) and code:
-            end_process(code)
         raise
     finally:
         signals.end_at_once(code if isinstance(code, int) else int(code is not None))
+        if isinstance(code, int) and code:
+            end_process(code)
 
 
 if __name__ == "__main__":

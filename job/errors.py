@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+
 from job.redact import redact
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of the operating system for a disk, or a user's share of it, that is full."""
 
 EXIT_USER_ERROR = 2
 """A mistake that a retry cannot fix: configuration, data, permissions.

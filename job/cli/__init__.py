@@ -17,7 +17,6 @@ from job.cluster.environment import require_ranks
 from job.errors import EXIT_INTERNAL_ERROR, EXIT_INTERRUPTED, EXIT_USER_ERROR, ConfigError, JobError, Preempted
 from job.process import logs, temporary
 from job.process.descendants import kill_descendants
-from job.process.ending import flush_output
 from job.process.signals import Stopped, StopSignals
 from job.train.errors import translated
 
@@ -84,7 +83,6 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> None:
     """Run one command, and exit by the table of exit codes: 2 with one message for a user's mistake."""
     if code := run(sys.argv[1:] if argv is None else argv):
-        flush_output()
         sys.exit(code)
 
 

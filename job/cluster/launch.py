@@ -15,7 +15,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.cluster import ranks
 from job.cluster.environment import Node, find_node, ignored_variables
 from job.cluster.outcomes import FAILED, FINISHED, LOST, REPLACED
 from job.cluster.rank_process import end_ranks, mistakes, run_check, run_rank, start_fork_server
@@ -32,7 +31,6 @@ from job.errors import (
 from job.process import signals, temporary
 from job.process.cpus import available_cpus
 from job.process.descendants import kill_descendants
-from job.process.ending import end_process
 
 if TYPE_CHECKING:
     from job.cluster.rounds import Round, Rounds
@@ -90,9 +88,7 @@ def launch(
     log.setLevel(logging.INFO)  # where RANK counts nodes, all but the first would be silent
     log.info("%s", node)
     if node.platform == "torchrun worker":
-        if (code := run(args)) and ranks.world_size() > 1:
-            end_process(code)
-        return code
+        return run(args)
     if ignored := ignored_variables(os.environ):
         log.warning("%s: not used; the launcher reads only the variables in launch --help", ", ".join(ignored))
     processes = node.processes or _gpus() or 1

@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import google_crc32c
 
 from job.data.cache_table import Place, Table
+from job.errors import DISK_FULL
 from job.process.file_lock import lock_exclusively
-from job.storage.local_cache import DISK_FULL, locked, open_regular, private_folder
+from job.storage.local_cache import locked, open_regular, private_folder
 
 log = logging.getLogger(__name__)
 

@@ -16,13 +16,8 @@ def end_process(code: int) -> NoReturn:
     Threads and process groups of a failed run may wait forever. A daemon thread that comes back from a torch operation
     while Python finalizes aborts the process: CPython 3.11 ends the thread within a C++ destructor.
     """
-    flush_output()
-    temporary.remove_all()
-    os._exit(code)
-
-
-def flush_output() -> None:
-    """Flush stdout and stderr, if they are still open."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a pipe or terminal that is gone
             stream.flush()
+    temporary.remove_all()
+    os._exit(code)

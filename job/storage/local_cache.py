@@ -12,12 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from job.errors import StorageError
+from job.errors import DISK_FULL, StorageError
 from job.process.file_lock import lock_exclusively
 
 log = logging.getLogger(__name__)
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SMALL_FILE = 4096
 
 

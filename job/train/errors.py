@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from yaml.representer import RepresenterError
 
 from job.cluster import ranks
-from job.errors import ConfigError, DeviceError, JobError, StorageError
-from job.storage.local_cache import DISK_FULL
+from job.errors import DISK_FULL, ConfigError, DeviceError, JobError, StorageError
 
 log = logging.getLogger(__name__)
 

@@ -64,10 +64,21 @@ main()
 """
 
 
-def test_a_thread_that_still_computes_does_not_change_the_exit_code() -> None:
+SIGNAL_AT_THE_END = """
+import os, signal, sys
+from job.process import temporary
+temporary.remove_all = lambda: os.kill(os.getpid(), signal.SIGTERM)
+sys.argv = ["job", "fitt"]
+from job.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("code", [THREAD_IN_TORCH, SIGNAL_AT_THE_END], ids=["thread", "signal"])
+def test_what_happens_while_a_process_ends_does_not_change_its_exit_code(code: str) -> None:
     """Where Python finalizes while a thread is within torch, the process aborts with 134."""
-    command = [sys.executable, "-c", THREAD_IN_TORCH]
-    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2, ended.stderr
     assert "unknown command 'fitt'" in ended.stderr
     assert "terminate called" not in ended.stderr
+    assert "while starting" not in ended.stderr

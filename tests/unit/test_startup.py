@@ -137,7 +137,7 @@ def test_load_and_predict_import_no_lightning(tmp_path: Path) -> None:
 def test_launch_imports_torchrun_alone() -> None:
     packages = imported("launch", "checkpoints", "ls", "/nowhere", code=2, LAUNCH_PROCESSES="1")
     assert "torch" in packages
-    assert not packages & {*LIGHTNING, "torchvision", "jsonargparse", "gcsfs", "pyarrow"}
+    assert not packages & {*LIGHTNING, "torchvision", "jsonargparse", "fsspec", "pyarrow"}
 
 
 def test_the_first_line_comes_before_the_slow_imports(tmp_path: Path) -> None:
