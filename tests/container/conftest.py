@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.container)
-            item.add_marker(pytest.mark.timeout(1800))
+            item.add_marker(pytest.mark.timeout(3600))
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
@@ -67,7 +67,7 @@ def image(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "--label=org.opencontainers.image.revision=abc",
         f"--file={dockerfile}",
     ]
-    podman.call("buildah", "bud", *options, *words, f"--tag={IMAGE}", REPOSITORY, timeout=1500)
+    podman.call("buildah", "bud", *options, *words, f"--tag={IMAGE}", REPOSITORY, timeout=2700)
     yield IMAGE
     podman("image", "rm", "--force", IMAGE)
 
@@ -76,9 +76,9 @@ def stand_in(podman: Podman, name: str, folder: Path) -> None:
     """Make an image of Debian with Python."""
     root = folder / "root"
     packages = "ca-certificates,python3,python3-pip,python3-venv"
-    podman.call("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", root, timeout=600)
+    podman.call("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", root, timeout=1200)
     (root / "usr/lib/python3.11/EXTERNALLY-MANAGED").unlink()  # the official image lets pip work, too
-    podman.call("sh", "-c", f"tar -C {root} -c . | podman import - {name}", timeout=300)
+    podman.call("sh", "-c", f"tar -C {root} -c . | podman import - {name}", timeout=600)
     shutil.rmtree(root)
 
 

@@ -24,10 +24,10 @@ class Podman:
 
     environment: dict[str, str]
 
-    def __call__(self, *words: object, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def __call__(self, *words: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return self.call("podman", *words, check=check, timeout=timeout)
 
-    def call(self, *words: object, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def call(self, *words: object, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run a command; with ``check``, fail the test with its output if it fails."""
         line = [str(word) for word in words]
         result = subprocess.run(line, capture_output=True, text=True, env=self.environment, timeout=timeout)
@@ -87,7 +87,7 @@ class Cluster:
             command = [expanded(word, environment) for word in container["command"]]
             flags += [f"--entrypoint={json.dumps(command)}"]
         self.started.append(hostname)
-        self.podman("run", "--detach", *flags, self.image, *container.get("args", []))
+        self.podman("run", "--detach", "--replace", *flags, self.image, *container.get("args", []))
         return hostname
 
     def remove(self, name: str) -> None:
@@ -99,7 +99,7 @@ class Cluster:
         result = self.podman("logs", name, check=False)
         return result.stdout + result.stderr
 
-    def wait_for(self, name: str, text: str, seconds: float = 240) -> None:
+    def wait_for(self, name: str, text: str, seconds: float = 900) -> None:
         """Wait until the container has printed ``text``."""
         deadline = time.monotonic() + seconds
         while text not in (log := self.log(name)):
@@ -108,6 +108,6 @@ class Cluster:
             assert state == "running" or text in self.log(name), f"{name} is {state}:\n{self.log(name)}"
             time.sleep(0.5)
 
-    def exit_code(self, name: str, seconds: float = 300) -> int:
+    def exit_code(self, name: str, seconds: float = 900) -> int:
         """Wait for the container to exit; return its exit code."""
         return int(self.podman("wait", name, timeout=seconds).stdout)

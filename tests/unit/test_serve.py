@@ -552,12 +552,16 @@ def test_draining_finishes_what_was_accepted() -> None:
 
 
 def test_the_access_log_has_no_data_of_clients(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    def logged() -> list[logging.LogRecord]:
+        return [record for record in caplog.records if record.name == "job.serve.access_log"]
+
     with caplog.at_level(logging.INFO, "job.serve"):
         server.client.post("/predict?token=hunter2", content=PICTURES[0], headers={"authorization": "Bearer hunter2"})
         server.client.get("/secret-path-hunter2")
         server.client.get("/v2/health/ready")
         server.client.request("HUNTER2", "/predict")
-    records = [record for record in caplog.records if record.name == "job.serve.access_log"]
+        wait_for(lambda: len(logged()) == 3)  # a request is logged after the client has its answer
+    records = logged()
     assert [record.getMessage().rsplit(" ", 2)[0] for record in records] == [
         "POST /predict 200",
         "GET other 404",
