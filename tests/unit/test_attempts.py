@@ -82,7 +82,7 @@ def test_an_outage_does_not_delay_the_end(
 ) -> None:
     before, answered = attempts.begin(str(tmp_path), 7, "a"), threading.Event()
     monkeypatch.setattr(attempts, "WRITE_SECONDS", 0.1)
-    monkeypatch.setattr(storage, "write_bytes", lambda *_: answered.wait(20))
+    monkeypatch.setattr(storage, "write_bytes", lambda *_: answered.wait(300))
     with (
         caplog.at_level("INFO"),
         pytest.raises(StorageOutage),
