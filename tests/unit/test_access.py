@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import json
 import threading
+import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -327,17 +328,18 @@ def test_a_saved_index_is_bound_to_the_same_rules(tmp_path: Path) -> None:
 
 def test_a_runs_index_reads_what_the_command_line_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(write_files(tmp_path / "data", picture_files(["blue", "red"], 6)))
-    monkeypatch.setattr(ImageDataModule, "_run_dir", lambda self: "memory://access/run")
+    run_dir = f"memory://{uuid.uuid4().hex}/run"
+    monkeypatch.setattr(ImageDataModule, "_run_dir", lambda self: run_dir)
 
     def start() -> None:
         ImageDataModule(root=root, cache_dir=str(tmp_path / "cache")).setup("fit")
 
     start()
-    (entry,) = [file for file in storage.list_files("memory://access/run") if file.key.endswith(".json")]
-    info = json.loads(storage.read_bytes(f"memory://access/run/{entry.key}"))
+    (entry,) = [file for file in storage.list_files(run_dir) if file.key.endswith(".json")]
+    info = json.loads(storage.read_bytes(f"{run_dir}/{entry.key}"))
     start()
     for uri, reason in (("/etc", "is a local file"), ("http://169.254.169.254/x", "link-local")):
         info["sources"][0]["uri"] = uri
-        storage.write_text(f"memory://access/run/{entry.key}", json.dumps(info))
+        storage.write_text(f"{run_dir}/{entry.key}", json.dumps(info))
         with pytest.raises(DataError, match=reason):
             start()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import cells_of
 
@@ -276,7 +276,7 @@ def test_warm_up_is_no_low_learning_rate() -> None:
     milestones=st.sampled_from([(), (5, 10), (0,), (1000,)]),
     skewed=st.booleans(),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 def test_a_healthy_run_gets_no_advice(
     seed: int, epochs: int, classes: int, val_images: int, milestones: tuple[int, ...], skewed: bool
 ) -> None:

@@ -14,6 +14,12 @@ from job.process.signals import Stopped
 from job.resilience import attempts
 
 
+@pytest.fixture(autouse=True)
+def patience_with_a_slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk to which other programs write a lot takes longer than the end of a run waits for it."""
+    monkeypatch.setattr(attempts, "WRITE_SECONDS", 300.0)
+
+
 def start(run_dir: Path, error: BaseException | None, step: int = 7, configuration: str = "a") -> None:
     before = attempts.begin(str(run_dir), step, configuration)
     if error is None:
@@ -82,7 +88,7 @@ def test_an_outage_does_not_delay_the_end(
 ) -> None:
     before, answered = attempts.begin(str(tmp_path), 7, "a"), threading.Event()
     monkeypatch.setattr(attempts, "WRITE_SECONDS", 0.1)
-    monkeypatch.setattr(storage, "write_bytes", lambda *_: answered.wait(20))
+    monkeypatch.setattr(storage, "write_bytes", lambda *_: answered.wait(300))
     with (
         caplog.at_level("INFO"),
         pytest.raises(StorageOutage),

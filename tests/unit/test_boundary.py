@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import index_of, index_parts, picture, read, tar_of, write_files, zip_of
 
@@ -490,7 +490,7 @@ keys = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(keys, min_size=4, max_size=40, unique=True))
 def test_a_folder_its_archives_and_its_table_agree(tmp_path_factory: pytest.TempPathFactory, listed: list[str]) -> None:
     folder = tmp_path_factory.mktemp("alike")

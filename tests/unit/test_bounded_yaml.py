@@ -8,7 +8,7 @@ import time
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from job.config import bounded_yaml
@@ -79,10 +79,10 @@ PIECES += [
     ],
 )
 def test_refused(text: str, message: str) -> None:
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(yaml.YAMLError, match=message):
         bounded_yaml.load(text)
-    assert time.process_time() - start < 5
+    assert time.thread_time() - start < 5
 
 
 def test_ordinary_documents() -> None:
@@ -90,7 +90,7 @@ def test_ordinary_documents() -> None:
     assert bounded_yaml.load(text) == yaml.safe_load(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=30))
 def test_any_document_gives_a_value_or_a_yaml_error(pieces: list[str]) -> None:
     with contextlib.suppress(yaml.YAMLError):

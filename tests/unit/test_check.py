@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from pathlib import Path
 
 import pytest
@@ -129,9 +130,10 @@ def test_rights_to_run_dir(method: str, accepted: bool, colours: Path, monkeypat
         raise PermissionError("denied")
 
     monkeypatch.setattr(MemoryFileSystem, method, refuse)
+    run_dir = f"memory://{uuid.uuid4().hex}/run"
     if accepted:
-        checked(str(colours), "memory://rights/run")
-        assert len(storage.list_files("memory://rights/run")) == 1
+        checked(str(colours), run_dir)
+        assert len(storage.list_files(run_dir)) == 1
         return
-    with pytest.raises(StorageError, match="memory://rights/run"):
-        checked(str(colours), "memory://rights/run")
+    with pytest.raises(StorageError, match=run_dir):
+        checked(str(colours), run_dir)

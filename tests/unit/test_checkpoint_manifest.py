@@ -168,7 +168,7 @@ def test_confusion_matrices_lie_beside_their_checkpoint(run_dir: str) -> None:
     assert not path.exists()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_confusion_files_that_agree_with_their_manifest_may_hold_anything(data: st.DataObject) -> None:
     intact = confusion.encode(cells_of([[4, 1], [0, 3]]))

@@ -77,7 +77,7 @@ main()
 @pytest.mark.parametrize("code", [THREAD_IN_TORCH, SIGNAL_AT_THE_END], ids=["thread", "signal"])
 def test_what_happens_while_a_process_ends_does_not_change_its_exit_code(code: str) -> None:
     """Where Python finalizes while a thread is within torch, the process aborts with 134."""
-    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2, ended.stderr
     assert "unknown command 'fitt'" in ended.stderr
     assert "terminate called" not in ended.stderr

@@ -396,14 +396,14 @@ def test_a_damaged_file_raises_nothing_but_data_errors(file_format: str, mode: s
     intact = encoded(in_mode(mode), file_format, **options)
     assert decode(intact).shape == (3, 48, 64)
     rng = random.Random(f"{file_format} {mode}")
-    refused, began = 0, time.monotonic()
+    refused, began = 0, time.thread_time()
     for _ in range(60):
         try:
             decode(damaged(intact, rng), rng.choice([0, 8]), 1_000_000)
         except DataError:
             refused += 1
     assert refused
-    assert time.monotonic() - began < 30
+    assert time.thread_time() - began < 30
 
 
 def test_large_or_malformed_metadata_does_not_hide_an_image() -> None:

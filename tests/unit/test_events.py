@@ -225,14 +225,14 @@ def test_nothing_is_published_without_the_lease(bucket: str, tmp_path: Path) -> 
 
 def test_a_bucket_that_hangs_does_not_block_the_end(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     answered = threading.Event()
+    answers: list[bool] = []
     monkeypatch.setattr("job.monitoring.tensorboard.logger.CLOSE_SECONDS", -9.5)
-    monkeypatch.setattr(storage, "write_bytes", lambda *_: answered.wait(20))
+    monkeypatch.setattr(storage, "write_bytes", lambda *_: answers.append(answered.wait(300)))
     logger = BucketTensorBoardLogger(bucket)
     logger.log_metrics({"a": 1.0}, 0)
-    began = time.monotonic()
     with pytest.raises(StorageOutage, match=r"are kept in .*job-tensorboard"):
         logger.finalize("success")
-    assert time.monotonic() - began < 15
+    assert not answers
     temporary.remove_all()
     assert logger._files is not None
     assert logger._files.complete()

@@ -6,7 +6,9 @@ import functools
 import os
 import resource
 import signal
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -241,6 +243,15 @@ def test_an_upload_that_fails_ends_the_computation(
     def refused(store: FeatureStore, chunk: int, before_write: object) -> None:
         raise StorageError("no permission")
 
+    class Uploads(ThreadPoolExecutor):
+        """Uploads that end before the next chunk is computed, however late their thread gets a CPU."""
+
+        def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+            upload: Future[Any] = super().submit(*args, **kwargs)
+            wait([upload], timeout=60)
+            return upload
+
+    monkeypatch.setattr("job.features.compute.ThreadPoolExecutor", Uploads)
     monkeypatch.setattr("job.features.store.CHUNK_SAMPLES", 4)
     monkeypatch.setattr(FeatureStore, "publish", refused)
     chunks = computed_chunks(monkeypatch)

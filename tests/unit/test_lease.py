@@ -7,8 +7,10 @@ import json
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import msgspec
@@ -36,15 +38,25 @@ def run_dir(tmp_path: Path) -> str:
 
 @pytest.fixture
 def advance(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Function that advances the clock of all leases, as a pause of the process does."""
-    offset = 0.0
+    """Function that advances the clock of all leases, as a pause of the process does.
+
+    Otherwise the clock stands still, except in a wait for a lease: on a slow disk one may expire while it is renewed.
+    """
+    now = 0.0
 
     def jump(seconds: float) -> None:
-        nonlocal offset
-        offset += seconds
+        nonlocal now
+        now += seconds
 
-    monkeypatch.setattr(module, "_clock", lambda: time.monotonic() + offset)
+    monkeypatch.setattr(module, "_clock", lambda: now)
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=jump))
     return jump
+
+
+@pytest.fixture
+def frequent_renewals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renew a lease of 60 s ten times per second, so that another job need not wait long for a renewal."""
+    monkeypatch.setattr(module, "RENEWALS", 600)
 
 
 def stop_renewals(lease: Lease) -> None:
@@ -57,11 +69,12 @@ def holder_of(uri: str) -> Holder:
     return msgspec.json.decode(storage.read_bytes(uri), type=Holder)
 
 
+@pytest.mark.usefixtures("frequent_renewals")
 def test_a_lease_is_held_by_one_attempt(run_dir: str) -> None:
-    first, second = Lease(run_dir, seconds=1), Lease(run_dir, seconds=1)
+    first, second = Lease(run_dir, seconds=60), Lease(run_dir, seconds=60)
     first.acquire()
     with pytest.raises(LeaseError, match=r"another job is writing to .*rank 0 is process"):
-        second.acquire()
+        Lease(run_dir, seconds=1).acquire()  # the lifetime of the holder's lease counts
     first.raise_if_lost()
     first.require_held()
     first.release()
@@ -70,27 +83,34 @@ def test_a_lease_is_held_by_one_attempt(run_dir: str) -> None:
     assert list(Path(run_dir).iterdir()) == []
 
 
+@pytest.mark.usefixtures("frequent_renewals")
 @pytest.mark.parametrize("run_id", ["job", "none"])
 def test_the_same_run_id_does_not_share_a_lease(run_dir: str, run_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29400")
-    first, second = Lease(run_dir, seconds=1), Lease(run_dir, seconds=1)
+    first, second = Lease(run_dir, seconds=60), Lease(run_dir, seconds=1)
     first.acquire()
     with pytest.raises(LeaseError, match="another job"):
         second.acquire()
     first.release()
 
 
-def test_one_of_several_waiting_processes_takes_an_expired_lease(run_dir: str) -> None:
-    dead = Lease(run_dir, seconds=1)
+@pytest.mark.usefixtures("frequent_renewals")
+def test_one_of_several_waiting_processes_takes_an_expired_lease(
+    run_dir: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    offset = 0.0
+    monkeypatch.setattr(module, "_clock", lambda: time.monotonic() + offset)
+    caplog.set_level(logging.INFO)
+    dead = Lease(run_dir, seconds=60)
     dead.acquire()
     stop_renewals(dead)
     winners: list[Lease] = []
     refused: list[LeaseError] = []
 
     def start() -> None:
-        lease = Lease(run_dir, seconds=1)
+        lease = Lease(run_dir, seconds=60)
         try:
             lease.acquire()
             winners.append(lease)
@@ -100,6 +120,11 @@ def test_one_of_several_waiting_processes_takes_an_expired_lease(run_dir: str) -
     threads = [threading.Thread(target=start) for _ in range(6)]
     for thread in threads:
         thread.start()
+    deadline = time.monotonic() + 60
+    while caplog.text.count("waiting up to 60 s for a renewal") < 6:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    offset = 61.0
     for thread in threads:
         thread.join()
     assert (len(winners), len(refused)) == (1, 5)
@@ -182,12 +207,13 @@ def test_an_unexpected_error_in_the_thread_is_logged_and_ends_the_run(
     lease.acquire()
     with monkeypatch.context() as fault:
         fault.setattr(conditional, "write_if", lambda *_: 1 / 0)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         with pytest.raises(LeaseExpired, match="division by zero"):
             while time.monotonic() < deadline:
                 lease.raise_if_lost()
                 time.sleep(0.02)
     assert caplog.text.count("Traceback") == 1
+    stop_renewals(lease)  # on a slow disk one in progress could keep the next one waiting for longer than 0.4 s
     lease._renew()  # works again
     lease.raise_if_lost()
     lease.release()
@@ -211,9 +237,10 @@ def test_an_unexpected_error_in_the_thread_is_logged_and_ends_the_run(
         b"x" * 100_000,
     ],
 )
+@pytest.mark.usefixtures("advance")
 def test_a_damaged_lease_expires(content: bytes, run_dir: str, caplog: pytest.LogCaptureFixture) -> None:
     storage.write_bytes(f"{run_dir}/lease.json", content)
-    lease = Lease(run_dir, seconds=0.2)
+    lease = Lease(run_dir, seconds=30)
     lease.acquire()
     lease.require_held()
     assert holder_of(lease.uri).start == lease.start
@@ -302,13 +329,15 @@ class OtherFileSystem(MemoryFileSystem):  # type: ignore[misc]
     protocol = "other"
 
 
+@pytest.mark.usefixtures("frequent_renewals")
 def test_a_filesystem_without_conditional_writes_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     fsspec.register_implementation("other", OtherFileSystem, clobber=True)
-    lease = Lease("other://run", seconds=0.3)
+    run_dir = f"other://{uuid.uuid4().hex}/run"
+    lease = Lease(run_dir, seconds=60)
     lease.acquire()
     assert "conditional writes are not supported on other://" in caplog.text
     with pytest.raises(LeaseError, match="another job"):
-        Lease("other://run", seconds=0.3).acquire()
+        Lease(run_dir, seconds=1).acquire()
     lease.release()
     assert not storage.exists(lease.uri)
 
@@ -316,15 +345,22 @@ def test_a_filesystem_without_conditional_writes_is_reported(caplog: pytest.LogC
 def test_a_hanging_request_blocks_neither_writes_nor_shutdown(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lease = Lease(run_dir, seconds=0.3)
     lease.acquire()
-    answered = threading.Event()
+    asked, answered = threading.Event(), threading.Event()
+    answers: list[bool] = []
+
+    def hang(*_: object) -> bool:
+        asked.set()
+        answers.append(answered.wait(300))
+        return True
+
     monkeypatch.setattr(module, "RELEASE_SECONDS", 0.3)
-    monkeypatch.setattr(conditional, "write_if", lambda *_: answered.wait(20))
-    time.sleep(0.5)
-    began = time.monotonic()
+    monkeypatch.setattr(conditional, "write_if", hang)
+    assert asked.wait(60)
+    time.sleep(0.5)  # the lease expires
     with pytest.raises(JobError, match=r"not been answered|cannot be renewed"):
         lease.require_held()
     lease.release()
-    assert time.monotonic() - began < 15
+    assert not answers
     answered.set()
 
 

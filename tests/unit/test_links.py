@@ -133,7 +133,7 @@ def test_many_links_take_bounded_time_and_memory(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tar_archive, "MOST_WAITING", 200)
     chain = [(f"{n:05}.jpg", (SYMLINK, f"{n + 1:05}.jpg")) for n in range(3000)]
     links = [(f"{n}.jpg", (HARD_LINK, "a.jpg")) for n in range(3000)]
-    began = time.monotonic()
+    began = time.thread_time()
     with pytest.raises(DataError, match="more than 100 links whose targets"):
         listed(tar_with(*chain))
     assert len(listed(tar_with(("a.jpg", b"x"), *links))[0]) == 3001
@@ -141,7 +141,7 @@ def test_many_links_take_bounded_time_and_memory(monkeypatch: pytest.MonkeyPatch
     files, left_out = listed(tar_with(*chain, ("03000.jpg", b"x")))
     assert len(files) == 1 + tar_archive.LONGEST_CHAIN + 1
     assert left_out == {"links to no file of the archive": 3000 - tar_archive.LONGEST_CHAIN - 1}
-    assert time.monotonic() - began < 20
+    assert time.thread_time() - began < 20
 
 
 def test_symbolic_links_in_a_zip_are_the_files_that_they_name() -> None:

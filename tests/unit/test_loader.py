@@ -165,7 +165,7 @@ def test_the_next_epoch_is_read_while_its_predecessor_ends(colours: Path, monkey
     monkeypatch.setattr(ImageDataset, "load", recorded)
     several = loader(colours, 2, epochs=2)
     assert len(list(itertools.islice(several, 7))) == 7
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (1, 0) not in loaded:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -324,7 +324,7 @@ def test_workers_end_with_a_rank_that_is_killed(colours: Path) -> None:
     assert all(worker.exists() for worker in workers)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(worker.exists() for worker in workers):
         assert time.monotonic() < deadline, "loader processes outlive their rank"
         time.sleep(0.1)

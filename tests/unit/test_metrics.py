@@ -189,7 +189,7 @@ def test_two_ranks_evaluate_as_one(classes: int, samples: int, tmp_path: Path) -
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
         assert process.exitcode == 0
     one = evaluation_of(classes, data_of(1000, classes), samples=samples)
     first, second = (pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in range(2))  # noqa: S301

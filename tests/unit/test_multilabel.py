@@ -462,7 +462,7 @@ def test_two_ranks_evaluate_several_labels_as_one(samples: int, tmp_path: Path) 
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
         assert process.exitcode == 0
     one = multilabel_evaluation(0, 1, samples)
     for rank in range(2):
