@@ -52,7 +52,7 @@ class Slow:
 
     def predict_batch(self, images: torch.Tensor) -> list[Prediction]:
         self.batches.append(len(images))
-        assert self.go.wait(60)
+        assert self.go.wait(300)
         if self.error is not None:
             raise self.error
         return self.inner.predict_batch(images)
@@ -85,7 +85,7 @@ class Running:
         return 0.0 if value is None else value
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come true"
@@ -101,7 +101,9 @@ def running(
     **settings: Any,
 ) -> Iterator[Running]:
     """A server in a thread, which drains at the end of the context."""
-    chosen = Settings(host="127.0.0.1", port=0, limits=Limits(**(limits or {})), **{"drain_delay": 0.0, **settings})
+    # The defaults would end what a loaded machine has not finished.
+    accepted = Limits(**{"timeout": 300.0, **(limits or {})})
+    chosen = Settings(host="127.0.0.1", port=0, limits=accepted, **{"drain_delay": 0.0, "grace": 300.0, **settings})
     started: list[tuple[Server, asyncio.AbstractEventLoop]] = []
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
@@ -117,7 +119,7 @@ def running(
     thread.start()
     wait_for(lambda: started and started[0][0].started)
     server, loop = started[0]
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=240, trust_env=False) as client:
         run = Running(server, loop, port, client, thread)
         if ready:
             wait_for(lambda: server.lifecycle.is_ready)
@@ -127,5 +129,5 @@ def running(
             if thread.is_alive():
                 with contextlib.suppress(RuntimeError):  # it has just ended
                     run.drain()
-            thread.join(60)
+            thread.join(240)
             assert not thread.is_alive()

@@ -92,7 +92,9 @@ def main():
             print(json.dumps(items[0]) if items else "")
         elif items or "/" not in names[0]:
             print(json.dumps({"kind": "List", "items": items}))
-    PATH.write_text(json.dumps(cluster))
+    changed = PATH.with_suffix(f".{os.getpid()}")
+    changed.write_text(json.dumps(cluster))
+    changed.replace(PATH)  # at once: another process may read it, and a signal may end this one
 
 
 def selected(key, item, names, selector):

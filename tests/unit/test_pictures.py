@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -363,7 +362,10 @@ def test_every_chart_of_the_layout_has_scalars_of_a_fit(tmp_path: Path) -> None:
     assert empty <= {"use"}, "the machine is sampled once per second at most"
 
 
-def test_draws_the_first_and_the_last_validation_and_few_between(tmp_path: Path) -> None:
+def test_draws_the_first_and_the_last_validation_and_few_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "LARGEST_SHARE", 1e-5)  # a machine may stand still for some seconds
     run = Run(tmp_path)
     for step in range(1, 8):
         run.validate(evaluation_of(2), step)
@@ -391,12 +393,11 @@ def test_draws_again_once_20_times_the_cost_has_passed(tmp_path: Path, monkeypat
 
 
 def test_training_does_not_wait_for_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, going_on = Run(tmp_path), threading.Event()
-    monkeypatch.setattr(run.callback, "_draw_evaluation", lambda *args: going_on.wait(30))
-    began = time.monotonic()
+    run, going_on, drawn = Run(tmp_path), threading.Event(), list[bool]()
+    monkeypatch.setattr(run.callback, "_draw_evaluation", lambda *args: drawn.append(going_on.wait(240)))
     for step in range(1, 4):
         run.validate(evaluation_of(2), step)
-    assert time.monotonic() - began < 20
+    assert not drawn
     going_on.set()
     run.end()
 
@@ -406,7 +407,7 @@ def test_an_end_that_waits_in_vain_leaves_pictures_out(
 ) -> None:
     run, going_on, drawn = Run(tmp_path), threading.Event(), charts.confusion_matrix
     monkeypatch.setattr(pictures, "END_SECONDS", 0.1)
-    monkeypatch.setattr(charts, "confusion_matrix", lambda *args: going_on.wait(30) and drawn(*args))
+    monkeypatch.setattr(charts, "confusion_matrix", lambda *args: going_on.wait(240) and drawn(*args))
     run.validate(evaluation_of(2), 1)
     reader = run.end()
     going_on.set()

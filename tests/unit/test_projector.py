@@ -96,7 +96,7 @@ def test_job_tensorboard_serves_it_from_any_storage(tmp_path: Path, scheme: str)
             query = urllib.parse.urlencode({"run": run, "name": "backbone features"})
             return urllib.request.urlopen(f"{address.rstrip('/')}/data/plugin/projector/{route}?{query}").read()
 
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not json.loads(get("runs")) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert json.loads(get("info"))["embeddings"][0]["tensorShape"] == [3, 3]

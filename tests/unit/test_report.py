@@ -256,8 +256,12 @@ def interrupting(step: int, how: str) -> str:
     return json.dumps([{"class_path": "test_report.Interrupt", "init_args": {"step": step, "how": how}}])
 
 
-def test_every_end_of_an_attempt_is_reported_and_the_history_has_no_gap(tmp_path: Path, colours: Path) -> None:
-    run, more = tmp_path / "run", {"trainer__max_epochs": 3}
+def test_every_end_of_an_attempt_is_reported_and_the_history_has_no_gap(
+    tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A loaded machine may need longer; after the grace this process, of the tests, would end.
+    monkeypatch.setattr(writer, "STOPPING_SECONDS", 240.0)
+    run, more = tmp_path / "run", {"trainer__max_epochs": 3, "grace": 240}
     assert fit(tmp_path, colours, trainer__callbacks=interrupting(6, "error"), **more).returncode == 70
     failed = read_report(str(run))
     assert (failed.status, failed.failure) == ("failed", "RuntimeError: the printer is on fire: https://***@host/x")
@@ -384,24 +388,23 @@ def test_reports_are_written_in_the_background_and_only_the_newest(
     gate, write = threading.Event(), storage.write_bytes
 
     def slow(*args: Any) -> None:
-        gate.wait(10)
+        gate.wait(240)
         write(*args)
 
     monkeypatch.setattr(storage, "write_bytes", slow)
     made._interval = 0.0
     monkeypatch.setattr(writer, "WRITE_SECONDS", 0.0)
     thread = writer.Periodic("report-writer", 0.02, made._write_when_due)
-    began = time.monotonic()
     for number in range(1, 50):
         made._pending = number
         time.sleep(0.002)
-    assert time.monotonic() - began < 5  # nobody waits for the bucket
+    assert not written  # nobody waits for the bucket
     gate.set()
-    deadline = time.monotonic() + 10
-    while len(written) < 4 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while ("report.json", 49) not in numbers_of(written) and time.monotonic() < deadline:
         time.sleep(0.02)
     thread.stop()
-    numbers = [json.loads(each)["attempt_count"] for name, each in written if name.endswith(".json")]
+    numbers = [number for name, number in numbers_of(written) if name == "report.json"]
     assert numbers[-1] == 49
     assert len(numbers) <= 3
 
@@ -455,7 +458,7 @@ def finishing(writing: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         before()
         if not has_begun.is_set():
             has_begun.set()
-            gate.wait(10)
+            gate.wait(240)
         write(uri, content, before)
 
     monkeypatch.setattr(storage, "write_bytes", hang)
@@ -463,7 +466,7 @@ def finishing(writing: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     made._has_started = True
     made._have_written(1)
     made._thread = writer.Periodic("report-writer", 0.02, made._write_when_due)
-    assert has_begun.wait(10)
+    assert has_begun.wait(120)
     yield made, written, gate
     gate.set()
 
@@ -486,7 +489,7 @@ def test_the_last_report_waits_for_a_write_in_progress(finishing: Any) -> None:
     assert ending.is_alive()
     assert not written
     gate.set()
-    ending.join(10)
+    ending.join(120)
     # The thread begins no further write, not even of the page of its report.
     assert numbers_of(written) == [("report.json", 1), ("report.json", 99), ("report.html", None)]
     assert made.content.attempt_count == 99
@@ -501,7 +504,7 @@ def test_a_write_that_hangs_replaces_no_last_report(
     made.on_fit_end(FIT, None)
     assert numbers_of(written) == [("report.2.json", 99), ("report.2.html", None)]
     gate.set()
-    assert thread.stop()
+    assert thread.stop(120)
     assert numbers_of(written)[2:] == [("report.json", 1)]
     assert made.content.attempt_count == 99
 

@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 
@@ -22,12 +22,18 @@ from job.cluster.outcomes import FAILED, FINISHED, LOST, REPLACED
 from job.cluster.rounds import Round, Rounds
 from job.errors import EXIT_NODES_MISSING, NodesMissing, RankLost
 
+SECONDS = 240.0
+"""Limit of everything that is waited for: it only keeps a test from hanging."""
+
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(module, "LEAVE_SECONDS", 2)
     monkeypatch.setattr(module, "MISTAKE_SECONDS", 2)
+    # A machine that stands still for some seconds is no lost node.
+    monkeypatch.setattr(module, "REQUEST_SECONDS", 120.0)
+    monkeypatch.setattr(module, "STOPPED_SECONDS", 120.0)
 
 
 @pytest.fixture
@@ -53,7 +59,7 @@ class Cluster:
         self.stop = threading.Event()
 
     def launcher(self, rank: int) -> Rounds:
-        settings = {"wait_seconds": 20, **self.settings}
+        settings = {"wait_seconds": 120, **self.settings}
         return Rounds(
             Node("Indexed Job", self.nodes, rank, "localhost", self.port, run_id="run", **settings),
             in_place=self.in_place,
@@ -62,7 +68,7 @@ class Cluster:
     def gather(self, *codes: int) -> list[Round | int]:
         """Let all gather, with the exit codes of their ranks."""
         futures = [self.begin(rank, code) for rank, code in enumerate(codes or [0] * self.nodes)]
-        results = [future.result(30) for future in futures]
+        results = [future.result(SECONDS) for future in futures]
         self.rounds = [result for result in results if isinstance(result, Round)]
         return results
 
@@ -73,16 +79,35 @@ class Cluster:
         """End the ranks of all nodes."""
         ends = zip(self.launchers, self.rounds, codes, strict=True)
         futures = [self.threads.submit(launcher.end, current, code) for launcher, current, code in ends]
-        return [future.result(30) for future in futures]
+        return [future.result(SECONDS) for future in futures]
 
     def watch(self, rank: int) -> Future[str]:
-        """How the others end the round, as this node sees it."""
-        return self.threads.submit(self.launchers[rank].wait_for_end, self.rounds[rank], self.stop)
+        """How the others end the round, as this node sees it; it is connected when this returns."""
+        launcher, has_connected = self.launchers[rank], threading.Event()
+        connect = launcher._connect
+
+        def connect_and_tell(current: Round) -> TCPStore:
+            try:
+                return connect(current)
+            finally:
+                has_connected.set()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launcher, "_connect", connect_and_tell)
+            future = self.threads.submit(launcher.wait_for_end, self.rounds[rank], self.stop)
+            assert has_connected.wait(SECONDS)
+        return future
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def wait_until_finishing(launcher: Rounds) -> None:
-    while launcher._finishing is None:
-        time.sleep(0.01)
+    wait_until(lambda: launcher._finishing is not None)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
@@ -93,30 +118,36 @@ def test_all_go_on_when_the_last_one_is_there(
     cluster = Cluster(threads, 3)
     *early, last = order
     waits = [cluster.begin(rank) for rank in early]
+    nothing = rf"waiting for node 0: nothing .* localhost:{cluster.port}"
+    words = r"waiting for nodes? .*of 3" if order[0] == 0 else nothing
+    wait_until(lambda: re.search(words, caplog.text))
     threading.Event().wait(1)
     assert not any(wait.done() for wait in waits)
     waits.append(cluster.begin(last))
-    started = [wait.result(30) for wait in waits]
+    started = [wait.result(SECONDS) for wait in waits]
     assert len({current.id for current in started if isinstance(current, Round)}) == 1
-    nothing = rf"waiting for node 0: nothing .* localhost:{cluster.port}"
-    assert re.search(r"waiting for nodes? .*of 3" if order[0] == 0 else nothing, caplog.text)
     assert caplog.text.count("all 3 nodes are running") == 3
 
 
-def test_a_node_that_has_gone_again_is_missing(threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_has_gone_again_is_missing(
+    threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its counter stands still: the others wait for its successor."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(waiting, "LOG_SECONDS", 0.0)
     monkeypatch.setattr(module, "GONE_SECONDS", 0.5)
     cluster = Cluster(threads, 3)
     first = cluster.begin(0)
-    threading.Event().wait(0.5)
+    wait_until(lambda: "waiting for nodes 1 and 2 of 3" in caplog.text)
     client = PrefixStore("job.nodes/run", TCPStore("localhost", cluster.port, is_master=False, wait_for_workers=False))
     client.set(f"{client.get('round').decode()}/here/1", "gone 1")
-    threading.Event().wait(1)
+    # Node 0 has seen it, and then that it has gone.
+    wait_until(lambda: re.search(r"(?s)waiting for node 2 of 3.*waiting for nodes 1 and 2 of 3", caplog.text))
     waits = [first, cluster.begin(2)]
     threading.Event().wait(1)
     assert not any(wait.done() for wait in waits)
     waits.append(cluster.begin(1))
-    assert all(isinstance(wait.result(30), Round) for wait in waits)
+    assert all(isinstance(wait.result(SECONDS), Round) for wait in waits)
 
 
 @pytest.mark.parametrize(
@@ -153,12 +184,12 @@ def test_a_node_is_replaced(replaced: int, threads: ThreadPoolExecutor) -> None:
         del cluster.rounds[replaced]  # node 0: the last use of its store
         gc.collect()
         newcomer = cluster.begin(replaced)
-        assert watch.result(30) == (REPLACED if replaced else LOST)
+        assert watch.result(SECONDS) == (REPLACED if replaced else LOST)
         assert not newcomer.done()
         cluster.rounds.insert(replaced, cluster.rounds[0])
         assert cluster.launchers[other].end(cluster.rounds[other], 143) is None
         waits = {replaced: newcomer, other: cluster.begin(other, 143)}
-        results = [waits[rank].result(30) for rank in range(2)]
+        results = [waits[rank].result(SECONDS) for rank in range(2)]
         cluster.rounds = [result for result in results if isinstance(result, Round)]
         assert len(cluster.rounds) == 2
         assert before != cluster.rounds[0].id == cluster.rounds[1].id
@@ -179,7 +210,7 @@ def test_ranks_that_fail_though_no_node_was_replaced(
         assert len(cluster.rounds) == 2
     watch = cluster.watch(1)
     assert cluster.launchers[0].end(cluster.rounds[0], codes[0]) is None
-    assert watch.result(30) == FAILED
+    assert watch.result(SECONDS) == FAILED
     assert cluster.gather(*codes) == codes
 
 
@@ -190,26 +221,26 @@ def test_a_users_mistake_ends_all(mistaken: int, threads: ThreadPoolExecutor, ca
     others = [rank for rank in range(3) if rank != mistaken]
     watches = [cluster.watch(rank) for rank in others]
     end = threads.submit(cluster.launchers[mistaken].end, cluster.rounds[mistaken], 2)
-    assert [watch.result(30) for watch in watches] == [FAILED, FAILED]
-    assert [cluster.begin(rank, 75).result(30) for rank in sorted(others, reverse=True)] == [2, 2]
-    assert end.result(30) == 2
+    assert [watch.result(SECONDS) for watch in watches] == [FAILED, FAILED]
+    assert [cluster.begin(rank, 75).result(SECONDS) for rank in sorted(others, reverse=True)] == [2, 2]
+    assert end.result(SECONDS) == 2
     assert f"the ranks of node {mistaken} ended because of a mistake" in caplog.text
 
 
 def test_a_node_that_starts_again_does_not_leave_for_another_one(
     threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LEAVE_SECONDS", 30)
+    monkeypatch.setattr(module, "LEAVE_SECONDS", 240)
     cluster = Cluster(threads, 3)
     cluster.gather()
     assert cluster.launchers[1].end(cluster.rounds[1], 2) == 2
     cluster.launchers[1] = cluster.launcher(1)
-    assert cluster.begin(1).result(30) == 2
+    assert cluster.begin(1).result(SECONDS) == 2
     served = cluster.begin(0, 75)
     with pytest.raises(TimeoutError):
         served.result(0.5)  # node 2 has yet to read of the mistake
-    assert cluster.begin(2, 75).result(30) == 2
-    assert served.result(30) == 2
+    assert cluster.begin(2, 75).result(SECONDS) == 2
+    assert served.result(SECONDS) == 2
 
 
 def test_a_node_that_is_lost_while_others_finish(threads: ThreadPoolExecutor) -> None:
@@ -221,9 +252,9 @@ def test_a_node_that_is_lost_while_others_finish(threads: ThreadPoolExecutor) ->
     assert not any(end.done() for end in ends)
     cluster.launchers[2] = cluster.launcher(2)
     newcomer = cluster.begin(2)
-    assert [end.result(30) for end in ends] == [None, None]
+    assert [end.result(SECONDS) for end in ends] == [None, None]
     waits = [cluster.begin(0), cluster.begin(1), newcomer]
-    results = [wait.result(30) for wait in waits]
+    results = [wait.result(SECONDS) for wait in waits]
     cluster.rounds = [result for result in results if isinstance(result, Round)]
     assert cluster.end(0, 0, 0) == [0, 0, 0]
     assert all(launcher.may_leave() for launcher in cluster.launchers)
@@ -233,7 +264,6 @@ def test_a_finished_node_that_is_stopped_asks_the_others(
     threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With exit code 0 it would never be started again, and they might need it."""
-    monkeypatch.setattr(module, "STOPPED_SECONDS", 20)
     cluster = Cluster(threads, 2)
     cluster.gather()
     assert not any(launcher.may_leave() for launcher in cluster.launchers)
@@ -242,7 +272,7 @@ def test_a_finished_node_that_is_stopped_asks_the_others(
     stopped = threads.submit(cluster.launchers[1].may_leave)
     threading.Event().wait(0.5)
     assert cluster.launchers[0].end(cluster.rounds[0], 0) == 0
-    assert stopped.result(30)
+    assert stopped.result(SECONDS)
 
     monkeypatch.setattr(module, "STOPPED_SECONDS", 0.5)
     cluster = Cluster(threads, 2)
@@ -251,7 +281,7 @@ def test_a_finished_node_that_is_stopped_asks_the_others(
     wait_until_finishing(cluster.launchers[1])
     assert not cluster.launchers[1].may_leave()
     ends.append(threads.submit(cluster.launchers[0].end, cluster.rounds[0], 0))
-    assert [end.result(30) for end in ends] == [None, None]
+    assert [end.result(SECONDS) for end in ends] == [None, None]
 
 
 def test_node_0_that_is_stopped_while_others_finish(threads: ThreadPoolExecutor) -> None:
@@ -261,7 +291,7 @@ def test_node_0_that_is_stopped_while_others_finish(threads: ThreadPoolExecutor)
     stopped = threads.submit(cluster.launchers[0].may_leave)
     threading.Event().wait(0.5)
     assert cluster.launchers[1].end(cluster.rounds[1], 0) == 0
-    assert stopped.result(30)
+    assert stopped.result(SECONDS)
 
 
 def test_ranks_that_fail_after_others_have_finished(threads: ThreadPoolExecutor) -> None:
@@ -285,8 +315,8 @@ def test_a_failure_that_the_store_has_missed(threads: ThreadPoolExecutor) -> Non
     cluster.gather()
     end = threads.submit(cluster.launchers[0].end, cluster.rounds[0], 0)
     waiting_node = cluster.begin(1, 75)
-    assert end.result(30) is None
-    results = [cluster.begin(0).result(30), waiting_node.result(30)]
+    assert end.result(SECONDS) is None
+    results = [cluster.begin(0).result(SECONDS), waiting_node.result(SECONDS)]
     assert all(isinstance(result, Round) for result in results)
 
 
@@ -294,7 +324,7 @@ def test_a_node_that_learns_late_that_all_have_finished(threads: ThreadPoolExecu
     cluster = Cluster(threads, 2)
     cluster.gather()
     cluster.rounds[0].keys.set("over", FINISHED)
-    assert cluster.begin(1, 75).result(30) == 0
+    assert cluster.begin(1, 75).result(SECONDS) == 0
 
 
 def test_one_node_alone(threads: ThreadPoolExecutor) -> None:
@@ -312,8 +342,8 @@ def test_one_node_alone(threads: ThreadPoolExecutor) -> None:
 
 
 def test_a_store_is_served_at_one_address_alone() -> None:
-    served = store.serve("localhost", 0, timedelta(seconds=5))
-    store.connect("127.0.0.1", served.port, timedelta(seconds=5)).set("key", "value")
+    served = store.serve("localhost", 0, timedelta(seconds=60))
+    store.connect("127.0.0.1", served.port, timedelta(seconds=60)).set("key", "value")
     assert served.get("key") == b"value"
     with pytest.raises(OSError, match="refused"):
         store.connect("127.0.0.2", served.port, timedelta(seconds=5))

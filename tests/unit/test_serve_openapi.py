@@ -51,7 +51,7 @@ def test_answers_are_those_of_the_document(server: Running, document: dict[str, 
             database=None,
         )
         def check(case: Any) -> None:
-            case.call_and_validate(excluded_checks=[positive_data_acceptance()], timeout=30)
+            case.call_and_validate(excluded_checks=[positive_data_acceptance()], timeout=240)
 
         check()
         checked.add((operation.method.upper(), operation.path))

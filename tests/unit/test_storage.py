@@ -55,7 +55,7 @@ def test_only_transient_errors_are_retried() -> None:
         if len(calls) <= times:
             raise error
 
-    storage.retry(lambda: fails(StorageOutage("busy"), 2), seconds=20, waiting="x waits")
+    storage.retry(lambda: fails(StorageOutage("busy"), 2), seconds=300, waiting="x waits")
     assert len(calls) == 3
     calls.clear()
     with pytest.raises(StorageError, match="denied"):

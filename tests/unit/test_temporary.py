@@ -38,13 +38,13 @@ def start(room: Path, code: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("end", ENDS)
 def test_a_folder_is_deleted_however_the_process_ends(end: str, room: Path) -> None:
     process = start(room, ENDS[end])
-    assert "job-x-" in process.communicate(timeout=30)[0]
+    assert "job-x-" in process.communicate(timeout=300)[0]
     assert process.returncode == {"exception": 1, "exit": 3, "os._exit": 75}.get(end, 0)
     assert list(room.iterdir()) == []
 
 
 def test_only_folders_of_dead_processes_are_deleted(room: Path) -> None:
-    process = start(room, "import time; time.sleep(60)")
+    process = start(room, "import time; time.sleep(600)")
     assert process.stdout is not None
     folder = Path(process.stdout.readline().strip())
     os.kill(process.pid, signal.SIGSTOP)  # alive, however long it does nothing

@@ -42,7 +42,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "BUCKET_RELOAD_SECONDS", 1)
 
 
-def eventually(address: str, path: str, is_complete: Callable[[Any], bool], seconds: float = 30) -> Any:
+def eventually(address: str, path: str, is_complete: Callable[[Any], bool], seconds: float = 240) -> Any:
     """The JSON below ``/data/plugin/`` once it is complete."""
     deadline = time.monotonic() + seconds
     while True:

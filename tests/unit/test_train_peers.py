@@ -60,7 +60,7 @@ def test_epochs_are_read_from_what_a_script_prints(tmp_path: Path, task: Task) -
 
 def test_a_script_that_validates_again_is_stopped_before(tmp_path: Path, task: Task) -> None:
     lines = [TRAINED % 1, VALIDATED % ("0.5", 1), TRAINED % 2, VALIDATED % ("1.0", 2)]
-    end = f"time.sleep(1)\nprint({VALIDATED % ('0.1', 2)!r})\nopen('ended', 'w')\n"
+    end = f"time.sleep(60)\nprint({VALIDATED % ('0.1', 2)!r})\nopen('ended', 'w')\n"
     result = printing(tmp_path, *lines, end=end, validates_again=True).run(tmp_path, task)
     assert [epoch["accuracy"] for epoch in result["epochs"]] == [0.5, 1.0]
     assert not (task.folder / "ended").exists()

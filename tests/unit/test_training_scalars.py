@@ -216,7 +216,7 @@ def test_two_ranks_measure_as_one(tmp_path: Path) -> None:
         process.start()
     first, second = queue.get(), queue.get()
     for process in processes:
-        process.join(60)
+        process.join(300)
         assert process.exitcode == 0
     assert first == second
     assert first == pytest.approx(added(TrainingAccuracy(), batches(4, 4)).compute(alone))
