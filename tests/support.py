@@ -217,7 +217,7 @@ def start(
 
 
 def run(
-    *args: object, processes: int = 0, timeout: float = 600, fresh: bool = False, **variables: str
+    *args: object, processes: int = 0, timeout: float = 1500, fresh: bool = False, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m job ARGS`` until it exits."""
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
