@@ -18,4 +18,4 @@ def chromium(folder: Path, url: str, *options: str) -> subprocess.CompletedProce
     """Open ``url``, with a profile in ``folder``; messages of the page's console are in ``stderr``."""
     fixed = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={folder}/profile"]
     line = [str(CHROMIUM), *fixed, *OFFLINE, "--enable-logging=stderr", "--v=0", *options, url]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, check=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -13,13 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import INDEXES, picture_files, write_files
+from support import GCS_SERVERS, INDEXES, free_port, picture_files, write_files
 
 from job import storage
-from job.demo.gcs_server import create_bucket, free_port, gcs_server
+from job.demo.gcs_server import create_bucket, gcs_server
 
 # gcsfs reads it when it is imported, by whichever test module comes first: see job.storage.use_gcs_emulator.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let gs:// mean the server of this test: those of both fixtures run until the session ends."""
+    name = "proxy" if "proxy" in getattr(item, "fixturenames", ()) else "gcs"
+    if name in GCS_SERVERS:
+        storage.use_gcs_emulator(GCS_SERVERS[name])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,7 +56,8 @@ def colours(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A GCS server with an empty bucket; yields ``gs://tests``."""
-    with gcs_server(tmp_path_factory.mktemp("gcs") / "buckets"):
+    with gcs_server(tmp_path_factory.mktemp("gcs") / "buckets", port=free_port()) as url:
+        GCS_SERVERS["gcs"] = url
         create_bucket("gs://tests")
         yield "gs://tests"
 
@@ -78,13 +86,19 @@ def s3() -> Iterator[str]:
             "AWS_DEFAULT_REGION": "us-east-1",
         }.items():
             environment.setenv(name, value)
-        storage.filesystem("s3://tests")[0].clear_instance_cache()  # of an earlier server
-        fs, _ = storage.filesystem("s3://tests")
-        for _ in range(100):
-            with contextlib.suppress(Exception):  # not up yet
-                fs.mkdir("tests")
-                break
-            time.sleep(0.2)
-        yield "s3://tests"
-    server.terminate()
-    server.wait()
+        try:
+            storage.filesystem("s3://tests")[0].clear_instance_cache()  # of an earlier server
+            fs, _ = storage.filesystem("s3://tests")
+            deadline = time.monotonic() + 300
+            while True:
+                try:
+                    fs.mkdir("tests")
+                    break
+                except Exception:  # not up yet
+                    if time.monotonic() > deadline or server.poll() is not None:
+                        raise
+                    time.sleep(0.2)
+            yield "s3://tests"
+        finally:
+            server.terminate()
+            server.wait()

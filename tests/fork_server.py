@@ -155,7 +155,8 @@ class Process:
     def send_signal(self, number: int) -> None:
         """Send a signal to the process, unless it has exited."""
         if self.returncode is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and its exit code is on its way
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         """Send SIGTERM."""

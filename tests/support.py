@@ -6,6 +6,8 @@ import contextlib
 import io
 import logging
 import os
+import random
+import socket
 import subprocess
 import sys
 import tarfile
@@ -61,6 +63,8 @@ FROZEN: dict[str, object] = {
 """Of the same network, for commands that compute features and train no backbone."""
 INDEXES = Path(os.environ.get("TEST_INDEXES") or f"{tempfile.gettempdir()}/job-tests-{os.getpid()}")
 """Folder for indexes, and for what they are built from."""
+GCS_SERVERS: dict[str, str] = {}
+"""URL of the server behind gs:// for the tests of a fixture, by its name."""
 COLOURS = {"blue": (30, 60, 200), "green": (20, 160, 60), "red": (200, 40, 30)}
 
 
@@ -83,6 +87,15 @@ class Explosive:
 
     def __reduce__(self) -> tuple[object, tuple[Path]]:
         return Path.touch, (self.path,)
+
+
+def free_port() -> int:
+    """A free TCP port below those from which the kernel chooses: no other socket gets it before its server starts."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):  # it is taken
+            probe.bind(("", port))
+            return port
+    raise AssertionError("100 ports are taken")
 
 
 def picture_files(classes: list[str], count: int, seed: int = 0) -> dict[str, bytes]:

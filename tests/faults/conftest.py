@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 from harness import SETTINGS
 from proxy import FaultyProxy
-from support import options, picture_files, run_well, write_files
+from support import GCS_SERVERS, free_port, options, picture_files, run_well, write_files
 
 from job import storage
-from job.demo.gcs_server import create_bucket, free_port, gcs_server
+from job.demo.gcs_server import create_bucket, gcs_server
 
 _FOLDERS = itertools.count()
 
@@ -21,8 +21,10 @@ _FOLDERS = itertools.count()
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyProxy]:
     """A GCS server behind a proxy, with a bucket ``gs://faults`` that holds the pictures."""
     port = free_port()
-    with gcs_server(tmp_path_factory.mktemp("faults") / "buckets", public_host=f"127.0.0.1:{port}") as backend:
+    folder = tmp_path_factory.mktemp("faults") / "buckets"
+    with gcs_server(folder, port=free_port(), public_host=f"127.0.0.1:{port}") as backend:
         faulty = FaultyProxy(backend, port)
+        GCS_SERVERS["proxy"] = faulty.url
         storage.use_gcs_emulator(faulty.url)
         storage.filesystem("gs://faults")[0].clear_instance_cache()
         create_bucket("gs://faults")

@@ -26,10 +26,12 @@ def main(run_dir: str, name: str, log: Path, seconds: float) -> None:
         lease = Lease(run_dir, seconds=seconds)
         try:
             lease.acquire()
+            at = time.time()
+            lease.require_held()  # a process that was slow may have lost it again: it held the lease only before ``at``
         except (LeaseError, StorageOutage):
             time.sleep(seconds / 20)
             continue
-        note("acquired", time.time())
+        note("acquired", at)
         while True:
             try:
                 checked: list[float] = []

@@ -44,7 +44,7 @@ class Outcome:
 
 
 def contend(run_dir: str, folder: Path, rounds: int, *, processes: int = 3, seconds: float = 1.0) -> Outcome:
-    """Stop and resume the holder of the lease, ``rounds`` times."""
+    """Stop and resume the holder of the lease, ``rounds`` times, and go on until there are a few writes per round."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"p{number}" for number in range(processes)]
     logs = {name: folder / f"{name}.log" for name in names}
@@ -66,18 +66,28 @@ def contend(run_dir: str, folder: Path, rounds: int, *, processes: int = 3, seco
             running[holder].send_signal(signal.SIGSTOP)
             stopped = time.monotonic()
             while _newest_holder(logs) == holder:
-                if time.monotonic() - stopped > 10 * seconds:
+                waited = time.monotonic() - stopped
+                if waited > 10 * seconds and _holds_a_lock(running[holder].pid):
                     blocked += 1
                     break
+                assert waited < 300, "nobody takes the lease over"
                 time.sleep(0.02)
             time.sleep(dice.uniform(0, seconds / 2))
             running[holder].send_signal(signal.SIGCONT)
         time.sleep(2 * seconds)
+        deadline = time.monotonic() + 300
+        while sum(event[0] == "wrote" for log in logs.values() for event in _events(log)) <= 7 * rounds:
+            assert time.monotonic() < deadline, "few writes"
+            time.sleep(0.1)
     finally:
         for process in running.values():
             process.kill()
             process.wait()
     return replace(_evaluate(run_dir, logs), blocked=blocked)
+
+
+def _holds_a_lock(pid: int) -> bool:
+    return any(line.split()[4] == str(pid) for line in Path("/proc/locks").read_text().splitlines())
 
 
 def _events(log: Path) -> list[tuple[str, list[float]]]:
@@ -92,7 +102,7 @@ def _newest_holder(logs: dict[str, Path]) -> str | None:
 
 def _next_holder(logs: dict[str, Path], running: dict[str, subprocess.Popen[bytes]]) -> str:
     """Wait until the newest holder has written."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:
         assert time.monotonic() < deadline, "nobody holds the lease"
         assert all(process.poll() is None for process in running.values())

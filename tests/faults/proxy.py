@@ -38,7 +38,7 @@ class FaultyProxy:
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
-        assert self._started.wait(30)
+        assert self._started.wait(120)
 
     def answer_503_for(self, seconds: float, match: str = "") -> None:
         """Answer requests that contain ``match`` with 503 for ``seconds`` after the first of them."""

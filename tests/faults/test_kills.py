@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
 from harness import STEPS, Job, fit_options, sabotage, wait_until_served
 from proxy import FaultyProxy
-from support import assert_same_weights, run_well, scalars
+from support import assert_same_weights, free_port, run_well, scalars
 
 from job import checkpoint, storage
-from job.demo.gcs_server import free_port
 from job.monitoring import accounting
 
 pytestmark = pytest.mark.integration
@@ -24,7 +25,8 @@ def test_a_rank_that_is_killed_restarts_the_job(run_dir: str, uninterrupted: str
     job = Job(tmp_path / "log", *fit_options(run_dir, trainer__callbacks=plot), processes=2, restarts=1, fresh=True)
     assert job.wait() == 0, job.output
     assert "another rank ended" in job.output
-    assert "resuming after step 1" in job.output
+    # The upload of step 10 may be in progress at the kill; that of step 8 has ended before it.
+    assert re.search("resuming after step (8|10),", job.output), job.output
     assert_same_weights(run_dir, uninterrupted)
     assert scalars(run_dir)["train/loss"] == scalars(uninterrupted)["train/loss"]
     records = accounting.read(run_dir)
@@ -43,7 +45,7 @@ def test_three_kills_in_a_row(run_dir: str, uninterrupted: str, tmp_path: Path) 
 
 def test_a_hanging_rank_is_reported_and_terminated(run_dir: str, uninterrupted: str, tmp_path: Path) -> None:
     plot = sabotage(tmp_path / "marker", step=13, rank=1, name="SIGSTOP")
-    arguments = fit_options(run_dir, trainer__callbacks=plot, watchdog__min_seconds=8, watchdog__startup_seconds=60)
+    arguments = fit_options(run_dir, trainer__callbacks=plot, watchdog__min_seconds=8, watchdog__startup_seconds=300)
     job = Job(tmp_path / "log", *arguments, processes=2, restarts=1)
     assert job.wait() == 0, job.output
     assert "job: rank 0 has made no progress for" in job.output
@@ -105,7 +107,7 @@ def test_a_damaged_newest_checkpoint(run_dir: str, uninterrupted: str, tmp_path:
 
 def test_two_jobs_on_one_run_dir(run_dir: str, tmp_path: Path) -> None:
     """The second job is refused; the first is not disturbed."""
-    slow = fit_options(run_dir, trainer__max_epochs=60)
+    slow = fit_options(run_dir, trainer__max_epochs=600)
     first = Job(tmp_path / "log", *slow, processes=2)
     first.wait_for("epoch 2: training")
     second = Job(tmp_path / "log2", *fit_options(run_dir))
@@ -141,32 +143,51 @@ def test_another_world_size(run_dir: str, tmp_path: Path) -> None:
 
 def test_elastic_nodes_leave_and_join(run_dir: str, tmp_path: Path) -> None:
     """Two torchrun agents as two nodes: one is killed, the other continues alone, a new one joins."""
-    port = free_port()
     settings = {
         "model__backbone": "timm/test_vit",
         "model__optimizer": "{class_path: torch.optim.SGD, init_args: {lr: 0.05, momentum: 0.9}}",
         "data__image_size": 160,
-        "trainer__max_epochs": 12,
+        "trainer__max_epochs": 16,
     }
     without_faults = str(tmp_path / "whole")
     run_well(*fit_options(without_faults, **settings), processes=1)
 
     pace = "[{class_path: saboteur.Pace, init_args: {seconds: 0.15}}]"
     arguments = fit_options(run_dir, trainer__callbacks=pace, **settings)
+    port = free_port()
     first = Job.node(tmp_path / "first", *arguments, port=port)
     wait_until_served(port)  # the node that is there first keeps the rendezvous
     second = Job.node(tmp_path / "second", *arguments, port=port)
+    wait_for_start(run_dir, first, 2, 1)
     first.wait_for("epoch 2/")
+    starts = len(worlds_of(run_dir))
     second.kill()
+    wait_for_start(run_dir, first, 1, starts + 1)
     first.wait_for("epoch 4/")
     third = Job.node(tmp_path / "third", *arguments, port=port)
-    assert first.wait(300) == 0, first.output
-    third.wait(60)
-    worlds = [start.world_size for start in accounting.read(run_dir)]
-    assert worlds[0] == 2
-    assert 1 in worlds
+    assert first.wait() == 0, first.output
+    third.wait()
+    worlds = worlds_of(run_dir)
+    assert 1 in worlds[worlds.index(2) :], worlds
     assert worlds[-1] == 2, worlds
     losses = scalars(run_dir)["train/loss"]
     expected = scalars(without_faults)["train/loss"]
     assert [step for step, _ in losses] == [step for step, _ in expected]
     assert [value for _, value in losses] == pytest.approx([value for _, value in expected], rel=1e-3, abs=1e-4)
+
+
+def worlds_of(run_dir: str) -> list[int]:
+    """Number of processes of each start."""
+    return [start.world_size for start in accounting.read(run_dir)]
+
+
+def wait_for_start(run_dir: str, job: Job, world_size: int, count: int) -> None:
+    """Wait until at least ``count`` starts are recorded, the last with this many processes.
+
+    A node that is slow to start joins later, and the other one begins alone.
+    """
+    deadline = time.monotonic() + 300
+    while len(worlds := worlds_of(run_dir)) < count or worlds[-1] != world_size:
+        assert job.process.poll() is None, job.output
+        assert time.monotonic() < deadline, (worlds, job.output)
+        time.sleep(0.1)

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 from harness import Job, descendants, fit_options
-from support import assert_same_weights, run_well, scalars
+from support import assert_same_weights, free_port, run_well, scalars
 
-from job.demo.gcs_server import free_port
 from job.monitoring import accounting
 
 pytestmark = pytest.mark.integration
 
-EPOCHS = 10
+EPOCHS = 14
+NO_WATCHDOG = {"watchdog__min_seconds": 1200}
+"""The launchers, not the watchdog, end ranks that wait for others."""
 PACE = "[{class_path: saboteur.Pace, init_args: {seconds: 0.08}}]"
 
 
@@ -60,7 +61,7 @@ class Nodes:
         return sum(file.read_text().count(f"/{EPOCHS}  step") for file in self.folder.glob("log-0-*"))
 
     def wait_for_epoch(self) -> None:
-        before, deadline = self.epochs, time.monotonic() + 90
+        before, deadline = self.epochs, time.monotonic() + 300
         while self.epochs == before:
             assert time.monotonic() < deadline, self.output
             assert all(job.process.poll() is None for job in self.jobs), self.output
@@ -74,11 +75,11 @@ class Nodes:
             self.jobs[rank].process.send_signal(number)
             assert self.jobs[rank].wait() == 128 + number, self.output
         begun = time.monotonic()
+        resumed = 0 if rank == 0 else self.jobs[0].output.count("resuming after step")
         self.jobs[rank] = self.start(rank)
         log = self.jobs[0].log if rank else self.folder / f"log-0-{self.starts[0]}"
-        resumed = 0 if rank == 0 else self.jobs[0].output.count("resuming after step")
         while log.read_text().count("resuming after step") == resumed:
-            assert time.monotonic() < begun + 90, self.output
+            assert time.monotonic() < begun + 300, self.output
             time.sleep(0.05)
         return time.monotonic() - begun
 
@@ -91,7 +92,12 @@ def test_nodes_that_are_replaced(tmp_path: Path) -> None:
     """Preempted and lost by turns; the launcher of the other node stays, and no step is lost or repeated."""
     whole, run_dir = str(tmp_path / "whole"), str(tmp_path / "run")
     run_well(*fit_options(whole, trainer__max_epochs=EPOCHS), processes=2)
-    settings = {"trainer__max_epochs": EPOCHS, "trainer__callbacks": PACE, "checkpoint__every_n_steps": 2}
+    settings = {
+        "trainer__max_epochs": EPOCHS,
+        "trainer__callbacks": PACE,
+        "checkpoint__every_n_steps": 2,
+        **NO_WATCHDOG,
+    }
     with Nodes(tmp_path, *fit_options(run_dir, **settings)) as nodes:
         seconds = []
         for replaced, times in ((1, 6), (0, 2)):
@@ -103,18 +109,18 @@ def test_nodes_that_are_replaced(tmp_path: Path) -> None:
         print("seconds until both nodes train again:", [round(value, 1) for value in seconds])
         codes = [job.wait() for job in nodes.jobs]
         assert codes == [0, 0], nodes.output
-        assert max(seconds) < 30, seconds
+        assert max(seconds) < 120, seconds  # a limit of torch or of the watchdog is longer
         assert len(accounting.read(run_dir)) == len(seconds) + 1
         assert scalars(run_dir)["train/loss"] == scalars(whole)["train/loss"]
         assert_same_weights(run_dir, whole)
 
 
 def test_ranks_that_hang_are_killed_when_the_other_node_is_replaced(tmp_path: Path) -> None:
-    settings = {"trainer__max_epochs": EPOCHS, "trainer__callbacks": PACE}
+    settings = {"trainer__max_epochs": EPOCHS, "trainer__callbacks": PACE, **NO_WATCHDOG}
     with Nodes(tmp_path, *fit_options(str(tmp_path / "run"), **settings)) as nodes:
         nodes.wait_for_epoch()
         os.kill(rank_of(nodes.jobs[0]), signal.SIGSTOP)
-        assert nodes.replace(1, signal.SIGKILL) < 60
+        nodes.replace(1, signal.SIGKILL)
         assert "another node was replaced, so those of this node end" in nodes.output
         for job in nodes.jobs:
             job.process.send_signal(signal.SIGTERM)
@@ -140,7 +146,7 @@ def test_the_wait_for_a_successor_ends(settings: dict[str, str], code: int, tmp_
         if code == 143:
             time.sleep(1)
             nodes.jobs[0].process.send_signal(signal.SIGTERM)
-        assert nodes.jobs[0].wait(20) == code, nodes.output
+        assert nodes.jobs[0].wait() == code, nodes.output
         assert "Traceback" not in nodes.output
 
 

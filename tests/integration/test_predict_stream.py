@@ -202,7 +202,7 @@ def test_a_real_pipe_answers_each_line_before_the_next_is_written(trained: Path,
         assert json.loads(process.stdout.readline())["uri"] == uri
     process.stdin.close()
     assert process.stdout.read() == ""
-    assert process.wait(60) == 2
+    assert process.wait(300) == 2
     assert process.stderr is not None
     assert "1 line(s) name no readable image, 0 allowed" in process.stderr.read()
 
@@ -218,7 +218,7 @@ def test_a_reader_that_leaves_and_a_writer_that_never_ends(trained: Path, images
     process.stdout.close()
     process.stdin.write(f"{images[0]}\n")
     process.stdin.flush()
-    assert process.wait(60) == 0  # although its standard input is still open
+    assert process.wait(300) == 0  # although its standard input is still open
 
     process = start(trained)
     assert process.stdout is not None
@@ -227,7 +227,7 @@ def test_a_reader_that_leaves_and_a_writer_that_never_ends(trained: Path, images
     process.stdin.flush()
     process.stdout.readline()
     process.terminate()
-    assert process.wait(60) == 143
+    assert process.wait(300) == 143
     assert process.stderr is not None
     assert "Traceback" not in (errors := process.stderr.read()), errors
     assert "Fatal" not in errors

@@ -148,13 +148,13 @@ def test_ctrl_c_saves_and_raises_keyboard_interrupt(colours: Path, tmp_path: Pat
         print(job.fit(config).epochs == config["trainer"]["max_epochs"])
         """,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not list((tmp_path / "run" / "checkpoints").glob("*.json")):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, output + errors
     began, preempted, classes, went_on = output.splitlines()
     assert began == "began"
@@ -168,7 +168,7 @@ def test_loader_processes_do_not_run_the_script_again(colours: Path, tmp_path: P
     process = script(
         tmp_path, config(tmp_path / "run", colours, data__augment=augment), "print(job.fit(config).epochs)"
     )
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, output + errors
     assert output.split() == ["began", "1"]
 
@@ -188,7 +188,7 @@ def test_a_second_ctrl_c_raises_at_once(colours: Path, tmp_path: Path) -> None:
         "class Slow(Callback):\n"
         "    def on_train_batch_start(self, *args):\n"
         "        print('step', flush=True)\n"
-        "        [time.sleep(0.1) for _ in range(600)]\n"
+        "        [time.sleep(0.1) for _ in range(6000)]\n"
     )
     process = script(
         tmp_path,
@@ -201,11 +201,14 @@ def test_a_second_ctrl_c_raises_at_once(colours: Path, tmp_path: Path) -> None:
         """,
     )
     assert process.stdout is not None
+    assert process.stderr is not None
     assert [process.stdout.readline() for _ in range(2)] == ["began\n", "step\n"]
     process.send_signal(signal.SIGINT)
+    while "SIGINT: saving the state" not in (line := process.stderr.readline()):
+        assert line, "it has ended"
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, output + errors
     assert output.startswith("KeyboardInterrupt stopped at once by a second Ctrl-C")

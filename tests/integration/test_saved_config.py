@@ -165,7 +165,7 @@ def test_damaged_configurations(content: bytes, message: str, validated) -> None
     assert result.returncode == 2
     assert message in result.output
     assert "Traceback" not in result.output
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60  # an expanded alias bomb takes hours
 
 
 def test_an_unreadable_configuration_is_an_error(validated, monkeypatch) -> None:
@@ -250,7 +250,7 @@ def test_alias_bombs_on_the_command_line_end_at_once(tmp_path: Path) -> None:
         start = time.monotonic()
         result = run_here("fit", "--data.root", tmp_path, "--run_dir", tmp_path / "run", *arguments)
         assert result.returncode == 2, arguments
-        assert time.monotonic() - start < 5, arguments
+        assert time.monotonic() - start < 60, arguments
 
 
 def test_options_cannot_be_abbreviated(finished: Path) -> None:

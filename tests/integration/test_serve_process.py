@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,8 @@ import job
 
 pytestmark = pytest.mark.integration
 
+SECONDS = 300
+"""Limit of a request and of the end of a process, where the machine is busy."""
 PICTURES = [picture(colour, seed) for seed, colour in enumerate(COLOURS.values())]
 
 
@@ -63,12 +64,12 @@ def served(folder: Path, *args: object, name: str = "server", ready: bool = True
     with log.open("w") as file:
         process = start("serve", *args, "--port=0", stdout=file, stderr=file, variables=environment(**variables))
     try:
-        wait_for(lambda: "listening at" in log.read_text() or process.poll() is not None, 120)
+        wait_for(lambda: "listening at" in log.read_text() or process.poll() is not None, 300)
         port = re.search(r"listening at http://\S+:(\d+)", log.read_text())
         assert port, log.read_text()
         server = Served(process, f"http://127.0.0.1:{port[1]}", log)
         if ready:
-            wait_for(server.is_ready, 120)
+            wait_for(server.is_ready, 300)
         yield server
     finally:
         process.kill()
@@ -77,17 +78,17 @@ def served(folder: Path, *args: object, name: str = "server", ready: bool = True
 
 def test_predictions_are_those_of_python_and_the_log_is_json(run_dir: Path, tmp_path: Path) -> None:
     variables = {"JOB_LOG": "json", "AIP_STORAGE_URI": str(run_dir), "AIP_HEALTH_ROUTE": "/ping"}
-    with served(tmp_path, "--precision=fp32", **variables) as server:
-        assert httpx.get(f"{server.url}/ping", trust_env=False).status_code == 200
+    with served(tmp_path, "--precision=fp32", "--grace=120", **variables) as server:
+        assert httpx.get(f"{server.url}/ping", trust_env=False, timeout=SECONDS).status_code == 200
         body = {"instances": [{"b64": base64.b64encode(content).decode()} for content in PICTURES]}
-        answer = httpx.post(f"{server.url}/predict?key=hunter2", json=body, trust_env=False)
+        answer = httpx.post(f"{server.url}/predict?key=hunter2", json=body, trust_env=False, timeout=SECONDS)
         predictor = job.load(str(run_dir))
         assert answer.headers["x-model-sha256"] == predictor.fingerprint
         for one, other in zip(answer.json()["predictions"], predictor.predict(PICTURES), strict=True):
             assert one["label"] == other.label
             assert one["probabilities"] == pytest.approx(other.probabilities, abs=1e-6)
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(60) == 0
+        assert server.process.wait(SECONDS) == 0
     records = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
     (request,) = (record for record in records if record.get("route") == "/predict")
     assert (request["status"], request["client"]) == (200, "127.0.0.1")
@@ -98,15 +99,15 @@ def test_predictions_are_those_of_python_and_the_log_is_json(run_dir: Path, tmp_
 def test_nothing_is_lost_at_a_rolling_restart(run_dir: Path, tmp_path: Path) -> None:
     """Clients send without a pause, and go to the other server when a connection is refused before they have sent."""
     with (
-        served(tmp_path, run_dir, "--drain_delay=1", name="old") as old,
-        served(tmp_path, run_dir, name="new") as new,
+        served(tmp_path, run_dir, "--drain_delay=1", "--grace=120", "--timeout=120", name="old") as old,
+        served(tmp_path, run_dir, "--timeout=120", name="new") as new,
     ):
         stop, answers, lost = threading.Event(), [0, 0], []
 
         def send(number: int) -> None:
             target = 0
             limits = httpx.Limits(max_keepalive_connections=1)
-            with httpx.Client(trust_env=False, timeout=60, limits=limits) as client:
+            with httpx.Client(trust_env=False, timeout=SECONDS, limits=limits) as client:
                 while not stop.is_set():
                     try:
                         answer = client.post(f"{(old, new)[target].url}/predict", content=PICTURES[number % 3])
@@ -123,29 +124,32 @@ def test_nothing_is_lost_at_a_rolling_restart(run_dir: Path, tmp_path: Path) -> 
         threads = [threading.Thread(target=send, args=(number,)) for number in range(8)]
         for thread in threads:
             thread.start()
-        wait_for(lambda: answers[0] > 40, 120)
-        old.process.send_signal(signal.SIGTERM)
-        wait_for(lambda: not old.is_ready())
-        assert old.process.wait(60) == 0, old.log.read_text()
-        wait_for(lambda: answers[1] > 40, 120)
-        stop.set()
-        for thread in threads:
-            thread.join()
+        try:
+            wait_for(lambda: answers[0] > 40, 300)
+            old.process.send_signal(signal.SIGTERM)
+            wait_for(lambda: not old.is_ready())
+            assert old.process.wait(SECONDS) == 0, old.log.read_text()
+            wait_for(lambda: answers[1] > 40, 300)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
         assert not lost
         assert "every request that was accepted has its answer" in old.log.read_text()
         assert "Traceback" not in old.log.read_text()
 
 
 def test_a_request_that_outlasts_the_grace_is_named(run_dir: Path, tmp_path: Path) -> None:
-    with served(tmp_path, run_dir, "--grace=2", "--drain_delay=0", "--timeout=60") as server:
+    with served(tmp_path, run_dir, "--grace=2", "--drain_delay=0", "--timeout=900") as server:
         port = int(server.url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as client:
-            client.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nabc")
-            time.sleep(0.5)
+            client.settimeout(SECONDS)
+            headers = b"host: x\r\ncontent-length: 1000\r\nexpect: 100-continue\r\n"
+            client.sendall(b"POST /predict HTTP/1.1\r\n" + headers + b"\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.1 100 ")  # it waits for the body
+            client.sendall(b"abc")
             server.process.send_signal(signal.SIGTERM)
-            began = time.monotonic()
-            assert server.process.wait(60) == 143
-            assert time.monotonic() - began < 10
+            assert server.process.wait(SECONDS) == 143  # long before the request's own limit
         assert "1 request(s) were not finished within --grace 2" in server.log.read_text()
         assert "Traceback" not in server.log.read_text()
 
@@ -153,12 +157,12 @@ def test_a_request_that_outlasts_the_grace_is_named(run_dir: Path, tmp_path: Pat
 def test_a_signal_while_the_model_is_loaded_ends_it_at_once(run_dir: Path, tmp_path: Path) -> None:
     with served(tmp_path, run_dir, ready=False) as server:
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(30) == 0, server.log.read_text()
+        assert server.process.wait(SECONDS) == 0, server.log.read_text()
 
 
 def test_a_model_that_does_not_exist(tmp_path: Path) -> None:
     with served(tmp_path, tmp_path / "nothing", ready=False) as server:
-        assert server.process.wait(60) == 2
+        assert server.process.wait(SECONDS) == 2
         assert "Traceback" not in server.log.read_text()
         assert str(tmp_path / "nothing") in server.log.read_text()
 
@@ -176,7 +180,7 @@ def test_the_page_in_a_browser(run_dir: Path, tmp_path: Path) -> None:
         assert '<input type="file"' in drawn
         assert "/v2/models/model/infer" in drawn
         files = [("image", ("a photograph.jpg", PICTURES[0])), ("image", ("broken.jpg", b"broken"))]
-        answer = httpx.post(f"{server.url}/", files=files, trust_env=False).text
+        answer = httpx.post(f"{server.url}/", files=files, trust_env=False, timeout=SECONDS).text
         policy = f'<meta http-equiv="content-security-policy" content="{_policy(server)}">'
         page = tmp_path / "answer.html"
         page.write_text(answer.replace("<head>", f"<head>{policy}"))
@@ -186,5 +190,5 @@ def test_the_page_in_a_browser(run_dir: Path, tmp_path: Path) -> None:
 
 
 def _policy(server: Served) -> str:
-    policy = httpx.get(f"{server.url}/", trust_env=False).headers["content-security-policy"]
+    policy = httpx.get(f"{server.url}/", trust_env=False, timeout=SECONDS).headers["content-security-policy"]
     return policy.replace("; frame-ancestors 'none'", "")  # browsers take that one from a header alone

@@ -15,7 +15,7 @@ import pytest
 from pytorch_lightning.callbacks import Callback
 from support import REPOSITORY, TINY, environment, options, run_here
 
-from job.process.descendants import descendants
+from job.process.descendants import descendants, stat_fields
 from job.resilience import attempts
 
 pytestmark = pytest.mark.integration
@@ -99,14 +99,15 @@ def test_the_demo_ends_with_all_its_processes(tmp_path: Path) -> None:
             cwd=REPOSITORY,
             start_new_session=True,
         )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while "Training on" not in (tmp_path / "log").read_text() or len(descendants(process.pid)) < 2:
         assert process.poll() is None, (tmp_path / "log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.1)
     below = descendants(process.pid)
     process.terminate()
-    assert process.wait(60) == 143, (tmp_path / "log").read_text()
-    assert [pid for pid in below if Path(f"/proc/{pid}").exists()] == []
+    assert process.wait(300) == 143, (tmp_path / "log").read_text()
+    # A process that has ended may still be waited for by its parent.
+    assert [pid for pid in below if (fields := stat_fields(pid)) is not None and fields[0] != "Z"] == []
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert (tmp_path / "log").read_text().endswith("job: stopped by SIGTERM.\n")

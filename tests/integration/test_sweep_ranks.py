@@ -62,7 +62,7 @@ def test_a_stopped_sweep_keeps_its_features(tmp_path: Path) -> None:
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == EXIT_PREEMPTED, log.read_text()
+        assert process.wait(300) == EXIT_PREEMPTED, log.read_text()
     again = run_here("sweep", *settings)
     assert again.returncode == 0, again.output
     assert "chunks of train" in log.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,15 @@ def test_every_event_of_many_steps_and_files_arrives(gcs: str, monkeypatch: pyte
 
 
 def test_events_are_published_while_the_run_goes_on(gcs: str) -> None:
-    logger = BucketTensorBoardLogger(f"{gcs}/live/tensorboard", publish_seconds=1)
+    run_dir = f"{gcs}/live-{uuid.uuid4().hex}"  # also where the test is run once more
+    logger = BucketTensorBoardLogger(f"{run_dir}/tensorboard", publish_seconds=1)
     logger.log_metrics({"a": 1.0}, 0)
-    deadline = time.monotonic() + 30
-    while not storage.exists(f"{gcs}/live/tensorboard"):
+    deadline = time.monotonic() + 120
+    # The first object may have been written between the file's header and the value.
+    while not storage.exists(f"{run_dir}/tensorboard") or "a" not in scalars(run_dir):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    time.sleep(1.5)
-    assert scalars(f"{gcs}/live")["a"] == [(0, 1.0)]
+    assert scalars(run_dir)["a"] == [(0, 1.0)]
     logger.finalize("success")
 
 

@@ -25,7 +25,7 @@ def scalars_shown(*uris: str, stop: signal.Signals = signal.SIGINT) -> tuple[dic
         process = start(
             "tensorboard", *uris, "--port=0", stdout=output, stderr=output, variables=environment(), session=True
         )
-        address, deadline = None, time.monotonic() + 60
+        address, deadline = None, time.monotonic() + 300
         while address is None and time.monotonic() < deadline:
             time.sleep(0.2)
             output.seek(0)
@@ -35,7 +35,7 @@ def scalars_shown(*uris: str, stop: signal.Signals = signal.SIGINT) -> tuple[dic
             time.sleep(0.5)
             found = json.load(urllib.request.urlopen(f"{address[0]}data/plugin/scalars/tags"))
         process.send_signal(stop)
-        code = process.wait(30)
+        code = process.wait(300)
         output.seek(0)
         return found, code, output.read()
 
