@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from harness import SETTINGS
+from harness import SETTINGS, Job
 from proxy import FaultyProxy
 from support import GCS_SERVERS, free_port, options, picture_files, run_well, write_files
 
@@ -35,8 +35,9 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyProxy]:
 
 @pytest.fixture(autouse=True)
 def healthy(proxy: FaultyProxy) -> Iterator[None]:
-    """Disable the proxy's faults before and after each test."""
+    """Disable the proxy's faults, and end what still runs, after each test."""
     yield
+    Job.kill_all()
     proxy.fault = lambda request: None
     proxy.damage = lambda request: None
     proxy.delay = lambda request: 0.0

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import ClassVar
 
 from support import TINY, environment, options, start
 
@@ -33,6 +34,8 @@ def sabotage(marker: Path, **settings: object) -> str:
 class Job:
     """A job that runs beside the test, in a process group of its own, its output in a file."""
 
+    started: ClassVar[list[Job]] = []
+
     def __init__(
         self,
         log: Path,
@@ -56,6 +59,14 @@ class Job:
                 variables=fault_environment(**variables),
                 session=True,
             )
+        self.started.append(self)
+
+    @classmethod
+    def kill_all(cls) -> None:
+        """Kill the jobs of a test that has failed: they would slow down, and disturb, the next one."""
+        while cls.started:
+            if (job := cls.started.pop()).process.poll() is None:
+                job.kill()
 
     @classmethod
     def node(cls, log: Path, *arguments: object, port: int) -> Job:
