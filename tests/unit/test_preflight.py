@@ -25,7 +25,7 @@ import pytest
 import safetensors.torch
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
-from support import TINY, Outcome, fit_here, options, picture_files, run_here, write_files
+from support import TINY, Outcome, fit_here, free_port, options, picture_files, run_here, write_files
 from test_locked_bucket import LockedFileSystem
 
 from job import storage
@@ -37,7 +37,6 @@ from job.check.runner import Check, run_check, run_checks
 from job.check.training import Measured
 from job.checkpoint.settings import CheckpointSettings
 from job.data.datamodule import ImageDataModule
-from job.demo.gcs_server import free_port
 from job.errors import JobError, StorageError
 from job.features.callback import FeatureSettings
 from job.model.config import ModelConfig

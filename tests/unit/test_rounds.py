@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+from support import free_port
 from torch.distributed import PrefixStore, TCPStore
 
 from job.cluster import rounds as module
@@ -40,12 +41,6 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 def threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(8) as pool:
         yield pool
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("", 0))
-        return int(server.getsockname()[1])
 
 
 class Cluster:

@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import random
-import socket
 import tarfile
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ import fsspec
 import pytest
 import torch.distributed as dist
 from fsspec.asyn import AsyncFileSystem
-from support import index_of, own_messages, picture_files, read, tar_of
+from support import free_port, index_of, own_messages, picture_files, read, tar_of
 
 from job import storage
 from job.cluster import shared_work
@@ -318,8 +317,7 @@ def index_on_rank(rank: int, port: int, folder: str, shards: int) -> None:
 
 def run_on_two_ranks(function: Callable[..., None], *args: Any) -> None:
     """Call ``function(rank, port, *args)`` in two processes, which must end well."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=function, args=(rank, port, *args)) for rank in range(2)]
     for process in processes:
