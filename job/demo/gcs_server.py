@@ -6,7 +6,6 @@ import contextlib
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from importlib import resources
@@ -14,6 +13,9 @@ from pathlib import Path
 
 from job import storage
 from job.errors import ConfigError
+
+ANSWER_SECONDS = 120.0
+"""How long to wait for the server's first answer."""
 
 
 @contextlib.contextmanager
@@ -83,12 +85,12 @@ def _binary() -> Path:
 
 
 def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + ANSWER_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise ConfigError(f"the GCS server at {url} failed to start, with exit code {process.returncode}.")
-        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+        with contextlib.suppress(OSError):  # it does not listen yet, or a busy machine keeps it from its answer
             urllib.request.urlopen(f"{url}/storage/v1/b?project=demo", timeout=2).close()
             return
         time.sleep(0.05)
-    raise ConfigError(f"the GCS server at {url} does not answer.")
+    raise ConfigError(f"the GCS server at {url} has not answered for {ANSWER_SECONDS:.0f} s.")
