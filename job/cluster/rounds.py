@@ -182,7 +182,11 @@ class Rounds:
         """
         try:
             # Of its own, since a connection serves one request at a time.
-            keys = self._request(lambda: _keys(self._connect(current), self._node, current.id))
+            job = self._request(lambda: _prefixed(self._connect(current), self._node))
+            keys = PrefixStore(current.id, job)
+            is_newest = self._request(lambda: _text(job, "round")) == current.id
+            if not is_newest and not self._request(lambda: keys.check(["over"])):
+                return LOST  # the store is already that of node 0's successor
             while not stop.wait(waiting.POLL_SECONDS):
                 if self._request(lambda: keys.check(["over"])):
                     return self._request(lambda: _text(keys, "over"))

@@ -192,6 +192,23 @@ def test_a_node_is_replaced(replaced: int, threads: ThreadPoolExecutor) -> None:
     assert cluster.end(0, 0) == [0, 0]
 
 
+def test_node_0_is_replaced_before_the_others_watch_the_round(threads: ThreadPoolExecutor) -> None:
+    cluster = Cluster(threads, 2)
+    cluster.gather()
+    cluster.launchers[0] = cluster.launcher(0)
+    del cluster.rounds[0]  # the last use of its store
+    gc.collect()
+    newcomer = cluster.begin(0)
+    current = cluster.rounds[0]
+    watch = threads.submit(cluster.launchers[1].wait_for_end, current, cluster.stop)
+    try:
+        assert watch.result(SECONDS) == LOST
+    finally:
+        cluster.stop.set()
+        waits = [newcomer, cluster.begin(1, 143)]
+        assert all(isinstance(wait.result(SECONDS), Round) for wait in waits)
+
+
 @pytest.mark.parametrize(("restarts", "codes"), [(0, [75, 70]), (0, [143, 143]), (1, [143, 143]), (2, [75, 75])])
 def test_ranks_that_fail_though_no_node_was_replaced(
     restarts: int, codes: list[int], threads: ThreadPoolExecutor
