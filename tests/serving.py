@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import torch
+from support import wait_for
 
 from job.model.classifier import from_spec
 from job.predict.predictor import Prediction, Predictor
@@ -83,13 +83,6 @@ class Running:
     def metric(self, name: str, **labels: str) -> float:
         value = self.server.lifecycle.batcher.metrics.registry.get_sample_value(name, labels)
         return 0.0 if value is None else value
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager

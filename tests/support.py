@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +33,7 @@ from job.data.index.build import build
 from job.data.index.index import Index
 from job.data.index.parts import Layout
 from job.errors import DataError
+from job.process.descendants import stat_fields
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -96,6 +99,33 @@ def free_port() -> int:
             probe.bind(("", port))
             return port
     raise AssertionError("100 ports are taken")
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
+    """Wait until ``condition()`` is true; the limit only keeps a test from hanging."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.01)
+
+
+def wait_for_text(
+    text: str, log: Path, process: fork_server.Process | subprocess.Popen[bytes], seconds: float = 300
+) -> None:
+    """Wait until a process that runs has written ``text`` to its log."""
+    deadline = time.monotonic() + seconds
+    while True:
+        has_ended = process.poll() is not None  # before its output is read: it may write, and end, in between
+        if text in (output := log.read_text()):
+            return
+        assert not has_ended, output
+        assert time.monotonic() < deadline, output
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended; one that has may still be waited for by its parent."""
+    return (fields := stat_fields(pid)) is not None and fields[0] != "Z"
 
 
 def picture_files(classes: list[str], count: int, seed: int = 0) -> dict[str, bytes]:

@@ -198,7 +198,9 @@ class Rounds:
         if self._served is None:
             self._served = stores.serve("127.0.0.1", 0, timedelta(seconds=REQUEST_SECONDS))
         round_id = uuid.uuid4().hex
-        return Round(round_id, "127.0.0.1", self._served.port, _keys(self._served, self._node, round_id))
+        return Round(
+            round_id, "127.0.0.1", self._served.port, PrefixStore(round_id, _prefixed(self._served, self._node))
+        )
 
     def _gather(self, wait: Wait, code: int) -> Round | int:
         """On node 0, wait for the counters of all others."""
@@ -377,10 +379,6 @@ _TIMEOUT = timedelta(seconds=REQUEST_SECONDS)
 
 def _prefixed(store: Store, node: Node) -> PrefixStore:
     return PrefixStore(f"job.nodes/{node.run_id}", store)
-
-
-def _keys(store: Store, node: Node, round_id: str) -> PrefixStore:
-    return PrefixStore(round_id, _prefixed(store, node))
 
 
 def _text(store: Store, key: str) -> str:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
-from support import TINY, environment, options, start
+from support import TINY, environment, options, start, wait_for_text
 
 SETTINGS: dict[str, object] = {
     **TINY,
@@ -103,14 +103,7 @@ class Job:
 
     def wait_for(self, text: str, timeout: float = 300) -> None:
         """Wait until the output contains ``text``."""
-        deadline = time.monotonic() + timeout
-        while True:
-            has_ended = self.process.poll() is not None  # before its output is read: it may write, and end, in between
-            if text in self.output:
-                return
-            assert not has_ended, self.output
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.1)
+        wait_for_text(text, self.log, self.process, timeout)
 
     def kill(self) -> None:
         """Send SIGKILL to all processes of the job, as if the machine were lost."""

@@ -14,10 +14,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, TINY, command, environment, free_port, options, run, run_well, scalars
+from support import (
+    REPOSITORY,
+    TINY,
+    command,
+    environment,
+    free_port,
+    is_running,
+    options,
+    run,
+    run_well,
+    scalars,
+    wait_for_text,
+)
 from torch.distributed import PrefixStore, TCPStore
 
-from job.process.descendants import descendants, stat_fields
+from job.process.descendants import descendants
 
 pytestmark = pytest.mark.integration
 
@@ -144,7 +156,7 @@ def test_ranks_save_when_the_launcher_is_killed(colours: Path, tmp_path: Path) -
         ranks = rank_processes(process.pid)
         process.kill()
         deadline = time.monotonic() + 300
-        while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        while any(map(is_running, ranks)):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
         assert "The same command goes on from there" in log.read_text()
@@ -157,8 +169,7 @@ def test_the_fork_server_is_killed(colours: Path, tmp_path: Path) -> None:
         server = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(server, signal.SIGKILL)
         assert process.wait(300) == 75, log.read_text()
-        # Those that have ended may still be waited for by their new parent.
-        assert [pid for pid in ranks if (fields := stat_fields(pid)) is not None and fields[0] != "Z"] == []
+        assert not any(map(is_running, ranks))
 
 
 def test_a_requested_stop_is_not_restarted(colours: Path, tmp_path: Path) -> None:
@@ -255,14 +266,6 @@ def start_node(rank: int, log: Path, port: int, *arguments: str, **variables: st
     with log.open("w") as file:
         line = command("launch", "fit", *arguments)
         return subprocess.Popen(line, stdout=file, stderr=file, env=environment(**variables), cwd=REPOSITORY)
-
-
-def wait_for_text(text: str, log: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 300
-    while text not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("late", [0, 1])

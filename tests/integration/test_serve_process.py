@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 from browser import chromium, needs_chromium
 from PIL import Image
-from serving import wait_for
-from support import COLOURS, environment, fit_here, picture, start
+from support import COLOURS, environment, fit_here, picture, start, wait_for
 
 import job
 

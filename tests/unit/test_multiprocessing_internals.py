@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, environment
+from support import REPOSITORY, environment, is_running
 
 from job.multiprocessing_internals import fork_fork_server
 
@@ -38,14 +37,6 @@ if __name__ == "__main__":
 """
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def test_children_come_from_a_fork_of_this_process(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -57,7 +48,7 @@ def test_children_come_from_a_fork_of_this_process(tmp_path: Path) -> None:
     assert len(servers) == 1, "each child had another server"
     assert [line.split()[1:] for line in result.stdout.splitlines()] == [["True", "True", "3", "True"]] * 2
     deadline = time.monotonic() + 60
-    while alive(server := servers.copy().pop()):
+    while is_running(server := servers.copy().pop()):
         assert time.monotonic() < deadline, f"the server {server} outlives its clients"
         time.sleep(0.05)
 

@@ -6,15 +6,9 @@ import threading
 import time
 
 import pytest
+from support import wait_for
 
 from job.process.periodic import Periodic, call_within
-
-
-def wait_until(condition: object, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_an_error_is_logged_once_with_its_traceback_and_the_thread_goes_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -27,7 +21,7 @@ def test_an_error_is_logged_once_with_its_traceback_and_the_thread_goes_on(caplo
 
     with caplog.at_level("INFO"):
         thread = Periodic("worker", 0.005, function)
-        wait_until(lambda: len(calls) > 12)
+        wait_for(lambda: len(calls) > 12)
         assert thread.stop()
     assert caplog.text.count("Traceback") == 1
     assert "the background thread worker failed" in caplog.text
@@ -54,7 +48,7 @@ def test_the_interval_may_change_and_fail(caplog: pytest.LogCaptureFixture) -> N
     intervals = iter([0.0, 0.01])
     calls: list[int] = []
     thread = Periodic("worker", lambda: next(intervals), lambda: calls.append(1))
-    wait_until(lambda: len(calls) == 2)
+    wait_for(lambda: len(calls) == 2)
     thread.stop()
     assert "StopIteration" in caplog.text
 

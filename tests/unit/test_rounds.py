@@ -7,13 +7,12 @@ import logging
 import re
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from support import free_port
+from support import free_port, wait_for
 from torch.distributed import PrefixStore, TCPStore
 
 from job.cluster import rounds as module
@@ -94,15 +93,8 @@ class Cluster:
         return future
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def wait_until_finishing(launcher: Rounds) -> None:
-    wait_until(lambda: launcher._finishing is not None)
+    wait_for(lambda: launcher._finishing is not None)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
@@ -115,7 +107,7 @@ def test_all_go_on_when_the_last_one_is_there(
     waits = [cluster.begin(rank) for rank in early]
     nothing = rf"waiting for node 0: nothing .* localhost:{cluster.port}"
     words = r"waiting for nodes? .*of 3" if order[0] == 0 else nothing
-    wait_until(lambda: re.search(words, caplog.text))
+    wait_for(lambda: re.search(words, caplog.text))
     threading.Event().wait(1)
     assert not any(wait.done() for wait in waits)
     waits.append(cluster.begin(last))
@@ -133,11 +125,11 @@ def test_a_node_that_has_gone_again_is_missing(
     monkeypatch.setattr(module, "GONE_SECONDS", 0.5)
     cluster = Cluster(threads, 3)
     first = cluster.begin(0)
-    wait_until(lambda: "waiting for nodes 1 and 2 of 3" in caplog.text)
+    wait_for(lambda: "waiting for nodes 1 and 2 of 3" in caplog.text)
     client = PrefixStore("job.nodes/run", TCPStore("localhost", cluster.port, is_master=False, wait_for_workers=False))
     client.set(f"{client.get('round').decode()}/here/1", "gone 1")
     # Node 0 has seen it, and then that it has gone.
-    wait_until(lambda: re.search(r"(?s)waiting for node 2 of 3.*waiting for nodes 1 and 2 of 3", caplog.text))
+    wait_for(lambda: re.search(r"(?s)waiting for node 2 of 3.*waiting for nodes 1 and 2 of 3", caplog.text))
     waits = [first, cluster.begin(2)]
     threading.Event().wait(1)
     assert not any(wait.done() for wait in waits)

@@ -21,8 +21,8 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from serving import Running, Slow, running, tiny_predictor, wait_for
-from support import COLOURS, picture, run_here
+from serving import Running, Slow, running, tiny_predictor
+from support import COLOURS, picture, run_here, wait_for
 
 from job.errors import ConfigError, DivergedError
 from job.serve.batching import Batcher, Pending

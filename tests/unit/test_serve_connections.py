@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import Running, Slow, running, wait_for
-from support import picture
+from serving import Running, Slow, running
+from support import picture, wait_for
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from job.serve import connections
